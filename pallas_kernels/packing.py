@@ -1,0 +1,160 @@
+"""The 4-bit weight that every precision reads, and the order of its codes in memory.
+
+A weight ``w: [N, K]`` (``N`` outputs, ``K`` inputs) is stored as unsigned 4-bit codes with one scale
+and one offset per output and per group of consecutive inputs::
+
+    w[n, k] = scale[g, n] * code[n, k] - offset[g, n],      g = k // group_size
+
+``offset = scale * zero_point``. A symmetric weight has ``zero_point = 8`` and stores no offset. One
+formula therefore covers symmetric and asymmetric rounding, GGUF Q4_0 and Q4_1, AWQ and GPTQ, and,
+with a single group, per-channel weights.
+
+Two codes share a byte in *planes*: byte ``[n, j]`` holds the code of input ``j`` in its low nibble and
+that of input ``j + K/2`` in its high nibble. A tile of bytes is thus two tiles of consecutive inputs,
+whatever the tile's width, so no kernel has to interleave nibbles and one packing serves every block
+size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped, UInt8
+
+SYMMETRIC_ZERO_POINT = 8
+MAX_CODE = 15
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A ``[N, K]`` weight in 4 bits. Leading axes (stacked layers) are allowed on every array.
+
+    Attributes:
+        packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring).
+        scale: ``[..., G, N]`` floating point, ``G = K / group_size``.
+        offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``8 * scale``).
+        group_sum: ``[..., G, N]``, the sum of the weights of each group, which carries the zero point
+            of asymmetrically quantised activations; None where no such activation meets this weight.
+    """
+
+    packed: Shaped[Array, "*layers N half_K"]
+    scale: Shaped[Array, "*layers G N"]
+    offset: Shaped[Array, "*layers G N"] | None = None
+    group_sum: Shaped[Array, "*layers G N"] | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        return self.packed.shape[-2]
+
+    @property
+    def num_inputs(self) -> int:
+        return 2 * self.packed.shape[-1]
+
+    @property
+    def num_groups(self) -> int:
+        return self.scale.shape[-2]
+
+    @property
+    def group_size(self) -> int:
+        return self.num_inputs // self.num_groups
+
+    @property
+    def symmetric(self) -> bool:
+        return self.offset is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of this weight."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def check_group_size(num_inputs: int, group_size: int, *, what: str = "weight") -> None:
+    """Raises ValueError unless ``num_inputs`` splits into whole groups and two nibble planes."""
+    if num_inputs % 2:
+        raise ValueError(f"{what}: K={num_inputs} is odd; two 4-bit codes share a byte, so K must be even")
+    if group_size <= 0 or num_inputs % group_size:
+        fitting = [str(g) for g in (32, 64, 128) if num_inputs % g == 0]
+        raise ValueError(
+            f"{what}: K={num_inputs} is not a multiple of group_size={group_size}; "
+            f"use {' or '.join([*fitting, f'the whole row ({num_inputs})'])}"
+        )
+
+
+def check_layout(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
+    """Raises ValueError unless ``weight`` is one consistent ``[N, K]`` weight for inputs of ``num_inputs``."""
+    if weight.packed.ndim != 2:
+        raise ValueError(
+            f"{op}: weight.packed has shape {weight.packed.shape}, not [N, K/2]; "
+            "take one layer of a stack with jax.tree.map(lambda a: a[layer], weight) or lax.scan"
+        )
+    if weight.num_inputs != num_inputs:
+        raise ValueError(
+            f"{op}: x has K={num_inputs} inputs but weight.packed {weight.packed.shape} holds {weight.num_inputs}; "
+            "K must be twice the last axis of weight.packed"
+        )
+    per_group = (weight.num_groups, weight.num_outputs)
+    for name in ("scale", "offset", "group_sum"):
+        array = getattr(weight, name)
+        if array is not None and array.shape != per_group:
+            raise ValueError(f"{op}: weight.{name} has shape {array.shape}; expected [G, N] = {list(per_group)}")
+    if num_inputs % 2 or num_inputs % weight.num_groups:
+        raise ValueError(f"{op}: K={num_inputs} does not split into the weight's {weight.num_groups} groups")
+
+
+def pack_codes(codes: UInt8[Array, "*layers N K"]) -> UInt8[Array, "*layers N half_K"]:
+    """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes."""
+    low, high = jnp.split(codes, 2, axis=-1)
+    return low | (high << 4)
+
+
+def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*layers N K"]:
+    """The inverse of :func:`pack_codes`."""
+    return jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)
+
+
+def dequantize_planes(
+    weight: QuantizedWeight, dtype: jnp.dtype
+) -> tuple[Float[Array, "*layers N half_K"], Float[Array, "*layers N half_K"]]:
+    """The weight as floats, as its two planes: inputs ``[0, K/2)`` and inputs ``[K/2, K)``.
+
+    The planes stay apart because each is a plain elementwise function of ``packed``; joining them
+    costs a copy that a matmul of two halves does not need.
+    """
+    half = weight.packed.shape[-1]
+    run = math.gcd(weight.group_size, half)  # inputs that share a scale within one plane
+
+    def per_run(per_group: Array) -> tuple[Array, Array]:
+        repeats = weight.group_size // run
+        columns = jnp.repeat(jnp.swapaxes(per_group, -1, -2).astype(dtype), repeats, axis=-1)
+        low, high = jnp.split(columns, 2, axis=-1)
+        return low[..., None], high[..., None]
+
+    scales = per_run(weight.scale)
+    offsets = (
+        tuple(SYMMETRIC_ZERO_POINT * scale for scale in scales) if weight.offset is None else per_run(weight.offset)
+    )
+
+    def plane(codes: Array, scale: Array, offset: Array) -> Array:
+        runs = codes.astype(dtype).reshape(*codes.shape[:-1], half // run, run)
+        return (runs * scale - offset).reshape(codes.shape)
+
+    low, high = weight.packed & 0xF, weight.packed >> 4
+    return plane(low, scales[0], offsets[0]), plane(high, scales[1], offsets[1])
+
+
+def dequantize(weight: QuantizedWeight, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*layers N K"]:
+    """The weight as one float array ``[..., N, K]``: the definition, computed in ``dtype``."""
+    return jnp.concatenate(dequantize_planes(weight, dtype), axis=-1)
+
+
+def with_group_sums(weight: QuantizedWeight) -> QuantizedWeight:
+    """Adds ``group_sum``, stored in the dtype of the scales, if it is missing."""
+    if weight.group_sum is not None:
+        return weight
+    floats = dequantize(weight)
+    groups = floats.reshape(*floats.shape[:-1], weight.num_groups, weight.group_size).sum(-1)
+    return dataclasses.replace(weight, group_sum=jnp.swapaxes(groups, -1, -2).astype(weight.scale.dtype))
