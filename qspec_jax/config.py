@@ -1,0 +1,240 @@
+"""The two configurations of a model: what it computes, and how it is quantised.
+
+``ModelConfig`` is read from a Hugging Face ``config.json`` (a GGUF file's metadata is first put in the
+same terms), so no shape and no model name appears in code. Everything a supported architecture may
+say is either honoured or refused with the list of what works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qspec_jax.errors import UnsupportedModelError, UsageError
+
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "Llama 2, 3, 3.1+, SmolLM2",
+    "MistralForCausalLM": "Mistral",
+    "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
+    "Qwen3ForCausalLM": "Qwen3",
+}
+_ARCHITECTURE_OF_MODEL_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary frequencies, as ``rope_scaling`` of a Hugging Face config.
+
+    Attributes:
+        kind: ``linear`` divides every frequency by ``factor``; ``llama3`` only the low ones, with a
+            smooth transition between the two wavelength bounds.
+        factor: the divisor.
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: used by ``llama3``.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a decoder. Field names follow Hugging Face where they exist there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, field) <= 0:
+                raise UnsupportedModelError(f"config: {field}={getattr(self, field)} must be positive")
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise UnsupportedModelError(f"config: head_dim={self.head_dim} must be positive and even (rotary pairs)")
+        if self.num_heads % self.num_kv_heads:
+            raise UnsupportedModelError(
+                f"config: num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Output rows of the query, key and value projections."""
+        kv = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, kv, kv
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Reads a parsed Hugging Face ``config.json``.
+
+        Raises:
+            UnsupportedModelError: the architecture or one of its options is not supported; the message
+                names those that are, or a required entry is missing.
+        """
+        architecture = _architecture(config)
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [key for key in required if not isinstance(config.get(key), int)]:
+            raise UnsupportedModelError(f"config.json: missing or not an integer: {', '.join(missing)}")
+        _refuse_unsupported_options(config)
+        rope_theta, rope_scaling = _rope(config)
+        num_heads = config["num_attention_heads"]
+        qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
+        attention_bias = bool(config.get("attention_bias", False))
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=_sliding_window(config, architecture),
+            qkv_bias=attention_bias or qwen2,
+            output_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=qwen3,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = list(config.get("architectures") or [])
+    if not named and config.get("model_type") in _ARCHITECTURE_OF_MODEL_TYPE:
+        named = [_ARCHITECTURE_OF_MODEL_TYPE[config["model_type"]]]
+    for name in named:
+        if name in SUPPORTED_ARCHITECTURES:
+            return name
+    supported = ", ".join(f"{name} ({models})" for name, models in SUPPORTED_ARCHITECTURES.items())
+    given = ", ".join(named) or str(config.get("model_type") or "nothing")
+    raise UnsupportedModelError(f"config.json names {given}, which is not supported; supported: {supported}")
+
+
+def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
+    problems = []
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        problems.append(f"hidden_act={activation!r} (supported: silu)")
+    if (partial := config.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append(f"partial_rotary_factor={partial} (supported: 1.0)")
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown")
+        problems.append(
+            f"quantization_config with quant_method={method!r} (supported: none; use the unquantised checkpoint "
+            "or a GGUF file, which is read with its 4-bit codes kept)"
+        )
+    if problems:
+        raise UnsupportedModelError(f"config.json asks for {'; '.join(problems)}")
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``."""
+    parameters = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    theta = config.get("rope_theta") or parameters.get("rope_theta") or 10000.0
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling("linear", float(parameters["factor"]))
+    if kind == "llama3":
+        return float(theta), RopeScaling(
+            "llama3",
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        )
+    raise UnsupportedModelError(f"config.json: rope scaling {kind!r} is not supported; supported: linear, llama3")
+
+
+def _sliding_window(config: Mapping[str, Any], architecture: str) -> int | None:
+    window = config.get("sliding_window")
+    if window is None:
+        return None
+    if architecture.startswith("Qwen"):
+        if not config.get("use_sliding_window", False):
+            return None
+        kinds = set(config.get("layer_types") or [])
+        mixed = kinds == {"sliding_attention", "full_attention"}
+        if mixed or (not kinds and 0 < config.get("max_window_layers", 0) < config["num_hidden_layers"]):
+            raise UnsupportedModelError(
+                "config.json mixes sliding and full attention layers; supported: the same attention in every layer"
+            )
+        if kinds == {"full_attention"} or config.get("max_window_layers", 0) >= config["num_hidden_layers"]:
+            return None
+    return int(window)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationQuantization:
+    """How a draft precision turns activations into integers, on the fly.
+
+    Attributes:
+        group_size: inputs that share a scale, or None for one scale per token.
+        symmetric: absmax scaling without an offset; otherwise minimum and maximum are both met.
+        clip_ratio: fraction of the absolute maximum (or of the range) that is kept.
+    """
+
+    group_size: int | None = None
+    symmetric: bool = True
+    clip_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size <= 0:
+            raise UsageError(f"activation group_size={self.group_size} must be positive, or None for per token")
+        if not 0.0 < self.clip_ratio <= 1.0:
+            raise UsageError(f"clip_ratio={self.clip_ratio} must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How weights are stored and how the two draft precisions quantise activations.
+
+    Attributes:
+        group_size: inputs per weight scale: 32, 64, 128, or None for the whole row.
+        symmetric: weights rounded around zero point 8 without an offset.
+        w4a4: activations of ``Precision.W4A4``. The default is the recipe with the highest acceptance.
+        w4a8: activations of ``Precision.W4A8``.
+
+    Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are 4-bit
+    already (GGUF Q4_0, Q4_1) keeps its own codes and groups: ``group_size`` and ``symmetric`` then
+    apply only to its other linears.
+    """
+
+    group_size: int | None = 32
+    symmetric: bool = False
+    w4a4: ActivationQuantization = ActivationQuantization(group_size=32, symmetric=False)
+    w4a8: ActivationQuantization = ActivationQuantization()
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size not in (32, 64, 128):
+            raise UsageError(f"group_size={self.group_size} is not supported; use 32, 64, 128 or None (whole row)")

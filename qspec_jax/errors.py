@@ -1,0 +1,23 @@
+"""The errors a user can cause. Each message says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class QSpecError(Exception):
+    """A failure with a known cause; the command line exits with code 1."""
+
+
+class UsageError(QSpecError, ValueError):
+    """An argument that makes no sense; the command line exits with code 2."""
+
+
+class UnsupportedModelError(QSpecError, ValueError):
+    """A checkpoint of an architecture, or with an option, that is not supported."""
+
+
+class CheckpointError(QSpecError):
+    """A checkpoint that cannot be found, or that is incomplete, damaged or contradicts its config."""
+
+
+class OutOfMemoryError(QSpecError):
+    """A model or a cache that does not fit into the memory of the device."""
