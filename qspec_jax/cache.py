@@ -1,0 +1,83 @@
+"""The key/value cache that draft and verify share.
+
+Each sequence owns ``S`` slots; slot ``p`` holds the keys and values of the token at position ``p``, and
+``lengths`` says how many slots are valid. Writing is by position and needs no notion of append: a
+draft writes its entries provisionally, verification writes the same slots again, and a rejected token
+is forgotten by a shorter length. Nothing is ever copied or cleared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from qspec_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, ``[B, S, KH, HD]`` (stacked layers: with a leading ``L``)."""
+
+    keys: Shaped[Array, "*layers B S KH HD"]
+    values: Shaped[Array, "*layers B S KH HD"]
+
+    def write(
+        self,
+        keys: Float[Array, "B T KH HD"],
+        values: Float[Array, "B T KH HD"],
+        positions: Int32[Array, "B T"],
+    ) -> LayerCache:
+        """Writes the entries of ``T`` tokens at their positions; a position past the last slot is dropped."""
+        rows = jnp.arange(keys.shape[0])[:, None]
+
+        def put(slots: Array, new: Array) -> Array:
+            return slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop", unique_indices=True)
+
+        return LayerCache(put(self.keys, keys), put(self.values, values))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The cache of a whole model.
+
+    Attributes:
+        layers: one ``LayerCache`` per layer, or a single one whose arrays have a leading ``L`` axis.
+        lengths: ``[B]`` int32, valid slots of each sequence.
+    """
+
+    layers: tuple[LayerCache, ...] | LayerCache
+    lengths: Int32[Array, " B"]
+
+    @classmethod
+    def create(cls, config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, stacked: bool) -> KVCache:
+        """An empty cache of ``slots`` positions for each of ``batch`` sequences."""
+        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+
+        def layer(leading: tuple[int, ...]) -> LayerCache:
+            return LayerCache(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
+
+        layers = layer((config.num_layers,)) if stacked else tuple(layer(()) for _ in range(config.num_layers))
+        return cls(layers, jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def stacked(self) -> bool:
+        return isinstance(self.layers, LayerCache)
+
+    @property
+    def slots(self) -> int:
+        """Positions each sequence can hold."""
+        first = self.layers if isinstance(self.layers, LayerCache) else self.layers[0]
+        return first.keys.shape[-3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+
+    def with_lengths(self, lengths: Int32[Array, " B"]) -> KVCache:
+        """The same slots with other lengths: rolls back (or, after a ragged write, fixes) each sequence."""
+        return dataclasses.replace(self, lengths=lengths)

@@ -1,0 +1,271 @@
+"""One decoder-only transformer in Flax NNX that covers the Llama, Mistral and Qwen families by config.
+
+``logits, cache = model(tokens, cache, precision=...)`` runs any number of new tokens per sequence
+against the shared cache. Query, key and value projections are one linear, and so are gate and up.
+
+Layers come in two arrangements. *Unrolled*: one module and one cache array per layer, for kernels that
+read their weights in place. *Scanned* (``scan_layers=True``): one module whose arrays have a leading
+layer axis under ``lax.scan``, for implementations made of XLA operations: it compiles in a fraction of
+the time and keeps the 4-bit weights packed inside a loop, where XLA would otherwise hoist and keep the
+dequantised ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from qspec_jax import rope
+from qspec_jax.cache import KVCache, LayerCache
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.linear import Linear, WeightFormat, float_matmul
+from qspec_jax.types import Precision
+
+LINEAR_NAMES = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype, layers: tuple[int, ...] = ()):
+        self.epsilon = epsilon
+        self.weight = nnx.Param(jnp.ones((*layers, size), dtype))
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype) * self.weight.get_value()
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the cache."""
+
+    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, dtype: jnp.dtype, layers: tuple[int, ...]):
+        self.config = config
+        self.qkv = qkv
+        self.output = output
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+            self.key_norm = RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        *,
+        positions: Int32[Array, "B T"],
+        rotations: tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]],
+        mask: Bool[Array, "B 1 T S"],
+        precision: Precision,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        config = self.config
+        batch, new_tokens, _ = x.shape
+        query_size, key_size, _ = config.qkv_sizes
+        flat = jnp.split(self.qkv(x, precision=precision), (query_size, query_size + key_size), axis=-1)
+        query, key, value = (part.reshape(batch, new_tokens, -1, config.head_dim) for part in flat)
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rope.rotate(query, rotations), rope.rotate(key, rotations)
+        with jax.named_scope("cache_write"):
+            cache = cache.write(key, value, positions)
+        with jax.named_scope("attention"):
+            mixed = jax.nn.dot_product_attention(query, cache.keys, cache.values, mask=mask)
+        return self.output(mixed.reshape(batch, new_tokens, -1), precision=precision), cache
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, *, gate_up: Linear, down: Linear):
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: Float[Array, "B T D"], *, precision: Precision) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(self.gate_up(x, precision=precision), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up, precision=precision)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        formats: Mapping[str, WeightFormat | None],
+        quantization: QuantConfig | None,
+        kernels: str | None,
+        dtype: jnp.dtype,
+        layers: tuple[int, ...] = (),
+    ):
+        def linear(name: str, num_inputs: int, num_outputs: int, bias: bool) -> Linear:
+            return Linear(
+                num_inputs,
+                num_outputs,
+                bias=bias,
+                weight_format=formats[name],
+                quantization=quantization,
+                kernels=kernels,
+                dtype=dtype,
+                layers=layers,
+            )
+
+        hidden, mlp_size = config.hidden_size, config.intermediate_size
+        self.attention_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+        self.attention = Attention(
+            config,
+            qkv=linear("attention.qkv", hidden, sum(config.qkv_sizes), config.qkv_bias),
+            output=linear("attention.output", config.qkv_sizes[0], hidden, config.output_bias),
+            dtype=dtype,
+            layers=layers,
+        )
+        self.mlp_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+        self.mlp = MLP(
+            gate_up=linear("mlp.gate_up", hidden, 2 * mlp_size, config.mlp_bias),
+            down=linear("mlp.down", mlp_size, hidden, config.mlp_bias),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: LayerCache, *, precision: Precision, **shared: object
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        attended, cache = self.attention(self.attention_norm(x), cache, precision=precision, **shared)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x), precision=precision), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    Attributes:
+        embedding: ``[V, D]``; also the LM head where the config ties them.
+        layers: ``num_layers`` modules, or one that holds them all stacked (``scan_layers``).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        quantization: QuantConfig | None = None,
+        formats: Mapping[str, WeightFormat] | None = None,
+        kernels: str | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        scan_layers: bool = True,
+    ):
+        """Allocates the parameters as zeros.
+
+        Args:
+            config: shape and options.
+            quantization: how weights are stored and draft activations quantised; None for float weights.
+            formats: the storage of single linears (keys of ``LINEAR_NAMES``) where it is not that of
+                ``quantization``.
+            kernels: implementation name for the matmuls, None for the best that works.
+            dtype: of embedding, norms, biases, LM head, cache and activations.
+            scan_layers: stack the layers and scan over them (see the module docstring).
+        """
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.scan_layers = scan_layers
+        default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
+        complete = {name: (formats or {}).get(name, default) for name in LINEAR_NAMES}
+        count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.layers = nnx.List(
+            DecoderLayer(
+                config, formats=complete, quantization=quantization, kernels=kernels, dtype=dtype, layers=leading
+            )
+            for _ in range(count)
+        )
+        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+
+    def create_cache(self, *, batch: int, slots: int) -> KVCache:
+        """An empty cache arranged as this model's layers are."""
+        return KVCache.create(self.config, batch=batch, slots=slots, dtype=self.dtype, stacked=self.scan_layers)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        cache: KVCache,
+        *,
+        precision: Precision,
+        logits_at: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
+        """Runs ``T`` new tokens of each sequence, the first of which takes position ``cache.lengths``.
+
+        Args:
+            tokens: the new tokens. Sequences with fewer than ``T`` are padded on the right; the caller
+                then corrects the lengths (``cache.with_lengths``).
+            cache: its slots ``lengths .. lengths + T - 1`` are overwritten.
+            precision: of every linear; static.
+            logits_at: index into ``T`` of the one token per sequence whose logits are wanted.
+
+        Returns:
+            float32 logits (``T_out = T``, or 1 with ``logits_at``), and the cache with ``lengths + T``.
+        """
+        with _exact_float32(self.dtype):
+            hidden, cache = self._hidden(tokens, cache, precision=precision)
+            if logits_at is not None:
+                hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
+            with jax.named_scope("lm_head"):
+                head = self.embedding if self.lm_head is None else self.lm_head
+                return float_matmul(self.final_norm(hidden), head.get_value()), cache
+
+    def _hidden(
+        self, tokens: Int32[Array, "B T"], cache: KVCache, *, precision: Precision
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        new_tokens = tokens.shape[1]
+        positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
+        shared = {
+            "positions": positions,
+            "rotations": rope.rotation(positions, rope.inverse_frequencies(self.config)),
+            "mask": attention_mask(positions, slots=cache.slots, window=self.config.sliding_window),
+            "precision": precision,
+        }
+        x = jnp.take(self.embedding.get_value(), tokens, axis=0)
+        if isinstance(cache.layers, LayerCache):
+            x, layers = self._scan(x, cache.layers, shared)
+        else:
+            written = []
+            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+                x, layer_cache = layer(x, layer_cache, **shared)
+                written.append(layer_cache)
+            layers = tuple(written)
+        return x, KVCache(layers, cache.lengths + new_tokens)
+
+    def _scan(
+        self, x: Float[Array, "B T D"], stacked: LayerCache, shared: dict[str, object]
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        graph, parameters = nnx.split(self.layers[0])
+
+        # The cache travels in the carry and is updated in place; as a scan output it would be copied.
+        def one_layer(carry: tuple[Array, LayerCache], inputs: tuple[Array, nnx.State]):
+            x, stacked = carry
+            index, layer_parameters = inputs
+            layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
+            x, layer_cache = nnx.merge(graph, layer_parameters)(x, layer_cache, **shared)
+            stacked = jax.tree.map(
+                lambda all_layers, one: lax.dynamic_update_index_in_dim(all_layers, one, index, 0), stacked, layer_cache
+            )
+            return (x, stacked), None
+
+        (x, stacked), _ = lax.scan(one_layer, (x, stacked), (jnp.arange(self.config.num_layers), parameters))
+        return x, stacked
+
+
+def attention_mask(positions: Int32[Array, "B T"], *, slots: int, window: int | None) -> Bool[Array, "B 1 T S"]:
+    """True where a token may attend: to its own slot and earlier ones, within the sliding window."""
+    distance = positions[:, None, :, None] - jnp.arange(slots, dtype=jnp.int32)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _exact_float32(dtype: jnp.dtype) -> contextlib.AbstractContextManager[object]:
+    """In float32, keeps accelerators from rounding matmul operands to tf32 or bf16."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()

@@ -1,0 +1,61 @@
+"""Round-to-nearest: each group of a weight gets the grid that spans it, each weight its nearest point.
+
+No calibration data and no error compensation.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.packing import (
+    MAX_CODE,
+    SYMMETRIC_ZERO_POINT,
+    QuantizedWeight,
+    check_group_size,
+    pack_codes,
+)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "symmetric"))
+def quantize_rtn(
+    weight: Float[Array, "N K"], *, group_size: int | None = None, symmetric: bool = False
+) -> QuantizedWeight:
+    """Rounds a weight to 4 bits.
+
+    Symmetric: ``scale = absmax / 7``, codes ``8 + round(w / scale)``. Asymmetric: the grid runs from the
+    minimum to the maximum of the group. Codes are rounded against the float16 scale and offset that are
+    stored, so the error is at most half a step.
+
+    Args:
+        weight: ``[N, K]``, any float dtype.
+        group_size: inputs per scale, None for the whole row.
+        symmetric: no offset.
+
+    Raises:
+        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do.
+    """
+    num_outputs, num_inputs = weight.shape
+    group_size = group_size or num_inputs
+    check_group_size(num_inputs, group_size)
+    groups = weight.astype(jnp.float32).reshape(num_outputs, num_inputs // group_size, group_size)
+    if symmetric:
+        scale = (jnp.abs(groups).max(-1) / (SYMMETRIC_ZERO_POINT - 1)).astype(jnp.float16)
+        stored_offset = None
+        offset = SYMMETRIC_ZERO_POINT * scale.astype(jnp.float32)
+    else:
+        low, high = groups.min(-1), groups.max(-1)
+        scale = ((high - low) / MAX_CODE).astype(jnp.float16)
+        stored_offset = (-low).astype(jnp.float16)
+        offset = stored_offset.astype(jnp.float32)
+    # A constant group has no step; any positive one gives it the code of its offset.
+    step = jnp.where(scale == 0, jnp.float32(1.0), scale.astype(jnp.float32))
+    codes = jnp.clip(jnp.round((groups + offset[..., None]) / step[..., None]), 0, MAX_CODE)
+    return QuantizedWeight(
+        packed=pack_codes(codes.astype(jnp.uint8).reshape(num_outputs, num_inputs)),
+        scale=scale.T,
+        offset=None if stored_offset is None else stored_offset.T,
+    )

@@ -1,0 +1,48 @@
+"""Rotary position embedding (Su et al., 2021), in the half-rotation form of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from qspec_jax.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> Float32[np.ndarray, " half_HD"]:
+    """Radians per position of each rotary pair, after the config's scaling.
+
+    ``llama3`` scaling follows the Llama 3.1 release: wavelengths beyond
+    ``original_max_position_embeddings / low_freq_factor`` are stretched by ``factor``, those below
+    ``original_max_position_embeddings / high_freq_factor`` are kept, and those between are blended.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return (frequencies / np.float32(scaling.factor)).astype(np.float32)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rotation(
+    positions: Int32[Array, "B T"], frequencies: Float32[np.ndarray, " half_HD"]
+) -> tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]]:
+    """Cosine and sine of every token's rotation, broadcastable over heads."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T heads HD"],
+    rotations: tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]],
+) -> Float[Array, "B T heads HD"]:
+    """Rotates each pair ``(x[i], x[i + HD/2])``, in float32."""
+    cosine, sine = rotations
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x.dtype)
