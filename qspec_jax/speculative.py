@@ -1,0 +1,240 @@
+"""Self-speculative decoding with two precisions: one cycle of QSpec, and the loop over cycles.
+
+Algorithm (QSpec, Zhao et al., EMNLP 2025, section 3; greedy form). With ``n`` tokens in the cache and
+one more, the last, that is not in it yet:
+
+1. *draft*: starting from the last token, decode ``draft_length`` tokens ``d_1 .. d_gamma`` at the cheap
+   precision. Their keys and values go into slots ``n .. n + gamma - 1``, provisionally.
+2. *verify*: run the last token and all drafts in one pass at the accurate precision. It rewrites slots
+   ``n .. n + gamma``, so that no entry of the draft survives, and yields the tokens ``t_1 .. t_{gamma+1}``
+   that the accurate precision would have chosen after each of them.
+3. *accept*: keep drafts up to the first ``d_i != t_i``; ``t`` supplies the token after them, so a cycle
+   yields between 1 and ``gamma + 1`` tokens, all chosen by the accurate precision. Rejection only
+   shortens the cache.
+
+Plain decoding is the same loop with ``draft_length = 0``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from qspec_jax.cache import KVCache
+from qspec_jax.modeling import Decoder
+from qspec_jax.types import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingPlan:
+    """What one cycle does; static under jit.
+
+    Attributes:
+        verify: the precision whose output is produced.
+        draft: the precision of the drafts, None for plain decoding.
+        draft_length: gamma, drafts per cycle; 0 for plain decoding.
+        stop_tokens: a sequence ends with the first of these.
+    """
+
+    verify: Precision
+    draft: Precision | None = None
+    draft_length: int = 0
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.draft is None) != (self.draft_length == 0):
+            raise ValueError("a plan has a draft precision if, and only if, its draft_length is positive")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes from cycle to cycle. All counts are per sequence.
+
+    Attributes:
+        cache: valid up to, and without, ``last_token``.
+        last_token: ``[B]`` int32, the newest token of each sequence.
+        tokens: ``[B, capacity]`` int32, the generated tokens.
+        num_tokens: ``[B]`` int32, how many of them are set.
+        max_new_tokens: ``[B]`` int32, at most ``capacity``.
+        finished: ``[B]`` bool, a stop token was generated or ``max_new_tokens`` reached.
+        cycles: ``[B]`` int32, cycles run before the sequence finished.
+        drafted: ``[B]`` int32, drafts made in these cycles.
+        accepted: ``[B]`` int32, drafts that the verification agreed with. Drafts of the last cycle beyond
+            a stop count as drafted and accepted although they are not emitted.
+    """
+
+    cache: KVCache
+    last_token: Int32[Array, " B"]
+    tokens: Int32[Array, "B capacity"]
+    num_tokens: Int32[Array, " B"]
+    max_new_tokens: Int32[Array, " B"]
+    finished: Bool[Array, " B"]
+    cycles: Int32[Array, " B"]
+    drafted: Int32[Array, " B"]
+    accepted: Int32[Array, " B"]
+
+
+def choose(logits: Float32[Array, "*batch V"]) -> Int32[Array, "*batch"]:
+    """Greedy choice: the lowest of the most likely tokens."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def prefill(
+    model: Decoder,
+    prompts: Int32[Array, "B T"],
+    prompt_lengths: Int32[Array, " B"],
+    max_new_tokens: Int32[Array, " B"],
+    *,
+    plan: DecodingPlan,
+    slots: int,
+    capacity: int,
+) -> DecodeState:
+    """Runs the prompts at the verify precision and chooses the first new token of each.
+
+    Args:
+        model: the decoder.
+        prompts: token ids, padded on the right.
+        prompt_lengths: valid tokens of each prompt, at least 1.
+        max_new_tokens: tokens to generate for each, at least 1 and at most ``capacity``.
+        plan: precisions and stop tokens.
+        slots: cache positions per sequence.
+        capacity: width of the output.
+    """
+    batch = prompts.shape[0]
+    cache = model.create_cache(batch=batch, slots=slots)
+    logits, cache = model(prompts, cache, precision=plan.verify, logits_at=prompt_lengths - 1)
+    first = choose(logits[:, 0])
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return DecodeState(
+        cache=cache.with_lengths(prompt_lengths),
+        last_token=first,
+        tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first),
+        num_tokens=zeros + 1,
+        max_new_tokens=max_new_tokens,
+        finished=is_stop(first, plan.stop_tokens) | (max_new_tokens <= 1),
+        cycles=zeros,
+        drafted=zeros,
+        accepted=zeros,
+    )
+
+
+def draft(
+    model: Decoder, last_token: Int32[Array, " B"], cache: KVCache, *, precision: Precision, draft_length: int
+) -> tuple[Int32[Array, "B gamma"], KVCache]:
+    """Decodes ``draft_length`` tokens one by one at the cheap precision."""
+
+    def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
+        token, cache = carry
+        logits, cache = model(token[:, None], cache, precision=precision)
+        token = choose(logits[:, 0])
+        return (token, cache), token
+
+    (_, cache), tokens = lax.scan(step, (last_token, cache), length=draft_length)
+    return tokens.T, cache
+
+
+def verify(
+    model: Decoder,
+    last_token: Int32[Array, " B"],
+    draft_tokens: Int32[Array, "B gamma"],
+    cache: KVCache,
+    *,
+    precision: Precision,
+) -> tuple[Int32[Array, "B gamma_plus_1"], KVCache]:
+    """The tokens the accurate precision chooses after the last token and after each draft.
+
+    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten.
+    """
+    tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
+    logits, cache = model(tokens, cache, precision=precision)
+    return choose(logits), cache
+
+
+def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
+    """How many leading drafts equal the verified choice at their position."""
+    agrees = (draft_tokens == target_tokens[:, :-1]).astype(jnp.int32)
+    return jnp.cumprod(agrees, axis=1).sum(axis=1)
+
+
+def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
+    """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens."""
+    start = state.cache.lengths
+    cache = state.cache
+    draft_tokens = jnp.zeros((start.shape[0], 0), jnp.int32)
+    if plan.draft is not None:
+        with jax.named_scope("draft"):
+            draft_tokens, cache = draft(
+                model, state.last_token, cache, precision=plan.draft, draft_length=plan.draft_length
+            )
+    with jax.named_scope("verify"):
+        cache = cache.with_lengths(start)
+        target_tokens, cache = verify(model, state.last_token, draft_tokens, cache, precision=plan.verify)
+    with jax.named_scope("accept"):
+        num_accepted = accept(draft_tokens, target_tokens)
+        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, plan=plan)
+
+
+def emit(
+    state: DecodeState,
+    start: Int32[Array, " B"],
+    target_tokens: Int32[Array, "B gamma_plus_1"],
+    num_accepted: Int32[Array, " B"],
+    *,
+    plan: DecodingPlan,
+) -> DecodeState:
+    """Appends the accepted tokens and the one after them, cut at a stop token and at the token limit.
+
+    ``start`` is the cache length before the cycle; the length after it counts the tokens kept.
+    """
+    batch, width = target_tokens.shape
+    index = jnp.arange(width, dtype=jnp.int32)
+    stops = is_stop(target_tokens, plan.stop_tokens)
+    stops_seen = jnp.cumsum(stops.astype(jnp.int32), axis=1)
+    up_to_stop = (stops_seen == 0) | (stops & (stops_seen == 1))
+    room = state.max_new_tokens - state.num_tokens
+    kept = (index <= num_accepted[:, None]) & up_to_stop & (index < room[:, None]) & ~state.finished[:, None]
+    num_kept = kept.astype(jnp.int32).sum(axis=1)
+    active = ~state.finished
+    counted = active.astype(jnp.int32)
+
+    rows = jnp.arange(batch)[:, None]
+    columns = jnp.where(kept, state.num_tokens[:, None] + index, state.tokens.shape[1])
+    newest = jnp.take_along_axis(target_tokens, jnp.maximum(num_kept - 1, 0)[:, None], axis=1)[:, 0]
+    return dataclasses.replace(
+        state,
+        cache=state.cache.with_lengths(start + num_kept),
+        last_token=jnp.where(active, newest, state.last_token),
+        tokens=state.tokens.at[rows, columns].set(target_tokens, mode="drop"),
+        num_tokens=state.num_tokens + num_kept,
+        finished=state.finished | (kept & stops).any(axis=1) | (num_kept >= room),
+        cycles=state.cycles + counted,
+        drafted=state.drafted + counted * plan.draft_length,
+        accepted=state.accepted + counted * num_accepted,
+    )
+
+
+def generate(model: Decoder, state: DecodeState, max_cycles: Int32[Array, ""], *, plan: DecodingPlan) -> DecodeState:
+    """Runs cycles on the device until every sequence has finished, or ``max_cycles`` of them."""
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
+        count, state = carry
+        return (count < max_cycles) & ~state.finished.all()
+
+    def one_cycle(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        count, state = carry
+        return count + 1, cycle(model, state, plan=plan)
+
+    return lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))[1]
+
+
+def is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
+    """Whether each token ends its sequence."""
+    stops = jnp.zeros(tokens.shape, bool)
+    for token in stop_tokens:
+        stops = stops | (tokens == token)
+    return stops
