@@ -112,13 +112,13 @@ class ModelConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+            head_dim=config.get("head_dim") or (128 if qwen3 else config["hidden_size"] // num_heads),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_window=_sliding_window(config, architecture),
             qkv_bias=attention_bias or qwen2,
-            output_bias=attention_bias,
+            output_bias=attention_bias and not qwen2,
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=qwen3,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -144,7 +144,8 @@ def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
     problems = []
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         problems.append(f"hidden_act={activation!r} (supported: silu)")
-    if (partial := config.get("partial_rotary_factor", 1.0)) != 1.0:
+    rope = config.get("rope_parameters") or {}
+    if (partial := config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={partial} (supported: 1.0)")
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method", "unknown")
@@ -163,33 +164,38 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return float(theta), None
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in needed:
+        raise UnsupportedModelError(f"config.json: rope scaling {kind!r} is not supported; supported: linear, llama3")
+    if missing := [key for key in needed[kind] if parameters.get(key) is None]:
+        raise UnsupportedModelError(f"config.json: rope scaling {kind!r} lacks {', '.join(missing)}")
+    numbers = {key: float(parameters[key]) for key in needed[kind]}
     if kind == "linear":
-        return float(theta), RopeScaling("linear", float(parameters["factor"]))
-    if kind == "llama3":
-        return float(theta), RopeScaling(
-            "llama3",
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"config.json: rope scaling {kind!r} is not supported; supported: linear, llama3")
+        return float(theta), RopeScaling("linear", numbers["factor"])
+    original = int(numbers.pop("original_max_position_embeddings"))
+    return float(theta), RopeScaling("llama3", original_max_position_embeddings=original, **numbers)
 
 
 def _sliding_window(config: Mapping[str, Any], architecture: str) -> int | None:
     window = config.get("sliding_window")
-    if window is None:
+    if window is None or architecture == "LlamaForCausalLM":
         return None
     if architecture.startswith("Qwen"):
         if not config.get("use_sliding_window", False):
             return None
-        kinds = set(config.get("layer_types") or [])
-        mixed = kinds == {"sliding_attention", "full_attention"}
-        if mixed or (not kinds and 0 < config.get("max_window_layers", 0) < config["num_hidden_layers"]):
+        num_full = config.get("max_window_layers", 28)  # without layer_types, the first ones
+        kinds = set(config.get("layer_types") or []) or {
+            "full_attention" if layer < num_full else "sliding_attention"
+            for layer in range(config["num_hidden_layers"])
+        }
+        if len(kinds) > 1:
             raise UnsupportedModelError(
                 "config.json mixes sliding and full attention layers; supported: the same attention in every layer"
             )
-        if kinds == {"full_attention"} or config.get("max_window_layers", 0) >= config["num_hidden_layers"]:
+        if kinds == {"full_attention"}:
             return None
     return int(window)
 

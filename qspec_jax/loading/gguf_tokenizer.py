@@ -1,0 +1,229 @@
+"""Builds the tokenizer that a GGUF file describes, out of its metadata.
+
+A GGUF file holds the vocabulary, the merges or scores and the ids of the special tokens, but not the rules
+that cut text into words: those it only names (``tokenizer.ggml.pre``), and the tables here spell them
+out. Two models are covered: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE with byte fallback).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qspec_jax.errors import CheckpointError, UnsupportedModelError
+from qspec_jax.loading.gguf import GGUFFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# Token types of the format.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_SPACE_MARK = "▁"
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3_WORDS = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Words(NamedTuple):
+    """How a byte-level vocabulary cuts text into words before merging.
+
+    Attributes:
+        split: regular expression of a word, None for the one of GPT-2.
+        single_digits: digits are cut apart first.
+        compose: text is brought into Unicode's composed form (NFC) first.
+        whole_words: a word that is a token is taken as it is, even if no merges lead to it.
+        adds_bos: a text begins with the BOS token unless the file says otherwise.
+    """
+
+    split: str | None = None
+    single_digits: bool = False
+    compose: bool = False
+    whole_words: bool = False
+    adds_bos: bool = False
+
+
+_GPT2 = _Words()
+_LLAMA3 = _Words(_LLAMA3_WORDS, whole_words=True, adds_bos=True)
+_QWEN2 = _Words(_QWEN2_WORDS, compose=True)
+_WORDS = {
+    "gpt-2": _GPT2,
+    "gpt2": _GPT2,
+    "smollm": _Words(single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _Words(_TEKKEN_WORDS, whole_words=True, adds_bos=True),
+}
+
+
+def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, as a transformers one, with its special tokens and chat template.
+
+    Raises:
+        CheckpointError: the file holds no vocabulary, or a damaged one.
+        UnsupportedModelError: the vocabulary is of a kind, or cut into words by rules, not supported.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = _Metadata(file.path, file.metadata)
+    tokens: Sequence[str] = metadata.required("tokens")
+    model = metadata.required("model")
+    if model == "gpt2":
+        words = _words(file.path, metadata.get("pre", "gpt-2"))
+        tokenizer, adds_bos = _byte_level(metadata, tokens, words), words.adds_bos
+    elif model == "llama":
+        tokenizer, adds_bos = _sentencepiece(metadata, tokens), True
+    else:
+        raise UnsupportedModelError(f"{file.path}: tokenizer model {model!r} is not supported; supported: gpt2, llama")
+    _add_whole_tokens(tokenizer, tokens, metadata.get("token_type", ()))
+    special = {name: metadata.token(key, tokens) for name, key in _SPECIAL_TOKENS.items()}
+    if metadata.get("add_bos_token", adds_bos) and special["bos_token"] is not None:
+        _prepend(tokenizer, special["bos_token"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+class _Metadata(NamedTuple):
+    """The ``tokenizer.ggml`` part of a file's metadata."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(f"tokenizer.ggml.{key}", default)
+
+    def required(self, key: str) -> Any:
+        if (value := self.get(key)) is None:
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.{key} is missing; put the model's tokenizer.json and "
+                "tokenizer_config.json beside the file"
+            )
+        return value
+
+    def token(self, key: str, tokens: Sequence[str]) -> str | None:
+        token_id: int | None = self.get(key)
+        if token_id is None:
+            return None
+        if not 0 <= token_id < len(tokens):
+            raise CheckpointError(f"{self.path}: tokenizer.ggml.{key}={token_id} is outside the {len(tokens)} tokens")
+        return tokens[token_id]
+
+
+def _words(path: Path, name: str) -> _Words:
+    if name not in _WORDS:
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.pre={name!r} is not supported; supported: {', '.join(_WORDS)}; or put the "
+            "model's tokenizer.json and tokenizer_config.json beside the file"
+        )
+    return _WORDS[name]
+
+
+def _byte_level(metadata: _Metadata, tokens: Sequence[str], words: _Words) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = _listed_merges(metadata.path, metadata.required("merges"))
+    tokenizer = Tokenizer(_bpe(metadata.path, models.BPE, tokens, merges, ignore_merges=words.whole_words))
+    steps: list[Any] = []
+    if words.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(words.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    if words.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _sentencepiece(metadata: _Metadata, tokens: Sequence[str]) -> Tokenizer:
+    """As the ``tokenizer.json`` of Llama 2 and Mistral 7B: spaces become marks, unknown characters bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    if (listed := metadata.get("merges")) is not None:
+        merges = _listed_merges(metadata.path, listed)
+    else:
+        types = metadata.get("token_type", [_NORMAL] * len(tokens))
+        merges = list(_merges_of_scores(tokens, metadata.required("scores"), types))
+    unknown = metadata.token("unknown_token_id", tokens)
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(_bpe(metadata.path, models.BPE, tokens, merges, **options))
+    steps: list[Any] = [normalizers.Replace(" ", _SPACE_MARK)]
+    undo: list[Any] = [decoders.Replace(_SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend(_SPACE_MARK))
+        undo.append(decoders.Strip(" ", left=1, right=0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
+    return tokenizer
+
+
+def _bpe(path: Path, model: Any, tokens: Sequence[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+    try:
+        return model(vocab={token: token_id for token_id, token in enumerate(tokens)}, merges=merges, **options)
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(f"{path}: the vocabulary and its merges do not fit: {error}") from error
+
+
+def _listed_merges(path: Path, merges: Sequence[str]) -> list[tuple[str, str]]:
+    if bad := [merge for merge in merges if merge.count(" ") != 1]:
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges has entries that are not two tokens: {bad[:3]}")
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+
+
+def _merges_of_scores(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> Iterator[tuple[str, str]]:
+    """The merges that SentencePiece's rule implies: of all pairs that form a token, the best score first."""
+    normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
+    for token in sorted(normal, key=normal.__getitem__, reverse=True):
+        for cut in range(len(token) - 1, 0, -1):
+            if token[:cut] in normal and token[cut:] in normal:
+                yield token[:cut], token[cut:]
+
+
+def _add_whole_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Keeps control and user-defined tokens whole in a text; only the former are skipped in decoding."""
+    from tokenizers import AddedToken
+
+    special, plain = (
+        [
+            AddedToken(token, normalized=False, special=_CONTROL in kinds)
+            for token, kind in zip(tokens, types, strict=False)
+            if kind in kinds
+        ]
+        for kinds in ((_UNKNOWN, _CONTROL), (_USER_DEFINED,))
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+
+
+def _prepend(tokenizer: Tokenizer, bos_token: str) -> None:
+    from tokenizers import processors
+
+    special = [(bos_token, tokenizer.token_to_id(bos_token))]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=special
+    )

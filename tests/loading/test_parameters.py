@@ -1,0 +1,75 @@
+"""Which tensors a model has, and how a checkpoint that does not have them is reported."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoints import ARCHITECTURES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB, hf_config, hf_tensors
+
+from qspec_jax.config import ModelConfig
+from qspec_jax.errors import CheckpointError
+from qspec_jax.loading.parameters import FoundTensor, TensorEntry, check_entries, expected_parameters
+
+
+def found(config: ModelConfig) -> list[FoundTensor]:
+    return [
+        FoundTensor(f"file.{name}", name, TensorEntry(spec.shape, lambda: np.zeros(0)))
+        for name, spec in expected_parameters(config).items()
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_as_many_and_as_large_as_those_of_transformers(architecture, tied):
+    config = hf_config(architecture, tie_word_embeddings=tied)
+    expected = expected_parameters(ModelConfig.from_hf(config))
+    theirs = sorted(tensor.shape for tensor in hf_tensors(config).values())
+    assert sorted(spec.shape for spec in expected.values()) == theirs
+
+
+def test_names_shapes_and_kinds():
+    config = ModelConfig.from_hf(hf_config("Qwen3ForCausalLM", attention_bias=True))
+    specs = {name: (spec.shape, spec.kind) for name, spec in expected_parameters(config).items()}
+    assert specs["embedding.weight"] == specs["lm_head.weight"] == ((VOCAB, HIDDEN), "embedding")
+    assert specs["layers.1.attention.query.weight"] == ((HEADS * HEAD_DIM, HIDDEN), "linear")
+    assert specs["layers.1.attention.key.bias"] == ((KV_HEADS * HEAD_DIM,), "bias")
+    assert specs["layers.0.attention.query_norm.weight"] == ((HEAD_DIM,), "norm")
+    assert specs["layers.0.mlp.down.weight"] == ((HIDDEN, MLP), "linear")
+
+
+def test_fitting_tensors_come_back_in_the_order_of_the_model():
+    config = ModelConfig.from_hf(hf_config())
+    entries = check_entries(config, reversed(found(config)), path=Path("model"))
+    assert list(entries) == list(expected_parameters(config))
+
+
+def test_all_problems_are_listed_at_once():
+    config = ModelConfig.from_hf(hf_config())
+    tensors = {tensor.name: tensor for tensor in found(config)}
+    read = tensors["embedding.weight"].entry.read
+    del tensors["final_norm.weight"]
+    tensors["lm_head.weight"] = FoundTensor("file.lm_head", "lm_head.weight", TensorEntry((1, 2), read))
+    tensors["embedding.weight"] = FoundTensor(
+        "file.embedding", "embedding.weight", TensorEntry((VOCAB, HIDDEN), read), "is I64 (supported: F32)"
+    )
+    extra = [
+        FoundTensor("file.adapter", None, TensorEntry((3,), read)),
+        FoundTensor("file.twice", "layers.0.mlp.up.weight", TensorEntry((MLP, HIDDEN), read)),
+        FoundTensor("file.layer9", "layers.9.mlp.up.weight", TensorEntry((MLP, HIDDEN), read)),
+    ]
+    with pytest.raises(CheckpointError) as caught:
+        check_entries(config, [*tensors.values(), *extra], path=Path("some/model"))
+    message = str(caught.value)
+    assert message.startswith("some/model: ")
+    assert "unknown (2): file.adapter, file.layer9" in message
+    assert "missing (1): final_norm.weight" in message
+    assert "duplicate (1): file.twice (as file.layers.0.mlp.up.weight)" in message
+    assert f"wrong shape (1): file.lm_head is [1, 2], expected [{VOCAB}, {HIDDEN}]" in message
+    assert "wrong dtype (1): file.embedding is I64 (supported: F32)" in message
+
+
+def test_long_lists_are_cut_with_a_count():
+    config = ModelConfig.from_hf(hf_config())
+    with pytest.raises(CheckpointError, match=r"missing \(\d+\): .*, and \d+ more") as caught:
+        check_entries(config, [], path=Path("model"))
+    assert len(str(caught.value)) < 1000

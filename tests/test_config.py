@@ -1,0 +1,181 @@
+"""The config of a checkpoint: what it says is honoured, as transformers reads it, or refused."""
+
+import dataclasses
+
+import pytest
+
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.errors import UnsupportedModelError, UsageError
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(**changes) -> ModelConfig:
+    return ModelConfig.from_hf(BASE | changes)
+
+
+def test_defaults_are_those_of_llama():
+    config = read()
+    assert (config.num_kv_heads, config.head_dim, config.qkv_sizes) == (4, 16, (64, 64, 64))
+    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
+    assert not any((config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm, config.tie_word_embeddings))
+    assert (config.bos_token_id, config.eos_token_ids, config.sliding_window) == (None, (), None)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "changes", [{"num_key_value_heads": 4}, {"num_key_value_heads": 2, "tie_word_embeddings": True}]
+)
+def test_shapes_equal_those_that_transformers_understands(architecture, changes):
+    transformers = pytest.importorskip("transformers")
+    name = f"{architecture}ForCausalLM"
+    theirs = getattr(transformers, f"{architecture}Config")(**BASE | {"architectures": [name]} | changes)
+    ours = ModelConfig.from_hf(theirs.to_diff_dict() | {"architectures": [name]})
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases"),
+    [
+        ({}, (False, False, False)),
+        ({"attention_bias": True, "mlp_bias": True}, (True, True, True)),
+        ({"architectures": ["Qwen2ForCausalLM"]}, (True, False, False)),
+        ({"architectures": ["Qwen2ForCausalLM"], "attention_bias": True}, (True, False, False)),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, (True, True, False)),
+    ],
+)
+def test_biases(changes, biases):
+    config = read(**changes)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == biases
+
+
+def test_qwen3_has_head_norms_and_its_own_head_size():
+    config = read(architectures=["Qwen3ForCausalLM"])
+    assert config.qk_norm
+    assert config.head_dim == 128
+
+
+def test_the_model_type_stands_in_for_a_missing_architecture():
+    assert ModelConfig.from_hf({**BASE, "architectures": None, "model_type": "qwen3"}).qk_norm
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ()), (3, (3,)), ([3, 4], (3, 4))])
+def test_end_tokens(given, expected):
+    assert read(eos_token_id=given).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+    ],
+)
+def test_rotary_embedding_in_both_spellings(changes, theta, scaling):
+    config = read(**changes)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, 32),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, None),
+        ({"sliding_window": 32}, None),  # Llama has none
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}, None),
+        ({"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 4}, None),
+        ({"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}, 32),
+        ({"sliding_window": 32, "use_sliding_window": True, "layer_types": ["full_attention"] * 4}, None),
+        (
+            {
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention"] * 4,
+                "max_window_layers": 4,
+            },
+            32,
+        ),
+    ],
+)
+def test_sliding_window(changes, window):
+    qwen = {"architectures": ["Qwen2ForCausalLM"]} if "use_sliding_window" in changes else {}
+    assert read(**qwen, **changes).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+        ({"architectures": None}, r"names nothing.*supported: LlamaForCausalLM"),
+        ({"hidden_size": None, "vocab_size": "many"}, r"missing or not an integer: vocab_size, hidden_size"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(supported: silu\)"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quant_method='awq'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"'yarn' is not supported; supported: linear, llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"'llama3' lacks low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": {"type": "linear"}}, r"'linear' lacks factor"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, r"=4 is not a multiple of num_key_value_heads=3"),
+        ({"head_dim": 15}, r"head_dim=15 must be positive and even"),
+        ({"num_hidden_layers": 0}, r"num_layers=0 must be positive"),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 2,
+            },
+            r"mixes sliding and full attention",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named_with_what_is(changes, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        read(**changes)
+
+
+def test_all_unsupported_options_are_named_at_once():
+    with pytest.raises(UnsupportedModelError, match=r"hidden_act.*; quantization_config"):
+        read(hidden_act="gelu", quantization_config={"quant_method": "gptq"})
+
+
+def test_configurations_are_values():
+    assert hash(read()) == hash(read())
+    assert hash(QuantConfig()) == hash(QuantConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantConfig().group_size = 64
+
+
+@pytest.mark.parametrize("group_size", [0, 16, 48, 256])
+def test_group_sizes_that_are_not_supported(group_size):
+    with pytest.raises(UsageError, match="use 32, 64, 128 or None"):
+        QuantConfig(group_size=group_size)
+
+
+@pytest.mark.parametrize("options", [{"group_size": 0}, {"clip_ratio": 0.0}, {"clip_ratio": 1.5}])
+def test_activation_quantisation_that_makes_no_sense(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        ActivationQuantization(**options)

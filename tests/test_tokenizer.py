@@ -1,0 +1,298 @@
+"""Tokenizers: the demo model's out of its GGUF file, SentencePiece ones, and decoding piece by piece."""
+
+import json
+import random
+
+import gguf
+import pytest
+
+from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
+from qspec_jax.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = [
+    "Hello, world!",
+    "  two spaces, a\ttab\r\nand\n\n\nlines  ",
+    "naïve façade — “quotes” … 東京は日本の首都です。 Привет, мир",
+    "emoji 😀👩‍👩‍👧‍👦🇩🇪 and a\u0301 combining",
+    "def f(x: int) -> str:\n    return f'{x:>10}' if x != 3.14 else \"\\\\\"\n",
+    "1234567890 + 0x1F = 1e-5",
+    "I'll say they've, it's DON'T",
+    "",
+]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf) -> Tokenizer:
+    return load_tokenizer(demo_gguf)
+
+
+def write_vocabulary(path, tokens, types, **metadata):
+    """A GGUF file with nothing but a vocabulary; ``metadata`` are keys of ``tokenizer.ggml``."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if template := metadata.pop("chat_template", None):
+        writer.add_chat_template(template)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for key, value in metadata.items():
+        adders[type(value)](f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def sentencepiece_path(tmp_path):
+    """A little Llama 2 vocabulary: bytes, letters, and pieces with scores."""
+
+    def write(name="model.gguf", **changes):
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
+        scores = [0.0] * 259
+        pieces = ["▁t", "he", "▁the", "▁c", "at", "▁cat", "s", "ca", "▁", "t", "h", "e", "c", "a", "<think>"]
+        tokens, scores = tokens + pieces, scores + [-float(rank) for rank in range(len(pieces))]
+        types += [NORMAL] * (len(pieces) - 1) + [USER_DEFINED]
+        options = {"model": "llama", "pre": "default", "scores": scores, "chat_template": CHAT_TEMPLATE}
+        options |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+        return write_vocabulary(tmp_path / name, tokens, types, **options | changes)
+
+    return write
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_unchanged(demo, text):
+    assert demo.decode(demo.encode(text)) == text
+
+
+def test_digits_are_single_tokens(demo):
+    assert [demo.decode([token_id]) for token_id in demo.encode("1234")] == ["1", "2", "3", "4"]
+
+
+def test_known_ids_of_the_demo_model(demo):
+    """Another rule for words, or another order of merges, would give others."""
+    assert demo.encode("Hello, world!") == [19556, 28, 905, 17]
+    assert demo.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+
+
+def test_special_tokens_stay_whole_and_are_left_out_of_text(demo):
+    ids = demo.encode("a<|im_end|>b")
+    assert ids[1:-1] == [2]
+    assert demo.decode(ids) == "ab"
+
+
+def test_chat_prompt_is_the_chatml_of_the_demo_model(demo):
+    ids = demo.apply_chat([{"role": "user", "content": "Hi"}])
+    expected = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert demo.has_chat_template
+    assert ids == demo.encode(expected)
+    assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
+
+
+def test_a_system_message_replaces_the_default(demo):
+    ids = demo.apply_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert demo.decode(ids).startswith("system\nBe brief.\nuser\nHi\n")
+
+
+def test_sizes_and_end_tokens_of_the_demo_model(demo):
+    assert demo.vocab_size == 49152
+    assert demo.eos_token_ids == (2,)
+
+
+def pieces_of(tokenizer, ids, generator):
+    decoder, start = tokenizer.stream_decoder(), 0
+    while start < len(ids):
+        length = generator.randint(1, 5)
+        yield decoder.push(ids[start : start + length])
+        start += length
+    yield decoder.finish()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streamed_text_equals_decoded_text_for_any_tokens(demo, seed):
+    """Random tokens split and break UTF-8 sequences in every way."""
+    generator = random.Random(seed)
+    ids = [generator.randrange(demo.vocab_size) for _ in range(200)]
+    assert "".join(pieces_of(demo, ids, generator)) == demo.decode(ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_piece_holds_half_a_character(demo, text):
+    pieces = list(pieces_of(demo, demo.encode(text), random.Random(0)))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_is_streamed_as_soon_as_it_is_certain(demo):
+    decoder = demo.stream_decoder()
+    pieces = [decoder.push([token_id]) for token_id in demo.encode("Hello 😀!")]
+    assert pieces == ["Hello", " ", "😀", "!"]  # the second token is a space and half of the emoji
+    assert decoder.finish() == ""
+
+
+def test_a_finished_decoder_starts_afresh(demo):
+    decoder = demo.stream_decoder()
+    half = demo.encode("😀")[:1]
+    assert decoder.push(half) == ""
+    assert decoder.finish() == "\ufffd"
+    assert decoder.push(demo.encode("Hello")) == "Hello"
+
+
+def test_sentencepiece_follows_the_scores(sentencepiece_path):
+    tokenizer = load_tokenizer(sentencepiece_path())
+    tokens = tokenizer._backend.convert_ids_to_tokens(tokenizer.encode("the cats"))
+    assert tokens == ["<s>", "▁the", "▁cat", "s"]
+
+
+@pytest.mark.parametrize("text", ["the cats", " the", "é😀 the\n\n", "tea  x", "<think>the"])
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_text_comes_back_unchanged(sentencepiece_path, text, add_space_prefix):
+    tokenizer = load_tokenizer(sentencepiece_path(add_space_prefix=add_space_prefix))
+    # What follows a token that is kept whole is a text of its own, with its own leading space.
+    expected = text.replace("<think>", "<think> ") if add_space_prefix else text
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_sentencepiece_adds_bos_unless_told_otherwise(sentencepiece_path):
+    assert load_tokenizer(sentencepiece_path()).encode("the")[0] == 1
+    assert 1 not in load_tokenizer(sentencepiece_path("plain.gguf", add_bos_token=False)).encode("the")
+
+
+def test_sentencepiece_keeps_user_defined_tokens_whole_and_visible(sentencepiece_path):
+    tokenizer = load_tokenizer(sentencepiece_path())
+    ids = tokenizer.encode("the<think>")
+    assert tokenizer.vocab_size == ids[-1] + 1
+    assert tokenizer.decode(ids) == "the<think>"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_streamed_sentencepiece_equals_decoded_text_for_any_tokens(sentencepiece_path, seed, add_space_prefix):
+    """Runs of byte tokens decode as a whole, valid or not, and the first space may be dropped."""
+    tokenizer = load_tokenizer(sentencepiece_path(add_space_prefix=add_space_prefix))
+    generator = random.Random(seed)
+    emoji = [3 + byte for byte in "😀é".encode()]
+    choices = [[1], [2], emoji, emoji[:2], emoji[-2:], *([token_id] for token_id in range(259, 274)), [3 + 255]]
+    ids = [token_id for _ in range(100) for token_id in generator.choice(choices)]
+    assert "".join(pieces_of(tokenizer, ids, generator)) == tokenizer.decode(ids)
+
+
+def test_end_of_turn_tokens_end_a_text(tmp_path):
+    tokens, types = ["a", "<eos>", "<|eot_id|>", "<|eom|>"], [NORMAL, CONTROL, CONTROL, CONTROL]
+    options = {"model": "gpt2", "merges": ["a b"], "eos_token_id": 1, "eot_token_id": 3}
+    path = write_vocabulary(
+        tmp_path / "m.gguf",
+        [*tokens, "b", "ab"],
+        [*types, NORMAL, NORMAL],
+        chat_template="{{ '<|eot_id|>' }}",
+        **options,
+    )
+    assert load_tokenizer(path).eos_token_ids == (1, 3, 2)
+
+
+def byte_level_words(tmp_path, pre, text):
+    """The words that a byte-level tokenizer without any merges would merge within."""
+    alphabet = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
+    options = {"model": "gpt2", "pre": pre, "merges": ["1 2"]}
+    path = write_vocabulary(tmp_path / "m.gguf", [*alphabet, "12"], [NORMAL] * (len(alphabet) + 1), **options)
+    backend = load_tokenizer(path)._backend.backend_tokenizer
+    return [word.replace("Ġ", " ") for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["I", "'ll", " add", " 12345"]),
+        ("smollm", ["I", "'ll", " add", " ", "1", "2", "3", "4", "5"]),
+        ("llama-bpe", ["I", "'ll", " add", " ", "123", "45"]),
+        ("qwen2", ["I", "'ll", " add", " ", "1", "2", "3", "4", "5"]),
+        ("tekken", ["I", "'ll", " add", " ", "1", "2", "3", "4", "5"]),
+    ],
+)
+def test_each_vocabulary_cuts_words_by_its_own_rules(tmp_path, pre, words):
+    assert byte_level_words(tmp_path, pre, "I'll add 12345") == words
+
+
+def test_unknown_word_rules_name_the_known(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"pre='command-r' is not supported; supported: .*smollm.*qwen2"):
+        byte_level_words(tmp_path, "command-r", "")
+
+
+def test_unknown_tokenizer_model(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="model 'bert' is not supported; supported: gpt2, llama"):
+        load_tokenizer(write_vocabulary(tmp_path / "m.gguf", ["a"], [NORMAL], model="bert"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": []}, "scores"),
+        ({"bos_token_id": 999}, "bos_token_id=999 is outside the 274 tokens"),
+        ({"merges": ["a b c"]}, "not two tokens"),
+        ({"merges": ["a zz"]}, "vocabulary and its merges do not fit"),
+    ],
+)
+def test_damaged_vocabularies(sentencepiece_path, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(sentencepiece_path(**changes))
+
+
+def test_a_template_that_refuses_is_a_usage_error(sentencepiece_path):
+    tokenizer = load_tokenizer(sentencepiece_path())
+    assert tokenizer.decode(tokenizer.apply_chat([{"role": "user", "content": "the"}])).endswith("[assistant]")
+    with pytest.raises(UsageError, match="no system role"):
+        tokenizer.apply_chat([{"role": "system", "content": "the"}])
+
+
+def test_without_a_template_there_is_no_chat(sentencepiece_path):
+    tokenizer = load_tokenizer(sentencepiece_path(chat_template=""))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(UsageError, match="no chat template; give the prompt as plain text"):
+        tokenizer.apply_chat([{"role": "user", "content": "the"}])
+
+
+@pytest.fixture
+def hf_directory(demo, tmp_path):
+    """A Hugging Face directory with the demo model's tokenizer."""
+    path = tmp_path / "hf"
+    demo._backend.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return path
+
+
+def test_a_hugging_face_directory_gives_the_same_tokens(demo, hf_directory):
+    tokenizer = load_tokenizer(hf_directory)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == demo.encode(text)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat(messages) == demo.apply_chat(messages)
+    assert tokenizer.eos_token_ids == demo.eos_token_ids
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_preferred(hf_directory, sentencepiece_path):
+    path = sentencepiece_path("hf/model.gguf")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.eos_token_ids == (2,)
+
+
+def test_a_directory_without_a_tokenizer(hf_directory):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (hf_directory / name).unlink()
+    with pytest.raises(CheckpointError, match=r"cannot load a tokenizer from .*tokenizer\.json"):
+        load_tokenizer(hf_directory)
+
+
+def test_a_damaged_tokenizer_file(hf_directory):
+    (hf_directory / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot load a tokenizer from"):
+        load_tokenizer(hf_directory)
