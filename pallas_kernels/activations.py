@@ -19,12 +19,14 @@ in advance.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
 
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedActivation:

@@ -19,15 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
 
 
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -117,7 +120,7 @@ def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*lay
 
 
 def dequantize_planes(
-    weight: QuantizedWeight, dtype: jnp.dtype
+    weight: QuantizedWeight, dtype: DTypeLike
 ) -> tuple[Float[Array, "*layers N half_K"], Float[Array, "*layers N half_K"]]:
     """The weight as floats, as its two planes: inputs ``[0, K/2)`` and inputs ``[K/2, K)``.
 
@@ -146,7 +149,7 @@ def dequantize_planes(
     return plane(low, scales[0], offsets[0]), plane(high, scales[1], offsets[1])
 
 
-def dequantize(weight: QuantizedWeight, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*layers N K"]:
+def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers N K"]:
     """The weight as one float array ``[..., N, K]``: the definition, computed in ``dtype``."""
     return jnp.concatenate(dequantize_planes(weight, dtype), axis=-1)
 

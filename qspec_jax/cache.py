@@ -9,14 +9,17 @@ is forgotten by a shorter length. Nothing is ever copied or cleared.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from qspec_jax.config import ModelConfig
 
 
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -40,6 +43,7 @@ class LayerCache:
         return LayerCache(put(self.keys, keys), put(self.values, values))
 
 
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -54,7 +58,7 @@ class KVCache:
     lengths: Int32[Array, " B"]
 
     @classmethod
-    def create(cls, config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, stacked: bool) -> KVCache:
+    def create(cls, config: ModelConfig, *, batch: int, slots: int, dtype: DTypeLike, stacked: bool) -> KVCache:
         """An empty cache of ``slots`` positions for each of ``batch`` sequences."""
         shape = (batch, slots, config.num_kv_heads, config.head_dim)
 

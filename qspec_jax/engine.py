@@ -11,10 +11,9 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -32,8 +31,7 @@ from qspec_jax.types import Precision
 if TYPE_CHECKING:
     from qspec_jax.tokenizer import Tokenizer
 
-Mode = Literal["qspec", "w4a16", "w4a8", "w4a4", "float"]
-MODES: tuple[Mode, ...] = ("qspec", "w4a16", "w4a8", "w4a4", "float")
+MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 DRAFTS = ("auto", "w4a4", "w4a8")
 
 # Prompts and caches are padded to multiples of these, so that nearby lengths share one compilation.
@@ -104,7 +102,7 @@ class LanguageModel:
         """Bytes of all parameters."""
         return sum(leaf.nbytes for leaf in self._leaves)
 
-    def plan(self, mode: Mode = "qspec", *, draft: str = "auto", draft_length: int = 3) -> DecodingPlan:
+    def plan(self, mode: str = "qspec", *, draft: str = "auto", draft_length: int = 3) -> DecodingPlan:
         """The precisions of a mode.
 
         Raises:
@@ -127,9 +125,9 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str | Sequence[int]],
         *,
-        mode: Mode = "qspec",
+        mode: str = "qspec",
         draft: str = "auto",
         draft_length: int = 3,
         max_new_tokens: int = 128,
@@ -176,7 +174,7 @@ class LanguageModel:
         self,
         prompt: str | Sequence[int],
         *,
-        mode: Mode = "qspec",
+        mode: str = "qspec",
         draft: str = "auto",
         draft_length: int = 3,
         max_new_tokens: int = 128,
@@ -224,7 +222,7 @@ class LanguageModel:
         yield self._collect(request, state, plan, timing)[0]
 
     def encode_prompts(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], *, chat: bool | None = None
+        self, prompts: str | Sequence[str | Sequence[int]], *, chat: bool | None = None
     ) -> tuple[list[str | None], list[list[int]]]:
         """Texts (None for a prompt given as ids) and token ids of prompts.
 
@@ -428,7 +426,7 @@ def default_draft_precision() -> Precision:
 def add_group_sums(decoder: Decoder) -> bool:
     """Gives every 4-bit linear its group sums; True if any was missing."""
     changed = False
-    for _, module in decoder.iter_modules():
+    for _, module in nnx.iter_modules(decoder):
         if not isinstance(module, Linear):
             continue
         weight = module.weight.get_value()

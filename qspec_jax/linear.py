@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -91,7 +92,7 @@ class Linear(nnx.Module):
         weight_format: WeightFormat | None,
         quantization: QuantConfig | None,
         kernels: str | None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         layers: tuple[int, ...] = (),
     ):
         self.quantization = quantization
@@ -106,7 +107,7 @@ class Linear(nnx.Module):
 
 
 def _empty_weight(
-    num_inputs: int, num_outputs: int, weight_format: WeightFormat | None, dtype: jnp.dtype, layers: tuple[int, ...]
+    num_inputs: int, num_outputs: int, weight_format: WeightFormat | None, dtype: DTypeLike, layers: tuple[int, ...]
 ) -> Array | QuantizedWeight:
     if weight_format is None:
         return jnp.zeros((*layers, num_outputs, num_inputs), dtype)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from qspec_jax import rope
@@ -30,10 +32,18 @@ from qspec_jax.types import Precision
 LINEAR_NAMES = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
 
 
+class TokenContext(NamedTuple):
+    """What every layer needs to know of the new tokens: computed once per call."""
+
+    positions: Int32[Array, "B T"]
+    rotations: tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]]
+    mask: Bool[Array, "B 1 T S"]
+
+
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * weight``, normalised in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype, layers: tuple[int, ...] = ()):
+    def __init__(self, size: int, *, epsilon: float, dtype: DTypeLike, layers: tuple[int, ...] = ()):
         self.epsilon = epsilon
         self.weight = nnx.Param(jnp.ones((*layers, size), dtype))
 
@@ -46,7 +56,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention over the cache."""
 
-    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, dtype: jnp.dtype, layers: tuple[int, ...]):
+    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, dtype: DTypeLike, layers: tuple[int, ...]):
         self.config = config
         self.qkv = qkv
         self.output = output
@@ -58,10 +68,8 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: LayerCache,
+        context: TokenContext,
         *,
-        positions: Int32[Array, "B T"],
-        rotations: tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]],
-        mask: Bool[Array, "B 1 T S"],
         precision: Precision,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         config = self.config
@@ -71,11 +79,12 @@ class Attention(nnx.Module):
         query, key, value = (part.reshape(batch, new_tokens, -1, config.head_dim) for part in flat)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rope.rotate(query, rotations), rope.rotate(key, rotations)
+        query, key = rope.rotate(query, context.rotations), rope.rotate(key, context.rotations)
         with jax.named_scope("cache_write"):
-            cache = cache.write(key, value, positions)
-        with jax.named_scope("attention"):
-            mixed = jax.nn.dot_product_attention(query, cache.keys, cache.values, mask=mask)
+            cache = cache.write(key, value, context.positions)
+        # The library function mixes dtypes inside, which strict promotion would refuse.
+        with jax.named_scope("attention"), jax.numpy_dtype_promotion("standard"):
+            mixed = jax.nn.dot_product_attention(query, cache.keys, cache.values, mask=context.mask)
         return self.output(mixed.reshape(batch, new_tokens, -1), precision=precision), cache
 
 
@@ -101,7 +110,7 @@ class DecoderLayer(nnx.Module):
         formats: Mapping[str, WeightFormat | None],
         quantization: QuantConfig | None,
         kernels: str | None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         layers: tuple[int, ...] = (),
     ):
         def linear(name: str, num_inputs: int, num_outputs: int, bias: bool) -> Linear:
@@ -132,9 +141,9 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache, *, precision: Precision, **shared: object
+        self, x: Float[Array, "B T D"], cache: LayerCache, context: TokenContext, *, precision: Precision
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, precision=precision, **shared)
+        attended, cache = self.attention(self.attention_norm(x), cache, context, precision=precision)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x), precision=precision), cache
 
@@ -154,7 +163,7 @@ class Decoder(nnx.Module):
         quantization: QuantConfig | None = None,
         formats: Mapping[str, WeightFormat] | None = None,
         kernels: str | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         scan_layers: bool = True,
     ):
         """Allocates the parameters as zeros.
@@ -222,25 +231,24 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
-        shared = {
-            "positions": positions,
-            "rotations": rope.rotation(positions, rope.inverse_frequencies(self.config)),
-            "mask": attention_mask(positions, slots=cache.slots, window=self.config.sliding_window),
-            "precision": precision,
-        }
+        context = TokenContext(
+            positions=positions,
+            rotations=rope.rotation(positions, rope.inverse_frequencies(self.config)),
+            mask=attention_mask(positions, slots=cache.slots, window=self.config.sliding_window),
+        )
         x = jnp.take(self.embedding.get_value(), tokens, axis=0)
         if isinstance(cache.layers, LayerCache):
-            x, layers = self._scan(x, cache.layers, shared)
+            x, layers = self._scan(x, cache.layers, context, precision=precision)
         else:
             written = []
             for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                x, layer_cache = layer(x, layer_cache, **shared)
+                x, layer_cache = layer(x, layer_cache, context, precision=precision)
                 written.append(layer_cache)
             layers = tuple(written)
         return x, KVCache(layers, cache.lengths + new_tokens)
 
     def _scan(
-        self, x: Float[Array, "B T D"], stacked: LayerCache, shared: dict[str, object]
+        self, x: Float[Array, "B T D"], stacked: LayerCache, context: TokenContext, *, precision: Precision
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         graph, parameters = nnx.split(self.layers[0])
 
@@ -249,7 +257,7 @@ class Decoder(nnx.Module):
             x, stacked = carry
             index, layer_parameters = inputs
             layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
-            x, layer_cache = nnx.merge(graph, layer_parameters)(x, layer_cache, **shared)
+            x, layer_cache = nnx.merge(graph, layer_parameters)(x, layer_cache, context, precision=precision)
             stacked = jax.tree.map(
                 lambda all_layers, one: lax.dynamic_update_index_in_dim(all_layers, one, index, 0), stacked, layer_cache
             )
@@ -266,6 +274,6 @@ def attention_mask(positions: Int32[Array, "B T"], *, slots: int, window: int | 
     return visible if window is None else visible & (distance < window)
 
 
-def _exact_float32(dtype: jnp.dtype) -> contextlib.AbstractContextManager[object]:
+def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:
     """In float32, keeps accelerators from rounding matmul operands to tf32 or bf16."""
     return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()

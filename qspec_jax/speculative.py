@@ -18,6 +18,7 @@ Plain decoding is the same loop with ``draft_length = 0``.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class DecodingPlan:
             raise ValueError("a plan has a draft precision if, and only if, its draft_length is positive")
 
 
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:

@@ -1,0 +1,26 @@
+"""QSpec for JAX: 4-bit drafts verified at 16-bit activations, from one set of weights and one KV cache."""
+
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.engine import LanguageModel
+from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
+from qspec_jax.loading.load import load
+from qspec_jax.results import GenerationResult, GenerationStats
+from qspec_jax.types import Precision
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationQuantization",
+    "CheckpointError",
+    "GenerationResult",
+    "GenerationStats",
+    "LanguageModel",
+    "ModelConfig",
+    "OutOfMemoryError",
+    "Precision",
+    "QSpecError",
+    "QuantConfig",
+    "UnsupportedModelError",
+    "UsageError",
+    "load",
+]

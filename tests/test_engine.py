@@ -1,0 +1,217 @@
+"""Compiled programs and the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import qspec_jax
+from pallas_kernels import QuantizedWeight
+from qspec_jax import speculative
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.errors import OutOfMemoryError, UsageError
+from qspec_jax.loading import memory
+from qspec_jax.types import Precision
+from tests import tiny
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+@pytest.fixture(scope="module")
+def wide_model():
+    """Large enough for its weights to outweigh everything else in a program."""
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "hidden_size": 256, "intermediate_size": 1024})
+    return tiny.language_model(dataclasses.replace(config, num_layers=6))
+
+
+def compiled_loop(model, **options):
+    plan = model.plan(**options)
+    model._prepare_weights(plan)
+    return model.lower_loop(plan, model._make_batch(PROMPTS, 16, None)).compile().memory_analysis()
+
+
+def float_bytes(model):
+    weights = [leaf for leaf in jax.tree.leaves(model._merge(model._leaves), is_leaf=is_weight) if is_weight(leaf)]
+    return sum(8 * weight.packed.size for weight in weights)
+
+
+def is_weight(leaf):
+    return isinstance(leaf, QuantizedWeight)
+
+
+@pytest.mark.parametrize("options", [{"mode": "w4a16"}, {"draft": "w4a8"}, {"draft": "w4a4"}])
+def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, options):
+    analysis = compiled_loop(wide_model, **options)
+    batch = wide_model._make_batch(PROMPTS, 16, None)
+    cache = wide_model.decoder.create_cache(batch=2, slots=batch.slots)
+    assert float_bytes(wide_model) > 4 * wide_model.nbytes / 2
+    assert analysis.argument_size_in_bytes < wide_model.nbytes + cache.nbytes + 4096
+    # One layer dequantised at a time at most, of six.
+    assert analysis.temp_size_in_bytes < float_bytes(wide_model) / 4
+
+
+def test_the_loop_works_in_the_buffers_it_is_given(wide_model):
+    batch = wide_model._make_batch(PROMPTS, 16, None)
+    cache = wide_model.decoder.create_cache(batch=2, slots=batch.slots)
+    assert compiled_loop(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
+
+
+def test_draft_and_verify_read_the_same_arrays(model):
+    """The one 4-bit copy: the state has no float linear and no second packing."""
+    leaves = {tuple(leaf.shape): leaf.dtype for leaf in model._leaves}
+    config = model.config
+    per_layer = (sum(config.qkv_sizes) + config.hidden_size) * config.hidden_size
+    per_layer += 3 * config.hidden_size * config.intermediate_size
+    packed = sum(leaf.size for leaf in model._leaves if leaf.dtype == np.uint8)
+    assert packed == config.num_layers * per_layer // 2
+    largest_float = max(np.prod(shape) for shape, dtype in leaves.items() if dtype == np.float32)
+    assert largest_float == config.vocab_size * config.hidden_size
+
+
+def test_one_compilation_per_shape():
+    model = tiny.language_model()
+    for prompt in ([1], [1, 2, 3], list(range(30))):
+        model.generate([prompt], draft="w4a8", max_new_tokens=8)
+    assert model.num_programs == 2
+    model.generate([[1]], draft="w4a8", max_new_tokens=16)
+    assert model.num_programs == 2
+    model.generate([[1]], draft="w4a8", draft_length=2, max_new_tokens=8)
+    assert model.num_programs == 3
+    model.generate([[1], [2]], draft="w4a8", max_new_tokens=8)
+    assert model.num_programs == 5
+
+
+def test_the_whole_generation_is_one_dispatch_of_the_loop(monkeypatch):
+    model = tiny.language_model()
+    traces = []
+    original = speculative.generate
+    monkeypatch.setattr(speculative, "generate", lambda *a, **k: traces.append(1) or original(*a, **k))
+    first = model.generate(PROMPTS, draft="w4a8", max_new_tokens=32)
+    again = model.generate(PROMPTS, draft="w4a8", max_new_tokens=32)
+    assert len(traces) == 1
+    assert first[0].stats.compile_s > 0
+    assert again[0].stats.compile_s == 0
+    assert [r.token_ids for r in first] == [r.token_ids for r in again]
+
+
+def test_results_keep_the_order_of_prompts_across_batches(model):
+    prompts = [[token] for token in range(5, 10)]
+    one_batch = model.generate(prompts, mode="w4a16", max_new_tokens=6, batch_size=5)
+    many = model.generate(prompts, mode="w4a16", max_new_tokens=6, batch_size=2)
+    assert [r.token_ids for r in many] == [r.token_ids for r in one_batch]
+    assert [r.prompt_token_ids for r in many] == prompts
+
+
+def test_a_result_as_a_dictionary_has_the_documented_keys(model):
+    entry = model.generate([[1, 2]], draft="w4a8", max_new_tokens=8)[0].to_dict()
+    assert set(entry) == {
+        *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length"),
+        *("cycles", "drafted", "accepted", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s"),
+        *("compile_s", "tokens_per_s", "device", "kernels"),
+    }
+    assert entry["mode"] == "qspec"
+    assert entry["draft"] == "w4a8"
+    assert entry["kernels"] == "reference"
+    assert entry["acceptance_rate"] == entry["accepted"] / entry["drafted"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[]]}, "prompt 1 is empty"),
+        ({"prompts": [[96]]}, "token id outside 0..95"),
+        ({"prompts": [[-1]]}, "token id outside 0..95"),
+        ({"prompts": ["text"]}, "without a tokenizer"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"draft_length": 0}, "draft_length=0 must be between 1 and 16"),
+        ({"draft_length": 17}, "draft_length=17 must be between"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"mode": "w4a2"}, "mode='w4a2' is unknown; use one of qspec, w4a16"),
+        ({"draft": "w4a16"}, "draft='w4a16' is unknown; use one of auto, w4a4, w4a8"),
+        ({"prompts": [[1] * 300]}, "a prompt of 300 tokens and max_new_tokens=8 do not fit the model's context of 256"),
+        ({"max_seq_len": 9}, "do not fit max_seq_len=9; .* raise max_seq_len"),
+        ({"max_seq_len": 1000}, "max_seq_len=1000 must be between 1 and the model's context of 256"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_remedy_before_compiling(options, message):
+    model = tiny.language_model()
+    with pytest.raises(UsageError, match=message):
+        model.generate(**{"prompts": [[1, 2, 3]], "max_new_tokens": 8, **options})
+    assert model.num_programs == 0
+
+
+def test_a_bad_prompt_late_in_the_list_is_refused_before_any_work():
+    model = tiny.language_model()
+    with pytest.raises(UsageError, match="do not fit"):
+        model.generate([[1]] * 3 + [[1] * 255], max_new_tokens=8, batch_size=1)
+    assert model.num_programs == 0
+
+
+def test_a_4_bit_mode_of_a_float_model_is_refused():
+    model = tiny.language_model(quantization=None)
+    with pytest.raises(UsageError, match="needs 4-bit weights"):
+        model.generate([[1]], mode="w4a16", max_new_tokens=4)
+    assert len(model.generate([[1]], mode="float", max_new_tokens=4)[0].token_ids) == 4
+
+
+def test_a_prompt_that_fills_max_seq_len_exactly_works(model):
+    long = model.generate([[3] * 24], mode="qspec", draft="w4a8", max_new_tokens=8, max_seq_len=32)[0]
+    assert long.token_ids == model.generate([[3] * 24], mode="w4a16", max_new_tokens=8)[0].token_ids
+
+
+def test_what_does_not_fit_the_memory_is_refused_with_numbers(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    with pytest.raises(OutOfMemoryError, match=r"the weights of tiny need 0\.00 GB .* use a smaller model"):
+        tiny.decoder()
+
+
+def test_running_out_of_device_memory_becomes_one_message():
+    failure = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+    with pytest.raises(OutOfMemoryError, match="out of device memory while loading"):  # noqa: SIM117
+        with memory.explain_out_of_memory("while loading"):
+            raise failure
+
+
+def test_group_sums_exist_only_once_an_asymmetric_draft_needs_them():
+    model = tiny.language_model()
+    before = model.nbytes
+    model.generate([[1]], draft="w4a8", max_new_tokens=4)
+    assert model.nbytes == before
+    model.generate([[1]], draft="w4a4", max_new_tokens=4)
+    assert model.nbytes > before
+    assert model.quantization == QuantConfig()
+
+
+def test_the_default_draft_is_w4a8_where_int4_is_not_faster(model):
+    assert jax.default_backend() != "cpu" or model.plan().draft is Precision.W4A8
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("8.0", "w4a4"), ("8.9", "w4a4"), ("9.0", "w4a8"), ("10.0", "w4a8")]
+)
+def test_the_default_draft_follows_the_compute_capability(monkeypatch, capability, expected):
+    device = type("Device", (), {"platform": "gpu", "compute_capability": capability})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert qspec_jax.engine.default_draft_precision().value == expected
+
+
+def test_unknown_kernels_and_dtypes_are_refused_before_anything_is_read():
+    with pytest.raises(UsageError, match="kernels='cutlass' is unknown; use auto or one of"):
+        qspec_jax.load("/nonexistent", kernels="cutlass")
+    with pytest.raises(UsageError, match="dtype='float64' is not supported; use one of float32, bfloat16"):
+        qspec_jax.load("/nonexistent", dtype="float64")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for GPU kernels where there is none")
+def test_gpu_kernels_are_refused_on_the_cpu():
+    with pytest.raises(UsageError, match="kernels='triton' does not work on this cpu device"):
+        qspec_jax.load("/nonexistent", kernels="triton")

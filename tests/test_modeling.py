@@ -1,0 +1,128 @@
+"""The decoder against Hugging Face transformers, and against itself in its other arrangements."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.engine import add_group_sums
+from qspec_jax.errors import UsageError
+from qspec_jax.modeling import attention_mask
+from qspec_jax.types import Precision
+from tests import tiny
+from tests.golden import make as golden
+
+TOKENS = jnp.asarray(golden.TOKENS, jnp.int32)
+
+
+def logits_of(decoder, tokens, precision, *, slots=64):
+    return decoder(tokens, decoder.create_cache(batch=tokens.shape[0], slots=slots), precision=precision)[0]
+
+
+def assert_agree(a, b, precision):
+    """Equal to rounding; where activations are integers, one of them may land on the other side of a tie."""
+    if precision.activation_bits is None:
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    else:
+        assert float(np.median(np.abs(np.asarray(a) - np.asarray(b)))) < 2e-4
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_float_logits_equal_the_recorded_ones_of_transformers(family):
+    decoder = tiny.decoder(ModelConfig.from_hf(tiny.hf_config(family)), quantization=None)
+    expected = np.load(golden.GOLDEN)[family]
+    np.testing.assert_allclose(logits_of(decoder, TOKENS, Precision.FLOAT), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_recorded_logits_are_those_of_the_installed_transformers(family):
+    pytest.importorskip("torch", reason="needs torch, the oracle")
+    np.testing.assert_allclose(golden.hf_logits(family), np.load(golden.GOLDEN)[family], rtol=2e-4, atol=2e-4)
+
+
+def test_families_differ_from_plain_llama():
+    """The recorded logits could not be met by ignoring an option."""
+    recorded = np.load(golden.GOLDEN)
+    for family in set(tiny.FAMILIES) - {"llama2"}:
+        assert np.abs(recorded[family] - recorded["llama2"]).max() > 1e-2, family
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_prefill_equals_token_by_token_decoding(precision):
+    decoder = tiny.decoder()
+    add_group_sums(decoder)
+    at_once = logits_of(decoder, TOKENS, precision)
+    cache, one_by_one = decoder.create_cache(batch=2, slots=64), []
+    step = jax.jit(lambda token, cache: decoder(token, cache, precision=precision))
+    for index in range(TOKENS.shape[1]):
+        logits, cache = step(TOKENS[:, index : index + 1], cache)
+        one_by_one.append(logits)
+    assert_agree(np.concatenate(one_by_one, axis=1), at_once, precision)
+    np.testing.assert_array_equal(cache.lengths, [TOKENS.shape[1]] * 2)
+
+
+def test_sequences_of_different_lengths_do_not_influence_each_other():
+    decoder = tiny.decoder()
+    lengths = jnp.asarray([40, 7], jnp.int32)
+    cache = decoder.create_cache(batch=2, slots=64)
+    last, cache = decoder(TOKENS, cache, precision=Precision.W4A16, logits_at=lengths - 1)
+    following, _ = decoder(TOKENS[:, :3], cache.with_lengths(lengths), precision=Precision.W4A16)
+    for row, length in enumerate(lengths.tolist()):
+        alone = jnp.concatenate([TOKENS[row : row + 1, :length], TOKENS[row : row + 1, :3]], axis=1)
+        expected = logits_of(decoder, alone, Precision.W4A16)[0]
+        np.testing.assert_allclose(last[row, 0], expected[length - 1], atol=2e-4)
+        np.testing.assert_allclose(following[row], expected[length:], atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_scanned_and_unrolled_layers_agree(precision):
+    scanned, unrolled = tiny.decoder(scan_layers=True), tiny.decoder(scan_layers=False)
+    add_group_sums(scanned)
+    add_group_sums(unrolled)
+    assert_agree(logits_of(scanned, TOKENS, precision), logits_of(unrolled, TOKENS, precision), precision)
+
+
+def test_float_precision_of_4_bit_weights_is_w4a16_in_float32():
+    decoder = tiny.decoder()
+    a, b = logits_of(decoder, TOKENS, Precision.FLOAT), logits_of(decoder, TOKENS, Precision.W4A16)
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_precisions_differ_and_order_by_error():
+    decoder = tiny.decoder()
+    add_group_sums(decoder)
+    exact = logits_of(decoder, TOKENS, Precision.W4A16)
+    error = {p: float(jnp.abs(logits_of(decoder, TOKENS, p) - exact).mean()) for p in Precision}
+    assert 1e-4 < error[Precision.W4A8] < error[Precision.W4A4] / 4
+
+
+def test_finer_activation_groups_lower_the_error_of_w4a4():
+    errors = []
+    for group_size, symmetric in ((None, True), (32, True), (32, False)):
+        recipe = ActivationQuantization(group_size=group_size, symmetric=symmetric)
+        decoder = tiny.decoder(quantization=QuantConfig(w4a4=recipe))
+        add_group_sums(decoder)
+        exact = logits_of(decoder, TOKENS, Precision.W4A16)
+        errors.append(float(jnp.square(logits_of(decoder, TOKENS, Precision.W4A4) - exact).mean()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_bfloat16_stays_close_to_float32():
+    wide, narrow = tiny.decoder(), tiny.decoder(dtype="bfloat16")
+    a, b = logits_of(wide, TOKENS, Precision.W4A16), logits_of(narrow, TOKENS, Precision.W4A16)
+    assert b.dtype == jnp.float32
+    assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.03
+
+
+def test_a_float_model_refuses_a_4_bit_precision():
+    decoder = tiny.decoder(quantization=None)
+    with pytest.raises(UsageError, match="needs 4-bit weights"):
+        logits_of(decoder, TOKENS, Precision.W4A16)
+
+
+def test_a_mask_shows_earlier_slots_within_the_window():
+    mask = attention_mask(jnp.asarray([[2, 3]], jnp.int32), slots=5, window=2)
+    np.testing.assert_array_equal(mask[0, 0], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])

@@ -1,0 +1,52 @@
+"""Round-to-nearest weights."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dequantize, unpack_codes
+from qspec_jax.quantization import quantize_rtn
+
+WEIGHT = np.random.default_rng(0).standard_normal((48, 384)).astype(np.float32) * 0.05
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_weight_is_within_half_a_step_of_its_code(group_size, symmetric):
+    quantized = quantize_rtn(jnp.asarray(WEIGHT), group_size=group_size, symmetric=symmetric)
+    step = np.repeat(np.asarray(quantized.scale, np.float32).T, group_size or 384, axis=1)
+    error = np.abs(np.asarray(dequantize(quantized)) - WEIGHT)
+    # Beyond half a step, only what rounding the ends of the grid to float16 adds.
+    assert (error <= 0.5 * step + 1e-3 * np.abs(WEIGHT).max() + 15 * step * 2**-11).all()
+    assert quantized.symmetric == symmetric
+    assert quantized.scale.dtype == jnp.float16
+
+
+def test_asymmetric_groups_use_the_whole_grid():
+    codes = np.asarray(unpack_codes(quantize_rtn(jnp.asarray(WEIGHT + 0.3), group_size=32).packed))
+    groups = codes.reshape(48, 12, 32)
+    assert (groups.min(-1) == 0).all()
+    assert (groups.max(-1) == 15).all()
+
+
+def test_smaller_groups_and_offsets_lower_the_error():
+    def error(**options):
+        return float(np.square(np.asarray(dequantize(quantize_rtn(jnp.asarray(WEIGHT), **options))) - WEIGHT).mean())
+
+    assert error(group_size=32) < error(group_size=128) < error(group_size=None)
+    assert error(group_size=32, symmetric=False) < error(group_size=32, symmetric=True)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_a_constant_group_is_finite_and_close(symmetric, value):
+    quantized = quantize_rtn(jnp.full((2, 64), value), group_size=32, symmetric=symmetric)
+    np.testing.assert_allclose(np.asarray(dequantize(quantized)), value, atol=1e-3)
+
+
+def test_a_group_size_that_does_not_divide_names_those_that_do():
+    message = r"K=576 is not a multiple of group_size=128; use 32 or 64 or the whole row \(576\)"
+    with pytest.raises(ValueError, match=message):
+        quantize_rtn(jnp.zeros((4, 576)), group_size=128)

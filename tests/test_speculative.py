@@ -1,0 +1,216 @@
+"""The speculative cycle: what it keeps, what it overwrites, where it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qspec_jax import speculative
+from qspec_jax.config import ActivationQuantization, QuantConfig
+from qspec_jax.engine import add_group_sums
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.types import Precision
+from tests import tiny
+
+RAGGED_PROMPTS = [[5, 6, 7], list(range(10, 43)), [90], [11, 12, 13, 14, 15, 16, 17]]
+NUM_TOKENS = 40
+COARSE = ActivationQuantization(group_size=None, symmetric=True)
+
+
+def token_ids(results):
+    return [result.token_ids for result in results]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return token_ids(model.generate(RAGGED_PROMPTS, mode="w4a16", max_new_tokens=NUM_TOKENS))
+
+
+@pytest.mark.parametrize("draft_length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("draft", ["w4a4", "w4a8"])
+def test_greedy_qspec_equals_greedy_w4a16(model, plain, draft, draft_length):
+    results = model.generate(RAGGED_PROMPTS, draft=draft, draft_length=draft_length, max_new_tokens=NUM_TOKENS)
+    assert token_ids(results) == plain
+    stats = [result.stats for result in results]
+    assert all(s.drafted == s.cycles * draft_length and 0 <= s.accepted <= s.drafted for s in stats)
+    assert 0 < sum(s.accepted for s in stats) < sum(s.drafted for s in stats)
+
+
+def test_unrolled_layers_give_the_same_tokens(plain):
+    model = tiny.language_model(scan_layers=False)
+    assert token_ids(model.generate(RAGGED_PROMPTS, draft="w4a4", max_new_tokens=NUM_TOKENS)) == plain
+
+
+def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
+    alone = [
+        model.generate([prompt], draft="w4a4", max_new_tokens=NUM_TOKENS)[0].token_ids for prompt in RAGGED_PROMPTS
+    ]
+    assert alone == plain
+
+
+def test_a_wrong_acceptance_rule_is_noticed(plain, monkeypatch):
+    def accept_everything(draft_tokens, target_tokens):
+        return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
+
+    monkeypatch.setattr(speculative, "accept", accept_everything)
+    model = tiny.language_model()
+    assert token_ids(model.generate(RAGGED_PROMPTS, draft="w4a4", max_new_tokens=NUM_TOKENS)) != plain
+
+
+def test_surviving_draft_entries_would_be_noticed(monkeypatch):
+    """Without the overwriting of drafted keys and values, the output is another one."""
+    quantization = QuantConfig(w4a4=COARSE)
+    prompts = [list(range(start, start + 5)) for start in range(24)]
+    model = tiny.language_model(quantization=quantization)
+    expected = token_ids(model.generate(prompts, mode="w4a16", max_new_tokens=NUM_TOKENS, batch_size=24))
+    assert token_ids(model.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) == expected
+
+    def verify_without_overwriting(model, last_token, draft_tokens, cache, *, precision):
+        tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
+        logits, written = model(tokens, cache, precision=precision)
+        # Keep the draft's entries: only the slot of the last draft is new.
+        layers = jax.tree.map(lambda old, new: restore(old, new, cache.lengths, tokens.shape[1] - 1), cache, written)
+        return speculative.choose(logits), dataclasses.replace(layers, lengths=written.lengths)
+
+    def restore(old, new, lengths, count):
+        if old.ndim < 5:
+            return new
+        slots = jnp.arange(old.shape[-3])
+        drafted = (slots >= lengths[:, None]) & (slots < lengths[:, None] + count)
+        return jnp.where(drafted[:, :, None, None], old, new)
+
+    monkeypatch.setattr(speculative, "verify", verify_without_overwriting)
+    stale = tiny.language_model(quantization=quantization)
+    assert token_ids(stale.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) != expected
+
+
+@pytest.mark.parametrize("draft", [Precision.W4A4, Precision.W4A8])
+def test_the_cache_after_each_cycle_is_that_of_w4a16(draft):
+    decoder = tiny.decoder()
+    add_group_sums(decoder)
+    plan = DecodingPlan(Precision.W4A16, draft, 3)
+    prompts = jnp.asarray([[5, 6, 7, 0], [10, 11, 12, 13]], jnp.int32)
+    lengths = jnp.asarray([3, 4], jnp.int32)
+    limits = jnp.full((2,), 32, jnp.int32)
+    state = speculative.prefill(decoder, prompts, lengths, limits, plan=plan, slots=48, capacity=32)
+    step = jax.jit(lambda state: speculative.cycle(decoder, state, plan=plan))
+    for _ in range(4):
+        state = step(state)
+        for row in range(2):
+            generated = state.tokens[row, : int(state.num_tokens[row])]
+            text = jnp.concatenate([prompts[row, : lengths[row]], generated])[None]
+            assert int(state.cache.lengths[row]) == text.shape[1] - 1
+            _, fresh = decoder(text[:, :-1], decoder.create_cache(batch=1, slots=48), precision=Precision.W4A16)
+            valid = slice(0, text.shape[1] - 1)
+            for ours, expected in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(fresh.layers), strict=True):
+                np.testing.assert_allclose(ours[:, row, valid], expected[:, 0, valid], atol=1e-4)
+    assert int(state.accepted.sum()) < int(state.drafted.sum())
+
+
+@pytest.mark.parametrize(
+    ("drafts", "targets", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3, 4], 3),
+        ([1, 2, 9], [1, 2, 3, 4], 2),
+        ([9, 2, 3], [1, 2, 3, 4], 0),
+        ([1, 9, 3], [1, 2, 3, 4], 1),
+    ],
+)
+def test_accept_keeps_drafts_up_to_the_first_difference(drafts, targets, expected):
+    assert speculative.accept(jnp.asarray([drafts]), jnp.asarray([targets])).tolist() == [expected]
+
+
+def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=False):
+    """One sequence, which already has one token, after `emit`."""
+    one = jnp.ones((1,), jnp.int32)
+    decoder = tiny.decoder(quantization=None)
+    state = speculative.DecodeState(
+        cache=decoder.create_cache(batch=1, slots=32),
+        last_token=one,
+        tokens=jnp.zeros((1, 12), jnp.int32).at[0, 0].set(1),
+        num_tokens=one,
+        max_new_tokens=one * (1 + room),
+        finished=jnp.asarray([finished]),
+        cycles=one * 0,
+        drafted=one * 0,
+        accepted=one * 0,
+    )
+    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, len(target_tokens) - 1, stop_tokens)
+    targets = jnp.asarray([target_tokens], jnp.int32)
+    return speculative.emit(state, one * 7, targets, one * num_accepted, plan=plan)
+
+
+def test_emit_appends_accepted_drafts_and_the_token_after_them():
+    state = emitted([21, 22, 23, 24], 2)
+    assert state.tokens[0, :5].tolist() == [1, 21, 22, 23, 0]
+    assert (int(state.num_tokens[0]), int(state.last_token[0]), int(state.cache.lengths[0])) == (4, 23, 10)
+    assert not bool(state.finished[0])
+    assert (int(state.cycles[0]), int(state.drafted[0]), int(state.accepted[0])) == (1, 3, 2)
+
+
+def test_a_stop_token_inside_a_draft_ends_the_sequence_there():
+    state = emitted([21, 2, 2, 24], 3, stop_tokens=(2, 50))
+    assert state.tokens[0, :4].tolist() == [1, 21, 2, 0]
+    assert bool(state.finished[0])
+    assert int(state.num_tokens[0]) == 3
+
+
+def test_a_rejected_stop_token_does_not_end_the_sequence():
+    state = emitted([21, 22, 2, 24], 1, stop_tokens=(2,))
+    assert state.tokens[0, :4].tolist() == [1, 21, 22, 0]
+    assert not bool(state.finished[0])
+
+
+def test_the_token_limit_inside_a_draft_ends_the_sequence_there():
+    state = emitted([21, 22, 23, 24], 3, room=2)
+    assert state.tokens[0, :4].tolist() == [1, 21, 22, 0]
+    assert bool(state.finished[0])
+
+
+def test_a_finished_sequence_does_not_change():
+    state = emitted([21, 22, 23, 24], 3, finished=True)
+    assert state.tokens[0].tolist() == [1] + [0] * 11
+    assert (int(state.num_tokens[0]), int(state.last_token[0]), int(state.cache.lengths[0])) == (1, 1, 7)
+    assert int(state.cycles[0]) == int(state.drafted[0]) == int(state.accepted[0]) == 0
+
+
+def test_each_sequence_stops_at_its_own_stop_token(model, plain):
+    """The stop token is taken from the middle of one output; each output is cut where it first has it."""
+    stop = plain[0][10]
+    stopping = tiny.language_model()
+    stopping.stop_tokens = (stop,)
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in plain]
+    assert len({len(ids) for ids in expected}) > 1
+    for mode in ("w4a16", "qspec"):
+        results = stopping.generate(RAGGED_PROMPTS, mode=mode, draft="w4a8", max_new_tokens=NUM_TOKENS)
+        assert token_ids(results) == expected
+        assert [r.finish_reason for r in results] == ["stop" if stop in ids else "length" for ids in plain]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 6])
+def test_exactly_max_new_tokens_are_generated(model, plain, max_new_tokens):
+    results = model.generate(RAGGED_PROMPTS, draft="w4a8", draft_length=3, max_new_tokens=max_new_tokens)
+    assert token_ids(results) == [ids[:max_new_tokens] for ids in plain]
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w4a4"])
+def test_plain_decoding_is_the_loop_without_a_draft(model, mode):
+    stats = [r.stats for r in model.generate(RAGGED_PROMPTS, mode=mode, max_new_tokens=9)]
+    assert all((s.cycles, s.drafted, s.accepted, s.num_tokens) == (8, 0, 0, 9) for s in stats)
+    assert all(s.acceptance_rate is None and s.tokens_per_cycle == 1 for s in stats)
+
+
+def test_a_plan_has_a_draft_precision_exactly_if_it_drafts():
+    with pytest.raises(ValueError, match="draft precision"):
+        DecodingPlan(Precision.W4A16, draft_length=3)
+    with pytest.raises(ValueError, match="draft precision"):
+        DecodingPlan(Precision.W4A16, Precision.W4A8)

@@ -1,0 +1,122 @@
+"""Tiny models with deterministic random weights, as checkpoint sources held in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.engine import LanguageModel
+from qspec_jax.loading.decoder import load_decoder
+from qspec_jax.loading.parameters import TensorEntry, expected_parameters
+from qspec_jax.modeling import Decoder
+
+BASE_HF_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+# Every family and option that `ModelConfig` supports appears in one of these.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"num_key_value_heads": 4},
+    "llama3_rope_scaling": {"rope_theta": 500000.0, "rope_scaling": _LLAMA3_ROPE},
+    "linear_rope_scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama_with_biases": {"attention_bias": True, "mlp_bias": True},
+    "smollm2_tied": {"tie_word_embeddings": True},
+    "mistral_sliding_window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
+    "qwen2_qkv_bias": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3_qk_norm": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "wide_heads": {"head_dim": 32},
+}
+
+
+def hf_config(family: str) -> dict[str, Any]:
+    """A tiny ``config.json`` of one of ``FAMILIES``."""
+    return {**BASE_HF_CONFIG, **FAMILIES[family]}
+
+
+def weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Canonical name to float32 array; the same on every machine."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, spec in expected_parameters(config).items():
+        draw = rng.standard_normal(spec.shape).astype(np.float32)
+        scale = {"norm": 0.1, "bias": 0.1, "embedding": 0.5, "linear": 1.5 / spec.shape[-1] ** 0.5}[spec.kind]
+        made[name] = (draw * np.float32(scale) + np.float32(spec.kind == "norm")).astype(np.float32)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySource:
+    """A checkpoint source over arrays in memory."""
+
+    config: ModelConfig
+    entries: Mapping[str, TensorEntry]
+    path: Path = Path("tiny")
+
+
+def source(config: ModelConfig, seed: int = 0) -> MemorySource:
+    """The tiny weights of ``config`` as a checkpoint."""
+    entries = {
+        name: TensorEntry(array.shape, functools.partial(np.copy, array))
+        for name, array in weights(config, seed).items()
+    }
+    return MemorySource(config, entries)
+
+
+def decoder(
+    config: ModelConfig | None = None,
+    *,
+    quantization: QuantConfig | None = QuantConfig(),  # noqa: B008 - frozen
+    scan_layers: bool = True,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Decoder:
+    """A tiny decoder on the reference kernels."""
+    return load_decoder(
+        source(config or ModelConfig.from_hf(BASE_HF_CONFIG), seed),
+        quantization=quantization,
+        dtype=jnp.dtype(dtype),
+        kernels="reference",
+        scan_layers=scan_layers,
+    )
+
+
+def language_model(
+    config: ModelConfig | None = None,
+    *,
+    quantization: QuantConfig | None = QuantConfig(),  # noqa: B008 - frozen
+    **options: Any,
+) -> LanguageModel:
+    """A tiny model without a tokenizer and without stop tokens."""
+    config = dataclasses.replace(config or ModelConfig.from_hf(BASE_HF_CONFIG), eos_token_ids=())
+    made = decoder(config, quantization=quantization, **options)
+    return LanguageModel(made, None, quantization=quantization, kernels="reference", name="tiny")
