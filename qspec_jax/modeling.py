@@ -29,7 +29,15 @@ from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import Linear, WeightFormat, float_matmul
 from qspec_jax.types import Precision
 
-LINEAR_NAMES = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+
+def linear_inputs(config: ModelConfig) -> dict[str, int]:
+    """Inputs of each linear of a layer, by its path in the layer."""
+    return {
+        "attention.qkv": config.hidden_size,
+        "attention.output": config.qkv_sizes[0],
+        "mlp.gate_up": config.hidden_size,
+        "mlp.down": config.intermediate_size,
+    }
 
 
 class TokenContext(NamedTuple):
@@ -113,9 +121,9 @@ class DecoderLayer(nnx.Module):
         dtype: DTypeLike,
         layers: tuple[int, ...] = (),
     ):
-        def linear(name: str, num_inputs: int, num_outputs: int, bias: bool) -> Linear:
+        def linear(name: str, num_outputs: int, bias: bool) -> Linear:
             return Linear(
-                num_inputs,
+                linear_inputs(config)[name],
                 num_outputs,
                 bias=bias,
                 weight_format=formats[name],
@@ -129,15 +137,15 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
         self.attention = Attention(
             config,
-            qkv=linear("attention.qkv", hidden, sum(config.qkv_sizes), config.qkv_bias),
-            output=linear("attention.output", config.qkv_sizes[0], hidden, config.output_bias),
+            qkv=linear("attention.qkv", sum(config.qkv_sizes), config.qkv_bias),
+            output=linear("attention.output", hidden, config.output_bias),
             dtype=dtype,
             layers=layers,
         )
         self.mlp_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
         self.mlp = MLP(
-            gate_up=linear("mlp.gate_up", hidden, 2 * mlp_size, config.mlp_bias),
-            down=linear("mlp.down", mlp_size, hidden, config.mlp_bias),
+            gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
+            down=linear("mlp.down", hidden, config.mlp_bias),
         )
 
     def __call__(
@@ -171,7 +179,7 @@ class Decoder(nnx.Module):
         Args:
             config: shape and options.
             quantization: how weights are stored and draft activations quantised; None for float weights.
-            formats: the storage of single linears (keys of ``LINEAR_NAMES``) where it is not that of
+            formats: the storage of single linears (keys of :func:`linear_inputs`) where it is not that of
                 ``quantization``.
             kernels: implementation name for the matmuls, None for the best that works.
             dtype: of embedding, norms, biases, LM head, cache and activations.
@@ -181,7 +189,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
-        complete = {name: (formats or {}).get(name, default) for name in LINEAR_NAMES}
+        complete = {name: (formats or {}).get(name, default) for name in linear_inputs(config)}
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List(

@@ -13,7 +13,7 @@ import numpy as np
 
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
-from qspec_jax.loading.decoder import load_decoder
+from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.parameters import TensorEntry, expected_parameters
 from qspec_jax.modeling import Decoder
 
@@ -101,9 +101,11 @@ def decoder(
     seed: int = 0,
 ) -> Decoder:
     """A tiny decoder on the reference kernels."""
+    checkpoint = source(config or ModelConfig.from_hf(BASE_HF_CONFIG), seed)
     return load_decoder(
-        source(config or ModelConfig.from_hf(BASE_HF_CONFIG), seed),
+        checkpoint,
         quantization=quantization,
+        formats=weight_formats(checkpoint, quantization),
         dtype=jnp.dtype(dtype),
         kernels="reference",
         scan_layers=scan_layers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,13 +21,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.linear import WeightFormat
 from qspec_jax.loading.memory import check_memory, explain_out_of_memory
 from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
-from qspec_jax.modeling import LINEAR_NAMES, Decoder
+from qspec_jax.modeling import Decoder, linear_inputs
 from qspec_jax.quantization import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
@@ -54,6 +54,7 @@ def load_decoder(
     source: CheckpointSource,
     *,
     quantization: QuantConfig | None,
+    formats: Mapping[str, WeightFormat] | None,
     dtype: DTypeLike,
     kernels: str | None,
     scan_layers: bool,
@@ -64,17 +65,16 @@ def load_decoder(
     Args:
         source: an opened, checked checkpoint.
         quantization: how to quantise its linears, None to keep them in floating point.
+        formats: what :func:`weight_formats` returns for them.
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``.
         progress: wraps the iteration over the tensors.
 
     Raises:
-        UsageError: the group size does not divide a linear's inputs.
         CheckpointError: a tensor cannot be read.
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
     """
-    formats = None if quantization is None else weight_formats(source, quantization)
 
     def build() -> Decoder:
         return Decoder(
@@ -86,10 +86,7 @@ def load_decoder(
             scan_layers=scan_layers,
         )
 
-    try:
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.eval_shape(build)))
-    except ValueError as error:
-        raise UsageError(f"cannot quantise this model: {error}") from error
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.eval_shape(build)))
     check_memory(needed, what=f"the weights of {source.path.name}")
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {needed / 1e9:.2f} GB"):
         decoder = build()
@@ -98,20 +95,36 @@ def load_decoder(
         return jax.block_until_ready(decoder)
 
 
-def weight_formats(source: CheckpointSource, quantization: QuantConfig) -> dict[str, WeightFormat]:
+def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:
     """The format of each linear: that of its imported 4-bit parts if it has any, else the configured one.
 
     An array that several tensors share has one format. It is symmetric only if all its imported parts
-    are, and parts that are not imported are rounded onto the imported grid.
+    are, and parts that are not imported are rounded onto the imported grid. None for a float model.
+
+    Raises:
+        UsageError: the group size does not divide a linear's inputs.
     """
+    if quantization is None:
+        return None
     default = WeightFormat(quantization.group_size, quantization.symmetric)
-    imported: dict[str, set[WeightFormat]] = {name: set() for name in LINEAR_NAMES}
+    imported: dict[str, set[WeightFormat]] = {name: set() for name in linear_inputs(source.config)}
     for name, entry in source.entries.items():
         matched = _LAYER_NAME.fullmatch(name)
         if entry.four_bit is not None and matched:
             module, _ = _PART_OF.get(matched[2], (matched[2], 0))
             imported[module].add(WeightFormat(entry.four_bit.group_size, entry.four_bit.symmetric))
-    return {name: _joint_format(found) or default for name, found in imported.items()}
+    formats = {name: _joint_format(found) or default for name, found in imported.items()}
+    _check_group_sizes(source.config, formats)
+    return formats
+
+
+def _check_group_sizes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
+    for name, weight_format in formats.items():
+        num_inputs = linear_inputs(config)[name]
+        try:
+            check_group_size(num_inputs, weight_format.group_size or num_inputs, what=name)
+        except ValueError as error:
+            raise UsageError(f"cannot quantise this model: {error}") from error
 
 
 def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:

@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
-from qspec_jax.loading.decoder import load_decoder
+from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
 from qspec_jax.tokenizer import load_tokenizer
 
@@ -52,10 +52,12 @@ def load(
         raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     path = resolve_model(model)
     source = open_source(path)
+    formats = weight_formats(source, quantization)
     tokenizer = load_tokenizer(path)
     decoder = load_decoder(
         source,
         quantization=quantization,
+        formats=formats,
         dtype=jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
         kernels=None if kernels != REFERENCE else REFERENCE,
         scan_layers=kernels == REFERENCE,

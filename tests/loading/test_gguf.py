@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from tiny_checkpoints import (
+
+from pallas_kernels.packing import QuantizedWeight, dequantize, pack_codes
+from qspec_jax.config import ModelConfig, RopeScaling
+from qspec_jax.errors import CheckpointError, UnsupportedModelError
+from qspec_jax.loading import CheckpointSource, FourBitFormat, QuantizedTensor, open_source
+from qspec_jax.loading.gguf import GGUFFile
+from tests.loading.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,
     HEADS,
@@ -19,12 +25,6 @@ from tiny_checkpoints import (
     write_gguf,
     write_hf,
 )
-
-from pallas_kernels.packing import QuantizedWeight, dequantize, pack_codes
-from qspec_jax.config import ModelConfig, RopeScaling
-from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading import CheckpointSource, FourBitFormat, QuantizedTensor, open_source
-from qspec_jax.loading.gguf import GGUFFile
 
 
 def packed_floats(tensor: QuantizedTensor) -> np.ndarray:

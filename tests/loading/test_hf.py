@@ -7,11 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading import CheckpointSource, expected_parameters, open_source
+from tests.loading.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 CANONICAL = {
     "model.embed_tokens.weight": "embedding.weight",

@@ -4,11 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoints import ARCHITECTURES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB, hf_config, hf_tensors
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError
 from qspec_jax.loading.parameters import FoundTensor, TensorEntry, check_entries, expected_parameters
+from tests.loading.tiny_checkpoints import (
+    ARCHITECTURES,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    VOCAB,
+    hf_config,
+    hf_tensors,
+)
 
 
 def found(config: ModelConfig) -> list[FoundTensor]:

@@ -2,10 +2,10 @@
 
 import huggingface_hub
 import pytest
-from tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
 
 from qspec_jax.errors import CheckpointError
 from qspec_jax.loading import open_source, resolve, resolve_model
+from tests.loading.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""The main job on a real model: SmolLM2-135M-Instruct from its GGUF file, on the CPU in float32."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+import qspec_jax
+from qspec_jax import ActivationQuantization, QuantConfig
+from tests.golden import make_demo
+
+pytestmark = [
+    pytest.mark.demo,
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="token identity in float32 is a contract of the CPU"),
+]
+NUM_TOKENS = make_demo.NUM_TOKENS
+
+
+@pytest.fixture(scope="module")
+def model(demo_gguf):
+    return qspec_jax.load(demo_gguf, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return model.generate(make_demo.prompts(), mode="w4a16", max_new_tokens=NUM_TOKENS)
+
+
+def token_ids(results):
+    return [result.token_ids for result in results]
+
+
+def totals(results):
+    """Acceptance rate and tokens per cycle over all prompts."""
+    stats = [result.stats for result in results]
+    accepted = sum(s.accepted for s in stats)
+    return accepted / sum(s.drafted for s in stats), 1 + accepted / sum(s.cycles for s in stats)
+
+
+def test_w4a16_equals_the_recorded_greedy_tokens_of_transformers(plain):
+    assert token_ids(plain) == json.loads(make_demo.GOLDEN.read_text())
+
+
+def test_recorded_tokens_are_those_of_the_installed_transformers(demo_gguf, plain):
+    pytest.importorskip("torch", reason="needs torch, the oracle")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with it")
+    recorded = json.loads(make_demo.GOLDEN.read_text())
+    encoded = [result.prompt_token_ids for result in plain]
+    assert make_demo.hf_tokens(demo_gguf, encoded[:3]) == recorded[:3]
+
+
+def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model, plain):
+    results = model.generate(make_demo.prompts(), draft="w4a8", max_new_tokens=NUM_TOKENS)
+    assert token_ids(results) == token_ids(plain)
+    acceptance, tokens_per_cycle = totals(results)
+    assert acceptance > 0.85
+    assert tokens_per_cycle > 3.5
+
+
+def test_w4a4_drafts_give_the_same_tokens_and_are_often_accepted(model, plain):
+    results = model.generate(make_demo.prompts(), draft="w4a4", max_new_tokens=NUM_TOKENS)
+    assert token_ids(results) == token_ids(plain)
+    acceptance, tokens_per_cycle = totals(results)
+    assert acceptance > 0.65
+    assert tokens_per_cycle > 2.9
+
+
+def test_even_drafts_that_are_rarely_right_change_nothing(demo_gguf, plain):
+    coarse = QuantConfig(w4a4=ActivationQuantization(group_size=None, symmetric=True))
+    model = qspec_jax.load(demo_gguf, dtype="float32", quantization=coarse)
+    results = model.generate(make_demo.prompts()[:8], draft="w4a4", draft_length=2, max_new_tokens=32)
+    assert token_ids(results) == [ids[:32] for ids in token_ids(plain)[:8]]
+    assert totals(results)[0] < 0.4
+
+
+def test_streamed_pieces_join_to_the_text(model, plain):
+    *pieces, result = model.stream(make_demo.prompts()[0], draft="w4a8", max_new_tokens=NUM_TOKENS)
+    assert len(pieces) > 5
+    assert "".join(pieces) == result.text == plain[0].text
+    assert result.token_ids == plain[0].token_ids
+
+
+def test_generation_stops_at_the_end_of_a_turn(model):
+    result = model.generate("Say only: yes", draft="w4a8", max_new_tokens=200)[0]
+    assert result.finish_reason == "stop"
+    assert result.token_ids[-1] in model.stop_tokens
+    assert "<|im_end|>" not in result.text

@@ -1,0 +1,194 @@
+"""The command line: what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import qspec_jax
+from qspec_jax import generate
+from tests.loading import tiny_checkpoints
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
+    *("drafted", "accepted", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s", "compile_s"),
+    *("tokens_per_s", "device", "kernels"),
+}
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    code = generate.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def demo_model(demo_gguf):
+    return qspec_jax.load(demo_gguf, kernels="reference")
+
+
+@pytest.fixture
+def demo(demo_model, monkeypatch):
+    """Commands find the demo model already loaded."""
+    monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: demo_model)
+
+
+@pytest.mark.usefixtures("demo")
+def test_text_goes_to_stdout_and_figures_to_stderr(capsys):
+    code, out, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 16)
+    assert code == 0
+    assert out.startswith("The answer")
+    figures = err.splitlines()[-1]
+    assert "compiling" in err
+    for part in ("16 tokens", "tokens/s", "acceptance", "tokens/cycle", "w4a8 drafts of 3", "reference kernels"):
+        assert part in figures
+
+
+@pytest.mark.usefixtures("demo")
+def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Name a color."}\n\n{"prompt": "Name a fruit."}\n')
+    arguments = ("--prompt", "Hello", "--prompt-file", prompts, "--max-new-tokens", 8, "--draft", "w4a4", "--json")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    entries = [json.loads(line) for line in out.splitlines()]
+    assert [entry["prompt"] for entry in entries] == ["Hello", "Name a color.", "Name a fruit."]
+    assert all(set(entry) == KEYS for entry in entries)
+    assert all((entry["mode"], entry["draft"], entry["draft_length"]) == ("qspec", "w4a4", 3) for entry in entries)
+
+
+@pytest.mark.usefixtures("demo")
+def test_streaming_prints_the_same_text(capsys):
+    arguments = ("--prompt", "Name a color.", "--max-new-tokens", 24)
+    _, at_once, _ = run(capsys, *arguments, "--no-stream")
+    _, streamed, err = run(capsys, *arguments, "--stream")
+    assert streamed == at_once
+    assert "24 tokens" in err or "stop" in err or "tokens/cycle" in err
+
+
+@pytest.mark.usefixtures("demo")
+def test_several_prompts_are_told_apart(capsys):
+    _, out, _ = run(capsys, "--prompt", "Hello", "--prompt", "Goodbye", "--max-new-tokens", 4, "--mode", "w4a16")
+    assert out.index("### Hello") < out.index("### Goodbye")
+
+
+@pytest.mark.usefixtures("demo")
+def test_without_the_chat_template_the_prompt_is_continued(capsys):
+    _, out, _ = run(capsys, "--prompt", "1 2 3 4 5 6", "--no-chat", "--max-new-tokens", 4, "--json", "--mode", "w4a16")
+    entry = json.loads(out)
+    assert len(entry["prompt_token_ids"]) == 11
+    assert entry["text"].startswith(" 7")
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
+    code, out, err = run(capsys, "--prompt", "word " * 100, "--max-seq-len", 64, "--max-new-tokens", 8)
+    assert (code, out) == (2, "")
+    assert "do not fit max_seq_len=64; shorten the prompt, lower max_new_tokens or raise max_seq_len" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt; give --prompt TEXT or --prompt-file FILE"),
+        (["--prompt", "  "], "prompt 1 is empty"),
+        (["--prompt", "a", "--draft-length", "0"], "--draft-length 0 must be at least 1"),
+        (["--prompt", "a", "--draft-length", "99"], "--draft-length 99 must be at most 16"),
+        (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens -5 must be at least 1"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--prompt", "a", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
+        (["--prompt-file", "/nonexistent/prompts.txt"], "cannot read --prompt-file /nonexistent/prompts.txt"),
+    ],
+)
+def test_usage_errors_exit_with_2_before_a_model_is_loaded(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(qspec_jax, "load", lambda *a, **k: pytest.fail("loaded a model"))
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "option", [["--mode", "w4a2"], ["--kernels", "cutlass"], ["--group-size", "48"], ["--dtype", "int8"]]
+)
+def test_unknown_choices_exit_with_2_and_name_the_known(capsys, option):
+    with pytest.raises(SystemExit) as raised:
+        generate.main(["--prompt", "a", *option])
+    assert raised.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for GPU kernels where there is none")
+def test_kernels_that_do_not_work_here_exit_with_2(capsys):
+    code, _, err = run(capsys, "--prompt", "a", "--kernels", "triton")
+    assert code == 2
+    assert "kernels='triton' does not work on this cpu device; use auto or one of reference" in err
+
+
+def test_an_unknown_model_exits_with_1(capsys):
+    code, out, err = run(capsys, "--prompt", "a", "--model", "/nonexistent/model.gguf")
+    assert (code, out) == (1, "")
+    assert "no such file or directory" in err
+
+
+def test_a_prompt_file_line_that_is_not_an_object_with_a_prompt_is_named(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"text": "not"}\n')
+    code, _, err = run(capsys, "--prompt-file", path)
+    assert code == 2
+    assert "prompts.jsonl:2" in err
+    path.write_text('{"prompt": \n')
+    code, _, err = run(capsys, "--prompt-file", path)
+    assert code == 2
+    assert "prompts.jsonl:1 is not JSON" in err
+
+
+def test_a_text_file_has_a_prompt_per_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("first\n\n  \nsecond {line}\n{third\n")
+    arguments = generate.build_parser().parse_args(["--prompt-file", str(path)])
+    assert generate._read_prompts(arguments) == ["first", "second {line}", "{third"]
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "truncated", "wrong dtype"])
+def test_a_damaged_checkpoint_exits_with_1_and_one_message(capsys, tmp_path, damage):
+    config = tiny_checkpoints.hf_config()
+    tensors = tiny_checkpoints.hf_tensors(config)
+    if damage == "wrong dtype":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("int32")
+    path = tiny_checkpoints.write_hf(tmp_path / "model", config, tensors, num_shards=2)
+    shard = sorted(path.glob("*.safetensors"))[-1]
+    if damage == "missing shard":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    code, out, err = run(capsys, "--prompt", "a", "--model", path)
+    assert (code, out) == (1, "")
+    assert "error: " in err
+    assert "Traceback" not in err
+
+
+def test_a_group_size_that_does_not_divide_exits_with_2(capsys, tmp_path):
+    config = tiny_checkpoints.hf_config()
+    path = tiny_checkpoints.write_hf(tmp_path / "model", config, tiny_checkpoints.hf_tensors(config))
+    code, _, err = run(capsys, "--prompt", "a", "--model", path, "--group-size", 128)
+    assert code == 2
+    assert "K=64 is not a multiple of group_size=128; use 32 or 64" in err
+
+
+def test_the_process_reports_an_error_without_a_traceback_unless_asked():
+    command = [sys.executable, "-m", "qspec_jax.generate", "--prompt", "a", "--model", "no/such/model.gguf"]
+    plain = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=ROOT)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
