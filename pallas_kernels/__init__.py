@@ -1,0 +1,36 @@
+"""Quantised matmul kernels for JAX: the operations as plain functions, and the arrays they read.
+
+Each operation has a folder: ``reference.py`` is its specification in ``jax.numpy`` and
+``gpu_triton.py`` its Pallas Triton kernel for NVIDIA GPUs. ``implementation=None`` picks the best one
+that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of models.
+"""
+
+from pallas_kernels.activations import QuantizedActivation, dequantize_activation
+from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
+from pallas_kernels.packing import (
+    QuantizedWeight,
+    check_group_size,
+    dequantize,
+    pack_codes,
+    unpack_codes,
+    with_group_sums,
+)
+from pallas_kernels.quantize_activations import quantize_activations
+from pallas_kernels.w4a4_matmul import w4a4_matmul
+from pallas_kernels.w4a16_matmul import w4a16_matmul
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "QuantizedActivation",
+    "QuantizedWeight",
+    "available_implementations",
+    "check_group_size",
+    "dequantize",
+    "dequantize_activation",
+    "pack_codes",
+    "quantize_activations",
+    "unpack_codes",
+    "w4a4_matmul",
+    "w4a16_matmul",
+    "with_group_sums",
+]

@@ -1,0 +1,80 @@
+"""Implementation names, what runs where, and the one error when none fits.
+
+Every operation of this package takes ``implementation``. A name runs that implementation or raises;
+None takes the first one of :data:`IMPLEMENTATIONS` that works for the platform and the shapes, and
+always finds one because the reference is plain ``jax.numpy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+REFERENCE = "reference"
+TRITON = "triton"
+IMPLEMENTATIONS = (TRITON, REFERENCE)  # best first
+
+# bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere.
+_TRITON_MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+def available_implementations(platform: str | None = None) -> tuple[str, ...]:
+    """The implementation names that work on a platform, best first.
+
+    Args:
+        platform: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"tpu"``, ...; None means the platform that JAX
+            uses by default, whose device is then examined too.
+
+    Returns:
+        Names of :data:`IMPLEMENTATIONS`. A shape may still rule one out for a single call.
+    """
+    return tuple(name for name in IMPLEMENTATIONS if _platform_obstacle(name, platform) is None)
+
+
+def select_implementation(op: str, implementation: str | None, *, triton_obstacle: Callable[[], str | None]) -> str:
+    """Resolves the ``implementation`` argument of an operation.
+
+    Args:
+        op: name of the operation, for messages.
+        implementation: a name of :data:`IMPLEMENTATIONS`, or None for the best one that works.
+        triton_obstacle: called only where Triton could run; says why the Triton kernel cannot serve
+            these shapes and dtypes, or returns None.
+
+    Returns:
+        The name of the implementation to call.
+
+    Raises:
+        ValueError: ``implementation`` is not a known name.
+        NotImplementedError: the named implementation does not work on this platform or these shapes.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}, or None"
+        )
+    if implementation == REFERENCE:
+        return REFERENCE
+    obstacle = _platform_obstacle(TRITON, None) or triton_obstacle()
+    if obstacle is None:
+        return TRITON
+    if implementation is None:
+        return REFERENCE
+    raise NotImplementedError(f"{op}: implementation '{TRITON}' {obstacle}; use '{REFERENCE}' or None")
+
+
+def _platform_obstacle(name: str, platform: str | None) -> str | None:
+    """Why an implementation cannot run on a platform, as the end of a sentence; None if it can."""
+    if name == REFERENCE:
+        return None
+    where = platform or jax.default_backend()
+    if where not in ("gpu", "cuda"):
+        return f"needs an NVIDIA GPU; this is {where}"
+    if platform is not None:
+        return None
+    device = jax.devices()[0]
+    if "rocm" in device.client.platform_version.lower():
+        return "needs an NVIDIA GPU; this is an AMD GPU"
+    capability = tuple(int(part) for part in device.compute_capability.split("."))
+    if capability < _TRITON_MIN_COMPUTE_CAPABILITY:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer; this one has {device.compute_capability}"
+    return None

@@ -1,0 +1,64 @@
+"""Activations to 4- or 8-bit integers, with one scale per token or per token and group."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import check_group_size
+from pallas_kernels.quantize_activations import reference
+
+_OP = "quantize_activations"
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def quantize_activations(
+    x: Float[Array, "*batch K"],
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    clip_ratio: float = 1.0,
+    implementation: str | None = None,
+) -> QuantizedActivation:
+    """Rounds activations to the nearest code; the equations stand in the reference.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16.
+        bits: 4 or 8.
+        group_size: consecutive inputs that share a scale; None for one scale per token.
+        symmetric: scale from the largest magnitude and no offset; otherwise from the range.
+        clip_ratio: in (0, 1], shrinks the range, and codes beyond it saturate.
+        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+
+    Returns:
+        int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``.
+
+    Raises:
+        ValueError: an argument is out of its range, ``group_size`` does not divide K, or the name of
+            the implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    group_size = x.shape[-1] if group_size is None else group_size
+    check_group_size(x.shape[-1], group_size, what=_OP)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
+    if bits not in (4, 8):
+        raise ValueError(f"{_OP}: bits={bits}; use 4 or 8")
+    if not 0.0 < clip_ratio <= 1.0:
+        raise ValueError(f"{_OP}: clip_ratio={clip_ratio}; use a number in (0, 1]")
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_ratio": clip_ratio}
+    chosen = dispatch.select_implementation(
+        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1], group_size)
+    )
+    if chosen == dispatch.TRITON:
+        return _triton().quantize_activations(x, **settings)
+    return reference.quantize_activations(x, **settings)
+
+
+def _triton():
+    from pallas_kernels.quantize_activations import gpu_triton  # imported only where it can run
+
+    return gpu_triton

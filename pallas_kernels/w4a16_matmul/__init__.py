@@ -1,0 +1,48 @@
+"""Weight-only 4-bit matmul: floating-point activations times packed 4-bit weights."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.packing import QuantizedWeight, check_layout
+from pallas_kernels.w4a16_matmul import reference
+
+_OP = "w4a16_matmul"
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def w4a16_matmul(
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
+) -> Float[Array, "*batch N"]:
+    """``x @ dequantize(weight).T``, accumulated in float32 and rounded once to the dtype of ``x``.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16.
+        weight: a ``[N, K]`` weight, without leading axes.
+        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes do not fit together, the dtype is not one of the three, or the name of the
+            implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    check_layout(weight, x.shape[-1], op=_OP)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
+    chosen = dispatch.select_implementation(
+        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.dtype, weight)
+    )
+    if chosen == dispatch.TRITON:
+        return _triton().w4a16_matmul(x, weight)
+    return reference.w4a16_matmul(x, weight)
+
+
+def _triton():
+    from pallas_kernels.w4a16_matmul import gpu_triton  # imported only where it can run
+
+    return gpu_triton

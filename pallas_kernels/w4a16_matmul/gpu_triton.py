@@ -1,0 +1,135 @@
+"""``w4a16_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
+
+Codes become 16-bit floats centred by 8, which is exact; the scales multiply the float32 sums. An asymmetric
+weight is ``scale * (code - 8) + shift`` with ``shift = 8 * scale - offset``, so it adds the sum of the
+activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that
+together hold all their bits, so tensor cores multiply them exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+
+
+def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
+    """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
+    del dtype  # all three of the public function work
+    return tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+
+
+def w4a16_matmul(
+    x: Float[Array, "*batch K"],
+    weight: QuantizedWeight,
+    *,
+    config: tiles.TileConfig | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*batch N"]:
+    """See the public function. ``config`` replaces the measured choice of tiles."""
+    tiles.ignore_triton_deprecation()
+    rows = x.reshape(-1, x.shape[-1])
+    if config is None:
+        config = _tile_config(rows.shape[0], x.dtype, weight)
+    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config, interpret=interpret)
+    return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+
+
+def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:
+    run = tiles.scale_run(weight.num_inputs, weight.group_size)
+    if dtype == jnp.float32:
+        run = min(run, 64)  # float32 rows take twice the shared memory
+    return tiles.tile_config(num_rows, weight.num_outputs, weight.num_inputs, run, asymmetric=not weight.symmetric)
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def _matmul(
+    x: Array, packed: Array, scale: Array, offset: Array | None, *, config: tiles.TileConfig, interpret: bool
+) -> Array:
+    offsets = () if offset is None else (offset,)
+    kernel = functools.partial(_kernel, num_rows=x.shape[0], config=config, interpret=interpret)
+    return tiles.launch_matmul(
+        kernel, (x,), (packed, scale, *offsets), config=config, out_dtype=x.dtype, interpret=interpret, name="w4a16"
+    )
+
+
+def _kernel(
+    x_ref,  # [block_m, K] bf16, f16 or f32
+    packed_ref,  # [block_n, K/2] uint8
+    scale_ref,  # [G, block_n]
+    *refs,  # offset [G, block_n] of an asymmetric weight, output [block_m, block_n]
+    num_rows: int,
+    config: tiles.TileConfig,
+    interpret: bool,
+):
+    *offset_refs, out_ref = refs
+    half, block_k = packed_ref.shape[1], config.block_k
+    num_groups = scale_ref.shape[0]
+    group_size = 2 * half // num_groups
+    steps = half // block_k // config.split
+    first_step = pl.program_id(1) * steps
+    x_mask = tiles.row_mask(num_rows, config.block_m, block_k)
+    code_dtype = jnp.bfloat16 if x_ref.dtype == jnp.float32 else x_ref.dtype
+
+    def group_scale_and_shift(group):
+        scale = scale_ref[group, :].astype(jnp.float32)
+        if not offset_refs:
+            return scale, None
+        return scale, SYMMETRIC_ZERO_POINT * scale - offset_refs[0][group, :].astype(jnp.float32)
+
+    def plane(start, codes, product, row_sum):
+        """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
+        x = tiles.load_rows(x_ref, start, block_k, x_mask)
+        partial = _dot(x, codes)
+        tile_sum = jnp.sum(x.astype(jnp.float32), axis=1) if offset_refs else 0.0
+        if num_groups == 1:
+            return product + partial, row_sum + tile_sum
+        scale, shift = group_scale_and_shift(lax.div(start, group_size))
+        product = product + partial * scale[None, :]
+        return (product if shift is None else product + tile_sum[:, None] * shift[None, :]), row_sum
+
+    def step(index, carry):
+        start = (first_step + index) * block_k
+        packed = packed_ref[:, pl.ds(start, block_k)]
+        low, high = tiles.decode_planes(packed, code_dtype, interpret=interpret)
+        return plane(half + start, high, *plane(start, low, *carry))
+
+    zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32), jnp.zeros((config.block_m,), jnp.float32)
+    product, row_sum = lax.fori_loop(0, steps, step, zeros)
+    if num_groups == 1:
+        scale, shift = group_scale_and_shift(0)
+        product = product * scale[None, :]
+        product = product if shift is None else product + row_sum[:, None] * shift[None, :]
+    out_mask = tiles.row_mask(num_rows, config.block_m, config.block_n)
+    plgpu.store(out_ref, product.astype(out_ref.dtype), mask=out_mask)
+
+
+def _dot(x: Array, codes: Array) -> Array:
+    """``x: [block_m, block_k]`` times ``codes: [block_n, block_k]`` transposed, in float32."""
+    if x.dtype != jnp.float32:
+        return tiles.dot_transposed(x, codes)
+    top, middle, bottom = _exact_bfloat16_pieces(x)
+    small_first = tiles.dot_transposed(bottom, codes) + tiles.dot_transposed(middle, codes)
+    return small_first + tiles.dot_transposed(top, codes)
+
+
+def _exact_bfloat16_pieces(x: Array) -> tuple[Array, Array, Array]:
+    """Three bfloat16 arrays whose sum is the float32 ``x``: its 24 bits in runs of eight."""
+
+    def upper_bits(values):
+        bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    top = upper_bits(x)
+    middle = upper_bits(x - top)
+    bottom = x - top - middle
+    return top.astype(jnp.bfloat16), middle.astype(jnp.bfloat16), bottom.astype(jnp.bfloat16)

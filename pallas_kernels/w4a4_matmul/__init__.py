@@ -1,0 +1,70 @@
+"""Integer matmul: 4- or 8-bit activations times packed 4-bit weights (W4A4 and W4A8)."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import QuantizedWeight, check_layout
+from pallas_kernels.w4a4_matmul import reference
+
+_OP = "w4a4_matmul"
+
+
+def w4a4_matmul(
+    x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
+) -> Float[Array, "*batch N"]:
+    """``dequantize_activation(x) @ dequantize(weight).T`` from sums of products of integers.
+
+    Symmetric activations may be grouped finer than the weight, like it, or coarser. Asymmetric ones
+    need ``weight.group_sum`` and must not be grouped finer than the weight, whose groups it sums.
+
+    Args:
+        x: ``[..., K]`` activations in 4 or 8 bits.
+        weight: a ``[N, K]`` weight, without leading axes.
+        dtype: floating-point dtype of the result; sums are float32 or int32 until the end.
+        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+
+    Returns:
+        ``[..., N]`` in ``dtype``.
+
+    Raises:
+        ValueError: shapes or groupings do not fit together, ``group_sum`` is missing, or the name of
+            the implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    check_layout(weight, x.num_inputs, op=_OP)
+    _check_groupings(x, weight)
+    chosen = dispatch.select_implementation(_OP, implementation, triton_obstacle=lambda: _triton().obstacle(x, weight))
+    if chosen == dispatch.TRITON:
+        return _triton().w4a4_matmul(x, weight, dtype=dtype)
+    return reference.w4a4_matmul(x, weight, dtype=dtype)
+
+
+def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
+    finer, coarser = sorted((x.group_size, weight.group_size))
+    if coarser % finer:
+        raise ValueError(
+            f"{_OP}: activation groups of {x.group_size} and weight groups of {weight.group_size} do not nest; "
+            f"quantize the activations with group_size={weight.group_size} or None"
+        )
+    if x.symmetric:
+        return
+    if weight.group_sum is None:
+        raise ValueError(
+            f"{_OP}: asymmetric activations need the sums of the weight's groups; "
+            "call with_group_sums(weight) once, when the weight is loaded"
+        )
+    if x.group_size < weight.group_size:
+        raise ValueError(
+            f"{_OP}: asymmetric activations in groups of {x.group_size} are finer than the weight's groups of "
+            f"{weight.group_size}, whose sums cannot be split; use group_size={weight.group_size} or None"
+        )
+
+
+def _triton():
+    from pallas_kernels.w4a4_matmul import gpu_triton  # imported only where it can run
+
+    return gpu_triton

@@ -1,0 +1,219 @@
+"""``w4a4_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
+
+The integer formula of :mod:`pallas_kernels.activations`: int8 tensor cores multiply the activation codes by
+``16 * (code - 8)`` (four-bit codes too: Hopper has no 4-bit path, and the product is exact either way), sums
+are int32 as long as one scale covers them and float32 beyond, and a factor 1/16, which is exact, ends it.
+The zero points of an asymmetric weight and of asymmetric activations add one rank-1 term per group each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+
+
+def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    return tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size, x.group_size)
+
+
+def w4a4_matmul(
+    x: QuantizedActivation,
+    weight: QuantizedWeight,
+    *,
+    dtype: jax.typing.DTypeLike,
+    config: tiles.TileConfig | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*batch N"]:
+    """See the public function. ``config`` replaces the measured choice of tiles."""
+    tiles.ignore_triton_deprecation()
+    batch = x.codes.shape[:-1]
+    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x)
+    if config is None:
+        config = _tile_config(rows.codes.shape[0], x, weight)
+    outputs = _matmul(rows, weight, dtype=jnp.dtype(dtype), config=config, interpret=interpret)
+    return outputs.reshape(*batch, weight.num_outputs)
+
+
+def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight) -> tiles.TileConfig:
+    run = tiles.scale_run(weight.num_inputs, weight.group_size, x.group_size)
+    scaled_in_loop = weight.num_groups > 1 or x.num_groups > 1
+    return tiles.tile_config(
+        num_rows,
+        weight.num_outputs,
+        weight.num_inputs,
+        run,
+        integer=scaled_in_loop,
+        asymmetric=not weight.symmetric,
+    )
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
+def _matmul(
+    x: QuantizedActivation,
+    weight: QuantizedWeight,
+    *,
+    dtype: jax.typing.DTypeLike,
+    config: tiles.TileConfig,
+    interpret: bool,
+) -> Array:
+    rows = {"codes": x.codes, "x_scale": x.scale}
+    columns = {"packed": weight.packed, "scale": weight.scale}
+    if weight.offset is not None:
+        columns["offset"] = weight.offset
+    if x.offset is not None:
+        rows["x_offset"] = x.offset
+        columns["group_sum"] = weight.group_sum
+
+    def kernel(*refs):
+        named = dict(zip([*rows, *columns, "out"], refs, strict=True))
+        _kernel(_Refs(**named), num_rows=x.codes.shape[0], config=config, interpret=interpret)
+
+    return tiles.launch_matmul(
+        kernel,
+        tuple(rows.values()),
+        tuple(columns.values()),
+        config=config,
+        out_dtype=dtype,
+        interpret=interpret,
+        name="w4a4",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """The memory of one program; ``Gx`` and ``G`` are the groups of activations and weight."""
+
+    codes: tiles.Ref  # [block_m, K] int8
+    x_scale: tiles.Ref  # [block_m, Gx] f32
+    packed: tiles.Ref  # [block_n, K/2] uint8
+    scale: tiles.Ref  # [G, block_n]
+    out: tiles.Ref  # [block_m, block_n]
+    offset: tiles.Ref | None = None  # [G, block_n], asymmetric weight
+    x_offset: tiles.Ref | None = None  # [block_m, Gx] f32, asymmetric activations
+    group_sum: tiles.Ref | None = None  # [G, block_n], asymmetric activations
+
+    @property
+    def num_inputs(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.num_inputs // self.scale.shape[0]
+
+    @property
+    def x_group_size(self) -> int:
+        return self.num_inputs // self.x_scale.shape[1]
+
+    @property
+    def scale_at_end(self) -> bool:
+        """One weight scale covers the row."""
+        return self.scale.shape[0] == 1
+
+    @property
+    def x_scale_at_end(self) -> bool:
+        """One activation scale covers the row."""
+        return self.x_scale.shape[1] == 1
+
+    def weight_scale(self, group: jax.Array | int) -> jax.Array:
+        """``[1, block_n]`` float32, without the factor of the int8 codes."""
+        return self.scale[group, :].astype(jnp.float32)[None, :] / tiles.INT8_CODE_FACTOR
+
+    def weight_shift(self, group: jax.Array | int) -> jax.Array:
+        """``[1, block_n]`` float32, what an asymmetric weight adds to ``scale * (code - 8)``."""
+        scale = self.scale[group, :].astype(jnp.float32)
+        return (SYMMETRIC_ZERO_POINT * scale - self.offset[group, :].astype(jnp.float32))[None, :]
+
+
+def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: bool):
+    half, block_k = refs.packed.shape[1], config.block_k
+    steps = half // block_k // config.split
+    first_step = pl.program_id(1) * steps
+    x_mask = tiles.row_mask(num_rows, config.block_m, block_k)
+    row_mask = tiles.row_mask(num_rows, config.block_m, 1)
+    integer = refs.scale_at_end and refs.x_scale_at_end
+    accumulator = jnp.int32 if integer else jnp.float32
+
+    def plane(start, weight_codes, product, code_sum):
+        x_codes = tiles.load_rows(refs.codes, start, block_k, x_mask)
+        tile_product, tile_sum = _scaled_tile(refs, x_codes, weight_codes, start, row_mask, accumulator)
+        if refs.offset is None or not refs.scale_at_end:
+            return product + tile_product, code_sum
+        return product + tile_product, code_sum + tile_sum
+
+    def step(index, carry):
+        start = (first_step + index) * block_k
+        low, high = tiles.decode_planes(refs.packed[:, pl.ds(start, block_k)], jnp.int8, interpret=interpret)
+        return plane(half + start, high, *plane(start, low, *carry))
+
+    zeros = jnp.zeros((config.block_m, config.block_n), accumulator), jnp.zeros((config.block_m, 1), accumulator)
+    product, code_sum = lax.fori_loop(0, steps, step, zeros)
+    product = _finish(refs, product.astype(jnp.float32), code_sum.astype(jnp.float32), row_mask, config.split)
+    out_mask = tiles.row_mask(num_rows, config.block_m, config.block_n)
+    plgpu.store(refs.out, product.astype(refs.out.dtype), mask=out_mask)
+
+
+def _scaled_tile(
+    refs: _Refs,
+    x_codes: Array,
+    weight_codes: Array,
+    start: Array,
+    row_mask: Array | None,
+    accumulator: jax.typing.DTypeLike,
+) -> tuple[Array, Array]:
+    """One tile's product ``[block_m, block_n]`` and code sum ``[block_m, 1]``, under the scales that vary along K."""
+    group, x_group = lax.div(start, refs.group_size), lax.div(start, refs.x_group_size)
+    product = tiles.dot_transposed(x_codes, weight_codes).astype(accumulator)
+    code_sum = jnp.sum(x_codes.astype(jnp.int32), axis=1, keepdims=True).astype(accumulator)
+    if not refs.scale_at_end:
+        product = product * refs.weight_scale(group)
+        if refs.offset is not None:
+            product = product + code_sum * refs.weight_shift(group)
+    if not refs.x_scale_at_end:
+        x_scale = tiles.load_rows(refs.x_scale, x_group, 1, row_mask)
+        product, code_sum = product * x_scale, code_sum * x_scale
+    return product, code_sum
+
+
+def _finish(refs: _Refs, product: Array, code_sum: Array, row_mask: Array | None, split: int) -> Array:
+    """Applies the scales that cover the whole row, and the zero point of the activations."""
+    if refs.scale_at_end:
+        product = product * refs.weight_scale(0)
+        if refs.offset is not None:
+            product = product + code_sum * refs.weight_shift(0)
+    if refs.x_scale_at_end:
+        product = product * tiles.load_rows(refs.x_scale, 0, 1, row_mask)
+    if refs.x_offset is None:
+        return product
+    return product - _zero_point_term(refs, row_mask, split)
+
+
+def _zero_point_term(refs: _Refs, row_mask: Array | None, split: int) -> Array:
+    """``[block_m, block_n]``: offset of the activations times the sums of the weight's groups.
+
+    Every program of a split adds an equal share of the groups.
+    """
+    num_groups = refs.scale.shape[0]
+    share = -(-num_groups // split)
+    first = pl.program_id(1) * share
+    groups_per_x_group = refs.x_group_size // refs.group_size
+
+    def add_group(index, total):
+        group = jnp.minimum(first + index, num_groups - 1)
+        x_offset = tiles.load_rows(refs.x_offset, lax.div(group, groups_per_x_group), 1, row_mask)
+        group_sum = refs.group_sum[group, :].astype(jnp.float32)[None, :]
+        return total + jnp.where(first + index < num_groups, x_offset * group_sum, jnp.float32(0))
+
+    return lax.fori_loop(0, share, add_group, jnp.zeros(refs.out.shape, jnp.float32))

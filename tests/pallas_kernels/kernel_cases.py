@@ -1,0 +1,60 @@
+"""Arrays, independent float64 formulas and model shapes that the kernel tests share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import QuantizedActivation, QuantizedWeight, pack_codes, with_group_sums
+
+# (K, N) of the fused linears.
+DEMO_MODEL = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+LLAMA_3_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+
+
+def random_weight(
+    n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16, seed: int = 0
+) -> QuantizedWeight:
+    """A weight whose codes use all 16 values and whose entries are about 1 / sqrt(K)."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    scale = rng.uniform(0.5, 1.5, (k // group_size, n)) / np.sqrt(k) / 4
+    offset = None if symmetric else jnp.asarray(scale * rng.uniform(5, 10, scale.shape), scale_dtype)
+    return with_group_sums(QuantizedWeight(pack_codes(jnp.asarray(codes)), jnp.asarray(scale, scale_dtype), offset))
+
+
+def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> jax.Array:
+    """Normal values with a mean, so that zero points matter."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) + 0.25, dtype)
+
+
+def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
+    """``[N, K]`` from the definition, one group at a time."""
+    packed = np.asarray(weight.packed)
+    half = packed.shape[1]
+    out = np.empty((weight.num_outputs, weight.num_inputs))
+    for k in range(weight.num_inputs):
+        code = (packed[:, k] & 0xF) if k < half else (packed[:, k - half] >> 4)
+        group = k // weight.group_size
+        scale = np.asarray(weight.scale[group], np.float64)
+        offset = 8 * scale if weight.offset is None else np.asarray(weight.offset[group], np.float64)
+        out[:, k] = scale * code - offset
+    return out
+
+
+def activation_in_float64(x: QuantizedActivation) -> np.ndarray:
+    """``[M, K]`` from the definition, one group at a time."""
+    out = np.empty(x.codes.shape)
+    for group in range(x.num_groups):
+        columns = slice(group * x.group_size, (group + 1) * x.group_size)
+        out[:, columns] = np.asarray(x.codes[:, columns], np.float64) * np.asarray(x.scale[:, [group]], np.float64)
+        if x.offset is not None:
+            out[:, columns] -= np.asarray(x.offset[:, [group]], np.float64)
+    return out
+
+
+def relative_error(out: jax.Array, expected: np.ndarray | jax.Array) -> float:
+    """``||out - expected|| / ||expected||``; NaN propagates and fails any bound."""
+    expected = np.asarray(expected, np.float64)
+    return float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))

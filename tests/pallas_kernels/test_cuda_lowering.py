@@ -1,0 +1,79 @@
+"""Every Triton kernel lowers for CUDA at real model shapes, on a machine that needs no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
+from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
+from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
+
+SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
+SHAPES += [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 32, None)]
+KERNEL_CALL = "__gpu$xla.gpu.triton"
+
+
+def array(*shape: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def abstract_weight(k: int, n: int, group_size: int, symmetric: bool) -> QuantizedWeight:
+    per_group = array(k // group_size, n, dtype=jnp.float16)
+    return QuantizedWeight(array(n, k // 2, dtype=jnp.uint8), per_group, None if symmetric else per_group, per_group)
+
+
+def described_gpu() -> contextlib.AbstractContextManager:
+    """A mesh that tells JAX 0.11 and newer which GPU to lower for; 0.10 needs none."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def cuda_program(function, *args) -> str:
+    with described_gpu():
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("num_rows", [1, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16_lowers(shape, num_rows):
+    weight = abstract_weight(*shape)
+    x = array(num_rows, shape[0], dtype=jnp.bfloat16)
+    assert w4a16_triton.obstacle(x.dtype, weight) is None
+    assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, x, weight)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["f16", "f32"])
+def test_w4a16_lowers_for_other_float_types(dtype):
+    weight = abstract_weight(576, 960, 32, False)
+    assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, array(5, 576, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize("x_symmetric", [True, False], ids=["x_sym", "x_asym"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["per_token", "per_group"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a4_lowers(shape, grouped, x_symmetric):
+    k, _, group_size, _ = shape
+    weight = abstract_weight(*shape)
+    per_group = array(4, k // group_size if grouped else 1, dtype=jnp.float32)
+    x = QuantizedActivation(array(4, k, dtype=jnp.int8), per_group, None if x_symmetric else per_group, bits=8)
+    assert w4a4_triton.obstacle(x, weight) is None
+    assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_triton.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("k", "group_size"), [(576, 576), (576, 32), (4096, 4096), (14336, 14336), (4096, 128)])
+def test_quantize_activations_lowers(k, group_size, symmetric):
+    def quantize(x):
+        return quantize_triton.quantize_activations(
+            x, bits=8, group_size=group_size, symmetric=symmetric, clip_ratio=0.9
+        )
+
+    assert KERNEL_CALL in cuda_program(quantize, array(5, k, dtype=jnp.bfloat16))

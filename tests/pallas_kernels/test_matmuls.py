@@ -1,0 +1,189 @@
+"""Contracts of w4a16_matmul and w4a4_matmul, for the reference and the interpreted Triton kernel alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu_triton as tiles
+from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul
+from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a4_matmul import reference as w4a4_reference
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
+from pallas_kernels.w4a16_matmul import reference as w4a16_reference
+from tests.pallas_kernels.kernel_cases import (
+    activation_in_float64,
+    random_rows,
+    random_weight,
+    relative_error,
+    weight_in_float64,
+)
+
+W4A16 = {
+    "reference": w4a16_reference.w4a16_matmul,
+    "triton": functools.partial(w4a16_triton.w4a16_matmul, interpret=True),
+}
+W4A4 = {
+    "reference": w4a4_reference.w4a4_matmul,
+    "triton": functools.partial(w4a4_triton.w4a4_matmul, interpret=True),
+}
+IMPLEMENTATIONS = ("reference", "triton")
+# (N, K, group size); 576 splits into planes of 288 = 9 * 32, and with groups of 64 one group spans both planes.
+WEIGHTS = ((48, 256, 32), (16, 512, 128), (32, 256, 256), (32, 576, 64), (16, 576, 576))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_w4a16_equals_the_definition_in_float64(implementation, shape, symmetric):
+    weight = random_weight(*shape, symmetric=symmetric)
+    x = random_rows(5, shape[1])
+    expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
+    assert relative_error(W4A16[implementation](x, weight), expected) < 1e-6
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_w4a16_serves_any_number_of_rows(implementation, num_rows):
+    weight = random_weight(32, 576, 32, symmetric=False)
+    x = random_rows(num_rows, 576)
+    expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
+    assert relative_error(W4A16[implementation](x, weight), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_w4a16_rounds_once_to_the_dtype_of_x(implementation, dtype):
+    weight = random_weight(32, 256, 64, symmetric=False)
+    x = random_rows(5, 256, dtype=dtype)
+    out = W4A16[implementation](x, weight)
+    expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < 0.4 * float(jnp.finfo(dtype).eps)  # half an ulp at most, less on average
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_leading_axes_are_kept(implementation):
+    weight = random_weight(32, 256, 64, symmetric=False)
+    x = random_rows(2, 3, 256)
+    out = W4A16[implementation](x, weight)
+    assert out.shape == (2, 3, 32)
+    np.testing.assert_array_equal(out.reshape(6, 32), W4A16[implementation](x.reshape(6, 256), weight))
+    codes = quantize_activations(x, bits=8)
+    assert W4A4[implementation](codes, weight, dtype=jnp.bfloat16).shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize(("bits", "x_symmetric"), [(4, True), (8, False)])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["w_sym", "w_asym"])
+@pytest.mark.parametrize("shape", [(32, 256, 64), (32, 576, 64), (16, 576, 576)], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_w4a4_equals_the_definition_in_float64(implementation, shape, symmetric, x_symmetric, bits):
+    weight = random_weight(*shape, symmetric=symmetric, scale_dtype=jnp.float32)
+    x = quantize_activations(random_rows(5, shape[1]), bits=bits, symmetric=x_symmetric)
+    expected = activation_in_float64(x) @ weight_in_float64(weight).T
+    assert relative_error(W4A4[implementation](x, weight, dtype=jnp.float32), expected) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("group_size", "x_group_size", "x_symmetric"),
+    [
+        (64, 32, True),
+        (64, 64, True),
+        (64, 128, True),
+        (64, 64, False),
+        (64, 128, False),
+        (256, 64, True),
+        (32, 256, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_w4a4_accepts_finer_equal_and_coarser_activation_groups(implementation, group_size, x_group_size, x_symmetric):
+    weight = random_weight(32, 256, group_size, symmetric=False, scale_dtype=jnp.float32)
+    x = quantize_activations(random_rows(5, 256), bits=8, group_size=x_group_size, symmetric=x_symmetric)
+    expected = activation_in_float64(x) @ weight_in_float64(weight).T
+    assert relative_error(W4A4[implementation](x, weight, dtype=jnp.float32), expected) < 2e-6
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33])
+def test_w4a4_triton_serves_any_number_of_rows(num_rows):
+    weight = random_weight(32, 576, 32, symmetric=False, scale_dtype=jnp.float32)
+    x = quantize_activations(random_rows(num_rows, 576), bits=4, symmetric=False)
+    expected = activation_in_float64(x) @ weight_in_float64(weight).T
+    assert relative_error(W4A4["triton"](x, weight, dtype=jnp.float32), expected) < 2e-6
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_split_sums_over_k_are_complete(split):
+    weight = random_weight(32, 512, 64, symmetric=False, scale_dtype=jnp.float32)
+    config = dataclasses.replace(tiles.tile_config(5, 32, 512, 64), split=split)
+    x = random_rows(5, 512)
+    codes = quantize_activations(x, bits=8, symmetric=False)
+    wide = weight_in_float64(weight)
+    out = w4a16_triton.w4a16_matmul(x, weight, config=config, interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ wide.T) < 1e-6
+    out = w4a4_triton.w4a4_matmul(codes, weight, dtype=jnp.float32, config=config, interpret=True)
+    assert relative_error(out, activation_in_float64(codes) @ wide.T) < 2e-6
+
+
+def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
+    weight = random_weight(32, 576, 32, symmetric=False)
+    x = random_rows(33, 576, dtype=jnp.bfloat16)
+    alone = W4A16["triton"](x[:5], weight)
+    np.testing.assert_array_equal(alone, W4A16["triton"](x, weight)[:5])
+
+
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_reduction_over_k_does_not_depend_on_the_number_of_rows(asymmetric, integer):
+    for n, k, run in ((6144, 4096, 128), (28672, 4096, 32), (576, 1536, 32), (960, 576, 32)):
+        configs = [
+            tiles.tile_config(m, n, k, run, integer=integer, asymmetric=asymmetric) for m in (1, 4, 16, 17, 64, 256)
+        ]
+        assert len({(config.block_k, config.split) for config in configs}) == 1
+        assert all(k // 2 % (config.block_k * config.split) == 0 for config in configs)
+
+
+def test_one_layer_of_a_stack_works_inside_a_scan():
+    layers = [random_weight(64, 64, 32, symmetric=False, seed=seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    x = random_rows(2, 64)
+    scanned, _ = jax.lax.scan(lambda rows, layer: (w4a16_matmul(rows, layer), None), x, stack)
+    expected = np.asarray(x, np.float64)
+    for layer in layers:
+        expected = expected @ weight_in_float64(layer).T
+    assert relative_error(scanned, expected) < 1e-6
+
+
+def test_shapes_that_do_not_fit_are_named():
+    weight = random_weight(32, 256, 64, symmetric=True)
+    with pytest.raises(ValueError, match=r"K=128 inputs but weight.packed \(32, 128\) holds 256"):
+        w4a16_matmul(random_rows(2, 128), weight)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        w4a16_matmul(jnp.ones((2, 256), jnp.float8_e4m3fn), weight)
+    with pytest.raises(ValueError, match=r"take one layer of a stack"):
+        w4a16_matmul(random_rows(2, 256), jax.tree.map(lambda a: a[None], weight))
+    with pytest.raises(ValueError, match=r"weight.scale has shape \(32, 4\)|expected \[G, N\]"):
+        w4a16_matmul(random_rows(2, 256), dataclasses.replace(weight, scale=weight.scale[:, :16]))
+
+
+def test_groupings_that_do_not_nest_are_named():
+    weight = random_weight(32, 384, 128, symmetric=True)
+    x = quantize_activations(random_rows(2, 384), bits=8, group_size=96)
+    with pytest.raises(ValueError, match="groups of 96 and weight groups of 128 do not nest"):
+        w4a4_matmul(x, weight, dtype=jnp.float32)
+
+
+def test_asymmetric_activations_need_group_sums_at_the_weights_grouping():
+    weight = random_weight(32, 256, 64, symmetric=True)
+    x = quantize_activations(random_rows(2, 256), bits=8, symmetric=False)
+    with pytest.raises(ValueError, match="with_group_sums"):
+        w4a4_matmul(x, dataclasses.replace(weight, group_sum=None), dtype=jnp.float32)
+    finer = quantize_activations(random_rows(2, 256), bits=8, symmetric=False, group_size=32)
+    with pytest.raises(ValueError, match="groups of 32 are finer than the weight's groups of 64"):
+        w4a4_matmul(finer, weight, dtype=jnp.float32)

@@ -1,0 +1,101 @@
+"""Triton kernels on an NVIDIA GPU at the shapes of real models, against the float32 reference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul
+from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+ROWS = (1, 4, 16, 64, 256)
+SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
+SHAPES += [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 32, None)]
+SHAPES += [(4096, 4096, 128, False)]  # AWQ and GPTQ
+BFLOAT16_BOUND = 3e-3  # rounding the result costs 1.7e-3
+
+
+def assert_rows_agree(outputs: dict[int, jax.Array]) -> None:
+    """Every row has the bits it has in the largest batch."""
+    widest = np.asarray(outputs[max(outputs)])
+    for num_rows, out in outputs.items():
+        np.testing.assert_array_equal(np.asarray(out), widest[:num_rows], err_msg=f"M={num_rows}")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16_is_right_and_each_row_stands_alone(shape, dtype):
+    k, n, group_size, symmetric = shape
+    if dtype != jnp.bfloat16 and n > 6144:
+        pytest.skip("one dtype is enough at the largest shape")
+    weight = random_weight(n, k, group_size, symmetric=symmetric)
+    x = random_rows(max(ROWS), k, dtype=dtype)
+    outputs = {m: w4a16_matmul(x[:m], weight, implementation="triton") for m in ROWS}
+    expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
+    bound = 2e-6 if dtype == jnp.float32 else BFLOAT16_BOUND
+    assert relative_error(outputs[max(ROWS)].astype(jnp.float32), expected) < bound
+    assert_rows_agree(outputs)
+
+
+@pytest.mark.parametrize(("bits", "x_symmetric", "grouped"), [(4, True, False), (8, True, True), (8, False, False)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a4_is_right_and_each_row_stands_alone(shape, bits, x_symmetric, grouped):
+    k, n, group_size, symmetric = shape
+    weight = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=jnp.float32)
+    x = random_rows(max(ROWS), k, dtype=jnp.bfloat16)
+    quantized = quantize_activations(
+        x, bits=bits, symmetric=x_symmetric, group_size=group_size if grouped else None, implementation="reference"
+    )
+    first = lambda m: jax.tree.map(lambda a: a[:m], quantized)  # noqa: E731
+    outputs = {m: w4a4_matmul(first(m), weight, dtype=jnp.float32, implementation="triton") for m in ROWS}
+    expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
+    assert relative_error(outputs[max(ROWS)], expected) < 5e-6
+    assert_rows_agree(outputs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("k", "group_size"), [(576, None), (576, 32), (1536, None), (4096, None), (14336, 128)], ids=str
+)
+def test_quantize_activations_gives_the_codes_of_the_reference(k, group_size, bits, symmetric):
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    for num_rows in ROWS:
+        x = random_rows(num_rows, k, dtype=jnp.bfloat16)
+        out = quantize_activations(x, **settings, implementation="triton")
+        x_on_cpu = jax.device_put(x, jax.devices("cpu")[0])
+        expected = quantize_activations(x_on_cpu, **settings, implementation="reference")
+        np.testing.assert_array_equal(out.codes, expected.codes)
+        np.testing.assert_array_equal(out.scale, expected.scale)
+        if not symmetric:
+            np.testing.assert_array_equal(out.offset, expected.offset)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[6]], ids=str)
+def test_a_prefill_of_more_rows_is_right(shape):
+    k, n, group_size, symmetric = shape
+    weight = random_weight(n, k, group_size, symmetric=symmetric)
+    x = random_rows(517, k, dtype=jnp.bfloat16)
+    expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
+    out = w4a16_matmul(x, weight, implementation="triton")
+    assert relative_error(out.astype(jnp.float32), expected) < BFLOAT16_BOUND
+    quantized = quantize_activations(x, bits=8, implementation="reference")
+    expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
+    out = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="triton")
+    assert relative_error(out, expected) < 5e-6
+
+
+def test_none_takes_triton_where_it_fits_and_the_reference_where_it_does_not():
+    fitting, odd = random_weight(64, 256, 64, symmetric=True), random_weight(24, 256, 64, symmetric=True)
+    x = random_rows(4, 256)
+    np.testing.assert_array_equal(w4a16_matmul(x, fitting), w4a16_matmul(x, fitting, implementation="triton"))
+    np.testing.assert_array_equal(w4a16_matmul(x, odd), w4a16_matmul(x, odd, implementation="reference"))
+    with pytest.raises(NotImplementedError, match="needs N to be a multiple of 16; this is 24"):
+        w4a16_matmul(x, odd, implementation="triton")

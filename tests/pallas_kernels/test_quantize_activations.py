@@ -1,0 +1,81 @@
+"""Contracts of quantize_activations, for the reference and the interpreted Triton kernel alike."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import quantize_activations
+from pallas_kernels.quantize_activations import gpu_triton, reference
+from tests.pallas_kernels.kernel_cases import activation_in_float64, random_rows
+
+QUANTIZE = {
+    "reference": reference.quantize_activations,
+    "triton": functools.partial(gpu_triton.quantize_activations, interpret=True),
+}
+IMPLEMENTATIONS = ("reference", "triton")
+SETTINGS = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), SETTINGS)
+@pytest.mark.parametrize("group_size", [32, 576])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_error_is_at_most_half_a_step(implementation, group_size, bits, symmetric):
+    x = random_rows(5, 576)
+    out = QUANTIZE[implementation](x, bits=bits, group_size=group_size, symmetric=symmetric, clip_ratio=1.0)
+    steps = np.repeat(np.asarray(out.scale, np.float64), group_size, axis=1)
+    assert np.all(np.abs(activation_in_float64(out) - np.asarray(x)) <= 0.5001 * steps)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), SETTINGS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_codes_span_exactly_the_range_of_their_bits(implementation, bits, symmetric):
+    x = jnp.concatenate([random_rows(3, 192), jnp.full((3, 1), -9.0), jnp.full((3, 63), 9.0)], axis=1)
+    codes = QUANTIZE[implementation](x, bits=bits, group_size=256, symmetric=symmetric, clip_ratio=0.5).codes
+    assert codes.dtype == jnp.int8
+    assert (int(codes.min()), int(codes.max())) == (-(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_without_spread_survives(implementation, constant, symmetric):
+    x = jnp.full((2, 64), constant)
+    out = QUANTIZE[implementation](x, bits=8, group_size=64, symmetric=symmetric, clip_ratio=1.0)
+    np.testing.assert_allclose(activation_in_float64(out), np.full((2, 64), constant), rtol=1e-6, atol=1e-20)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), SETTINGS)
+@pytest.mark.parametrize("shape", [(1, 576, 576), (33, 576, 32), (5, 96, 96), (2, 3, 128, 64)], ids=str)
+def test_interpreted_triton_gives_the_codes_of_the_reference(shape, bits, symmetric):
+    *shape, group_size = shape
+    x = random_rows(*shape, dtype=jnp.bfloat16)
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 1.0}
+    out, expected = (QUANTIZE[name](x, **settings) for name in ("triton", "reference"))
+    np.testing.assert_array_equal(out.codes, expected.codes)
+    np.testing.assert_array_equal(out.scale, expected.scale)
+    assert out.symmetric == symmetric
+    if not symmetric:
+        np.testing.assert_array_equal(out.offset, expected.offset)
+
+
+def test_one_scale_per_token_is_the_default():
+    out = quantize_activations(random_rows(2, 3, 64), bits=4)
+    assert out.scale.shape == (2, 3, 1)
+    assert out.bits == 4
+    assert out.symmetric
+
+
+def test_arguments_out_of_range_are_named():
+    x = random_rows(2, 96)
+    with pytest.raises(ValueError, match="K=96 is not a multiple of group_size=64; use 32 or"):
+        quantize_activations(x, bits=8, group_size=64)
+    with pytest.raises(ValueError, match="bits=5; use 4 or 8"):
+        quantize_activations(x, bits=5)
+    with pytest.raises(ValueError, match=r"clip_ratio=0\.0"):
+        quantize_activations(x, bits=8, clip_ratio=0.0)
+    with pytest.raises(ValueError, match="x is float8_e4m3fn"):
+        quantize_activations(jnp.ones((2, 96), jnp.float8_e4m3fn), bits=8)
