@@ -12,8 +12,8 @@ point 8 is taken out; zero for a symmetric weight) the product needs integer sum
                    - scale[m, g] * wo[g, n] * sum_k codes[m, k]
                    - offset[m, g] * group_sum[g, n]
 
-where ``g`` runs over the finer of the two groupings and ``group_sum[g, n] = sum_k w[n, k]`` is known
-in advance.
+where ``g`` runs over the finer of the two groupings and ``group_sum[g, n] = sum_k w[n, k]``, known in
+advance, over any grouping at least as fine as the activations'.
 """
 
 from __future__ import annotations

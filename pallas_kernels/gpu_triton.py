@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
 
-ROW_INVARIANT_ROWS = 256
+ROW_INVARIANT_ROWS = 128
 _MIN_DOT_SIDE = 16  # of a tensor-core dot in Triton
 _MIN_BLOCK_K = 32  # of an int8 tensor-core dot
 INT8_CODE_FACTOR = 16  # decode_planes returns 16 * (code - 8) as int8
@@ -81,7 +81,9 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         asymmetric: the weight has zero points, so row sums are taken in the loop.
     """
     if m > ROW_INVARIANT_ROWS:
-        return TileConfig(64, min(_power_of_two_divisor(n), 128), min(run, 64), 1, num_warps=4, num_stages=3)
+        block_m = 64 if integer else 128
+        block_n = min(_power_of_two_divisor(n), 8192 // block_m)
+        return TileConfig(block_m, block_n, min(run, 64), 1, num_warps=4, num_stages=3)
     block_k = min(run, 128)
     block_n = min(_power_of_two_divisor(n), 64)
     busy_loop = integer or asymmetric or run < 128

@@ -40,14 +40,15 @@ class QuantizedWeight:
         packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring).
         scale: ``[..., G, N]`` floating point, ``G = K / group_size``.
         offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``8 * scale``).
-        group_sum: ``[..., G, N]``, the sum of the weights of each group, which carries the zero point
-            of asymmetrically quantised activations; None where no such activation meets this weight.
+        group_sum: ``[..., A, N]``, the sums of the weights of ``A`` equal runs of inputs, which carry the
+            zero point of asymmetrically quantised activations: ``A`` is a multiple of their groups. None
+            where no such activation meets this weight.
     """
 
     packed: Shaped[Array, "*layers N half_K"]
     scale: Shaped[Array, "*layers G N"]
     offset: Shaped[Array, "*layers G N"] | None = None
-    group_sum: Shaped[Array, "*layers G N"] | None = None
+    group_sum: Shaped[Array, "*layers A N"] | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -100,10 +101,16 @@ def check_layout(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
             "K must be twice the last axis of weight.packed"
         )
     per_group = (weight.num_groups, weight.num_outputs)
-    for name in ("scale", "offset", "group_sum"):
+    for name in ("scale", "offset"):
         array = getattr(weight, name)
         if array is not None and array.shape != per_group:
             raise ValueError(f"{op}: weight.{name} has shape {array.shape}; expected [G, N] = {list(per_group)}")
+    sums = weight.group_sum
+    if sums is not None and (sums.ndim != 2 or sums.shape[1] != weight.num_outputs or num_inputs % sums.shape[0]):
+        raise ValueError(
+            f"{op}: weight.group_sum has shape {sums.shape}; expected [A, N] with N={weight.num_outputs} and A a "
+            f"divisor of K={num_inputs}"
+        )
     if num_inputs % 2 or num_inputs % weight.num_groups:
         raise ValueError(f"{op}: K={num_inputs} does not split into the weight's {weight.num_groups} groups")
 
@@ -154,10 +161,14 @@ def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float
     return jnp.concatenate(dequantize_planes(weight, dtype), axis=-1)
 
 
-def with_group_sums(weight: QuantizedWeight) -> QuantizedWeight:
-    """Adds ``group_sum``, stored in the dtype of the scales, if it is missing."""
-    if weight.group_sum is not None:
-        return weight
+def with_group_sums(weight: QuantizedWeight, group_size: int | None = None) -> QuantizedWeight:
+    """The weight with ``group_sum`` over groups of ``group_size`` inputs (None: its own), in the dtype of its scales.
+
+    Raises:
+        ValueError: ``group_size`` does not divide K.
+    """
+    group_size = weight.group_size if group_size is None else group_size
+    check_group_size(weight.num_inputs, group_size, what="with_group_sums")
     floats = dequantize(weight)
-    groups = floats.reshape(*floats.shape[:-1], weight.num_groups, weight.group_size).sum(-1)
+    groups = floats.reshape(*floats.shape[:-1], weight.num_inputs // group_size, group_size).sum(-1)
     return dataclasses.replace(weight, group_sum=jnp.swapaxes(groups, -1, -2).astype(weight.scale.dtype))

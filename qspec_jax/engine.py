@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pallas_kernels import QuantizedWeight, with_group_sums
+from pallas_kernels import with_group_sums
 from qspec_jax import speculative
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
@@ -424,19 +424,21 @@ def default_draft_precision() -> Precision:
 
 
 def add_group_sums(decoder: Decoder) -> bool:
-    """Gives every 4-bit linear its group sums; True if any was missing."""
+    """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
     changed = False
     for _, module in nnx.iter_modules(decoder):
-        if not isinstance(module, Linear):
+        if not isinstance(module, Linear) or module.quantization is None:
             continue
-        weight = module.weight.get_value()
-        if isinstance(weight, QuantizedWeight) and weight.group_sum is None:
-            module.weight.set_value(_with_group_sums(weight))
+        weight: Any = module.weight.get_value()
+        recipes = (module.quantization.w4a4, module.quantization.w4a8)
+        sizes = [recipe.group_size or weight.num_inputs for recipe in recipes if not recipe.symmetric]
+        if sizes and weight.group_sum is None:
+            module.weight.set_value(_with_group_sums(weight, min(sizes)))
             changed = True
     return changed
 
 
-_with_group_sums = jax.jit(with_group_sums)
+_with_group_sums = jax.jit(with_group_sums, static_argnums=1)
 
 
 def _merge(graph: Any, structure: Any, leaves: list[jax.Array]) -> Decoder:

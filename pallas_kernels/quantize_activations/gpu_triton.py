@@ -99,9 +99,11 @@ def _kernel(
     else:
         low = jnp.float32(clip_ratio) * jnp.min(jnp.where(exists, x, jnp.inf), axis=1)
         high = jnp.float32(clip_ratio) * jnp.max(jnp.where(exists, x, -jnp.inf), axis=1)
-        scale, offset = reference.asymmetric_scale_and_offset(low, high, bits=bits)
-        codes = reference.asymmetric_codes(x, low[:, None], reciprocal(scale)[:, None], bits=bits, rounding=rounding)
-        plgpu.store(offset_refs[0], offset, mask=row_exists)
+        scale = reference.asymmetric_scale(low, high, bits=bits)
+        inverse_scale = reciprocal(scale)
+        zero = rounding(low * inverse_scale)
+        codes = reference.asymmetric_codes(x, zero[:, None], inverse_scale[:, None], bits=bits, rounding=rounding)
+        plgpu.store(offset_refs[0], reference.asymmetric_offset(zero, scale, bits=bits), mask=row_exists)
     plgpu.store(codes_ref, codes, mask=exists)
     plgpu.store(scale_ref, scale, mask=row_exists)
 

@@ -3,10 +3,12 @@
 For each token and group, in float32, with ``q = 7`` or ``127`` (symmetric) and ``levels = 15`` or ``255``::
 
     symmetric     scale = clip * max|x| / q                 codes = round(x / scale)
-    asymmetric    scale = clip * (max x - min x) / levels   codes = round((x - clip * min x) / scale) - half
-                  offset = -(clip * min x + half * scale)   half = 8 or 128
+    asymmetric    scale = clip * (max x - min x) / levels   codes = round(x / scale) - zero - half
+                  zero = round(clip * min x / scale)        offset = -(zero + half) * scale,  half = 8 or 128
 
-so that ``x = scale * codes - offset``. Ties round to even, codes saturate, and a group without spread
+so that ``x = scale * codes - offset``. The zero point is an integer: an input of 0 stays 0, where a grid that
+began exactly at the minimum would move all the small inputs beside an outlier the same way (on SmolLM2-135M
+that costs 2 to 3 points of acceptance). Ties round to even, codes saturate, and a group without spread
 takes a tiny scale instead of a division by zero. ``x / scale`` is ``x`` times the rounded reciprocal of
 ``scale``: XLA turns it into that on some platforms, and spelled out it gives every implementation the same
 codes.
@@ -41,8 +43,10 @@ def quantize_activations(
     else:
         low = jnp.float32(clip_ratio) * jnp.min(groups, axis=-1)
         high = jnp.float32(clip_ratio) * jnp.max(groups, axis=-1)
-        scale, offset = asymmetric_scale_and_offset(low, high, bits=bits)
-        codes = asymmetric_codes(groups, low[..., None], (1 / scale)[..., None], bits=bits, rounding=jnp.round)
+        scale = asymmetric_scale(low, high, bits=bits)
+        zero = jnp.round(low * (1 / scale))
+        codes = asymmetric_codes(groups, zero[..., None], (1 / scale)[..., None], bits=bits, rounding=jnp.round)
+        offset = asymmetric_offset(zero, scale, bits=bits)
     return QuantizedActivation(codes.reshape(x.shape), scale, offset, bits)
 
 
@@ -57,15 +61,23 @@ def symmetric_codes(x: Array, inverse_scale: Array, *, bits: int, rounding: Roun
     return jnp.clip(rounding(x * inverse_scale), jnp.float32(-largest), jnp.float32(largest)).astype(jnp.int8)
 
 
-def asymmetric_scale_and_offset(low: Array, high: Array, *, bits: int) -> tuple[Array, Array]:
-    """Step and offset of the codes for a group whose clipped range is ``[low, high]``."""
-    scale = jnp.maximum((high - low) * jnp.float32(1 / (2**bits - 1)), jnp.float32(SMALLEST_SCALE))
-    return scale, -(low + jnp.float32(2 ** (bits - 1)) * scale)
+def asymmetric_scale(low: Array, high: Array, *, bits: int) -> Array:
+    """Step of the codes for a group whose clipped range is ``[low, high]``.
+
+    A group far from zero with hardly any spread takes a step that keeps its zero point an exact float32.
+    """
+    smallest = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)) * jnp.float32(2**-22), jnp.float32(SMALLEST_SCALE))
+    return jnp.maximum((high - low) * jnp.float32(1 / (2**bits - 1)), smallest)
 
 
-def asymmetric_codes(x: Array, low: Array, inverse_scale: Array, *, bits: int, rounding: Rounding) -> Array:
-    """Codes in ``-half..half-1``."""
-    unsigned = jnp.clip(rounding((x - low) * inverse_scale), jnp.float32(0), jnp.float32(2**bits - 1))
+def asymmetric_offset(zero: Array, scale: Array, *, bits: int) -> Array:
+    """What ``scale * codes`` exceeds the input by."""
+    return -(zero + jnp.float32(2 ** (bits - 1))) * scale
+
+
+def asymmetric_codes(x: Array, zero: Array, inverse_scale: Array, *, bits: int, rounding: Rounding) -> Array:
+    """Codes in ``-half..half-1``; ``zero`` is the integer that the lowest code stands for."""
+    unsigned = jnp.clip(rounding(x * inverse_scale) - zero, jnp.float32(0), jnp.float32(2**bits - 1))
     return (unsigned - jnp.float32(2 ** (bits - 1))).astype(jnp.int8)
 
 

@@ -8,6 +8,7 @@ together hold all their bits, so tensor cores multiply them exactly.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -44,10 +45,13 @@ def w4a16_matmul(
 
 
 def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:
-    run = tiles.scale_run(weight.num_inputs, weight.group_size)
-    if dtype == jnp.float32:
-        run = min(run, 64)  # float32 rows take twice the shared memory
-    return tiles.tile_config(num_rows, weight.num_outputs, weight.num_inputs, run, asymmetric=not weight.symmetric)
+    n, k, asymmetric = weight.num_outputs, weight.num_inputs, not weight.symmetric
+    run = tiles.scale_run(k, weight.group_size)
+    if dtype != jnp.float32:
+        return tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
+    # Float32 rows take twice the shared memory.
+    config = tiles.tile_config(num_rows, n, k, min(run, 64), asymmetric=asymmetric)
+    return dataclasses.replace(config, block_m=min(config.block_m, 64))
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.

@@ -18,8 +18,8 @@ def w4a4_matmul(
 ) -> Float[Array, "*batch N"]:
     """``dequantize_activation(x) @ dequantize(weight).T`` from sums of products of integers.
 
-    Symmetric activations may be grouped finer than the weight, like it, or coarser. Asymmetric ones
-    need ``weight.group_sum`` and must not be grouped finer than the weight, whose groups it sums.
+    Activations may be grouped finer than the weight, like it, or coarser. Asymmetric ones need
+    ``weight.group_sum`` over groups no coarser than theirs.
 
     Args:
         x: ``[..., K]`` activations in 4 or 8 bits.
@@ -55,12 +55,13 @@ def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
     if weight.group_sum is None:
         raise ValueError(
             f"{_OP}: asymmetric activations need the sums of the weight's groups; "
-            "call with_group_sums(weight) once, when the weight is loaded"
+            f"call with_group_sums(weight, {x.group_size}) once, when the weight is loaded"
         )
-    if x.group_size < weight.group_size:
+    if weight.group_sum.shape[0] % x.num_groups:
         raise ValueError(
-            f"{_OP}: asymmetric activations in groups of {x.group_size} are finer than the weight's groups of "
-            f"{weight.group_size}, whose sums cannot be split; use group_size={weight.group_size} or None"
+            f"{_OP}: asymmetric activations in {x.num_groups} groups need the sums of as many groups of the weight, "
+            f"or of a multiple; weight.group_sum has {weight.group_sum.shape[0]}: "
+            f"call with_group_sums(weight, {x.group_size})"
         )
 
 

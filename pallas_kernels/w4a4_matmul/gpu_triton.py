@@ -73,7 +73,7 @@ def _matmul(
     columns = {"packed": weight.packed, "scale": weight.scale}
     if weight.offset is not None:
         columns["offset"] = weight.offset
-    if x.offset is not None:
+    if x.offset is not None and weight.group_sum is not None:
         rows["x_offset"] = x.offset
         columns["group_sum"] = weight.group_sum
 
@@ -101,9 +101,9 @@ class _Refs:
     packed: tiles.Ref  # [block_n, K/2] uint8
     scale: tiles.Ref  # [G, block_n]
     out: tiles.Ref  # [block_m, block_n]
-    offset: tiles.Ref | None = None  # [G, block_n], asymmetric weight
-    x_offset: tiles.Ref | None = None  # [block_m, Gx] f32, asymmetric activations
-    group_sum: tiles.Ref | None = None  # [G, block_n], asymmetric activations
+    offset: tiles.Ref = None  # [G, block_n], asymmetric weight
+    x_offset: tiles.Ref = None  # [block_m, Gx] f32, asymmetric activations
+    group_sum: tiles.Ref = None  # [A, block_n], A a multiple of Gx, asymmetric activations
 
     @property
     def num_inputs(self) -> int:
@@ -201,19 +201,19 @@ def _finish(refs: _Refs, product: Array, code_sum: Array, row_mask: Array | None
 
 
 def _zero_point_term(refs: _Refs, row_mask: Array | None, split: int) -> Array:
-    """``[block_m, block_n]``: offset of the activations times the sums of the weight's groups.
+    """``[block_m, block_n]``: offset of the activations times the sums of the weight.
 
-    Every program of a split adds an equal share of the groups.
+    Every program of a split adds an equal share of the sums.
     """
-    num_groups = refs.scale.shape[0]
-    share = -(-num_groups // split)
+    num_sums = refs.group_sum.shape[0]
+    share = -(-num_sums // split)
     first = pl.program_id(1) * share
-    groups_per_x_group = refs.x_group_size // refs.group_size
+    sums_per_x_group = num_sums // refs.x_scale.shape[1]
 
     def add_group(index, total):
-        group = jnp.minimum(first + index, num_groups - 1)
-        x_offset = tiles.load_rows(refs.x_offset, lax.div(group, groups_per_x_group), 1, row_mask)
+        group = jnp.minimum(first + index, num_sums - 1)
+        x_offset = tiles.load_rows(refs.x_offset, lax.div(group, sums_per_x_group), 1, row_mask)
         group_sum = refs.group_sum[group, :].astype(jnp.float32)[None, :]
-        return total + jnp.where(first + index < num_groups, x_offset * group_sum, jnp.float32(0))
+        return total + jnp.where(first + index < num_sums, x_offset * group_sum, jnp.float32(0))
 
     return lax.fori_loop(0, share, add_group, jnp.zeros(refs.out.shape, jnp.float32))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu_triton as tiles
-from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul
+from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul, with_group_sums
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a4_matmul import reference as w4a4_reference
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
@@ -96,6 +96,8 @@ def test_w4a4_equals_the_definition_in_float64(implementation, shape, symmetric,
         (64, 64, True),
         (64, 128, True),
         (64, 64, False),
+        (64, 32, False),
+        (256, 32, False),
         (64, 128, False),
         (256, 64, True),
         (32, 256, False),
@@ -105,6 +107,7 @@ def test_w4a4_equals_the_definition_in_float64(implementation, shape, symmetric,
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_w4a4_accepts_finer_equal_and_coarser_activation_groups(implementation, group_size, x_group_size, x_symmetric):
     weight = random_weight(32, 256, group_size, symmetric=False, scale_dtype=jnp.float32)
+    weight = with_group_sums(weight, min(x_group_size, group_size))
     x = quantize_activations(random_rows(5, 256), bits=8, group_size=x_group_size, symmetric=x_symmetric)
     expected = activation_in_float64(x) @ weight_in_float64(weight).T
     assert relative_error(W4A4[implementation](x, weight, dtype=jnp.float32), expected) < 2e-6
@@ -143,7 +146,8 @@ def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
 def test_the_reduction_over_k_does_not_depend_on_the_number_of_rows(asymmetric, integer):
     for n, k, run in ((6144, 4096, 128), (28672, 4096, 32), (576, 1536, 32), (960, 576, 32)):
         configs = [
-            tiles.tile_config(m, n, k, run, integer=integer, asymmetric=asymmetric) for m in (1, 4, 16, 17, 64, 256)
+            tiles.tile_config(m, n, k, run, integer=integer, asymmetric=asymmetric)
+            for m in (1, 4, 16, 17, 64, tiles.ROW_INVARIANT_ROWS)
         ]
         assert len({(config.block_k, config.split) for config in configs}) == 1
         assert all(k // 2 % (config.block_k * config.split) == 0 for config in configs)
@@ -179,11 +183,11 @@ def test_groupings_that_do_not_nest_are_named():
         w4a4_matmul(x, weight, dtype=jnp.float32)
 
 
-def test_asymmetric_activations_need_group_sums_at_the_weights_grouping():
+def test_asymmetric_activations_need_group_sums_at_least_as_fine_as_they_are():
     weight = random_weight(32, 256, 64, symmetric=True)
     x = quantize_activations(random_rows(2, 256), bits=8, symmetric=False)
-    with pytest.raises(ValueError, match="with_group_sums"):
+    with pytest.raises(ValueError, match=r"with_group_sums\(weight, 256\)"):
         w4a4_matmul(x, dataclasses.replace(weight, group_sum=None), dtype=jnp.float32)
     finer = quantize_activations(random_rows(2, 256), bits=8, symmetric=False, group_size=32)
-    with pytest.raises(ValueError, match="groups of 32 are finer than the weight's groups of 64"):
+    with pytest.raises(ValueError, match=r"weight.group_sum has 4: call with_group_sums\(weight, 32\)"):
         w4a4_matmul(finer, weight, dtype=jnp.float32)

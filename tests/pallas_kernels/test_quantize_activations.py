@@ -39,8 +39,17 @@ def test_codes_span_exactly_the_range_of_their_bits(implementation, bits, symmet
     assert (int(codes.min()), int(codes.max())) == (-(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_zero_stays_exactly_zero_beside_an_outlier(implementation, bits):
+    x = jnp.zeros((1, 64)).at[0, 3].set(17.3).at[0, 9].set(-1.1)
+    out = QUANTIZE[implementation](x, bits=bits, group_size=64, symmetric=False, clip_ratio=1.0)
+    zeros = np.delete(activation_in_float64(out)[0], [3, 9])
+    assert np.abs(zeros).max() < 1e-5
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("constant", [0.0, 3.0])
+@pytest.mark.parametrize("constant", [0.0, 3.0, -1e30])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_without_spread_survives(implementation, constant, symmetric):
     x = jnp.full((2, 64), constant)
