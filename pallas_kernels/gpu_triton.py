@@ -132,18 +132,18 @@ def decode_planes(packed: jax.Array, dtype: DTypeLike, *, interpret: bool) -> tu
     if interpret:
         centred = [nibbles.astype(jnp.int8) - jnp.int8(8) for nibbles in (packed & 0xF, packed >> 4)]
         if dtype == jnp.int8:
-            return tuple(codes * jnp.int8(INT8_CODE_FACTOR) for codes in centred)
-        return tuple(codes.astype(dtype) for codes in centred)
-    if dtype == jnp.int8:
-        return tuple(
-            inline_asm(_DECODE_INT8.format(shift=shift), packed, constraints="=r,r", dtype=dtype, pack=4)
-            for shift in (4, 0)
-        )
-    constants = _FLOAT_CONSTANTS[dtype]
-    return tuple(
-        inline_asm(_DECODE_FLOAT.format(shift=shift, **constants), packed, constraints="=r,=r,r", dtype=dtype, pack=4)
-        for shift in (0, 4)
-    )
+            centred = [codes * jnp.int8(INT8_CODE_FACTOR) for codes in centred]
+        return centred[0].astype(dtype), centred[1].astype(dtype)
+
+    def decode(shift: int) -> jax.Array:
+        if dtype == jnp.int8:
+            # The low plane is shifted up into the high nibble; the high plane is there already.
+            asm, constraints = _DECODE_INT8.format(shift=4 - shift), "=r,r"
+        else:
+            asm, constraints = _DECODE_FLOAT.format(shift=shift, **_FLOAT_CONSTANTS[dtype]), "=r,=r,r"
+        return inline_asm(asm, packed, constraints=constraints, dtype=dtype, pack=4)
+
+    return decode(0), decode(4)
 
 
 def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, pack: int = 1) -> jax.Array:

@@ -79,7 +79,7 @@ def _kernel(
     codes_ref,  # [block_rows, block_width] int8
     scale_ref,  # [block_rows] f32
     *offset_refs,  # [block_rows] f32, asymmetric only
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     bits: int,
     symmetric: bool,
     clip_ratio: float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def _kernel(
         """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
         x = tiles.load_rows(x_ref, start, block_k, x_mask)
         partial = _dot(x, codes)
-        tile_sum = jnp.sum(x.astype(jnp.float32), axis=1) if offset_refs else 0.0
+        tile_sum: Any = jnp.sum(x.astype(jnp.float32), axis=1) if offset_refs else 0.0
         if num_groups == 1:
             return product + partial, row_sum + tile_sum
         scale, shift = group_scale_and_shift(lax.div(start, group_size))
