@@ -1,29 +1,18 @@
-"""A loaded model that generates text: batching of prompts, compiled programs, results and statistics.
-
-The decoder is split into its graph and its arrays once. A generation is two dispatches, prefill and
-loop; streaming runs the same loop program a few cycles at a time. Programs are compiled ahead of the
-first call, once per shape, so that compile time is known and never hides in another figure.
-"""
+"""A loaded model that generates text: prompts in, results out, all at once or piece by piece."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from pallas_kernels import with_group_sums
-from qspec_jax import speculative
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.linear import Linear, activation_quantization
-from qspec_jax.loading.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
+from qspec_jax.programs import Batch, Programs, fitting_slots
 from qspec_jax.results import GenerationResult, GenerationStats
 from qspec_jax.speculative import DecodeState, DecodingPlan
 from qspec_jax.types import Precision
@@ -34,25 +23,11 @@ if TYPE_CHECKING:
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 DRAFTS = ("auto", "w4a4", "w4a8")
 
-# Prompts and caches are padded to multiples of these, so that nearby lengths share one compilation.
-_PROMPT_MULTIPLE = 32
-_SLOT_MULTIPLE = 64
-_ALL_CYCLES = np.iinfo(np.int32).max
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Prompts of one call as padded arrays."""
-
-    tokens: np.ndarray  # [B, T] int32, padded on the right
-    lengths: np.ndarray  # [B] int32
-    max_new_tokens: np.ndarray  # [B] int32
-    slots: int
-    capacity: int
-
 
 class LanguageModel:
-    """A decoder, its tokenizer and the programs compiled for them. Made by :func:`qspec_jax.load`.
+    """A decoder, its tokenizer and its compiled programs. Made by :func:`qspec_jax.load`.
+
+    A generation is two dispatches, prefill and loop; streaming runs the same loop a few cycles at a time.
 
     Attributes:
         decoder: the Flax module; call it for logits.
@@ -79,13 +54,7 @@ class LanguageModel:
         self.name = name
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
-        self._split_decoder()
-
-    def _split_decoder(self) -> None:
-        graph, state = nnx.split(self.decoder)
-        self._leaves, structure = jax.tree.flatten(state)
-        self._merge = functools.partial(_merge, graph, structure)
-        self._programs: dict[Any, Any] = {}
+        self.programs = Programs(decoder)
 
     @property
     def config(self) -> ModelConfig:
@@ -93,14 +62,9 @@ class LanguageModel:
         return self.decoder.config
 
     @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return len(self._programs)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all parameters."""
-        return sum(leaf.nbytes for leaf in self._leaves)
+        return sum(leaf.nbytes for leaf in self.programs.leaves)
 
     def plan(self, mode: str = "qspec", *, draft: str = "auto", draft_length: int = 3) -> DecodingPlan:
         """The precisions of a mode.
@@ -160,14 +124,16 @@ class LanguageModel:
         texts, token_ids = self.encode_prompts(prompts, chat=chat)
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
-        batches = [
-            _Request(texts[i : i + batch_size], token_ids[i : i + batch_size]) for i in range(0, len(texts), batch_size)
-        ]
-        for request in batches:
-            self._make_batch(request.token_ids, max_new_tokens, max_seq_len)
+        slots = self._cache_slots(max(map(len, token_ids)), max_new_tokens, max_seq_len)
         results = []
-        for request in batches:
-            results += self._run(request, plan, max_new_tokens, max_seq_len, on_event or _ignore)
+        for start in range(0, len(token_ids), batch_size):
+            request = _Request(texts[start : start + batch_size], token_ids[start : start + batch_size])
+            rows = min(batch_size, len(token_ids))
+            batch = Batch.create(request.token_ids, max_new_tokens, slots=slots, rows=rows)
+            generation = self.programs.generation(plan, batch, on_event=on_event or _ignore)
+            state, prefill_s = generation.prefill()
+            state, decode_s = generation.run(state)
+            results += self._collect(request, state, plan, _Timing(generation.compile_s, prefill_s, decode_s))
         return results
 
     def stream(
@@ -192,20 +158,21 @@ class LanguageModel:
         texts, token_ids = self.encode_prompts([prompt], chat=chat)
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
-        batch = self._make_batch(token_ids, max_new_tokens, max_seq_len)
+        slots = self._cache_slots(len(token_ids[0]), max_new_tokens, max_seq_len)
+        batch = Batch.create(token_ids, max_new_tokens, slots=slots, rows=1)
         return self._stream(_Request(texts, token_ids), batch, plan, cycles_per_step, on_event or _ignore)
 
     def _stream(
         self,
         request: _Request,
-        batch: _Batch,
+        batch: Batch,
         plan: DecodingPlan,
         cycles_per_step: int,
         on_event: Callable[[str], None],
     ) -> Iterator[str | GenerationResult]:
-        prefill, loop, compile_s = self._compile(plan, batch, on_event)
+        generation = self.programs.generation(plan, batch, on_event=on_event)
         decoder = self._require_tokenizer().stream_decoder()
-        state, prefill_s = self._timed_prefill(prefill, batch)
+        state, prefill_s = generation.prefill()
         decode_s, shown, finished = 0.0, 0, False
         while not finished:
             tokens, count = np.asarray(state.tokens[0]), int(state.num_tokens[0])
@@ -213,12 +180,11 @@ class LanguageModel:
                 yield piece
             shown, finished = count, bool(state.finished[0])
             if not finished:
-                began = time.perf_counter()
-                state = jax.block_until_ready(loop(self._leaves, state, np.int32(cycles_per_step)))
-                decode_s += time.perf_counter() - began
+                state, seconds = generation.run(state, cycles_per_step)
+                decode_s += seconds
         if piece := decoder.finish():
             yield piece
-        timing = _Timing(compile_s, prefill_s, decode_s)
+        timing = _Timing(generation.compile_s, prefill_s, decode_s)
         yield self._collect(request, state, plan, timing)[0]
 
     def encode_prompts(
@@ -258,108 +224,20 @@ class LanguageModel:
             raise UsageError(f"{self.name} was made without a tokenizer; give prompts as token ids")
         return self.tokenizer
 
-    def _make_batch(self, token_ids: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int | None) -> _Batch:
+    def _cache_slots(self, longest_prompt: int, max_new_tokens: int, max_seq_len: int | None) -> int:
+        """Cache positions per sequence, the same for all batches of a call so that they share one loop program."""
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        longest = max(len(ids) for ids in token_ids)
         limit = self.config.max_position_embeddings
         if max_seq_len is not None and not 1 <= max_seq_len <= limit:
             raise UsageError(f"max_seq_len={max_seq_len} must be between 1 and the model's context of {limit}")
-        if longest + max_new_tokens > (max_seq_len or limit):
+        if longest_prompt + max_new_tokens > (max_seq_len or limit):
             what = f"max_seq_len={max_seq_len}" if max_seq_len else f"the model's context of {limit}"
             raise UsageError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
+                f"a prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
                 f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else "")
             )
-        width = _round_up(longest, _PROMPT_MULTIPLE)
-        slots = max_seq_len or _round_up(longest + max_new_tokens, _SLOT_MULTIPLE)
-        tokens = np.zeros((len(token_ids), width), np.int32)
-        for row, ids in zip(tokens, token_ids, strict=True):
-            row[: len(ids)] = ids
-        lengths = np.array([len(ids) for ids in token_ids], np.int32)
-        capacity = _round_up(max_new_tokens, _SLOT_MULTIPLE)
-        return _Batch(tokens, lengths, np.full_like(lengths, max_new_tokens), slots, capacity)
-
-    def _run(
-        self,
-        request: _Request,
-        plan: DecodingPlan,
-        max_new_tokens: int,
-        max_seq_len: int | None,
-        on_event: Callable[[str], None],
-    ) -> list[GenerationResult]:
-        batch = self._make_batch(request.token_ids, max_new_tokens, max_seq_len)
-        prefill, loop, compile_s = self._compile(plan, batch, on_event)
-        state, prefill_s = self._timed_prefill(prefill, batch)
-        began = time.perf_counter()
-        state = jax.block_until_ready(loop(self._leaves, state, np.int32(_ALL_CYCLES)))
-        timing = _Timing(compile_s, prefill_s, time.perf_counter() - began)
-        return self._collect(request, state, plan, timing)
-
-    def _timed_prefill(self, prefill: Any, batch: _Batch) -> tuple[DecodeState, float]:
-        began = time.perf_counter()
-        state = prefill(self._leaves, batch.tokens, batch.lengths, batch.max_new_tokens)
-        return jax.block_until_ready(state), time.perf_counter() - began
-
-    def _compile(self, plan: DecodingPlan, batch: _Batch, on_event: Callable[[str], None]) -> tuple[Any, Any, float]:
-        """The prefill and loop programs of a plan and shape, and the seconds spent compiling now."""
-        self._prepare_weights(plan)
-        rows, width = batch.tokens.shape
-        prefill_key = ("prefill", plan.verify, plan.stop_tokens, rows, width, batch.slots, batch.capacity)
-        loop_key = ("loop", plan, rows, batch.slots, batch.capacity)
-        began = time.perf_counter()
-        if loop_key in self._programs and prefill_key in self._programs:
-            return self._programs[prefill_key], self._programs[loop_key], 0.0
-        on_event("compiling")
-        cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=batch.slots))
-        cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        check_memory(cache_bytes, what=f"the cache of {rows} sequences of {batch.slots} tokens")
-        with explain_out_of_memory("while compiling"):
-            if prefill_key not in self._programs:
-                self._programs[prefill_key] = self.lower_prefill(plan, batch).compile()
-            if loop_key not in self._programs:
-                self._programs[loop_key] = self.lower_loop(plan, batch).compile()
-        return self._programs[prefill_key], self._programs[loop_key], time.perf_counter() - began
-
-    def _prefill_function(self, plan: DecodingPlan, batch: _Batch) -> Callable[..., DecodeState]:
-        def prefill(leaves, tokens, lengths, max_new_tokens):
-            return speculative.prefill(
-                self._merge(leaves),
-                tokens,
-                lengths,
-                max_new_tokens,
-                plan=plan,
-                slots=batch.slots,
-                capacity=batch.capacity,
-            )
-
-        return prefill
-
-    def lower_prefill(self, plan: DecodingPlan, batch: _Batch) -> jax.stages.Lowered:
-        """Lowers the prefill program of a plan and shape."""
-        arguments = (self._leaves, batch.tokens, batch.lengths, batch.max_new_tokens)
-        return jax.jit(self._prefill_function(plan, batch)).lower(*arguments)
-
-    def lower_loop(self, plan: DecodingPlan, batch: _Batch) -> jax.stages.Lowered:
-        """Lowers the generation loop of a plan and shape; its state is donated."""
-
-        def loop(leaves, state, max_cycles):
-            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan)
-
-        state = jax.eval_shape(
-            self._prefill_function(plan, batch), self._leaves, batch.tokens, batch.lengths, batch.max_new_tokens
-        )
-        return jax.jit(loop, donate_argnums=1).lower(self._leaves, state, np.int32(0))
-
-    def _prepare_weights(self, plan: DecodingPlan) -> None:
-        """Adds the group sums that asymmetric draft activations need, the first time they are used."""
-        assert self.quantization is not None or plan.verify is Precision.FLOAT
-        for precision in (plan.draft, plan.verify):
-            if precision not in (Precision.W4A4, Precision.W4A8):
-                continue
-            assert self.quantization is not None
-            if not activation_quantization(self.quantization, precision).symmetric and add_group_sums(self.decoder):
-                self._split_decoder()
+        return max_seq_len or fitting_slots(longest_prompt + max_new_tokens)
 
     def _collect(
         self, request: _Request, state: DecodeState, plan: DecodingPlan, timing: _Timing
@@ -421,32 +299,6 @@ def default_draft_precision() -> Precision:
         if (7, 5) <= (major, minor) < (9, 0):
             return Precision.W4A4
     return Precision.W4A8
-
-
-def add_group_sums(decoder: Decoder) -> bool:
-    """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
-    changed = False
-    for _, module in nnx.iter_modules(decoder):
-        if not isinstance(module, Linear) or module.quantization is None:
-            continue
-        weight: Any = module.weight.get_value()
-        recipes = (module.quantization.w4a4, module.quantization.w4a8)
-        sizes = [recipe.group_size or weight.num_inputs for recipe in recipes if not recipe.symmetric]
-        if sizes and weight.group_sum is None:
-            module.weight.set_value(_with_group_sums(weight, min(sizes)))
-            changed = True
-    return changed
-
-
-_with_group_sums = jax.jit(with_group_sums, static_argnums=1)
-
-
-def _merge(graph: Any, structure: Any, leaves: list[jax.Array]) -> Decoder:
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _ignore(_: str) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import QuantizedWeight
-from qspec_jax import speculative
+from qspec_jax import engine, speculative
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.loading import memory
+from qspec_jax.programs import Batch
 from qspec_jax.types import Precision
 from tests import tiny
 
@@ -32,14 +33,22 @@ def wide_model():
     return tiny.language_model(dataclasses.replace(config, num_layers=6))
 
 
+def batch():
+    return Batch.create(PROMPTS, 16, slots=64, rows=2)
+
+
 def compiled_loop(model, **options):
     plan = model.plan(**options)
-    model._prepare_weights(plan)
-    return model.lower_loop(plan, model._make_batch(PROMPTS, 16, None)).compile().memory_analysis()
+    model.programs.prepare(plan)
+    return model.programs.lower_loop(plan, batch()).compile().memory_analysis()
 
 
 def float_bytes(model):
-    weights = [leaf for leaf in jax.tree.leaves(model._merge(model._leaves), is_leaf=is_weight) if is_weight(leaf)]
+    weights = [
+        leaf
+        for leaf in jax.tree.leaves(model.programs._merge(model.programs.leaves), is_leaf=is_weight)
+        if is_weight(leaf)
+    ]
     return sum(8 * weight.packed.size for weight in weights)
 
 
@@ -50,8 +59,7 @@ def is_weight(leaf):
 @pytest.mark.parametrize("options", [{"mode": "w4a16"}, {"draft": "w4a8"}, {"draft": "w4a4"}])
 def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, options):
     analysis = compiled_loop(wide_model, **options)
-    batch = wide_model._make_batch(PROMPTS, 16, None)
-    cache = wide_model.decoder.create_cache(batch=2, slots=batch.slots)
+    cache = wide_model.decoder.create_cache(batch=2, slots=batch().slots)
     assert float_bytes(wide_model) > 4 * wide_model.nbytes / 2
     assert analysis.argument_size_in_bytes < wide_model.nbytes + cache.nbytes + 4096
     # One layer dequantised at a time at most, of six.
@@ -59,18 +67,17 @@ def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, opti
 
 
 def test_the_loop_works_in_the_buffers_it_is_given(wide_model):
-    batch = wide_model._make_batch(PROMPTS, 16, None)
-    cache = wide_model.decoder.create_cache(batch=2, slots=batch.slots)
+    cache = wide_model.decoder.create_cache(batch=2, slots=batch().slots)
     assert compiled_loop(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
 
 
 def test_draft_and_verify_read_the_same_arrays(model):
     """The one 4-bit copy: the state has no float linear and no second packing."""
-    leaves = {tuple(leaf.shape): leaf.dtype for leaf in model._leaves}
+    leaves = {tuple(leaf.shape): leaf.dtype for leaf in model.programs.leaves}
     config = model.config
     per_layer = (sum(config.qkv_sizes) + config.hidden_size) * config.hidden_size
     per_layer += 3 * config.hidden_size * config.intermediate_size
-    packed = sum(leaf.size for leaf in model._leaves if leaf.dtype == np.uint8)
+    packed = sum(leaf.size for leaf in model.programs.leaves if leaf.dtype == np.uint8)
     assert packed == config.num_layers * per_layer // 2
     largest_float = max(np.prod(shape) for shape, dtype in leaves.items() if dtype == np.float32)
     assert largest_float == config.vocab_size * config.hidden_size
@@ -80,13 +87,25 @@ def test_one_compilation_per_shape():
     model = tiny.language_model()
     for prompt in ([1], [1, 2, 3], list(range(30))):
         model.generate([prompt], draft="w4a8", max_new_tokens=8)
-    assert model.num_programs == 2
+    assert len(model.programs) == 2
     model.generate([[1]], draft="w4a8", max_new_tokens=16)
-    assert model.num_programs == 2
+    assert len(model.programs) == 2
     model.generate([[1]], draft="w4a8", draft_length=2, max_new_tokens=8)
-    assert model.num_programs == 3
+    assert len(model.programs) == 3
     model.generate([[1], [2]], draft="w4a8", max_new_tokens=8)
-    assert model.num_programs == 5
+    assert len(model.programs) == 5
+
+
+def test_all_full_and_partial_batches_of_a_call_share_one_loop_program():
+    model = tiny.language_model()
+    prompts = [[5], list(range(30)), [6, 7], list(range(60)), [8]]
+    results = model.generate(prompts, draft="w4a8", max_new_tokens=8, batch_size=2)
+    assert len(results) == len(prompts)
+    loops = [key for key in model.programs.compiled if key[0] == "loop"]
+    assert len(loops) == 1
+    assert len(model.programs) == 3  # prompts of up to 32 and of up to 64 tokens
+    alone = [model.generate([prompt], mode="w4a16", max_new_tokens=8)[0].token_ids for prompt in prompts]
+    assert [result.token_ids for result in results] == alone
 
 
 def test_the_whole_generation_is_one_dispatch_of_the_loop(monkeypatch):
@@ -146,14 +165,14 @@ def test_bad_arguments_are_refused_with_a_remedy_before_compiling(options, messa
     model = tiny.language_model()
     with pytest.raises(UsageError, match=message):
         model.generate(**{"prompts": [[1, 2, 3]], "max_new_tokens": 8, **options})
-    assert model.num_programs == 0
+    assert len(model.programs) == 0
 
 
 def test_a_bad_prompt_late_in_the_list_is_refused_before_any_work():
     model = tiny.language_model()
     with pytest.raises(UsageError, match="do not fit"):
         model.generate([[1]] * 3 + [[1] * 255], max_new_tokens=8, batch_size=1)
-    assert model.num_programs == 0
+    assert len(model.programs) == 0
 
 
 def test_a_4_bit_mode_of_a_float_model_is_refused():
@@ -201,7 +220,7 @@ def test_the_default_draft_is_w4a8_where_int4_is_not_faster(model):
 def test_the_default_draft_follows_the_compute_capability(monkeypatch, capability, expected):
     device = type("Device", (), {"platform": "gpu", "compute_capability": capability})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert qspec_jax.engine.default_draft_precision().value == expected
+    assert engine.default_draft_precision().value == expected
 
 
 def test_unknown_kernels_and_dtypes_are_refused_before_anything_is_read():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
-from qspec_jax.engine import add_group_sums
 from qspec_jax.errors import UsageError
 from qspec_jax.modeling import attention_mask
+from qspec_jax.programs import add_group_sums
 from qspec_jax.types import Precision
 from tests import tiny
 from tests.golden import make as golden

@@ -11,7 +11,7 @@ import pytest
 
 from qspec_jax import speculative
 from qspec_jax.config import ActivationQuantization, QuantConfig
-from qspec_jax.engine import add_group_sums
+from qspec_jax.programs import add_group_sums
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.types import Precision
 from tests import tiny
