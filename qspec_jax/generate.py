@@ -118,8 +118,8 @@ def _stream_text(model: LanguageModel, prompts: list[str], options: dict[str, An
 def summary(results: Sequence[GenerationResult]) -> str:
     """One line of figures over some results."""
     stats = [result.stats for result in results]
-    # Sequences of one batch share its time; their identical figure counts once.
-    decode_s = sum({id_: s.decode_s for s in stats for id_ in [(s.prefill_s, s.decode_s)]}.values())
+    # Sequences of one batch share its times, which count once.
+    decode_s = sum(seconds for _, seconds in {(s.prefill_s, s.decode_s) for s in stats})
     tokens = sum(s.num_tokens for s in stats)
     parts = [f"{tokens} tokens"]
     if decode_s > 0:

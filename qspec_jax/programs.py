@@ -18,6 +18,7 @@ from flax import nnx
 
 from pallas_kernels import with_group_sums
 from qspec_jax import speculative
+from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.loading.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
@@ -121,6 +122,7 @@ class Programs:
 
         Raises:
             OutOfMemoryError: the cache does not fit the device.
+            UsageError: the kernels asked for by name do not serve this model.
         """
         self.prepare(plan)
         rows, width = batch.tokens.shape
@@ -134,7 +136,10 @@ class Programs:
             self._check_cache(batch)
         for key, lower in missing.items():
             with explain_out_of_memory("while compiling"):
-                self.compiled[key] = lower(plan, batch).compile()
+                try:
+                    self.compiled[key] = lower(plan, batch).compile()
+                except NotImplementedError as error:  # a kernel asked for by name
+                    raise UsageError(f"this model cannot run as asked: {error}") from error
         compile_s = time.perf_counter() - began if missing else 0.0
         return Generation(self.compiled[prefill_key], self.compiled[loop_key], self.leaves, batch, compile_s)
 

@@ -234,3 +234,10 @@ def test_unknown_kernels_and_dtypes_are_refused_before_anything_is_read():
 def test_gpu_kernels_are_refused_on_the_cpu():
     with pytest.raises(UsageError, match="kernels='triton' does not work on this cpu device"):
         qspec_jax.load("/nonexistent", kernels="triton")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for GPU kernels where there is none")
+def test_kernels_asked_for_by_name_are_never_replaced_silently():
+    model = tiny.language_model(kernels="triton", scan_layers=False)
+    with pytest.raises(UsageError, match="implementation 'triton' needs an NVIDIA GPU; this is cpu; use 'reference'"):
+        model.generate([[1]], mode="w4a16", max_new_tokens=4)

@@ -98,16 +98,17 @@ def decoder(
     quantization: QuantConfig | None = QuantConfig(),  # noqa: B008 - frozen
     scan_layers: bool = True,
     dtype: str = "float32",
+    kernels: str | None = "reference",
     seed: int = 0,
 ) -> Decoder:
-    """A tiny decoder on the reference kernels."""
+    """A tiny decoder."""
     checkpoint = source(config or ModelConfig.from_hf(BASE_HF_CONFIG), seed)
     return load_decoder(
         checkpoint,
         quantization=quantization,
         formats=weight_formats(checkpoint, quantization),
         dtype=jnp.dtype(dtype),
-        kernels="reference",
+        kernels=kernels,
         scan_layers=scan_layers,
     )
 

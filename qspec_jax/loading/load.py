@@ -47,7 +47,8 @@ def load(
         UsageError: an argument makes no sense here.
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
-    kernels = resolve_kernels(kernels)
+    # A named implementation is used for every matmul or refused; auto may differ where a shape does not fit.
+    named, kernels = (None if kernels == "auto" else kernels), resolve_kernels(kernels)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     path = resolve_model(model)
@@ -59,7 +60,7 @@ def load(
         quantization=quantization,
         formats=formats,
         dtype=jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
-        kernels=None if kernels != REFERENCE else REFERENCE,
+        kernels=REFERENCE if kernels == REFERENCE else named,
         scan_layers=kernels == REFERENCE,
         progress=_progress_bar(f"loading {path.name}") if progress else iter,
     )
