@@ -8,7 +8,7 @@ For each token and group, in float32, with ``q = 7`` or ``127`` (symmetric) and 
 
 so that ``x = scale * codes - offset``. The zero point is an integer: an input of 0 stays 0, where a grid that
 began exactly at the minimum would move all the small inputs beside an outlier the same way (on SmolLM2-135M
-that costs 2 to 3 points of acceptance). Ties round to even, codes saturate, and a group without spread
+that cost 2 to 4 points of acceptance on two sets of 24 prompts). Ties round to even, codes saturate, and a group without spread
 takes a tiny scale instead of a division by zero. ``x / scale`` is ``x`` times the rounded reciprocal of
 ``scale``: XLA turns it into that on some platforms, and spelled out it gives every implementation the same
 codes.
