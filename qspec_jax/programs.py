@@ -20,7 +20,7 @@ from pallas_kernels import with_group_sums
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
-from qspec_jax.loading.memory import check_memory, explain_out_of_memory
+from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
 from qspec_jax.speculative import DecodeState, DecodingPlan
 from qspec_jax.types import Precision

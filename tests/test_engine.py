@@ -10,10 +10,9 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import QuantizedWeight
-from qspec_jax import engine, speculative
+from qspec_jax import engine, memory, speculative
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import OutOfMemoryError, UsageError
-from qspec_jax.loading import memory
 from qspec_jax.programs import Batch
 from qspec_jax.types import Precision
 from tests import tiny

@@ -7,11 +7,11 @@ For each token and group, in float32, with ``q = 7`` or ``127`` (symmetric) and 
                   zero = round(clip * min x / scale)        offset = -(zero + half) * scale,  half = 8 or 128
 
 so that ``x = scale * codes - offset``. The zero point is an integer: an input of 0 stays 0, where a grid that
-began exactly at the minimum would move all the small inputs beside an outlier the same way (on SmolLM2-135M
-that cost 2 to 4 points of acceptance on two sets of 24 prompts). Ties round to even, codes saturate, and a group without spread
-takes a tiny scale instead of a division by zero. ``x / scale`` is ``x`` times the rounded reciprocal of
-``scale``: XLA turns it into that on some platforms, and spelled out it gives every implementation the same
-codes.
+began exactly at the minimum would move all the small inputs beside an outlier the same way. On SmolLM2-135M
+that cost 2 to 4 points of acceptance on two sets of 24 prompts. Ties round to even, codes saturate, and a group
+without spread takes a tiny scale instead of a division by zero. ``x / scale`` is ``x`` times the rounded
+reciprocal of ``scale``: XLA turns it into that on some platforms, and spelled out it gives every implementation
+the same codes.
 """
 
 from __future__ import annotations

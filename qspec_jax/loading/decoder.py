@@ -25,8 +25,8 @@ from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.linear import WeightFormat
-from qspec_jax.loading.memory import check_memory, explain_out_of_memory
 from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
+from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder, linear_inputs
 from qspec_jax.quantization import quantize_rtn
 
