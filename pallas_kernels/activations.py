@@ -33,10 +33,10 @@ class QuantizedActivation:
     """Activations in 4 or 8 bits.
 
     Attributes:
-        codes: ``[..., K]`` int8. Four-bit codes use one byte each and lie in ``[-8, 7]``.
+        codes: ``[..., K]`` int8. Codes of 4 bits use one byte each and lie in ``[-8, 7]``.
         scale: ``[..., G]`` float32.
         offset: ``[..., G]`` float32, or None for symmetric activations.
-        bits: 4 or 8.
+        bits: 4 or 8; outlier groups may have 8 where the others have 4.
     """
 
     codes: Shaped[Array, "*batch K"]

@@ -87,8 +87,10 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         return TileConfig(block_m, block_n, min(run, 64), 1, num_warps=4, num_stages=3)
     block_k = min(run, 128)
     block_n = min(_power_of_two_divisor(n), 64)
-    busy_loop = integer or asymmetric or run < 128
-    split = _split(k // 2 // block_k, n // block_n, min_programs=512 if busy_loop else 384)
+    min_programs = 400 if integer else 512 if asymmetric or run < 128 else 384
+    split = _split(k // 2 // block_k, n // block_n, min_programs=min_programs)
+    if integer and m > 32 and split == 1 and n % 128 == 0 and run >= 128:
+        return TileConfig(64, 128, block_k, split, num_warps=4, num_stages=3)
     if integer:
         block_m = next(rows for rows in (16, 32, 64) if m <= rows or rows == 64)
         return TileConfig(block_m, block_n, block_k, split, num_warps=2, num_stages=3)

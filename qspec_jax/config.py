@@ -208,17 +208,24 @@ class ActivationQuantization:
         group_size: inputs that share a scale, or None for one scale per token.
         symmetric: absmax scaling without an offset; otherwise minimum and maximum are both met.
         clip_ratio: fraction of the absolute maximum (or of the range) that is kept.
+        outlier_groups: groups of each token, those with the widest range, that take 8 bits in ``W4A4``; all of
+            them in a linear that has no more.
     """
 
     group_size: int | None = None
     symmetric: bool = True
     clip_ratio: float = 1.0
+    outlier_groups: int = 0
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size <= 0:
             raise UsageError(f"activation group_size={self.group_size} must be positive, or None for per token")
         if not 0.0 < self.clip_ratio <= 1.0:
             raise UsageError(f"clip_ratio={self.clip_ratio} must be in (0, 1]")
+        if self.outlier_groups < 0:
+            raise UsageError(f"outlier_groups={self.outlier_groups} must not be negative")
+        if self.outlier_groups and self.group_size is None:
+            raise UsageError(f"outlier_groups={self.outlier_groups} needs groups: set group_size, to 32 for example")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +235,8 @@ class QuantConfig:
     Attributes:
         group_size: inputs per weight scale: 32, 64, 128, or None for the whole row.
         symmetric: weights rounded around zero point 8 without an offset.
-        w4a4: activations of ``Precision.W4A4``. The default is the recipe with the highest acceptance.
+        w4a4: activations of ``Precision.W4A4``. By default the loudest group of a token keeps 8 bits; with more
+            ``outlier_groups`` acceptance rises towards that of ``w4a8``.
         w4a8: activations of ``Precision.W4A8``.
 
     Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are 4-bit
@@ -238,7 +246,7 @@ class QuantConfig:
 
     group_size: int | None = 32
     symmetric: bool = False
-    w4a4: ActivationQuantization = ActivationQuantization(group_size=32, symmetric=False)
+    w4a4: ActivationQuantization = ActivationQuantization(group_size=32, symmetric=False, outlier_groups=1)
     w4a8: ActivationQuantization = ActivationQuantization()
 
     def __post_init__(self) -> None:

@@ -61,12 +61,14 @@ def matmul(
         return pallas_kernels.w4a16_matmul(x, weight, implementation=kernels)
     assert quantization is not None
     recipe = activation_quantization(quantization, precision)
+    num_groups = x.shape[-1] // (recipe.group_size or x.shape[-1])
     codes = pallas_kernels.quantize_activations(
         x,
         bits=4 if precision is Precision.W4A4 else 8,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
         clip_ratio=recipe.clip_ratio,
+        outlier_groups=min(recipe.outlier_groups, num_groups),
         implementation=kernels,
     )
     return pallas_kernels.w4a4_matmul(codes, weight, dtype=x.dtype, implementation=kernels)

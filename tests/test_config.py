@@ -175,7 +175,10 @@ def test_group_sizes_that_are_not_supported(group_size):
         QuantConfig(group_size=group_size)
 
 
-@pytest.mark.parametrize("options", [{"group_size": 0}, {"clip_ratio": 0.0}, {"clip_ratio": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"group_size": 0}, {"clip_ratio": 0.0}, {"clip_ratio": 1.5}, {"outlier_groups": -1}, {"outlier_groups": 1}],
+)
 def test_activation_quantisation_that_makes_no_sense(options):
     with pytest.raises(UsageError, match=next(iter(options))):
         ActivationQuantization(**options)

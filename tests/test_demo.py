@@ -63,8 +63,8 @@ def test_w4a4_drafts_give_the_same_tokens_and_are_often_accepted(model, plain):
     results = model.generate(make_demo.prompts(), draft="w4a4", max_new_tokens=NUM_TOKENS)
     assert token_ids(results) == token_ids(plain)
     acceptance, tokens_per_cycle = totals(results)
-    assert acceptance > 0.65
-    assert tokens_per_cycle > 2.9
+    assert acceptance > 0.72
+    assert tokens_per_cycle > 3.15
 
 
 def test_even_drafts_that_are_rarely_right_change_nothing(demo_gguf, plain):

@@ -92,22 +92,22 @@ def test_float_precision_of_4_bit_weights_is_w4a16_in_float32():
 
 
 def test_precisions_differ_and_order_by_error():
-    decoder = tiny.decoder()
+    decoder = tiny.decoder(quantization=QuantConfig(w4a4=ActivationQuantization(group_size=32)))
     add_group_sums(decoder)
     exact = logits_of(decoder, TOKENS, Precision.W4A16)
     error = {p: float(jnp.abs(logits_of(decoder, TOKENS, p) - exact).mean()) for p in Precision}
     assert 1e-4 < error[Precision.W4A8] < error[Precision.W4A4] / 4
 
 
-def test_finer_activation_groups_lower_the_error_of_w4a4():
+def test_every_refinement_of_the_activations_lowers_the_error_of_w4a4():
     errors = []
-    for group_size, symmetric in ((None, True), (32, True), (32, False)):
-        recipe = ActivationQuantization(group_size=group_size, symmetric=symmetric)
+    for group_size, symmetric, outlier_groups in ((None, True, 0), (32, True, 0), (32, False, 0), (32, False, 1)):
+        recipe = ActivationQuantization(group_size, symmetric, outlier_groups=outlier_groups)
         decoder = tiny.decoder(quantization=QuantConfig(w4a4=recipe))
         add_group_sums(decoder)
         exact = logits_of(decoder, TOKENS, Precision.W4A16)
         errors.append(float(jnp.square(logits_of(decoder, TOKENS, Precision.W4A4) - exact).mean()))
-    assert errors[0] > errors[1] > errors[2]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -21,6 +21,7 @@ def quantize_activations(
     group_size: int | None = None,
     symmetric: bool = True,
     clip_ratio: float = 1.0,
+    outlier_groups: int = 0,
     implementation: str | None = None,
 ) -> QuantizedActivation:
     """Rounds activations to the nearest code; the equations stand in the reference.
@@ -31,6 +32,7 @@ def quantize_activations(
         group_size: consecutive inputs that share a scale; None for one scale per token.
         symmetric: scale from the largest magnitude and no offset; otherwise from the range.
         clip_ratio: in (0, 1], shrinks the range, and codes beyond it saturate.
+        outlier_groups: groups of each token, those with the widest range, that take 8 bits instead of ``bits``.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
     Returns:
@@ -49,9 +51,18 @@ def quantize_activations(
         raise ValueError(f"{_OP}: bits={bits}; use 4 or 8")
     if not 0.0 < clip_ratio <= 1.0:
         raise ValueError(f"{_OP}: clip_ratio={clip_ratio}; use a number in (0, 1]")
-    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_ratio": clip_ratio}
+    num_groups = x.shape[-1] // group_size
+    if not 0 <= outlier_groups <= num_groups:
+        raise ValueError(f"{_OP}: outlier_groups={outlier_groups}; x has {num_groups} groups, use 0 to {num_groups}")
+    settings = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "clip_ratio": clip_ratio,
+        "outlier_groups": outlier_groups,
+    }
     chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1], group_size)
+        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1], group_size, outlier_groups)
     )
     if chosen == dispatch.TRITON:
         return _triton().quantize_activations(x, **settings)

@@ -1,13 +1,16 @@
 """``quantize_activations`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
-A group is a row of ``group_size`` values, whichever token it belongs to, so one kernel that reduces rows
-serves every grouping. The reciprocal of the scale and the rounding are spelled in PTX because Triton divides
-approximately and Pallas cannot lower ``round``; with them the codes equal those of the reference.
+A program quantises whole groups, whichever tokens they belong to; where outlier groups are sought, which takes a
+comparison between the groups of a token, it has them all. The reciprocal of the scale and the rounding are
+spelled in PTX because Triton divides approximately and Pallas cannot lower ``round``; with them the codes equal
+those of the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +22,21 @@ from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import reference
 
-_MAX_ROW = 65536  # values that one program can hold in registers
-_BLOCK_VALUES = 1024  # values per program where rows are short
+_MAX_VALUES = 65536  # that one program can hold in registers
+_BLOCK_VALUES = 1024  # values per program where groups are short
 
 _RECIPROCAL = "rcp.rn.f32 $0, $1;"
 _ROUND_HALF_TO_EVEN = "cvt.rni.f32.f32 $0, $1;"
 
 
-def obstacle(num_inputs: int, group_size: int) -> str | None:
+def obstacle(num_inputs: int, group_size: int, outlier_groups: int) -> str | None:
     """Why this kernel cannot serve a shape, as the end of a sentence; None if it can."""
-    del num_inputs
-    return f"needs groups of at most {_MAX_ROW} inputs; this is {group_size}" if group_size > _MAX_ROW else None
+    if not outlier_groups:
+        too_long = group_size > _MAX_VALUES
+        return f"needs groups of at most {_MAX_VALUES} inputs; this is {group_size}" if too_long else None
+    values = pl.next_power_of_2(num_inputs // group_size) * pl.next_power_of_2(group_size)
+    too_long = f"needs tokens of at most {_MAX_VALUES} inputs where outlier groups are sought; this is {num_inputs}"
+    return too_long if values > _MAX_VALUES else None
 
 
 def quantize_activations(
@@ -39,35 +46,44 @@ def quantize_activations(
     group_size: int,
     symmetric: bool,
     clip_ratio: float,
+    outlier_groups: int = 0,
     interpret: bool = False,
 ) -> QuantizedActivation:
     """See the public function."""
     tiles.ignore_triton_deprecation()
-    codes, scale, *offset = _quantize_rows(
-        x.reshape(-1, group_size), bits=bits, symmetric=symmetric, clip_ratio=float(clip_ratio), interpret=interpret
+    num_groups = x.shape[-1] // group_size
+    # Groups that need not be compared with each other are spread over as many programs as there are.
+    groups_together = num_groups if outlier_groups else 1
+    codes, scale, *offset = _quantize(
+        x.reshape(-1, groups_together, group_size),
+        bits=bits,
+        symmetric=symmetric,
+        clip_ratio=float(clip_ratio),
+        outlier_groups=outlier_groups,
+        interpret=interpret,
     )
-    per_group = (*x.shape[:-1], x.shape[-1] // group_size)
+    per_group = (*x.shape[:-1], num_groups)
     offset = offset[0].reshape(per_group) if offset else None
     return QuantizedActivation(codes.reshape(x.shape), scale.reshape(per_group), offset, bits)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "clip_ratio", "interpret"))
-def _quantize_rows(x: Array, *, bits: int, symmetric: bool, clip_ratio: float, interpret: bool) -> tuple[Array, ...]:
-    num_rows, width = x.shape
-    block_width = pl.next_power_of_2(width)
-    block_rows = max(1, min(_BLOCK_VALUES // block_width, pl.next_power_of_2(num_rows)))
-    row_spec = pl.BlockSpec((block_rows, block_width), lambda row: (row, 0))
-    per_row_spec = pl.BlockSpec((block_rows,), lambda row: (row,))
-    per_row = [jax.ShapeDtypeStruct((num_rows,), jnp.float32)] * (1 if symmetric else 2)
+@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "clip_ratio", "outlier_groups", "interpret"))
+def _quantize(x: Array, *, interpret: bool, **settings: Any) -> tuple[Array, ...]:
+    """Codes ``[rows, G, group]``, scale and offset ``[rows, G]`` of the groups of each row."""
+    num_rows, *widths = x.shape
+    block_widths = [pl.next_power_of_2(width) for width in widths]
+    values = math.prod(block_widths)
+    block_rows = max(1, min(_BLOCK_VALUES // values, pl.next_power_of_2(num_rows)))
+    row_spec = pl.BlockSpec((block_rows, *block_widths), lambda row: (row, 0, 0))
+    per_group_spec = pl.BlockSpec((block_rows, block_widths[0]), lambda row: (row, 0))
+    per_group = [jax.ShapeDtypeStruct((num_rows, widths[0]), jnp.float32)] * (1 if settings["symmetric"] else 2)
     outputs = pl.pallas_call(
-        functools.partial(
-            _kernel, shape=x.shape, bits=bits, symmetric=symmetric, clip_ratio=clip_ratio, interpret=interpret
-        ),
+        functools.partial(_kernel, shape=x.shape, settings=settings, interpret=interpret),
         grid=(pl.cdiv(num_rows, block_rows),),
         in_specs=[row_spec],
-        out_specs=[row_spec] + [per_row_spec] * len(per_row),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.int8), *per_row],
-        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(16, block_width // 1024)), num_stages=1),
+        out_specs=[row_spec] + [per_group_spec] * len(per_group),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.int8), *per_group],
+        compiler_params=plgpu.CompilerParams(num_warps=max(4, min(16, values // 1024)), num_stages=1),
         interpret=interpret,
         name="quantize_activations",
     )(x)
@@ -75,37 +91,33 @@ def _quantize_rows(x: Array, *, bits: int, symmetric: bool, clip_ratio: float, i
 
 
 def _kernel(
-    x_ref,  # [block_rows, block_width]
-    codes_ref,  # [block_rows, block_width] int8
-    scale_ref,  # [block_rows] f32
-    *offset_refs,  # [block_rows] f32, asymmetric only
-    shape: tuple[int, ...],
-    bits: int,
-    symmetric: bool,
-    clip_ratio: float,
+    x_ref,  # [block_rows, block_groups, block_group]
+    codes_ref,  # [block_rows, block_groups, block_group] int8
+    *per_group_refs,  # scale, and offset of an asymmetric activation: [block_rows, block_groups] f32
+    shape: tuple[int, ...],  # rows, groups, values of a group
+    settings: dict[str, Any],
     interpret: bool,
 ):
-    num_rows, width = shape
-    rows = pl.program_id(0) * x_ref.shape[0] + jax.lax.broadcasted_iota(jnp.int32, x_ref.shape, 0)
-    columns = jax.lax.broadcasted_iota(jnp.int32, x_ref.shape, 1)
-    exists = (rows < num_rows) & (columns < width)
-    row_exists = pl.program_id(0) * x_ref.shape[0] + jax.lax.iota(jnp.int32, x_ref.shape[0]) < num_rows
+    rows, groups, values = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape, axis) for axis in range(3))
+    exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1]) & (values < shape[2])
     x = plgpu.load(x_ref, mask=exists, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
-    reciprocal = (lambda scale: 1 / scale) if interpret else functools.partial(_float32_asm, _RECIPROCAL)
-    rounding = jnp.round if interpret else functools.partial(_float32_asm, _ROUND_HALF_TO_EVEN)
-    if symmetric:
-        scale = reference.symmetric_scale(jnp.max(jnp.abs(x), axis=1), bits=bits, clip_ratio=clip_ratio)
-        codes = reference.symmetric_codes(x, reciprocal(scale)[:, None], bits=bits, rounding=rounding)
-    else:
-        low = jnp.float32(clip_ratio) * jnp.min(jnp.where(exists, x, jnp.inf), axis=1)
-        high = jnp.float32(clip_ratio) * jnp.max(jnp.where(exists, x, -jnp.inf), axis=1)
-        scale = reference.asymmetric_scale(low, high, bits=bits)
-        inverse_scale = reciprocal(scale)
-        zero = rounding(low * inverse_scale)
-        codes = reference.asymmetric_codes(x, zero[:, None], inverse_scale[:, None], bits=bits, rounding=rounding)
-        plgpu.store(offset_refs[0], reference.asymmetric_offset(zero, scale, bits=bits), mask=row_exists)
+    # Groups of the padding must not win among the outliers: they count as zeros without spread.
+    rows, groups = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape[:2], axis) for axis in range(2))
+    group_exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1])
+    codes, *per_group = reference.quantize_groups(
+        x,
+        **settings,
+        reciprocal=(lambda a: 1 / a) if interpret else functools.partial(_float32_asm, _RECIPROCAL),
+        rounding=jnp.round if interpret else functools.partial(_float32_asm, _ROUND_HALF_TO_EVEN),
+        exists=exists | ~group_exists[..., None],
+    )
     plgpu.store(codes_ref, codes, mask=exists)
-    plgpu.store(scale_ref, scale, mask=row_exists)
+    for ref, array in zip(per_group_refs, per_group, strict=True):
+        plgpu.store(ref, array, mask=group_exists)
+
+
+def _first_row(x_ref: tiles.Ref) -> Array:
+    return pl.program_id(0) * x_ref.shape[0]
 
 
 def _float32_asm(asm: str, x: Array) -> Array:

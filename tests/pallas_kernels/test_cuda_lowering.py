@@ -69,11 +69,15 @@ def test_w4a4_lowers(shape, grouped, x_symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize(("k", "group_size"), [(576, 576), (576, 32), (4096, 4096), (14336, 14336), (4096, 128)])
-def test_quantize_activations_lowers(k, group_size, symmetric):
+@pytest.mark.parametrize(
+    ("k", "group_size", "outlier_groups"),
+    [(576, 576, 0), (576, 32, 0), (576, 32, 2), (4096, 4096, 0), (14336, 14336, 0), (4096, 128, 0), (14336, 32, 1)],
+    ids=str,
+)
+def test_quantize_activations_lowers(k, group_size, outlier_groups, symmetric):
     def quantize(x):
         return quantize_triton.quantize_activations(
-            x, bits=8, group_size=group_size, symmetric=symmetric, clip_ratio=0.9
+            x, bits=4, group_size=group_size, symmetric=symmetric, clip_ratio=0.9, outlier_groups=outlier_groups
         )
 
     assert KERNEL_CALL in cuda_program(quantize, array(5, k, dtype=jnp.bfloat16))

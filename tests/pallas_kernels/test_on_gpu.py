@@ -64,10 +64,21 @@ def test_w4a4_is_right_and_each_row_stands_alone(shape, bits, x_symmetric, group
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("k", "group_size"), [(576, None), (576, 32), (1536, None), (4096, None), (14336, 128)], ids=str
+    ("k", "group_size", "outlier_groups"),
+    [
+        (576, None, 0),
+        (576, 32, 0),
+        (576, 32, 1),
+        (1536, None, 0),
+        (1536, 32, 2),
+        (4096, None, 0),
+        (14336, 128, 0),
+        (14336, 128, 3),
+    ],
+    ids=str,
 )
-def test_quantize_activations_gives_the_codes_of_the_reference(k, group_size, bits, symmetric):
-    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+def test_quantize_activations_gives_the_codes_of_the_reference(k, group_size, outlier_groups, bits, symmetric):
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "outlier_groups": outlier_groups}
     for num_rows in ROWS:
         x = random_rows(num_rows, k, dtype=jnp.bfloat16)
         out = quantize_activations(x, **settings, implementation="triton")

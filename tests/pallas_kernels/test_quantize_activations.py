@@ -57,12 +57,33 @@ def test_a_row_without_spread_survives(implementation, constant, symmetric):
     np.testing.assert_allclose(activation_in_float64(out), np.full((2, 64), constant), rtol=1e-6, atol=1e-20)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_loudest_groups_of_each_token_take_8_bits(implementation, count, symmetric):
+    x = random_rows(7, 3 * 32)  # three groups: in a kernel, a block with a fourth that does not exist
+    loudness = jnp.asarray([[1.0, 5.0, 20.0]] * 4 + [[20.0, 1.0, 5.0]] * 3)
+    x = x * jnp.repeat(loudness, 32, axis=1)
+    settings = {"bits": 4, "group_size": 32, "symmetric": symmetric, "clip_ratio": 1.0}
+    out = QUANTIZE[implementation](x, **settings, outlier_groups=count)
+    loud = np.argsort(-np.asarray(loudness), axis=1)[:, :count]
+    wide = reference.quantize_activations(x, **{**settings, "bits": 8})
+    narrow = reference.quantize_activations(x, **settings)
+    for name in ("codes", "scale") if symmetric else ("codes", "scale", "offset"):
+        expected = np.array(getattr(narrow, name)).reshape(7, 3, -1)
+        for token in range(7):
+            expected[token, loud[token]] = np.asarray(getattr(wide, name)).reshape(7, 3, -1)[token, loud[token]]
+        np.testing.assert_array_equal(np.asarray(getattr(out, name)).reshape(7, 3, -1), expected)
+
+
+@pytest.mark.parametrize("outlier_groups", [0, 2])
 @pytest.mark.parametrize(("bits", "symmetric"), SETTINGS)
 @pytest.mark.parametrize("shape", [(1, 576, 576), (33, 576, 32), (5, 96, 96), (2, 3, 128, 64)], ids=str)
-def test_interpreted_triton_gives_the_codes_of_the_reference(shape, bits, symmetric):
+def test_interpreted_triton_gives_the_codes_of_the_reference(shape, bits, symmetric, outlier_groups):
     *shape, group_size = shape
     x = random_rows(*shape, dtype=jnp.bfloat16)
     settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 1.0}
+    settings["outlier_groups"] = min(outlier_groups, shape[-1] // group_size)
     out, expected = (QUANTIZE[name](x, **settings) for name in ("triton", "reference"))
     np.testing.assert_array_equal(out.codes, expected.codes)
     np.testing.assert_array_equal(out.scale, expected.scale)
@@ -86,5 +107,7 @@ def test_arguments_out_of_range_are_named():
         quantize_activations(x, bits=5)
     with pytest.raises(ValueError, match=r"clip_ratio=0\.0"):
         quantize_activations(x, bits=8, clip_ratio=0.0)
+    with pytest.raises(ValueError, match="outlier_groups=4; x has 3 groups, use 0 to 3"):
+        quantize_activations(x, bits=4, group_size=32, outlier_groups=4)
     with pytest.raises(ValueError, match="x is float8_e4m3fn"):
         quantize_activations(jnp.ones((2, 96), jnp.float8_e4m3fn), bits=8)
