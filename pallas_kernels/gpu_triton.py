@@ -24,6 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels import tuning
+from pallas_kernels.packing import QuantizedWeight
+
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
 
 ROW_INVARIANT_ROWS = 128
@@ -70,6 +73,21 @@ class TileConfig:
     split: int
     num_warps: int
     num_stages: int
+
+
+def tuned_config(op: str, m: int, weight: QuantizedWeight) -> TileConfig | None:
+    """The measured tiles of :mod:`pallas_kernels.tuning` for the default GPU; None where there are none."""
+    if jax.default_backend() != "gpu":
+        return None
+    return tuning.tuned_tiles(
+        op,
+        m=m,
+        n=weight.num_outputs,
+        k=weight.num_inputs,
+        group_size=weight.group_size,
+        symmetric=weight.symmetric,
+        device_kind=jax.devices()[0].device_kind,
+    )
 
 
 def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asymmetric: bool = False) -> TileConfig:

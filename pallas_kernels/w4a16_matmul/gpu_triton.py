@@ -49,7 +49,8 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
     n, k, asymmetric = weight.num_outputs, weight.num_inputs, not weight.symmetric
     run = tiles.scale_run(k, weight.group_size)
     if dtype != jnp.float32:
-        return tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
+        tuned = tiles.tuned_config("w4a16", num_rows, weight)
+        return tuned or tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
     # Float32 rows take twice the shared memory.
     config = tiles.tile_config(num_rows, n, k, min(run, 64), asymmetric=asymmetric)
     return dataclasses.replace(config, block_m=min(config.block_m, 64))

@@ -47,6 +47,14 @@ def w4a4_matmul(
 
 
 def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight) -> tiles.TileConfig:
+    if x.symmetric and x.num_groups == 1:
+        tuned = tiles.tuned_config("w4a8", num_rows, weight)
+    elif not x.symmetric and x.group_size == 32:
+        tuned = tiles.tuned_config("w4a4", num_rows, weight)
+    else:
+        tuned = None
+    if tuned is not None:
+        return tuned
     run = tiles.scale_run(weight.num_inputs, weight.group_size, x.group_size)
     scaled_in_loop = weight.num_groups > 1 or x.num_groups > 1
     return tiles.tile_config(

@@ -1,0 +1,53 @@
+"""``python -m qspec_jax.bench COMMAND``: benchmarks at the command line.
+
+Tables go to the standard output, progress to the standard error stream. Exit codes: 0 success, 1 failure (a result
+that differs from the reference included), 2 a usage error, 130 interrupted.
+
+A command is a module with ``add_command(commands)``, which adds its parser and sets ``run`` on it: a function from
+the parsed arguments to the exit code. It imports what is heavy, or works on some devices only, when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qspec_jax.bench import kernels, tune
+from qspec_jax.bench.options import say
+from qspec_jax.errors import QSpecError, UsageError
+
+COMMANDS = (kernels, tune)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m qspec_jax.bench", description="Benchmarks of qspec-jax.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_command(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(argv)
+    arguments.argv = argv
+    try:
+        return arguments.run(arguments)
+    except QSpecError as error:
+        if arguments.debug:
+            raise
+        say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

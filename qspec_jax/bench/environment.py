@@ -1,0 +1,48 @@
+"""Where figures come from: device, driver, versions, date and command."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+import jax
+import jaxlib.version
+
+
+def environment(argv: Sequence[str]) -> dict[str, str | None]:
+    """What a figure must be read with; ``argv`` are the arguments of the command."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "driver": nvidia_driver() if device.platform == "gpu" else None,
+        "runtime": " ".join(device.client.platform_version.split()),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", "-m", "qspec_jax.bench", *argv]),
+    }
+
+
+def header(facts: dict[str, str | None]) -> str:
+    """Two lines: what it ran on, and the exact command."""
+    driver = f", driver {facts['driver']}" if facts["driver"] else ""
+    flags = f"XLA_FLAGS={shlex.quote(facts['xla_flags'])} " if facts["xla_flags"] else ""
+    first = f"{facts['device']}{driver}, jax {facts['jax']}, Python {facts['python']}, {facts['date']}"
+    return f"{first}\n{flags}{facts['command']}"
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver; None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next((line.strip() for line in output.splitlines() if line.strip()), None)

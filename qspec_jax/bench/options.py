@@ -1,0 +1,154 @@
+"""What the commands have in common: the options that choose shapes, and the reading of lists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from pallas_kernels import check_group_size
+from qspec_jax.bench.presets import PRESETS, MatmulShape, distinct, linear_shapes
+from qspec_jax.errors import UsageError
+from qspec_jax.loading import open_source, resolve_model
+
+WHOLE_ROW = "row"
+_GROUP_SIZES = ("32", "64", "128", WHOLE_ROW)
+_SHAPE = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
+
+
+def say(message: str) -> None:
+    """A line on the standard error stream."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Options that choose weights: where their shapes come from, and how they are grouped."""
+    add = parser.add_argument
+    add("--preset", action="append", default=[], metavar="NAME", help=f"{', '.join(PRESETS)}; repeatable")
+    add("--model", action="append", default=[], metavar="CHECKPOINT", help="the linears of a checkpoint; repeatable")
+    add("--shape", action="append", default=[], metavar="KxN", help="inputs x outputs, e.g. 4096x28672; repeatable")
+    add(
+        "--group-size",
+        action="append",
+        default=[],
+        metavar="SIZE",
+        help=f"inputs per weight scale: {', '.join(_GROUP_SIZES)}; repeatable or with commas "
+        "(default: the largest of 128, 64 and 32 that divides K)",
+    )
+    add("--asymmetric", action="store_true", help="weights with zero points (default: symmetric)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def selected_shapes(arguments: argparse.Namespace, *, default_preset: str) -> list[MatmulShape]:
+    """The shapes of all presets, checkpoints and single shapes that were asked for, each once.
+
+    Raises:
+        UsageError: a name is unknown or a shape cannot be read.
+        CheckpointError, UnsupportedModelError: a checkpoint cannot be opened.
+    """
+    presets = arguments.preset
+    if not (presets or arguments.model or arguments.shape):
+        presets = [default_preset]
+    shapes: list[MatmulShape] = []
+    for name in presets:
+        if name not in PRESETS:
+            raise UsageError(f"--preset {name} is unknown; use one of {', '.join(PRESETS)}, or --shape KxN")
+        shapes += linear_shapes(PRESETS[name], prefix=f"{name} ")
+    for text in arguments.shape:
+        shapes.append(parse_shape(text))
+    for model in arguments.model:
+        path = resolve_model(model)
+        shapes += linear_shapes(open_source(path).config, prefix=f"{path.name} ")
+    return distinct(shapes)
+
+
+def parse_shape(text: str) -> MatmulShape:
+    """``KxN``, such as ``4096x28672``.
+
+    Raises:
+        UsageError: it reads otherwise, or K does not split into two nibble planes.
+    """
+    match = _SHAPE.fullmatch(text.strip())
+    k, n = (0, 0) if match is None else map(int, match.groups())
+    if not (k and n):
+        raise UsageError(f"--shape {text} cannot be read; write KxN, inputs times outputs, such as 4096x28672")
+    if k % 2:
+        raise UsageError(f"--shape {text}: K={k} is odd; two 4-bit codes share a byte, so use an even K")
+    return MatmulShape(k, n)
+
+
+def selected_group_sizes(arguments: argparse.Namespace, shape: MatmulShape) -> list[int]:
+    """The group sizes that a shape is to have, as numbers of inputs.
+
+    Raises:
+        UsageError: a size is unknown or does not divide K.
+    """
+    texts = split_list(arguments.group_size)
+    if not texts:
+        return [next((size for size in (128, 64, 32) if shape.k % size == 0), shape.k)]
+    sizes = []
+    for text in texts:
+        if text not in _GROUP_SIZES:
+            raise UsageError(f"--group-size {text} is not supported; use {', '.join(_GROUP_SIZES)}")
+        size = shape.k if text == WHOLE_ROW else int(text)
+        try:
+            check_group_size(shape.k, size, what=f"shape {shape}")
+        except ValueError as error:
+            raise UsageError(f"--group-size {text}: {error}") from error
+        sizes.append(size)
+    return list(dict.fromkeys(sizes))
+
+
+def parse_numbers(text: str, *, option: str) -> list[int]:
+    """Positive whole numbers with commas between them, each once.
+
+    Raises:
+        UsageError: one is no such number, or there is none.
+    """
+    parts = split_list([text])
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"{option} {text} cannot be read; write positive whole numbers, such as {option} 1,16,64")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_names(text: str, *, option: str, known: Collection[str]) -> list[str]:
+    """Names with commas between them, each once.
+
+    Raises:
+        UsageError: one is not known, or there is none.
+    """
+    names = split_list([text])
+    if not names or not all(name in known for name in names):
+        given = ", ".join(name for name in names if name not in known) or repr(text)
+        raise UsageError(f"{option} {given} is unknown; use some of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def split_list(texts: Sequence[str]) -> list[str]:
+    """The parts between commas, without blanks."""
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def check_at_least(value: int | float | None, least: int, *, option: str) -> None:
+    """Raises UsageError for a number below the least that makes sense."""
+    if value is not None and not value >= least:
+        raise UsageError(f"{option} {value:g} must be at least {least:g}")
+
+
+def check_writable(path: Path | None, *, option: str) -> None:
+    """Raises UsageError where a file cannot be written, before hours of measuring."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a directory; give the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no directory {path.parent}; create it first")
+
+
+def check_matplotlib(path: Path | None, *, find: Callable[[str], object] = importlib.util.find_spec) -> None:
+    """Raises UsageError where a plot is asked for and cannot be drawn."""
+    if path is not None and find("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; run `pip install 'qspec-jax[bench]'`, or leave --plot out")

@@ -1,0 +1,109 @@
+"""The ceilings of a device, measured, and the plot of results under them (Williams et al., 2009)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from qspec_jax.bench.timing import compile_calls, time_calls
+
+if TYPE_CHECKING:
+    from qspec_jax.bench.measure import Measurement
+
+_INTEGER_OPS = ("w4a8", "w4a4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches in the same run: a copy of a large array, and large matmuls through XLA.
+
+    Attributes:
+        copy_tb_per_s: bytes read and written.
+        bf16_top_per_s, int8_top_per_s: multiplications and additions.
+    """
+
+    copy_tb_per_s: float
+    bf16_top_per_s: float
+    int8_top_per_s: float
+
+    def top_per_s(self, op: str) -> float:
+        """The matmul rate of the arithmetic that an operation runs in."""
+        return self.int8_top_per_s if op in _INTEGER_OPS else self.bf16_top_per_s
+
+
+def measure_ceilings(*, repeats: int) -> Ceilings:
+    """Copies an array and multiplies two, far beyond the caches on a GPU and small elsewhere."""
+    on_gpu = jax.default_backend() == "gpu"
+    num_bytes, side = (2**30, 8192) if on_gpu else (2**26, 512)
+    arrays = [jnp.full((num_bytes // 4,), value, jnp.int32) for value in (1, 2)]
+    # Inverts the bits, since a bare copy may become one of the driver's, which is no kernel.
+    copy_us = _us(lambda _, a: ~a, None, arrays, repeats)
+    keys = jax.random.split(jax.random.key(0))
+    # Random bits: a GPU multiplies tame numbers faster, since they take less power.
+    floats = [jax.random.normal(key, (side, side)).astype(jnp.bfloat16) for key in keys]
+    integers = [jax.random.randint(key, (side, side), -128, 128, jnp.int8) for key in keys]
+    return Ceilings(
+        copy_tb_per_s=2 * num_bytes / copy_us * 1e-6,
+        bf16_top_per_s=_matmul_top_per_s(floats, jnp.bfloat16, repeats),
+        int8_top_per_s=_matmul_top_per_s(integers, jnp.int32, repeats),
+    )
+
+
+def _matmul_top_per_s(operands: list[jax.Array], out_dtype: DTypeLike, repeats: int) -> float:
+    rows, weight = operands
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+
+    return 2 * len(rows) ** 3 / _us(product, rows, [weight], repeats) * 1e-6
+
+
+def _us(function: Callable[[Any, Any], Any], shared: Any, copies: list[Any], repeats: int) -> float:
+    return time_calls(compile_calls(function, shared, copies), shared, copies, repeats=repeats).microseconds
+
+
+def plot_roofline(path: Path, measurements: list[Measurement], ceilings: Ceilings, *, title: str) -> None:
+    """Draws arithmetic intensity against TOP/s with the ceilings, into a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for one in measurements:
+        if one.top_per_s is not None and one.intensity is not None:
+            intensities, rates = series.setdefault(f"{one.op}, {one.implementation}", ([], []))
+            intensities.append(one.intensity)
+            rates.append(one.top_per_s)
+    for (label, points), marker in zip(sorted(series.items()), "osv^D<>pPX*hH" * len(series), strict=False):
+        axes.loglog(*points, linestyle="none", marker=marker, markersize=5, alpha=0.75, label=label)
+    _draw_ceilings(axes, ceilings, [x for xs, _ in series.values() for x in xs])
+    axes.set(xlabel="operations per byte", ylabel="TOP/s", title=title)
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_ceilings(axes: Any, ceilings: Ceilings, intensities: list[float]) -> None:
+    kinds = (("int8", ceilings.int8_top_per_s, "--"), ("bf16", ceilings.bf16_top_per_s, "-"))
+    ridges = [rate / ceilings.copy_tb_per_s for _, rate, _ in kinds]
+    left = min([*intensities, *ridges]) / 2
+    right = max([*intensities, *ridges]) * 2
+    for (name, rate, style), ridge in zip(kinds, ridges, strict=True):
+        corner = [left, ridge, right], [left * ceilings.copy_tb_per_s, rate, rate]
+        axes.loglog(*corner, color="black", linewidth=1, linestyle=style, label=f"{name} matmul {rate:.3g} TOP/s")
+    axes.annotate(
+        f"copy {ceilings.copy_tb_per_s:.3g} TB/s",
+        (left, left * ceilings.copy_tb_per_s),
+        textcoords="offset points",
+        xytext=(12, 2),
+        fontsize="small",
+    )
