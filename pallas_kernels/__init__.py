@@ -16,6 +16,10 @@ from pallas_kernels.packing import (
     with_group_sums,
 )
 from pallas_kernels.quantize_activations import quantize_activations
+from pallas_kernels.rms_norm_quantize import rms_norm_quantize
+from pallas_kernels.rms_norm_quantize.reference import rms_norm
+from pallas_kernels.swiglu_quantize import swiglu_quantize
+from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import w4a4_matmul
 from pallas_kernels.w4a16_matmul import w4a16_matmul
 
@@ -29,6 +33,10 @@ __all__ = [
     "dequantize_activation",
     "pack_codes",
     "quantize_activations",
+    "rms_norm",
+    "rms_norm_quantize",
+    "swiglu",
+    "swiglu_quantize",
     "unpack_codes",
     "w4a4_matmul",
     "w4a16_matmul",

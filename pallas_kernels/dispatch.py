@@ -13,10 +13,11 @@ import jax
 
 REFERENCE = "reference"
 TRITON = "triton"
-IMPLEMENTATIONS = (TRITON, REFERENCE)  # best first
+MOSAIC = "mosaic"
+IMPLEMENTATIONS = (MOSAIC, TRITON, REFERENCE)  # best first
 
-# bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere.
-_TRITON_MIN_COMPUTE_CAPABILITY = (8, 0)
+# bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.
+_COMPUTE_CAPABILITIES = {TRITON: ((8, 0), None, "8.0 or newer"), MOSAIC: ((9, 0), (10, 0), "9.x (Hopper)")}
 
 
 def available_implementations(platform: str | None = None) -> tuple[str, ...]:
@@ -32,14 +33,22 @@ def available_implementations(platform: str | None = None) -> tuple[str, ...]:
     return tuple(name for name in IMPLEMENTATIONS if _platform_obstacle(name, platform) is None)
 
 
-def select_implementation(op: str, implementation: str | None, *, triton_obstacle: Callable[[], str | None]) -> str:
+def select_implementation(
+    op: str,
+    implementation: str | None,
+    *,
+    triton_obstacle: Callable[[], str | None],
+    mosaic_obstacle: Callable[[], str | None] | None = None,
+) -> str:
     """Resolves the ``implementation`` argument of an operation.
 
     Args:
         op: name of the operation, for messages.
         implementation: a name of :data:`IMPLEMENTATIONS`, or None for the best one that works.
         triton_obstacle: called only where Triton could run; says why the Triton kernel cannot serve
-            these shapes and dtypes, or returns None.
+            these shapes and dtypes, or returns None. An ImportError, of a JAX that lacks the backend or has
+            another interface, is an obstacle too.
+        mosaic_obstacle: the same of Mosaic GPU; None if the operation has no such kernel.
 
     Returns:
         The name of the implementation to call.
@@ -52,14 +61,23 @@ def select_implementation(op: str, implementation: str | None, *, triton_obstacl
         raise ValueError(
             f"{op}: unknown implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}, or None"
         )
-    if implementation == REFERENCE:
-        return REFERENCE
-    obstacle = _platform_obstacle(TRITON, None) or triton_obstacle()
-    if obstacle is None:
-        return TRITON
-    if implementation is None:
-        return REFERENCE
-    raise NotImplementedError(f"{op}: implementation '{TRITON}' {obstacle}; use '{REFERENCE}' or None")
+    obstacles = {
+        MOSAIC: mosaic_obstacle or (lambda: "does not exist for this operation"),
+        TRITON: triton_obstacle,
+        REFERENCE: lambda: None,
+    }
+    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+        obstacle = _platform_obstacle(name, None) or _told_or_import_error(obstacles[name])
+        if obstacle is None:
+            return name
+    raise NotImplementedError(f"{op}: implementation '{implementation}' {obstacle}; use '{REFERENCE}' or None")
+
+
+def _told_or_import_error(obstacle: Callable[[], str | None]) -> str | None:
+    try:
+        return obstacle()
+    except ImportError as error:
+        return f"cannot be imported: {error}"
 
 
 def _platform_obstacle(name: str, platform: str | None) -> str | None:
@@ -75,6 +93,7 @@ def _platform_obstacle(name: str, platform: str | None) -> str | None:
     if "rocm" in device.client.platform_version.lower():
         return "needs an NVIDIA GPU; this is an AMD GPU"
     capability = tuple(int(part) for part in device.compute_capability.split("."))
-    if capability < _TRITON_MIN_COMPUTE_CAPABILITY:
-        return f"needs an NVIDIA GPU of compute capability 8.0 or newer; this one has {device.compute_capability}"
+    first, end, wanted = _COMPUTE_CAPABILITIES[name]
+    if capability < first or (end is not None and capability >= end):
+        return f"needs an NVIDIA GPU of compute capability {wanted}; this one has {device.compute_capability}"
     return None

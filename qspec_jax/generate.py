@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="32",
         help="inputs per weight scale where the checkpoint is not 4-bit already (default: 32)",
     )
-    add("--kernels", choices=("auto", "reference", "triton"), default="auto", help="default: auto")
+    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")

@@ -1,12 +1,14 @@
 """The linear layer: the one place where ``Precision`` decides what is computed.
 
 A weight is either a float array ``[N, K]`` or a ``QuantizedWeight``. Every precision reads the same
-arrays; only the treatment of the activations and the kernel differ.
+arrays; only the treatment of the activations and the kernel differ. A draft precision wants its inputs as
+integers, and from the kernel that computes them: a linear is told which operation that is (``Producer``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from pallas_kernels import QuantizedWeight
+from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels.dispatch import MOSAIC
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.types import Precision
@@ -29,6 +32,32 @@ class WeightFormat:
     symmetric: bool
 
 
+@runtime_checkable
+class Producer(Protocol):
+    """The operation before a linear, in the two forms that precisions want of its result."""
+
+    def __call__(self, x: Float[Array, "*batch inputs"], /) -> Float[Array, "*batch K"]:
+        """The inputs of the linear in the dtype of ``x``."""
+        ...
+
+    def quantize(self, x: Float[Array, "*batch inputs"], /, **settings: Any) -> QuantizedActivation:
+        """The same as integers, never written in floating point; ``settings`` as in ``quantize_activations``."""
+        ...
+
+
+class _Given:
+    """The producer of inputs that are there already."""
+
+    def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+        return x
+
+    def quantize(self, x: Float[Array, "*batch K"], **settings: Any) -> QuantizedActivation:
+        return pallas_kernels.quantize_activations(x, **settings)
+
+
+GIVEN = _Given()
+
+
 def float_matmul(x: Float[Array, "*batch K"], weight: Float[Array, "N K"]) -> Float[Array, "*batch N"]:
     """``x @ weight.T``, accumulated in float32 and returned as float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -37,14 +66,15 @@ def float_matmul(x: Float[Array, "*batch K"], weight: Float[Array, "N K"]) -> Fl
 
 
 def matmul(
-    x: Float[Array, "*batch K"],
+    x: Float[Array, "*batch inputs"],
     weight: Float[Array, "N K"] | QuantizedWeight,
     *,
+    after: Producer = GIVEN,
     precision: Precision,
     quantization: QuantConfig | None,
     kernels: str | None,
 ) -> Float[Array, "*batch N"]:
-    """``x @ weight.T`` at a precision, in the dtype of ``x``.
+    """``after(x) @ weight.T`` at a precision, in the dtype of ``x``.
 
     Raises:
         UsageError: a 4-bit precision is asked of a floating-point weight.
@@ -54,22 +84,22 @@ def matmul(
             raise UsageError(
                 f"precision {precision.value} needs 4-bit weights; this model was loaded in floating point"
             )
-        return float_matmul(x, weight).astype(x.dtype)
+        return float_matmul(after(x), weight).astype(x.dtype)
     if precision is Precision.FLOAT:
-        return float_matmul(x.astype(jnp.float32), pallas_kernels.dequantize(weight)).astype(x.dtype)
+        return float_matmul(after(x).astype(jnp.float32), pallas_kernels.dequantize(weight)).astype(x.dtype)
     if precision is Precision.W4A16:
-        return pallas_kernels.w4a16_matmul(x, weight, implementation=kernels)
+        return pallas_kernels.w4a16_matmul(after(x), weight, implementation=kernels)
     assert quantization is not None
     recipe = activation_quantization(quantization, precision)
-    num_groups = x.shape[-1] // (recipe.group_size or x.shape[-1])
-    codes = pallas_kernels.quantize_activations(
+    num_groups = weight.num_inputs // (recipe.group_size or weight.num_inputs)
+    codes = after.quantize(
         x,
-        bits=4 if precision is Precision.W4A4 else 8,
+        bits=precision.activation_bits,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
         clip_ratio=recipe.clip_ratio,
         outlier_groups=min(recipe.outlier_groups, num_groups),
-        implementation=kernels,
+        implementation=None if kernels == MOSAIC else kernels,  # which has matmuls only
     )
     return pallas_kernels.w4a4_matmul(codes, weight, dtype=x.dtype, implementation=kernels)
 
@@ -102,9 +132,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_empty_weight(num_inputs, num_outputs, weight_format, dtype, layers))
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
+    def __call__(
+        self, x: Float[Array, "*batch inputs"], *, after: Producer = GIVEN, precision: Precision
+    ) -> Float[Array, "*batch N"]:
+        """``after(x) @ weight.T + bias``."""
         weight = self.weight.get_value()
-        y = matmul(x, weight, precision=precision, quantization=self.quantization, kernels=self.kernels)
+        y = matmul(x, weight, after=after, precision=precision, quantization=self.quantization, kernels=self.kernels)
         return y if self.bias is None else y + self.bias.get_value()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+import pallas_kernels
+from pallas_kernels import QuantizedActivation
 from qspec_jax import rope
 from qspec_jax.cache import KVCache, LayerCache
 from qspec_jax.config import ModelConfig, QuantConfig
@@ -56,13 +58,26 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((*layers, size), dtype))
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype) * self.weight.get_value()
+        return pallas_kernels.rms_norm(x, self.weight.get_value(), epsilon=self.epsilon)
+
+    def quantize(self, x: Float[Array, "*batch size"], **settings: Any) -> QuantizedActivation:
+        """The norm as the integers that a draft's linear reads."""
+        return pallas_kernels.rms_norm_quantize(x, self.weight.get_value(), epsilon=self.epsilon, **settings)
+
+
+class SwiGLU:
+    """``silu(gate) * up`` of two halves side by side (Shazeer, 2020)."""
+
+    def __call__(self, gate_up: Float[Array, "*batch two_F"]) -> Float[Array, "*batch F"]:
+        return pallas_kernels.swiglu(gate_up)
+
+    def quantize(self, gate_up: Float[Array, "*batch two_F"], **settings: Any) -> QuantizedActivation:
+        """The product as the integers that a draft's linear reads."""
+        return pallas_kernels.swiglu_quantize(gate_up, **settings)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the cache."""
+    """Grouped-query attention over the cache, of ``norm(x)``."""
 
     def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, dtype: DTypeLike, layers: tuple[int, ...]):
         self.config = config
@@ -78,12 +93,13 @@ class Attention(nnx.Module):
         cache: LayerCache,
         context: TokenContext,
         *,
+        norm: RMSNorm,
         precision: Precision,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         config = self.config
         batch, new_tokens, _ = x.shape
         query_size, key_size, _ = config.qkv_sizes
-        flat = jnp.split(self.qkv(x, precision=precision), (query_size, query_size + key_size), axis=-1)
+        flat = jnp.split(self.qkv(x, after=norm, precision=precision), (query_size, query_size + key_size), axis=-1)
         query, key, value = (part.reshape(batch, new_tokens, -1, config.head_dim) for part in flat)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -97,19 +113,23 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(silu(gate(y)) * up(y))`` of ``y = norm(x)``."""
 
     def __init__(self, *, gate_up: Linear, down: Linear):
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, x: Float[Array, "B T D"], *, precision: Precision) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(self.gate_up(x, precision=precision), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up, precision=precision)
+    def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm, precision: Precision) -> Float[Array, "B T D"]:
+        gate_up = self.gate_up(x, after=norm, precision=precision)
+        return self.down(gate_up, after=SwiGLU(), precision=precision)
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each with a residual."""
+    """Pre-norm attention and MLP, each with a residual.
+
+    Norms and ``silu(gate) * up`` are handed to the linear that reads them, which computes them in the form that
+    its precision wants.
+    """
 
     def __init__(
         self,
@@ -151,9 +171,9 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], cache: LayerCache, context: TokenContext, *, precision: Precision
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, context, precision=precision)
+        attended, cache = self.attention(x, cache, context, norm=self.attention_norm, precision=precision)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x), precision=precision), cache
+        return x + self.mlp(x, norm=self.mlp_norm, precision=precision), cache
 
 
 class Decoder(nnx.Module):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.modeling import attention_mask
@@ -108,6 +112,31 @@ def test_every_refinement_of_the_activations_lowers_the_error_of_w4a4():
         exact = logits_of(decoder, TOKENS, Precision.W4A16)
         errors.append(float(jnp.square(logits_of(decoder, TOKENS, Precision.W4A4) - exact).mean()))
     assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        (Precision.W4A4, {"rms_norm_quantize": 4, "swiglu_quantize": 2, "quantize_activations": 2, "rms_norm": 1}),
+        (Precision.W4A8, {"rms_norm_quantize": 4, "swiglu_quantize": 2, "quantize_activations": 2, "rms_norm": 1}),
+        (Precision.W4A16, {"rms_norm": 5, "swiglu": 2}),
+        (Precision.FLOAT, {"rms_norm": 5, "swiglu": 2}),
+    ],
+)
+def test_what_feeds_a_linear_is_computed_in_the_form_its_precision_wants(monkeypatch, precision, expected):
+    """Two layers: only the attention's result is quantised alone, only the last norm of a draft is not."""
+    calls = collections.Counter()
+
+    def count(name, operation, *arguments, **settings):
+        calls[name] += 1
+        return operation(*arguments, **settings)
+
+    for name in ("rms_norm_quantize", "swiglu_quantize", "quantize_activations", "rms_norm", "swiglu"):
+        monkeypatch.setattr(pallas_kernels, name, functools.partial(count, name, getattr(pallas_kernels, name)))
+    decoder = tiny.decoder(scan_layers=False)
+    add_group_sums(decoder)
+    logits_of(decoder, TOKENS, precision)
+    assert calls == expected
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -43,30 +46,60 @@ def quantize_activations(
             the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    group_size = x.shape[-1] if group_size is None else group_size
-    check_group_size(x.shape[-1], group_size, what=_OP)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
+    settings = checked_settings(
+        _OP,
+        x.dtype,
+        x.shape[-1],
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        clip_ratio=clip_ratio,
+        outlier_groups=outlier_groups,
+    )
+    chosen = dispatch.select_implementation(
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(x.shape[-1], settings["group_size"], outlier_groups),
+    )
+    if chosen == dispatch.TRITON:
+        return _triton().quantize_activations(x, **settings)
+    return reference.quantize_activations(x, **settings)
+
+
+def checked_settings(
+    op: str,
+    dtype: DTypeLike,
+    num_inputs: int,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    clip_ratio: float,
+    outlier_groups: int,
+) -> dict[str, Any]:
+    """The keyword arguments of an implementation: these, with the group size filled in.
+
+    Raises:
+        ValueError: one of them is out of its range; the message begins with ``op``.
+    """
+    group_size = num_inputs if group_size is None else group_size
+    check_group_size(num_inputs, group_size, what=op)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{op}: x is {dtype}; use float32, bfloat16 or float16")
     if bits not in (4, 8):
-        raise ValueError(f"{_OP}: bits={bits}; use 4 or 8")
+        raise ValueError(f"{op}: bits={bits}; use 4 or 8")
     if not 0.0 < clip_ratio <= 1.0:
-        raise ValueError(f"{_OP}: clip_ratio={clip_ratio}; use a number in (0, 1]")
-    num_groups = x.shape[-1] // group_size
+        raise ValueError(f"{op}: clip_ratio={clip_ratio}; use a number in (0, 1]")
+    num_groups = num_inputs // group_size
     if not 0 <= outlier_groups <= num_groups:
-        raise ValueError(f"{_OP}: outlier_groups={outlier_groups}; x has {num_groups} groups, use 0 to {num_groups}")
-    settings = {
+        raise ValueError(f"{op}: outlier_groups={outlier_groups}; x has {num_groups} groups, use 0 to {num_groups}")
+    return {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "clip_ratio": clip_ratio,
         "outlier_groups": outlier_groups,
     }
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1], group_size, outlier_groups)
-    )
-    if chosen == dispatch.TRITON:
-        return _triton().quantize_activations(x, **settings)
-    return reference.quantize_activations(x, **settings)
 
 
 def _triton():

@@ -4,25 +4,29 @@ A program quantises whole groups, whichever tokens they belong to; where outlier
 comparison between the groups of a token, it has them all. The reciprocal of the scale and the rounding are
 spelled in PTX because Triton divides approximately and Pallas cannot lower ``round``; with them the codes equal
 those of the reference.
+
+:func:`launch_producer` is for the operations that quantise what they have just computed.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import reference
 
-_MAX_VALUES = 65536  # that one program can hold in registers
+MAX_VALUES = 65536  # that one program can hold in registers
 _BLOCK_VALUES = 1024  # values per program where groups are short
 
 _RECIPROCAL = "rcp.rn.f32 $0, $1;"
@@ -32,11 +36,11 @@ _ROUND_HALF_TO_EVEN = "cvt.rni.f32.f32 $0, $1;"
 def obstacle(num_inputs: int, group_size: int, outlier_groups: int) -> str | None:
     """Why this kernel cannot serve a shape, as the end of a sentence; None if it can."""
     if not outlier_groups:
-        too_long = group_size > _MAX_VALUES
-        return f"needs groups of at most {_MAX_VALUES} inputs; this is {group_size}" if too_long else None
+        too_long = group_size > MAX_VALUES
+        return f"needs groups of at most {MAX_VALUES} inputs; this is {group_size}" if too_long else None
     values = pl.next_power_of_2(num_inputs // group_size) * pl.next_power_of_2(group_size)
-    too_long = f"needs tokens of at most {_MAX_VALUES} inputs where outlier groups are sought; this is {num_inputs}"
-    return too_long if values > _MAX_VALUES else None
+    too_long = f"needs tokens of at most {MAX_VALUES} inputs where outlier groups are sought; this is {num_inputs}"
+    return too_long if values > MAX_VALUES else None
 
 
 def quantize_activations(
@@ -104,21 +108,118 @@ def _kernel(
     # Groups of the padding must not win among the outliers: they count as zeros without spread.
     rows, groups = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape[:2], axis) for axis in range(2))
     group_exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1])
-    codes, *per_group = reference.quantize_groups(
-        x,
-        **settings,
-        reciprocal=(lambda a: 1 / a) if interpret else functools.partial(_float32_asm, _RECIPROCAL),
-        rounding=jnp.round if interpret else functools.partial(_float32_asm, _ROUND_HALF_TO_EVEN),
-        exists=exists | ~group_exists[..., None],
-    )
-    plgpu.store(codes_ref, codes, mask=exists)
-    for ref, array in zip(per_group_refs, per_group, strict=True):
-        plgpu.store(ref, array, mask=group_exists)
+    _store_quantized(x, exists, group_exists, (codes_ref, *per_group_refs), settings=settings, interpret=interpret)
 
 
 def _first_row(x_ref: tiles.Ref) -> Array:
     return pl.program_id(0) * x_ref.shape[0]
 
 
+def _store_quantized(
+    x: Array,  # [..., block_groups, block_group] f32
+    exists: Array,
+    group_exists: Array,
+    refs: Sequence[tiles.Ref],  # codes, scale, and offset of an asymmetric activation
+    *,
+    settings: dict[str, Any],
+    interpret: bool,
+) -> None:
+    codes, *per_group = reference.quantize_groups(
+        x,
+        **settings,
+        reciprocal=functools.partial(reciprocal, interpret=interpret),
+        rounding=jnp.round if interpret else functools.partial(_float32_asm, _ROUND_HALF_TO_EVEN),
+        exists=exists | ~group_exists[..., None],
+    )
+    codes_ref, *per_group_refs = refs
+    plgpu.store(codes_ref, codes, mask=exists)
+    for ref, array in zip(per_group_refs, per_group, strict=True):
+        plgpu.store(ref, array, mask=group_exists)
+
+
+def reciprocal(x: Array, *, interpret: bool) -> Array:
+    """``1 / x`` in float32, correctly rounded."""
+    return 1 / x if interpret else _float32_asm(_RECIPROCAL, x)
+
+
+def rounded_to(x: Array, dtype: DTypeLike, *, interpret: bool) -> Array:
+    """float32 ``x`` as an array of ``dtype`` would hold it, in float32 again."""
+    if not interpret:
+        return x.astype(dtype).astype(jnp.float32)
+    # The interpreted kernel is a program of XLA, which drops a conversion there and back as excess precision.
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+
+
 def _float32_asm(asm: str, x: Array) -> Array:
     return tiles.inline_asm(asm, x, constraints="=f,f", dtype=jnp.float32)
+
+
+def launch_producer(
+    produce: Callable[..., Array],
+    inputs: Sequence[tuple[Array, Callable[..., pl.BlockSpec]]],
+    *,
+    shape: tuple[int, ...],
+    group_size: int,
+    whole_tokens: bool,
+    interpret: bool,
+    name: str,
+    **settings: Any,
+) -> QuantizedActivation:
+    """Quantises what ``produce`` computes, without writing it: one token per program, or some groups of one.
+
+    Args:
+        produce: takes a ref per input and which values of the block exist ``[block_groups, block_group]``, and
+            returns the block as float32, zero where nothing exists.
+        inputs: each array with a function that makes its block specification of ``(block_groups, block_group)``;
+            the grid is tokens x blocks of groups.
+        shape: ``[..., K]`` of the result; the arrays have one axis for all tokens.
+        whole_tokens: ``produce`` needs all groups of a token at once.
+        settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
+    """
+    *batch, num_inputs = shape
+    num_rows, num_groups = math.prod(batch), num_inputs // group_size
+    block_groups, block_group = pl.next_power_of_2(num_groups), pl.next_power_of_2(group_size)
+    if not (whole_tokens or settings["outlier_groups"]):
+        block_groups = min(block_groups, max(1, _BLOCK_VALUES // block_group))
+    per_group_spec = pl.BlockSpec((None, block_groups), lambda row, part: (row, part))
+    num_per_group = 1 if settings["symmetric"] else 2
+    codes, scale, *offset = pl.pallas_call(
+        functools.partial(
+            _producer_kernel, produce=produce, shape=(num_groups, group_size), settings=settings, interpret=interpret
+        ),
+        grid=(num_rows, pl.cdiv(num_groups, block_groups)),
+        in_specs=[spec(block_groups, block_group) for _, spec in inputs],
+        out_specs=[
+            pl.BlockSpec((None, block_groups, block_group), lambda row, part: (row, part, 0)),
+            *[per_group_spec] * num_per_group,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((num_rows, num_groups, group_size), jnp.int8),
+            *[jax.ShapeDtypeStruct((num_rows, num_groups), jnp.float32)] * num_per_group,
+        ],
+        compiler_params=plgpu.CompilerParams(
+            num_warps=max(4, min(16, block_groups * block_group // 1024)), num_stages=1
+        ),
+        interpret=interpret,
+        name=name,
+    )(*[array for array, _ in inputs])
+    scale, *offset = (array.reshape(*batch, num_groups) for array in (scale, *offset))
+    return QuantizedActivation(codes.reshape(shape), scale, offset[0] if offset else None, settings["bits"])
+
+
+def _producer_kernel(
+    *refs: tiles.Ref,  # inputs, then codes [block_groups, block_group], scale and maybe offset [block_groups]
+    produce: Callable[..., Array],
+    shape: tuple[int, int],  # groups, values of a group
+    settings: dict[str, Any],
+    interpret: bool,
+):
+    num_outputs = 2 if settings["symmetric"] else 3
+    inputs, outputs = refs[:-num_outputs], refs[-num_outputs:]
+    block = outputs[0].shape
+    first_group = pl.program_id(1) * block[0]
+    groups, values = (jax.lax.broadcasted_iota(jnp.int32, block, axis) for axis in range(2))
+    exists = (first_group + groups < shape[0]) & (values < shape[1])
+    group_exists = first_group + jax.lax.broadcasted_iota(jnp.int32, block[:1], 0) < shape[0]
+    x = produce(*inputs, exists)
+    _store_quantized(x, exists, group_exists, outputs, settings=settings, interpret=interpret)

@@ -21,7 +21,7 @@ def w4a16_matmul(
     Args:
         x: ``[..., K]`` float32, bfloat16 or float16.
         weight: a ``[N, K]`` weight, without leading axes.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: ``"reference"``, ``"triton"``, ``"mosaic"``, or None for the best that works.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -35,8 +35,13 @@ def w4a16_matmul(
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.dtype, weight)
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(x.dtype, weight),
+        mosaic_obstacle=lambda: _mosaic().obstacle(x.dtype, weight),
     )
+    if chosen == dispatch.MOSAIC:
+        return _mosaic().w4a16_matmul(x, weight)
     if chosen == dispatch.TRITON:
         return _triton().w4a16_matmul(x, weight)
     return reference.w4a16_matmul(x, weight)
@@ -46,3 +51,9 @@ def _triton():
     from pallas_kernels.w4a16_matmul import gpu_triton  # imported only where it can run
 
     return gpu_triton
+
+
+def _mosaic():
+    from pallas_kernels.w4a16_matmul import gpu_mosaic
+
+    return gpu_mosaic

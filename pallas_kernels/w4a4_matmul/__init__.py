@@ -25,7 +25,7 @@ def w4a4_matmul(
         x: ``[..., K]`` activations in 4 or 8 bits.
         weight: a ``[N, K]`` weight, without leading axes.
         dtype: floating-point dtype of the result; sums are float32 or int32 until the end.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: ``"reference"``, ``"triton"``, ``"mosaic"``, or None for the best that works.
 
     Returns:
         ``[..., N]`` in ``dtype``.
@@ -37,7 +37,14 @@ def w4a4_matmul(
     """
     check_layout(weight, x.num_inputs, op=_OP)
     _check_groupings(x, weight)
-    chosen = dispatch.select_implementation(_OP, implementation, triton_obstacle=lambda: _triton().obstacle(x, weight))
+    chosen = dispatch.select_implementation(
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(x, weight),
+        mosaic_obstacle=lambda: _mosaic().obstacle(x, weight),
+    )
+    if chosen == dispatch.MOSAIC:
+        return _mosaic().w4a4_matmul(x, weight, dtype=dtype)
     if chosen == dispatch.TRITON:
         return _triton().w4a4_matmul(x, weight, dtype=dtype)
     return reference.w4a4_matmul(x, weight, dtype=dtype)
@@ -69,3 +76,9 @@ def _triton():
     from pallas_kernels.w4a4_matmul import gpu_triton  # imported only where it can run
 
     return gpu_triton
+
+
+def _mosaic():
+    from pallas_kernels.w4a4_matmul import gpu_mosaic
+
+    return gpu_mosaic

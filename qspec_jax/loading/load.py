@@ -37,7 +37,7 @@ def load(
         quantization: how to store weights and quantise draft activations; None to keep the weights in
             floating point (mode ``float`` only).
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
-        kernels: ``auto``, ``reference`` or ``triton``.
+        kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
         progress: show a bar on the standard error stream.
 
     Returns:
@@ -68,7 +68,7 @@ def load(
 
 
 def resolve_kernels(kernels: str) -> str:
-    """The implementation that ``kernels`` means on this device.
+    """The implementation that ``kernels`` means on this device; the one preferred where ``auto`` picks by shape.
 
     Raises:
         UsageError: the name is unknown, or does not work on this device.

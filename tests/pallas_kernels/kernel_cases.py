@@ -58,3 +58,40 @@ def relative_error(out: jax.Array, expected: np.ndarray | jax.Array) -> float:
     """``||out - expected|| / ||expected||``; NaN propagates and fails any bound."""
     expected = np.asarray(expected, np.float64)
     return float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def rms_norm_in_float64(x: jax.Array, gain: jax.Array, epsilon: float) -> np.ndarray:
+    wide = np.asarray(x, np.float64)
+    return wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + epsilon) * np.asarray(gain, np.float64)
+
+
+def swiglu_in_float64(gate_up: jax.Array) -> np.ndarray:
+    gate, up = np.split(np.asarray(gate_up, np.float64), 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def assert_the_same(out: QuantizedActivation, expected: QuantizedActivation) -> None:
+    """Codes, scales and offsets, bit for bit."""
+    assert (out.bits, out.symmetric) == (expected.bits, expected.symmetric)
+    jax.tree.map(np.testing.assert_array_equal, out, expected)
+
+
+def assert_nearly_the_same(
+    out: QuantizedActivation, expected: QuantizedActivation, dtype: jnp.dtype, *, equal_codes: float
+) -> None:
+    """For kernels that add in another order before they round and quantise.
+
+    A value that was nearly a tie may then be rounded to its neighbour in ``dtype``, and once more where it is
+    rounded twice. That moves it, or the scale, by ``2 * eps`` at most, and a code, up to 256 steps from zero, by
+    a step or two in bfloat16 and by none in float16 and float32; a code or zero point that was nearly a tie
+    itself moves by one. The fraction ``equal_codes`` of them does not move.
+    """
+    assert (out.bits, out.symmetric) == (expected.bits, expected.symmetric)
+    rounding = 0.0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    integers = [(np.asarray(out.codes, np.int32), np.asarray(expected.codes, np.int32))]
+    if not expected.symmetric:  # zero points are whole numbers of steps
+        integers.append((np.rint(out.offset / out.scale), np.rint(expected.offset / expected.scale)))
+    for ours, theirs in integers:
+        assert np.abs(ours - theirs).max() <= 1 + int(256 * rounding)
+        assert np.mean(ours == theirs) >= equal_codes
+    np.testing.assert_allclose(out.scale, expected.scale, rtol=2e-6 + 2 * rounding)

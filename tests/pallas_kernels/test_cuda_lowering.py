@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
+from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
+from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
@@ -81,3 +84,22 @@ def test_quantize_activations_lowers(k, group_size, outlier_groups, symmetric):
         )
 
     assert KERNEL_CALL in cuda_program(quantize, array(5, k, dtype=jnp.bfloat16))
+
+
+PRODUCER_SHAPES = [(576, 576, 0), (576, 32, 2), (1536, 32, 0), (4096, 4096, 0), (14336, 14336, 0), (14336, 32, 1)]
+PRODUCER_SHAPES += [(576, 96, 0), (4096, 128, 0)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("k", "group_size", "outlier_groups"), PRODUCER_SHAPES, ids=str)
+def test_fused_producers_lower_to_one_kernel(k, group_size, outlier_groups, symmetric, dtype):
+    settings = {"bits": 4, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 0.9}
+    settings["outlier_groups"] = outlier_groups
+    normalise = functools.partial(norm_triton.rms_norm_quantize, epsilon=1e-5, **settings)
+    gate = functools.partial(swiglu_triton.swiglu_quantize, **settings)
+    programs = (
+        cuda_program(normalise, array(5, k, dtype=dtype), array(k, dtype=dtype)),
+        cuda_program(gate, array(5, 2 * k, dtype=dtype)),
+    )
+    assert [program.count(KERNEL_CALL) for program in programs] == [1, 1]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import available_implementations, quantize_activations, w4a4_matmul, w4a16_matmul
+from pallas_kernels import (
+    available_implementations,
+    quantize_activations,
+    rms_norm_quantize,
+    swiglu_quantize,
+    w4a4_matmul,
+    w4a16_matmul,
+)
 from pallas_kernels.dispatch import select_implementation
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight
 
@@ -15,30 +24,34 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a 
 
 def calls(implementation):
     weight, x = random_weight(32, 128, 64, symmetric=True), random_rows(2, 128)
-    codes = quantize_activations(x, bits=8)
+    codes, gain = quantize_activations(x, bits=8), random_rows(128)
+    named = {"bits": 8, "implementation": implementation}
     return {
         "w4a16_matmul": lambda: w4a16_matmul(x, weight, implementation=implementation),
         "w4a4_matmul": lambda: w4a4_matmul(codes, weight, dtype=x.dtype, implementation=implementation),
-        "quantize_activations": lambda: quantize_activations(x, bits=8, implementation=implementation).codes,
+        "quantize_activations": lambda: quantize_activations(x, **named).codes,
+        "rms_norm_quantize": lambda: rms_norm_quantize(x, gain, epsilon=1e-5, **named).codes,
+        "swiglu_quantize": lambda: swiglu_quantize(x, **named).codes,
     }
 
 
-OPS = ("w4a16_matmul", "w4a4_matmul", "quantize_activations")
+OPS = ("w4a16_matmul", "w4a4_matmul", "quantize_activations", "rms_norm_quantize", "swiglu_quantize")
 
 
 @on_cpu
 @pytest.mark.parametrize("op", OPS)
-def test_a_named_implementation_runs_or_raises(op):
+@pytest.mark.parametrize("name", ["triton", "mosaic"])
+def test_a_named_implementation_runs_or_raises(op, name):
     with pytest.raises(NotImplementedError) as error:
-        calls("triton")[op]()
+        calls(name)[op]()
     assert str(error.value) == (
-        f"{op}: implementation 'triton' needs an NVIDIA GPU; this is cpu; use 'reference' or None"
+        f"{op}: implementation '{name}' needs an NVIDIA GPU; this is cpu; use 'reference' or None"
     )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_name_lists_the_known_ones(op):
-    with pytest.raises(ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of triton, reference"):
+    with pytest.raises(ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of mosaic, triton, reference"):
         calls("cuda")[op]()
 
 
@@ -51,14 +64,39 @@ def test_none_works_everywhere(op):
 def test_available_implementations_are_listed_best_first():
     assert available_implementations("cpu") == ("reference",)
     assert available_implementations("tpu") == ("reference",)
-    assert available_implementations("cuda") == ("triton", "reference")
+    assert available_implementations("cuda") == ("mosaic", "triton", "reference")
     assert available_implementations()[-1] == "reference"
 
 
-def test_an_obstacle_in_the_shapes_is_told_only_where_the_platform_fits(monkeypatch):
+@pytest.fixture
+def any_platform(monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch._platform_obstacle", lambda name, platform: None)
+
+
+def test_an_obstacle_in_the_shapes_is_told_only_where_the_platform_fits(any_platform):
     unfit = lambda: "needs N to be a multiple of 16; this is 24"  # noqa: E731
     assert select_implementation("op", None, triton_obstacle=lambda: None) == "triton"
     assert select_implementation("op", None, triton_obstacle=unfit) == "reference"
     with pytest.raises(NotImplementedError, match=r"op: implementation 'triton' needs N .* 24; use 'reference'"):
         select_implementation("op", "triton", triton_obstacle=unfit)
+
+
+def test_mosaic_is_first_where_it_fits_and_triton_next(any_platform):
+    fits, unfit = lambda: None, lambda: "needs something else"
+    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
+    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=unfit) == "triton"
+    with pytest.raises(NotImplementedError, match="op: implementation 'mosaic' does not exist for this operation"):
+        select_implementation("op", "mosaic", triton_obstacle=fits)
+
+
+@on_cpu
+def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypatch):
+    """JAX has deprecated the Triton backend, and its Mosaic GPU interface changes."""
+    weight, x = random_weight(64, 256, 64, symmetric=True), random_rows(2, 256)
+    for name in ("gpu_triton", "gpu_mosaic"):
+        monkeypatch.setitem(sys.modules, f"pallas_kernels.w4a16_matmul.{name}", None)
+        monkeypatch.delattr(sys.modules["pallas_kernels.w4a16_matmul"], name, raising=False)
+    expected = w4a16_matmul(x, weight, implementation="reference")
+    np.testing.assert_array_equal(w4a16_matmul(x, weight), expected)
+    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'mosaic' cannot be imported"):
+        w4a16_matmul(x, weight, implementation="mosaic")

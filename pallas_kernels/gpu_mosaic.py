@@ -1,0 +1,173 @@
+"""What the Pallas Mosaic GPU kernels for Hopper share: the pipeline, the order of K, and the end of a matmul.
+
+The kernels compute the transposed product: 64 outputs per warpgroup, with the decoded weights as the register
+operand of ``wgmma`` and the rows of activations as the one in shared memory. A tile of the packed weight is 64
+outputs by 128 bytes of each row, that is 128 inputs of either nibble plane. It is read as it lies in memory: thread
+``t`` of the four that share an output takes bytes ``32 t .. 32 t + 31``, so every instruction multiplies inputs that
+are not neighbours, and the rows of activations are brought into the same order before the kernel
+(:func:`order_inputs`), where XLA fuses it with the operation that produced them. One packing therefore serves
+every implementation and both precisions, in whose kernels only this order differs.
+
+One warpgroup copies (TMA), the others compute. The sum over K is cut into ``slices`` (tiles ``s, s + slices, ...``),
+shared by the warpgroups of a program and then by programs, and added as a balanced tree. ``slices`` and everything
+else that fixes the order of a sum depend on the weight alone, so a row has the same bits however many are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu_mosaic_registers import ROWS, TILE
+
+MAX_BLOCK_M = 256  # the largest side of wgmma that is free
+_SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicConfig:
+    """How a matmul is cut into programs and warpgroups.
+
+    Attributes:
+        warpgroups_n: computing warpgroups side by side, 64 outputs each.
+        warpgroups_k: warpgroups that share the sums of the same outputs.
+        split: programs that share them further; ``warpgroups_k * split`` slices of K in all.
+        block_m: rows per program, a multiple of 8 up to 256.
+        num_stages: tiles in flight.
+        x_slots: 0 to copy rows with their weight tile; else rows come in pieces of 128 bytes, through a ring of
+            this many slots.
+        registers: per thread of the copying and of the computing warpgroups; None leaves them equal.
+    """
+
+    warpgroups_n: int
+    warpgroups_k: int
+    split: int
+    block_m: int
+    num_stages: int
+    x_slots: int = 0
+    registers: tuple[int, int] | None = None
+
+    @property
+    def num_warpgroups(self) -> int:
+        return self.warpgroups_n * self.warpgroups_k
+
+    @property
+    def block_n(self) -> int:
+        return ROWS * self.warpgroups_n
+
+    @property
+    def slices(self) -> int:
+        return self.warpgroups_k * self.split
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes of one call.
+
+    Attributes:
+        m, n, k: rows (a multiple of ``block_m``), outputs, inputs.
+        num_groups: scales per output.
+        x_dtype, out_dtype: of rows and result.
+    """
+
+    m: int
+    n: int
+    k: int
+    num_groups: int
+    x_dtype: Any
+    out_dtype: Any
+
+    @property
+    def num_tiles(self) -> int:
+        return self.k // 2 // TILE
+
+    @property
+    def scale_planes(self) -> int:
+        """2, unless one scale covers the row."""
+        return min(2, self.num_groups)
+
+    @property
+    def groups_per_tile(self) -> int:
+        """Groups that a plane's part of a tile spans."""
+        return 1 if self.num_groups == 1 else max(1, TILE * self.num_groups // self.k)
+
+    @property
+    def piece(self) -> int:
+        """Inputs in 128 bytes of a row of activations: the width of a swizzled tile."""
+        return 128 // jnp.dtype(self.x_dtype).itemsize
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a plane's part of a tile."""
+        return TILE // self.piece
+
+    @property
+    def tiles_per_group(self) -> int:
+        return max(1, self.k // self.num_groups // TILE)
+
+
+def obstacle(num_outputs: int, num_inputs: int, group_size: int) -> str | None:
+    """Why no tile fits these sizes, as the end of a sentence; None if one does."""
+    if num_inputs % (2 * TILE):
+        return f"needs K to be a multiple of {2 * TILE}; this is {num_inputs}"
+    if num_outputs % ROWS:
+        return f"needs N to be a multiple of {ROWS}; this is {num_outputs}"
+    fits = group_size % TILE == 0 and (num_inputs // 2) % group_size == 0
+    if not (fits or (TILE % group_size == 0 and group_size >= 32) or group_size == num_inputs):
+        return f"needs groups of 32, 64, a multiple of 128 that divides K/2, or the whole row; this is {group_size}"
+    return None
+
+
+def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int:
+    """Rows per program: a multiple of 8 (or 16), evenly shared by as few programs as possible."""
+    programs = -(-num_rows // most)
+    return -(-num_rows // programs // multiple) * multiple
+
+
+def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -> MosaicConfig:
+    """``config`` with as many tiles in flight as shared memory holds, up to ``config.num_stages``."""
+    itemsize = jnp.dtype(problem.x_dtype).itemsize
+    per_tile = config.block_n * TILE + num_columns * 2 * problem.groups_per_tile * 4 * max(
+        config.block_n, config.block_m
+    )
+    rows = 128 * config.block_m
+    if not config.x_slots:
+        per_tile += 2 * rows * TILE * itemsize // 128
+    fixed = rows * config.x_slots + (config.warpgroups_k > 1) * 4 * ROWS * config.block_m * config.num_warpgroups
+    stages = (_SHARED_MEMORY - fixed) // (per_tile * config.warpgroups_k)
+    return dataclasses.replace(config, num_stages=max(1, min(config.num_stages, stages)))
+
+
+def order_inputs(x: jax.Array, sizes: tuple[int, int, int], order: tuple[int, int, int, int]) -> jax.Array:
+    """Rows ``[M, K]`` as ``[2, M, K/2]``: nibble planes apart, the inputs of a tile in a kernel's order.
+
+    Args:
+        x: the rows.
+        sizes: how the 32 inputs of a thread fall into axes 1, 2 and 3; axis 0 are the four threads of an output.
+        order: in which these four axes are read.
+    """
+    num_rows, k = x.shape
+    x = x.reshape(num_rows, 2, k // (2 * TILE), 4, *sizes)
+    return x.transpose(1, 0, 2, *(3 + axis for axis in order)).reshape(2, num_rows, k // 2)
+
+
+def num_slices(n: int, k: int) -> int:
+    """Slices of K, so that narrow weights fill the GPU: a property of the weight."""
+    blocks = n // ROWS
+    wanted = 1 if blocks >= 256 else 2 if blocks >= 80 else 4
+    return min(wanted, 2 ** ((k // 2 // TILE).bit_length() - 1))
+
+
+def layout_of_warpgroups(n: int, slices: int, block_m: int) -> MosaicConfig:
+    """The tiles that were fastest on an H200, before :func:`with_most_stages`."""
+    if block_m <= 64:
+        if n % (4 * ROWS) == 0 and slices == 1 and n >= 256 * ROWS:
+            return MosaicConfig(4, 1, 1, block_m, 5, registers=(24, 112))
+        return MosaicConfig(1, min(2, slices), max(1, slices // 2), block_m, 4)
+    x_slots = 5 if block_m > 128 else 0
+    if n % (2 * ROWS):
+        return MosaicConfig(1, 1, slices, block_m, 4, x_slots)
+    return MosaicConfig(2, 1, slices, block_m, 4, x_slots, registers=(24, 240))

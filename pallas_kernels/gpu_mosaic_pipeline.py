@@ -1,0 +1,307 @@
+"""The pipeline of the Mosaic GPU matmuls: one warpgroup copies tiles, the others compute; see ``gpu_mosaic``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.gpu_mosaic import MosaicConfig, Problem
+from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, spill, store, unspill
+
+WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+
+
+def launch(
+    rows: jax.Array,
+    packed: jax.Array,
+    columns: Sequence[jax.Array],
+    row_factor: jax.Array | None,
+    *,
+    row_groups: Sequence[jax.Array] = (),
+    consume: Callable[[Pipeline], jax.Array],
+    problem: Problem,
+    config: MosaicConfig,
+    name: str,
+    groups_in_tiles: bool = True,
+) -> jax.Array:
+    """Runs a matmul kernel and adds the partial products of a split, in order.
+
+    Args:
+        rows: ``[2, M, K/2]`` from :func:`order_inputs`, ``M`` a multiple of ``config.block_m``.
+        packed: ``[N, K/2]`` uint8.
+        columns: arrays ``[G, N]`` of which each tile gets its groups.
+        row_factor: ``[M]`` float32 that multiplies the result, or None.
+        row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups.
+        groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
+        consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
+
+    Returns:
+        ``[M, N]`` of ``problem.out_dtype``.
+    """
+    # Arrays by group, of which a tile needs those of both its planes.
+    by_group = [a.reshape(problem.scale_planes, -1, a.shape[-1]) for a in (*columns, *row_groups)]
+    # Whoever adds the last partial product applies the factor: the order of rounding is the same with and without.
+    factors = () if row_factor is None or config.split > 1 else (row_factor,)
+
+    def body(x, packed_ref, *refs, **scratch):
+        refs, last = refs[: len(by_group)], refs[len(by_group) :]
+        program = _Program(x, packed_ref, refs, len(columns), last[:-1], last[-1], problem, config, scratch)
+        program.run(consume)
+
+    in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
+    partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
+    body.__name__ = name
+    outputs = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((config.split, problem.m, problem.n), partial_dtype),
+        scratch_types=_scratch(problem, config, in_tiles),
+        grid=(config.split, problem.n // config.block_n, problem.m // config.block_m),
+        grid_names=("split", "n", "m"),
+        num_threads=config.num_warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )(rows, packed, *by_group, *factors)
+    total = _tree_sum([outputs[p] for p in range(config.split)])
+    return (total if row_factor is None or factors else total * row_factor[:, None]).astype(problem.out_dtype)
+
+
+def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
+    """Shared memory and barriers of one program; ``by_group`` are dtypes, and whether they are of outputs."""
+    stages, slices, x_slots = config.num_stages, config.warpgroups_k, config.x_slots
+    x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
+    x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
+    group_shape = (stages, slices, problem.scale_planes, problem.groups_per_tile)
+    copies = 1 + len(by_group) + (not x_slots)
+    scratch = {
+        "rows": plgpu.SMEM(x_shape, problem.x_dtype, transforms=x_transforms),
+        "weight": plgpu.SMEM((stages, slices, config.block_n, TILE), jnp.uint8, transforms=WEIGHT_TRANSFORMS),
+        "by_group": [
+            plgpu.SMEM((*group_shape, config.block_n if of_outputs else config.block_m), dtype)
+            for dtype, of_outputs in by_group
+        ],
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages * slices),
+        "empty": plgpu.Barrier(num_arrivals=config.num_warpgroups, num_barriers=stages),
+    }
+    if x_slots:
+        scratch["rows_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=x_slots)
+        scratch["rows_empty"] = plgpu.Barrier(num_arrivals=config.num_warpgroups, num_barriers=x_slots)
+    if slices > 1:
+        scratch["partial"] = plgpu.SMEM((config.warpgroups_n, slices - 1, ROWS * config.block_m), jnp.float32)
+        scratch["partial_full"] = plgpu.Barrier(num_arrivals=config.warpgroups_n * (slices - 1))
+    return scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """One program: its memory, and what its warpgroups do."""
+
+    rows: Ref  # [2, M, K/2]
+    weight: Ref  # [N, K/2] uint8
+    by_group: tuple[Ref, ...]  # [planes, G / planes, N], then [planes, G / planes, M]
+    num_columns: int  # how many of them are of outputs
+    factors: tuple[Ref, ...]  # [M] f32, or nothing
+    out: Ref  # [split, M, N]
+    problem: Problem
+    config: MosaicConfig
+    scratch: dict[str, Any]
+
+    def run(self, consume: Callable[[Pipeline], jax.Array]) -> None:
+        config = self.config
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == config.num_warpgroups)
+        def _copy():
+            if config.registers is not None:
+                plgpu.set_max_registers(config.registers[0], action="decrease")
+            lax.fori_loop(0, self.num_steps(0), self.copy_tiles, None)
+
+        @pl.when(warpgroup < config.num_warpgroups)
+        def _compute():
+            if config.registers is not None:
+                plgpu.set_max_registers(config.registers[1], action="increase")
+            column = lax.rem(warpgroup, config.warpgroups_n)
+            in_program = lax.div(warpgroup, config.warpgroups_n)
+            product = consume(Pipeline(self, column, in_program))
+            self.finish(product, column, in_program)
+
+    def num_steps(self, in_program: jax.Array | int) -> jax.Array | int:
+        """Tiles of a slice; the first slices have one more where they do not come out even."""
+        tiles, slices = self.problem.num_tiles, self.config.slices
+        if tiles % slices == 0:
+            return tiles // slices
+        first = lax.axis_index("split") * self.config.warpgroups_k + in_program
+        return lax.div(tiles - first + slices - 1, slices)
+
+    @property
+    def first_row(self) -> jax.Array:
+        return lax.axis_index("m") * self.config.block_m
+
+    @property
+    def first_column(self) -> jax.Array:
+        return lax.axis_index("n") * self.config.block_n
+
+    def copy_tiles(self, step: jax.Array, _: None) -> None:
+        """Fills the next slot: a tile for each slice of this program that has one left."""
+        config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
+        slot = lax.rem(step, config.num_stages)
+        pl.when(step >= config.num_stages)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
+        for part in range(config.warpgroups_k):
+            tile = (step * config.split + lax.axis_index("split")) * config.warpgroups_k + part
+            copy = functools.partial(self.copy_tile, step, slot, part, tile)
+            copy() if num_tiles % config.slices == 0 else pl.when(tile < num_tiles)(copy)
+
+    def copy_tile(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
+        """Copies weight, groups and rows of a tile."""
+        config, problem, scratch = self.config, self.problem, self.scratch
+        full = scratch["full"].at[slot * config.warpgroups_k + part]
+        outputs, inputs = pl.ds(self.first_column, config.block_n), pl.ds(tile * TILE, TILE)
+        plgpu.copy_gmem_to_smem(self.weight.at[outputs, inputs], scratch["weight"].at[slot, part], full)
+        group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
+        groups, rows = pl.ds(group, problem.groups_per_tile), pl.ds(self.first_row, config.block_m)
+        for index, (ref, copied) in enumerate(zip(self.by_group, scratch["by_group"], strict=False)):
+            block = ref.at[:, groups, outputs if index < self.num_columns else rows]
+            plgpu.copy_gmem_to_smem(block, copied.at[slot, part], full)
+        if config.x_slots:
+            self.copy_rows_in_pieces(step, tile)
+        else:
+            plgpu.copy_gmem_to_smem(self.rows.at[:, rows, inputs], scratch["rows"].at[slot, part], full)
+
+    def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
+        """The rows of a tile in the order in which they are multiplied: plane by plane."""
+        scratch, x_slots, piece = self.scratch, self.config.x_slots, self.problem.piece
+        pieces = self.problem.pieces
+        for index in range(2 * pieces):
+            plane, part = divmod(index, pieces)
+            count = step * 2 * pieces + index
+            slot = lax.rem(count, x_slots)
+
+            def wait(slot=slot):
+                plgpu.barrier_wait(scratch["rows_empty"].at[slot])
+
+            pl.when(count >= x_slots)(wait)
+            inputs = pl.ds(tile * TILE + part * piece, piece)
+            block = self.rows.at[plane, pl.ds(self.first_row, self.config.block_m), inputs]
+            plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot], scratch["rows_full"].at[slot])
+
+    def finish(self, product: jax.Array, column: jax.Array, in_program: jax.Array) -> None:
+        """Adds the slices of this program and writes the result."""
+        config = self.config
+        rows = pl.ds(self.first_row, config.block_m)
+        out = self.out.at[lax.axis_index("split"), rows, pl.ds(self.first_column + column * ROWS, ROWS)]
+        factors = [factor.at[rows] for factor in self.factors]
+        if config.warpgroups_k == 1:
+            return store(product, out, factors, self.problem.n)
+        partial, full = self.scratch["partial"], self.scratch["partial_full"]
+
+        @pl.when(in_program > 0)
+        def _hand_over():
+            spill(product, partial.at[column, in_program - 1])
+            plgpu.barrier_arrive(full)
+
+        @pl.when(in_program == 0)
+        def _add_up():
+            plgpu.barrier_wait(full)
+            others = [unspill(partial.at[column, i], config.block_m) for i in range(config.warpgroups_k - 1)]
+            store(_tree_sum([product, *others]), out, factors, self.problem.n)
+
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """64 outputs by 128 bytes of packed weight, its groups, and the rows that meet it.
+
+    Attributes:
+        weight: ``[64, 128]`` uint8, swizzled.
+        columns: ``[planes, groups, 64]`` per array.
+        row_groups: ``[planes, groups, block_m]`` per array.
+    """
+
+    weight: Ref
+    columns: tuple[Ref, ...]
+    row_groups: tuple[Ref, ...]
+    _rows: Ref
+    _ring: tuple[Ref, Ref] | None  # barriers: rows are there, rows are done with
+    _step: jax.Array
+    _problem: Problem
+
+    def rows(self, plane: int) -> Ref:
+        """``[128, block_m]``: the inputs of a plane."""
+        return self._rows.at[plane].T
+
+    def multiply_piece(self, plane: int, part: int, issue: Callable[[Ref], None]) -> None:
+        """Issues asynchronous products with a piece of a plane's inputs, ``[piece, block_m]``, and frees its slot."""
+        assert self._ring is not None
+        pieces = self._problem.pieces
+        full, empty = self._ring
+        slot = lax.rem(self._step * 2 * pieces + pieces * plane + part, full.shape[0])
+        plgpu.barrier_wait(full.at[slot])
+        issue(self._rows.at[slot].T)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(empty.at[slot])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The tiles of one computing warpgroup."""
+
+    _program: _Program
+    _column: jax.Array
+    _in_program: jax.Array
+
+    @property
+    def problem(self) -> Problem:
+        return self._program.problem
+
+    @property
+    def config(self) -> MosaicConfig:
+        return self._program.config
+
+    def for_each_tile(self, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
+        """``carry = body(tile, carry)`` over all tiles; ``body`` has done with the tile when it returns."""
+        scratch, config = self._program.scratch, self.config
+        outputs = pl.ds(self._column * ROWS, ROWS)
+
+        def step(index, carry):
+            slot = lax.rem(index, config.num_stages)
+            plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
+            in_ring = bool(config.x_slots)
+            num_columns, by_group = self._program.num_columns, scratch["by_group"]
+            tile = Tile(
+                weight=scratch["weight"].at[slot, self._in_program, outputs],
+                columns=tuple(a.at[slot, self._in_program, :, :, outputs] for a in by_group[:num_columns]),
+                row_groups=tuple(a.at[slot, self._in_program] for a in by_group[num_columns:]),
+                _rows=scratch["rows"] if in_ring else scratch["rows"].at[slot, self._in_program],
+                _ring=(scratch["rows_full"], scratch["rows_empty"]) if in_ring else None,
+                _step=index,
+                _problem=self.problem,
+            )
+            carry = body(tile, carry)
+            plgpu.barrier_arrive(scratch["empty"].at[slot])
+            return carry
+
+        return lax.fori_loop(0, self._program.num_steps(self._in_program), step, carry)
+
+    def whole_row(self) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+        """Columns ``[1, 1, 64]`` and row groups ``[1, 1, block_m]`` of a weight with one group."""
+        program = self._program
+        outputs = pl.ds(program.first_column + self._column * ROWS, ROWS)
+        rows = pl.ds(program.first_row, self.config.block_m)
+        columns, row_groups = program.by_group[: program.num_columns], program.by_group[program.num_columns :]
+        return tuple(a.at[:, :, outputs] for a in columns), tuple(a.at[:, :, rows] for a in row_groups)
+
+
+def _tree_sum(parts: list[jax.Array]) -> jax.Array:
+    """Neighbours first, so that sums within a program and across programs make one tree."""
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]

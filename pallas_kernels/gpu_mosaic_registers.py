@@ -1,0 +1,195 @@
+"""Registers and memory of one thread, for the Mosaic GPU kernels: what Pallas itself cannot say.
+
+The functions that take :class:`Value` build MLIR and are called from inside :func:`inline`; those that take arrays
+and refs are called from a kernel.
+
+Raises ImportError on JAX versions whose Mosaic GPU interface differs from the one used here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu import utils as mosaic
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    WGMMA = plgpu.Layout.WGMMA
+    accumulator: Any = vars(plgpu)["WGMMAAccumulatorRef"]
+    _needed = (plgpu.inline_mgpu, plgpu.Layout.WGMMA_8BIT, fa.WGMMA_LAYOUT_8BIT, mosaic.memref_ptr, mosaic.thread_idx)
+except (ImportError, AttributeError, KeyError) as error:
+    raise ImportError(
+        f"the Mosaic GPU interface of jax {jax.__version__} is not the one known here: {error}"
+    ) from error
+
+Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
+Value = Any  # an MLIR value
+
+TILE = 128  # bytes of a weight row in a tile, and inputs per plane
+ROWS = 64  # outputs per warpgroup: the fixed side of wgmma
+
+
+def inline(function: Callable[..., Any], *args: Any, types: Sequence[Any], returns: Any = None) -> Any:
+    """Calls ``function(context, *args)``, which builds MLIR, from inside a kernel."""
+    return plgpu.inline_mgpu(arg_types=tuple(types), return_type=returns)(function)(*args)
+
+
+def store(product: jax.Array, out: Ref, factors: Sequence[Ref], num_outputs: int) -> None:
+    """Writes the transpose of ``product: [64, block_m]``, times the factor of each row."""
+
+    def build(context, product, out, *factors):
+        lane = Lane.here()
+        dtype = ir.MemRefType(out.type).element_type
+        for index, pair in enumerate(product.registers.flat):
+            column, half = divmod(index, 2)
+            for odd in range(2):
+                row = arith.addi(arith.muli(lane.in_group, i32(2)), i32(column * 8 + odd))
+                value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
+                for factor in factors:
+                    value = arith.mulf(value, _load(factor, row, ir.F32Type.get()))
+                value = value if dtype == value.type else arith.truncf(dtype, value)
+                offset = arith.addi(arith.muli(row, i32(num_outputs)), lane.output(half))
+                llvm.store(value, mosaic.getelementptr(mosaic.memref_ptr(out), [offset], dtype))
+
+    inline(build, product, out, *factors, types=[WGMMA, plgpu.RefType(), *[plgpu.RefType()] * len(factors)])
+
+
+def spill(product: jax.Array, ref: Ref) -> None:
+    """Writes a warpgroup's registers to shared memory, thread by thread."""
+
+    def build(context, product, ref):
+        for index, pair in enumerate(product.registers.flat):
+            llvm.store(pair, _own_pair(ref, index), alignment=8)
+
+    inline(build, product, ref, types=[WGMMA, plgpu.RefType()])
+
+
+def unspill(ref: Ref, block_m: int) -> jax.Array:
+    """The inverse of :func:`spill`, in another warpgroup."""
+
+    def build(context, ref):
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        count = ROWS * block_m // 256
+        return fragmented([llvm.load(pair, _own_pair(ref, i), alignment=8) for i in range(count)], (ROWS, block_m))
+
+    returns = plgpu.ShapeDtypeStruct((ROWS, block_m), jnp.float32, layout=WGMMA)
+    return inline(build, ref, types=[plgpu.RefType()], returns=returns)
+
+
+def _own_pair(ref: Value, index: int) -> Value:
+    offset = arith.addi(arith.muli(Lane.here().thread, i32(2)), i32(256 * index))
+    return mosaic.getelementptr(mosaic.memref_ptr(ref), [offset], ir.F32Type.get())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Where a thread stands in its warpgroup: thread 0..127, warp, group of four, place in the group."""
+
+    thread: Value
+    warp: Value
+    group: Value
+    in_group: Value
+
+    @classmethod
+    def here(cls) -> Lane:
+        thread = arith.remui(mosaic.thread_idx(), i32(128))
+        lane = arith.remui(thread, i32(32))
+        return cls(thread, arith.divui(thread, i32(32)), arith.divui(lane, i32(4)), arith.remui(lane, i32(4)))
+
+    def output(self, half: int) -> Value:
+        """One of the two outputs among 64 that the thread holds: 0 for the upper, 1 for the lower eight."""
+        return arith.addi(arith.addi(arith.muli(self.warp, i32(16)), self.group), i32(8 * half))
+
+
+def load_words(weight: Value, chunks: Sequence[int]) -> list[list[Value]]:
+    """This thread's bytes of a tile: for both of its outputs, four 32-bit words for each of ``chunks`` (0, 1)."""
+    lane, byte = Lane.here(), ir.IntegerType.get_signless(8)
+    quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+    base = mosaic.memref_ptr(weight)
+    words: list[list[Value]] = [[], []]
+    for half in range(2):
+        # Eight rows of 128 bytes lie together; within a row, the swizzle permutes pieces of 16 bytes.
+        eight = arith.muli(arith.addi(arith.muli(lane.warp, i32(2)), i32(half)), i32(8 * TILE))
+        row = arith.addi(eight, arith.muli(lane.group, i32(TILE)))
+        for chunk in chunks:
+            piece = arith.xori(arith.addi(arith.muli(lane.in_group, i32(2)), i32(chunk)), lane.group)
+            offset = arith.addi(row, arith.muli(piece, i32(16)))
+            loaded = llvm.load(quad, mosaic.getelementptr(base, [offset], byte), alignment=16)
+            words[half] += [llvm.extractelement(loaded, i32(word)) for word in range(4)]
+    return words
+
+
+def load_column(columns: Value, plane: int, half: int) -> Value:
+    """This thread's float16 of ``[planes, groups, 64]``: of a plane, its group and one of its outputs."""
+    lane, shape = Lane.here(), ir.MemRefType(columns.type).shape
+    strides, _ = ir.MemRefType(columns.type).get_strides_and_offset()
+    group = arith.divui(arith.muli(lane.in_group, i32(shape[1])), i32(4))
+    start = arith.addi(i32(min(plane, shape[0] - 1) * strides[0]), arith.muli(group, i32(strides[1])))
+    return _load(columns, arith.addi(start, lane.output(half)), ir.F16Type.get())
+
+
+def load_row_pair(rows: Value, plane: int, column: int) -> Value:
+    """Two neighbours of float32 ``[planes, 1, block_m]``: those whose products the thread holds in a register pair."""
+    shape = ir.MemRefType(rows.type).shape
+    strides, _ = ir.MemRefType(rows.type).get_strides_and_offset()
+    start = i32(min(plane, shape[0] - 1) * strides[0] + 8 * column)
+    offset = arith.addi(start, arith.muli(Lane.here().in_group, i32(2)))
+    return _load(rows, offset, ir.VectorType.get((2,), ir.F32Type.get()), of=ir.F32Type.get())
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    """Float32 zeros in the WGMMA layout."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def splat(kind: Any, value: Value) -> Value:
+    """A vector of equal elements."""
+    return vector.broadcast(kind, value)
+
+
+def f32(value: float) -> Value:
+    """A float32 constant."""
+    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), value))
+
+
+def fragmented(registers: Sequence[Value], shape: tuple[int, int]) -> Any:
+    """Registers in the order of the instruction as an array in a WGMMA layout."""
+    element = ir.VectorType(registers[0].type).element_type
+    is_byte = element == ir.IntegerType.get_signless(8)
+    layout = fa.WGMMA_LAYOUT_8BIT if is_byte else fa.WGMMA_LAYOUT
+    array = np.empty(layout.registers_shape(shape), dtype=object)
+    for index, register in enumerate(registers):
+        array.flat[index] = register
+    return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=True if is_byte else None)
+
+
+def assembly(ptx: str, constraints: str, args: Sequence[Value], results: Sequence[Any]) -> list[Value]:
+    """PTX with one or several results."""
+    if len(results) == 1:
+        return [llvm.inline_asm(results[0], args, ptx, constraints)]
+    struct: Any = llvm.inline_asm(llvm.StructType.get_literal(results), args, ptx, constraints)
+    return [llvm.extractvalue(result, struct, [index]) for index, result in enumerate(results)]
+
+
+def i32(value: int) -> Value:
+    """A 32-bit constant."""
+    kind = ir.IntegerType.get_signless(32)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
+
+
+def _load(ref: Value, offset: Value, dtype: Any, of: Any = None) -> Value:
+    """``dtype`` at the element ``offset``, counted in ``of`` where ``dtype`` is a vector of it."""
+    return llvm.load(dtype, mosaic.getelementptr(mosaic.memref_ptr(ref), [offset], of or dtype))
+
+
+def _static(position: int) -> Any:
+    return ir.DenseI64ArrayAttr.get([position])

@@ -1,0 +1,66 @@
+"""The gated unit of an MLP, ``silu(gate) * up``, and the quantisation of its result in one operation."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.quantize_activations import checked_settings
+from pallas_kernels.swiglu_quantize import reference
+
+_OP = "swiglu_quantize"
+
+
+def swiglu_quantize(
+    gate_up: Float[Array, "*batch two_K"],
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    clip_ratio: float = 1.0,
+    outlier_groups: int = 0,
+    implementation: str | None = None,
+) -> QuantizedActivation:
+    """``quantize_activations(swiglu(gate_up))``, which never writes the product; the equations stand in the reference.
+
+    Args:
+        gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
+        bits, group_size, symmetric, clip_ratio, outlier_groups: as in ``quantize_activations``.
+        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+
+    Returns:
+        int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``.
+
+    Raises:
+        ValueError: an argument is out of its range, the last axis of ``gate_up`` is odd, ``group_size`` does
+            not divide K, or the name of the implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"{_OP}: gate_up has a last axis of {gate_up.shape[-1]}; use 2 * K, the gate and then up")
+    num_inputs = gate_up.shape[-1] // 2
+    settings = checked_settings(
+        _OP,
+        gate_up.dtype,
+        num_inputs,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        clip_ratio=clip_ratio,
+        outlier_groups=outlier_groups,
+    )
+    chosen = dispatch.select_implementation(
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(num_inputs, settings["group_size"], outlier_groups),
+    )
+    if chosen == dispatch.TRITON:
+        return _triton().swiglu_quantize(gate_up, **settings)
+    return reference.swiglu_quantize(gate_up, **settings)
+
+
+def _triton():
+    from pallas_kernels.swiglu_quantize import gpu_triton  # imported only where it can run
+
+    return gpu_triton

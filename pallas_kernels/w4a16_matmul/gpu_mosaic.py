@@ -1,0 +1,173 @@
+"""``w4a16_matmul`` as a Pallas Mosaic GPU kernel for NVIDIA Hopper.
+
+Codes become 16-bit floats ``code - 8``, exactly, and then ``scale * (code - 8) + shift`` in one rounding, with
+``shift = 8 * scale - offset`` of an asymmetric weight: the weight as a 16-bit matmul would read it. The scale is
+rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.gpu_mosaic`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels import gpu_mosaic_pipeline as pipelines
+from pallas_kernels import gpu_mosaic_registers as lanes
+from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu
+from pallas_kernels.packing import QuantizedWeight
+
+# Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
+# ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.
+_DECODE = """{{.reg .b32 even, odd, magic, centre; mov.b32 magic, {magic}; mov.b32 centre, {centre};
+shr.u32 even, $2, {even}; shr.u32 odd, $2, {odd};
+lop3.b32 even, even, 0x000F000F, magic, 0xEA; lop3.b32 odd, odd, 0x000F000F, magic, 0xEA;
+sub.{kind}x2 even, even, centre; sub.{kind}x2 odd, odd, centre;
+{scale} $0, even, {factors}; {scale} $1, odd, {factors};}}"""
+_KINDS = {
+    jnp.dtype(jnp.bfloat16): {"kind": "bf16", "magic": "0x43004300", "centre": "0x43084308"},
+    jnp.dtype(jnp.float16): {"kind": "f16", "magic": "0x64006400", "centre": "0x64086408"},
+}
+_PLANES_TOGETHER = 32  # rows per program up to which registers hold both planes of a tile
+_SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
+_SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
+fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
+
+
+def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    if jnp.dtype(dtype) not in _KINDS:
+        return f"needs bfloat16 or float16 rows; these are {dtype}"
+    if weight.scale.dtype != jnp.float16:
+        return f"needs float16 scales; these are {weight.scale.dtype}"
+    return hopper.obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+
+
+def w4a16_matmul(
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, config: hopper.MosaicConfig | None = None
+) -> Float[Array, "*batch N"]:
+    """See the public function. ``config`` replaces the measured choice of tiles."""
+    rows = x.reshape(-1, x.shape[-1])
+    if config is None:
+        config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
+    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config)
+    return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+
+
+def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
+    """Tiles by shape; the order of the sum depends on the weight alone."""
+    return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), hopper.block_m(m))
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames="config")
+def _matmul(x: Array, packed: Array, scale: Array, offset: Array | None, *, config: hopper.MosaicConfig) -> Array:
+    num_rows, k = x.shape
+    x = jnp.pad(x, ((0, -num_rows % config.block_m), (0, 0)))
+    problem = hopper.Problem(x.shape[0], packed.shape[0], k, scale.shape[0], x.dtype, x.dtype)
+    columns = (scale,) if offset is None else (scale, offset)
+    config = hopper.with_most_stages(config, problem, len(columns))
+    # A thread's 32 inputs are 8 instructions of 4, which an instruction takes as 0, 2 (neighbours) and 1, 3.
+    rows = hopper.order_inputs(x, sizes=(8, 2, 2), order=(1, 3, 0, 2))
+    outputs = pipelines.launch(
+        rows, packed, columns, None, consume=_consume, problem=problem, config=config, name="w4a16"
+    )
+    return outputs[:num_rows]
+
+
+def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
+    shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
+    if pipeline.config.x_slots:
+        multiply = _multiply_in_pieces
+    elif shape[1] <= _PLANES_TOGETHER:
+        multiply = _multiply_planes
+    else:
+        multiply = _multiply_plane_by_plane
+
+    def product(accumulator):
+        pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile, dtype), None)
+        return accumulator[...]
+
+    return pl.run_scoped(product, lanes.accumulator(shape, jnp.float32))
+
+
+# The three differ in what is held in registers and waited for, not in the order of the sum.
+
+
+def _multiply_planes(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
+    codes = [_decode(tile, plane, (0, 1), dtype) for plane in range(2)]
+    for plane in range(2):
+        plgpu.wgmma(accumulator, codes[plane], tile.rows(plane))
+    plgpu.wgmma_wait(0)
+
+
+def _multiply_plane_by_plane(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
+    for plane in range(2):
+        plgpu.wgmma(accumulator, _decode(tile, plane, (0, 1), dtype), tile.rows(plane))
+        plgpu.wgmma_wait(0)
+
+
+def _multiply_in_pieces(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
+    for plane in range(2):
+        for part in range(2):
+            codes = _decode(tile, plane, (part,), dtype)
+            tile.multiply_piece(plane, part, functools.partial(plgpu.wgmma, accumulator, codes))
+
+
+def _decode(tile: pipelines.Tile, plane: int, halves: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A plane of a tile (or half of its inputs) as floats ``[64, 64 * len(halves)]`` in registers."""
+    shape = (lanes.ROWS, 64 * len(halves))
+    kind = _KINDS[jnp.dtype(dtype)]
+    element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[kind["kind"]]
+
+    def build(context, weight, scale, *offset):
+        pair = ir.VectorType.get((2,), element.get())
+        words = lanes.load_words(weight, halves)
+        registers: list[Any] = [None] * (shape[1] // 4)
+        for half in range(2):
+            factors = _factors(kind["kind"], plane, half, scale, *offset)
+            for index, word in enumerate(words[half]):
+                even, odd = _decode_word(kind, plane, word, factors)
+                registers[4 * index + half] = llvm.bitcast(pair, even)
+                registers[4 * index + 2 + half] = llvm.bitcast(pair, odd)
+        return lanes.fragmented(registers, shape)
+
+    return lanes.inline(
+        build,
+        tile.weight,
+        *tile.columns,
+        types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS), *[plgpu.RefType()] * len(tile.columns)],
+        returns=plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA),
+    )
+
+
+def _factors(kind: str, plane: int, half: int, scale: Any, *offset: Any) -> list[Any]:
+    """Scale, and shift of an asymmetric weight, twice in a register."""
+    word = ir.IntegerType.get_signless(32)
+    values = [lanes.load_column(column, plane, half) for column in (scale, *offset)]
+    factors = assembly(_SCALE.format(kind=kind), "=r,h", _as_bits(values[:1]), [word])
+    if offset:
+        factors += assembly(_SHIFT.format(kind=kind), "=r,h,h", _as_bits(values), [word])
+    return factors
+
+
+def _as_bits(values: list[Any]) -> list[Any]:
+    return [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
+
+
+def _decode_word(kind: dict[str, str], plane: int, word: Any, factors: list[Any]) -> list[Any]:
+    """Inputs 0 and 2, and 1 and 3, of the four that a word holds of a plane."""
+    symmetric = len(factors) == 1
+    ptx = _DECODE.format(
+        even=4 * plane,
+        odd=4 * plane + 8,
+        scale=f"mul.{kind['kind']}x2" if symmetric else f"fma.rn.{kind['kind']}x2",
+        factors="$3" if symmetric else "$3, $4",
+        **kind,
+    )
+    constraints = "=&r,=&r" + ",r" * (1 + len(factors))
+    return assembly(ptx, constraints, [word, *factors], [ir.IntegerType.get_signless(32)] * 2)

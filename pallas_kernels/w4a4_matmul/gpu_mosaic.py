@@ -1,0 +1,212 @@
+"""``w4a4_matmul`` as a Pallas Mosaic GPU kernel for NVIDIA Hopper, for symmetric activations with one scale per token.
+
+Codes become ``16 * (code - 8)`` as int8 and are multiplied by the int8 activation codes, four-bit ones too: Hopper
+has no 4-bit path, and the product is exact either way. Sums are int32 as long as one weight scale covers them and
+float32 beyond. An asymmetric weight adds ``(8 * scale - offset) * (sum of the activation codes of the group)``.
+See :mod:`pallas_kernels.gpu_mosaic`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels import gpu_mosaic_pipeline as pipelines
+from pallas_kernels import gpu_mosaic_registers as lanes
+from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.gpu_mosaic_registers import arith, assembly, ir, llvm, plgpu
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+
+CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
+# (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
+_DECODE = (
+    "{.reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;}",
+    "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;",
+)
+
+
+def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    if not x.symmetric or x.num_groups > 1:
+        return "needs symmetric activations with one scale per token"
+    if weight.scale.dtype != jnp.float16:
+        return f"needs float16 scales; these are {weight.scale.dtype}"
+    if weight.group_size % lanes.TILE:
+        return f"needs groups of a multiple of {lanes.TILE}, or the whole row; this is {weight.group_size}"
+    return hopper.obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+
+
+def w4a4_matmul(
+    x: QuantizedActivation,
+    weight: QuantizedWeight,
+    *,
+    dtype: DTypeLike,
+    config: hopper.MosaicConfig | None = None,
+) -> Float[Array, "*batch N"]:
+    """See the public function. ``config`` replaces the measured choice of tiles."""
+    codes, scale = x.codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
+    if config is None:
+        config = default_config(codes.shape[0], weight)
+    outputs = _matmul(codes, scale, weight.packed, weight.scale, weight.offset, dtype=jnp.dtype(dtype), config=config)
+    return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
+
+
+def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
+    """Tiles by shape; the order of the sum depends on the weight alone."""
+    n, k, grouped = weight.num_outputs, weight.num_inputs, weight.num_groups > 1
+    # Float32 and int32 sums of a group share the registers. Code sums are copied in pieces of 128 bytes, and
+    # integer instructions come in steps of 16 rows beyond 32.
+    multiple = 8 if weight.symmetric and m <= 32 else 16
+    block_m = hopper.block_m(m, most=128 if grouped else 256, multiple=multiple)
+    return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), block_m)
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames=("dtype", "config"))
+def _matmul(
+    codes: Array,
+    x_scale: Array,
+    packed: Array,
+    scale: Array,
+    offset: Array | None,
+    *,
+    dtype: DTypeLike,
+    config: hopper.MosaicConfig,
+) -> Array:
+    num_rows, k = codes.shape
+    padding = -num_rows % config.block_m
+    codes = jnp.pad(codes, ((0, padding), (0, 0)))
+    problem = hopper.Problem(codes.shape[0], packed.shape[0], k, scale.shape[0], jnp.int8, dtype)
+    columns, row_groups = (scale,), ()
+    if offset is not None:
+        columns = (scale, offset)
+        by_group = codes.astype(jnp.int32).reshape(-1, scale.shape[0], k // scale.shape[0])
+        # Every slice of a whole row adds its share of the one sum; a share is exact, slices being a power of two.
+        share = 1 / config.slices if scale.shape[0] == 1 else 1
+        row_groups = (by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(share),)
+    config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
+    # A thread's 32 inputs are 4 instructions of twice 4, which an instruction takes 16 inputs apart.
+    rows = hopper.order_inputs(codes, sizes=(4, 2, 4), order=(1, 2, 0, 3))
+    outputs = pipelines.launch(
+        rows,
+        packed,
+        columns,
+        jnp.pad(x_scale, (0, padding)),
+        row_groups=row_groups,
+        consume=_consume_grouped if scale.shape[0] > 1 else _consume_whole,
+        problem=problem,
+        config=config,
+        name="w4a4",
+        groups_in_tiles=scale.shape[0] > 1,
+    )
+    return outputs[:num_rows]
+
+
+def _consume_grouped(pipeline: pipelines.Pipeline) -> jax.Array:
+    """Float32 sums over the groups of int32 sums within them."""
+    shape = (lanes.ROWS, pipeline.config.block_m)
+
+    def multiply(tile: pipelines.Tile, total: jax.Array) -> jax.Array:
+        if shape[1] <= 32:  # both planes at once
+            return pl.run_scoped(lambda low, high: _add_planes(tile, total, (low, high)), *[_accumulator(shape)] * 2)
+        for plane in range(2):
+            total = pl.run_scoped(lambda sums, p=plane, t=total: _add_planes(tile, t, (sums,), p), _accumulator(shape))
+        return total
+
+    return pipeline.for_each_tile(multiply, lanes.zeros(shape))
+
+
+def _add_planes(tile: pipelines.Tile, total: jax.Array, accumulators: tuple[Any, ...], first: int = 0) -> jax.Array:
+    codes = [_decode(tile, first + index) for index in range(len(accumulators))]
+    for index, accumulator in enumerate(accumulators):
+        plgpu.wgmma(accumulator, codes[index], tile.rows(first + index))
+    plgpu.wgmma_wait(0)
+    for index, accumulator in enumerate(accumulators):
+        total = _add_scaled(tile.columns, tile.row_groups, first + index, accumulator[...], total)
+    return total
+
+
+def _consume_whole(pipeline: pipelines.Pipeline) -> jax.Array:
+    """Int32 sums over all inputs, and one scale."""
+    shape = (lanes.ROWS, pipeline.config.block_m)
+
+    def product(accumulator):
+        def multiply(tile, _):
+            codes = [_decode(tile, plane) for plane in range(2)]
+            for plane in range(2):
+                if pipeline.config.x_slots:
+                    tile.multiply_piece(plane, 0, functools.partial(plgpu.wgmma, accumulator, codes[plane]))
+                else:
+                    plgpu.wgmma(accumulator, codes[plane], tile.rows(plane))
+            plgpu.wgmma_wait(0)
+
+        pipeline.for_each_tile(multiply, None)
+        return accumulator[...]
+
+    sums = pl.run_scoped(product, _accumulator(shape))
+    return _add_scaled(*pipeline.whole_row(), 0, sums, lanes.zeros(shape))
+
+
+def _accumulator(shape: tuple[int, int]) -> Any:
+    return lanes.accumulator(shape, jnp.int32)
+
+
+def _decode(tile: pipelines.Tile, plane: int) -> jax.Array:
+    """A plane of a tile as ``16 * (code - 8)``, int8 ``[64, 128]`` in registers."""
+    shape = (lanes.ROWS, lanes.TILE)
+
+    def build(context, weight):
+        word_type = ir.IntegerType.get_signless(32)
+        quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        words = lanes.load_words(weight, (0, 1))
+        registers: list[Any] = [None] * 16
+        for half in range(2):
+            for index, word in enumerate(words[half]):
+                [decoded] = assembly(_DECODE[plane], "=r,r", [word], [word_type])
+                registers[2 * index + half] = llvm.bitcast(quad, decoded)
+        return lanes.fragmented(registers, shape)
+
+    returns = plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+    return lanes.inline(build, tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=returns)
+
+
+def _add_scaled(
+    columns: tuple[Any, ...], row_groups: tuple[Any, ...], plane: int, sums: jax.Array, total: jax.Array
+) -> jax.Array:
+    """``total + scale / 16 * sums``, and for an asymmetric weight ``+ shift * (sum of the activation codes)``."""
+
+    def build(context, sums, total, *refs):
+        columns_refs, row_refs = refs[: len(columns)], refs[len(columns) :]
+        scales = [_scale_and_shift(columns_refs, plane, half) for half in range(2)]
+        registers = []
+        for index, (sum_pair, total_pair) in enumerate(zip(sums.registers.flat, total.registers.flat, strict=True)):
+            scale, shift = scales[index % 2]
+            pair = arith.sitofp(total_pair.type, sum_pair)
+            pair = llvm.intr_fma(pair, lanes.splat(pair.type, scale), total_pair)
+            if shift is not None:
+                code_sums = lanes.load_row_pair(row_refs[0], plane, index // 2)
+                pair = llvm.intr_fma(code_sums, lanes.splat(pair.type, shift), pair)
+            registers.append(pair)
+        return lanes.fragmented(registers, sums.shape)
+
+    refs = (*columns, *row_groups)
+    returns = plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=lanes.WGMMA)
+    types = [lanes.WGMMA, lanes.WGMMA, *[plgpu.RefType()] * len(refs)]
+    return lanes.inline(build, sums, total, *refs, types=types, returns=returns)
+
+
+def _scale_and_shift(columns: tuple[Any, ...], plane: int, half: int) -> tuple[Any, Any]:
+    """Float32 scale of the int8 product, and shift of an asymmetric weight or None."""
+    f32 = ir.F32Type.get()
+    values = [arith.extf(f32, lanes.load_column(column, plane, half)) for column in columns]
+    scale = arith.mulf(values[0], lanes.f32(1 / CODE_FACTOR))
+    if len(values) == 1:
+        return scale, None
+    return scale, arith.subf(arith.mulf(values[0], lanes.f32(float(SYMMETRIC_ZERO_POINT))), values[1])

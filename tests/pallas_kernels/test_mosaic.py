@@ -1,0 +1,110 @@
+"""Contracts of the Mosaic GPU kernels that need no GPU: the order of inputs, tiles, and lowering for CUDA."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import QuantizedActivation
+from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
+from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
+from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
+from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program
+
+KERNEL_CALL = "mosaic_gpu"
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+SHAPES = [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 64, None)]
+SHAPES += [(1536, 576, 32, False), (4096, 4096, 128, False), (11008, 4096, 128, True)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("num_rows", [1, 64, 100, 256, 600])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16_lowers(shape, num_rows, dtype):
+    weight, x = abstract_weight(*shape), array(num_rows, shape[0], dtype=dtype)
+    assert w4a16_mosaic.obstacle(jnp.dtype(dtype), weight) is None
+    assert KERNEL_CALL in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 100, 256])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] % 128 == 0], ids=str)
+def test_w4a8_lowers(shape, num_rows):
+    weight = abstract_weight(*shape)
+    x = QuantizedActivation(
+        array(num_rows, shape[0], dtype=jnp.int8), array(num_rows, 1, dtype=jnp.float32), None, bits=8
+    )
+    assert w4a4_mosaic.obstacle(x, weight) is None
+    assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(28672, 4096), (6144, 4096), (4096, 4096), (4096, 11008), (576, 1536), (192, 256)]
+)
+def test_the_order_of_the_sum_is_the_same_for_all_row_counts(n, k):
+    configs = [w4a16_mosaic.default_config(m, n, k) for m in range(1, 600, 7)]
+    assert len({config.slices for config in configs}) == 1
+    assert configs[0].slices <= k // 2 // hopper.TILE
+    for config in configs:
+        assert n % config.block_n == 0
+        assert config.block_m % 8 == 0
+        assert config.block_m <= 256
+
+
+@pytest.mark.parametrize("group_size", [128, 4096])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integer_instructions_exist_for_every_block_of_rows(group_size, symmetric):
+    weight = abstract_weight(4096, 6144, group_size, symmetric)
+    for m in range(1, 600):
+        block_m = w4a4_mosaic.default_config(m, weight).block_m
+        assert block_m in (8, 16, 24, 32) or (block_m % 16 == 0 and block_m <= 256)
+
+
+def test_rows_are_padded_as_little_as_programs_allow():
+    assert [hopper.block_m(m) for m in (1, 8, 9, 256, 257, 600)] == [8, 8, 16, 256, 136, 200]
+
+
+@pytest.mark.parametrize(("sizes", "order"), [((8, 2, 2), (1, 3, 0, 2)), ((4, 2, 4), (1, 2, 0, 3))])
+def test_inputs_are_reordered_within_the_tiles_of_each_plane(sizes, order):
+    x = jnp.arange(2 * 512).reshape(2, 512)
+    ordered = np.asarray(hopper.order_inputs(x, sizes, order))
+    for plane, row, tile in itertools.product(range(2), range(2), range(2)):
+        first = 512 * row + 256 * plane + 128 * tile
+        assert sorted(ordered[plane, row, 128 * tile : 128 * tile + 128]) == list(range(first, first + 128))
+
+
+def test_a_16_bit_instruction_takes_two_bytes_apart_and_an_8_bit_one_a_whole_word():
+    x = jnp.arange(256).reshape(1, 256)
+    floats = np.asarray(hopper.order_inputs(x, (8, 2, 2), (1, 3, 0, 2)))[0, 0]
+    # Thread t has inputs 32 t ..; in the first instruction its word 0: bytes 0 and 2, then, eight later, 1 and 3.
+    np.testing.assert_array_equal(floats[:16], [0, 2, 32, 34, 64, 66, 96, 98, 1, 3, 33, 35, 65, 67, 97, 99])
+    integers = np.asarray(hopper.order_inputs(x, (4, 2, 4), (1, 2, 0, 3)))[0, 0]
+    np.testing.assert_array_equal(
+        integers[:20], [*range(4), *range(32, 36), *range(64, 68), *range(96, 100), *range(4, 8)]
+    )
+
+
+def test_what_the_kernels_cannot_serve_is_said():
+    weight = abstract_weight(4096, 6144, 32, False)
+    assert w4a16_mosaic.obstacle(BFLOAT16, weight) is None
+    assert "needs bfloat16 or float16" in w4a16_mosaic.obstacle(jnp.dtype(jnp.float32), weight)
+    assert "needs K to be a multiple of 256" in w4a16_mosaic.obstacle(BFLOAT16, abstract_weight(576, 960, 32, True))
+    assert "needs N to be a multiple of 64" in w4a16_mosaic.obstacle(BFLOAT16, abstract_weight(256, 96, 32, True))
+    scale = array(4, 1, dtype=jnp.float32)
+    x = QuantizedActivation(array(4, 4096, dtype=jnp.int8), scale, None, bits=8)
+    assert "needs groups of a multiple of 128" in w4a4_mosaic.obstacle(x, weight)
+    asymmetric = QuantizedActivation(x.codes, scale, scale, bits=8)
+    assert "symmetric activations with one scale" in w4a4_mosaic.obstacle(asymmetric, weight)
+
+
+def test_shared_memory_bounds_the_tiles_in_flight():
+    problem = hopper.Problem(64, 28672, 4096, 32, jnp.bfloat16, jnp.bfloat16)
+    config = hopper.MosaicConfig(4, 1, 1, 64, num_stages=9)
+    stages = hopper.with_most_stages(config, problem, num_columns=1).num_stages
+    assert stages == 3  # 64 KiB of weight and rows each
+    assert hopper.with_most_stages(config, problem, num_columns=1) == hopper.with_most_stages(
+        hopper.MosaicConfig(4, 1, 1, 64, num_stages=3), problem, num_columns=1
+    )
