@@ -19,6 +19,7 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
     "Qwen3ForCausalLM": "Qwen3",
 }
+SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # their options: loading/quantized_layouts.py
 _ARCHITECTURE_OF_MODEL_TYPE = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -147,14 +148,21 @@ def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
     rope = config.get("rope_parameters") or {}
     if (partial := config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={partial} (supported: 1.0)")
-    if (quantization := config.get("quantization_config")) is not None:
+    if (quantization := quantization_config(config)) is not None:
         method = quantization.get("quant_method", "unknown")
-        problems.append(
-            f"quantization_config with quant_method={method!r} (supported: none; use the unquantised checkpoint "
-            "or a GGUF file, which is read with its 4-bit codes kept)"
-        )
+        if method not in SUPPORTED_QUANTIZATION_METHODS:
+            problems.append(
+                f"quantization_config with quant_method={method!r} (supported: "
+                f"{', '.join(SUPPORTED_QUANTIZATION_METHODS)}; or use the unquantised checkpoint or a GGUF file)"
+            )
     if problems:
         raise UnsupportedModelError(f"config.json asks for {'; '.join(problems)}")
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How a checkpoint says that it is quantised, also under the name that llm-compressor used at first."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found if isinstance(found, Mapping) else None
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -240,8 +248,8 @@ class QuantConfig:
         w4a8: activations of ``Precision.W4A8``.
 
     Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are 4-bit
-    already (GGUF Q4_0, Q4_1) keeps its own codes and groups: ``group_size`` and ``symmetric`` then
-    apply only to its other linears.
+    already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0 and Q4_1) keeps its own codes and groups:
+    ``group_size`` and ``symmetric`` then apply only to its other linears.
     """
 
     group_size: int | None = 32

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message says what was given, what is allowed and what to do."""
+"""The errors a user can cause, and one warning. Each message says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class CheckpointError(QSpecError):
 
 class OutOfMemoryError(QSpecError):
     """A model or a cache that does not fit into the memory of the device."""
+
+
+class RequantizationWarning(UserWarning):
+    """Weights that were quantised already are rounded a second time, onto the 4-bit grid of this library."""

@@ -134,7 +134,11 @@ def test_sliding_window(changes, window):
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(supported: silu\)"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quant_method='awq'"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quant_method='fp8' \(supported: gptq, awq, compressed-tensors; or use the unquantised checkpoint or a",
+        ),
+        ({"compression_config": {}, "quantization_config": {"bits": 4}}, r"quant_method='unknown'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"'yarn' is not supported; supported: linear, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"'llama3' lacks low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {"type": "linear"}}, r"'linear' lacks factor"),
@@ -159,7 +163,13 @@ def test_what_is_not_supported_is_named_with_what_is(changes, message):
 
 def test_all_unsupported_options_are_named_at_once():
     with pytest.raises(UnsupportedModelError, match=r"hidden_act.*; quantization_config"):
-        read(hidden_act="gelu", quantization_config={"quant_method": "gptq"})
+        read(hidden_act="gelu", quantization_config={"quant_method": "aqlm"})
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_ready_made_4_bit_checkpoints_pass(method, key):
+    assert read(**{key: {"quant_method": method}}) == read()
 
 
 def test_configurations_are_values():

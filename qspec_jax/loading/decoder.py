@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from jaxtyping import Array
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.config import ModelConfig, QuantConfig
-from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.linear import WeightFormat
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
+from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder, linear_inputs
 from qspec_jax.quantization import quantize_rtn
@@ -33,7 +34,7 @@ from qspec_jax.quantization import quantize_rtn
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")
 # Of the projections that share an array, the module that holds it and the place among its parts.
-_PART_OF = {
+PART_OF = {
     "attention.query": ("attention.qkv", 0),
     "attention.key": ("attention.qkv", 1),
     "attention.value": ("attention.qkv", 2),
@@ -74,7 +75,12 @@ def load_decoder(
     Raises:
         CheckpointError: a tensor cannot be read.
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
+
+    Warns:
+        RequantizationWarning: linears that are quantised in the file are rounded a second time.
     """
+    if quantization is not None:
+        _warn_of_requantization(source)
 
     def build() -> Decoder:
         return Decoder(
@@ -95,6 +101,21 @@ def load_decoder(
         return jax.block_until_ready(decoder)
 
 
+def _warn_of_requantization(source: CheckpointSource) -> None:
+    """Warns once, naming the types, if linears of the checkpoint are quantised but their codes cannot be kept."""
+    specs = expected_parameters(source.config)
+    linears = [entry.requantized_from for name, entry in source.entries.items() if specs[name].kind == "linear"]
+    if kinds := sorted({kind for kind in linears if kind is not None}):
+        count = sum(kind is not None for kind in linears)
+        warnings.warn(
+            f"{source.path.name}: {count} of {len(linears)} linears are stored as {', '.join(kinds)}; they are "
+            "dequantised and rounded to 4 bits a second time, which costs quality. Use Q4_0 or Q4_1, whose codes are "
+            "kept, or the unquantised checkpoint",
+            RequantizationWarning,
+            stacklevel=4,  # the caller of qspec_jax.load
+        )
+
+
 def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:
     """The format of each linear: that of its imported 4-bit parts if it has any, else the configured one.
 
@@ -111,7 +132,7 @@ def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -
     for name, entry in source.entries.items():
         matched = _LAYER_NAME.fullmatch(name)
         if entry.four_bit is not None and matched:
-            module, _ = _PART_OF.get(matched[2], (matched[2], 0))
+            module, _ = PART_OF.get(matched[2], (matched[2], 0))
             imported[module].add(WeightFormat(entry.four_bit.group_size, entry.four_bit.symmetric))
     formats = {name: _joint_format(found) or default for name, found in imported.items()}
     _check_group_sizes(source.config, formats)
@@ -143,7 +164,7 @@ def _place(decoder: Decoder, config: ModelConfig, name: str) -> _Place:
     matched = _LAYER_NAME.fullmatch(name)
     assert matched is not None, name
     layer = int(matched[1])
-    path, part = _PART_OF.get(matched[2], (matched[2], 0))
+    path, part = PART_OF.get(matched[2], (matched[2], 0))
     part_sizes = {"attention.qkv": config.qkv_sizes, "mlp.gate_up": (config.intermediate_size,) * 2}
     module = decoder.layers[0 if decoder.scan_layers else layer]
     for attribute in path.split("."):
@@ -163,6 +184,7 @@ def _write_tensor(place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
     target = place.parameter.get_value()
     if isinstance(target, QuantizedWeight):
         part = _as_format(tensor, group_size=target.group_size, symmetric=target.symmetric)
+        target = _widened(target, part.scale.dtype)
         offset = None
         if target.offset is not None and part.offset is not None:
             offset = _write(target.offset, part.offset, place.layer, (0, place.row))
@@ -175,6 +197,14 @@ def _write_tensor(place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
         floats = dequantize(_packed(tensor)) if isinstance(tensor, QuantizedTensor) else jnp.asarray(tensor)
         written = _write(target, floats, place.layer, (place.row,) + (0,) * (floats.ndim - 1))
     place.parameter.set_value(written)
+
+
+def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
+    """The weight with scales and offsets that hold those of ``dtype`` exactly: float16 where that is enough."""
+    if jnp.dtype(dtype).itemsize <= weight.scale.dtype.itemsize:
+        return weight
+    offset = None if weight.offset is None else weight.offset.astype(dtype)
+    return QuantizedWeight(weight.packed, weight.scale.astype(dtype), offset)
 
 
 def _as_format(tensor: np.ndarray | QuantizedTensor, *, group_size: int, symmetric: bool) -> QuantizedWeight:

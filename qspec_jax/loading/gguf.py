@@ -1,7 +1,8 @@
 """Opens a GGUF file (llama.cpp) as a checkpoint source.
 
 Q4_0 and Q4_1 linears keep their codes and scales bit for bit; every other tensor is dequantised to
-float32 when it is read. The rows of query and key, which llama.cpp reorders for the Llama architecture
+float32 when it is read, and a linear among them (K-quants, Q8_0) is then rounded a second time: its entry says from
+which type, so that loading can warn. The rows of query and key, which llama.cpp reorders for the Llama architecture
 (its rotary embedding pairs neighbours), come back in the order of the original checkpoint. The file stays
 memory-mapped: a tensor that is not read costs nothing.
 """
@@ -51,6 +52,7 @@ _NAMES = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # a table made from the config, not a parameter
 _GROUP_SIZE = 32
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _FOUR_BIT = {"Q4_0": FourBitFormat(_GROUP_SIZE, symmetric=True), "Q4_1": FourBitFormat(_GROUP_SIZE, symmetric=False)}
 
 _open_files: weakref.WeakValueDictionary[tuple[str, int, int], GGUFFile] = weakref.WeakValueDictionary()
@@ -277,7 +279,9 @@ def _found_tensors(file: GGUFFile, config: ModelConfig) -> Iterable[FoundTensor]
         four_bit = _FOUR_BIT.get(tensor.tensor_type.name) if kinds.get(name or "") == "linear" else None
         read = functools.partial(_read_codes if four_bit else _read_floats, tensor, rows=order)
         problem = None if _can_dequantize(tensor.tensor_type) else f"is {tensor.tensor_type.name}, which cannot be read"
-        yield FoundTensor(source_name, name, TensorEntry(_shape(tensor), read, four_bit), problem)
+        quantized = four_bit is None and tensor.tensor_type.name not in _FLOAT_TYPES
+        entry = TensorEntry(_shape(tensor), read, four_bit, tensor.tensor_type.name if quantized else None)
+        yield FoundTensor(source_name, name, entry, problem)
 
 
 def _row_order(name: str, config: ModelConfig) -> np.ndarray | None:

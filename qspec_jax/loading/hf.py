@@ -2,6 +2,9 @@
 
 Only the headers are read up front. They are parsed here: the format is eight bytes of length and a JSON
 object, and the safetensors library needs another framework for bfloat16. PyTorch pickles are not read.
+
+Linears that are 4-bit in the file (GPTQ, AWQ, compressed-tensors, QSpec) keep their codes: see
+:mod:`.quantized_layouts`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import numpy as np
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.parameters import FoundTensor, TensorEntry, canonical_name, check_entries
+from qspec_jax.loading import quantized_layouts
+from qspec_jax.loading.parameters import FoundTensor, StoredTensor, TensorEntry, canonical_name, check_entries
 
 _NAMES = {
     r"model\.embed_tokens\.weight": r"embedding.weight",
@@ -37,7 +41,15 @@ _NAMES = {
     r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.(weight|bias)": r"layers.\1.mlp.\2.\3",
 }
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)  # a table made from the config, saved by old versions
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_FLOATS = ("F32", "F16", "BF16")
+_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -60,7 +72,17 @@ def open_hf(path: str | os.PathLike[str]) -> HuggingFaceSource:
     """
     path = Path(path)
     config = read_config(path)
-    found = [tensor for file in _weight_files(path) for tensor in _found_tensors(file, config)]
+    stored = [tensor for file in _weight_files(path) for tensor in _stored_tensors(file)]
+    try:
+        layout = quantized_layouts.read_layout(_read_json(path / "config.json"), stored)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    found = []
+    if layout is not None:
+        found, stored = quantized_layouts.found_linears(layout, stored, config, _canonical_name)
+    found += [_found_tensor(tensor) for tensor in stored if not _is_superfluous(tensor.name, config)]
+    if layout is not None:
+        found = quantized_layouts.completed(layout, found, config)
     return HuggingFaceSource(config, path, check_entries(config, found, path=path))
 
 
@@ -76,7 +98,9 @@ def read_config(path: Path) -> ModelConfig:
             f"{path} has no config.json; give a Hugging Face directory (config.json and *.safetensors) or a GGUF file"
         )
     try:
-        config = ModelConfig.from_hf(_read_json(path / "config.json"))
+        parsed = _read_json(path / "config.json")
+        quantized_layouts.refuse_online_hadamard(parsed)
+        config = ModelConfig.from_hf(parsed)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     generation = path / "generation_config.json"
@@ -122,39 +146,47 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} has a config.json but no *.safetensors; fetch the weights too")
 
 
-def _found_tensors(file: Path, config: ModelConfig) -> Iterator[FoundTensor]:
+def _canonical_name(source_name: str) -> str | None:
+    return canonical_name(source_name, _NAMES)
+
+
+def _is_superfluous(source_name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is a table made from the config, or the embedding once more."""
+    tied_head = config.tie_word_embeddings and _canonical_name(source_name) == "lm_head.weight"
+    return tied_head or source_name.endswith(_IGNORED_ENDINGS)
+
+
+def _found_tensor(tensor: StoredTensor) -> FoundTensor:
+    problem = None if tensor.dtype in _FLOATS else f"is {tensor.dtype} (supported: {', '.join(_FLOATS)})"
+    return FoundTensor(tensor.name, _canonical_name(tensor.name), TensorEntry(tensor.shape, tensor.read), problem)
+
+
+def _stored_tensors(file: Path) -> Iterator[StoredTensor]:
     header, data_start = _read_header(file)
     data_bytes = file.stat().st_size - data_start
-    for source_name, description in header.items():
-        if source_name == "__metadata__" or source_name.endswith(_IGNORED_ENDINGS):
-            continue
-        name = canonical_name(source_name, _NAMES)
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # the embedding once more
-        yield _found_tensor(file, source_name, name, description, data_start, data_bytes)
+    for name, description in header.items():
+        if name != "__metadata__":
+            yield _stored_tensor(file, name, description, data_start, data_bytes)
 
 
-def _found_tensor(
-    file: Path, source_name: str, name: str | None, description: Any, data_start: int, data_bytes: int
-) -> FoundTensor:
+def _stored_tensor(file: Path, name: str, description: Any, data_start: int, data_bytes: int) -> StoredTensor:
     try:
         dtype_name, shape = description["dtype"], tuple(int(size) for size in description["shape"])
         start, end = (int(offset) for offset in description["data_offsets"])
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header is damaged at tensor {source_name}; fetch the file again") from error
+        raise CheckpointError(f"{file}: the header is damaged at tensor {name}; fetch the file again") from error
     if not 0 <= start <= end <= data_bytes:
         raise CheckpointError(
-            f"{file} is truncated: its header places {source_name} at bytes {start} to {end} of its data, which are "
+            f"{file} is truncated: its header places {name} at bytes {start} to {end} of its data, which are "
             f"{data_bytes} bytes; fetch the file again"
         )
     dtype = _DTYPES.get(dtype_name)
-    problem = None if dtype is not None else f"is {dtype_name} (supported: {', '.join(_DTYPES)})"
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
-            f"{file}: the header is damaged: {source_name} is {dtype_name} {list(shape)} but takes {end - start} bytes"
+            f"{file}: the header is damaged: {name} is {dtype_name} {list(shape)} but takes {end - start} bytes"
         )
     read = functools.partial(_read_tensor, file, dtype or np.dtype(np.uint8), shape, data_start + start)
-    return FoundTensor(source_name, name, TensorEntry(shape, read), problem)
+    return StoredTensor(name, str(dtype_name), shape, read)
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float16, UInt8
+from jaxtyping import Float, UInt8
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError
 
 MAX_LISTED = 8
+_PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype", "quantised parts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,13 @@ class QuantizedTensor:
 
     Attributes:
         codes: ``[N, K]``, 0 to 15, in the natural order of K.
-        scale: ``[G, N]``.
-        offset: ``[G, N]``, or None for ``8 * scale``.
+        scale: ``[G, N]``, float16, or float32 where that holds more than float16 can.
+        offset: ``[G, N]`` in the dtype of ``scale``, or None for ``8 * scale``.
     """
 
     codes: UInt8[np.ndarray, "N K"]
-    scale: Float16[np.ndarray, "G N"]
-    offset: Float16[np.ndarray, "G N"] | None
+    scale: Float[np.ndarray, "G N"]
+    offset: Float[np.ndarray, "G N"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,13 @@ class TensorEntry:
         read: reads this one tensor now; float32, float16 or bfloat16, or the codes if it has ``four_bit``.
             Raises OSError or ValueError if the file has become unreadable.
         four_bit: the format of the codes that ``read`` returns, None where it returns floats.
+        requantized_from: the quantised type in the file that ``read`` turns into floats, None if there is none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray | QuantizedTensor]
     four_bit: FourBitFormat | None = None
+    requantized_from: str | None = None
 
 
 @runtime_checkable
@@ -97,20 +100,39 @@ class CheckpointSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file lists it, before it is known what it is.
+
+    Attributes:
+        name: its name in the file.
+        dtype: its type, by the name that safetensors gives it.
+        shape: of the array in the file.
+        read: reads it now. Raises OSError or ValueError if the file has become unreadable.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class FoundTensor:
-    """A tensor as a file lists it, before it is known to fit.
+    """A parameter as a file holds it, before it is known to fit.
 
     Attributes:
         source_name: its name in the file.
         name: its canonical name, None if no table entry matches.
         entry: how to read it.
         problem: why it cannot be read (say, its type), None if it can.
+        misfits: which of the arrays that hold it, if they are several, are missing or do not fit.
     """
 
     source_name: str
     name: str | None
     entry: TensorEntry
     problem: str | None = None
+    misfits: tuple[str, ...] = ()
 
 
 def expected_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
@@ -177,13 +199,7 @@ def check_entries(config: ModelConfig, found: Iterable[FoundTensor], *, path: Pa
     """
     expected = expected_parameters(config)
     entries: dict[str, FoundTensor] = {}
-    problems: dict[str, list[str]] = {
-        "unknown": [],
-        "missing": [],
-        "duplicate": [],
-        "wrong shape": [],
-        "wrong dtype": [],
-    }
+    problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEM_KINDS}
     for tensor in found:
         if tensor.name not in expected:
             problems["unknown"].append(tensor.source_name)
@@ -197,6 +213,7 @@ def check_entries(config: ModelConfig, found: Iterable[FoundTensor], *, path: Pa
             problems["wrong shape"].append(f"{tensor.source_name} is {shapes}")
         if tensor.problem is not None:
             problems["wrong dtype"].append(f"{tensor.source_name} {tensor.problem}")
+        problems["quantised parts"] += tensor.misfits
     problems["missing"] = [name for name in expected if name not in entries]
     if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
         raise CheckpointError(
