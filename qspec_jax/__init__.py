@@ -3,7 +3,7 @@
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
-from qspec_jax.loading.load import load
+from qspec_jax.loading.load import load, save
 from qspec_jax.results import GenerationResult, GenerationStats
 from qspec_jax.types import Precision
 
@@ -23,4 +23,5 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "load",
+    "save",
 ]

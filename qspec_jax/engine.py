@@ -14,7 +14,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.modeling import Decoder
 from qspec_jax.programs import Batch, Programs, fitting_slots
 from qspec_jax.results import GenerationResult, GenerationStats
-from qspec_jax.speculative import DecodeState, DecodingPlan
+from qspec_jax.speculative import MAX_DRAFT_LENGTH, DecodeState, DecodingPlan
 from qspec_jax.types import Precision
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class LanguageModel:
             )
         if mode != "qspec":
             return DecodingPlan(verify=Precision(mode), stop_tokens=self.stop_tokens)
-        if not 1 <= draft_length <= 16:
-            raise UsageError(f"draft_length={draft_length} must be between 1 and 16")
+        if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
+            raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
         draft_precision = default_draft_precision() if draft == "auto" else Precision(draft)
         return DecodingPlan(Precision.W4A16, draft_precision, draft_length, self.stop_tokens)
 
@@ -243,9 +243,7 @@ class LanguageModel:
         self, request: _Request, state: DecodeState, plan: DecodingPlan, timing: _Timing
     ) -> list[GenerationResult]:
         tokens = np.asarray(state.tokens)
-        counts, cycles, drafted, accepted = (
-            np.asarray(a).tolist() for a in (state.num_tokens, state.cycles, state.drafted, state.accepted)
-        )
+        counts, accepted_lengths = np.asarray(state.num_tokens).tolist(), np.asarray(state.accepted_lengths).tolist()
         device = jax.devices()[0]
         results = []
         for row, (text, prompt_ids) in enumerate(zip(request.texts, request.token_ids, strict=True)):
@@ -254,9 +252,7 @@ class LanguageModel:
                 mode="qspec" if plan.draft else plan.verify.value,
                 draft=plan.draft.value if plan.draft else None,
                 draft_length=plan.draft_length,
-                cycles=cycles[row],
-                drafted=drafted[row],
-                accepted=accepted[row],
+                accepted_lengths=tuple(accepted_lengths[row][: plan.draft_length + 1]),
                 num_tokens=counts[row],
                 prefill_s=timing.prefill_s,
                 decode_s=timing.decode_s,

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate text with QSpec: drafts at a cheap precision, verified at 16-bit activations.",
     )
     add = parser.add_argument
-    add("--model", help="hub id, Hugging Face directory or GGUF file (default: SmolLM2-135M-Instruct)")
+    add("--model", help="hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeat for several")
     add("--prompt-file", type=Path, metavar="FILE", help='a prompt per line, or JSONL with {"prompt": TEXT}')
     add("--mode", choices=("qspec", "w4a16", "w4a8", "w4a4", "float"), default="qspec", help="default: qspec")
@@ -42,7 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--group-size",
         choices=("32", "64", "128", _WHOLE_ROW),
-        default="32",
         help="inputs per weight scale where the checkpoint is not 4-bit already (default: 32)",
     )
     add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
@@ -137,7 +136,7 @@ def summary(results: Sequence[GenerationResult]) -> str:
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompt_file is not None:
-        prompts += _read_prompt_file(arguments.prompt_file)
+        prompts += read_prompt_file(arguments.prompt_file)
     if not prompts:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
     if empty := [index for index, prompt in enumerate(prompts, 1) if not prompt.strip()]:
@@ -145,7 +144,12 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _read_prompt_file(path: Path) -> list[str]:
+def read_prompt_file(path: Path) -> list[str]:
+    """A prompt per line, or JSONL with a text under ``"prompt"``.
+
+    Raises:
+        UsageError: the file cannot be read, or a line has no prompt.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -181,8 +185,8 @@ def _load(arguments: argparse.Namespace) -> LanguageModel:
     _say("starting ...")
     import qspec_jax
 
-    quantization = None
-    if arguments.mode != "float":
+    quantization: Any = None if arguments.mode == "float" else "auto"
+    if quantization and arguments.group_size is not None:
         group_size = None if arguments.group_size == _WHOLE_ROW else int(arguments.group_size)
         quantization = qspec_jax.QuantConfig(group_size=group_size)
     return qspec_jax.load(

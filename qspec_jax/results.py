@@ -14,10 +14,9 @@ class GenerationStats:
         mode: ``qspec`` or the precision of plain decoding.
         draft: precision of the drafts, None for plain decoding.
         draft_length: drafts per cycle, 0 for plain decoding.
-        cycles: cycles run before the sequence finished; plain decoding has one token per cycle.
-        drafted: drafts made in these cycles.
-        accepted: drafts that the verification agreed with, including those of the last cycle beyond a
-            stop token or the token limit.
+        accepted_lengths: cycles run before the sequence finished, by how many drafts the verification agreed
+            with (0 to ``draft_length``), including those of the last cycle beyond a stop token or the token
+            limit; plain decoding has one token per cycle.
         num_tokens: tokens generated, the one from prefill included.
         prefill_s: seconds from the call to the first token, without compiling.
         decode_s: seconds of the loop.
@@ -29,15 +28,28 @@ class GenerationStats:
     mode: str
     draft: str | None
     draft_length: int
-    cycles: int
-    drafted: int
-    accepted: int
+    accepted_lengths: tuple[int, ...]
     num_tokens: int
     prefill_s: float
     decode_s: float
     compile_s: float
     device: str
     kernels: str
+
+    @property
+    def cycles(self) -> int:
+        """Cycles run before the sequence finished."""
+        return sum(self.accepted_lengths)
+
+    @property
+    def drafted(self) -> int:
+        """Drafts made in these cycles."""
+        return self.cycles * self.draft_length
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that the verification agreed with."""
+        return sum(length * cycles for length, cycles in enumerate(self.accepted_lengths))
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -90,6 +102,7 @@ class GenerationResult:
             "cycles": stats.cycles,
             "drafted": stats.drafted,
             "accepted": stats.accepted,
+            "accepted_lengths": list(stats.accepted_lengths),
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_cycle": stats.tokens_per_cycle,
             "prefill_s": stats.prefill_s,

@@ -29,6 +29,8 @@ from qspec_jax.cache import KVCache
 from qspec_jax.modeling import Decoder
 from qspec_jax.types import Precision
 
+MAX_DRAFT_LENGTH = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodingPlan:
@@ -49,6 +51,8 @@ class DecodingPlan:
     def __post_init__(self) -> None:
         if (self.draft is None) != (self.draft_length == 0):
             raise ValueError("a plan has a draft precision if, and only if, its draft_length is positive")
+        if self.draft_length > MAX_DRAFT_LENGTH:
+            raise ValueError(f"draft_length={self.draft_length} is more than {MAX_DRAFT_LENGTH}")
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -64,10 +68,9 @@ class DecodeState:
         num_tokens: ``[B]`` int32, how many of them are set.
         max_new_tokens: ``[B]`` int32, at most ``capacity``.
         finished: ``[B]`` bool, a stop token was generated or ``max_new_tokens`` reached.
-        cycles: ``[B]`` int32, cycles run before the sequence finished.
-        drafted: ``[B]`` int32, drafts made in these cycles.
-        accepted: ``[B]`` int32, drafts that the verification agreed with. Drafts of the last cycle beyond
-            a stop count as drafted and accepted although they are not emitted.
+        accepted_lengths: ``[B, MAX_DRAFT_LENGTH + 1]`` int32, cycles run before the sequence finished, by how many
+            drafts the verification agreed with. Drafts of the last cycle beyond a stop count as drafted and
+            accepted although they are not emitted.
     """
 
     cache: KVCache
@@ -76,9 +79,7 @@ class DecodeState:
     num_tokens: Int32[Array, " B"]
     max_new_tokens: Int32[Array, " B"]
     finished: Bool[Array, " B"]
-    cycles: Int32[Array, " B"]
-    drafted: Int32[Array, " B"]
-    accepted: Int32[Array, " B"]
+    accepted_lengths: Int32[Array, "B lengths"]
 
 
 def choose(logits: Float32[Array, "*batch V"]) -> Int32[Array, "*batch"]:
@@ -111,17 +112,14 @@ def prefill(
     cache = model.create_cache(batch=batch, slots=slots)
     logits, cache = model(prompts, cache, precision=plan.verify, logits_at=prompt_lengths - 1)
     first = choose(logits[:, 0])
-    zeros = jnp.zeros((batch,), jnp.int32)
     return DecodeState(
         cache=cache.with_lengths(prompt_lengths),
         last_token=first,
         tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first),
-        num_tokens=zeros + 1,
+        num_tokens=jnp.ones((batch,), jnp.int32),
         max_new_tokens=max_new_tokens,
         finished=is_stop(first, plan.stop_tokens) | (max_new_tokens <= 1),
-        cycles=zeros,
-        drafted=zeros,
-        accepted=zeros,
+        accepted_lengths=jnp.zeros((batch, MAX_DRAFT_LENGTH + 1), jnp.int32),
     )
 
 
@@ -202,7 +200,8 @@ def emit(
     kept = (index <= num_accepted[:, None]) & up_to_stop & (index < room[:, None]) & ~state.finished[:, None]
     num_kept = kept.astype(jnp.int32).sum(axis=1)
     active = ~state.finished
-    counted = active.astype(jnp.int32)
+    lengths = jnp.arange(state.accepted_lengths.shape[1], dtype=jnp.int32)
+    counted = (active[:, None] & (lengths == num_accepted[:, None])).astype(jnp.int32)
 
     rows = jnp.arange(batch)[:, None]
     columns = jnp.where(kept, state.num_tokens[:, None] + index, state.tokens.shape[1])
@@ -214,9 +213,7 @@ def emit(
         tokens=state.tokens.at[rows, columns].set(target_tokens, mode="drop"),
         num_tokens=state.num_tokens + num_kept,
         finished=state.finished | (kept & stops).any(axis=1) | (num_kept >= room),
-        cycles=state.cycles + counted,
-        drafted=state.drafted + counted * plan.draft_length,
-        accepted=state.accepted + counted * num_accepted,
+        accepted_lengths=state.accepted_lengths + counted,
     )
 
 

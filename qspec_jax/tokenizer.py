@@ -82,6 +82,13 @@ class Tokenizer:
         """The text of some tokens, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the files from which :func:`load_tokenizer` makes this tokenizer again into a directory.
+
+        What was given as ``eos_token_ids`` is not among them.
+        """
+        self._backend.save_pretrained(path)
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes the tokens of one text piece by piece."""
         return StreamDecoder(self)
@@ -138,12 +145,13 @@ class StreamDecoder:
         return rest
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], *, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
     """Loads the tokenizer of a local model.
 
     Args:
         path: a Hugging Face directory, or a GGUF file. Of the latter, a ``tokenizer.json`` in the same
             directory is preferred to the vocabulary inside the file.
+        eos_token_ids: ending tokens known from elsewhere.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is damaged.
@@ -153,15 +161,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     path = Path(path)
     if path.is_dir():
-        return Tokenizer(_load_directory(path))
+        return Tokenizer(_load_directory(path), eos_token_ids=eos_token_ids)
     from qspec_jax.loading.gguf import GGUFFile
 
     file = GGUFFile.open(path)
+    ending = (*file.eos_token_ids, *eos_token_ids)
     if (path.parent / "tokenizer.json").exists():
-        return Tokenizer(_load_directory(path.parent), eos_token_ids=file.eos_token_ids)
+        return Tokenizer(_load_directory(path.parent), eos_token_ids=ending)
     from qspec_jax.loading.gguf_tokenizer import build_tokenizer
 
-    return Tokenizer(build_tokenizer(file), eos_token_ids=file.eos_token_ids)
+    return Tokenizer(build_tokenizer(file), eos_token_ids=ending)
 
 
 def _load_directory(path: Path) -> PreTrainedTokenizerFast:

@@ -132,8 +132,8 @@ def test_a_result_as_a_dictionary_has_the_documented_keys(model):
     entry = model.generate([[1, 2]], draft="w4a8", max_new_tokens=8)[0].to_dict()
     assert set(entry) == {
         *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length"),
-        *("cycles", "drafted", "accepted", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s"),
-        *("compile_s", "tokens_per_s", "device", "kernels"),
+        *("cycles", "drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle"),
+        *("prefill_s", "decode_s", "compile_s", "tokens_per_s", "device", "kernels"),
     }
     assert entry["mode"] == "qspec"
     assert entry["draft"] == "w4a8"

@@ -1,22 +1,25 @@
-"""``qspec_jax.load``: from the name of a model to one that generates."""
+"""``qspec_jax.load``: from the name of a model to one that generates; ``qspec_jax.save``: to a checkpoint."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.checkpoint import is_checkpoint, open_checkpoint, restore_decoder, save_checkpoint
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
-from qspec_jax.tokenizer import load_tokenizer
+from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = ("float32", "bfloat16")
 
@@ -24,7 +27,7 @@ DTYPES = ("float32", "bfloat16")
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
-    quantization: QuantConfig | None = QuantConfig(),  # noqa: B008 - frozen
+    quantization: QuantConfig | Literal["auto"] | None = "auto",
     dtype: str | None = None,
     kernels: str = "auto",
     progress: bool = False,
@@ -33,9 +36,12 @@ def load(
 
     Args:
         model: a Hugging Face hub id, a local directory with ``config.json`` and safetensors, or a GGUF
-            file, whose 4-bit codes are kept as they are; None for the demo model, SmolLM2-135M-Instruct.
-        quantization: how to store weights and quantise draft activations; None to keep the weights in
-            floating point (mode ``float`` only).
+            file, whose 4-bit codes are kept as they are; a checkpoint directory that
+            ``python -m qspec_jax.quantize`` or :func:`save` wrote; None for the demo model,
+            SmolLM2-135M-Instruct.
+        quantization: how to store weights and quantise draft activations. ``auto`` is what a checkpoint
+            stores, and ``QuantConfig()`` for all else; the weights of a checkpoint stay as they are
+            whatever is given. None to have the weights in floating point (mode ``float`` only).
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
         progress: show a bar on the standard error stream.
@@ -52,19 +58,58 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     path = resolve_model(model)
-    source = open_source(path)
-    formats = weight_formats(source, quantization)
-    tokenizer = load_tokenizer(path)
-    decoder = load_decoder(
-        source,
-        quantization=quantization,
-        formats=formats,
-        dtype=jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
-        kernels=REFERENCE if kernels == REFERENCE else named,
-        scan_layers=kernels == REFERENCE,
-        progress=_progress_bar(f"loading {path.name}") if progress else iter,
-    )
+    placement: dict[str, Any] = {
+        "dtype": jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
+        "kernels": REFERENCE if kernels == REFERENCE else named,
+        "scan_layers": kernels == REFERENCE,
+        "progress": _progress_bar(f"loading {path.name}") if progress else iter,
+    }
+    if is_checkpoint(path) and quantization is not None:
+        checkpoint = open_checkpoint(path)
+        quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
+        tokenizer = checkpoint.tokenizer()
+        decoder = restore_decoder(checkpoint, quantization=quantization, **placement)
+    else:
+        quantization = QuantConfig() if quantization == "auto" else quantization
+        source = open_source(path)
+        formats = weight_formats(source, quantization)
+        tokenizer = open_tokenizer(path)
+        decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
     return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=kernels, name=path.name)
+
+
+def save(
+    model: LanguageModel,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a loaded, quantised model as a checkpoint directory that :func:`load` takes.
+
+    Args:
+        model: with 4-bit weights.
+        path: of the directory.
+        recipe: JSON values to record with it: how the weights were made.
+        overwrite: replace a checkpoint that is there, once the new one is complete.
+
+    Raises:
+        UsageError: the weights are floating point, or there is a checkpoint and ``overwrite`` is not set.
+        CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
+    """
+    save_checkpoint(
+        path,
+        model.decoder,
+        tokenizer=model.tokenizer,
+        quantization=model.quantization,
+        recipe=recipe or {"name": "unknown"},
+        overwrite=overwrite,
+    )
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
+    return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)
 
 
 def resolve_kernels(kernels: str) -> str:

@@ -29,8 +29,8 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
             SmolLM2-135M-Instruct.
 
     Returns:
-        a GGUF file or a Hugging Face directory. A directory that holds one GGUF file and no
-        ``config.json`` stands for that file.
+        a GGUF file, a Hugging Face directory, or a directory that :mod:`qspec_jax.checkpoint` wrote. One that
+        holds a GGUF file and none of these stands for that file.
 
     Raises:
         CheckpointError: there is no such path, or the download failed.
@@ -43,12 +43,12 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
         return _download(model, remedy="check the id and the network, or give --model the path of a local copy")
     raise CheckpointError(
         f"model {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
-        "GGUF file, a directory with config.json and safetensors, or a hub id"
+        "GGUF file, a directory with config.json and safetensors, a checkpoint of qspec_jax.quantize, or a hub id"
     )
 
 
 def open_source(path: Path) -> CheckpointSource:
-    """Opens a Hugging Face directory or a GGUF file and checks its list of tensors; reads none of them.
+    """Opens a model of any kind and checks its list of tensors; reads none of them.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or damaged.
@@ -58,6 +58,10 @@ def open_source(path: Path) -> CheckpointSource:
     if not path.exists():
         raise CheckpointError(f"model {str(path)!r}: no such file or directory")
     path = _local_model(path)
+    if is_checkpoint(path):
+        from qspec_jax.checkpoint import open_checkpoint, open_saved_source
+
+        return open_saved_source(open_checkpoint(path))
     if path.is_dir():
         from qspec_jax.loading.hf import open_hf
 
@@ -65,6 +69,21 @@ def open_source(path: Path) -> CheckpointSource:
     from qspec_jax.loading.gguf import open_gguf
 
     return open_gguf(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint directory of this library."""
+    from qspec_jax import checkpoint
+
+    return checkpoint.is_checkpoint(path)
+
+
+def model_bytes(path: Path) -> int:
+    """Size on disk of the weights of a model that :func:`resolve_model` found."""
+    if path.is_file():
+        return path.stat().st_size
+    pattern = "data-*/arrays/**/*" if is_checkpoint(path) else "*.safetensors"
+    return sum(file.stat().st_size for file in path.glob(pattern) if file.is_file())
 
 
 def demo_gguf_path() -> Path | None:
@@ -88,7 +107,7 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
-    if not path.is_dir() or (path / "config.json").exists():
+    if not path.is_dir() or (path / "config.json").exists() or is_checkpoint(path):
         return path
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

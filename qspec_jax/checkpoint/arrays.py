@@ -1,0 +1,216 @@
+"""The one arrangement in which arrays are stored: each layer by itself, as an unrolled decoder holds them.
+
+An array is called by its path in the decoder, ``layers.3.attention.qkv.weight.packed``. Arrays are kept in
+*groups* that are written and read at once: each layer is one, ``layers.3``, and the rest is one, ``model``.
+Neither the stacking of layers nor ``group_sum``, which follows from the weight, is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels import QuantizedWeight
+from qspec_jax.checkpoint.manifest import ArrayRecord
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.linear import WeightFormat
+from qspec_jax.modeling import Decoder
+
+MODEL_GROUP = "model"
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+_NARROW_DTYPES = (ml_dtypes.bfloat16, np.float16)
+_SAMPLE = 4096
+_WEIGHT_ARRAYS = ("packed", "scale", "offset")
+_SCALES = (".scale", ".offset")
+
+
+class _Place(NamedTuple):
+    """An array of the decoder by its path, and which layer of it if it is a stack."""
+
+    name: str
+    layer: int | None
+    leaf: Any
+
+
+def group_names(config: ModelConfig) -> list[str]:
+    """The groups of a model, in order."""
+    return [MODEL_GROUP, *(f"layers.{layer}" for layer in range(config.num_layers))]
+
+
+def group_of(name: str) -> str:
+    """The group that an array belongs to."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else MODEL_GROUP
+
+
+def abstract_decoder(
+    config: ModelConfig,
+    *,
+    quantization: QuantConfig | None,
+    formats: Mapping[str, WeightFormat] | None,
+    dtype: DTypeLike = jnp.float32,
+    scan_layers: bool = True,
+    kernels: str | None = None,
+) -> Decoder:
+    """A decoder of shapes and dtypes; its parameters take no memory."""
+
+    def build() -> Decoder:
+        return Decoder(
+            config, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=scan_layers
+        )
+
+    return nnx.eval_shape(build)
+
+
+def num_bytes(decoder: Decoder) -> int:
+    """Bytes of a decoder's parameters, real or abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(decoder)))
+
+
+def expected_shapes(
+    config: ModelConfig, *, quantization: QuantConfig, formats: Mapping[str, WeightFormat]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every array that a checkpoint of such a model holds, by name."""
+    stacked = abstract_decoder(config, quantization=quantization, formats=formats)
+    return {
+        stored: place.leaf.shape if place.layer is None else place.leaf.shape[1:]
+        for stored, place in _places(stacked).items()
+    }
+
+
+def stored_arrays(decoder: Decoder, group: str) -> dict[str, np.ndarray]:
+    """The arrays of one group as they are stored, in host memory; on a CPU without copying them.
+
+    Scales and offsets keep their dtype; other floats are given in the narrowest that holds their values exactly.
+    """
+    arrays = {}
+    for stored, place in _places(decoder).items():
+        if group_of(stored) == group:
+            array = _to_host(place.leaf, place.layer)
+            arrays[stored] = array if stored.endswith(_SCALES) else narrowed(array)
+    return arrays
+
+
+def fill(
+    decoder: Decoder,
+    read_group: Callable[[str], Mapping[str, np.ndarray]],
+    place: Callable[[str, np.ndarray], Array],
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Gives an abstract decoder its arrays.
+
+    Args:
+        decoder: of :func:`abstract_decoder`.
+        read_group: the arrays of a group.
+        place: puts an array of the decoder, whose path is its first argument, onto its device.
+        progress: wraps the iteration over the groups.
+    """
+    stacks: dict[str, np.ndarray] = {}
+    placed: dict[str, Array] = {}
+    places = _places(decoder)
+    for group in progress(group_names(decoder.config)):
+        for stored, array in read_group(group).items():
+            name, layer, leaf = places[stored]
+            array = array if stored.endswith(_SCALES) else array.astype(leaf.dtype, copy=False)
+            if layer is None:
+                placed[name] = place(name, array)
+            else:
+                _write_layer(stacks, name, layer, array, shape=leaf.shape)
+    for name in list(stacks):
+        placed[name] = place(name, stacks.pop(name))
+    for name, parameter in _parameters(decoder):
+        parts = {part: placed[f"{name}{part}"] for part in _leaves(parameter.get_value())}
+        parameter.set_value(_value(parts))
+
+
+def narrowed(array: np.ndarray) -> np.ndarray:
+    """A float32 array in 16 bits if these hold every value of it exactly, else unchanged."""
+    if array.dtype != np.float32:
+        return array
+    for dtype in _NARROW_DTYPES:
+        if _holds(array.reshape(-1)[:_SAMPLE], dtype) and _holds(array, dtype):
+            return array.astype(dtype)
+    return array
+
+
+def dtype_fits(name: str, record: ArrayRecord) -> bool:
+    """Whether an array is stored in a dtype that its place in the model can have."""
+    kind = name.rsplit(".", 1)[-1]
+    scales = ("float16", "float32")
+    allowed = {"packed": ("uint8",), "scale": scales, "offset": scales}
+    return record.dtype in allowed.get(kind, FLOAT_DTYPES)
+
+
+def _write_layer(
+    stacks: dict[str, np.ndarray], name: str, layer: int, array: np.ndarray, *, shape: tuple[int, ...]
+) -> None:
+    """Writes a layer into its stack, which is made first, and made wider if the layer's dtype is."""
+    stack = stacks.get(name)
+    if stack is None:
+        stack = stacks[name] = np.empty(shape, array.dtype)
+    elif stack.dtype.itemsize < array.dtype.itemsize:
+        stack = stacks[name] = stack.astype(array.dtype)
+    stack[layer] = array
+
+
+def _holds(array: np.ndarray, dtype: Any) -> bool:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        there_and_back = array.astype(dtype).astype(np.float32)
+    return bool(np.array_equal(there_and_back.view(np.uint32), array.view(np.uint32)))
+
+
+def _parameters(decoder: Decoder) -> Iterator[tuple[str, nnx.Param]]:
+    for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
+        yield ".".join(map(str, path)), _at(decoder, path)
+
+
+def _at(decoder: Decoder, path: tuple[Any, ...]) -> nnx.Param:
+    found: Any = decoder
+    for step in path:
+        found = found[step] if isinstance(step, int) else getattr(found, step)
+    return found
+
+
+def _leaves(value: Any) -> dict[str, Any]:
+    """The arrays of a parameter by what follows its name; the sums of a weight are left out."""
+    if not isinstance(value, QuantizedWeight):
+        return {"": value}
+    arrays = {f".{name}": getattr(value, name) for name in _WEIGHT_ARRAYS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _value(parts: Mapping[str, Array]) -> Any:
+    if "" in parts:
+        return parts[""]
+    return QuantizedWeight(packed=parts[".packed"], scale=parts[".scale"], offset=parts.get(".offset"))
+
+
+def _places(decoder: Decoder) -> dict[str, _Place]:
+    """Where each stored array is in the decoder, by the name it is stored under."""
+    places = {}
+    for name, parameter in _parameters(decoder):
+        for part, leaf in _leaves(parameter.get_value()).items():
+            path = f"{name}{part}"
+            if decoder.scan_layers and path.startswith("layers.0."):
+                inner = path.removeprefix("layers.0.")
+                for layer in range(decoder.config.num_layers):
+                    places[f"layers.{layer}.{inner}"] = _Place(path, layer, leaf)
+            else:
+                places[path] = _Place(path, None, leaf)
+    return places
+
+
+def _to_host(array: Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of a stack; a view of it on a CPU."""
+    if jax.default_backend() == "cpu":
+        return np.asarray(array) if layer is None else np.asarray(array)[layer]
+    one = array if layer is None else array[layer]
+    # Another handle of the same buffer: an array keeps the host copy that was made of it.
+    return np.asarray(one.addressable_data(0) if one.is_fully_replicated else one)

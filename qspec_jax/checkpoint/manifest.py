@@ -1,0 +1,186 @@
+"""``qspec.json``: everything a checkpoint says about itself, and the hashes that it is checked against."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.errors import CheckpointError, QSpecError
+from qspec_jax.linear import WeightFormat
+from qspec_jax.modeling import linear_inputs
+
+FILE_NAME = "qspec.json"
+DATA_PREFIX = "data-"
+FORMAT = "qspec-jax checkpoint"
+FORMAT_VERSION = 1
+_CHECKSUM = "sha256"
+_BLOCK_BYTES = 1 << 20
+_WRITE_AGAIN = "write the checkpoint again with python -m qspec_jax.quantize, or fetch it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """Of one array: shape, dtype name, and the hash that :func:`hash_array` gives."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Of one file: length and hash of its bytes."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of ``qspec.json``.
+
+    Attributes:
+        model: shape and options of the decoder.
+        quantization: how draft activations are quantised, and the format that was asked for weights.
+        formats: the format of each linear of a layer, as it is stored.
+        recipe: name and settings of what made the weights.
+        data: name of the directory that holds arrays and tokenizer.
+        tokenizer_eos_token_ids: ending tokens of the tokenizer, None where there is no tokenizer.
+        arrays: name (see ``arrays.py``) to record.
+        files: path below the data directory to record.
+    """
+
+    model: ModelConfig
+    quantization: QuantConfig
+    formats: Mapping[str, WeightFormat]
+    recipe: Mapping[str, Any]
+    data: str
+    tokenizer_eos_token_ids: tuple[int, ...] | None
+    arrays: Mapping[str, ArrayRecord]
+    files: Mapping[str, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(record.num_bytes for record in self.files.values())
+
+    def to_json(self) -> str:
+        """The text of ``qspec.json``, with its own checksum."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a checkpoint directory; says nothing about its state."""
+    return (Path(path) / FILE_NAME).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks ``qspec.json`` of the directory ``path``; opens no other file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, altered, of a newer format, or no such file at all.
+    """
+    content = read_content(path)
+    version = content.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path / FILE_NAME} has no valid format_version ({version!r}); {_WRITE_AGAIN}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} was written in format {version} by a newer version of qspec-jax; this one reads formats up to "
+            f"{FORMAT_VERSION}. Upgrade with pip install --upgrade qspec-jax"
+        )
+    if content.pop(_CHECKSUM, None) != checksum(content):
+        raise CheckpointError(f"{path / FILE_NAME} has been altered: its checksum does not match; {_WRITE_AGAIN}")
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError, QSpecError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path / FILE_NAME} cannot be understood ({reason}); {_WRITE_AGAIN}") from error
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The JSON object in ``qspec.json`` of the directory ``path``, known only to be of this format.
+
+    Raises:
+        CheckpointError: it is missing, is not JSON, or is of another format.
+    """
+    file = path / FILE_NAME
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path} is not a qspec-jax checkpoint: it has no {FILE_NAME}; give a directory that "
+            "python -m qspec_jax.quantize wrote"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is truncated or damaged (not valid JSON: {error}); {_WRITE_AGAIN}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a qspec-jax checkpoint: its {FILE_NAME} is something else's")
+    return content
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order and spacing it is written in."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_array(array: np.ndarray) -> str:
+    """SHA-256 of an array's dtype, shape and values in C order."""
+    contiguous = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{contiguous.dtype.name}{list(array.shape)}".encode())
+    digest.update(contiguous.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    """Undoes ``dataclasses.asdict``. Fields with defaults may be missing: older versions did not have them."""
+    model: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()
+    }
+    if model.get("rope_scaling") is not None:
+        model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+    quantization: dict[str, Any] = dict(content["quantization"])
+    for precision in ("w4a4", "w4a8"):
+        quantization[precision] = ActivationQuantization(**quantization[precision])
+    eos_token_ids = content["tokenizer_eos_token_ids"]
+    data = content["data"]
+    if Path(data).name != data or not data.startswith(DATA_PREFIX):
+        raise ValueError(f"data={data!r} is not the name of a data directory")
+    if outside := [name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"files are outside of the checkpoint: {outside[0]}")
+    config = ModelConfig(**model)
+    if content["formats"].keys() != linear_inputs(config).keys():
+        raise ValueError(f"formats are of {', '.join(content['formats'])}, not of the linears of a layer")
+    return Manifest(
+        model=config,
+        quantization=QuantConfig(**quantization),
+        formats={name: WeightFormat(**fields) for name, fields in content["formats"].items()},
+        recipe=dict(content["recipe"]),
+        data=data,
+        tokenizer_eos_token_ids=None if eos_token_ids is None else tuple(eos_token_ids),
+        arrays={
+            name: ArrayRecord(tuple(fields["shape"]), fields["dtype"], fields["sha256"])
+            for name, fields in content["arrays"].items()
+        },
+        files={name: FileRecord(**fields) for name, fields in content["files"].items()},
+    )

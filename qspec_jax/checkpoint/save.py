@@ -1,0 +1,233 @@
+"""Writes a checkpoint so that whoever opens it, whenever, finds a complete one.
+
+All files are written into a temporary directory beside the destination and flushed to disk. A new checkpoint
+is then renamed into place. Where there is one already, the new data directory is moved in beside the old one,
+``qspec.json`` is replaced, which is the step that counts, and the old data are removed. What a process that
+was killed left behind is removed by the next one that writes there. Two at once to one place are not supported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pallas_kernels import QuantizedWeight
+from qspec_jax.checkpoint.arrays import group_names, num_bytes, stored_arrays
+from qspec_jax.checkpoint.manifest import (
+    DATA_PREFIX,
+    FILE_NAME,
+    ArrayRecord,
+    FileRecord,
+    Manifest,
+    hash_array,
+    hash_file,
+    is_checkpoint,
+    read_content,
+)
+from qspec_jax.config import QuantConfig
+from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.linear import WeightFormat
+from qspec_jax.modeling import Decoder, linear_inputs
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer import Tokenizer
+
+ARRAYS, TOKENIZER = "arrays", "tokenizer"
+_DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
+_METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
+_NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    decoder: Decoder,
+    *,
+    tokenizer: Tokenizer | None,
+    quantization: QuantConfig | None,
+    recipe: Mapping[str, Any] = _NO_RECIPE,
+    overwrite: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Manifest:
+    """Writes a quantised model as a checkpoint directory.
+
+    Args:
+        path: of the directory.
+        decoder: with 4-bit weights, in either arrangement of its layers. Its floats are written exactly.
+        tokenizer: of the model, if it has one.
+        quantization: of the decoder.
+        recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
+        overwrite: replace a checkpoint that is there. It stays what it is until the new one is complete.
+        progress: wraps the iteration over the parts of the model.
+
+    Returns:
+        what was written into ``qspec.json``.
+
+    Raises:
+        UsageError: the weights are floating point, or there is a checkpoint and ``overwrite`` is not set.
+        CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
+    """
+    if quantization is None:
+        raise UsageError("only 4-bit weights are saved; load the model with a QuantConfig")
+    path = Path(os.path.abspath(path))
+    check_destination(path, num_bytes(decoder), overwrite=overwrite)
+    try:
+        with _temporary_sibling(path) as temporary:
+            data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
+            arrays = _write_arrays(data / ARRAYS, decoder, progress)
+            if tokenizer is not None:
+                tokenizer.save(data / TOKENIZER)
+            manifest = Manifest(
+                model=decoder.config,
+                quantization=quantization,
+                formats=_formats(decoder),
+                recipe=recipe,
+                data=data.name,
+                tokenizer_eos_token_ids=None if tokenizer is None else tokenizer.eos_token_ids,
+                arrays=arrays,
+                files=_describe_files(data),
+            )
+            (temporary / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            _flush(temporary)
+            _commit(temporary, path, data.name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+    return manifest
+
+
+def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwrite: bool) -> None:
+    """Checks, before anything long is started, that a checkpoint can be written.
+
+    Args:
+        path: of the directory.
+        needed_bytes: of the model's arrays.
+        overwrite: replacing a checkpoint is wanted.
+
+    Raises:
+        UsageError: there is a checkpoint, and ``overwrite`` is not set.
+        CheckpointError: something else is there, or the disk is too small.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not is_checkpoint(path):
+            raise CheckpointError(
+                f"{path} exists and is not a qspec-jax checkpoint, so it is not overwritten; give another path, or "
+                "remove it yourself"
+            )
+        read_content(path)
+        if not overwrite:
+            raise UsageError(f"{path} is a checkpoint already; give another path, or --overwrite (overwrite=True)")
+    parent = next(folder for folder in path.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed_bytes + _METADATA_BYTES > free:
+        kept = "; a checkpoint is only removed after its successor is complete" if path.exists() else ""
+        raise CheckpointError(
+            f"the checkpoint {path} needs up to {needed_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+            f"{kept}; free space, or give a path on another disk"
+        )
+
+
+def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
+    """The format of each linear of a layer, from the weights themselves."""
+    formats = {}
+    for name in linear_inputs(decoder.config):
+        block, linear = name.split(".")
+        weight = getattr(getattr(decoder.layers[0], block), linear).weight.get_value()
+        if not isinstance(weight, QuantizedWeight):
+            raise UsageError(f"only 4-bit weights are saved, and {name} is floating point; load with a QuantConfig")
+        formats[name] = WeightFormat(weight.group_size, weight.symmetric)
+    return formats
+
+
+def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable], Iterable]) -> dict[str, ArrayRecord]:
+    import orbax.checkpoint as ocp
+
+    records: dict[str, ArrayRecord] = {}
+    # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        for group in progress(group_names(decoder.config)):
+            arrays = stored_arrays(decoder, group)
+            checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
+            for name, array in arrays.items():
+                records[name] = ArrayRecord(array.shape, array.dtype.name, hash_array(array))
+    return records
+
+
+def _describe_files(data: Path) -> dict[str, FileRecord]:
+    return {
+        file.relative_to(data).as_posix(): FileRecord(file.stat().st_size, hash_file(file))
+        for file in sorted(data.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _commit(temporary: Path, path: Path, data: str) -> None:
+    """Puts what is complete in its place; the last step but cleaning up is one that cannot be half done."""
+    if not is_checkpoint(path):
+        os.rename(temporary, path)  # an empty directory may be there
+        _flush_directory(path.parent)
+        return
+    os.rename(temporary / data, path / data)
+    _flush_directory(path)
+    os.replace(temporary / FILE_NAME, path / FILE_NAME)
+    _flush_directory(path)
+    _remove_other_data(path, keep=data)
+
+
+def _remove_other_data(path: Path, *, keep: str) -> None:
+    for folder in path.glob(f"{DATA_PREFIX}*"):
+        if folder.name != keep and _DATA_NAME.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary_sibling(path: Path) -> Iterator[Path]:
+    """A directory beside ``path`` that is gone afterwards, unless it was renamed or this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.writing-"
+    for left in path.parent.glob(f"{prefix}*"):
+        if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = path.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Writes every file and directory below through to the disk."""
+    for current, _, files in os.walk(folder):
+        for file in files:
+            descriptor = os.open(os.path.join(current, file), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _flush_directory(Path(current))
+
+
+def _flush_directory(path: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no such thing
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

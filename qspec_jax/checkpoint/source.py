@@ -1,0 +1,79 @@
+"""A checkpoint as tensors under canonical names: to quantise it once more, or to read it as floats."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import unpack_codes
+from qspec_jax.checkpoint.arrays import group_of
+from qspec_jax.checkpoint.restore import Checkpoint
+from qspec_jax.config import ModelConfig
+from qspec_jax.loading.decoder import PART_OF
+from qspec_jax.loading.parameters import (
+    FourBitFormat,
+    ParameterSpec,
+    QuantizedTensor,
+    TensorEntry,
+    expected_parameters,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSource:
+    """A checkpoint as a ``CheckpointSource`` whose linears are 4-bit codes."""
+
+    config: ModelConfig
+    path: Path
+    entries: Mapping[str, TensorEntry]
+
+
+def open_saved_source(checkpoint: Checkpoint) -> SavedSource:
+    """The tensors of an opened checkpoint. A layer is read when the first of its tensors is."""
+    config = checkpoint.manifest.model
+    read_group = functools.lru_cache(maxsize=1)(checkpoint.read_group)
+    next_row: dict[str, int] = {}
+    entries = {}
+    for spec in expected_parameters(config).values():
+        stored, linear = _stored_name(spec)
+        row = next_row.get(stored, 0)
+        rows = slice(row, row + spec.shape[0])
+        next_row[stored] = rows.stop
+        if spec.kind == "linear":
+            weight_format = checkpoint.manifest.formats[linear]
+            four_bit = FourBitFormat(weight_format.group_size or spec.shape[1], weight_format.symmetric)
+            entries[spec.name] = TensorEntry(
+                spec.shape, functools.partial(_read_codes, read_group, stored, rows), four_bit
+            )
+        else:
+            entries[spec.name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, stored, rows))
+    return SavedSource(config, checkpoint.path, entries)
+
+
+def _stored_name(spec: ParameterSpec) -> tuple[str, str]:
+    """Name of the stored array that holds a tensor, and of the module in its layer that it belongs to."""
+    if not spec.name.startswith("layers."):
+        return spec.name if spec.name.startswith("final_norm") else spec.name.removesuffix(".weight"), ""
+    layers, layer, path = spec.name.split(".", 2)
+    module, kind = path.rsplit(".", 1)
+    module, _ = PART_OF.get(module, (module, 0))
+    return f"{layers}.{layer}.{module}.{kind}", module
+
+
+def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
+    return read_group(group_of(stored))[stored][rows]
+
+
+def _read_codes(read_group, stored: str, rows: slice) -> QuantizedTensor:
+    arrays = read_group(group_of(stored))
+    offset = arrays.get(f"{stored}.offset")
+    return QuantizedTensor(
+        codes=np.asarray(unpack_codes(jnp.asarray(arrays[f"{stored}.packed"][rows]))),
+        scale=arrays[f"{stored}.scale"][:, rows],
+        offset=None if offset is None else offset[:, rows],
+    )

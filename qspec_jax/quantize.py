@@ -1,0 +1,120 @@
+"""``python -m qspec_jax.quantize``: write a model as a quantised checkpoint. Parses and prints only.
+
+Progress goes to the standard error stream, the closing line to the standard output. Exit codes: 0 success, 1
+failure, 2 a usage error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from qspec_jax.errors import QSpecError, UsageError
+
+if TYPE_CHECKING:
+    from qspec_jax.recipes import Conversion, RecipeOptions
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qspec_jax.quantize",
+        description="Write a model as a quantised checkpoint, a directory that every command takes as a model.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub id, Hugging Face directory, GGUF file, checkpoint, or 'default'")
+    add("output", metavar="OUT", help="directory to write")
+    add(
+        "--recipe",
+        required=True,
+        metavar="NAME|FILE.toml",
+        help="keep: weights that are 4-bit already stay as they are; rtn: weights are rounded to nearest; "
+        "or a file that names one of them and holds options",
+    )
+    add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
+    either.add_argument(
+        "--asymmetric", dest="symmetric", action="store_const", const=False, help="round with an offset (default)"
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)",
+    )
+    add("--overwrite", action="store_true", help="replace a checkpoint at OUT once the new one is complete")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        run(arguments)
+    except QSpecError as error:
+        if arguments.debug:
+            raise
+        _say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was changed")
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads the recipe, converts the model and prints what came of it."""
+    from qspec_jax.recipes import Progress, convert, read_recipe
+
+    recipe, options = read_recipe(arguments.recipe)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        conversion = convert(
+            arguments.model,
+            arguments.output,
+            recipe=recipe,
+            options=_override(options, arguments),
+            overwrite=arguments.overwrite,
+            progress=Progress(_bar, _say),
+        )
+    print(summary(conversion))
+
+
+def summary(conversion: Conversion) -> str:
+    """The closing line."""
+    before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
+    return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
+
+
+def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+    """The options with what the command line says in their place."""
+    from qspec_jax.recipes import parse_group_size
+
+    quantization = options.quantization
+    if arguments.group_size is not None:
+        quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
+    if arguments.symmetric is not None:
+        quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
+    return dataclasses.replace(options, quantization=quantization, dtype=arguments.dtype or options.dtype)
+
+
+def _bar(items: Iterable, what: str) -> Iterable:
+    if not sys.stderr.isatty():
+        _say(f"{what} ...")
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit="part", file=sys.stderr, leave=False)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""Recipes: ways to make 4-bit weights of a model, from the opened source to a checkpoint on disk.
+
+A recipe is a name and a function from a source and options to a decoder. To add one, write its function and
+enter it into ``RECIPES``; settings of its own go into ``RecipeOptions``. A recipe file (TOML) names a recipe
+and holds options::
+
+    recipe = "rtn"
+    group_size = 64           # 32, 64, 128 or "row"
+    symmetric = true
+    dtype = "float32"         # of what is not quantised
+
+    [w4a4]                    # activations of W4A4 drafts; [w4a8] likewise
+    group_size = 64
+    symmetric = false
+    clip_ratio = 0.95
+    outlier_groups = 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.checkpoint import abstract_decoder, check_destination, num_bytes, save_checkpoint
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.errors import UsageError
+from qspec_jax.loading.decoder import load_decoder, weight_formats
+from qspec_jax.loading.load import DTYPES, open_tokenizer
+from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
+from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
+from qspec_jax.memory import check_memory
+from qspec_jax.modeling import Decoder
+
+WHOLE_ROW = "row"
+# Float32 copies of the largest tensor that reading and rounding it take beside the finished model.
+_WORKING_COPIES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """What a recipe is told.
+
+    Attributes:
+        quantization: grid of the weights that are rounded, and the draft activations to store with them.
+        dtype: in which everything that is not quantised is read; it is stored without further rounding.
+    """
+
+    quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Who hears how a recipe is getting on: ``bar`` wraps long iterations, ``say`` takes a line of text."""
+
+    bar: Callable[[Iterable, str], Iterable] = lambda items, _: items
+    say: Callable[[str], None] = lambda _: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A way to make 4-bit weights: its name, and the function that does it."""
+
+    name: str
+    quantize: Callable[[CheckpointSource, RecipeOptions, Progress], Decoder]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` did."""
+
+    path: Path
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+
+def convert(
+    model: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    options: RecipeOptions,
+    overwrite: bool = False,
+    progress: Progress = Progress(),
+) -> Conversion:
+    """Quantises a model and writes it as a checkpoint.
+
+    Args:
+        model: what :func:`qspec_jax.load` takes.
+        path: of the checkpoint.
+        recipe: how.
+        options: of the recipe.
+        overwrite: replace a checkpoint at ``path``.
+        progress: who hears of it.
+
+    Raises:
+        UsageError: an argument makes no sense for this model.
+        CheckpointError, UnsupportedModelError: the model cannot be read, or the checkpoint not be written.
+        OutOfMemoryError: it cannot fit into memory; said before it is tried.
+    """
+    start = time.perf_counter()
+    source_path = resolve_model(model)
+    source = open_source(source_path)
+    estimate = _estimate(source, options)
+    check_destination(path, estimate.finished, overwrite=overwrite)
+    check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
+    needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
+    progress.say(f"{source_path.name}: {needed}")
+    tokenizer = open_tokenizer(source_path)
+    bytes_before = model_bytes(source_path)
+    decoder = recipe.quantize(source, options, progress)
+    manifest = save_checkpoint(
+        path,
+        decoder,
+        tokenizer=tokenizer,
+        quantization=options.quantization,
+        recipe=recorded(recipe, options),
+        overwrite=overwrite,
+        progress=lambda groups: progress.bar(groups, "writing"),
+    )
+    return Conversion(Path(path), bytes_before, manifest.num_bytes, time.perf_counter() - start)
+
+
+def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
+    """The recipe and its settings as JSON values; the draft activations are recorded elsewhere."""
+    quantization = options.quantization
+    return {
+        "name": recipe.name,
+        "group_size": quantization.group_size or WHOLE_ROW,
+        "symmetric": quantization.symmetric,
+        "dtype": options.dtype,
+    }
+
+
+def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
+    """The recipe that ``text`` names, or that the file ``text`` describes.
+
+    Raises:
+        UsageError: there is no such recipe, or the file is not understood.
+    """
+    if text in RECIPES:
+        return RECIPES[text], RecipeOptions()
+    path = Path(text)
+    if path.suffix != ".toml":
+        raise UsageError(f"recipe {text!r} is unknown; use {', '.join(RECIPES)}, or the path of a .toml file")
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return _parse_recipe(fields)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """Bytes of the finished arrays, and at the peak of making them."""
+
+    finished: int
+    peak: int
+
+
+def _estimate(source: CheckpointSource, options: RecipeOptions) -> _Estimate:
+    formats = weight_formats(source, options.quantization)
+    decoder = abstract_decoder(
+        source.config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
+    )
+    finished = num_bytes(decoder)
+    largest = max(math.prod(spec.shape) for spec in expected_parameters(source.config).values())
+    return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
+
+
+def _four_bit_linears(source: CheckpointSource) -> tuple[int, int]:
+    """How many linears of a source are 4-bit codes, and how many there are."""
+    linears = [name for name, spec in expected_parameters(source.config).items() if spec.kind == "linear"]
+    return sum(source.entries[name].four_bit is not None for name in linears), len(linears)
+
+
+def _keep(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    kept, total = _four_bit_linears(source)
+    if not kept:
+        raise UsageError(
+            f"{source.path.name} has no 4-bit weights to keep; use --recipe rtn, which rounds its weights to 4 bits"
+        )
+    if kept < total:
+        progress.say(f"warning: {total - kept} of {total} linears are not in 4 bits yet and are rounded to nearest")
+    return _load(source, options, progress)
+
+
+def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    requantised, total = _four_bit_linears(source)
+    if requantised:
+        progress.say(
+            f"warning: {requantised} of {total} linears are in 4 bits already and are rounded once more, which loses "
+            "accuracy; --recipe keep leaves them as they are"
+        )
+    entries = {name: _as_floats(entry) for name, entry in source.entries.items()}
+    return _load(_FloatSource(source.config, source.path, entries), options, progress)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("keep", _keep),
+        Recipe("rtn", _round_to_nearest),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FloatSource:
+    """A source whose tensors are all read as floats."""
+
+    config: ModelConfig
+    path: Path
+    entries: Mapping[str, TensorEntry]
+
+
+def _as_floats(entry: TensorEntry) -> TensorEntry:
+    if entry.four_bit is None:
+        return entry
+
+    def read() -> np.ndarray:
+        tensor = entry.read()
+        assert isinstance(tensor, QuantizedTensor)
+        offset = None if tensor.offset is None else jnp.asarray(tensor.offset)
+        return np.asarray(_dequantize_codes(jnp.asarray(tensor.codes), jnp.asarray(tensor.scale), offset))
+
+    return TensorEntry(entry.shape, read)
+
+
+@jax.jit
+def _dequantize_codes(codes: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
+    return dequantize(QuantizedWeight(pack_codes(codes), scale, offset))
+
+
+def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
+    return load_decoder(
+        source,
+        quantization=options.quantization,
+        formats=weight_formats(source, options.quantization),
+        dtype=jnp.dtype(options.dtype),
+        kernels=REFERENCE,
+        scan_layers=True,
+        progress=lambda tensors: progress.bar(tensors, "quantising"),
+    )
+
+
+def _parse_recipe(fields: Mapping[str, Any]) -> tuple[Recipe, RecipeOptions]:
+    kinds = {"recipe": str, "group_size": (int, str), "symmetric": bool, "dtype": str, "w4a4": dict, "w4a8": dict}
+    _check_fields(fields, kinds, "the recipe")
+    if fields.get("recipe") not in RECIPES:
+        given = repr(fields["recipe"]) if "recipe" in fields else "none"
+        raise UsageError(f'recipe is {given}; write recipe = "NAME" with one of {", ".join(RECIPES)}')
+    changes: dict[str, Any] = {key: fields[key] for key in ("group_size", "symmetric") if key in fields}
+    if "group_size" in changes:
+        changes["group_size"] = parse_group_size(changes["group_size"])
+    for precision in ("w4a4", "w4a8"):
+        if precision in fields:
+            default = getattr(QuantConfig(), precision)
+            changes[precision] = _parse_activations(fields[precision], default, f"[{precision}]")
+    options = RecipeOptions(QuantConfig(**changes), **({"dtype": fields["dtype"]} if "dtype" in fields else {}))
+    return RECIPES[fields["recipe"]], options
+
+
+def _parse_activations(
+    fields: Mapping[str, Any], default: ActivationQuantization, where: str
+) -> ActivationQuantization:
+    kinds = {"group_size": (int, str), "symmetric": bool, "clip_ratio": (float, int), "outlier_groups": int}
+    _check_fields(fields, kinds, where)
+    changes = dict(fields)
+    if "group_size" in changes:
+        changes["group_size"] = parse_group_size(changes["group_size"])
+    if "clip_ratio" in changes:
+        changes["clip_ratio"] = float(changes["clip_ratio"])
+    try:
+        return dataclasses.replace(default, **changes)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    if unknown := [key for key in fields if key not in kinds]:
+        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; known: {', '.join(kinds)}")
+    for key, value in fields.items():
+        allowed = kinds[key] if isinstance(kinds[key], tuple) else (kinds[key],)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise UsageError(f"{where}: {key} = {value!r} must be of type {names}")
+
+
+def parse_group_size(value: int | str) -> int | None:
+    """A group size as recipes and options write it: a number, or ``row`` for the whole row.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value == WHOLE_ROW:
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"group_size={value!r} is not supported; use a number or {WHOLE_ROW!r}") from error

@@ -1,0 +1,241 @@
+"""Checkpoints: what is saved comes back bit for bit, and what has changed since is refused by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import qspec_jax
+from pallas_kernels import QuantizedWeight
+from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
+from qspec_jax.checkpoint import arrays, open_checkpoint, restore_decoder, save_checkpoint
+from qspec_jax.programs import add_group_sums
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ["llama3_rope_scaling", "llama_with_biases", "smollm2_tied", "mistral_sliding_window", "qwen3_qk_norm"]
+CONFIGS = {
+    "default": QuantConfig(),
+    "symmetric": QuantConfig(group_size=64, symmetric=True),
+    "whole row": QuantConfig(group_size=None, w4a4=ActivationQuantization(group_size=64, clip_ratio=0.9)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint that no test changes."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    save_checkpoint(path, tiny.decoder(), tokenizer=None, quantization=QuantConfig(), recipe={"name": "rtn"})
+    return path
+
+
+def assert_identical(one, other):
+    """The same graph, and the same bits and dtypes."""
+    (graph, state), (other_graph, other_state) = nnx.split(one), nnx.split(other)
+    assert graph == other_graph
+    leaves, other_leaves = jax.tree.leaves(state), jax.tree.leaves(other_state)
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in other_leaves]
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, other_leaves, strict=True))
+
+
+def logits(decoder, precision):
+    tokens = jnp.asarray([[1, 5, 9, 40], [2, 3, 7, 11]], jnp.int32)
+    return decoder(tokens, decoder.create_cache(batch=2, slots=8), precision=precision)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_family_comes_back_bit_for_bit_in_both_arrangements(tmp_path, family, scan_layers):
+    config = ModelConfig.from_hf(tiny.hf_config(family))
+    save_checkpoint(
+        tmp_path / "c", tiny.decoder(config, scan_layers=scan_layers), tokenizer=None, quantization=QuantConfig()
+    )
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.manifest.model == config
+    for arrangement in (True, False):
+        restored = restore_decoder(checkpoint, scan_layers=arrangement, kernels="reference")
+        assert_identical(restored, tiny.decoder(config, scan_layers=arrangement))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_quantisation_are_those_of_the_saved_model(tmp_path, name):
+    quantization = CONFIGS[name]
+    original = tiny.decoder(quantization=quantization, scan_layers=False)
+    save_checkpoint(tmp_path / "c", original, tokenizer=None, quantization=quantization)
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.manifest.quantization == quantization
+    restored = restore_decoder(checkpoint, scan_layers=False, kernels="reference")
+    for decoder in (original, restored):
+        add_group_sums(decoder)
+    for precision in (Precision.W4A16, Precision.W4A4):
+        assert np.array_equal(logits(restored, precision), logits(original, precision))
+
+
+def test_the_arrangement_of_the_saved_model_leaves_no_trace(tmp_path):
+    hashes = []
+    for scan_layers in (True, False):
+        path = tmp_path / str(scan_layers)
+        written = save_checkpoint(
+            path, tiny.decoder(scan_layers=scan_layers), tokenizer=None, quantization=QuantConfig()
+        )
+        hashes.append({name: record.sha256 for name, record in written.arrays.items()})
+    assert hashes[0] == hashes[1]
+
+
+def test_group_sums_are_not_stored(saved, tmp_path):
+    decoder = tiny.decoder()
+    assert add_group_sums(decoder)
+    written = save_checkpoint(tmp_path / "c", decoder, tokenizer=None, quantization=QuantConfig())
+    assert written.arrays == open_checkpoint(saved).manifest.arrays
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_arrays_come_from_a_device_as_they_come_from_the_host(monkeypatch, scan_layers):
+    decoder = tiny.decoder(scan_layers=scan_layers)
+    from_host = arrays.stored_arrays(decoder, "layers.1")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    from_device = arrays.stored_arrays(decoder, "layers.1")
+    assert from_host.keys() == from_device.keys()
+    assert all(np.array_equal(from_host[name], from_device[name]) for name in from_host)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_floats_keep_their_values_and_take_the_dtype_asked_for(tmp_path, dtype, stored):
+    original = tiny.decoder(dtype=dtype)
+    written = save_checkpoint(tmp_path / "c", original, tokenizer=None, quantization=QuantConfig())
+    assert written.arrays["embedding"].dtype == stored
+    for wanted in ("float32", "bfloat16"):
+        restored = restore_decoder(open_checkpoint(tmp_path / "c"), dtype=jnp.dtype(wanted))
+        expected = original.embedding.get_value().astype(wanted)
+        assert restored.dtype == restored.embedding.get_value().dtype == wanted
+        assert np.array_equal(restored.embedding.get_value(), expected)
+
+
+def test_wide_scales_stay_wide_in_either_arrangement(tmp_path):
+    """Some formats bring float32 scales; here those of one linear of the second layer."""
+    original = tiny.decoder(scan_layers=False)
+    linear = original.layers[1].mlp.down
+    weight = linear.weight.get_value()
+    wide = (array.astype(jnp.float32) * jnp.float32(1.0001) for array in (weight.scale, weight.offset))
+    linear.weight.set_value(QuantizedWeight(weight.packed, *wide))
+    save_checkpoint(tmp_path / "c", original, tokenizer=None, quantization=QuantConfig())
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert_identical(restore_decoder(checkpoint, scan_layers=False, kernels="reference"), original)
+    stacked = restore_decoder(checkpoint, scan_layers=True).layers[0].mlp.down.weight.get_value()
+    for layer in range(2):
+        expected = original.layers[layer].mlp.down.weight.get_value()
+        assert stacked.scale.dtype == stacked.offset.dtype == jnp.float32
+        assert np.array_equal(stacked.scale[layer], expected.scale.astype(jnp.float32))
+        assert np.array_equal(stacked.offset[layer], expected.offset.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        ([1.0, 0.5, -0.0, 2.0**127], "bfloat16"),
+        ([1.0, 1.0 + 2**-10], "float16"),
+        ([1.0, 1.0 + 2**-20], "float32"),
+        ([1e-40, 1.0 + 2**-9], "float32"),
+        ([70000.0, 1.0 + 2**-9], "float32"),
+        ([float("inf"), float("nan"), 1.0], "bfloat16"),
+    ],
+)
+def test_floats_are_stored_in_sixteen_bits_only_if_that_is_exact(values, stored):
+    array = np.asarray(values, np.float32)
+    narrow = arrays.narrowed(array)
+    assert narrow.dtype.name == stored
+    assert narrow.astype(np.float32).tobytes() == array.tobytes()
+
+
+def test_a_later_value_that_needs_more_bits_is_noticed():
+    array = np.ones(10_000, np.float32)
+    array[-1] = 1.0 + 2**-20
+    assert arrays.narrowed(array).dtype == np.float32
+    array[-1] = 1.0 + 2**-5
+    assert arrays.narrowed(array).dtype == ml_dtypes.bfloat16
+
+
+def test_arrays_go_where_the_rule_says(saved):
+    sharding = NamedSharding(jax.make_mesh((1,), ("model",)), PartitionSpec())
+    asked = {}
+
+    def rule(name, shape):
+        asked[name] = shape
+        return sharding
+
+    decoder = restore_decoder(open_checkpoint(saved), shardings=rule, scan_layers=False)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(nnx.state(decoder)))
+    assert asked["layers.1.mlp.down.weight.packed"] == (64, 64)
+    assert asked["embedding"] == (96, 64)
+
+
+def test_arrays_are_split_over_devices_as_they_are_restored(saved):
+    """In a process with two devices; one is not enough to tell."""
+    code = f"""
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from qspec_jax.checkpoint import open_checkpoint, restore_decoder
+mesh = jax.make_mesh((2,), ("model",))
+def rule(name, shape):
+    rows = {{"packed": -2, "scale": -1, "offset": -1}}.get(name.rsplit(".", 1)[-1])
+    spec = [None] * len(shape)
+    if rows is not None:
+        spec[rows] = "model"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+for scan_layers in (True, False):
+    decoder = restore_decoder(open_checkpoint({str(saved)!r}), shardings=rule, scan_layers=scan_layers)
+    packed = decoder.layers[0].mlp.down.weight.get_value().packed
+    assert packed.addressable_data(0).shape[-2:] == (32, 64), packed.sharding
+    assert decoder.embedding.get_value().is_fully_replicated
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_load_and_save_give_the_same_tokens(tmp_path):
+    quantization = QuantConfig(w4a4=ActivationQuantization(group_size=64))
+    model = tiny.language_model(quantization=quantization)
+    qspec_jax.save(model, tmp_path / "c", recipe={"name": "test"})
+    loaded = qspec_jax.load(tmp_path / "c", kernels="reference", dtype="float32")
+    assert loaded.quantization == quantization
+    assert (loaded.tokenizer, loaded.name) == (None, "c")
+    assert_identical(loaded.decoder, tiny.language_model(quantization=quantization).decoder)
+    prompts = [[1, 2, 3], [9, 8, 7, 6]]
+    options = {"mode": "w4a16", "max_new_tokens": 12}
+    ids = [[result.token_ids for result in each.generate(prompts, **options)] for each in (model, loaded)]
+    assert ids[0] == ids[1]
+    assert open_checkpoint(tmp_path / "c").manifest.recipe == {"name": "test"}
+
+
+def test_draft_activations_may_be_chosen_anew(saved):
+    other = QuantConfig(group_size=64, symmetric=True, w4a8=ActivationQuantization(group_size=32))
+    model = qspec_jax.load(saved, quantization=other, kernels="reference", dtype="float32")
+    assert model.decoder.layers[0].mlp.down.quantization == other
+    weight = model.decoder.layers[0].mlp.down.weight.get_value()
+    assert (weight.group_size, weight.symmetric) == (32, False)
+
+
+def test_a_checkpoint_can_be_read_as_floats(saved):
+    model = qspec_jax.load(saved, quantization=None, kernels="reference", dtype="float32")
+    weight = model.decoder.layers[0].attention.qkv.weight.get_value()
+    assert not isinstance(weight, QuantizedWeight)
+    expected = logits(tiny.decoder(), Precision.FLOAT)
+    np.testing.assert_allclose(logits(model.decoder, Precision.FLOAT), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float_weights_are_not_saved(tmp_path):
+    with pytest.raises(UsageError, match="only 4-bit weights are saved"):
+        save_checkpoint(tmp_path / "c", tiny.decoder(quantization=None), tokenizer=None, quantization=None)
+    with pytest.raises(UsageError, match=r"attention\.qkv is floating point"):
+        save_checkpoint(tmp_path / "c", tiny.decoder(quantization=None), tokenizer=None, quantization=QuantConfig())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""A writer may be killed at any moment: what is opened afterwards is the old checkpoint or the new one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from qspec_jax.checkpoint import open_checkpoint, save_checkpoint
+from qspec_jax.checkpoint.arrays import group_names
+from qspec_jax.config import QuantConfig
+from tests import checkpoint_writer, tiny
+
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two checkpoints of the same shapes with different weights."""
+    folder = tmp_path_factory.mktemp("sources")
+    for seed in (0, 1):
+        decoder = tiny.decoder(seed=seed)
+        save_checkpoint(folder / str(seed), decoder, tokenizer=None, quantization=QuantConfig())
+    return [folder / "0", folder / "1"]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.checkpoint_writer"])
+    return context
+
+
+def contents(path):
+    """All arrays of a checkpoint, read and checked."""
+    checkpoint = open_checkpoint(path)
+    return {
+        name: array
+        for group in group_names(checkpoint.manifest.model)
+        for name, array in checkpoint.read_group(group).items()
+    }
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_killed_at_random_moments_twenty_times(processes, sources, tmp_path):
+    originals = [contents(source) for source in sources]
+    assert not same(*originals)
+    path = tmp_path / "checkpoint"
+    shutil.copytree(sources[0], path)
+    generator = random.Random(0)
+    found = []
+    for kill in range(NUM_KILLS):
+        receiver, sender = processes.Pipe(duplex=False)
+        writer = processes.Process(target=checkpoint_writer.overwrite_forever, args=(sources, path, sender))
+        writer.start()
+        assert receiver.poll(120), "the writer did not start"
+        seconds_per_write = receiver.recv()
+        time.sleep(3 * seconds_per_write * (kill + generator.random()) / NUM_KILLS)
+        writer.kill()
+        writer.join()
+        found.append([same(contents(path), original) for original in originals])
+        assert sum(found[-1]) == 1
+    assert any(first for first, _ in found)
+    assert any(second for _, second in found)
+
+
+@pytest.mark.parametrize(("overwrites", "step"), [(False, 1), (False, 2), (True, 1), (True, 2), (True, 3), (True, 4)])
+def test_killed_at_each_step_of_putting_it_into_place(processes, sources, tmp_path, overwrites, step):
+    old, new = (contents(source) for source in sources)
+    path = tmp_path / "checkpoint"
+    if overwrites:
+        shutil.copytree(sources[0], path)
+    writer = processes.Process(target=checkpoint_writer.die_at_step, args=(sources[1], path, step))
+    writer.start()
+    writer.join(120)
+    assert writer.exitcode == -signal.SIGKILL
+    if overwrites:
+        assert same(contents(path), old if step <= 2 else new)
+    elif step == 1:
+        assert not path.exists()
+    else:
+        assert same(contents(path), new)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(processes, sources, tmp_path):
+    path = tmp_path / "checkpoint"
+    shutil.copytree(sources[0], path)
+    for step in (1, 2):
+        writer = processes.Process(target=checkpoint_writer.die_at_step, args=(sources[1], path, step))
+        writer.start()
+        writer.join(120)
+        assert writer.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 1
+    checkpoint_writer._save(sources[1], path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(list(path.glob("data-*"))) == 1

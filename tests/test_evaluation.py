@@ -1,0 +1,166 @@
+"""Contracts of the evaluation and of its command."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qspec_jax
+from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate, evaluation
+from qspec_jax.errors import UsageError
+from tests import tiny
+
+TEXT = np.random.default_rng(3).integers(3, 96, 70).tolist()
+PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14], [20]]
+PRECISIONS = (Precision.W4A16, Precision.W4A8, Precision.W4A4)
+COARSE = QuantConfig(w4a4=ActivationQuantization(group_size=None, symmetric=True))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model(quantization=COARSE)
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return tiny.language_model(quantization=None)
+
+
+@pytest.fixture(scope="module")
+def text_scores(model, baseline):
+    return evaluation.score_text(model, TEXT, precisions=PRECISIONS, baseline=baseline, context=32)
+
+
+def test_perplexity_is_that_of_the_logits_in_windows(baseline, text_scores):
+    nll, count = 0.0, 0
+    for start in (0, 32, 64):
+        window = jnp.asarray(TEXT[start : start + 32], jnp.int32)
+        cache = baseline.decoder.create_cache(batch=1, slots=32)
+        logits = np.asarray(baseline.decoder(window[None], cache, precision=Precision.FLOAT)[0][0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll -= sum(log_p[i, window[i + 1]] for i in range(len(window) - 1))
+        count += len(window) - 1
+    assert text_scores[0].num_tokens == count == 67
+    assert text_scores[0].perplexity == pytest.approx(np.exp(nll / count), rel=1e-4)
+
+
+def test_divergence_grows_as_precision_falls(text_scores):
+    assert [score.name for score in text_scores] == ["baseline", "w4a16", "w4a8", "w4a4"]
+    assert text_scores[0].kl is None
+    w4a16, w4a8, w4a4 = (score.kl for score in text_scores[1:])
+    assert 0 < w4a16 < w4a4
+    assert abs(w4a8 - w4a16) < 0.2 * w4a16
+    assert text_scores[3].agreement < text_scores[1].agreement < 1
+
+
+def test_a_model_agrees_with_itself(model):
+    scores = evaluation.score_text(model, TEXT, precisions=[Precision.W4A16])
+    assert (scores[1].agreement, scores[1].kl) == (1.0, 0.0)
+    assert scores[1].perplexity == scores[0].perplexity
+
+
+def test_a_text_that_is_too_short_is_refused(model):
+    with pytest.raises(UsageError, match="must be at least 2"):
+        evaluation.score_text(model, [5], precisions=[Precision.W4A16])
+
+
+def test_drafts_are_scored_by_length_and_position(model):
+    scores = evaluation.score_drafts(model, PROMPTS, drafts=["w4a8", "w4a4"], draft_lengths=[1, 3], max_new_tokens=24)
+    assert [(score.draft, score.draft_length) for score in scores] == [
+        ("w4a8", 1),
+        ("w4a8", 3),
+        ("w4a4", 1),
+        ("w4a4", 3),
+    ]
+    for score in scores:
+        assert score.identical == score.num_prompts == 3
+        by_position = score.acceptance_by_position
+        assert len(by_position) == score.draft_length
+        assert list(by_position) == sorted(by_position, reverse=True)
+        assert sum(by_position) == pytest.approx(score.tokens_per_cycle - 1)
+        assert score.acceptance_rate == pytest.approx(sum(by_position) / score.draft_length)
+    assert scores[3].acceptance_rate < scores[1].acceptance_rate
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1-3", [1, 2, 3]), ("5", [5]), ("1, 3,5", [1, 3, 5])])
+def test_draft_lengths_are_ranges_or_lists(text, expected):
+    assert evaluate.draft_lengths(text) == expected
+
+
+class Spelling:
+    """A tokenizer that reads a letter as a token."""
+
+    eos_token_ids = ()
+    has_chat_template = False
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+@pytest.fixture
+def loaded(model, baseline, monkeypatch):
+    monkeypatch.setattr(model, "tokenizer", Spelling())
+    monkeypatch.setattr(
+        qspec_jax, "load", lambda name, *, quantization, **options: baseline if quantization is None else model
+    )
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    code = evaluate.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_command_prints_both_tables_or_one_object(capsys, tmp_path):
+    text, prompts = tmp_path / "text.txt", tmp_path / "prompts.txt"
+    text.write_text("some letters to score " * 3)
+    prompts.write_text("a prompt\nanother\n")
+    arguments = ("--text", text, "--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 8)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if line] == [
+        *("text", "baseline", "w4a16", "w4a8", "w4a4"),
+        *("draft", "w4a8", "w4a4"),
+    ]
+    code, out, _ = run(capsys, *arguments, "--json", "--max-tokens", 40)
+    scores = json.loads(out)
+    assert code == 0
+    assert [score["num_tokens"] for score in scores["text"]] == [39] * 4
+    assert [score["num_prompts"] for score in scores["drafts"]] == [2, 2]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_plot_is_a_picture(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    prompts, plot = tmp_path / "prompts.txt", tmp_path / "plot.png"
+    prompts.write_text("a prompt\n")
+    code, _, _ = run(capsys, "--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 4, "--plot", plot)
+    assert code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --text FILE, --prompt-file FILE or both"),
+        (("--text", "missing.txt"), "cannot read --text missing.txt"),
+        (("--text", __file__, "--precisions", "w2"), "w2 is unknown; use w4a16, w4a8, w4a4"),
+        (("--text", __file__, "--draft-lengths", "0-3"), "between 1 and 16"),
+        (("--text", __file__, "--draft-lengths", "few"), "is not like 1-7"),
+        (("--text", __file__, "--context", "0"), "--context 0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_usage_errors_come_before_a_model_is_loaded(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: pytest.fail("a model was loaded"))
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err

@@ -1,0 +1,285 @@
+"""``python -m qspec_jax.quantize`` and the recipes: what they write, what they say, and how they fail."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import qspec_jax
+from qspec_jax import ActivationQuantization, QuantConfig, UsageError, memory, quantize, recipes
+from qspec_jax.checkpoint import open_checkpoint
+from qspec_jax.errors import RequantizationWarning
+from qspec_jax.tokenizer import load_tokenizer
+from tests.golden import make_demo
+from tests.loading import tiny_checkpoints
+
+ROOT = Path(__file__).parents[1]
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
+VOCABULARY = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [chr(ord("A") + index) for index in range(tiny_checkpoints.VOCAB)],
+    "tokenizer.ggml.token_type": [1] * tiny_checkpoints.VOCAB,
+    "tokenizer.ggml.merges": ["A B"],
+    "tokenizer.chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+}
+VOCABULARY["tokenizer.ggml.tokens"][-1] = "AB"
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    code = quantize.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write_gguf(path, linear_type=Q4_1):
+    config = tiny_checkpoints.hf_config()
+    tensors = tiny_checkpoints.gguf_tensors(config, tiny_checkpoints.hf_tensors(config))
+    return tiny_checkpoints.write_gguf(path, config, tensors, linear_type=linear_type, metadata=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def four_bit_file(tmp_path_factory):
+    """A GGUF file whose linears are 4-bit codes, with a vocabulary and a chat template."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def float_directory(tmp_path_factory, four_bit_file):
+    """A Hugging Face directory of float weights, with the same vocabulary."""
+    config = tiny_checkpoints.hf_config()
+    path = tmp_path_factory.mktemp("hf")
+    load_tokenizer(four_bit_file).save(path)
+    return tiny_checkpoints.write_hf(path, config, tiny_checkpoints.hf_tensors(config))
+
+
+def load(path, **options):
+    return qspec_jax.load(path, kernels="reference", dtype="float32", **options)
+
+
+def assert_same_parameters(one, other):
+    leaves, others = (jax.tree.leaves(nnx.state(model.decoder)) for model in (one, other))
+    assert len(leaves) == len(others)
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, others, strict=True))
+
+
+def test_keep_writes_the_codes_of_the_file_and_its_tokenizer(capsys, tmp_path, four_bit_file):
+    code, out, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert code == 0
+    before = four_bit_file.stat().st_size / 1e6
+    assert out.startswith(f"{tmp_path / 'out'}: {before:.1f} MB before, ")
+    assert out.endswith(" s\n")
+    assert "GB of memory" in err
+    original, loaded = load(four_bit_file), load(tmp_path / "out")
+    assert_same_parameters(loaded, original)
+    assert loaded.tokenizer.encode("ABBA") == original.tokenizer.encode("ABBA")
+    chat = [{"role": "user", "content": "AB"}]
+    assert loaded.tokenizer.apply_chat(chat) == original.tokenizer.apply_chat(chat)
+    assert loaded.stop_tokens == original.stop_tokens
+    assert loaded.tokenizer.eos_token_ids == original.tokenizer.eos_token_ids
+
+
+def test_rtn_writes_what_loading_would_have_rounded(capsys, tmp_path, float_directory):
+    arguments = ("--recipe", "rtn", "--group-size", "row", "--symmetric")
+    code, _, err = run(capsys, float_directory, tmp_path / "out", *arguments)
+    assert code == 0
+    assert "warning" not in err
+    quantization = QuantConfig(group_size=None, symmetric=True)
+    assert_same_parameters(load(tmp_path / "out"), load(float_directory, quantization=quantization))
+
+
+def test_rounding_once_more_is_done_with_a_warning(capsys, tmp_path, four_bit_file):
+    code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "rtn", "--symmetric")
+    assert code == 0
+    assert "warning: 14 of 14 linears are in 4 bits already and are rounded once more, which loses accuracy" in err
+    weight = load(tmp_path / "out").decoder.layers[0].mlp.down.weight.get_value()
+    assert weight.symmetric
+    recipe = open_checkpoint(tmp_path / "out").manifest.recipe
+    assert recipe == {"name": "rtn", "group_size": 32, "symmetric": True, "dtype": "float32"}
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_loading_are_shown_as_lines(capsys, tmp_path, four_bit_file, monkeypatch):
+    def load_with_warning(*arguments, **options):
+        warnings.warn("twice rounded", RequantizationWarning, stacklevel=1)
+        return load_decoder(*arguments, **options)
+
+    load_decoder = recipes.load_decoder
+    monkeypatch.setattr(recipes, "load_decoder", load_with_warning)
+    code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert code == 0
+    assert "\nwarning: twice rounded\n" in err
+    assert "test_quantize" not in err.replace(str(tmp_path), "")
+
+
+def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):
+    code, out, err = run(capsys, float_directory, tmp_path / "out", "--recipe", "keep")
+    assert (code, out) == (2, "")
+    assert "has no 4-bit weights to keep; use --recipe rtn" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_file, monkeypatch):
+    opened = recipes.open_source(four_bit_file)
+    name = "layers.0.mlp.down.weight"
+    entry = recipes._as_floats(opened.entries[name])
+    mixed = recipes._FloatSource(opened.config, opened.path, {**opened.entries, name: entry})
+    monkeypatch.setattr(recipes, "open_source", lambda _: mixed)
+    code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert code == 0
+    assert "warning: 1 of 14 linears are not in 4 bits yet and are rounded to nearest" in err
+
+
+def test_a_checkpoint_is_a_model_too(capsys, tmp_path, four_bit_file):
+    """Kept with other draft activations, rounded once more, and written over itself."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(capsys, four_bit_file, first, "--recipe", "keep")[0] == 0
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('recipe = "keep"\n[w4a8]\ngroup_size = 32\n')
+    assert run(capsys, first, second, "--recipe", recipe)[0] == 0
+    assert_same_parameters(load(second), load(first))
+    assert load(second).quantization.w4a8 == ActivationQuantization(group_size=32)
+    assert run(capsys, first, first, "--recipe", "rtn", "--overwrite")[0] == 0
+    rounded = tmp_path / "rounded"
+    assert run(capsys, four_bit_file, rounded, "--recipe", "rtn")[0] == 0
+    assert_same_parameters(load(first), load(rounded))
+
+
+def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path, float_directory):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'recipe = "rtn"\ngroup_size = "row"\nsymmetric = true\ndtype = "bfloat16"\n'
+        '[w4a4]\ngroup_size = "row"\noutlier_groups = 0\nsymmetric = true\nclip_ratio = 0.9\n'
+        "[w4a8]\ngroup_size = 32\n"
+    )
+    assert run(capsys, float_directory, tmp_path / "a", "--recipe", recipe)[0] == 0
+    assert load(tmp_path / "a").quantization == QuantConfig(
+        group_size=None,
+        symmetric=True,
+        w4a4=ActivationQuantization(group_size=None, symmetric=True, clip_ratio=0.9),
+        w4a8=ActivationQuantization(group_size=32),
+    )
+    manifest = open_checkpoint(tmp_path / "a").manifest
+    assert manifest.recipe == {"name": "rtn", "group_size": "row", "symmetric": True, "dtype": "bfloat16"}
+    assert manifest.arrays["embedding"].dtype == "bfloat16"
+    options = ("--group-size", 32, "--asymmetric", "--dtype", "float32")
+    assert run(capsys, float_directory, tmp_path / "b", "--recipe", recipe, *options)[0] == 0
+    weight = load(tmp_path / "b").decoder.layers[0].mlp.down.weight.get_value()
+    assert (weight.group_size, weight.symmetric) == (32, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe = ", "is not valid TOML"),
+        ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn'),
+        ('recipe = "gptx"', "recipe is 'gptx'; write"),
+        ('recipe = "rtn"\nbits = 3', "the recipe has unknown keys: bits; known: recipe, group_size"),
+        ('recipe = "rtn"\ngroup_size = 48', "group_size=48 is not supported; use 32, 64, 128 or None"),
+        ('recipe = "rtn"\ngroup_size = "all"', "group_size='all' is not supported; use a number or 'row'"),
+        ('recipe = "rtn"\ngroup_size = true', "group_size = True must be of type int or str"),
+        ('recipe = "rtn"\nsymmetric = 1', "symmetric = 1 must be of type bool"),
+        ('recipe = "rtn"\ndtype = "int8"', "dtype='int8' is not supported"),
+        ('recipe = "rtn"\n[w4a4]\nclip_ratio = 2', "[w4a4]: clip_ratio=2.0 must be in (0, 1]"),
+        ('recipe = "rtn"\n[w4a8]\nbits = 6', "[w4a8] has unknown keys: bits"),
+    ],
+)
+def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        recipes.read_recipe(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("gptx", "recipe 'gptx' is unknown; use keep, rtn, or the path of a .toml file"),
+        ("no/such.toml", "cannot read recipe no/such.toml: No such file or directory"),
+    ],
+)
+def test_an_unknown_recipe_exits_with_2_before_anything_is_read(capsys, tmp_path, monkeypatch, recipe, message):
+    monkeypatch.setattr(recipes, "resolve_model", lambda _: pytest.fail("looked for a model"))
+    code, out, err = run(capsys, "default", tmp_path / "out", "--recipe", recipe)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["m"], ["m", "o"], ["m", "o", "--recipe", "rtn", "--symmetric", "--asymmetric"], ["m", "o", "--x"]]
+)
+def test_wrong_usage_exits_with_2(arguments):
+    with pytest.raises(SystemExit) as raised:
+        quantize.main(arguments)
+    assert raised.value.code == 2
+
+
+def test_what_is_at_the_destination_is_checked_before_the_work(capsys, tmp_path, four_bit_file, monkeypatch):
+    done, other = tmp_path / "done", tmp_path / "other"
+    assert run(capsys, four_bit_file, done, "--recipe", "keep")[0] == 0
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    monkeypatch.setattr(recipes, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
+    code, _, err = run(capsys, four_bit_file, done, "--recipe", "keep")
+    assert code == 2
+    assert "is a checkpoint already; give another path, or --overwrite" in err
+    code, _, err = run(capsys, four_bit_file, other, "--recipe", "keep", "--overwrite")
+    assert code == 1
+    assert "is not a qspec-jax checkpoint, so it is not overwritten" in err
+
+
+def test_what_cannot_fit_is_refused_with_numbers_before_the_work(capsys, tmp_path, four_bit_file, monkeypatch):
+    monkeypatch.setattr(recipes, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda: 1000)
+        code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert code == 1
+    assert "the weights of model.gguf and the copies that quantising takes need 0.00 GB and" in err
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert code == 1
+    assert "0.00 GB free" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_exits_with_1(capsys, tmp_path):
+    code, out, err = run(capsys, tmp_path / "absent.gguf", tmp_path / "out", "--recipe", "rtn")
+    assert (code, out) == (1, "")
+    assert "no such file or directory" in err
+
+
+def test_the_process_reports_an_error_without_a_traceback_unless_asked(tmp_path):
+    command = [sys.executable, "-m", "qspec_jax.quantize", "no/such.gguf", str(tmp_path / "out"), "--recipe", "rtn"]
+    plain = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=ROOT)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.demo
+@pytest.mark.usefixtures("demo_gguf")
+def test_the_demo_model_gives_the_same_tokens_from_its_checkpoint(capsys, tmp_path):
+    code, _, _ = run(capsys, "default", tmp_path / "out", "--recipe", "keep")
+    assert code == 0
+    original, loaded = load(None), load(tmp_path / "out")
+    assert_same_parameters(loaded, original)
+    prompts = make_demo.prompts()[:2]
+    expected, found = (model.generate(prompts, mode="w4a16", max_new_tokens=16) for model in (original, loaded))
+    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+    assert [result.text for result in found] == [result.text for result in expected]
