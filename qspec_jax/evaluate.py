@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.command import exit_code, say
+from qspec_jax.errors import UsageError
 from qspec_jax.generate import read_prompt_file
 
 if TYPE_CHECKING:
@@ -54,18 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except QSpecError as error:
-        if arguments.debug:
-            raise
-        _say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    return 0
+    return exit_code(run, build_parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -100,7 +90,7 @@ def _scores(
     text: str | None,
     prompts: list[str],
 ) -> tuple[list[TextScore], list[DraftScore]]:
-    _say("starting ...")
+    say("starting ...")
     import qspec_jax
     from qspec_jax.evaluation import score_drafts, score_text
 
@@ -239,10 +229,6 @@ def _progress(description: str) -> Any:
         return tqdm(items, desc=description, file=sys.stderr, leave=False)
 
     return wrap
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.command import exit_code, say
+from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
@@ -55,21 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except QSpecError as error:
-        if arguments.debug:
-            raise
-        _say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
-    return 0
+    return exit_code(run, build_parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "max_seq_len": arguments.max_seq_len,
         "chat": arguments.chat,
-        "on_event": lambda event: _say(f"{event} ..."),
+        "on_event": lambda event: say(f"{event} ..."),
     }
     if stream and not arguments.json:
         _stream_text(model, prompts, options)
@@ -99,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         if len(prompts) > 1:
             print(f"### {prompt}")
         print(result.text)
-    _say(summary(results))
+    say(summary(results))
 
 
 def _stream_text(model: LanguageModel, prompts: list[str], options: dict[str, Any]) -> None:
@@ -111,7 +98,7 @@ def _stream_text(model: LanguageModel, prompts: list[str], options: dict[str, An
                 print(piece, end="", flush=True)
             else:
                 print(flush=True)
-                _say(summary([piece]))
+                say(summary([piece]))
 
 
 def summary(results: Sequence[GenerationResult]) -> str:
@@ -182,7 +169,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> LanguageModel:
-    _say("starting ...")
+    say("starting ...")
     import qspec_jax
 
     quantization: Any = None if arguments.mode == "float" else "auto"
@@ -196,10 +183,6 @@ def _load(arguments: argparse.Namespace) -> LanguageModel:
         kernels=arguments.kernels,
         progress=sys.stderr.isatty(),
     )
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.command import exit_code, say
 
 if TYPE_CHECKING:
     from qspec_jax.recipes import Conversion, RecipeOptions
@@ -53,18 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except QSpecError as error:
-        if arguments.debug:
-            raise
-        _say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was changed")
-        return 130
-    return 0
+    return exit_code(run, build_parser().parse_args(argv), interrupted="interrupted; nothing was changed")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,14 +62,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe, options = read_recipe(arguments.recipe)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         conversion = convert(
             arguments.model,
             arguments.output,
             recipe=recipe,
             options=_override(options, arguments),
             overwrite=arguments.overwrite,
-            progress=Progress(_bar, _say),
+            progress=Progress(_bar, say),
         )
     print(summary(conversion))
 
@@ -105,15 +94,11 @@ def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOp
 
 def _bar(items: Iterable, what: str) -> Iterable:
     if not sys.stderr.isatty():
-        _say(f"{what} ...")
+        say(f"{what} ...")
         return items
     from tqdm import tqdm
 
     return tqdm(items, desc=what, unit="part", file=sys.stderr, leave=False)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

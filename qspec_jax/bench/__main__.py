@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from qspec_jax.bench import kernels, tune
-from qspec_jax.bench.options import say
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.command import exit_code
 
 COMMANDS = (kernels, tune)
 
@@ -34,19 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser().parse_args(argv)
     arguments.argv = argv
-    try:
-        return arguments.run(arguments)
-    except QSpecError as error:
-        if arguments.debug:
-            raise
-        say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+    return exit_code(arguments.run, arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
+from qspec_jax.command import say
 
 if TYPE_CHECKING:
     from qspec_jax.bench.measure import Measurement, Plan
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(header(facts))
     if not kernel_clock_works():
         print(WALL_NOTICE)
-    options.say("ceilings ...")
+    say("ceilings ...")
     ceilings = measure_ceilings(repeats=plan.repeats)
     print(ceilings_line(ceilings))
     print(table_head("kernel" if kernel_clock_works() else "wall"), flush=True)
@@ -150,8 +151,8 @@ def _report(facts: dict[str, Any], ceilings: Ceilings, measurements: Sequence[Me
 def _complain(measurements: Sequence[Measurement]) -> int:
     """Names what was refused, once per reason, and what is broken."""
     for reason in dict.fromkeys(one.reason for one in measurements if one.status == "unsupported"):
-        options.say(f"-: {reason}")
+        say(f"-: {reason}")
     broken = [one for one in measurements if one.status in ("wrong", "failed")]
     for one in broken:
-        options.say(f"{one.status}: {one.op} {one.implementation} K={one.k} N={one.n} M={one.rows}: {one.reason}")
+        say(f"{one.status}: {one.op} {one.implementation} K={one.k} N={one.n} M={one.rows}: {one.reason}")
     return 1 if broken else 0

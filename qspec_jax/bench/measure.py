@@ -12,10 +12,10 @@ import jax
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench import operands, torch_int4
 from qspec_jax.bench.operands import Workload
-from qspec_jax.bench.options import say
 from qspec_jax.bench.presets import MatmulShape
 from qspec_jax.bench.roofline import Ceilings
 from qspec_jax.bench.timing import Clock, compile_calls, run_in_threads, time_calls
+from qspec_jax.command import say
 
 XLA = "xla"  # what multiplies the bfloat16 weights of the baseline
 # Rounding the result to bfloat16 costs 1.7e-3, and as much again where weights are scaled before they are multiplied.

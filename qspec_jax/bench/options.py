@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from qspec_jax.loading import open_source, resolve_model
 WHOLE_ROW = "row"
 _GROUP_SIZES = ("32", "64", "128", WHOLE_ROW)
 _SHAPE = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
-
-
-def say(message: str) -> None:
-    """A line on the standard error stream."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
+from qspec_jax.command import say
 from qspec_jax.errors import QSpecError, UsageError
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def tune(
     for index, problem in enumerate(problems):
         left = end - time.monotonic()
         if left <= 0:
-            options.say(f"time limit: {len(problems) - index} of {len(problems)} are not done; raise --time-limit")
+            say(f"time limit: {len(problems) - index} of {len(problems)} are not done; raise --time-limit")
             break
-        options.say(f"{index + 1}/{len(problems)} {problem} ...")
+        say(f"{index + 1}/{len(problems)} {problem} ...")
         laboratory, space = _laboratory_and_space(problem, arguments.repeats)
         deadline = time.monotonic() + left / (len(problems) - index)
         outcome = search(laboratory, space, candidates=arguments.candidates, deadline=deadline)

@@ -1,0 +1,42 @@
+"""What the commands ``python -m qspec_jax.<name>`` share: exit codes, and lines on the standard error stream.
+
+Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from qspec_jax.errors import QSpecError, UsageError
+
+
+def exit_code(
+    run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, *, interrupted: str = "interrupted"
+) -> int:
+    """Runs a command. An error is one line, unless ``arguments.debug`` asks for its traceback.
+
+    Args:
+        run: the command; its own exit code, or None for success.
+        arguments: parsed.
+        interrupted: what to say when the user stops it.
+    """
+    try:
+        return run(arguments) or 0
+    except QSpecError as error:
+        if arguments.debug:
+            raise
+        say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        say(interrupted)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stderr.close()
+        return 1
+
+
+def say(message: str) -> None:
+    """A line on the standard error stream."""
+    print(message, file=sys.stderr, flush=True)
