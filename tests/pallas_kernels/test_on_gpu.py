@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
-ROWS = (1, 3, 16, 33, 64, 100, 128, 256)
+ROWS = (1, 3, 4, 16, 33, 64, 100, 128, 256)
 IMPLEMENTATIONS = ("triton", "mosaic")
 INVARIANT_ROWS = {"triton": tiles.ROW_INVARIANT_ROWS, "mosaic": 256}
 SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
