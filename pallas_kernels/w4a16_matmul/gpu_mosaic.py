@@ -32,6 +32,8 @@ _KINDS = {
     jnp.dtype(jnp.bfloat16): {"kind": "bf16", "magic": "0x43004300", "centre": "0x43084308"},
     jnp.dtype(jnp.float16): {"kind": "f16", "magic": "0x64006400", "centre": "0x64086408"},
 }
+# A thread's 32 inputs are 8 instructions of 4, which an instruction takes as 0, 2 (neighbours) and 1, 3.
+INPUT_ORDER = (8, 2, 2), (1, 3, 0, 2)
 _PLANES_TOGETHER = 32  # rows per program up to which registers hold both planes of a tile
 _SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
 _SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
@@ -71,8 +73,7 @@ def _matmul(x: Array, packed: Array, scale: Array, offset: Array | None, *, conf
     problem = hopper.Problem(x.shape[0], packed.shape[0], k, scale.shape[0], x.dtype, x.dtype)
     columns = (scale,) if offset is None else (scale, offset)
     config = hopper.with_most_stages(config, problem, len(columns))
-    # A thread's 32 inputs are 8 instructions of 4, which an instruction takes as 0, 2 (neighbours) and 1, 3.
-    rows = hopper.order_inputs(x, sizes=(8, 2, 2), order=(1, 3, 0, 2))
+    rows = hopper.order_inputs(x, *INPUT_ORDER)
     outputs = pipelines.launch(
         rows, packed, columns, None, consume=_consume, problem=problem, config=config, name="w4a16"
     )

@@ -24,6 +24,8 @@ from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.gpu_mosaic_registers import arith, assembly, ir, llvm, plgpu
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
 
+# A thread's 32 inputs are 4 instructions of twice 4, which an instruction takes 16 inputs apart.
+INPUT_ORDER = (4, 2, 4), (1, 2, 0, 3)
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
 _DECODE = (
@@ -92,8 +94,7 @@ def _matmul(
         share = 1 / config.slices if scale.shape[0] == 1 else 1
         row_groups = (by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(share),)
     config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
-    # A thread's 32 inputs are 4 instructions of twice 4, which an instruction takes 16 inputs apart.
-    rows = hopper.order_inputs(codes, sizes=(4, 2, 4), order=(1, 2, 0, 3))
+    rows = hopper.order_inputs(codes, *INPUT_ORDER)
     outputs = pipelines.launch(
         rows,
         packed,

@@ -67,7 +67,7 @@ def test_rows_are_padded_as_little_as_programs_allow():
     assert [hopper.block_m(m) for m in (1, 8, 9, 256, 257, 600)] == [8, 8, 16, 256, 136, 200]
 
 
-@pytest.mark.parametrize(("sizes", "order"), [((8, 2, 2), (1, 3, 0, 2)), ((4, 2, 4), (1, 2, 0, 3))])
+@pytest.mark.parametrize(("sizes", "order"), [w4a16_mosaic.INPUT_ORDER, w4a4_mosaic.INPUT_ORDER])
 def test_inputs_are_reordered_within_the_tiles_of_each_plane(sizes, order):
     x = jnp.arange(2 * 512).reshape(2, 512)
     ordered = np.asarray(hopper.order_inputs(x, sizes, order))
@@ -78,10 +78,10 @@ def test_inputs_are_reordered_within_the_tiles_of_each_plane(sizes, order):
 
 def test_a_16_bit_instruction_takes_two_bytes_apart_and_an_8_bit_one_a_whole_word():
     x = jnp.arange(256).reshape(1, 256)
-    floats = np.asarray(hopper.order_inputs(x, (8, 2, 2), (1, 3, 0, 2)))[0, 0]
+    floats = np.asarray(hopper.order_inputs(x, *w4a16_mosaic.INPUT_ORDER))[0, 0]
     # Thread t has inputs 32 t ..; in the first instruction its word 0: bytes 0 and 2, then, eight later, 1 and 3.
     np.testing.assert_array_equal(floats[:16], [0, 2, 32, 34, 64, 66, 96, 98, 1, 3, 33, 35, 65, 67, 97, 99])
-    integers = np.asarray(hopper.order_inputs(x, (4, 2, 4), (1, 2, 0, 3)))[0, 0]
+    integers = np.asarray(hopper.order_inputs(x, *w4a4_mosaic.INPUT_ORDER))[0, 0]
     np.testing.assert_array_equal(
         integers[:20], [*range(4), *range(32, 36), *range(64, 68), *range(96, 100), *range(4, 8)]
     )
