@@ -51,7 +51,7 @@ def test_a_named_implementation_runs_or_raises(op, name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_name_lists_the_known_ones(op):
-    with pytest.raises(ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of mosaic, triton, reference"):
+    with pytest.raises(ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of triton, mosaic, reference"):
         calls("cuda")[op]()
 
 
@@ -61,10 +61,10 @@ def test_none_works_everywhere(op):
     np.testing.assert_array_equal(calls(None)[op](), calls("reference")[op]())
 
 
-def test_available_implementations_are_listed_best_first():
+def test_available_implementations_are_listed_in_the_order_of_trial():
     assert available_implementations("cpu") == ("reference",)
     assert available_implementations("tpu") == ("reference",)
-    assert available_implementations("cuda") == ("mosaic", "triton", "reference")
+    assert available_implementations("cuda") == ("triton", "mosaic", "reference")
     assert available_implementations()[-1] == "reference"
 
 
@@ -81,10 +81,17 @@ def test_an_obstacle_in_the_shapes_is_told_only_where_the_platform_fits(any_plat
         select_implementation("op", "triton", triton_obstacle=unfit)
 
 
-def test_mosaic_is_first_where_it_fits_and_triton_next(any_platform):
+def no_backend():
+    raise ImportError("no such backend")
+
+
+def test_triton_is_first_and_mosaic_where_triton_cannot_serve_or_be_imported(any_platform):
     fits, unfit = lambda: None, lambda: "needs something else"
-    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
-    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=unfit) == "triton"
+    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=fits) == "triton"
+    assert select_implementation("op", "mosaic", triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
+    assert select_implementation("op", None, triton_obstacle=unfit, mosaic_obstacle=fits) == "mosaic"
+    assert select_implementation("op", None, triton_obstacle=no_backend, mosaic_obstacle=fits) == "mosaic"
+    assert select_implementation("op", None, triton_obstacle=no_backend, mosaic_obstacle=no_backend) == "reference"
     with pytest.raises(NotImplementedError, match="op: implementation 'mosaic' does not exist for this operation"):
         select_implementation("op", "mosaic", triton_obstacle=fits)
 
