@@ -133,7 +133,7 @@ class Programs:
         missing = {key: lower for key, lower in missing.items() if key not in self.compiled}
         if missing:
             on_event("compiling")
-            self._check_cache(batch)
+            self.check_cache(rows=rows, slots=batch.slots)
         for key, lower in missing.items():
             with explain_out_of_memory("while compiling"):
                 try:
@@ -158,11 +158,20 @@ class Programs:
 
     def lower_loop(self, plan: DecodingPlan, batch: Batch) -> jax.stages.Lowered:
         """Lowers the generation loop of a plan and shape; its state is donated."""
+        state = jax.eval_shape(self._prefill_function(plan, batch), self.leaves, *batch.arrays)
+        return self.lower_repetition(plan, state)
+
+    def lower_repetition(
+        self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
+    ) -> jax.stages.Lowered:
+        """Lowers the loop ``(leaves, state, max_cycles) -> state`` for a state like the one given, which is donated.
+
+        ``advance`` is what the loop repeats, see :func:`speculative.generate`.
+        """
 
         def loop(leaves, state, max_cycles):
-            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan)
+            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)
 
-        state = jax.eval_shape(self._prefill_function(plan, batch), self.leaves, *batch.arrays)
         return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
     def _prefill_function(self, plan: DecodingPlan, batch: Batch) -> Callable[..., DecodeState]:
@@ -172,11 +181,11 @@ class Programs:
 
         return prefill
 
-    def _check_cache(self, batch: Batch) -> None:
-        rows = batch.tokens.shape[0]
-        cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=batch.slots))
+    def check_cache(self, *, rows: int, slots: int) -> None:
+        """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
+        cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=slots))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        check_memory(needed, what=f"the caches of {rows} sequences of {batch.slots} tokens")
+        check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
 
 
 def add_group_sums(decoder: Decoder) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -217,8 +218,18 @@ def emit(
     )
 
 
-def generate(model: Decoder, state: DecodeState, max_cycles: Int32[Array, ""], *, plan: DecodingPlan) -> DecodeState:
-    """Runs cycles on the device until every sequence has finished, or ``max_cycles`` of them."""
+def generate(
+    model: Decoder,
+    state: DecodeState,
+    max_cycles: Int32[Array, ""],
+    *,
+    plan: DecodingPlan,
+    advance: Callable[..., DecodeState] = cycle,
+) -> DecodeState:
+    """Runs cycles on the device until every sequence has finished, or ``max_cycles`` of them.
+
+    ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.
+    """
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         count, state = carry
@@ -226,7 +237,7 @@ def generate(model: Decoder, state: DecodeState, max_cycles: Int32[Array, ""], *
 
     def one_cycle(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         count, state = carry
-        return count + 1, cycle(model, state, plan=plan)
+        return count + 1, advance(model, state, plan=plan)
 
     return lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))[1]
 

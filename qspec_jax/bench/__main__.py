@@ -13,10 +13,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qspec_jax.bench import kernels, tune
+from qspec_jax.bench import decode, kernels, tune
 from qspec_jax.command import exit_code
 
-COMMANDS = (kernels, tune)
+COMMANDS = (kernels, decode, tune)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -74,7 +74,7 @@ def num_copies(num_bytes: int) -> int:
 
 def random_weights(k: int, n: int, *, group_size: int, symmetric: bool) -> list[QuantizedWeight]:
     """Copies of a ``[N, K]`` weight that differ, with all 16 codes and entries of about ``1 / sqrt(K)``."""
-    make = functools.partial(_random_weight, k=k, n=n, group_size=group_size, symmetric=symmetric)
+    make = functools.partial(random_weight, k=k, n=n, group_size=group_size, symmetric=symmetric)
     return [make(key) for key in jax.random.split(jax.random.key(0), num_copies(n * k // 2))]
 
 
@@ -148,11 +148,15 @@ def float_workload(x: Array, weights: Sequence[Array]) -> Workload:
     return Workload(x, weights, lambda _: product, expected, num_operations)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "n", "group_size", "symmetric"))
-def _random_weight(key: Array, *, k: int, n: int, group_size: int, symmetric: bool) -> QuantizedWeight:
+@functools.partial(jax.jit, static_argnames=("k", "n", "group_size", "symmetric", "layers"))
+def random_weight(
+    key: Array, *, k: int, n: int, group_size: int, symmetric: bool, layers: tuple[int, ...] = ()
+) -> QuantizedWeight:
+    """One ``[N, K]`` weight, or a stack with leading axes ``layers``: see :func:`random_weights`."""
     code_key, scale_key, offset_key = jax.random.split(key, 3)
-    packed = jax.random.bits(code_key, (n, k // 2), jnp.uint8)
-    scale = jax.random.uniform(scale_key, (k // group_size, n), minval=0.5, maxval=1.5) / (4 * math.sqrt(k))
+    packed = jax.random.bits(code_key, (*layers, n, k // 2), jnp.uint8)
+    shape = (*layers, k // group_size, n)
+    scale = jax.random.uniform(scale_key, shape, minval=0.5, maxval=1.5) / (4 * math.sqrt(k))
     offset = scale * jax.random.uniform(offset_key, scale.shape, minval=5.0, maxval=10.0)
     return QuantizedWeight(packed, scale.astype(jnp.float16), None if symmetric else offset.astype(jnp.float16))
 

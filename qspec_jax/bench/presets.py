@@ -1,4 +1,4 @@
-"""The matmul shapes of models: the fused linears of presets and of checkpoints."""
+"""Shapes of well-known models, and the matmuls of a model: its fused linears."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PRESETS = {
         num_heads=32,
         num_kv_heads=32,
         head_dim=128,
+        max_position_embeddings=4096,
     ),
     "llama-3-8b": ModelConfig(
         vocab_size=128256,
@@ -25,6 +26,7 @@ PRESETS = {
         num_heads=32,
         num_kv_heads=8,
         head_dim=128,
+        max_position_embeddings=8192,
     ),
     "llama-3-70b": ModelConfig(
         vocab_size=128256,
@@ -34,6 +36,7 @@ PRESETS = {
         num_heads=64,
         num_kv_heads=8,
         head_dim=128,
+        max_position_embeddings=8192,
     ),
     "qwen2.5-14b": ModelConfig(
         vocab_size=152064,
@@ -44,6 +47,7 @@ PRESETS = {
         num_kv_heads=8,
         head_dim=128,
         qkv_bias=True,
+        max_position_embeddings=131072,
     ),
     "smollm2-135m": ModelConfig(
         vocab_size=49152,
@@ -54,6 +58,7 @@ PRESETS = {
         num_kv_heads=3,
         head_dim=64,
         tie_word_embeddings=True,
+        max_position_embeddings=8192,
     ),
 }
 

@@ -39,21 +39,25 @@ class Ceilings:
 
 
 def measure_ceilings(*, repeats: int) -> Ceilings:
-    """Copies an array and multiplies two, far beyond the caches on a GPU and small elsewhere."""
-    on_gpu = jax.default_backend() == "gpu"
-    num_bytes, side = (2**30, 8192) if on_gpu else (2**26, 512)
-    arrays = [jnp.full((num_bytes // 4,), value, jnp.int32) for value in (1, 2)]
-    # Inverts the bits, since a bare copy may become one of the driver's, which is no kernel.
-    copy_us = _us(lambda _, a: ~a, None, arrays, repeats)
+    """Copies an array, and multiplies two that are large on a GPU and small elsewhere."""
+    side = 8192 if jax.default_backend() == "gpu" else 512
     keys = jax.random.split(jax.random.key(0))
     # Random bits: a GPU multiplies tame numbers faster, since they take less power.
     floats = [jax.random.normal(key, (side, side)).astype(jnp.bfloat16) for key in keys]
     integers = [jax.random.randint(key, (side, side), -128, 128, jnp.int8) for key in keys]
     return Ceilings(
-        copy_tb_per_s=2 * num_bytes / copy_us * 1e-6,
+        copy_tb_per_s=measure_copy(repeats=repeats),
         bf16_top_per_s=_matmul_top_per_s(floats, jnp.bfloat16, repeats),
         int8_top_per_s=_matmul_top_per_s(integers, jnp.int32, repeats),
     )
+
+
+def measure_copy(*, repeats: int) -> float:
+    """TB/s read and written by a copy of an array far beyond the caches on a GPU, and a small one elsewhere."""
+    num_bytes = 2**30 if jax.default_backend() == "gpu" else 2**26
+    arrays = [jnp.full((num_bytes // 4,), value, jnp.int32) for value in (1, 2)]
+    # Inverts the bits, since a bare copy may become one of the driver's, which is no kernel.
+    return 2 * num_bytes / _us(lambda _, a: ~a, None, arrays, repeats) * 1e-6
 
 
 def _matmul_top_per_s(operands: list[jax.Array], out_dtype: DTypeLike, repeats: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 import statistics
 import time
@@ -93,12 +94,29 @@ def _kernel_us(program: jax.stages.Compiled, shared: Any, copies: list[Any]) -> 
     return 1e3 * sum(milliseconds for _, milliseconds in kernels)
 
 
-def _kernels(program: Any, *arguments: Any) -> list[tuple[str, float]] | None:
-    """Name and milliseconds of every kernel of a run, which the profiler warms up first."""
-    from jax.experimental.mosaic.gpu import profiler  # not on every platform
+def _kernels(program: Any, *arguments: Any) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel of a run, after a first one."""
+    jax.block_until_ready(program(*arguments))
+    return recorded_kernels(lambda: program(*arguments))
 
-    _, kernels = profiler.measure(program, aggregate=False)(*arguments)
-    return kernels
+
+def recorded_kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel of one run, of a program that has run before.
+
+    Raises:
+        ImportError, RuntimeError: there is no CUPTI.
+    """
+    # profiler.measure would call a program twice with the same arguments, which donated ones do not survive.
+    profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")  # not on every platform
+    if profiler.mosaic_gpu_lib is None:
+        raise RuntimeError("jaxlib was built without CUPTI")
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        jax.block_until_ready(run())
+    finally:
+        kernels = cupti._cupti_get_timings(True)  # detaches CUPTI
+    return list(kernels or ())
 
 
 def _wall_us(program: jax.stages.Compiled, shared: Any, copies: list[Any]) -> float:

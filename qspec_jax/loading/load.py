@@ -53,17 +53,9 @@ def load(
         UsageError: an argument makes no sense here.
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
-    # A named implementation is used for every matmul or refused; auto may differ where a shape does not fit.
-    named, kernels = (None if kernels == "auto" else kernels), resolve_kernels(kernels)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    placement = decoder_options(kernels, dtype)
     path = resolve_model(model)
-    placement: dict[str, Any] = {
-        "dtype": jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
-        "kernels": REFERENCE if kernels == REFERENCE else named,
-        "scan_layers": kernels == REFERENCE,
-        "progress": _progress_bar(f"loading {path.name}") if progress else iter,
-    }
+    placement["progress"] = _progress_bar(f"loading {path.name}") if progress else iter
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
@@ -75,6 +67,7 @@ def load(
         formats = weight_formats(source, quantization)
         tokenizer = open_tokenizer(path)
         decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
+    kernels = resolve_kernels(kernels)
     return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=kernels, name=path.name)
 
 
@@ -110,6 +103,24 @@ def save(
 def open_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
     return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)
+
+
+def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:
+    """``kernels``, ``dtype`` and ``scan_layers`` of a :class:`Decoder` on this device, for arguments of :func:`load`.
+
+    Raises:
+        UsageError: an argument makes no sense here.
+    """
+    resolved = resolve_kernels(kernels)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    # A named implementation is used for every matmul or refused; auto may differ where a shape does not fit.
+    named = None if kernels == "auto" else kernels
+    return {
+        "dtype": jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
+        "kernels": REFERENCE if resolved == REFERENCE else named,
+        "scan_layers": resolved == REFERENCE,
+    }
 
 
 def resolve_kernels(kernels: str) -> str:

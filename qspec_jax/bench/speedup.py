@@ -1,0 +1,144 @@
+"""What speculation gains over plain decoding, by acceptance (Leviathan et al., 2023, section 3).
+
+With acceptance ``alpha``, the chance that a draft is accepted once those before it are, a cycle of ``gamma`` drafts
+yields ``E = (1 - alpha^(gamma + 1)) / (1 - alpha)`` tokens (equation 1). It costs ``gamma * c_d + c_v`` plain steps:
+a draft step takes ``c_d`` of one and the verification ``c_v``, so the speed-up is ``E / (gamma * c_d + c_v)``.
+
+``alpha`` is not the acceptance rate of the other commands, accepted over drafted tokens, which counts the drafts after
+a rejected one too and so is lower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qspec_jax.evaluation import DraftScore
+
+ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_BISECTIONS = 60
+
+
+def expected_tokens(acceptance: float, draft_length: int) -> float:
+    """Tokens that a cycle yields: ``1 + alpha + ... + alpha^gamma``."""
+    return sum(acceptance**position for position in range(draft_length + 1))
+
+
+def acceptance_for(tokens: float, draft_length: int) -> float | None:
+    """The acceptance at which a cycle yields so many tokens; None where no acceptance does.
+
+    Acceptance 0 yields the one token that a cycle always yields.
+    """
+    if tokens > draft_length + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(middle, draft_length) < tokens else (low, middle)
+    return high
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """Times of QSpec beside those of plain decoding at the verify precision.
+
+    Attributes:
+        draft: precision of the drafts.
+        draft_length: gamma.
+        batch, context: sequences, and tokens in the cache of each.
+        plain_ms, draft_ms, verify_ms, cycle_ms: of a plain step, a draft step, a verification, and of a whole cycle
+            in the loop that generates.
+        accepted: what drafts of a real model were worth; None where that was not measured.
+    """
+
+    draft: str
+    draft_length: int
+    batch: int
+    context: int
+    plain_ms: float
+    draft_ms: float
+    verify_ms: float
+    cycle_ms: float
+    accepted: DraftScore | None = None
+
+    @property
+    def draft_ratio(self) -> float:
+        """``c_d``."""
+        return self.draft_ms / self.plain_ms
+
+    @property
+    def verify_ratio(self) -> float:
+        """``c_v``."""
+        return self.verify_ms / self.plain_ms
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Plain steps that a cycle costs: by its ``parts``, and as the ``loop`` runs it."""
+        parts = self.draft_length * self.draft_ratio + self.verify_ratio
+        return {"parts": parts, "loop": self.cycle_ms / self.plain_ms}
+
+    @property
+    def gap_ms(self) -> float:
+        """What a cycle in the loop takes beyond its drafts and verification."""
+        return self.cycle_ms - self.draft_length * self.draft_ms - self.verify_ms
+
+    @property
+    def accepted_alpha(self) -> float | None:
+        """The acceptance at which a cycle yields the tokens that it was measured to."""
+        return None if self.accepted is None else acceptance_for(self.accepted.tokens_per_cycle, self.draft_length)
+
+    def speedups(self, tokens_per_cycle: float) -> dict[str, float]:
+        """Of cycles that yield so many tokens, by each of :attr:`costs`."""
+        return {kind: tokens_per_cycle / cost for kind, cost in self.costs.items()}
+
+    def to_dict(self, acceptances: Sequence[float] = ACCEPTANCES) -> dict[str, Any]:
+        """All figures, JSON-serialisable."""
+        tokens = [expected_tokens(acceptance, self.draft_length) for acceptance in acceptances]
+        curve = [
+            {"acceptance": acceptance, "tokens_per_cycle": one, "speedup": self.speedups(one)}
+            for acceptance, one in zip(acceptances, tokens, strict=True)
+        ]
+        measured = None
+        if self.accepted is not None:
+            speedups = self.speedups(self.accepted.tokens_per_cycle)
+            measured = {"alpha": self.accepted_alpha, "speedup": speedups, **dataclasses.asdict(self.accepted)}
+        times = {key: value for key, value in dataclasses.asdict(self).items() if key != "accepted"}
+        return {
+            **times,
+            "draft_ratio": self.draft_ratio,
+            "verify_ratio": self.verify_ratio,
+            "gap_ms": self.gap_ms,
+            "costs": self.costs,
+            "break_even": {kind: acceptance_for(cost, self.draft_length) for kind, cost in self.costs.items()},
+            "curve": curve,
+            "accepted": measured,
+        }
+
+
+def plot_speedup(path: Path, speculations: Sequence[Speculation], *, title: str) -> None:
+    """Draws speed-up over acceptance, a line per speculation with its measured acceptance marked, into a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    acceptances = [step / 100 for step in range(101)]
+    for one in speculations:
+        tokens = [expected_tokens(acceptance, one.draft_length) for acceptance in acceptances]
+        loop, parts = ([one.speedups(count)[kind] for count in tokens] for kind in ("loop", "parts"))
+        label = f"{one.draft} x {one.draft_length}, batch {one.batch}, context {one.context}"
+        (line,) = axes.plot(acceptances, loop, label=label)
+        axes.plot(acceptances, parts, color=line.get_color(), linestyle=":", linewidth=1)
+        if one.accepted is not None and one.accepted_alpha is not None:
+            reached = one.speedups(one.accepted.tokens_per_cycle)["loop"]
+            axes.plot([one.accepted_alpha], [reached], color=line.get_color(), marker="o", linestyle="none")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set(xlabel="acceptance of a draft whose predecessors are accepted", ylabel="speed-up over plain W4A16")
+    axes.set_title(f"{title}\nloop; dotted: sum of its parts; dots: measured acceptance", fontsize="small")
+    axes.grid(visible=True, alpha=0.2)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)

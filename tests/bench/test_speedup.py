@@ -1,0 +1,63 @@
+"""The formula of what speculation gains, and what is drawn of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qspec_jax.bench.speedup import Speculation, acceptance_for, expected_tokens, plot_speedup
+from qspec_jax.evaluation import DraftScore
+
+SPECULATION = Speculation("w4a8", 3, 16, 512, plain_ms=4.0, draft_ms=3.0, verify_ms=5.0, cycle_ms=15.0)
+SCORE = DraftScore("w4a8", 3, 8, 512, 0.8, 3.4, (0.9, 0.8, 0.7), 8)
+
+
+@pytest.mark.parametrize("draft_length", [1, 3, 7])
+@pytest.mark.parametrize("acceptance", [0.3, 0.8, 0.95])
+def test_expected_tokens_are_equation_1_and_a_simulation(acceptance, draft_length):
+    closed = (1 - acceptance ** (draft_length + 1)) / (1 - acceptance)
+    accepted = np.random.default_rng(0).random((200_000, draft_length)) < acceptance
+    simulated = 1 + np.cumprod(accepted, axis=1).sum(axis=1).mean()
+    assert expected_tokens(acceptance, draft_length) == pytest.approx(closed)
+    assert simulated == pytest.approx(closed, rel=0.01)
+
+
+@pytest.mark.parametrize("draft_length", range(1, 8))
+def test_a_cycle_yields_one_token_at_least_and_all_of_them_at_most(draft_length):
+    assert expected_tokens(0.0, draft_length) == 1
+    assert expected_tokens(1.0, draft_length) == draft_length + 1
+
+
+def test_the_acceptance_for_a_yield_inverts_it():
+    for acceptance in (0.01, 0.5, 0.9, 1.0):
+        assert acceptance_for(expected_tokens(acceptance, 3), 3) == pytest.approx(acceptance)
+    assert acceptance_for(0.7, 3) == pytest.approx(0)  # a cycle cheaper than a step gains at once
+    assert acceptance_for(4.01, 3) is None
+
+
+def test_speedup_is_yield_over_cost_and_breaks_even_at_one():
+    assert SPECULATION.draft_ratio == 0.75
+    assert SPECULATION.verify_ratio == 1.25
+    assert SPECULATION.gap_ms == 1.0
+    assert SPECULATION.costs == {"parts": 3.5, "loop": 3.75}
+    found = SPECULATION.to_dict()
+    assert found["curve"][-1]["acceptance"] == 1.0
+    assert found["curve"][-1]["speedup"] == {"parts": pytest.approx(4 / 3.5), "loop": pytest.approx(4 / 3.75)}
+    for kind, even in found["break_even"].items():
+        assert SPECULATION.speedups(expected_tokens(even, 3))[kind] == pytest.approx(1)
+
+
+def test_measured_acceptance_stands_on_the_curve():
+    one = Speculation("w4a8", 3, 16, 512, 4.0, 3.0, 5.0, 15.0, SCORE)
+    assert expected_tokens(one.accepted_alpha, 3) == pytest.approx(3.4)
+    assert one.accepted_alpha > SCORE.acceptance_rate  # which counts drafts after a rejected one as drafted
+    found = one.to_dict()["accepted"]
+    assert found["speedup"] == {"parts": pytest.approx(3.4 / 3.5), "loop": pytest.approx(3.4 / 3.75)}
+    assert found["alpha"] == one.accepted_alpha
+
+
+def test_the_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speedup.png"
+    plot_speedup(path, [SPECULATION, Speculation("w4a4", 1, 1, 64, 4.0, 3.0, 5.0, 9.0, SCORE)], title="a device")
+    assert path.read_bytes().startswith(b"\x89PNG")
