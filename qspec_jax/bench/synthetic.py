@@ -1,7 +1,7 @@
 """Models of a given shape with random 4-bit weights: as fast as real ones, and there in seconds.
 
 A decoder is arranged exactly as :func:`qspec_jax.load` arranges it, and filled array by array on the device, so that
-no more than the model and one array of it are in memory. What it generates is noise.
+memory holds the model and the random bits of one array. What it generates is noise.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def synthetic_model(
 
 
 class _Keys:
-    """Keys one after the other; of a generator that needs no temporary arrays."""
+    """Keys one after the other, of the generator that is fast and needs least memory for large arrays."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0, impl="rbg")

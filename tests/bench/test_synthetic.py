@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,21 @@ from qspec_jax.types import Precision
 from tests import tiny
 
 CONFIGS = {
-    "tied": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=2, vocab_size=512),
+    "tied": ModelConfig.from_hf({**tiny.hf_config("smollm2_tied"), "hidden_size": 128, "intermediate_size": 256}),
     "biases and query norms": dataclasses.replace(
         ModelConfig.from_hf(tiny.hf_config("llama_with_biases")), qk_norm=True
     ),
 }
 CASES = {
-    "groups": ("tied", QuantConfig(64, symmetric=True)),
-    "rows": ("biases and query norms", QuantConfig(None)),
+    "4-bit": ("tied", QuantConfig(64)),
     "floats": ("biases and query norms", None),
 }
+
+
+@functools.cache
+def made(case):
+    name, quantization = CASES[case]
+    return synthetic_model(CONFIGS[name], quantization=quantization, dtype="bfloat16")
 
 
 def leaves(decoder):
@@ -41,13 +47,11 @@ def linears(decoder):
     return [leaf for leaf in found if isinstance(leaf, QuantizedWeight)]
 
 
-@pytest.mark.parametrize(("name", "quantization"), CASES.values(), ids=CASES)
-def test_every_array_is_as_declared_and_the_logits_are_finite(name, quantization):
-    config = CONFIGS[name]
-    model = synthetic_model(config, quantization=quantization, dtype="bfloat16")
-    declared = abstract_decoder(
-        config, quantization=quantization, formats=None, dtype=jnp.bfloat16, scan_layers=model.decoder.scan_layers
-    )
+@pytest.mark.parametrize("case", CASES)
+def test_every_array_is_as_declared_and_the_logits_are_finite(case):
+    model, (name, quantization) = made(case), CASES[case]
+    arrangement = {"dtype": jnp.bfloat16, "scan_layers": model.decoder.scan_layers}
+    declared = abstract_decoder(CONFIGS[name], quantization=quantization, formats=None, **arrangement)
     assert [(path, a.shape, a.dtype) for path, a in leaves(model.decoder)] == [
         (path, a.shape, a.dtype) for path, a in leaves(declared)
     ]
@@ -60,8 +64,7 @@ def test_every_array_is_as_declared_and_the_logits_are_finite(name, quantization
 
 
 def test_weights_use_all_codes_are_of_one_over_root_k_and_differ():
-    model = synthetic_model(CONFIGS["tied"], quantization=QuantConfig(64, symmetric=True))
-    weights = linears(model.decoder)
+    weights = linears(made("4-bit").decoder)
     assert len(weights) == 4
     for weight in weights:
         assert set(np.unique(unpack_codes(weight.packed))) == set(range(16))
