@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     four_bit = [mode for mode in request.modes if mode != "float"]
     if four_bit:
         measure(request, four_bit, report)
-    if "float" in request.modes:  # after the other model is gone
+    if "float" in request.modes:
+        gc.collect()  # the other model, whose modules refer to each other
         measure(request, ["float"], report)
     if report.speculations:
         print(speculation_table(report.speculations), flush=True)
