@@ -16,8 +16,8 @@ from pallas_kernels.packing import (
     with_group_sums,
 )
 from pallas_kernels.quantize_activations import quantize_activations
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
-from pallas_kernels.rms_norm_quantize.reference import rms_norm
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import w4a4_matmul

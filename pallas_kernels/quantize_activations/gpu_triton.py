@@ -161,40 +161,43 @@ def launch_producer(
     shape: tuple[int, ...],
     group_size: int,
     whole_tokens: bool,
+    also_written: Sequence[DTypeLike] = (),
     interpret: bool,
     name: str,
     **settings: Any,
-) -> QuantizedActivation:
+) -> tuple[QuantizedActivation, list[Array]]:
     """Quantises what ``produce`` computes, without writing it: one token per program, or some groups of one.
 
     Args:
-        produce: takes a ref per input and which values of the block exist ``[block_groups, block_group]``, and
-            returns the block as float32, zero where nothing exists.
+        produce: takes a ref per input, a ref ``[block_groups, block_group]`` per array that it writes itself, and
+            which values of the block exist, and returns the block as float32, zero where nothing exists.
         inputs: each array with a function that makes its block specification of ``(block_groups, block_group)``;
             the grid is tokens x blocks of groups.
         shape: ``[..., K]`` of the result; the arrays have one axis for all tokens.
         whole_tokens: ``produce`` needs all groups of a token at once.
+        also_written: the dtypes of the arrays of the result's shape that ``produce`` writes itself.
         settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
+
+    Returns:
+        The quantised result, and the arrays that ``produce`` has written.
     """
     *batch, num_inputs = shape
     num_rows, num_groups = math.prod(batch), num_inputs // group_size
     block_groups, block_group = pl.next_power_of_2(num_groups), pl.next_power_of_2(group_size)
     if not (whole_tokens or settings["outlier_groups"]):
         block_groups = min(block_groups, max(1, _BLOCK_VALUES // block_group))
+    block_spec = pl.BlockSpec((None, block_groups, block_group), lambda row, part: (row, part, 0))
     per_group_spec = pl.BlockSpec((None, block_groups), lambda row, part: (row, part))
     num_per_group = 1 if settings["symmetric"] else 2
-    codes, scale, *offset = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(
             _producer_kernel, produce=produce, shape=(num_groups, group_size), settings=settings, interpret=interpret
         ),
         grid=(num_rows, pl.cdiv(num_groups, block_groups)),
         in_specs=[spec(block_groups, block_group) for _, spec in inputs],
-        out_specs=[
-            pl.BlockSpec((None, block_groups, block_group), lambda row, part: (row, part, 0)),
-            *[per_group_spec] * num_per_group,
-        ],
+        out_specs=[*[block_spec] * (len(also_written) + 1), *[per_group_spec] * num_per_group],
         out_shape=[
-            jax.ShapeDtypeStruct((num_rows, num_groups, group_size), jnp.int8),
+            *[jax.ShapeDtypeStruct((num_rows, num_groups, group_size), dtype) for dtype in (*also_written, jnp.int8)],
             *[jax.ShapeDtypeStruct((num_rows, num_groups), jnp.float32)] * num_per_group,
         ],
         compiler_params=plgpu.CompilerParams(
@@ -203,23 +206,24 @@ def launch_producer(
         interpret=interpret,
         name=name,
     )(*[array for array, _ in inputs])
-    scale, *offset = (array.reshape(*batch, num_groups) for array in (scale, *offset))
-    return QuantizedActivation(codes.reshape(shape), scale, offset[0] if offset else None, settings["bits"])
+    *written, codes = (array.reshape(shape) for array in outputs[:-num_per_group])
+    scale, *offset = (array.reshape(*batch, num_groups) for array in outputs[-num_per_group:])
+    return QuantizedActivation(codes, scale, offset[0] if offset else None, settings["bits"]), written
 
 
 def _producer_kernel(
-    *refs: tiles.Ref,  # inputs, then codes [block_groups, block_group], scale and maybe offset [block_groups]
+    *refs: tiles.Ref,  # those of produce, then codes [block_groups, block_group], scale, maybe offset [block_groups]
     produce: Callable[..., Array],
     shape: tuple[int, int],  # groups, values of a group
     settings: dict[str, Any],
     interpret: bool,
 ):
     num_outputs = 2 if settings["symmetric"] else 3
-    inputs, outputs = refs[:-num_outputs], refs[-num_outputs:]
+    of_produce, outputs = refs[:-num_outputs], refs[-num_outputs:]
     block = outputs[0].shape
     first_group = pl.program_id(1) * block[0]
     groups, values = (jax.lax.broadcasted_iota(jnp.int32, block, axis) for axis in range(2))
     exists = (first_group + groups < shape[0]) & (values < shape[1])
     group_exists = first_group + jax.lax.broadcasted_iota(jnp.int32, block[:1], 0) < shape[0]
-    x = produce(*inputs, exists)
+    x = produce(*of_produce, exists)
     _store_quantized(x, exists, group_exists, outputs, settings=settings, interpret=interpret)

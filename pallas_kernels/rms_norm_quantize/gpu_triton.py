@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.rms_norm import gpu_triton as norm
 
 _STATIC = ("epsilon", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "interpret")
 
@@ -35,24 +36,43 @@ def rms_norm_quantize(
 ) -> QuantizedActivation:
     """See the public function."""
     tiles.ignore_triton_deprecation()
-    return _normalise_and_quantize(x, gain, interpret=interpret, **settings)
+    quantized, _ = _normalise_and_quantize((x,), gain, interpret=interpret, **settings)
+    return quantized
+
+
+def add_rms_norm_quantize(
+    x: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"],
+    gain: Float[Array, " K"],
+    *,
+    interpret: bool = False,
+    **settings: Any,
+) -> tuple[Float[Array, "*batch K"], QuantizedActivation]:
+    """``rms_norm_quantize`` with an update; see the public function."""
+    tiles.ignore_triton_deprecation()
+    quantized, [total] = _normalise_and_quantize((x, update), gain, interpret=interpret, **settings)
+    return total, quantized
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _normalise_and_quantize(
-    x: Array, gain: Array, *, epsilon: float, group_size: int, interpret: bool, **settings: Any
-) -> QuantizedActivation:
-    num_inputs = x.shape[-1]
-    token = x.reshape(-1, num_inputs // group_size, group_size)
+    inputs: tuple[Array, ...], gain: Array, *, epsilon: float, group_size: int, interpret: bool, **settings: Any
+) -> tuple[QuantizedActivation, list[Array]]:
+    shape, dtype = inputs[0].shape, inputs[0].dtype
+    tokens = [array.reshape(-1, shape[-1] // group_size, group_size) for array in inputs]
     return quantizer.launch_producer(
-        functools.partial(_normalised, num_inputs=num_inputs, epsilon=epsilon, interpret=interpret),
+        functools.partial(_normalised, num_inputs=shape[-1], epsilon=epsilon, interpret=interpret),
         [
-            (token, lambda *block: pl.BlockSpec((None, *block), lambda row, part: (row, part, 0))),
-            (gain.reshape(token.shape[1:]), lambda *block: pl.BlockSpec(block, lambda row, part: (part, 0))),
+            (gain.reshape(tokens[0].shape[1:]), lambda *block: pl.BlockSpec(block, lambda row, part: (part, 0))),
+            *[
+                (token, lambda *block: pl.BlockSpec((None, *block), lambda row, part: (row, part, 0)))
+                for token in tokens
+            ],
         ],
-        shape=x.shape,
+        shape=shape,
         group_size=group_size,
         whole_tokens=True,
+        also_written=[dtype] * (len(inputs) - 1),
         interpret=interpret,
         name="rms_norm_quantize",
         **settings,
@@ -60,20 +80,16 @@ def _normalise_and_quantize(
 
 
 def _normalised(
-    x_ref,  # [block_groups, block_group]
     gain_ref,  # [block_groups, block_group]
-    exists: Array,
-    *,
+    *refs,  # x, or x, an update and their sum: [block_groups, block_group]; then which values exist
     num_inputs: int,
     epsilon: float,
     interpret: bool,
 ) -> Array:
-    dtype = x_ref.dtype
-    x, gain = (
-        plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in (x_ref, gain_ref)
+    *refs, exists = refs
+    inputs, sums = refs[: len(refs) // 2 + 1], refs[len(refs) // 2 + 1 :]
+    gain = plgpu.load(gain_ref, mask=exists, other=jnp.zeros((), gain_ref.dtype)).astype(jnp.float32)
+    x = norm.load_sum(inputs, sums, exists, interpret=interpret)
+    return norm.normalise(
+        x, gain, axes=(1, 0), num_inputs=num_inputs, epsilon=epsilon, dtype=gain_ref.dtype, interpret=interpret
     )
-    total = jnp.sum(jnp.sum(jnp.square(x), axis=1, keepdims=True), axis=0, keepdims=True)  # one axis at a time
-    scale = jax.lax.rsqrt(total * jnp.float32(1 / num_inputs) + jnp.float32(epsilon))
-    normalised = quantizer.rounded_to(x * scale, dtype, interpret=interpret)
-    # The product of two 16-bit floats is exact in float32, so this rounds once, as their own product does.
-    return quantizer.rounded_to(normalised * gain, dtype, interpret=interpret)

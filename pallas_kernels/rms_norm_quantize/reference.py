@@ -1,33 +1,37 @@
 """The specification of ``rms_norm_quantize`` in ``jax.numpy``, and its implementation on the CPU.
 
-The norm of Zhang and Sennrich (2019), whose mean and quotient are float32, followed by ``quantize_activations``::
+``rms_norm``, followed by ``quantize_activations``; their equations stand in their own references::
 
-    n[k] = x[k] / sqrt(mean_k(x[k]^2) + epsilon)       rounded to the dtype of x
-    y[k] = n[k] * gain[k]                              rounded to the dtype of x
-    y[k] = scale * codes[k] - offset                   as quantize_activations finds them
+    s, y = rms_norm(x, gain, update)
+    y[k] = scale * codes[k] - offset
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.quantize_activations import reference
-
-
-def rms_norm(x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: float) -> Float[Array, "*batch K"]:
-    """``x / sqrt(mean(x^2) + epsilon) * gain``, normalised in float32, in the dtype of ``x``."""
-    wide = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(variance + epsilon)).astype(x.dtype) * gain
+from pallas_kernels.quantize_activations import reference as quantizer
+from pallas_kernels.rms_norm import reference as norm
 
 
 def rms_norm_quantize(
     x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: float, **settings: Any
 ) -> QuantizedActivation:
     """Normalises, then quantises; see the public function."""
-    return reference.quantize_activations(rms_norm(x, gain, epsilon=epsilon), **settings)
+    return quantizer.quantize_activations(norm.rms_norm(x, gain, epsilon=epsilon), **settings)
+
+
+def add_rms_norm_quantize(
+    x: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"],
+    gain: Float[Array, " K"],
+    *,
+    epsilon: float,
+    **settings: Any,
+) -> tuple[Float[Array, "*batch K"], QuantizedActivation]:
+    """Adds, normalises, then quantises; ``s`` and the codes of ``y``."""
+    total, normalised = norm.add_rms_norm(x, update, gain, epsilon=epsilon)
+    return total, quantizer.quantize_activations(normalised, **settings)

@@ -41,7 +41,7 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         # One array read twice: a slice of it would be a copy.
         return halves, lambda *block: pl.BlockSpec((None, None, *block), lambda row, part: (row, index, part, 0))
 
-    return quantizer.launch_producer(
+    product, _ = quantizer.launch_producer(
         functools.partial(_gated, interpret=interpret),
         [half(0), half(1)],
         shape=(*batch, both // 2),
@@ -51,6 +51,7 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         name="swiglu_quantize",
         **settings,
     )
+    return product
 
 
 def _gated(

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
+from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -103,3 +104,16 @@ def test_fused_producers_lower_to_one_kernel(k, group_size, outlier_groups, symm
         cuda_program(gate, array(5, 2 * k, dtype=dtype)),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shape", [(1, 576), (64, 4096), (1, 4, 8, 128), (1, 1, 9, 64), (3, 8192), (5, 96)], ids=str)
+def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
+    x, gain = array(*shape, dtype=dtype), array(shape[-1], dtype=dtype)
+    settings = {"bits": 8, "group_size": shape[-1], "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    programs = (
+        cuda_program(functools.partial(plain_norm_triton.rms_norm, epsilon=1e-5), x, gain),
+        cuda_program(functools.partial(plain_norm_triton.add_rms_norm, epsilon=1e-5), x, x, gain),
+        cuda_program(functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings), x, x, gain),
+    )
+    assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import (
     available_implementations,
     quantize_activations,
+    rms_norm,
     rms_norm_quantize,
     swiglu_quantize,
     w4a4_matmul,
@@ -30,12 +31,14 @@ def calls(implementation):
         "w4a16_matmul": lambda: w4a16_matmul(x, weight, implementation=implementation),
         "w4a4_matmul": lambda: w4a4_matmul(codes, weight, dtype=x.dtype, implementation=implementation),
         "quantize_activations": lambda: quantize_activations(x, **named).codes,
+        "rms_norm": lambda: rms_norm(x, gain, epsilon=1e-5, implementation=implementation),
         "rms_norm_quantize": lambda: rms_norm_quantize(x, gain, epsilon=1e-5, **named).codes,
         "swiglu_quantize": lambda: swiglu_quantize(x, **named).codes,
     }
 
 
-OPS = ("w4a16_matmul", "w4a4_matmul", "quantize_activations", "rms_norm_quantize", "swiglu_quantize")
+OPS = ("w4a16_matmul", "w4a4_matmul")
+OPS += ("quantize_activations", "rms_norm", "rms_norm_quantize", "swiglu_quantize")
 
 
 @on_cpu
