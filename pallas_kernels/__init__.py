@@ -7,6 +7,7 @@ that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of mo
 
 from pallas_kernels.activations import QuantizedActivation, dequantize_activation
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
+from pallas_kernels.float_matmul import float_matmul
 from pallas_kernels.packing import (
     QuantizedWeight,
     check_group_size,
@@ -31,6 +32,7 @@ __all__ = [
     "check_group_size",
     "dequantize",
     "dequantize_activation",
+    "float_matmul",
     "pack_codes",
     "quantize_activations",
     "rms_norm",

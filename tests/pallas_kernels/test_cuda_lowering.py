@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
@@ -104,6 +105,24 @@ def test_fused_producers_lower_to_one_kernel(k, group_size, outlier_groups, symm
         cuda_program(gate, array(5, 2 * k, dtype=dtype)),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1]
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 256])
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"),
+    [
+        (128256, 4096, jnp.bfloat16),
+        (49152, 576, jnp.bfloat16),
+        (50257, 768, jnp.float16),
+        (152064, 8192, jnp.bfloat16),
+        (1000, 72, jnp.float16),
+    ],
+    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k"],
+)
+def test_float_matmul_lowers(n, k, dtype, num_rows):
+    x, weight = array(num_rows, k, dtype=dtype), array(n, k, dtype=dtype)
+    assert float_triton.obstacle(num_rows, jnp.dtype(dtype)) is None
+    assert cuda_program(float_triton.float_matmul, x, weight).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])

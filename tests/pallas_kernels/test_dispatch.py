@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import (
     available_implementations,
+    float_matmul,
     quantize_activations,
     rms_norm,
     rms_norm_quantize,
@@ -30,6 +31,7 @@ def calls(implementation):
     return {
         "w4a16_matmul": lambda: w4a16_matmul(x, weight, implementation=implementation),
         "w4a4_matmul": lambda: w4a4_matmul(codes, weight, dtype=x.dtype, implementation=implementation),
+        "float_matmul": lambda: float_matmul(x, random_rows(32, 128), implementation=implementation),
         "quantize_activations": lambda: quantize_activations(x, **named).codes,
         "rms_norm": lambda: rms_norm(x, gain, epsilon=1e-5, implementation=implementation),
         "rms_norm_quantize": lambda: rms_norm_quantize(x, gain, epsilon=1e-5, **named).codes,
@@ -37,7 +39,7 @@ def calls(implementation):
     }
 
 
-OPS = ("w4a16_matmul", "w4a4_matmul")
+OPS = ("w4a16_matmul", "w4a4_matmul", "float_matmul")
 OPS += ("quantize_activations", "rms_norm", "rms_norm_quantize", "swiglu_quantize")
 
 

@@ -1,0 +1,139 @@
+"""``float_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
+
+For few rows the time is that of reading the weight once. A program computes a tile of ``[block_m, block_n]``
+outputs over all of K; programs that share a tile of the weight are neighbours in the grid, so that the second of
+them finds it in the L2 cache.
+
+Row invariance: ``block_k`` and the tensor-core instruction are the same for every number of rows, and K is not
+split, so the sum of an output has one order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import gpu_triton as tiles
+
+MAX_ROWS = 256  # beyond, arithmetic and not the weight's bytes bounds the time, and the library's kernels win
+_BLOCK_K = 64  # 128 bytes of a weight row, one cache line
+_MIN_PROGRAMS = 264  # two for each SM of an H100
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How the outputs are cut into programs.
+
+    Attributes:
+        block_m: rows per program.
+        block_n: outputs per program.
+        block_k: inputs per step; rows keep their bits only among configurations that agree in it.
+        num_warps: warps per program; fewer than four for 64 rows or more, see :func:`tile_config`.
+        num_stages: software pipeline depth.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_config(m: int, n: int) -> TileConfig:
+    """Tiles for ``m`` rows and ``n`` outputs.
+
+    A tile of the weight takes 16 KB, of which three are in flight and three programs fit on an SM: three times
+    the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and so more programs.
+    """
+    block_n = next(block for block in (128, 64, 32) if n >= block * _MIN_PROGRAMS or block == 32)
+    if m > 32:
+        # Four warps would take Triton's wgmma path here, which rounds differently from mma.sync.
+        return TileConfig(64, block_n, _BLOCK_K, num_warps=2, num_stages=3)
+    return TileConfig(16 if m <= 16 else 32, block_n, _BLOCK_K, num_warps=4, num_stages=4)
+
+
+def obstacle(num_rows: int, dtype: jnp.dtype) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    if dtype == jnp.float32:
+        return "needs bfloat16 or float16; x is float32"
+    if not 0 < num_rows <= MAX_ROWS:
+        return f"needs 1 to {MAX_ROWS} rows; x has {num_rows}"
+    return None
+
+
+def float_matmul(
+    x: Float[Array, "*batch K"],
+    weight: Float[Array, "N K"],
+    *,
+    config: TileConfig | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "*batch N"]:
+    """See the public function. ``config`` replaces the choice of tiles."""
+    tiles.ignore_triton_deprecation()
+    rows = x.reshape(-1, x.shape[-1])
+    if config is None:
+        config = tile_config(rows.shape[0], weight.shape[0])
+    outputs = _matmul(rows, weight, config=config, interpret=interpret)
+    return outputs.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def _matmul(x: Array, weight: Array, *, config: TileConfig, interpret: bool) -> Array:
+    (m, k), n = x.shape, weight.shape[0]
+    return pl.pallas_call(
+        functools.partial(_kernel, m=m, n=n, config=config),
+        grid=(pl.cdiv(m, config.block_m), pl.cdiv(n, config.block_n)),
+        in_specs=[
+            pl.BlockSpec((config.block_m, k), lambda m, n: (m, 0)),
+            pl.BlockSpec((config.block_n, k), lambda m, n: (n, 0)),
+        ],
+        out_specs=pl.BlockSpec((config.block_m, config.block_n), lambda m, n: (m, n)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="float_matmul",
+    )(x, weight)
+
+
+def _kernel(
+    x_ref,  # [block_m, K] bf16 or f16
+    weight_ref,  # [block_n, K]
+    out_ref,  # [block_m, block_n] f32
+    *,
+    m: int,
+    n: int,
+    config: TileConfig,
+):
+    k = x_ref.shape[1]
+    rows_left = m - pl.program_id(0) * config.block_m
+    outputs_left = n - pl.program_id(1) * config.block_n
+
+    def step(index, total):
+        start = index * config.block_k
+        x = _load_tile(x_ref, start, config.block_k, rows_left, whole_rows=m % config.block_m == 0)
+        weight = _load_tile(weight_ref, start, config.block_k, outputs_left, whole_rows=n % config.block_n == 0)
+        return total + tiles.dot_transposed(x, weight)
+
+    zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(k, config.block_k), step, zeros)
+    row, output = (jax.lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in range(2))
+    plgpu.store(out_ref, total, mask=(row < rows_left) & (output < outputs_left))
+
+
+def _load_tile(ref: tiles.Ref, start: Array, width: int, rows_left: Array, *, whole_rows: bool) -> Array:
+    """``ref[:, start : start + width]``, with zeros where the array has ended."""
+    columns = ref.at[:, pl.ds(start, width)]
+    num_rows, k = ref.shape
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (num_rows, width), axis) for axis in range(2))
+    ends = [] if whole_rows else [row < rows_left]
+    if k % width:
+        ends.append(column < k - start)
+    if not ends:
+        return plgpu.load(columns)
+    return plgpu.load(columns, mask=functools.reduce(jnp.logical_and, ends), other=jnp.zeros((), ref.dtype))

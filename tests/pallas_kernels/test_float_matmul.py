@@ -1,0 +1,101 @@
+"""Contracts of float_matmul, for the reference and the interpreted Triton kernel alike."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import float_matmul
+from pallas_kernels.float_matmul import gpu_triton as triton
+from pallas_kernels.float_matmul import reference
+from tests.pallas_kernels.kernel_cases import random_rows, relative_error
+
+IMPLEMENTATIONS = {
+    "reference": reference.float_matmul,
+    "triton": functools.partial(triton.float_matmul, interpret=True),
+}
+# (N, K): N not a multiple of a block, K = 64 * 9, K not a multiple of a step, both.
+SHAPES = [(200, 128), (96, 576), (64, 96), (33, 40)]
+VOCABULARIES = [(128256, 4096), (49152, 576), (151936, 2560), (152064, 8192), (32000, 4096), (50257, 768)]
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def operands(num_rows, n, k, dtype):
+    return random_rows(num_rows, k, dtype=dtype), random_rows(n, k, dtype=dtype, seed=2)
+
+
+def product_in_float64(x, weight):
+    return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+
+
+@dtypes
+@shapes
+@implementations
+def test_it_equals_the_definition_in_float64_to_float32_rounding(implementation, shape, dtype):
+    x, weight = operands(5, *shape, dtype)
+    out = IMPLEMENTATIONS[implementation](x, weight)
+    assert (out.dtype, out.shape) == (jnp.float32, (5, shape[0]))
+    assert relative_error(out, product_in_float64(x, weight)) < 1e-6
+
+
+def test_the_reference_serves_float32():
+    x, weight = operands(5, 200, 128, jnp.float32)
+    assert relative_error(float_matmul(x, weight), product_in_float64(x, weight)) < 1e-6
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 100])
+def test_triton_serves_any_number_of_rows(num_rows):
+    x, weight = operands(num_rows, 96, 576, jnp.bfloat16)
+    assert relative_error(IMPLEMENTATIONS["triton"](x, weight), product_in_float64(x, weight)) < 1e-6
+
+
+def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
+    """Of one block: the CPU's own dot takes another order of the sum for a block of another height."""
+    x, weight = operands(64, 96, 576, jnp.bfloat16)
+    widest = IMPLEMENTATIONS["triton"](x, weight)
+    for num_rows in (33, 50):
+        np.testing.assert_array_equal(IMPLEMENTATIONS["triton"](x[:num_rows], weight), widest[:num_rows])
+
+
+@pytest.mark.parametrize(("n", "k"), VOCABULARIES, ids=str)
+def test_the_sum_over_k_does_not_depend_on_the_number_of_rows(n, k):
+    configs = [triton.tile_config(m, n) for m in range(1, triton.MAX_ROWS + 1)]
+    assert len({config.block_k for config in configs}) == 1
+    for config in configs:  # else Triton takes wgmma on Hopper for some of them
+        assert config.block_m < 64 or config.num_warps % 4
+
+
+@pytest.mark.parametrize(("n", "k"), VOCABULARIES, ids=str)
+def test_a_vocabulary_fills_the_device_and_its_tiles_fit_an_sm(n, k):
+    for m in (1, 16, 17, 64, 256):
+        config = triton.tile_config(m, n)
+        bytes_per_stage = 2 * config.block_k * (config.block_m + config.block_n)
+        assert -(-n // config.block_n) >= 2 * 132
+        assert config.num_stages * bytes_per_stage <= 99 * 1024  # what a program may have on Ada
+
+
+@implementations
+def test_leading_axes_are_kept(implementation):
+    x, weight = operands(6, 96, 128, jnp.bfloat16)
+    out = IMPLEMENTATIONS[implementation](x.reshape(2, 3, 128), weight)
+    np.testing.assert_array_equal(out.reshape(6, 96), IMPLEMENTATIONS[implementation](x, weight))
+
+
+def test_triton_says_what_it_does_not_serve():
+    assert triton.obstacle(256, jnp.dtype(jnp.bfloat16)) is None
+    assert triton.obstacle(257, jnp.dtype(jnp.float16)) == "needs 1 to 256 rows; x has 257"
+    assert triton.obstacle(1, jnp.dtype(jnp.float32)) == "needs bfloat16 or float16; x is float32"
+
+
+def test_operands_that_do_not_fit_are_named():
+    x = random_rows(2, 64, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"weight is float32 \(8, 64\); use bfloat16 \[N, 64\]"):
+        float_matmul(x, random_rows(8, 64))
+    with pytest.raises(ValueError, match=r"float_matmul: x is float8_e4m3fn; use float32, bfloat16 or float16"):
+        float_matmul(*(jnp.ones((2, 64), jnp.float8_e4m3fn),) * 2)
