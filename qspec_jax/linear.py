@@ -2,23 +2,22 @@
 
 A weight is either a float array ``[N, K]`` or a ``QuantizedWeight``. Every precision reads the same
 arrays; only the treatment of the activations and the kernel differ. A draft precision wants its inputs as
-integers, and from the kernel that computes them: a linear is told which operation that is (``Producer``).
+integers, and from the kernel that computes them: whoever computes them asks ``Linear.input_quantization``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import QuantizedActivation, QuantizedWeight
-from pallas_kernels.dispatch import MOSAIC
+from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.types import Precision
@@ -32,81 +31,14 @@ class WeightFormat:
     symmetric: bool
 
 
-@runtime_checkable
-class Producer(Protocol):
-    """The operation before a linear, in the two forms that precisions want of its result."""
-
-    def __call__(self, x: Float[Array, "*batch inputs"], /) -> Float[Array, "*batch K"]:
-        """The inputs of the linear in the dtype of ``x``."""
-        ...
-
-    def quantize(self, x: Float[Array, "*batch inputs"], /, **settings: Any) -> QuantizedActivation:
-        """The same as integers, never written in floating point; ``settings`` as in ``quantize_activations``."""
-        ...
-
-
-class _Given:
-    """The producer of inputs that are there already."""
-
-    def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
-        return x
-
-    def quantize(self, x: Float[Array, "*batch K"], **settings: Any) -> QuantizedActivation:
-        return pallas_kernels.quantize_activations(x, **settings)
-
-
-GIVEN = _Given()
-
-
-def float_matmul(x: Float[Array, "*batch K"], weight: Float[Array, "N K"]) -> Float[Array, "*batch N"]:
-    """``x @ weight.T``, accumulated in float32 and returned as float32."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, contract_last, precision=precision, preferred_element_type=jnp.float32)
-
-
-def matmul(
-    x: Float[Array, "*batch inputs"],
-    weight: Float[Array, "N K"] | QuantizedWeight,
-    *,
-    after: Producer = GIVEN,
-    precision: Precision,
-    quantization: QuantConfig | None,
-    kernels: str | None,
-) -> Float[Array, "*batch N"]:
-    """``after(x) @ weight.T`` at a precision, in the dtype of ``x``.
-
-    Raises:
-        UsageError: a 4-bit precision is asked of a floating-point weight.
-    """
-    if not isinstance(weight, QuantizedWeight):
-        if precision is not Precision.FLOAT:
-            raise UsageError(
-                f"precision {precision.value} needs 4-bit weights; this model was loaded in floating point"
-            )
-        return float_matmul(after(x), weight).astype(x.dtype)
-    if precision is Precision.FLOAT:
-        return float_matmul(after(x).astype(jnp.float32), pallas_kernels.dequantize(weight)).astype(x.dtype)
-    if precision is Precision.W4A16:
-        return pallas_kernels.w4a16_matmul(after(x), weight, implementation=kernels)
-    assert quantization is not None
-    recipe = activation_quantization(quantization, precision)
-    num_groups = weight.num_inputs // (recipe.group_size or weight.num_inputs)
-    codes = after.quantize(
-        x,
-        bits=precision.activation_bits,
-        group_size=recipe.group_size,
-        symmetric=recipe.symmetric,
-        clip_ratio=recipe.clip_ratio,
-        outlier_groups=min(recipe.outlier_groups, num_groups),
-        implementation=None if kernels == MOSAIC else kernels,  # which has matmuls only
-    )
-    return pallas_kernels.w4a4_matmul(codes, weight, dtype=x.dtype, implementation=kernels)
-
-
 def activation_quantization(quantization: QuantConfig, precision: Precision) -> ActivationQuantization:
     """The recipe for the activations of a draft precision."""
     return quantization.w4a4 if precision is Precision.W4A4 else quantization.w4a8
+
+
+def other_kernels(kernels: str | None) -> str | None:
+    """The implementation of what surrounds the matmuls of ``kernels``; Mosaic has matmuls only."""
+    return None if kernels == MOSAIC else kernels
 
 
 class Linear(nnx.Module):
@@ -129,16 +61,66 @@ class Linear(nnx.Module):
     ):
         self.quantization = quantization
         self.kernels = kernels
+        self.dtype = jnp.dtype(dtype)
         self.weight = nnx.Param(_empty_weight(num_inputs, num_outputs, weight_format, dtype, layers))
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
     def __call__(
-        self, x: Float[Array, "*batch inputs"], *, after: Producer = GIVEN, precision: Precision
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, precision: Precision
     ) -> Float[Array, "*batch N"]:
-        """``after(x) @ weight.T + bias``."""
-        weight = self.weight.get_value()
-        y = matmul(x, weight, after=after, precision=precision, quantization=self.quantization, kernels=self.kernels)
+        """``x @ weight.T + bias``.
+
+        Args:
+            x: floats, which are quantised here where the precision reads integers; or those integers.
+            precision: what is computed.
+
+        Raises:
+            UsageError: a 4-bit precision is asked of a floating-point weight.
+        """
+        settings = self.input_quantization(precision)
+        if settings is not None and not isinstance(x, QuantizedActivation):
+            x = pallas_kernels.quantize_activations(x, **settings)
+        y = self._product(x, precision)
         return y if self.bias is None else y + self.bias.get_value()
+
+    def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
+        """How the inputs that ``precision`` reads are made integers: keyword arguments of ``quantize_activations``.
+
+        None where it reads floating point.
+        """
+        weight = self.weight.get_value()
+        if precision.activation_bits is None or not isinstance(weight, QuantizedWeight):
+            return None
+        assert self.quantization is not None
+        recipe = activation_quantization(self.quantization, precision)
+        num_groups = weight.num_inputs // (recipe.group_size or weight.num_inputs)
+        return {
+            "bits": precision.activation_bits,
+            "group_size": recipe.group_size,
+            "symmetric": recipe.symmetric,
+            "clip_ratio": recipe.clip_ratio,
+            "outlier_groups": min(recipe.outlier_groups, num_groups),
+            "implementation": other_kernels(self.kernels),
+        }
+
+    def _product(
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, precision: Precision
+    ) -> Float[Array, "*batch N"]:
+        """``x @ weight.T`` of inputs in the form that the precision reads."""
+        weight = self.weight.get_value()
+        if isinstance(x, QuantizedActivation):
+            assert isinstance(weight, QuantizedWeight)
+            return pallas_kernels.w4a4_matmul(x, weight, dtype=self.dtype, implementation=self.kernels)
+        if isinstance(weight, QuantizedWeight):
+            if precision is Precision.W4A16:
+                return pallas_kernels.w4a16_matmul(x, weight, implementation=self.kernels)
+            x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
+        elif precision is not Precision.FLOAT:
+            raise UsageError(
+                f"precision {precision.value} needs 4-bit weights; this model was loaded in floating point"
+            )
+        # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
+        return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
 
 
 def _empty_weight(

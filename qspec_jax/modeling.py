@@ -13,7 +13,8 @@ dequantised ones.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +26,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 import pallas_kernels
 from pallas_kernels import QuantizedActivation
+from pallas_kernels.dispatch import REFERENCE
 from qspec_jax import rope
 from qspec_jax.cache import KVCache, LayerCache
 from qspec_jax.config import ModelConfig, QuantConfig
-from qspec_jax.linear import Linear, WeightFormat, float_matmul
+from qspec_jax.linear import Linear, WeightFormat, other_kernels
 from qspec_jax.types import Precision
 
 
@@ -50,56 +52,70 @@ class TokenContext(NamedTuple):
     mask: Bool[Array, "B 1 T S"]
 
 
+class ResidualStream(NamedTuple):
+    """``x + update``, or ``x`` alone.
+
+    A block's result stays an update until the next norm adds it, in the kernel that normalises the sum.
+    """
+
+    x: Float[Array, "B T D"]
+    update: Float[Array, "B T D"] | None = None
+
+    def value(self) -> Float[Array, "B T D"]:
+        """The sum."""
+        return self.x if self.update is None else self.x + self.update
+
+
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * weight``, normalised in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, size: int, *, epsilon: float, dtype: DTypeLike, layers: tuple[int, ...] = ()):
+    def __init__(
+        self, size: int, *, epsilon: float, kernels: str | None, dtype: DTypeLike, layers: tuple[int, ...] = ()
+    ):
         self.epsilon = epsilon
+        self.implementation = other_kernels(kernels)
         self.weight = nnx.Param(jnp.ones((*layers, size), dtype))
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        return pallas_kernels.rms_norm(x, self.weight.get_value(), epsilon=self.epsilon)
+        return pallas_kernels.rms_norm(
+            x, self.weight.get_value(), epsilon=self.epsilon, implementation=self.implementation
+        )
 
-    def quantize(self, x: Float[Array, "*batch size"], **settings: Any) -> QuantizedActivation:
-        """The norm as the integers that a draft's linear reads."""
-        return pallas_kernels.rms_norm_quantize(x, self.weight.get_value(), epsilon=self.epsilon, **settings)
-
-
-class SwiGLU:
-    """``silu(gate) * up`` of two halves side by side (Shazeer, 2020)."""
-
-    def __call__(self, gate_up: Float[Array, "*batch two_F"]) -> Float[Array, "*batch F"]:
-        return pallas_kernels.swiglu(gate_up)
-
-    def quantize(self, gate_up: Float[Array, "*batch two_F"], **settings: Any) -> QuantizedActivation:
-        """The product as the integers that a draft's linear reads."""
-        return pallas_kernels.swiglu_quantize(gate_up, **settings)
+    def of_stream(
+        self, stream: ResidualStream, *, quantization: dict[str, Any] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | QuantizedActivation]:
+        """The value of the stream and its norm, as integers where ``Linear.input_quantization`` says how."""
+        normalise: Any = functools.partial(pallas_kernels.rms_norm, implementation=self.implementation)
+        if quantization is not None:
+            normalise = functools.partial(pallas_kernels.rms_norm_quantize, **quantization)
+        gain = self.weight.get_value()
+        if stream.update is None:
+            return stream.x, normalise(stream.x, gain, epsilon=self.epsilon)
+        return normalise(stream.x, gain, epsilon=self.epsilon, update=stream.update)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the cache, of ``norm(x)``."""
+    """Grouped-query attention over the cache."""
 
-    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, dtype: DTypeLike, layers: tuple[int, ...]):
+    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, head_norm: Callable[[], RMSNorm]):
         self.config = config
         self.qkv = qkv
         self.output = output
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
-            self.key_norm = RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+            self.query_norm, self.key_norm = head_norm(), head_norm()
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | QuantizedActivation,
         cache: LayerCache,
         context: TokenContext,
         *,
-        norm: RMSNorm,
         precision: Precision,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         config = self.config
-        batch, new_tokens, _ = x.shape
+        batch, new_tokens = context.positions.shape
         query_size, key_size, _ = config.qkv_sizes
-        flat = jnp.split(self.qkv(x, after=norm, precision=precision), (query_size, query_size + key_size), axis=-1)
+        flat = jnp.split(self.qkv(x, precision=precision), (query_size, query_size + key_size), axis=-1)
         query, key, value = (part.reshape(batch, new_tokens, -1, config.head_dim) for part in flat)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -113,22 +129,26 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(y)) * up(y))`` of ``y = norm(x)``."""
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020); gate and up are halves side by side."""
 
     def __init__(self, *, gate_up: Linear, down: Linear):
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm, precision: Precision) -> Float[Array, "B T D"]:
-        gate_up = self.gate_up(x, after=norm, precision=precision)
-        return self.down(gate_up, after=SwiGLU(), precision=precision)
+    def __call__(
+        self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
+    ) -> Float[Array, "B T D"]:
+        gate_up = self.gate_up(x, precision=precision)
+        quantization = self.down.input_quantization(precision)
+        if quantization is None:
+            return self.down(pallas_kernels.swiglu(gate_up), precision=precision)
+        return self.down(pallas_kernels.swiglu_quantize(gate_up, **quantization), precision=precision)
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual.
 
-    Norms and ``silu(gate) * up`` are handed to the linear that reads them, which computes them in the form that
-    its precision wants.
+    Norms and ``silu(gate) * up`` are computed in the form that the linear after them reads at the precision.
     """
 
     def __init__(
@@ -153,27 +173,31 @@ class DecoderLayer(nnx.Module):
                 layers=layers,
             )
 
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype, layers=layers)
+
         hidden, mlp_size = config.hidden_size, config.intermediate_size
-        self.attention_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+        self.attention_norm = norm(hidden)
         self.attention = Attention(
             config,
             qkv=linear("attention.qkv", sum(config.qkv_sizes), config.qkv_bias),
             output=linear("attention.output", hidden, config.output_bias),
-            dtype=dtype,
-            layers=layers,
+            head_norm=lambda: norm(config.head_dim),
         )
-        self.mlp_norm = RMSNorm(hidden, epsilon=config.rms_norm_eps, dtype=dtype, layers=layers)
+        self.mlp_norm = norm(hidden)
         self.mlp = MLP(
             gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
             down=linear("mlp.down", hidden, config.mlp_bias),
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache, context: TokenContext, *, precision: Precision
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, cache = self.attention(x, cache, context, norm=self.attention_norm, precision=precision)
-        x = x + attended
-        return x + self.mlp(x, norm=self.mlp_norm, precision=precision), cache
+        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, precision: Precision
+    ) -> tuple[ResidualStream, LayerCache]:
+        x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(precision))
+        attended, cache = self.attention(y, cache, context, precision=precision)
+        stream = ResidualStream(x, attended)
+        x, y = self.mlp_norm.of_stream(stream, quantization=self.mlp.gate_up.input_quantization(precision))
+        return ResidualStream(x, self.mlp(y, precision=precision)), cache
 
 
 class Decoder(nnx.Module):
@@ -201,13 +225,15 @@ class Decoder(nnx.Module):
             quantization: how weights are stored and draft activations quantised; None for float weights.
             formats: the storage of single linears (keys of :func:`linear_inputs`) where it is not that of
                 ``quantization``.
-            kernels: implementation name for the matmuls, None for the best that works.
+            kernels: implementation name for the kernels, None for the best that works.
             dtype: of embedding, norms, biases, LM head, cache and activations.
             scan_layers: stack the layers and scan over them (see the module docstring).
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
+        # Kernels of another name do not serve every dtype and number of rows of an LM head.
+        self.head_kernels = REFERENCE if kernels == REFERENCE else None
         default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
         complete = {name: (formats or {}).get(name, default) for name in linear_inputs(config)}
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
@@ -218,7 +244,7 @@ class Decoder(nnx.Module):
             )
             for _ in range(count)
         )
-        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
@@ -247,16 +273,18 @@ class Decoder(nnx.Module):
             float32 logits (``T_out = T``, or 1 with ``logits_at``), and the cache with ``lengths + T``.
         """
         with _exact_float32(self.dtype):
-            hidden, cache = self._hidden(tokens, cache, precision=precision)
+            stream, cache = self._hidden(tokens, cache, precision=precision)
             if logits_at is not None:
-                hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
+                stream = jax.tree.map(lambda a: jnp.take_along_axis(a, logits_at[:, None, None], axis=1), stream)
             with jax.named_scope("lm_head"):
                 head = self.embedding if self.lm_head is None else self.lm_head
-                return float_matmul(self.final_norm(hidden), head.get_value()), cache
+                _, y = self.final_norm.of_stream(stream, quantization=None)
+                assert isinstance(y, jax.Array)
+                return pallas_kernels.float_matmul(y, head.get_value(), implementation=self.head_kernels), cache
 
     def _hidden(
         self, tokens: Int32[Array, "B T"], cache: KVCache, *, precision: Precision
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    ) -> tuple[ResidualStream, KVCache]:
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
@@ -264,20 +292,20 @@ class Decoder(nnx.Module):
             rotations=rope.rotation(positions, rope.inverse_frequencies(self.config)),
             mask=attention_mask(positions, slots=cache.slots, window=self.config.sliding_window),
         )
-        x = jnp.take(self.embedding.get_value(), tokens, axis=0)
+        stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))
         if isinstance(cache.layers, LayerCache):
-            x, layers = self._scan(x, cache.layers, context, precision=precision)
+            stream, layers = self._scan(stream, cache.layers, context, precision=precision)
         else:
             written = []
             for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                x, layer_cache = layer(x, layer_cache, context, precision=precision)
+                stream, layer_cache = layer(stream, layer_cache, context, precision=precision)
                 written.append(layer_cache)
             layers = tuple(written)
-        return x, KVCache(layers, cache.lengths + new_tokens)
+        return stream, KVCache(layers, cache.lengths + new_tokens)
 
     def _scan(
-        self, x: Float[Array, "B T D"], stacked: LayerCache, context: TokenContext, *, precision: Precision
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, precision: Precision
+    ) -> tuple[ResidualStream, LayerCache]:
         graph, parameters = nnx.split(self.layers[0])
 
         # The cache travels in the carry and is updated in place; as a scan output it would be copied.
@@ -285,14 +313,16 @@ class Decoder(nnx.Module):
             x, stacked = carry
             index, layer_parameters = inputs
             layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
-            x, layer_cache = nnx.merge(graph, layer_parameters)(x, layer_cache, context, precision=precision)
+            layer = nnx.merge(graph, layer_parameters)
+            stream, layer_cache = layer(ResidualStream(x), layer_cache, context, precision=precision)
             stacked = jax.tree.map(
                 lambda all_layers, one: lax.dynamic_update_index_in_dim(all_layers, one, index, 0), stacked, layer_cache
             )
-            return (x, stacked), None
+            return (stream.value(), stacked), None
 
-        (x, stacked), _ = lax.scan(one_layer, (x, stacked), (jnp.arange(self.config.num_layers), parameters))
-        return x, stacked
+        indices = jnp.arange(self.config.num_layers)
+        (x, stacked), _ = lax.scan(one_layer, (stream.value(), stacked), (indices, parameters))
+        return ResidualStream(x), stacked
 
 
 def attention_mask(positions: Int32[Array, "B T"], *, slots: int, window: int | None) -> Bool[Array, "B 1 T S"]:

@@ -139,6 +139,31 @@ def test_what_feeds_a_linear_is_computed_in_the_form_its_precision_wants(monkeyp
     assert calls == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "operation"), [(Precision.W4A16, "rms_norm"), (Precision.W4A8, "rms_norm_quantize")]
+)
+def test_a_blocks_result_is_added_by_the_norm_after_it(monkeypatch, precision, operation):
+    """Two layers of two blocks; before the first norm there is nothing to add, and the last is always in floats."""
+    with_update = []
+
+    def record(operation, *arguments, update=None, **settings):
+        with_update.append(update is not None)
+        return operation(*arguments, update=update, **settings)
+
+    for name in {operation, "rms_norm"}:
+        monkeypatch.setattr(pallas_kernels, name, functools.partial(record, getattr(pallas_kernels, name)))
+    decoder = tiny.decoder(scan_layers=False)
+    add_group_sums(decoder)
+    logits_of(decoder, TOKENS, precision)
+    assert with_update == [False, True, True, True, True]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a CPU answers")
+def test_norms_run_on_the_kernels_of_the_model():
+    with pytest.raises(NotImplementedError, match="rms_norm: implementation 'triton' needs an NVIDIA GPU"):
+        logits_of(tiny.decoder(kernels="triton"), TOKENS, Precision.FLOAT)
+
+
 def test_bfloat16_stays_close_to_float32():
     wide, narrow = tiny.decoder(), tiny.decoder(dtype="bfloat16")
     a, b = logits_of(wide, TOKENS, Precision.W4A16), logits_of(narrow, TOKENS, Precision.W4A16)
