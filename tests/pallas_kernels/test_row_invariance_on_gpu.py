@@ -1,0 +1,108 @@
+"""What a decode step computes beside its 4-bit matmuls, on an NVIDIA GPU at the shapes of real models.
+
+Each result is right, and a token has the same bits whatever tokens are computed beside it: with the matmuls' own
+tests, this is what makes the tokens of QSpec those of plain decoding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import float_matmul, rms_norm, rms_norm_quantize
+from pallas_kernels.float_matmul import gpu_triton as float_triton
+from tests.pallas_kernels.kernel_cases import random_rows, relative_error, rms_norm_in_float64
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+ROWS = (1, 3, 4, 16, 33, 64, 100, 128, 256)
+ELSEWHERE = np.asarray([7, 90, 3, 3, 255])
+EPSILON = 1e-5
+# (N, K): Llama 3 8B, SmolLM2 135M, Qwen3 8B, a vocabulary that no block divides, K that no step divides, few outputs.
+HEADS = [(128256, 4096), (49152, 576), (151936, 4096), (50257, 768), (32000, 1000), (4096, 4096)]
+# Hidden sizes of SmolLM2 135M, Llama 3 8B and 70B, Qwen2.5 7B; Qwen3's heads.
+NORMS = [(576,), (4096,), (8192,), (3584,), (32, 128), (8, 128)]
+
+dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+norms = pytest.mark.parametrize("shape", NORMS, ids=str)
+
+
+def assert_each_row_stands_alone(call, *rows):
+    """Rows have the bits they have among the most rows, in their place and in another."""
+    widest = jax.tree.map(np.asarray, call(*rows))
+    for chosen in [*(np.arange(num_rows) for num_rows in ROWS), ELSEWHERE]:
+        out = call(*(array[chosen] for array in rows))
+        jax.tree.map(lambda a, b, c=chosen: np.testing.assert_array_equal(a, b[c], err_msg=f"rows {c}"), out, widest)
+    return widest
+
+
+def random_weight(n, k, dtype):
+    return (jax.random.normal(jax.random.key(2), (n, k)) / k**0.5).astype(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
+    n, k = shape
+    if dtype == jnp.float16 and n > 100_000:
+        pytest.skip("one dtype is enough at the largest shapes")
+    x, weight = random_rows(max(ROWS), k, dtype=dtype), random_weight(n, k, dtype)
+    call = jax.jit(lambda x: float_matmul(x, weight, implementation="triton"))
+    out = assert_each_row_stands_alone(call, x)
+    expected = float_matmul(x.astype(jnp.float32), weight.astype(jnp.float32), implementation="reference")
+    assert relative_error(out, expected) < 3e-6
+    assert np.abs(out - np.asarray(expected)).max() < 1e-4 * np.abs(out).max()  # no tile is missing or misplaced
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 256])
+def test_every_choice_of_tiles_gives_a_row_the_same_bits(num_rows):
+    """Rows per program, outputs per program, warps and stages are free; only the step over K is not."""
+    x, weight = random_rows(num_rows, 576, dtype=jnp.bfloat16), random_weight(49152, 576, jnp.bfloat16)
+    expected = np.asarray(float_triton.float_matmul(x, weight))
+    for block_m, num_warps in ((16, 4), (32, 4), (64, 2), (16, 2), (32, 2)):
+        for block_n, num_stages in ((128, 3), (64, 4), (32, 2)):
+            config = float_triton.TileConfig(block_m, block_n, 64, num_warps, num_stages)
+            out = float_triton.float_matmul(x, weight, config=config)
+            np.testing.assert_array_equal(np.asarray(out), expected, err_msg=str(config))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "num_kernels"), [(4, "bfloat16", 1), (257, "bfloat16", 0), (4, "float32", 0)]
+)
+def test_none_takes_triton_for_few_rows_of_16_bits(num_rows, dtype, num_kernels):
+    x, weight = random_rows(num_rows, 576, dtype=jnp.dtype(dtype)), random_weight(960, 576, dtype)
+    assert jax.jit(float_matmul).lower(x, weight).as_text().count("__gpu$xla.gpu.triton") == num_kernels
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@norms
+def test_norms_and_sums_are_right_and_each_token_stands_alone(shape, dtype):
+    x, update = (random_rows(max(ROWS), *shape, dtype=dtype, seed=seed) for seed in (1, 3))
+    gain = random_rows(shape[-1], dtype=dtype, seed=2)
+    plain = jax.jit(lambda x: rms_norm(x, gain, epsilon=EPSILON, implementation="triton"))
+    added = jax.jit(lambda x, u: rms_norm(x, gain, epsilon=EPSILON, update=u, implementation="triton"))
+    norm = assert_each_row_stands_alone(plain, x)
+    total, norm_of_total = assert_each_row_stands_alone(added, x, update)
+    np.testing.assert_array_equal(total, np.asarray(x) + np.asarray(update))  # numpy rounds each sum once
+    np.testing.assert_array_equal(norm_of_total, np.asarray(plain(jnp.asarray(total))))
+    bound = max(4e-7, 0.6 * float(jnp.finfo(dtype).eps))  # two roundings of half a unit in the last place
+    assert relative_error(norm, rms_norm_in_float64(x, gain, EPSILON)) < bound
+    assert relative_error(norm_of_total, rms_norm_in_float64(total, gain, EPSILON)) < bound
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "group_size"), [(8, True, None), (4, False, 32)], ids=["w4a8", "w4a4"])
+@pytest.mark.parametrize("k", [576, 4096])
+def test_quantised_norm_of_a_sum_has_the_codes_of_that_of_the_sum(k, bits, symmetric, group_size):
+    settings = {"bits": bits, "symmetric": symmetric, "group_size": group_size, "implementation": "triton"}
+    x, update = (random_rows(max(ROWS), k, dtype=jnp.bfloat16, seed=seed) for seed in (1, 3))
+    gain = random_rows(k, dtype=jnp.bfloat16, seed=2)
+    call = jax.jit(lambda x, u: rms_norm_quantize(x, gain, epsilon=EPSILON, update=u, **settings))
+    total, codes = assert_each_row_stands_alone(call, x, update)
+    np.testing.assert_array_equal(total, np.asarray(x) + np.asarray(update))
+    expected = rms_norm_quantize(jnp.asarray(total), gain, epsilon=EPSILON, **settings)
+    jax.tree.map(np.testing.assert_array_equal, codes, expected)
