@@ -48,8 +48,9 @@ class TileConfig:
 def tile_config(m: int, n: int) -> TileConfig:
     """Tiles for ``m`` rows and ``n`` outputs.
 
-    A tile of the weight takes 16 KB, of which three are in flight and three programs fit on an SM: three times
-    the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and so more programs.
+    A tile of the weight takes 16 KB, two or three of which are in flight for each of the two or three programs that
+    fit on an SM: more than the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and so
+    more programs.
     """
     block_n = next(block for block in (128, 64, 32) if n >= block * _MIN_PROGRAMS or block == 32)
     if m > 32:
