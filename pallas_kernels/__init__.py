@@ -1,4 +1,4 @@
-"""Quantised matmul kernels for JAX: the operations as plain functions, and the arrays they read.
+"""Quantised matmuls and what stands between them, for JAX: the operations as plain functions, and the arrays they read.
 
 Each operation has a folder: ``reference.py`` is its specification in ``jax.numpy`` and
 ``gpu_triton.py`` its Pallas Triton kernel for NVIDIA GPUs. ``implementation=None`` picks the best one
@@ -6,6 +6,7 @@ that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of mo
 """
 
 from pallas_kernels.activations import QuantizedActivation, dequantize_activation
+from pallas_kernels.decode_attention import MAX_DECODE_TOKENS, decode_attention
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul
 from pallas_kernels.packing import (
@@ -19,6 +20,7 @@ from pallas_kernels.packing import (
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
+from pallas_kernels.rotate_and_write import rotate_and_write
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import w4a4_matmul
@@ -26,10 +28,12 @@ from pallas_kernels.w4a16_matmul import w4a16_matmul
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "MAX_DECODE_TOKENS",
     "QuantizedActivation",
     "QuantizedWeight",
     "available_implementations",
     "check_group_size",
+    "decode_attention",
     "dequantize",
     "dequantize_activation",
     "float_matmul",
@@ -37,6 +41,7 @@ __all__ = [
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",
+    "rotate_and_write",
     "swiglu",
     "swiglu_quantize",
     "unpack_codes",

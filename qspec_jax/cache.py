@@ -1,7 +1,7 @@
 """The key/value cache that draft and verify share.
 
 Each sequence owns ``S`` slots; slot ``p`` holds the keys and values of the token at position ``p``, and
-``lengths`` says how many slots are valid. Writing is by position and needs no notion of append: a
+``lengths`` says how many slots are valid. Writing (``pallas_kernels.rotate_and_write``) is by position: a
 draft writes its entries provisionally, verification writes the same slots again, and a rejected token
 is forgotten by a shorter length. Nothing is ever copied or cleared.
 """
@@ -14,7 +14,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 from qspec_jax.config import ModelConfig
 
@@ -27,20 +27,6 @@ class LayerCache:
 
     keys: Shaped[Array, "*layers B S KH HD"]
     values: Shaped[Array, "*layers B S KH HD"]
-
-    def write(
-        self,
-        keys: Float[Array, "B T KH HD"],
-        values: Float[Array, "B T KH HD"],
-        positions: Int32[Array, "B T"],
-    ) -> LayerCache:
-        """Writes the entries of ``T`` tokens at their positions; a position past the last slot is dropped."""
-        rows = jnp.arange(keys.shape[0])[:, None]
-
-        def put(slots: Array, new: Array) -> Array:
-            return slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop", unique_indices=True)
-
-        return LayerCache(put(self.keys, keys), put(self.values, values))
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels
 from pallas_kernels import QuantizedActivation
@@ -47,9 +47,8 @@ def linear_inputs(config: ModelConfig) -> dict[str, int]:
 class TokenContext(NamedTuple):
     """What every layer needs to know of the new tokens: computed once per call."""
 
-    positions: Int32[Array, "B T"]
-    rotations: tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]]
-    mask: Bool[Array, "B 1 T S"]
+    lengths: Int32[Array, " B"]
+    rotations: tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]
 
 
 class ResidualStream(NamedTuple):
@@ -97,8 +96,17 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention over the cache."""
 
-    def __init__(self, config: ModelConfig, *, output: Linear, qkv: Linear, head_norm: Callable[[], RMSNorm]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        output: Linear,
+        qkv: Linear,
+        head_norm: Callable[[], RMSNorm],
+        kernels: str | None,
+    ):
         self.config = config
+        self.kernels = other_kernels(kernels)
         self.qkv = qkv
         self.output = output
         if config.qk_norm:
@@ -112,20 +120,28 @@ class Attention(nnx.Module):
         *,
         precision: Precision,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        config = self.config
-        batch, new_tokens = context.positions.shape
-        query_size, key_size, _ = config.qkv_sizes
-        flat = jnp.split(self.qkv(x, precision=precision), (query_size, query_size + key_size), axis=-1)
-        query, key, value = (part.reshape(batch, new_tokens, -1, config.head_dim) for part in flat)
+        config, lengths = self.config, context.lengths
+        batch, new_tokens, _ = context.rotations[0].shape
+        qkv = self.qkv(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rope.rotate(query, context.rotations), rope.rotate(key, context.rotations)
+            qkv = self._normalise_queries_and_keys(qkv)
         with jax.named_scope("cache_write"):
-            cache = cache.write(key, value, context.positions)
-        # The library function mixes dtypes inside, which strict promotion would refuse.
-        with jax.named_scope("attention"), jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(query, cache.keys, cache.values, mask=context.mask)
-        return self.output(mixed.reshape(batch, new_tokens, -1), precision=precision), cache
+            query, keys, values = pallas_kernels.rotate_and_write(
+                qkv, *context.rotations, cache.keys, cache.values, lengths, implementation=self.kernels
+            )
+        # A prefill is a large matrix product, which the reference leaves to XLA.
+        kernels = self.kernels if new_tokens <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
+        with jax.named_scope("attention"):
+            mixed = pallas_kernels.decode_attention(
+                query, keys, values, lengths, window=config.sliding_window, implementation=kernels
+            )
+        return self.output(mixed.reshape(batch, new_tokens, -1), precision=precision), LayerCache(keys, values)
+
+    def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
+        """Qwen3's norm of each head, before rotation."""
+        first_key, first_value = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+        query, key, value = jnp.split(qkv, (first_key, first_value), axis=2)
+        return jnp.concatenate([self.query_norm(query), self.key_norm(key), value], axis=2)
 
 
 class MLP(nnx.Module):
@@ -183,6 +199,7 @@ class DecoderLayer(nnx.Module):
             qkv=linear("attention.qkv", sum(config.qkv_sizes), config.qkv_bias),
             output=linear("attention.output", hidden, config.output_bias),
             head_norm=lambda: norm(config.head_dim),
+            kernels=kernels,
         )
         self.mlp_norm = norm(hidden)
         self.mlp = MLP(
@@ -225,7 +242,7 @@ class Decoder(nnx.Module):
             quantization: how weights are stored and draft activations quantised; None for float weights.
             formats: the storage of single linears (keys of :func:`linear_inputs`) where it is not that of
                 ``quantization``.
-            kernels: implementation name for the kernels, None for the best that works.
+            kernels: implementation name for the operations of ``pallas_kernels``, None for the best that works.
             dtype: of embedding, norms, biases, LM head, cache and activations.
             scan_layers: stack the layers and scan over them (see the module docstring).
         """
@@ -288,9 +305,8 @@ class Decoder(nnx.Module):
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
-            positions=positions,
+            lengths=cache.lengths,
             rotations=rope.rotation(positions, rope.inverse_frequencies(self.config)),
-            mask=attention_mask(positions, slots=cache.slots, window=self.config.sliding_window),
         )
         stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))
         if isinstance(cache.layers, LayerCache):
@@ -323,13 +339,6 @@ class Decoder(nnx.Module):
         indices = jnp.arange(self.config.num_layers)
         (x, stacked), _ = lax.scan(one_layer, (stream.value(), stacked), (indices, parameters))
         return ResidualStream(x), stacked
-
-
-def attention_mask(positions: Int32[Array, "B T"], *, slots: int, window: int | None) -> Bool[Array, "B 1 T S"]:
-    """True where a token may attend: to its own slot and earlier ones, within the sliding window."""
-    distance = positions[:, None, :, None] - jnp.arange(slots, dtype=jnp.int32)
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
 
 
 def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:

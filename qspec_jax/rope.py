@@ -1,10 +1,10 @@
-"""Rotary position embedding (Su et al., 2021), in the half-rotation form of Hugging Face checkpoints."""
+"""The angles of rotary position embedding (Su et al., 2021); ``pallas_kernels.rotate_and_write`` turns by them."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from qspec_jax.config import ModelConfig
 
@@ -31,18 +31,7 @@ def inverse_frequencies(config: ModelConfig) -> Float32[np.ndarray, " half_HD"]:
 
 def rotation(
     positions: Int32[Array, "B T"], frequencies: Float32[np.ndarray, " half_HD"]
-) -> tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]]:
-    """Cosine and sine of every token's rotation, broadcastable over heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)
+) -> tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]:
+    """Cosine and sine of every token's rotation, by pair."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B T heads HD"],
-    rotations: tuple[Float32[Array, "B T 1 half_HD"], Float32[Array, "B T 1 half_HD"]],
-) -> Float[Array, "B T heads HD"]:
-    """Rotates each pair ``(x[i], x[i + HD/2])``, in float32."""
-    cosine, sine = rotations
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)

@@ -13,7 +13,6 @@ import pytest
 import pallas_kernels
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.modeling import attention_mask
 from qspec_jax.programs import add_group_sums
 from qspec_jax.types import Precision
 from tests import tiny
@@ -175,8 +174,3 @@ def test_a_float_model_refuses_a_4_bit_precision():
     decoder = tiny.decoder(quantization=None)
     with pytest.raises(UsageError, match="needs 4-bit weights"):
         logits_of(decoder, TOKENS, Precision.W4A16)
-
-
-def test_a_mask_shows_earlier_slots_within_the_window():
-    mask = attention_mask(jnp.asarray([[2, 3]], jnp.int32), slots=5, window=2)
-    np.testing.assert_array_equal(mask[0, 0], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])

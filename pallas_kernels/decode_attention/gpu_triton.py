@@ -1,0 +1,336 @@
+"""``decode_attention`` as two Pallas Triton kernels for NVIDIA GPUs (compute capability 8.0 and newer).
+
+Split along the cache (flash decoding: Dao et al., 2023): a program of the first kernel attends from 16 rows, the
+queries of one key/value head, to one chunk of slots, and leaves the largest logit, the sum of the exponentials and
+the sum of the weighted values, all float32. The second kernel puts the chunks of a query together.
+
+Row invariance: where a chunk begins depends on its number alone, a tile always has 16 rows (more rows are more
+programs), a slot that a row does not see adds zero, and chunks are put together in their order, 16 at a time. Every
+row therefore goes through the same operations however many tokens, sequences and slots there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.decode_attention import MAX_DECODE_TOKENS
+
+_ROWS = 16  # of a tile: the fewest that a tensor core takes
+_MAX_HEAD_DIM = 256
+# Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
+_SHORT_CHUNK, _NUM_SHORT_CHUNKS, _LONG_CHUNK = 64, 16, 256
+_TILE_BYTES = 16384  # of keys, and of values, per step
+_CHUNKS_PER_STEP = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What both kernels know of the call: sizes, and the window."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    slots: int
+    window: int | None
+
+    @property
+    def group(self) -> int:
+        """Query heads that read the same keys and values. Row ``r`` is head ``r % group`` of token ``r // group``."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens * self.group
+
+    @property
+    def row_blocks(self) -> int:
+        return pl.cdiv(self.num_rows, _ROWS)
+
+    @property
+    def block_dim(self) -> int:
+        """The head dimension, padded to what a tile may have."""
+        return max(16, pl.next_power_of_2(self.head_dim))
+
+    @property
+    def num_chunks(self) -> int:
+        short = min(self.slots, _SHORT_CHUNK * _NUM_SHORT_CHUNKS)
+        return pl.cdiv(short, _SHORT_CHUNK) + pl.cdiv(self.slots - short, _LONG_CHUNK)
+
+    def first_seen(self, position: Array) -> Array | int:
+        """The first slot that a token at ``position`` sees."""
+        return 0 if self.window is None else jnp.maximum(position - (self.window - 1), 0)
+
+    def end_of_seen(self, position: Array) -> Array:
+        """The slot after the last one that a token at ``position`` sees."""
+        return jnp.minimum(position + 1, self.slots)
+
+
+def obstacle(num_tokens: int, head_dim: int) -> str | None:
+    """Why these kernels cannot serve a call, as the end of a sentence; None if they can."""
+    if num_tokens > MAX_DECODE_TOKENS:
+        return f"needs at most {MAX_DECODE_TOKENS} tokens per sequence; these are {num_tokens}"
+    if head_dim > _MAX_HEAD_DIM:
+        return f"needs a head dimension of at most {_MAX_HEAD_DIM}; this is {head_dim}"
+    return None
+
+
+def decode_attention(
+    query: Float[Array, "B T H HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    lengths: Int32[Array, " B"],
+    *,
+    window: int | None,
+    interpret: bool = False,
+) -> Float[Array, "B T H HD"]:
+    """See the public function."""
+    tiles.ignore_triton_deprecation()
+    return _attend(query, keys, values, lengths, window=window, interpret=interpret)
+
+
+# A jit of its own, so that a program with many layers lowers the kernels once per shape.
+@functools.partial(jax.jit, static_argnames=("window", "interpret"))
+def _attend(query: Array, keys: Array, values: Array, lengths: Array, *, window: int | None, interpret: bool) -> Array:
+    problem = _Problem(*query.shape[1:3], *keys.shape[2:], keys.shape[1], window)
+    chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
+    return _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+
+
+def _attend_to_chunks(
+    query: Array, keys: Array, values: Array, lengths: Array, *, problem: _Problem, interpret: bool
+) -> list[Array]:
+    """Largest logits and sums ``[B, KH, chunks, rows]``, and weighted values ``[B, KH, chunks, rows, block_dim]``.
+
+    Chunks and rows that see nothing, or do not exist, are not written.
+    """
+    batch, row_blocks = query.shape[0], problem.row_blocks
+
+    def block(program, chunk, sequence):
+        return sequence, lax.div(program, row_blocks), chunk, lax.rem(program, row_blocks)
+
+    def cache_block(program, chunk, sequence):
+        return sequence, 0, lax.div(program, row_blocks), 0
+
+    cache_spec = pl.BlockSpec((None, problem.slots, None, problem.block_dim), cache_block)
+    row_spec = pl.BlockSpec((None, None, None, _ROWS), block)
+    wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
+    per_row = (batch, problem.num_kv_heads, problem.num_chunks, row_blocks * _ROWS)
+    return pl.pallas_call(
+        functools.partial(_chunk_kernel, problem=problem),
+        # Programs that read the same slots stand next to each other.
+        grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
+        in_specs=[
+            pl.BlockSpec((None,), lambda program, chunk, sequence: (sequence,)),
+            pl.BlockSpec((None, *query.shape[1:]), lambda program, chunk, sequence: (sequence, 0, 0, 0)),
+            cache_spec,
+            cache_spec,
+        ],
+        out_specs=[row_spec, row_spec, wide_spec],
+        out_shape=[
+            jax.ShapeDtypeStruct(per_row, jnp.float32),
+            jax.ShapeDtypeStruct(per_row, jnp.float32),
+            jax.ShapeDtypeStruct((*per_row, problem.block_dim), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="decode_attention_chunks",
+    )(lengths, query, keys, values)
+
+
+def _chunk_kernel(
+    length_ref,  # [] int32
+    query_ref,  # [T, H, HD]
+    keys_ref,  # [S, block_dim]
+    values_ref,  # [S, block_dim]
+    maximum_ref,  # [16] f32
+    total_ref,  # [16] f32
+    mixed_ref,  # [16, block_dim] f32
+    *,
+    problem: _Problem,
+):
+    program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
+    kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
+    rows = row_block * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
+    exists = rows < problem.num_rows
+
+    # Whole tiles from the first slot that the first token sees to the last one that the last token sees.
+    block_slots = min(_SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
+    chunk_start = _first_slot(chunk)
+    end = jnp.minimum(_first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
+    first_tile = lax.div(jnp.maximum(problem.first_seen(length) - chunk_start, 0), block_slots)
+    end_tile = lax.div(end - chunk_start + (block_slots - 1), block_slots)
+
+    @pl.when(first_tile < end_tile)
+    def _():
+        attend_to_tile = functools.partial(
+            _attend_to_tile,
+            query=_load_rows(query_ref, rows, exists, kv_head, problem),
+            positions=length + lax.div(rows, problem.group),
+            cache_refs=(keys_ref, values_ref),
+            bounds=(chunk_start, end),
+            block_slots=block_slots,
+            problem=problem,
+        )
+        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, _nothing((_ROWS,), problem))
+        for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
+            plgpu.store(ref, result, mask=exists if result.ndim == 1 else _across(exists, result.shape))
+
+
+def _attend_to_tile(
+    tile: Array,
+    carry: tuple[Array, Array, Array],  # maximum [16], total [16], mixed [16, block_dim] of the tiles before
+    *,
+    query: Array,  # [16, block_dim]
+    positions: Array,  # [16]
+    cache_refs: tuple[tiles.Ref, tiles.Ref],
+    bounds: tuple[Array, Array],  # where the chunk begins, and where no row sees any more
+    block_slots: int,
+    problem: _Problem,
+) -> tuple[Array, Array, Array]:
+    maximum, total, mixed = carry
+    chunk_start, end = bounds
+    start = chunk_start + tile * block_slots
+    keys, values = (_load_slots(ref, start, end, block_slots, problem) for ref in cache_refs)
+    shape = (_ROWS, block_slots)
+    slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), _across(positions, shape)
+    seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
+    logits = _dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
+    maximum, kept, weights = _raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+    total = total * kept + jnp.sum(weights, axis=1)
+    mixed = mixed * kept[:, None] + _dot(weights.astype(values.dtype), values, contract=(1, 0))
+    return maximum, total, mixed
+
+
+def _join_chunks(
+    lengths: Array,
+    maximum: Array,
+    total: Array,
+    mixed: Array,
+    *,
+    problem: _Problem,
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Array:
+    batch, shape = lengths.shape[0], (problem.num_tokens, problem.num_heads, problem.head_dim)
+    group = problem.group
+
+    def block(head, token, sequence):
+        return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
+
+    chunk_spec = pl.BlockSpec((None, None, problem.num_chunks, None), block)
+    return pl.pallas_call(
+        functools.partial(_join_kernel, problem=problem),
+        grid=(problem.num_heads, problem.num_tokens, batch),
+        in_specs=[
+            pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
+            chunk_spec,
+            chunk_spec,
+            pl.BlockSpec((None, None, problem.num_chunks, None, problem.block_dim), lambda *ids: (*block(*ids), 0)),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0)
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, *shape), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="decode_attention_join",
+    )(lengths, maximum, total, mixed)
+
+
+def _join_kernel(
+    length_ref,  # [] int32
+    maximum_ref,  # [chunks] f32
+    total_ref,  # [chunks] f32
+    mixed_ref,  # [chunks, block_dim] f32
+    out_ref,  # [block_dim]
+    *,
+    problem: _Problem,
+):
+    position = length_ref[...] + pl.program_id(1)
+    first, end = problem.first_seen(position), problem.end_of_seen(position)
+
+    def join(step, carry):
+        maximum, total, mixed = carry
+        here = pl.ds(step * _CHUNKS_PER_STEP, _CHUNKS_PER_STEP)
+        chunks = step * _CHUNKS_PER_STEP + lax.broadcasted_iota(jnp.int32, (_CHUNKS_PER_STEP,), 0)
+        seen = (_first_slot(chunks) < end) & (_first_slot(chunks + 1) > first)
+        seen_wide = _across(seen, (_CHUNKS_PER_STEP, problem.block_dim))
+        # What was not written may hold anything, so it is not read.
+        maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
+        totals = plgpu.load(total_ref.at[here], mask=seen, other=0.0)
+        mixtures = plgpu.load(mixed_ref.at[here, :], mask=seen_wide, other=0.0)
+        maximum, kept, weights = _raise_maximum(maximum, maxima)
+        total = total * kept + jnp.sum(weights * totals, axis=0)
+        mixed = mixed * kept + jnp.sum(weights[:, None] * mixtures, axis=0)
+        return maximum, total, mixed
+
+    num_steps = pl.cdiv(problem.num_chunks, _CHUNKS_PER_STEP)
+    _, total, mixed = lax.fori_loop(0, num_steps, join, _nothing((), problem))
+    out = mixed / jnp.where(total > 0, total, 1.0)
+    exists = lax.broadcasted_iota(jnp.int32, out.shape, 0) < problem.head_dim
+    plgpu.store(out_ref, out.astype(out_ref.dtype), mask=exists)
+
+
+def _first_slot(chunk: Array) -> Array:
+    """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
+    long = (chunk - _NUM_SHORT_CHUNKS) * _LONG_CHUNK + _NUM_SHORT_CHUNKS * _SHORT_CHUNK
+    return jnp.where(chunk < _NUM_SHORT_CHUNKS, chunk * _SHORT_CHUNK, long)
+
+
+def _load_rows(ref: tiles.Ref, rows: Array, exists: Array, kv_head: Array, problem: _Problem) -> Array:
+    """The queries of 16 rows ``[16, block_dim]``, with zeros where there are none."""
+    shape = (_ROWS, problem.block_dim)
+    rows, group = _across(rows, shape), problem.group
+    dims = lax.broadcasted_iota(jnp.int32, shape, 1)
+    queries = ref.at[lax.div(rows, group), kv_head * group + lax.rem(rows, group), dims]
+    mask = _across(exists, shape) & (dims < problem.head_dim)
+    return plgpu.load(queries, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def _load_slots(ref: tiles.Ref, start: Array, end: Array, block_slots: int, problem: _Problem) -> Array:
+    """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
+    shape = (block_slots, problem.block_dim)
+    mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
+    if problem.block_dim != problem.head_dim:
+        mask &= lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim
+    return plgpu.load(ref.at[pl.ds(start, block_slots), :], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def _nothing(shape: tuple[int, ...], problem: _Problem) -> tuple[Array, Array, Array]:
+    """Largest logit, sum and weighted values of no slots."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return jnp.full(shape, -jnp.inf, jnp.float32), zeros, jnp.zeros((*shape, problem.block_dim), jnp.float32)
+
+
+def _raise_maximum(maximum: Array, logits: Array) -> tuple[Array, Array, Array]:
+    """The largest logit so far, the factor for what was summed before, and the weights of the new ``logits``."""
+    raised = jnp.maximum(maximum, jnp.max(logits, axis=-1))
+    shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
+    return raised, jnp.exp(maximum - shift), jnp.exp(logits - shift[..., None])
+
+
+def _across(column: Array, shape: tuple[int, int]) -> Array:
+    """A value per row, repeated along the row."""
+    return jnp.broadcast_to(column[:, None], shape)
+
+
+def _dot(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
+    """In float32; float32 operands are not rounded to tf32."""
+    return lax.dot_general(
+        a,
+        b,
+        ((contract[:1], contract[1:]), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

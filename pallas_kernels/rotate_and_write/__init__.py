@@ -1,0 +1,72 @@
+"""Rotary embedding of new queries and keys, and their entry into the key/value cache, in one operation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.rotate_and_write import reference
+
+_OP = "rotate_and_write"
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def rotate_and_write(
+    qkv: Float[Array, "B T heads HD"],
+    cosine: Float32[Array, "B T half_HD"],
+    sine: Float32[Array, "B T half_HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    lengths: Int32[Array, " B"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
+    """Rotates queries and keys, and writes keys and values into the cache; the equations stand in the reference.
+
+    The Triton kernel writes into the memory of ``keys`` and ``values`` where a program may give it up (a loop's
+    carry, a donated argument), and touches only the slots of the new tokens.
+
+    Args:
+        qkv: ``[B, T, H + 2 * KH, HD]`` float32, bfloat16 or float16: the heads of queries, then keys, then values.
+        cosine, sine: ``[B, T, HD / 2]`` float32, of the angle of each pair of each token.
+        keys, values: ``[B, S, KH, HD]`` in the dtype of ``qkv``.
+        lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` takes slot ``lengths + t``. One
+            past the last slot is dropped.
+        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+
+    Returns:
+        The rotated queries ``[B, T, H, HD]``, and the caches with the new entries.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the name of the implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    _check(qkv, cosine, sine, keys, values)
+    chosen = dispatch.select_implementation(_OP, implementation, triton_obstacle=lambda: _triton().obstacle())
+    run = _triton().rotate_and_write if chosen == dispatch.TRITON else reference.rotate_and_write
+    return run(qkv, cosine, sine, keys, values, lengths)
+
+
+def _check(qkv: Array, cosine: Array, sine: Array, keys: Array, values: Array) -> None:
+    batch, num_tokens, num_heads, head_dim = qkv.shape
+    if qkv.dtype not in _DTYPES:
+        raise ValueError(f"{_OP}: qkv is {qkv.dtype}; use float32, bfloat16 or float16")
+    if keys.dtype != qkv.dtype or values.dtype != qkv.dtype:
+        raise ValueError(f"{_OP}: keys are {keys.dtype} and values {values.dtype}; use {qkv.dtype}, as qkv has")
+    if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (batch, head_dim):
+        raise ValueError(
+            f"{_OP}: keys are {keys.shape} and values {values.shape}; use [{batch}, S, KH, {head_dim}] for both"
+        )
+    if num_heads <= 2 * keys.shape[2]:
+        raise ValueError(f"{_OP}: qkv has {num_heads} heads and the cache KH={keys.shape[2]}; use H + 2 * KH heads")
+    if head_dim % 2 or not cosine.shape == sine.shape == (batch, num_tokens, head_dim // 2):
+        raise ValueError(
+            f"{_OP}: cosine is {cosine.shape} and sine {sine.shape} for HD={head_dim}; use [B, T, HD / 2] for both"
+        )
+
+
+def _triton():
+    from pallas_kernels.rotate_and_write import gpu_triton  # imported only where it can run
+
+    return gpu_triton

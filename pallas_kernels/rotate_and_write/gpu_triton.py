@@ -1,0 +1,126 @@
+"""``rotate_and_write`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
+
+A program takes one head of one token. The caches are aliased to the results and seen whole, so that a program stores
+the one row that is its own and nothing else of them is touched or copied.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import gpu_triton as tiles
+
+
+def obstacle() -> None:
+    """Why this kernel cannot serve a call: it serves all that the public function takes."""
+
+
+def rotate_and_write(
+    qkv: Float[Array, "B T heads HD"],
+    cosine: Float32[Array, "B T half_HD"],
+    sine: Float32[Array, "B T half_HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    lengths: Int32[Array, " B"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
+    """See the public function."""
+    tiles.ignore_triton_deprecation()
+    return _rotate_and_write(qkv, cosine, sine, keys, values, lengths, interpret=interpret)
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames="interpret")
+def _rotate_and_write(
+    qkv: Array, cosine: Array, sine: Array, keys: Array, values: Array, lengths: Array, *, interpret: bool
+) -> tuple[Array, Array, Array]:
+    batch, num_tokens, num_heads, head_dim = qkv.shape
+    num_query_heads = num_heads - 2 * keys.shape[2]
+    block_half = pl.next_power_of_2(head_dim // 2)
+    block_dim = head_dim // 2 + block_half  # what a load of the second half may reach
+
+    def whole(*sizes: int) -> pl.BlockSpec:
+        return pl.BlockSpec((*sizes, block_dim), lambda head, token, sequence: (0, 0, 0, 0))
+
+    query_shape = (batch, num_tokens, num_query_heads)
+    cache_spec = whole(*keys.shape[:3])
+    rotation_spec = pl.BlockSpec((None, None, block_half), lambda head, token, sequence: (sequence, token, 0))
+    return tuple(
+        pl.pallas_call(
+            functools.partial(_kernel, half=head_dim // 2),
+            grid=(num_heads, num_tokens, batch),
+            in_specs=[
+                pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
+                pl.BlockSpec((None, None, None, block_dim), lambda head, token, sequence: (sequence, token, head, 0)),
+                rotation_spec,
+                rotation_spec,
+                cache_spec,
+                cache_spec,
+            ],
+            out_specs=[whole(*query_shape), cache_spec, cache_spec],
+            out_shape=[
+                jax.ShapeDtypeStruct((*query_shape, head_dim), qkv.dtype),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+                jax.ShapeDtypeStruct(values.shape, values.dtype),
+            ],
+            input_output_aliases={4: 1, 5: 2},
+            compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+            interpret=interpret,
+            name="rotate_and_write",
+        )(lengths, qkv, cosine, sine, keys, values)
+    )
+
+
+def _kernel(
+    length_ref,  # [] int32
+    qkv_ref,  # [block_dim]
+    cosine_ref,  # [block_half] f32
+    sine_ref,  # [block_half] f32
+    _keys_ref,  # the same memory as the result
+    _values_ref,
+    query_ref,  # [B, T, H, block_dim]
+    keys_ref,  # [B, S, KH, block_dim]
+    values_ref,  # [B, S, KH, block_dim]
+    *,
+    half: int,
+):
+    head, token, sequence = (pl.program_id(axis) for axis in range(3))
+    first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
+    position = length_ref[...] + token
+    fits = position < keys_ref.shape[1]
+    block_half = cosine_ref.shape[0]
+    mask = None if block_half == half else lax.broadcasted_iota(jnp.int32, (block_half,), 0) < half
+    first, second = (_load(qkv_ref.at[pl.ds(start, block_half)], mask) for start in (0, half))
+
+    def store(ref, row, head, parts):
+        for start, part in zip((0, half), parts, strict=True):
+            plgpu.store(ref.at[sequence, row, head, pl.ds(start, block_half)], part, mask=mask)
+
+    def rotated():
+        cosine, sine = _load(cosine_ref, mask), _load(sine_ref, mask)
+        a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+        return tuple(part.astype(first.dtype) for part in (a * cosine - b * sine, b * cosine + a * sine))
+
+    @pl.when(head < first_key)
+    def _():
+        store(query_ref, token, head, rotated())
+
+    @pl.when((head >= first_key) & (head < first_value) & fits)
+    def _():
+        store(keys_ref, position, head - first_key, rotated())
+
+    @pl.when((head >= first_value) & fits)
+    def _():
+        store(values_ref, position, head - first_value, (first, second))
+
+
+def _load(ref: tiles.Ref, mask: Array | None) -> Array:
+    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
