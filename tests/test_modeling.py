@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import MAX_DECODE_TOKENS
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.programs import add_group_sums
@@ -174,3 +175,24 @@ def test_a_float_model_refuses_a_4_bit_precision():
     decoder = tiny.decoder(quantization=None)
     with pytest.raises(UsageError, match="needs 4-bit weights"):
         logits_of(decoder, TOKENS, Precision.W4A16)
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [("triton", "triton"), ("mosaic", None), (None, None)])
+def test_decodes_ask_for_the_attention_kernel_and_prefills_for_the_reference(monkeypatch, kernels, expected):
+    asked = []
+
+    def without_a_name(operation, *arguments, implementation, **settings):
+        asked.append((operation.__name__, arguments[0].shape[1], implementation))
+        return operation(*arguments, **settings)
+
+    for operation in (pallas_kernels.decode_attention, pallas_kernels.rotate_and_write, pallas_kernels.rms_norm):
+        monkeypatch.setattr(pallas_kernels, operation.__name__, functools.partial(without_a_name, operation))
+    decoder = tiny.decoder(quantization=None, kernels=kernels)
+    for num_tokens in (MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1):
+        logits_of(decoder, TOKENS[:, :num_tokens], Precision.FLOAT)
+    assert [call for call in asked if call[0] != "rms_norm"] == [
+        ("rotate_and_write", 17, expected),
+        ("decode_attention", 17, expected),
+        ("rotate_and_write", 18, expected),
+        ("decode_attention", 18, "reference"),
+    ]

@@ -28,9 +28,10 @@ from pallas_kernels.decode_attention import MAX_DECODE_TOKENS
 _ROWS = 16  # of a tile: the fewest that a tensor core takes
 _MAX_HEAD_DIM = 256
 # Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
-_SHORT_CHUNK, _NUM_SHORT_CHUNKS, _LONG_CHUNK = 64, 16, 256
-_TILE_BYTES = 16384  # of keys, and of values, per step
-_CHUNKS_PER_STEP = 16
+_SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
+_CHUNKS = 16  # the short ones, and those that are put together at a time
+_SHORT_SLOTS, _LONG_SLOTS = _CHUNKS * _SHORT_CHUNK, _CHUNKS * _LONG_CHUNK
+_TILE_BYTES = 16384  # of keys, and of values, that a program holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Problem:
 
     @property
     def num_chunks(self) -> int:
-        short = min(self.slots, _SHORT_CHUNK * _NUM_SHORT_CHUNKS)
+        short = min(self.slots, _SHORT_SLOTS)
         return pl.cdiv(short, _SHORT_CHUNK) + pl.cdiv(self.slots - short, _LONG_CHUNK)
 
     def first_seen(self, position: Array) -> Array | int:
@@ -102,14 +103,16 @@ def decode_attention(
 # A jit of its own, so that a program with many layers lowers the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("window", "interpret"))
 def _attend(query: Array, keys: Array, values: Array, lengths: Array, *, window: int | None, interpret: bool) -> Array:
-    problem = _Problem(*query.shape[1:3], *keys.shape[2:], keys.shape[1], window)
+    _, num_tokens, num_heads, head_dim = query.shape
+    _, slots, num_kv_heads, _ = keys.shape
+    problem = _Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
     chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
     return _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
 
 
 def _attend_to_chunks(
     query: Array, keys: Array, values: Array, lengths: Array, *, problem: _Problem, interpret: bool
-) -> list[Array]:
+) -> tuple[Array, Array, Array]:
     """Largest logits and sums ``[B, KH, chunks, rows]``, and weighted values ``[B, KH, chunks, rows, block_dim]``.
 
     Chunks and rows that see nothing, or do not exist, are not written.
@@ -126,7 +129,7 @@ def _attend_to_chunks(
     row_spec = pl.BlockSpec((None, None, None, _ROWS), block)
     wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
     per_row = (batch, problem.num_kv_heads, problem.num_chunks, row_blocks * _ROWS)
-    return pl.pallas_call(
+    maximum, total, mixed = pl.pallas_call(
         functools.partial(_chunk_kernel, problem=problem),
         # Programs that read the same slots stand next to each other.
         grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
@@ -146,6 +149,7 @@ def _attend_to_chunks(
         interpret=interpret,
         name="decode_attention_chunks",
     )(lengths, query, keys, values)
+    return maximum, total, mixed
 
 
 def _chunk_kernel(
@@ -262,10 +266,10 @@ def _join_kernel(
 
     def join(step, carry):
         maximum, total, mixed = carry
-        here = pl.ds(step * _CHUNKS_PER_STEP, _CHUNKS_PER_STEP)
-        chunks = step * _CHUNKS_PER_STEP + lax.broadcasted_iota(jnp.int32, (_CHUNKS_PER_STEP,), 0)
+        here = pl.ds(step * _CHUNKS, _CHUNKS)
+        chunks = step * _CHUNKS + lax.broadcasted_iota(jnp.int32, (_CHUNKS,), 0)
         seen = (_first_slot(chunks) < end) & (_first_slot(chunks + 1) > first)
-        seen_wide = _across(seen, (_CHUNKS_PER_STEP, problem.block_dim))
+        seen_wide = _across(seen, (_CHUNKS, problem.block_dim))
         # What was not written may hold anything, so it is not read.
         maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
         totals = plgpu.load(total_ref.at[here], mask=seen, other=0.0)
@@ -275,7 +279,8 @@ def _join_kernel(
         mixed = mixed * kept + jnp.sum(weights[:, None] * mixtures, axis=0)
         return maximum, total, mixed
 
-    num_steps = pl.cdiv(problem.num_chunks, _CHUNKS_PER_STEP)
+    # One step for the short chunks, then as many as the token needs: the same program for any number of slots.
+    num_steps = 1 + lax.div(jnp.maximum(end - _SHORT_SLOTS, 0) + (_LONG_SLOTS - 1), _LONG_SLOTS)
     _, total, mixed = lax.fori_loop(0, num_steps, join, _nothing((), problem))
     out = mixed / jnp.where(total > 0, total, 1.0)
     exists = lax.broadcasted_iota(jnp.int32, out.shape, 0) < problem.head_dim
@@ -284,8 +289,7 @@ def _join_kernel(
 
 def _first_slot(chunk: Array) -> Array:
     """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
-    long = (chunk - _NUM_SHORT_CHUNKS) * _LONG_CHUNK + _NUM_SHORT_CHUNKS * _SHORT_CHUNK
-    return jnp.where(chunk < _NUM_SHORT_CHUNKS, chunk * _SHORT_CHUNK, long)
+    return jnp.where(chunk < _CHUNKS, chunk * _SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
 
 
 def _load_rows(ref: tiles.Ref, rows: Array, exists: Array, kv_head: Array, problem: _Problem) -> Array:

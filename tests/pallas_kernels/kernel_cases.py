@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,39 @@ def assert_nearly_the_same(
         assert np.abs(ours - theirs).max() <= 1 + int(256 * rounding)
         assert np.mean(ours == theirs) >= equal_codes
     np.testing.assert_allclose(out.scale, expected.scale, rtol=2e-6 + 2 * rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """Sizes of a decode: new tokens, heads, key/value heads, head dimension, slots, window."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    slots: int
+    window: int | None = None
+
+    def arrays(self, batch: int, dtype: jnp.dtype, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values; logits are about normal."""
+        shapes = [(self.num_tokens, self.num_heads), *[(self.slots, self.num_kv_heads)] * 2]
+        return tuple(
+            random_rows(batch, *shape, self.head_dim, dtype=dtype, seed=seed + index)
+            for index, shape in enumerate(shapes)
+        )
+
+
+def attention_in_float64(
+    query: jax.Array, keys: jax.Array, values: jax.Array, lengths: list[int], window: int | None
+) -> np.ndarray:
+    """``[B, T, H, HD]`` from the definition, one token and head at a time."""
+    q, k, v = (np.asarray(array, np.float64) for array in (query, keys, values))
+    group = q.shape[2] // k.shape[2]
+    out = np.empty(q.shape)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        position = lengths[b] + t
+        seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+        logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[3])
+        weights = np.exp(logits - logits.max())
+        out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return out

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
+from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
@@ -136,3 +138,38 @@ def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
         cuda_program(functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings), x, x, gain),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]
+
+
+# Tokens, heads, key/value heads, head dimension, slots: the demo model, Llama-3-8B, and what pads or fills most.
+ATTENTION_SHAPES = [(1, 9, 3, 64, 640), (4, 9, 3, 64, 640), (1, 32, 8, 128, 1024), (17, 32, 8, 128, 8192)]
+ATTENTION_SHAPES += [(4, 8, 2, 96, 1000), (2, 8, 1, 256, 64)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_decode_attention_lowers_to_two_kernels(shape, dtype):
+    tokens, heads, kv_heads, head_dim, slots = shape
+    query, cache = array(2, tokens, heads, head_dim, dtype=dtype), array(2, slots, kv_heads, head_dim, dtype=dtype)
+    assert attention_triton.obstacle(tokens, head_dim) is None
+    attend = functools.partial(attention_triton.decode_attention, window=500)
+    assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_rotate_and_write_lowers_to_one_kernel_in_place(shape):
+    """The results that are caches have the memory of the arguments that are caches, also as the carry of a loop."""
+    tokens, heads, kv_heads, head_dim, slots = shape
+    qkv = array(2, tokens, heads + 2 * kv_heads, head_dim, dtype=jnp.bfloat16)
+    angles = array(2, tokens, head_dim // 2, dtype=jnp.float32)
+    cache = array(2, slots, kv_heads, head_dim, dtype=jnp.bfloat16)
+
+    def loop(qkv, angles, keys, values, lengths):
+        def step(_, caches):
+            return rotate_triton.rotate_and_write(qkv, angles, angles, *caches, lengths)[1:]
+
+        return jax.lax.fori_loop(0, 3, step, (keys, values))
+
+    program = cuda_program(loop, qkv, angles, cache, cache, array(2, dtype=jnp.int32))
+    assert program.count(KERNEL_CALL) == 1
+    for result, argument in ((1, 4), (2, 5)):
+        assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program

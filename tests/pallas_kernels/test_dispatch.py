@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import (
     available_implementations,
+    decode_attention,
     float_matmul,
     quantize_activations,
     rms_norm,
     rms_norm_quantize,
+    rotate_and_write,
     swiglu_quantize,
     w4a4_matmul,
     w4a16_matmul,
@@ -27,6 +30,8 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a 
 def calls(implementation):
     weight, x = random_weight(32, 128, 64, symmetric=True), random_rows(2, 128)
     codes, gain = quantize_activations(x, bits=8), random_rows(128)
+    heads, cache, lengths = random_rows(1, 2, 4, 16), random_rows(1, 8, 1, 16), jnp.asarray([3], jnp.int32)
+    angles = random_rows(1, 2, 8)
     named = {"bits": 8, "implementation": implementation}
     return {
         "w4a16_matmul": lambda: w4a16_matmul(x, weight, implementation=implementation),
@@ -36,11 +41,24 @@ def calls(implementation):
         "rms_norm": lambda: rms_norm(x, gain, epsilon=1e-5, implementation=implementation),
         "rms_norm_quantize": lambda: rms_norm_quantize(x, gain, epsilon=1e-5, **named).codes,
         "swiglu_quantize": lambda: swiglu_quantize(x, **named).codes,
+        "decode_attention": lambda: decode_attention(heads, cache, cache, lengths, implementation=implementation),
+        "rotate_and_write": lambda: rotate_and_write(
+            heads, angles, angles, cache, cache, lengths, implementation=implementation
+        )[0],
     }
 
 
-OPS = ("w4a16_matmul", "w4a4_matmul", "float_matmul")
-OPS += ("quantize_activations", "rms_norm", "rms_norm_quantize", "swiglu_quantize")
+OPS = (
+    "w4a16_matmul",
+    "w4a4_matmul",
+    "float_matmul",
+    "quantize_activations",
+    "rms_norm",
+    "rms_norm_quantize",
+    "swiglu_quantize",
+    "decode_attention",
+    "rotate_and_write",
+)
 
 
 @on_cpu

@@ -1,0 +1,151 @@
+"""decode_attention and rotate_and_write on an NVIDIA GPU at the shapes of real models."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import decode_attention, rotate_and_write
+from pallas_kernels.rotate_and_write import reference as rotate_reference
+from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+MODELS = {
+    "llama_3_8b": AttentionCase(8, 32, 8, 128, 2056),
+    "smollm2_135m": AttentionCase(8, 9, 3, 64, 2056),
+    "mistral_window": AttentionCase(8, 32, 8, 128, 2056, window=700),
+    "one_head_each": AttentionCase(17, 8, 8, 96, 1100),
+    "wide_heads": AttentionCase(17, 8, 1, 256, 700),
+}
+# The slots seen by the first token are one more; 16 sequences, on both sides of the edges of tiles and chunks.
+LENGTHS = (0, 1, 15, 62, 63, 64, 65, 127, 128, 511, 512, 600, 1023, 1024, 1290, 2048)
+# Weights are rounded to the dtype as well as the result.
+BOUNDS = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4, jnp.float32: 3e-6}
+TOKENS = (1, 2, 4, 5, 8, 17)
+
+models = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "f16", "f32"])
+
+
+def fitting_lengths(case: AttentionCase) -> list[int]:
+    return [min(length, case.slots - case.num_tokens) for length in LENGTHS]
+
+
+def int32(lengths) -> jax.Array:
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def triton(case: AttentionCase):
+    return jax.jit(functools.partial(decode_attention, window=case.window, implementation="triton"))
+
+
+@dtypes
+@models
+def test_attention_is_the_formula(case, dtype):
+    lengths = fitting_lengths(case)
+    arrays = case.arrays(len(lengths), dtype)
+    out = triton(case)(*arrays, int32(lengths)).astype(jnp.float32)
+    expected = attention_in_float64(*arrays, lengths, case.window)
+    for sequence, length in enumerate(lengths):
+        assert relative_error(out[sequence], expected[sequence]) < BOUNDS[dtype], f"length {length}"
+
+
+@dtypes
+@models
+def test_a_token_has_the_same_bits_whatever_is_computed_beside_it(case, dtype):
+    """For every number of tokens, of sequences, and of slots, and wherever it stands among them."""
+    attend, lengths = triton(case), int32(fitting_lengths(case))
+    query, keys, values = case.arrays(len(lengths), dtype)
+    widest = np.asarray(attend(query, keys, values, lengths))
+    for num_tokens in (count for count in TOKENS if count < case.num_tokens):
+        for start in range(0, case.num_tokens - num_tokens + 1, num_tokens):
+            here = slice(start, start + num_tokens)
+            out = attend(query[:, here], keys, values, lengths + start)
+            np.testing.assert_array_equal(out, widest[:, here], err_msg=f"T={num_tokens} from {start}")
+    for order in ([0], [9], [15], [3, 12], [7, 7, 1, 14, 10, 0, 2, 5], [*reversed(range(16))]):
+        rows = jnp.asarray(order)
+        out = attend(query[rows], keys[rows], values[rows], lengths[rows])
+        np.testing.assert_array_equal(out, widest[rows], err_msg=f"sequences {order}")
+    short = [row for row, length in enumerate(lengths.tolist()) if length + case.num_tokens <= 640]
+    rows = jnp.asarray(short)
+    for slots in (640, 648, 1088):
+        out = attend(query[rows], keys[rows, :slots], values[rows, :slots], lengths[rows])
+        np.testing.assert_array_equal(out, widest[rows], err_msg=f"{slots} slots")
+
+
+@models
+def test_what_stands_in_unseen_slots_does_not_matter(case):
+    lengths = fitting_lengths(case)
+    query, keys, values = case.arrays(len(lengths), jnp.bfloat16)
+    out = triton(case)(query, keys, values, int32(lengths))
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    filled = jnp.arange(case.slots) < int32(lengths)[:, None] + case.num_tokens
+    keys, values = (jnp.where(filled[..., None, None], array, jnp.nan) for array in (keys, values))
+    np.testing.assert_array_equal(triton(case)(query, keys, values, int32(lengths)), out)
+
+
+def rotate_operands(case: AttentionCase, dtype):
+    lengths = int32([0, 5, case.slots - case.num_tokens, case.slots - 1])
+    qkv = random_rows(4, case.num_tokens, case.num_heads + 2 * case.num_kv_heads, case.head_dim, dtype=dtype)
+    angles = 9 * random_rows(4, case.num_tokens, case.head_dim // 2)
+    _, keys, values = case.arrays(4, dtype)
+    return qkv, jnp.cos(angles), jnp.sin(angles), keys, values, lengths
+
+
+@dtypes
+@models
+def test_rotation_is_the_reference_and_slots_keep_what_they_hold(case, dtype):
+    """A product may or may not be rounded before it is added: the sum moves by a step of its largest term."""
+    operands = rotate_operands(case, dtype)
+    query, keys, values = jax.jit(functools.partial(rotate_and_write, implementation="triton"))(*operands)
+    on_cpu = [jax.device_put(array, jax.devices("cpu")[0]) for array in operands]
+    expected_query, expected_keys, expected_values = rotate_reference.rotate_and_write(*on_cpu)
+    step = float(jnp.finfo(dtype).eps)
+    for out, expected in ((query, expected_query), (keys, expected_keys)):
+        out, expected = np.asarray(out, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(out, expected, rtol=step, atol=2e-6)
+    np.testing.assert_array_equal(values, expected_values)
+    untouched = np.asarray(expected_keys == on_cpu[3])
+    np.testing.assert_array_equal(np.asarray(keys)[untouched], np.asarray(on_cpu[3])[untouched])
+
+
+@models
+def test_a_token_is_rotated_to_the_same_bits_alone_and_among_others(case):
+    run = jax.jit(functools.partial(rotate_and_write, implementation="triton"))
+    qkv, cosine, sine, keys, values, lengths = rotate_operands(case, jnp.bfloat16)
+    together = run(qkv, cosine, sine, keys, values, lengths)
+    queries = []
+    for token in range(case.num_tokens):
+        here = slice(token, token + 1)
+        query, keys, values = run(qkv[:, here], cosine[:, here], sine[:, here], keys, values, lengths + token)
+        queries.append(query)
+    jax.tree.map(np.testing.assert_array_equal, (jnp.concatenate(queries, axis=1), keys, values), together)
+
+
+def test_caches_that_are_given_up_are_written_in_place():
+    qkv, cosine, sine, keys, values, lengths = rotate_operands(MODELS["llama_3_8b"], jnp.bfloat16)
+    before = keys.unsafe_buffer_pointer(), values.unsafe_buffer_pointer()
+    write = functools.partial(rotate_and_write, implementation="triton")
+    program = jax.jit(write, donate_argnums=(3, 4)).lower(qkv, cosine, sine, keys, values, lengths).compile()
+    assert " copy(" not in program.as_text()
+    _, keys, values = program(qkv, cosine, sine, keys, values, lengths)
+    assert (keys.unsafe_buffer_pointer(), values.unsafe_buffer_pointer()) == before
+
+
+@pytest.mark.parametrize(("implementation", "num_kernels"), [(None, 3), ("triton", 3), ("reference", 0)])
+def test_none_takes_triton(implementation, num_kernels):
+    qkv, cosine, sine, keys, values, lengths = rotate_operands(MODELS["smollm2_135m"], jnp.bfloat16)
+
+    def both(keys, values):
+        query, keys, values = rotate_and_write(qkv, cosine, sine, keys, values, lengths, implementation=implementation)
+        return decode_attention(query, keys, values, lengths, implementation=implementation)
+
+    assert jax.jit(both).lower(keys, values).as_text().count("__gpu$xla.gpu.triton") == num_kernels

@@ -1,0 +1,75 @@
+"""Contracts of rotate_and_write, for the reference and the interpreted Triton kernel alike."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import rotate_and_write
+from pallas_kernels.rotate_and_write import gpu_triton, reference
+from tests.pallas_kernels.kernel_cases import random_rows
+
+SLOTS = 9
+# A jit of both, since XLA contracts products and sums differently where it compiles one by one.
+IMPLEMENTATIONS = {
+    "reference": jax.jit(reference.rotate_and_write),
+    "triton": functools.partial(gpu_triton.rotate_and_write, interpret=True),
+}
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def operands(num_tokens, num_heads, num_kv_heads, head_dim, dtype):
+    """All but the lengths, for three sequences."""
+    angles = 9 * random_rows(3, num_tokens, head_dim // 2)
+    qkv = random_rows(3, num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    keys, values = (random_rows(3, SLOTS, num_kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    return qkv, jnp.cos(angles), jnp.sin(angles), keys, values
+
+
+LENGTHS = jnp.asarray([0, 4, SLOTS - 1], jnp.int32)  # the last sequence has room for one token
+
+
+@implementations
+def test_pairs_turn_by_their_angle_and_land_in_their_slots(implementation):
+    qkv, cosine, sine, keys, values = operands(3, 2, 1, 16, jnp.float32)
+    query, new_keys, new_values = IMPLEMENTATIONS[implementation](qkv, cosine, sine, keys, values, LENGTHS)
+    pairs = np.asarray(qkv[..., :8]) + 1j * np.asarray(qkv[..., 8:])
+    turned = pairs * (np.asarray(cosine) + 1j * np.asarray(sine))[:, :, None]
+    turned = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(query, turned[:, :, :2], atol=1e-6)
+    expected_keys, expected_values = np.array(keys), np.array(values)
+    for sequence, length in enumerate(LENGTHS.tolist()):
+        for token in range(min(3, SLOTS - length)):
+            expected_keys[sequence, length + token] = turned[sequence, token, 2:3]
+            expected_values[sequence, length + token] = qkv[sequence, token, 3:]
+    np.testing.assert_allclose(new_keys, expected_keys, atol=1e-6)
+    np.testing.assert_array_equal(new_values, expected_values)
+
+
+@pytest.mark.parametrize("sizes", [(4, 6, 2, 96, jnp.bfloat16), (2, 3, 3, 64, jnp.float32)], ids=str)
+def test_interpreted_triton_has_the_bits_of_the_reference(sizes):
+    """Also in the slots that are not written, and where the last tokens are dropped."""
+    results = [run(*operands(*sizes), LENGTHS) for run in IMPLEMENTATIONS.values()]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": random_rows(3, 2, 2, 16)}, "qkv has 2 heads and the cache KH=1; use H"),
+        (
+            {"keys": random_rows(3, SLOTS, 1, 16, dtype=jnp.bfloat16)},
+            "keys are bfloat16 and values float32; use float32",
+        ),
+    ],
+    ids=["heads", "dtype"],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    names = ("qkv", "cosine", "sine", "keys", "values")
+    arguments = dict(zip(names, operands(2, 2, 1, 16, jnp.float32), strict=True)) | change
+    with pytest.raises(ValueError, match=f"rotate_and_write: {message}"):
+        rotate_and_write(**arguments, lengths=LENGTHS)
