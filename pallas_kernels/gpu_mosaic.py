@@ -1,7 +1,8 @@
 """What the Pallas Mosaic GPU kernels for Hopper share: the pipeline, the order of K, and the end of a matmul.
 
 The kernels compute the transposed product: 64 outputs per warpgroup, with the decoded weights as the register
-operand of ``wgmma`` and the rows of activations as the one in shared memory. A tile of the packed weight is 64
+operand of ``wgmma`` and the rows of activations as the one in shared memory. A product runs while the next piece of
+weight is decoded: nothing waits for the newest product but the end of the sum. A tile of the packed weight is 64
 outputs by 128 bytes of each row, that is 128 inputs of either nibble plane. It is read as it lies in memory: thread
 ``t`` of the four that share an output takes bytes ``32 t .. 32 t + 31``, so every instruction multiplies inputs that
 are not neighbours, and the rows of activations are brought into the same order before the kernel
@@ -36,7 +37,7 @@ class MosaicConfig:
         warpgroups_k: warpgroups that share the sums of the same outputs.
         split: programs that share them further; ``warpgroups_k * split`` slices of K in all.
         block_m: rows per program, a multiple of 8 up to 256.
-        num_stages: tiles in flight.
+        num_stages: tiles in flight, at least 2.
         x_slots: 0 to copy rows with their weight tile; else rows come in pieces of 128 bytes, through a ring of
             this many slots.
         registers: per thread of the copying and of the computing warpgroups; None leaves them equal.
@@ -128,7 +129,7 @@ def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int
 
 
 def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -> MosaicConfig:
-    """``config`` with as many tiles in flight as shared memory holds, up to ``config.num_stages``."""
+    """``config`` with as many tiles in flight as shared memory holds, up to ``config.num_stages``, but 2 at least."""
     itemsize = jnp.dtype(problem.x_dtype).itemsize
     per_tile = config.block_n * TILE + num_columns * 2 * problem.groups_per_tile * 4 * max(
         config.block_n, config.block_m
@@ -138,7 +139,7 @@ def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -
         per_tile += 2 * rows * TILE * itemsize // 128
     fixed = rows * config.x_slots + (config.warpgroups_k > 1) * 4 * ROWS * config.block_m * config.num_warpgroups
     stages = (_SHARED_MEMORY - fixed) // (per_tile * config.warpgroups_k)
-    return dataclasses.replace(config, num_stages=max(1, min(config.num_stages, stages)))
+    return dataclasses.replace(config, num_stages=max(2, min(config.num_stages, stages)))
 
 
 def order_inputs(x: jax.Array, sizes: tuple[int, int, int], order: tuple[int, int, int, int]) -> jax.Array:
@@ -162,12 +163,12 @@ def num_slices(n: int, k: int) -> int:
 
 
 def layout_of_warpgroups(n: int, slices: int, block_m: int) -> MosaicConfig:
-    """The tiles that were fastest on an H200, before :func:`with_most_stages`."""
+    """The tiles that were fastest on an H100, before :func:`with_most_stages`."""
     if block_m <= 64:
         if n % (4 * ROWS) == 0 and slices == 1 and n >= 256 * ROWS:
-            return MosaicConfig(4, 1, 1, block_m, 5, registers=(24, 112))
+            return MosaicConfig(4, 1, 1, block_m, 4, registers=(24, 112))
         return MosaicConfig(1, min(2, slices), max(1, slices // 2), block_m, 4)
-    x_slots = 5 if block_m > 128 else 0
+    x_slots = 4 if block_m > 128 else 0
     if n % (2 * ROWS):
         return MosaicConfig(1, 1, slices, block_m, 4, x_slots)
     return MosaicConfig(2, 1, slices, block_m, 4, x_slots, registers=(24, 240))

@@ -153,7 +153,8 @@ class _Program:
         """Fills the next slot: a tile for each slice of this program that has one left."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
         slot = lax.rem(step, config.num_stages)
-        pl.when(step >= config.num_stages)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
+        # A slot is released with the first product of the next tile: the last one once before it is ever filled.
+        pl.when(step >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
         for part in range(config.warpgroups_k):
             tile = (step * config.split + lax.axis_index("split")) * config.warpgroups_k + part
             copy = functools.partial(self.copy_tile, step, slot, part, tile)
@@ -176,18 +177,18 @@ class _Program:
             plgpu.copy_gmem_to_smem(self.rows.at[:, rows, inputs], scratch["rows"].at[slot, part], full)
 
     def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
-        """The rows of a tile in the order in which they are multiplied: plane by plane."""
+        """The rows of a tile in the order in which they are multiplied: both planes of a part together."""
         scratch, x_slots, piece = self.scratch, self.config.x_slots, self.problem.piece
         pieces = self.problem.pieces
         for index in range(2 * pieces):
-            plane, part = divmod(index, pieces)
+            part, plane = divmod(index, 2)
             count = step * 2 * pieces + index
             slot = lax.rem(count, x_slots)
 
             def wait(slot=slot):
                 plgpu.barrier_wait(scratch["rows_empty"].at[slot])
 
-            pl.when(count >= x_slots)(wait)
+            pl.when(count >= x_slots - 1)(wait)
             inputs = pl.ds(tile * TILE + part * piece, piece)
             block = self.rows.at[plane, pl.ds(self.first_row, self.config.block_m), inputs]
             plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot], scratch["rows_full"].at[slot])
@@ -231,23 +232,34 @@ class Tile:
     row_groups: tuple[Ref, ...]
     _rows: Ref
     _ring: tuple[Ref, Ref] | None  # barriers: rows are there, rows are done with
+    _release_before: Callable[[], None]  # frees the tile before this one
     _step: jax.Array
     _problem: Problem
 
-    def rows(self, plane: int) -> Ref:
-        """``[128, block_m]``: the inputs of a plane."""
-        return self._rows.at[plane].T
+    def multiply(self, part: int, plane: int, issue: Callable[[Ref], None]) -> None:
+        """Issues a product with a part of a plane's inputs, ``[piece, block_m]``, and waits for the one before it.
 
-    def multiply_piece(self, plane: int, part: int, issue: Callable[[Ref], None]) -> None:
-        """Issues asynchronous products with a piece of a plane's inputs, ``[piece, block_m]``, and frees its slot."""
-        assert self._ring is not None
-        pieces = self._problem.pieces
-        full, empty = self._ring
-        slot = lax.rem(self._step * 2 * pieces + pieces * plane + part, full.shape[0])
-        plgpu.barrier_wait(full.at[slot])
-        issue(self._rows.at[slot].T)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(empty.at[slot])
+        The product is left in flight while the caller decodes the next piece. Those before it are done: what they
+        read is free, their registers as well as rows and weights, whose slots are released here. The very first
+        product so releases a slot that holds nothing, which the copying warpgroup knows: a condition here would make
+        ptxas serialise the products.
+        """
+        index = 2 * part + plane
+        if self._ring is None:
+            self._multiply(self._rows.at[plane, :, pl.ds(part * self._problem.piece, self._problem.piece)], issue)
+        else:
+            full, empty = self._ring
+            count = self._step * 2 * self._problem.pieces + index
+            slot, before = (lax.rem(count + lag, full.shape[0]) for lag in (0, full.shape[0] - 1))
+            plgpu.barrier_wait(full.at[slot])
+            self._multiply(self._rows.at[slot], issue)
+            plgpu.barrier_arrive(empty.at[before])
+        if index == 0:
+            self._release_before()
+
+    def _multiply(self, rows: Ref, issue: Callable[[Ref], None]) -> None:
+        issue(rows.T)
+        plgpu.wgmma_wait(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,27 +279,26 @@ class Pipeline:
         return self._program.config
 
     def for_each_tile(self, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
-        """``carry = body(tile, carry)`` over all tiles; ``body`` has done with the tile when it returns."""
+        """``carry = body(tile, carry)`` over all tiles; ``body`` multiplies each plane of each part, in order."""
         scratch, config = self._program.scratch, self.config
         outputs = pl.ds(self._column * ROWS, ROWS)
+        in_ring = bool(config.x_slots)
+        num_columns, by_group = self._program.num_columns, scratch["by_group"]
 
         def step(index, carry):
-            slot = lax.rem(index, config.num_stages)
+            slot, before = (lax.rem(index + lag, config.num_stages) for lag in (0, config.num_stages - 1))
             plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
-            in_ring = bool(config.x_slots)
-            num_columns, by_group = self._program.num_columns, scratch["by_group"]
             tile = Tile(
                 weight=scratch["weight"].at[slot, self._in_program, outputs],
                 columns=tuple(a.at[slot, self._in_program, :, :, outputs] for a in by_group[:num_columns]),
                 row_groups=tuple(a.at[slot, self._in_program] for a in by_group[num_columns:]),
                 _rows=scratch["rows"] if in_ring else scratch["rows"].at[slot, self._in_program],
                 _ring=(scratch["rows_full"], scratch["rows_empty"]) if in_ring else None,
+                _release_before=lambda: plgpu.barrier_arrive(scratch["empty"].at[before]),
                 _step=index,
                 _problem=self.problem,
             )
-            carry = body(tile, carry)
-            plgpu.barrier_arrive(scratch["empty"].at[slot])
-            return carry
+            return body(tile, carry)
 
         return lax.fori_loop(0, self._program.num_steps(self._in_program), step, carry)
 

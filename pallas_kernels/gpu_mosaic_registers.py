@@ -49,18 +49,44 @@ def store(product: jax.Array, out: Ref, factors: Sequence[Ref], num_outputs: int
     def build(context, product, out, *factors):
         lane = Lane.here()
         dtype = ir.MemRefType(out.type).element_type
-        for index, pair in enumerate(product.registers.flat):
-            column, half = divmod(index, 2)
-            for odd in range(2):
-                row = arith.addi(arith.muli(lane.in_group, i32(2)), i32(column * 8 + odd))
-                value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
-                for factor in factors:
-                    value = arith.mulf(value, _load(factor, row, ir.F32Type.get()))
-                value = value if dtype == value.type else arith.truncf(dtype, value)
-                offset = arith.addi(arith.muli(row, i32(num_outputs)), lane.output(half))
-                llvm.store(value, mosaic.getelementptr(mosaic.memref_ptr(out), [offset], dtype))
+        pairs = list(product.registers.flat)
+        # All loads before the first store: no compiler can tell that they do not overlap, and would wait for each.
+        loaded = [[_load_pair(factor, lane, column) for column in range(len(pairs) // 2)] for factor in factors]
+        for index, pair in enumerate(pairs):
+            for by_column in loaded:
+                pair = arith.mulf(pair, by_column[index // 2])
+            _store_pair(pair, out, dtype, lane, index, num_outputs)
 
     inline(build, product, out, *factors, types=[WGMMA, plgpu.RefType(), *[plgpu.RefType()] * len(factors)])
+
+
+def _load_pair(factor: Value, lane: Lane, column: int) -> Value:
+    """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds."""
+    offset = arith.addi(arith.muli(lane.in_group, i32(2)), i32(column * 8))
+    return _load(factor, offset, ir.VectorType.get((2,), ir.F32Type.get()), of=ir.F32Type.get())
+
+
+def _store_pair(pair: Value, out: Value, dtype: Any, lane: Lane, index: int, num_outputs: int) -> None:
+    """Writes two rows of an output in float32, or, in 16 bits, two outputs of a row, which a warp exchanges first."""
+    column, half = divmod(index, 2)
+
+    def address(row: Value, output: Value) -> Value:
+        offset = arith.addi(arith.muli(row, i32(num_outputs)), output)
+        return mosaic.getelementptr(mosaic.memref_ptr(out), [offset], dtype)
+
+    twice = arith.muli(lane.in_group, i32(2))
+    if dtype == ir.F32Type.get():
+        for odd in range(2):
+            value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
+            llvm.store(value, address(arith.addi(twice, i32(column * 8 + odd)), lane.output(half)))
+        return
+    word = ir.IntegerType.get_signless(32)
+    rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), dtype), pair))
+    transposed: Any = llvm.inline_asm(
+        word, [rounded], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=True
+    )
+    first_output = arith.addi(arith.addi(arith.muli(lane.warp, i32(16)), twice), i32(8 * half))
+    llvm.store(transposed, address(arith.addi(lane.group, i32(column * 8)), first_output), alignment=4)
 
 
 def spill(product: jax.Array, ref: Ref) -> None:
@@ -151,6 +177,38 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
+def scalars(array: Any) -> list[Value]:
+    """The elements that this thread holds of an array of pairs."""
+    return [
+        vector.extract(pair, dynamic_position=[], static_position=_static(index))
+        for pair in array.registers.flat
+        for index in range(2)
+    ]
+
+
+def pinned(array: jax.Array) -> jax.Array:
+    """A float32 array in the WGMMA layout, computed before the waits that follow and read after those before.
+
+    Arithmetic has no effects that would keep a compiler from moving it over a wait.
+    """
+
+    def build(context, array):
+        values = scalars(array)
+        kinds = [value.type for value in values]
+        constraints = ",".join(["=f"] * len(values) + [str(i) for i in range(len(values))])
+        struct: Any = llvm.inline_asm(
+            llvm.StructType.get_literal(kinds), values, "", constraints, has_side_effects=True
+        )
+        held = [llvm.extractvalue(kind, struct, [i]) for i, kind in enumerate(kinds)]
+        registers = [
+            vector.from_elements(pair.type, held[2 * i : 2 * i + 2]) for i, pair in enumerate(array.registers.flat)
+        ]
+        return fragmented(registers, array.shape)
+
+    returns = plgpu.ShapeDtypeStruct(array.shape, jnp.float32, layout=WGMMA)
+    return inline(build, array, types=[WGMMA], returns=returns)
+
+
 def splat(kind: Any, value: Value) -> Value:
     """A vector of equal elements."""
     return vector.broadcast(kind, value)
@@ -161,15 +219,16 @@ def f32(value: float) -> Value:
     return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), value))
 
 
-def fragmented(registers: Sequence[Value], shape: tuple[int, int]) -> Any:
+def fragmented(registers: Sequence[Value], shape: tuple[int, ...]) -> Any:
     """Registers in the order of the instruction as an array in a WGMMA layout."""
     element = ir.VectorType(registers[0].type).element_type
     is_byte = element == ir.IntegerType.get_signless(8)
+    is_signed = True if isinstance(element, ir.IntegerType) else None
     layout = fa.WGMMA_LAYOUT_8BIT if is_byte else fa.WGMMA_LAYOUT
     array = np.empty(layout.registers_shape(shape), dtype=object)
     for index, register in enumerate(registers):
         array.flat[index] = register
-    return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=True if is_byte else None)
+    return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
 
 
 def assembly(ptx: str, constraints: str, args: Sequence[Value], results: Sequence[Any]) -> list[Value]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
-from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu
+from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu, vector
 from pallas_kernels.packing import QuantizedWeight
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
@@ -34,10 +34,14 @@ _KINDS = {
 }
 # A thread's 32 inputs are 8 instructions of 4, which an instruction takes as 0, 2 (neighbours) and 1, 3.
 INPUT_ORDER = (8, 2, 2), (1, 3, 0, 2)
-_PLANES_TOGETHER = 32  # rows per program up to which registers hold both planes of a tile
 _SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
 _SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
 fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
+
+
+# Registers that travel between functions as arrays in the WGMMA layout, in the order in which a thread holds them.
+_WORDS = plgpu.ShapeDtypeStruct((lanes.ROWS, 16), jnp.int32, layout=lanes.WGMMA)
+_FACTORS = plgpu.ShapeDtypeStruct((lanes.ROWS, 8), jnp.int32, layout=lanes.WGMMA)
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
@@ -82,82 +86,71 @@ def _matmul(x: Array, packed: Array, scale: Array, offset: Array | None, *, conf
 
 def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
     shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
-    if pipeline.config.x_slots:
-        multiply = _multiply_in_pieces
-    elif shape[1] <= _PLANES_TOGETHER:
-        multiply = _multiply_planes
-    else:
-        multiply = _multiply_plane_by_plane
+
+    def multiply(accumulator, tile):
+        factors = [_factors(tile, plane, dtype) for plane in range(2)]
+        for part in range(pipeline.problem.pieces):
+            words = _load_words(tile, part)
+            for plane in range(2):
+                codes = _decode(words, factors[plane], plane, len(tile.columns) == 1, dtype)
+                tile.multiply(part, plane, functools.partial(plgpu.wgmma, accumulator, codes))
 
     def product(accumulator):
-        pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile, dtype), None)
+        pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile), None)
         return accumulator[...]
 
     return pl.run_scoped(product, lanes.accumulator(shape, jnp.float32))
 
 
-# The three differ in what is held in registers and waited for, not in the order of the sum.
+def _load_words(tile: pipelines.Tile, part: int) -> jax.Array:
+    """A part of a tile's bytes, ``[64, 64]``, as words: a thread has four of either of its outputs."""
+
+    def build(context, weight):
+        pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
+        first, second = lanes.load_words(weight, (part,))
+        words = [*first, *second]
+        return lanes.fragmented([vector.from_elements(pair, words[i : i + 2]) for i in range(0, 8, 2)], _WORDS.shape)
+
+    return lanes.inline(build, tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
 
 
-def _multiply_planes(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
-    codes = [_decode(tile, plane, (0, 1), dtype) for plane in range(2)]
-    for plane in range(2):
-        plgpu.wgmma(accumulator, codes[plane], tile.rows(plane))
-    plgpu.wgmma_wait(0)
+def _factors(tile: pipelines.Tile, plane: int, dtype: Any) -> jax.Array:
+    """Scale and shift (0 if symmetric) of a thread's two outputs in a plane, each twice in a register."""
+    kind = _KINDS[jnp.dtype(dtype)]["kind"]
+
+    def build(context, scale, *offset):
+        word = ir.IntegerType.get_signless(32)
+        registers = []
+        for half in range(2):
+            values = [lanes.load_column(column, plane, half) for column in (scale, *offset)]
+            values = [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
+            [factor] = assembly(_SCALE.format(kind=kind), "=r,h", values[:1], [word])
+            [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word]) if offset else [lanes.i32(0)]
+            registers.append(vector.from_elements(ir.VectorType.get((2,), word), [factor, shift]))
+        return lanes.fragmented(registers, _FACTORS.shape)
+
+    types = [plgpu.RefType()] * len(tile.columns)
+    return lanes.inline(build, *tile.columns, types=types, returns=_FACTORS)
 
 
-def _multiply_plane_by_plane(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
-    for plane in range(2):
-        plgpu.wgmma(accumulator, _decode(tile, plane, (0, 1), dtype), tile.rows(plane))
-        plgpu.wgmma_wait(0)
-
-
-def _multiply_in_pieces(accumulator: Any, tile: pipelines.Tile, dtype: Any) -> None:
-    for plane in range(2):
-        for part in range(2):
-            codes = _decode(tile, plane, (part,), dtype)
-            tile.multiply_piece(plane, part, functools.partial(plgpu.wgmma, accumulator, codes))
-
-
-def _decode(tile: pipelines.Tile, plane: int, halves: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A plane of a tile (or half of its inputs) as floats ``[64, 64 * len(halves)]`` in registers."""
-    shape = (lanes.ROWS, 64 * len(halves))
+def _decode(words: jax.Array, factors: jax.Array, plane: int, symmetric: bool, dtype: Any) -> jax.Array:
+    """A plane of a part of a tile as floats ``[64, 64]`` in registers."""
     kind = _KINDS[jnp.dtype(dtype)]
     element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[kind["kind"]]
 
-    def build(context, weight, scale, *offset):
+    def build(context, words, factors):
         pair = ir.VectorType.get((2,), element.get())
-        words = lanes.load_words(weight, halves)
-        registers: list[Any] = [None] * (shape[1] // 4)
+        registers: list[Any] = [None] * 16
         for half in range(2):
-            factors = _factors(kind["kind"], plane, half, scale, *offset)
-            for index, word in enumerate(words[half]):
-                even, odd = _decode_word(kind, plane, word, factors)
+            scale_and_shift = lanes.scalars(factors)[2 * half : 2 * half + 2]
+            for index, word in enumerate(lanes.scalars(words)[4 * half : 4 * half + 4]):
+                even, odd = _decode_word(kind, plane, word, scale_and_shift[: 1 if symmetric else 2])
                 registers[4 * index + half] = llvm.bitcast(pair, even)
                 registers[4 * index + 2 + half] = llvm.bitcast(pair, odd)
-        return lanes.fragmented(registers, shape)
+        return lanes.fragmented(registers, (lanes.ROWS, lanes.TILE // 2))
 
-    return lanes.inline(
-        build,
-        tile.weight,
-        *tile.columns,
-        types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS), *[plgpu.RefType()] * len(tile.columns)],
-        returns=plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA),
-    )
-
-
-def _factors(kind: str, plane: int, half: int, scale: Any, *offset: Any) -> list[Any]:
-    """Scale, and shift of an asymmetric weight, twice in a register."""
-    word = ir.IntegerType.get_signless(32)
-    values = [lanes.load_column(column, plane, half) for column in (scale, *offset)]
-    factors = assembly(_SCALE.format(kind=kind), "=r,h", _as_bits(values[:1]), [word])
-    if offset:
-        factors += assembly(_SHIFT.format(kind=kind), "=r,h,h", _as_bits(values), [word])
-    return factors
-
-
-def _as_bits(values: list[Any]) -> list[Any]:
-    return [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
+    returns = plgpu.ShapeDtypeStruct((lanes.ROWS, lanes.TILE // 2), dtype, layout=lanes.WGMMA)
+    return lanes.inline(build, words, factors, types=[lanes.WGMMA, lanes.WGMMA], returns=returns)
 
 
 def _decode_word(kind: dict[str, str], plane: int, word: Any, factors: list[Any]) -> list[Any]:

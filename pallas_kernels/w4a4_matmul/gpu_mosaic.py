@@ -114,23 +114,25 @@ def _consume_grouped(pipeline: pipelines.Pipeline) -> jax.Array:
     """Float32 sums over the groups of int32 sums within them."""
     shape = (lanes.ROWS, pipeline.config.block_m)
 
+    # Two products in flight need two accumulators, for which four warpgroups have registers up to 32 rows.
+    together = 2 if shape[1] <= 32 or pipeline.config.num_warpgroups < 4 else 1
+
     def multiply(tile: pipelines.Tile, total: jax.Array) -> jax.Array:
-        if shape[1] <= 32:  # both planes at once
-            return pl.run_scoped(lambda low, high: _add_planes(tile, total, (low, high)), *[_accumulator(shape)] * 2)
-        for plane in range(2):
-            total = pl.run_scoped(lambda sums, p=plane, t=total: _add_planes(tile, t, (sums,), p), _accumulator(shape))
+        for first in range(0, 2, together):
+            add = functools.partial(_add_planes, tile, total, first)
+            total = pl.run_scoped(add, *[_accumulator(shape)] * together)
         return total
 
     return pipeline.for_each_tile(multiply, lanes.zeros(shape))
 
 
-def _add_planes(tile: pipelines.Tile, total: jax.Array, accumulators: tuple[Any, ...], first: int = 0) -> jax.Array:
-    codes = [_decode(tile, first + index) for index in range(len(accumulators))]
+def _add_planes(tile: pipelines.Tile, total: jax.Array, first: int, *accumulators: Any) -> jax.Array:
+    for plane, accumulator in enumerate(accumulators, first):
+        tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane)))
     for index, accumulator in enumerate(accumulators):
-        plgpu.wgmma(accumulator, codes[index], tile.rows(first + index))
-    plgpu.wgmma_wait(0)
-    for index, accumulator in enumerate(accumulators):
-        total = _add_scaled(tile.columns, tile.row_groups, first + index, accumulator[...], total)
+        in_flight = len(accumulators) - 1 - index  # the second product runs while the first is scaled
+        sums = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+        total = lanes.pinned(_add_scaled(tile.columns, tile.row_groups, first + index, sums, total))
     return total
 
 
@@ -138,17 +140,12 @@ def _consume_whole(pipeline: pipelines.Pipeline) -> jax.Array:
     """Int32 sums over all inputs, and one scale."""
     shape = (lanes.ROWS, pipeline.config.block_m)
 
-    def product(accumulator):
-        def multiply(tile, _):
-            codes = [_decode(tile, plane) for plane in range(2)]
-            for plane in range(2):
-                if pipeline.config.x_slots:
-                    tile.multiply_piece(plane, 0, functools.partial(plgpu.wgmma, accumulator, codes[plane]))
-                else:
-                    plgpu.wgmma(accumulator, codes[plane], tile.rows(plane))
-            plgpu.wgmma_wait(0)
+    def multiply(accumulator, tile):
+        for plane in range(2):
+            tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane)))
 
-        pipeline.for_each_tile(multiply, None)
+    def product(accumulator):
+        pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile), None)
         return accumulator[...]
 
     sums = pl.run_scoped(product, _accumulator(shape))
