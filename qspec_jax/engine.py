@@ -14,6 +14,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.modeling import Decoder
 from qspec_jax.programs import Batch, Programs, fitting_slots
 from qspec_jax.results import GenerationResult, GenerationStats
+from qspec_jax.sampling import SamplingParams
 from qspec_jax.speculative import MAX_DRAFT_LENGTH, DecodeState, DecodingPlan
 from qspec_jax.types import Precision
 
@@ -98,9 +99,10 @@ class LanguageModel:
         chat: bool | None = None,
         max_seq_len: int | None = None,
         batch_size: int = 8,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         on_event: Callable[[str], None] | None = None,
     ) -> list[GenerationResult]:
-        """Generates greedily for every prompt, ``batch_size`` prompts at a time.
+        """Generates for every prompt, ``batch_size`` prompts at a time.
 
         Args:
             prompts: texts, or lists of token ids.
@@ -111,6 +113,8 @@ class LanguageModel:
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
             batch_size: prompts that run together.
+            sampling: how tokens are drawn, of all prompts, whose seeds then count up from the one given, or of each;
+                None chooses the most likely ones. What a prompt yields depends on its own parameters alone.
             on_event: called with a few words when a long step (compiling) begins.
 
         Returns:
@@ -124,12 +128,14 @@ class LanguageModel:
         texts, token_ids = self.encode_prompts(prompts, chat=chat)
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
+        params = _sampling_of_each(sampling, len(token_ids))
         slots = self._cache_slots(max(map(len, token_ids)), max_new_tokens, max_seq_len)
         results = []
         for start in range(0, len(token_ids), batch_size):
             request = _Request(texts[start : start + batch_size], token_ids[start : start + batch_size])
             rows = min(batch_size, len(token_ids))
-            batch = Batch.create(request.token_ids, max_new_tokens, slots=slots, rows=rows)
+            of_batch = params[start : start + batch_size]
+            batch = Batch.create(request.token_ids, max_new_tokens, slots=slots, rows=rows, sampling=of_batch)
             generation = self.programs.generation(plan, batch, on_event=on_event or _ignore)
             state, prefill_s = generation.prefill()
             state, decode_s = generation.run(state)
@@ -146,6 +152,7 @@ class LanguageModel:
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
+        sampling: SamplingParams | None = None,
         cycles_per_step: int = 1,
         on_event: Callable[[str], None] | None = None,
     ) -> Iterator[str | GenerationResult]:
@@ -159,7 +166,8 @@ class LanguageModel:
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
         slots = self._cache_slots(len(token_ids[0]), max_new_tokens, max_seq_len)
-        batch = Batch.create(token_ids, max_new_tokens, slots=slots, rows=1)
+        params = _sampling_of_each(sampling, 1)
+        batch = Batch.create(token_ids, max_new_tokens, slots=slots, rows=1, sampling=params)
         return self._stream(_Request(texts, token_ids), batch, plan, cycles_per_step, on_event or _ignore)
 
     def _stream(
@@ -295,6 +303,18 @@ def default_draft_precision() -> Precision:
         if (7, 5) <= (major, minor) < (9, 0):
             return Precision.W4A4
     return Precision.W4A8
+
+
+def _sampling_of_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """The parameters of each prompt; those given for all have their seed counted up."""
+    given = SamplingParams() if sampling is None else sampling
+    if isinstance(given, SamplingParams):
+        return [dataclasses.replace(given, seed=(given.seed + row) % 2**32) for row in range(num_prompts)]
+    if len(given) != num_prompts:
+        raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
+    return list(given)
 
 
 def _ignore(_: str) -> None:

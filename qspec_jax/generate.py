@@ -7,6 +7,7 @@ codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -15,12 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.command import exit_code, say
 from qspec_jax.errors import UsageError
+from qspec_jax.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
     from qspec_jax.results import GenerationResult
 
 _WHOLE_ROW = "row"
+# The fields of `SamplingParams`: type, default, help.
+_SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
+    "temperature": (float, 0.0, "divides the logits; 0 is greedy"),
+    "top-k": (int, 0, "draw from the X most likely tokens; 0 is all"),
+    "top-p": (float, 1.0, "draw from the fewest tokens of this probability together"),
+    "min-p": (float, 0.0, "draw from tokens this likely, relative to the most likely one"),
+    "repetition-penalty": (float, 1.0, "weakens tokens of prompt and output"),
+    "presence-penalty": (float, 0.0, "taken from the logits of tokens in the output"),
+    "frequency-penalty": (float, 0.0, "the same, for every time a token is there"),
+    "seed": (int, 0, "of the noise, counted up from prompt to prompt"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling; greedy decoding does not use it (default: 0)")
+    sampling = parser.add_argument_group("sampling", "by default the most likely token is chosen")
+    for option, (kind, default, text) in _SAMPLING_OPTIONS.items():
+        sampling.add_argument(
+            f"--{option}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
+        )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -63,6 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, loads the model and generates."""
     prompts = _read_prompts(arguments)
     _check_counts(arguments)
+    names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
+    sampling = SamplingParams(**{name: getattr(arguments, name) for name in names})
     model = _load(arguments)
     stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
     options: dict[str, Any] = {
@@ -72,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "max_seq_len": arguments.max_seq_len,
         "chat": arguments.chat,
+        "sampling": sampling,
         "on_event": lambda event: say(f"{event} ..."),
     }
     if stream and not arguments.json:
@@ -90,9 +110,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _stream_text(model: LanguageModel, prompts: list[str], options: dict[str, Any]) -> None:
-    for prompt in prompts:
+    first = options["sampling"]
+    for row, prompt in enumerate(prompts):
         if len(prompts) > 1:
             print(f"### {prompt}")
+        options["sampling"] = dataclasses.replace(first, seed=(first.seed + row) % 2**32)  # as a batch would have it
         for piece in model.stream(prompt, **options):
             if isinstance(piece, str):
                 print(piece, end="", flush=True)

@@ -22,6 +22,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
+from qspec_jax.sampling import Sampler, SamplingParams
 from qspec_jax.speculative import DecodeState, DecodingPlan
 from qspec_jax.types import Precision
 
@@ -41,6 +42,7 @@ class Batch:
         max_new_tokens: ``[B]`` int32.
         slots: cache positions per sequence.
         capacity: width of the output.
+        sampler: how tokens are drawn, of NumPy arrays; None for the most likely ones.
     """
 
     tokens: np.ndarray
@@ -48,10 +50,22 @@ class Batch:
     max_new_tokens: np.ndarray
     slots: int
     capacity: int
+    sampler: Sampler | None = None
 
     @classmethod
-    def create(cls, token_ids: Sequence[Sequence[int]], max_new_tokens: int, *, slots: int, rows: int) -> Batch:
-        """Pads prompts to a power of two in length and, with sequences that stop at once, to ``rows``."""
+    def create(
+        cls,
+        token_ids: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        slots: int,
+        rows: int,
+        sampling: Sequence[SamplingParams] = (),
+    ) -> Batch:
+        """Pads prompts to a power of two in length and, with sequences that stop at once, to ``rows``.
+
+        ``sampling`` has the parameters of each prompt; without any, tokens are chosen greedily.
+        """
         longest = max(map(len, token_ids))
         width = min(max(_MIN_PROMPT_WIDTH, 1 << (longest - 1).bit_length()), slots)
         tokens = np.zeros((rows, width), np.int32)
@@ -60,12 +74,20 @@ class Batch:
             tokens[row, : len(ids)] = ids
             lengths[row] = len(ids)
             limits[row] = max_new_tokens
-        return cls(tokens, lengths, limits, slots, capacity=_round_up(max_new_tokens, _SLOT_MULTIPLE))
+        padding = [SamplingParams()] * (rows - len(sampling))
+        return cls(
+            tokens,
+            lengths,
+            limits,
+            slots,
+            capacity=_round_up(max_new_tokens, _SLOT_MULTIPLE),
+            sampler=Sampler.create([*sampling, *padding]),
+        )
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sampler | None]:
         """What the prefill program takes."""
-        return self.tokens, self.lengths, self.max_new_tokens
+        return self.tokens, self.lengths, self.max_new_tokens, self.sampler
 
 
 def fitting_slots(num_tokens: int) -> int:
@@ -126,8 +148,9 @@ class Programs:
         """
         self.prepare(plan)
         rows, width = batch.tokens.shape
-        prefill_key = ("prefill", plan.verify, plan.stop_tokens, rows, width, batch.slots, batch.capacity)
-        loop_key = ("loop", plan, rows, batch.slots, batch.capacity)
+        shape = rows, batch.slots, batch.capacity, jax.tree.structure(batch.sampler)
+        prefill_key = ("prefill", plan.verify, plan.stop_tokens, width, *shape)
+        loop_key = ("loop", plan, *shape)
         began = time.perf_counter()
         missing = {prefill_key: self.lower_prefill, loop_key: self.lower_loop}
         missing = {key: lower for key, lower in missing.items() if key not in self.compiled}
@@ -175,9 +198,9 @@ class Programs:
         return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
     def _prefill_function(self, plan: DecodingPlan, batch: Batch) -> Callable[..., DecodeState]:
-        def prefill(leaves, tokens, lengths, max_new_tokens):
+        def prefill(leaves, tokens, lengths, max_new_tokens, sampler):
             model, shape = self._merge(leaves), {"slots": batch.slots, "capacity": batch.capacity}
-            return speculative.prefill(model, tokens, lengths, max_new_tokens, plan=plan, **shape)
+            return speculative.prefill(model, tokens, lengths, max_new_tokens, sampler, plan=plan, **shape)
 
         return prefill
 

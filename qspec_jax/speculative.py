@@ -12,7 +12,8 @@ one more, the last, that is not in it yet:
    yields between 1 and ``gamma + 1`` tokens, all chosen by the accurate precision. Rejection only
    shortens the cache.
 
-Plain decoding is the same loop with ``draft_length = 0``.
+Plain decoding is the same loop with ``draft_length = 0``. Sampling is the same cycle as well: draft and verification
+choose with the same noise (see :mod:`qspec_jax.sampling`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Int32
 
 from qspec_jax.cache import KVCache
 from qspec_jax.modeling import Decoder
+from qspec_jax.sampling import Sampler, choose
 from qspec_jax.types import Precision
 
 MAX_DRAFT_LENGTH = 16
@@ -72,6 +74,7 @@ class DecodeState:
         accepted_lengths: ``[B, MAX_DRAFT_LENGTH + 1]`` int32, cycles run before the sequence finished, by how many
             drafts the verification agreed with. Drafts of the last cycle beyond a stop count as drafted and
             accepted although they are not emitted.
+        sampler: how tokens are drawn; None for the most likely ones.
     """
 
     cache: KVCache
@@ -81,11 +84,7 @@ class DecodeState:
     max_new_tokens: Int32[Array, " B"]
     finished: Bool[Array, " B"]
     accepted_lengths: Int32[Array, "B lengths"]
-
-
-def choose(logits: Float32[Array, "*batch V"]) -> Int32[Array, "*batch"]:
-    """Greedy choice: the lowest of the most likely tokens."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    sampler: Sampler | None = None
 
 
 def prefill(
@@ -93,6 +92,7 @@ def prefill(
     prompts: Int32[Array, "B T"],
     prompt_lengths: Int32[Array, " B"],
     max_new_tokens: Int32[Array, " B"],
+    sampler: Sampler | None = None,
     *,
     plan: DecodingPlan,
     slots: int,
@@ -105,6 +105,7 @@ def prefill(
         prompts: token ids, padded on the right.
         prompt_lengths: valid tokens of each prompt, at least 1.
         max_new_tokens: tokens to generate for each, at least 1 and at most ``capacity``.
+        sampler: how tokens are drawn; None for the most likely ones.
         plan: precisions and stop tokens.
         slots: cache positions per sequence.
         capacity: width of the output.
@@ -112,7 +113,10 @@ def prefill(
     batch = prompts.shape[0]
     cache = model.create_cache(batch=batch, slots=slots)
     logits, cache = model(prompts, cache, precision=plan.verify, logits_at=prompt_lengths - 1)
-    first = choose(logits[:, 0])
+    if sampler is not None:
+        sampler = sampler.for_prompts(prompts, prompt_lengths, logits.shape[-1])
+    first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
+    first = first_tokens[:, 0]
     return DecodeState(
         cache=cache.with_lengths(prompt_lengths),
         last_token=first,
@@ -121,21 +125,32 @@ def prefill(
         max_new_tokens=max_new_tokens,
         finished=is_stop(first, plan.stop_tokens) | (max_new_tokens <= 1),
         accepted_lengths=jnp.zeros((batch, MAX_DRAFT_LENGTH + 1), jnp.int32),
+        sampler=None if sampler is None else sampler.after(first_tokens, jnp.ones((batch, 1), bool)),
     )
 
 
 def draft(
-    model: Decoder, last_token: Int32[Array, " B"], cache: KVCache, *, precision: Precision, draft_length: int
+    model: Decoder,
+    last_token: Int32[Array, " B"],
+    cache: KVCache,
+    *,
+    precision: Precision,
+    draft_length: int,
+    sampler: Sampler | None = None,
+    first: Int32[Array, " B"] | None = None,
 ) -> tuple[Int32[Array, "B gamma"], KVCache]:
-    """Decodes ``draft_length`` tokens one by one at the cheap precision."""
+    """Decodes ``draft_length`` tokens one by one at the cheap precision; ``first`` is the place of the first one."""
 
-    def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
-        token, cache = carry
+    def step(carry: tuple[Array, KVCache, Sampler | None], index: Array):
+        token, cache, sampler = carry
         logits, cache = model(token[:, None], cache, precision=precision)
-        token = choose(logits[:, 0])
-        return (token, cache), token
+        tokens = choose(logits, sampler, first=None if first is None else first + index)
+        if sampler is not None:
+            sampler = sampler.after(tokens, jnp.ones(tokens.shape, bool))
+        return (tokens[:, 0], cache, sampler), tokens[:, 0]
 
-    (_, cache), tokens = lax.scan(step, (last_token, cache), length=draft_length)
+    indices = jnp.arange(draft_length, dtype=jnp.int32)
+    (_, cache, _), tokens = lax.scan(step, (last_token, cache, sampler), indices)
     return tokens.T, cache
 
 
@@ -146,6 +161,8 @@ def verify(
     cache: KVCache,
     *,
     precision: Precision,
+    sampler: Sampler | None = None,
+    first: Int32[Array, " B"] | None = None,
 ) -> tuple[Int32[Array, "B gamma_plus_1"], KVCache]:
     """The tokens the accurate precision chooses after the last token and after each draft.
 
@@ -153,7 +170,7 @@ def verify(
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
     logits, cache = model(tokens, cache, precision=precision)
-    return choose(logits), cache
+    return choose(logits, sampler, first=first, drafts=draft_tokens), cache
 
 
 def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
@@ -170,11 +187,25 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
     if plan.draft is not None:
         with jax.named_scope("draft"):
             draft_tokens, cache = draft(
-                model, state.last_token, cache, precision=plan.draft, draft_length=plan.draft_length
+                model,
+                state.last_token,
+                cache,
+                precision=plan.draft,
+                draft_length=plan.draft_length,
+                sampler=state.sampler,
+                first=state.num_tokens,
             )
     with jax.named_scope("verify"):
         cache = cache.with_lengths(start)
-        target_tokens, cache = verify(model, state.last_token, draft_tokens, cache, precision=plan.verify)
+        target_tokens, cache = verify(
+            model,
+            state.last_token,
+            draft_tokens,
+            cache,
+            precision=plan.verify,
+            sampler=state.sampler,
+            first=state.num_tokens,
+        )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
         return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, plan=plan)
@@ -215,6 +246,7 @@ def emit(
         num_tokens=state.num_tokens + num_kept,
         finished=state.finished | (kept & stops).any(axis=1) | (num_kept >= room),
         accepted_lengths=state.accepted_lengths + counted,
+        sampler=None if state.sampler is None else state.sampler.after(target_tokens, kept),
     )
 
 

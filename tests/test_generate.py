@@ -74,6 +74,15 @@ def test_streaming_prints_the_same_text(capsys):
 
 
 @pytest.mark.usefixtures("demo")
+def test_a_seed_samples_the_same_text_at_once_and_streamed(capsys):
+    arguments = ("--prompt", "Name a color.", "--max-new-tokens", 8, "--temperature", 1.5, "--top-p", 0.9, "--seed", 4)
+    _, out, _ = run(capsys, *arguments)
+    _, streamed, _ = run(capsys, *arguments, "--stream")
+    _, greedy, _ = run(capsys, *arguments[:4])
+    assert streamed == out != greedy
+
+
+@pytest.mark.usefixtures("demo")
 def test_several_prompts_are_told_apart(capsys):
     _, out, _ = run(capsys, "--prompt", "Hello", "--prompt", "Goodbye", "--max-new-tokens", 4, "--mode", "w4a16")
     assert out.index("### Hello") < out.index("### Goodbye")
@@ -104,6 +113,7 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
         (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens -5 must be at least 1"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--prompt", "a", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0: use 0 (greedy) or more"),
         (["--prompt-file", "/nonexistent/prompts.txt"], "cannot read --prompt-file /nonexistent/prompts.txt"),
     ],
 )

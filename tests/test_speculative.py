@@ -74,7 +74,7 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
     expected = token_ids(model.generate(prompts, mode="w4a16", max_new_tokens=NUM_TOKENS, batch_size=24))
     assert token_ids(model.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) == expected
 
-    def verify_without_overwriting(model, last_token, draft_tokens, cache, *, precision):
+    def verify_without_overwriting(model, last_token, draft_tokens, cache, *, precision, **sampling):
         tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
         logits, written = model(tokens, cache, precision=precision)
         # Keep the draft's entries: only the slot of the last draft is new.

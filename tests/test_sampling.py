@@ -1,0 +1,215 @@
+"""Sampling draws from the right distribution, and speculation changes none of its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import gammaincc
+
+from qspec_jax import ModelConfig, SamplingParams, UsageError, speculative
+from qspec_jax.sampling import Sampler, choose
+from qspec_jax.types import Precision
+from tests import tiny
+
+NUM_DRAWS = 20_000
+SEEDS = (0, 1_000_000, 4_000_000_000)  # of the first draw; each draw has the next one
+PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]
+WARM = SamplingParams(temperature=0.9, seed=7)
+# Every option that changes the distribution, alone and together.
+OPTIONS = {
+    "temperature": {"temperature": 0.7},
+    "top_k": {"temperature": 1.0, "top_k": 5},
+    "top_p": {"temperature": 1.3, "top_p": 0.8},
+    "min_p": {"temperature": 1.0, "min_p": 0.2},
+    "top_k_top_p_min_p": {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.1},
+    "penalties": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+    },
+    "all": {"temperature": 0.8, "top_k": 8, "top_p": 0.95, "repetition_penalty": 0.8, "frequency_penalty": -0.4},
+}
+LOGITS = np.asarray([2.0, 1.5, 1.2, 0.9, 0.3, 0.0, -0.4, -0.7, -1.5, -3.0], np.float32)
+PROMPT, OUTPUT = [0, 4, 8], [1, 1, 4, 9]  # tokens that penalties know of
+
+
+def expected_distribution(logits, params, *, prompt=(), output=()):
+    """The definition, in float64, one token after the other."""
+    logits = np.array(logits, np.float64)
+    for token in range(len(logits)):
+        count = list(output).count(token)
+        if count or token in prompt:
+            factor = params.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        logits[token] -= params.presence_penalty * (count > 0) + params.frequency_penalty * count
+    logits /= params.temperature
+    kept = np.ones(len(logits), bool)
+    order = np.argsort(-logits)
+    if params.top_k:
+        kept[order[params.top_k :]] = False
+    probabilities = np.where(kept, np.exp(logits - logits.max()), 0)
+    probabilities /= probabilities.sum()
+    before = 0.0
+    for token in order:
+        kept[token] &= before < params.top_p
+        before += probabilities[token]
+    kept &= probabilities >= params.min_p * probabilities.max()
+    probabilities = np.where(kept, probabilities, 0)
+    return probabilities / probabilities.sum()
+
+
+def chi_square_p_value(counts, probabilities):
+    """Of the counts under the probabilities; 0 if something impossible was drawn."""
+    counts, possible = np.asarray(counts, np.float64), probabilities > 0
+    if counts[~possible].any():
+        return 0.0
+    expected = probabilities[possible] * counts.sum()
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    freedom = possible.sum() - 1
+    return float(gammaincc(freedom / 2, statistic / 2)) if freedom else 1.0
+
+
+def draw(params, seed, *, logits=LOGITS):
+    """One token for each of many seeds, from the same logits after the same tokens."""
+    rows = [dataclasses.replace(params, seed=(seed + row) % 2**32) for row in range(NUM_DRAWS)]
+    sampler = Sampler.create(rows)
+    prompts = jnp.tile(jnp.asarray([PROMPT], jnp.int32), (NUM_DRAWS, 1))
+    output = jnp.tile(jnp.asarray([OUTPUT], jnp.int32), (NUM_DRAWS, 1))
+    sampler = sampler.for_prompts(prompts, jnp.full((NUM_DRAWS,), len(PROMPT), jnp.int32), len(logits))
+    sampler = sampler.after(output, jnp.ones(output.shape, bool))
+    tiled = jnp.tile(jnp.asarray(logits), (NUM_DRAWS, 1, 1))
+    return np.asarray(_choose(tiled, sampler, first=jnp.full((NUM_DRAWS,), 3, jnp.int32)))[:, 0]
+
+
+_choose = jax.jit(choose)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_tokens_follow_the_distribution_of_their_options(options):
+    params = SamplingParams(**options)
+    expected = expected_distribution(LOGITS, params, prompt=PROMPT, output=OUTPUT)
+    for seed in SEEDS:
+        counts = np.bincount(draw(params, seed), minlength=len(LOGITS))
+        assert chi_square_p_value(counts, expected) > 1e-4, f"seed {seed}"
+
+
+def test_another_distribution_would_be_noticed():
+    counts = np.bincount(draw(SamplingParams(temperature=1.0), 0), minlength=len(LOGITS))
+    assert chi_square_p_value(counts, expected_distribution(LOGITS, SamplingParams(temperature=1.1))) < 1e-6
+
+
+def enumerable_model():
+    """A decoder with six tokens, and what it says after every text of up to two of them."""
+    config = dataclasses.replace(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 6}), eos_token_ids=())
+    model = tiny.language_model(config)
+    texts = [(a, b) for a in range(6) for b in range(6)]
+    prompt = [1, 2]
+    tokens = jnp.asarray([[*prompt, *text] for text in texts], jnp.int32)
+    cache = model.decoder.create_cache(batch=len(texts), slots=8)
+    logits, _ = model.decoder(tokens, cache, precision=Precision.W4A16)
+    return model, prompt, texts, np.asarray(logits)
+
+
+def pairs_p_value(model, prompt, texts, logits, *, params, num_samples=2000):
+    """Of the second and third new tokens of many requests, under the verify precision's own distribution."""
+    each = [dataclasses.replace(params, seed=seed) for seed in range(num_samples)]
+    results = model.generate(
+        [prompt] * num_samples, draft="w4a4", draft_length=2, max_new_tokens=2, batch_size=num_samples, sampling=each
+    )
+    index = {text: row for row, text in enumerate(texts)}
+    counts = np.bincount([index[tuple(result.token_ids)] for result in results], minlength=len(texts))
+    joint = np.empty(len(texts))
+    for row, (first, second) in enumerate(texts):
+        of_first = expected_distribution(logits[row, 1], params, prompt=prompt)
+        of_second = expected_distribution(logits[row, 2], params, prompt=prompt, output=[first])
+        joint[row] = of_first[first] * of_second[second]
+    return chi_square_p_value(counts, joint)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["temperature"], OPTIONS["all"]], ids=["temperature", "all"])
+def test_text_of_the_loop_follows_the_verify_precision(options):
+    assert pairs_p_value(*enumerable_model(), params=SamplingParams(**options)) > 1e-4
+
+
+def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch):
+    def emit_the_drafts(draft_tokens, target_tokens):
+        return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
+
+    def verify_nothing(model, last_token, draft_tokens, cache, **settings):
+        tokens, cache = verify(model, last_token, draft_tokens, cache, **settings)
+        return jnp.concatenate([draft_tokens, tokens[:, -1:]], axis=1), cache
+
+    verify = speculative.verify
+    monkeypatch.setattr(speculative, "verify", verify_nothing)
+    monkeypatch.setattr(speculative, "accept", emit_the_drafts)
+    assert pairs_p_value(*enumerable_model(), params=SamplingParams(temperature=1.5)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+def token_ids(results):
+    return [result.token_ids for result in results]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k_top_p_min_p", "all"])
+def test_a_seed_gives_the_same_text_with_and_without_drafts(model, name):
+    sampling = SamplingParams(**OPTIONS[name], seed=3)
+    plain = token_ids(model.generate(PROMPTS, mode="w4a16", max_new_tokens=24, sampling=sampling))
+    results = model.generate(PROMPTS, draft="w4a4", draft_length=3, max_new_tokens=24, sampling=sampling)
+    assert token_ids(results) == plain
+    assert 0 < sum(result.stats.accepted for result in results) < sum(result.stats.drafted for result in results)
+
+
+def test_a_request_is_the_same_alone_and_among_others(model):
+    each = [SamplingParams(), WARM, SamplingParams(temperature=1.2, top_k=9, frequency_penalty=0.5, seed=1)]
+    together = token_ids(model.generate(PROMPTS, max_new_tokens=16, sampling=each))
+    turned = token_ids(model.generate(PROMPTS[::-1], max_new_tokens=16, sampling=each[::-1]))
+    assert together == turned[::-1]
+    assert together[0] == model.generate(PROMPTS, max_new_tokens=16)[0].token_ids  # greedy, without a sampler
+    assert together[1] == model.generate([PROMPTS[1]], max_new_tokens=16, sampling=[WARM])[0].token_ids
+
+
+def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
+    texts = token_ids(model.generate([PROMPTS[0]] * 3, max_new_tokens=16, sampling=WARM))
+    assert len({tuple(text) for text in texts}) == 3
+    third = dataclasses.replace(WARM, seed=WARM.seed + 2)
+    assert model.generate(PROMPTS[0:1], max_new_tokens=16, sampling=third)[0].token_ids == texts[2]
+
+
+def test_greedy_requests_run_the_program_without_a_sampler(model):
+    greedy = token_ids(model.generate(PROMPTS, max_new_tokens=8))
+    programs = len(model.programs)
+    assert token_ids(model.generate(PROMPTS, max_new_tokens=8, sampling=SamplingParams(top_k=3, seed=9))) == greedy
+    assert len(model.programs) == programs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature=-1\.0: use 0 \(greedy\) or more"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1: use 0"),
+        ({"top_p": 0.0}, r"top_p=0\.0: use more than 0"),
+        ({"min_p": 1.5}, r"min_p=1\.5: use 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0: use more than 0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty=inf: use a finite number"),
+        ({"seed": -1}, "seed=-1: use 0"),
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        SamplingParams(**options)
+
+
+def test_parameters_for_another_number_of_prompts_are_refused(model):
+    with pytest.raises(UsageError, match="there are 2 sampling parameters for 3 prompts"):
+        model.generate(PROMPTS, sampling=[WARM, WARM])
