@@ -23,11 +23,13 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
+_AnyArray = typing.TypeVar("_AnyArray", Array, np.ndarray)
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -115,10 +117,10 @@ def check_layout(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
         raise ValueError(f"{op}: K={num_inputs} does not split into the weight's {weight.num_groups} groups")
 
 
-def pack_codes(codes: UInt8[Array, "*layers N K"]) -> UInt8[Array, "*layers N half_K"]:
-    """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes."""
-    low, high = jnp.split(codes, 2, axis=-1)
-    return low | (high << 4)
+def pack_codes(codes: UInt8[_AnyArray, "*layers N K"]) -> UInt8[_AnyArray, "*layers N half_K"]:
+    """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes, on the device or in host memory."""
+    half = codes.shape[-1] // 2
+    return codes[..., :half] | (codes[..., half:] << 4)
 
 
 def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*layers N K"]:

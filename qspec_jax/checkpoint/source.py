@@ -14,8 +14,8 @@ from pallas_kernels import unpack_codes
 from qspec_jax.checkpoint.arrays import group_of
 from qspec_jax.checkpoint.restore import Checkpoint
 from qspec_jax.config import ModelConfig
-from qspec_jax.loading.decoder import PART_OF
 from qspec_jax.loading.parameters import (
+    PART_OF,
     FourBitFormat,
     ParameterSpec,
     QuantizedTensor,

@@ -1,46 +1,45 @@
 """Fills a decoder from a checkpoint source, one tensor at a time.
 
-The decoder's arrays are allocated first; then each tensor is read, quantised and written into its place,
-so that the peak is the finished model plus the largest tensor. Tensors that share an array (query, key
-and value; gate and up; all layers of a scanned model) are written into their rows of it.
+Each tensor is read, quantised and written into its place in host memory, and each array goes to the device
+once it is complete: nothing is compiled but the quantisation itself. Tensors that share an array (query, key
+and value; gate and up; all layers of a scanned model) are written into their rows of it. The peak is the
+finished model plus the largest tensor.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
+from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.linear import WeightFormat
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
+from qspec_jax.loading.parameters import (
+    PART_OF,
+    CheckpointSource,
+    QuantizedTensor,
+    TensorEntry,
+    expected_parameters,
+)
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder, linear_inputs
 from qspec_jax.quantization import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")
-# Of the projections that share an array, the module that holds it and the place among its parts.
-PART_OF = {
-    "attention.query": ("attention.qkv", 0),
-    "attention.key": ("attention.qkv", 1),
-    "attention.value": ("attention.qkv", 2),
-    "mlp.gate": ("mlp.gate_up", 0),
-    "mlp.up": ("mlp.gate_up", 1),
-}
 
 
 class _Place(NamedTuple):
@@ -82,23 +81,33 @@ def load_decoder(
     if quantization is not None:
         _warn_of_requantization(source)
 
-    def build() -> Decoder:
-        return Decoder(
-            source.config,
-            quantization=quantization,
-            formats=formats,
-            kernels=kernels,
-            dtype=dtype,
-            scan_layers=scan_layers,
-        )
-
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.eval_shape(build)))
+    decoder = abstract_decoder(
+        source.config,
+        quantization=quantization,
+        formats=formats,
+        kernels=kernels,
+        dtype=dtype,
+        scan_layers=scan_layers,
+    )
+    needed = num_bytes(decoder)
     check_memory(needed, what=f"the weights of {source.path.name}")
+    places = {name: _place(decoder, source.config, name) for name in source.entries}
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {needed / 1e9:.2f} GB"):
-        decoder = build()
-        for name, entry in progress(list(source.entries.items())):
-            _write_tensor(_place(decoder, source.config, name), _read(name, entry))
+        _fill(places, source.entries, progress)
         return jax.block_until_ready(decoder)
+
+
+def _fill(
+    places: Mapping[str, _Place], entries: Mapping[str, TensorEntry], progress: Callable[[Iterable], Iterable]
+) -> None:
+    """Reads every tensor that has a place into it; the parameters are abstract before, and on the device after."""
+    parts_to_come = Counter(id(place.parameter) for place in places.values())
+    for name in progress(list(places)):
+        parameter = places[name].parameter
+        _write_tensor(places[name], _read(name, entries[name]))
+        parts_to_come[id(parameter)] -= 1
+        if not parts_to_come[id(parameter)]:
+            parameter.set_value(jax.tree.map(jax.device_put, parameter.get_value()))
 
 
 def _warn_of_requantization(source: CheckpointSource) -> None:
@@ -181,22 +190,33 @@ def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
 
 
 def _write_tensor(place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
-    target = place.parameter.get_value()
+    """Writes a tensor into its rows of a parameter in host memory, which is allocated by the first that comes."""
+    target = jax.tree.map(_allocated, place.parameter.get_value())
+    rows = slice(place.row, place.row + _num_rows(tensor))
     if isinstance(target, QuantizedWeight):
         part = _as_format(tensor, group_size=target.group_size, symmetric=target.symmetric)
         target = _widened(target, part.scale.dtype)
-        offset = None
-        if target.offset is not None and part.offset is not None:
-            offset = _write(target.offset, part.offset, place.layer, (0, place.row))
-        written = QuantizedWeight(
-            packed=_write(target.packed, part.packed, place.layer, (place.row, 0)),
-            scale=_write(target.scale, part.scale, place.layer, (0, place.row)),
-            offset=offset,
-        )
+        _layer_of(target.packed, place)[rows] = part.packed
+        _layer_of(target.scale, place)[:, rows] = part.scale
+        if target.offset is not None:
+            _layer_of(target.offset, place)[:, rows] = part.offset
     else:
-        floats = dequantize(_packed(tensor)) if isinstance(tensor, QuantizedTensor) else jnp.asarray(tensor)
-        written = _write(target, floats, place.layer, (place.row,) + (0,) * (floats.ndim - 1))
-    place.parameter.set_value(written)
+        if isinstance(tensor, QuantizedTensor):
+            tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, _packed(tensor))))
+        _layer_of(target, place)[rows] = tensor
+    place.parameter.set_value(target)
+
+
+def _allocated(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else np.empty(array.shape, array.dtype)
+
+
+def _num_rows(tensor: np.ndarray | QuantizedTensor) -> int:
+    return len(tensor.codes if isinstance(tensor, QuantizedTensor) else tensor)
+
+
+def _layer_of(array: Any, place: _Place) -> Any:
+    return array if place.layer is None else array[place.layer]
 
 
 def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
@@ -208,28 +228,16 @@ def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
 
 
 def _as_format(tensor: np.ndarray | QuantizedTensor, *, group_size: int, symmetric: bool) -> QuantizedWeight:
+    """The tensor in 4 bits, as arrays in host memory."""
     if not isinstance(tensor, QuantizedTensor):
-        return quantize_rtn(jnp.asarray(tensor), group_size=group_size, symmetric=symmetric)
+        weight = quantize_rtn(jnp.asarray(tensor), group_size=group_size, symmetric=symmetric)
+        return jax.tree.map(np.asarray, weight)
     weight = _packed(tensor)
     if weight.symmetric and not symmetric:
-        return QuantizedWeight(weight.packed, weight.scale, SYMMETRIC_ZERO_POINT * weight.scale)
+        return dataclasses.replace(weight, offset=SYMMETRIC_ZERO_POINT * weight.scale)
     return weight
 
 
 def _packed(tensor: QuantizedTensor) -> QuantizedWeight:
-    offset = None if tensor.offset is None else jnp.asarray(tensor.offset)
-    return QuantizedWeight(_pack_codes(jnp.asarray(tensor.codes)), jnp.asarray(tensor.scale), offset)
-
-
-_pack_codes = jax.jit(pack_codes)
-
-
-def _write(target: Array, part: Array, layer: int | None, start: tuple[int, ...]) -> Array:
-    if layer is not None:
-        part, start = part[None], (layer, *start)
-    return _write_at(target, part, jnp.asarray(start, jnp.int32))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_at(target: Array, part: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice(target, part.astype(target.dtype), tuple(start))
+    arrays: Any = (pack_codes(tensor.codes), tensor.scale, tensor.offset)
+    return QuantizedWeight(*arrays)

@@ -319,9 +319,10 @@ def _read_floats(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> np.
     """The tensor as float32, its rows taken in the order ``rows``."""
     from gguf.quants import dequantize
 
-    floats = dequantize(tensor.data if rows is None else tensor.data[rows], tensor.tensor_type)
+    data = tensor.data if rows is None else tensor.data[rows]
+    floats = dequantize(data, tensor.tensor_type).astype(np.float32, copy=False).reshape(_shape(tensor))
     # A float32 tensor is still the mapped file here; a copy does not fault when the file is replaced.
-    return np.array(floats, np.float32).reshape(_shape(tensor))
+    return floats.copy() if np.may_share_memory(floats, tensor.data) else floats
 
 
 def _read_codes(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> QuantizedTensor:

@@ -21,6 +21,14 @@ from qspec_jax.errors import CheckpointError
 
 MAX_LISTED = 8
 _PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype", "quantised parts")
+# Of the projections that share an array, the module that holds it and the place among its parts.
+PART_OF = {
+    "attention.query": ("attention.qkv", 0),
+    "attention.key": ("attention.qkv", 1),
+    "attention.value": ("attention.qkv", 2),
+    "mlp.gate": ("mlp.gate_up", 0),
+    "mlp.up": ("mlp.gate_up", 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
