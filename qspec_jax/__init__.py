@@ -1,5 +1,6 @@
 """QSpec for JAX: 4-bit drafts verified at 16-bit activations, from one set of weights and one KV cache."""
 
+from qspec_jax.compilation_cache import enable_compilation_cache
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
@@ -24,6 +25,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModelError",
     "UsageError",
+    "enable_compilation_cache",
     "load",
     "save",
 ]

@@ -1,4 +1,5 @@
-"""What the commands ``python -m qspec_jax.<name>`` share: exit codes, and lines on the standard error stream.
+"""What the commands ``python -m qspec_jax.<name>`` share: exit codes, lines on the standard error stream, the
+compilation cache.
 
 Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 """
@@ -9,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from qspec_jax.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
 
 
@@ -40,3 +42,11 @@ def exit_code(
 def say(message: str) -> None:
     """A line on the standard error stream."""
     print(message, file=sys.stderr, flush=True)
+
+
+def keep_compiled_programs() -> None:
+    """Switches the compilation cache on; a folder that cannot be written is a line, not an error."""
+    try:
+        enable_compilation_cache()
+    except OSError as error:
+        say(f"compiled programs are not kept: {error}; {VARIABLE}=FOLDER names another folder, {VARIABLE}={OFF} none")

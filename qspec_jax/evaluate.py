@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qspec_jax.command import exit_code, say
+from qspec_jax.command import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
 from qspec_jax.generate import read_prompt_file
 
@@ -91,6 +91,7 @@ def _scores(
     prompts: list[str],
 ) -> tuple[list[TextScore], list[DraftScore]]:
     say("starting ...")
+    keep_compiled_programs()
     import qspec_jax
     from qspec_jax.evaluation import score_drafts, score_text
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.command import exit_code, say
+from qspec_jax.command import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
 from qspec_jax.sampling import SamplingParams
 
@@ -192,6 +192,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> LanguageModel:
     say("starting ...")
+    keep_compiled_programs()
     import qspec_jax
 
     quantization: Any = None if arguments.mode == "float" else "auto"

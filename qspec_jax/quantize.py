@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qspec_jax.command import exit_code, say
+from qspec_jax.command import exit_code, keep_compiled_programs, say
 
 if TYPE_CHECKING:
     from qspec_jax.recipes import Conversion, RecipeOptions
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qspec_jax.recipes import Progress, convert, read_recipe
 
     recipe, options = read_recipe(arguments.recipe)
+    keep_compiled_programs()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         conversion = convert(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jaxtyping
+
+# Neither tests nor the commands that they start read or write the user's compilation cache.
+os.environ["QSPEC_JAX_CACHE"] = "off"
 
 # Before the packages are imported, so that every annotated function checks shapes and dtypes.
 jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartype")

@@ -5,6 +5,8 @@ that differs from the reference included), 2 a usage error, 130 interrupted.
 
 A command is a module with ``add_command(commands)``, which adds its parser and sets ``run`` on it: a function from
 the parsed arguments to the exit code. It imports what is heavy, or works on some devices only, when it runs.
+
+No compiled program is kept or taken from before, whatever JAX is configured to do: compile times are cold ones.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+
+import jax
 
 from qspec_jax.bench import decode, kernels, tune
 from qspec_jax.command import exit_code
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser().parse_args(argv)
     arguments.argv = argv
+    jax.config.update("jax_enable_compilation_cache", False)
     return exit_code(arguments.run, arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.checkpoint import is_checkpoint, open_checkpoint, restore_decoder, save_checkpoint
+from qspec_jax.compilation_cache import enable_compilation_cache
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
@@ -33,6 +35,10 @@ def load(
     progress: bool = False,
 ) -> LanguageModel:
     """Loads a model onto the default device, quantising it tensor by tensor.
+
+    JAX keeps compiled programs in the user's cache folder from then on, unless it has a cache folder already or
+    ``QSPEC_JAX_CACHE=off`` is set: see :func:`qspec_jax.enable_compilation_cache`. A folder that cannot be written
+    changes nothing.
 
     Args:
         model: a Hugging Face hub id, a local directory with ``config.json`` and safetensors, or a GGUF
@@ -54,6 +60,8 @@ def load(
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
     placement = decoder_options(kernels, dtype)
+    with contextlib.suppress(OSError):
+        enable_compilation_cache()
     path = resolve_model(model)
     placement["progress"] = _progress_bar(f"loading {path.name}") if progress else iter
     if is_checkpoint(path) and quantization is not None:
