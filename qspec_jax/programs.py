@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,18 +157,14 @@ class Programs:
         if missing:
             on_event("compiling")
             self.check_cache(rows=rows, slots=batch.slots)
-            self._compile({key: lambda lower=lower: lower(plan, batch) for key, lower in missing.items()})
+        for key, lower in missing.items():
+            with explain_out_of_memory("while compiling"):
+                try:
+                    self.compiled[key] = lower(plan, batch).compile()
+                except NotImplementedError as error:  # a kernel asked for by name
+                    raise UsageError(f"this model cannot run as asked: {error}") from error
         compile_s = time.perf_counter() - began if missing else 0.0
         return Generation(self.compiled[prefill_key], self.compiled[loop_key], self.leaves, batch, compile_s)
-
-    def _compile(self, missing: Mapping[tuple[Any, ...], Callable[[], jax.stages.Lowered]]) -> None:
-        """Compiles programs beside each other: lowering needs the interpreter, the compiler does not."""
-        with explain_out_of_memory("while compiling"), ThreadPoolExecutor() as pool:
-            try:
-                compiling = {key: pool.submit(lower().compile) for key, lower in missing.items()}
-            except NotImplementedError as error:  # a kernel asked for by name
-                raise UsageError(f"this model cannot run as asked: {error}") from error
-            self.compiled |= {key: program.result() for key, program in compiling.items()}
 
     def prepare(self, plan: DecodingPlan) -> None:
         """Adds the group sums that asymmetric activations of a plan need, the first time it is used."""
