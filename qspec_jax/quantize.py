@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.command import exit_code, keep_compiled_programs, say
 
 if TYPE_CHECKING:
     from qspec_jax.recipes import Conversion, RecipeOptions
+
+_SECONDS_BETWEEN_LINES = 30
+_INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         metavar="NAME|FILE.toml",
         help="keep: weights that are 4-bit already stay as they are; rtn: weights are rounded to nearest; "
+        "gptq: rounded so that later weights make up for the errors of earlier ones on calibration text; "
         "or a file that names one of them and holds options",
     )
     add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")
@@ -46,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)",
     )
+    add("--calibration", type=Path, metavar="FILE", help='text for gptq; JSONL with {"prompt": TEXT} if FILE.jsonl')
+    add("--calibration-tokens", type=int, metavar="N", help="of that text (default: 65536)")
     add("--overwrite", action="store_true", help="replace a checkpoint at OUT once the new one is complete")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -53,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return exit_code(run, build_parser().parse_args(argv), interrupted="interrupted; nothing was changed")
+    return exit_code(run, build_parser().parse_args(argv), interrupted=_INTERRUPTED)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -90,16 +98,39 @@ def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOp
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
     if arguments.symmetric is not None:
         quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
-    return dataclasses.replace(options, quantization=quantization, dtype=arguments.dtype or options.dtype)
+    return dataclasses.replace(
+        options,
+        quantization=quantization,
+        dtype=arguments.dtype or options.dtype,
+        calibration=arguments.calibration or options.calibration,
+        calibration_tokens=(
+            options.calibration_tokens if arguments.calibration_tokens is None else arguments.calibration_tokens
+        ),
+    )
 
 
 def _bar(items: Iterable, what: str) -> Iterable:
     if not sys.stderr.isatty():
-        say(f"{what} ...")
-        return items
+        return _lines(list(items), what)
     from tqdm import tqdm
 
     return tqdm(items, desc=what, unit="part", file=sys.stderr, leave=False)
+
+
+def _lines(items: Sequence, what: str) -> Iterator:
+    """The items, with a line at the start and one now and then that says how long they will take."""
+    say(f"{what} ...")
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= _SECONDS_BETWEEN_LINES:
+            said, left = now, (now - start) / done * (len(items) - done)
+            say(
+                f"{what}: {done} of {len(items)}, {left / 60:.0f} min left"
+                if left >= 60
+                else f"{what}: {done} of {len(items)}, {left:.0f} s left"
+            )
+        yield item
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ and holds options::
     group_size = 64           # 32, 64, 128 or "row"
     symmetric = true
     dtype = "float32"         # of what is not quantised
+    calibration = "text.txt"  # of gptq, with calibration_tokens = 65536; relative to the recipe file
 
     [w4a4]                    # activations of W4A4 drafts; [w4a8] likewise
     group_size = 64
@@ -36,12 +37,14 @@ from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.checkpoint import abstract_decoder, check_destination, num_bytes, save_checkpoint
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.layerwise import Calibration, calibration_bytes, open_calibration, quantize_layers
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.load import DTYPES, open_tokenizer
 from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
 from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
 from qspec_jax.memory import check_memory
 from qspec_jax.modeling import Decoder
+from qspec_jax.work_folder import remove_work_folders
 
 WHOLE_ROW = "row"
 # Float32 copies of the largest tensor that reading and rounding it take beside the finished model.
@@ -55,12 +58,18 @@ class RecipeOptions:
     Attributes:
         quantization: grid of the weights that are rounded, and the draft activations to store with them.
         dtype: in which everything that is not quantised is read; it is stored without further rounding.
+        calibration: text (or JSONL of prompts) on which recipes that calibrate run the model.
+        calibration_tokens: how much of it.
     """
 
     quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     dtype: str = "float32"
+    calibration: Path | None = None
+    calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:
+        if self.calibration_tokens < 1:
+            raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
 
@@ -75,10 +84,17 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A way to make 4-bit weights: its name, and the function that does it."""
+    """A way to make 4-bit weights.
+
+    Attributes:
+        name: by which it is asked for.
+        quantize: makes the decoder.
+        calibrate: for a recipe that runs the model on text, what comes before: a source whose linears are in 4 bits.
+    """
 
     name: str
     quantize: Callable[[CheckpointSource, RecipeOptions, Progress], Decoder]
+    calibrate: Callable[[CheckpointSource, RecipeOptions, Calibration, Progress], CheckpointSource] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +132,7 @@ def convert(
         OutOfMemoryError: it cannot fit into memory; said before it is tried.
     """
     start = time.perf_counter()
+    _check_calibration(recipe, options)
     source_path = resolve_model(model)
     source = open_source(source_path)
     estimate = _estimate(source, options)
@@ -125,6 +142,17 @@ def convert(
     progress.say(f"{source_path.name}: {needed}")
     tokenizer = open_tokenizer(source_path)
     bytes_before = model_bytes(source_path)
+    if recipe.calibrate is not None:
+        assert options.calibration is not None
+        calibration = open_calibration(
+            source,
+            tokenizer,
+            options.calibration,
+            num_tokens=options.calibration_tokens,
+            output=Path(path),
+            settings=recorded(recipe, options),
+        )
+        source = recipe.calibrate(source, options, calibration, progress)
     decoder = recipe.quantize(source, options, progress)
     manifest = save_checkpoint(
         path,
@@ -135,18 +163,22 @@ def convert(
         overwrite=overwrite,
         progress=lambda groups: progress.bar(groups, "writing"),
     )
+    remove_work_folders(Path(path))
     return Conversion(Path(path), bytes_before, manifest.num_bytes, time.perf_counter() - start)
 
 
 def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
     """The recipe and its settings as JSON values; the draft activations are recorded elsewhere."""
     quantization = options.quantization
-    return {
+    settings = {
         "name": recipe.name,
         "group_size": quantization.group_size or WHOLE_ROW,
         "symmetric": quantization.symmetric,
         "dtype": options.dtype,
     }
+    if options.calibration is not None:
+        settings |= {"calibration": options.calibration.name, "calibration_tokens": options.calibration_tokens}
+    return settings
 
 
 def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
@@ -167,7 +199,7 @@ def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
     except ValueError as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     try:
-        return _parse_recipe(fields)
+        return _parse_recipe(fields, path.parent)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 
@@ -207,15 +239,53 @@ def _keep(source: CheckpointSource, options: RecipeOptions, progress: Progress) 
     return _load(source, options, progress)
 
 
-def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
+    return load_decoder(
+        source,
+        quantization=options.quantization,
+        formats=weight_formats(source, options.quantization),
+        dtype=jnp.dtype(options.dtype),
+        kernels=REFERENCE,
+        scan_layers=True,
+        progress=lambda tensors: progress.bar(tensors, "quantising"),
+    )
+
+
+def _warn_of_rounding_again(source: CheckpointSource, progress: Progress) -> None:
     requantised, total = _four_bit_linears(source)
     if requantised:
         progress.say(
             f"warning: {requantised} of {total} linears are in 4 bits already and are rounded once more, which loses "
             "accuracy; --recipe keep leaves them as they are"
         )
+
+
+def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    _warn_of_rounding_again(source, progress)
     entries = {name: _as_floats(entry) for name, entry in source.entries.items()}
     return _load(_FloatSource(source.config, source.path, entries), options, progress)
+
+
+def _check_calibration(recipe: Recipe, options: RecipeOptions) -> None:
+    if recipe.calibrate is not None and options.calibration is None:
+        raise UsageError(
+            f"recipe {recipe.name} runs the model on text, and none is given; use --calibration FILE (a text, or JSONL "
+            'with {"prompt": TEXT} on each line)'
+        )
+    if recipe.calibrate is None and options.calibration is not None:
+        raise UsageError(f"recipe {recipe.name} reads no calibration text; leave out --calibration, or use gptq")
+
+
+def _gptq(
+    source: CheckpointSource, options: RecipeOptions, calibration: Calibration, progress: Progress
+) -> CheckpointSource:
+    _warn_of_rounding_again(source, progress)
+    needed = calibration_bytes(source.config, calibration.tokens.shape)
+    progress.say(f"calibration: {calibration.tokens.size} tokens, about {needed / 1e9:.2f} GB of memory")
+    if finished := calibration.work.num_finished():
+        progress.say(f"{finished} of {source.config.num_layers} layers are finished already: {calibration.work.path}")
+    return quantize_layers(source, calibration, quantization=options.quantization, bar=progress.bar)
 
 
 RECIPES = {
@@ -223,6 +293,7 @@ RECIPES = {
     for recipe in (
         Recipe("keep", _keep),
         Recipe("rtn", _round_to_nearest),
+        Recipe("gptq", _load, calibrate=_gptq),
     )
 }
 
@@ -254,21 +325,9 @@ def _dequantize_codes(codes: jax.Array, scale: jax.Array, offset: jax.Array | No
     return dequantize(QuantizedWeight(pack_codes(codes), scale, offset))
 
 
-def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
-    # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
-    return load_decoder(
-        source,
-        quantization=options.quantization,
-        formats=weight_formats(source, options.quantization),
-        dtype=jnp.dtype(options.dtype),
-        kernels=REFERENCE,
-        scan_layers=True,
-        progress=lambda tensors: progress.bar(tensors, "quantising"),
-    )
-
-
-def _parse_recipe(fields: Mapping[str, Any]) -> tuple[Recipe, RecipeOptions]:
+def _parse_recipe(fields: Mapping[str, Any], folder: Path) -> tuple[Recipe, RecipeOptions]:
     kinds = {"recipe": str, "group_size": (int, str), "symmetric": bool, "dtype": str, "w4a4": dict, "w4a8": dict}
+    kinds |= {"calibration": str, "calibration_tokens": int}
     _check_fields(fields, kinds, "the recipe")
     if fields.get("recipe") not in RECIPES:
         given = repr(fields["recipe"]) if "recipe" in fields else "none"
@@ -280,8 +339,10 @@ def _parse_recipe(fields: Mapping[str, Any]) -> tuple[Recipe, RecipeOptions]:
         if precision in fields:
             default = getattr(QuantConfig(), precision)
             changes[precision] = _parse_activations(fields[precision], default, f"[{precision}]")
-    options = RecipeOptions(QuantConfig(**changes), **({"dtype": fields["dtype"]} if "dtype" in fields else {}))
-    return RECIPES[fields["recipe"]], options
+    others: dict[str, Any] = {key: fields[key] for key in ("dtype", "calibration_tokens") if key in fields}
+    if "calibration" in fields:
+        others["calibration"] = folder / fields["calibration"]
+    return RECIPES[fields["recipe"]], RecipeOptions(QuantConfig(**changes), **others)
 
 
 def _parse_activations(

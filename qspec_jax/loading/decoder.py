@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels.dispatch import REFERENCE
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
@@ -35,11 +36,16 @@ from qspec_jax.loading.parameters import (
     expected_parameters,
 )
 from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.modeling import Decoder, linear_inputs
+from qspec_jax.modeling import Decoder, DecoderLayer, linear_inputs
 from qspec_jax.quantization import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")
+
+
+def part_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Output rows of each part of the modules that hold several projections."""
+    return {"attention.qkv": config.qkv_sizes, "mlp.gate_up": (config.intermediate_size,) * 2}
 
 
 class _Place(NamedTuple):
@@ -110,6 +116,22 @@ def _fill(
             parameter.set_value(jax.tree.map(jax.device_put, parameter.get_value()))
 
 
+def load_layer(source: CheckpointSource, index: int) -> DecoderLayer:
+    """One layer of a checkpoint in float32, whatever it is in the file: 4-bit codes are dequantised.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    config = source.config
+    formats = dict.fromkeys(linear_inputs(config))
+    layer = nnx.eval_shape(
+        lambda: DecoderLayer(config, formats=formats, quantization=None, kernels=REFERENCE, dtype=jnp.float32)
+    )
+    entries = {name: entry for name, entry in source.entries.items() if name.startswith(f"layers.{index}.")}
+    _fill({name: _place_in_layer(layer, config, name) for name in entries}, entries, iter)
+    return layer
+
+
 def _warn_of_requantization(source: CheckpointSource) -> None:
     """Warns once, naming the types, if linears of the checkpoint are quantised but their codes cannot be kept."""
     specs = expected_parameters(source.config)
@@ -173,13 +195,21 @@ def _place(decoder: Decoder, config: ModelConfig, name: str) -> _Place:
     matched = _LAYER_NAME.fullmatch(name)
     assert matched is not None, name
     layer = int(matched[1])
+    if decoder.scan_layers:
+        return _place_in_layer(decoder.layers[0], config, name)._replace(layer=layer)
+    return _place_in_layer(decoder.layers[layer], config, name)
+
+
+def _place_in_layer(layer: DecoderLayer, config: ModelConfig, name: str) -> _Place:
+    """The place of a tensor of a layer in the one module that is, or stands for, that layer."""
+    matched = _LAYER_NAME.fullmatch(name)
+    assert matched is not None, name
     path, part = PART_OF.get(matched[2], (matched[2], 0))
-    part_sizes = {"attention.qkv": config.qkv_sizes, "mlp.gate_up": (config.intermediate_size,) * 2}
-    module = decoder.layers[0 if decoder.scan_layers else layer]
+    module: Any = layer
     for attribute in path.split("."):
         module = getattr(module, attribute)
-    row = sum(part_sizes[path][:part]) if path in part_sizes else 0
-    return _Place(getattr(module, matched[3]), row, layer if decoder.scan_layers else None)
+    row = sum(part_sizes(config)[path][:part]) if path in part_sizes(config) else 0
+    return _Place(getattr(module, matched[3]), row, layer=None)
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:

@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float16, Float32
 
 from pallas_kernels.packing import (
     MAX_CODE,
@@ -42,20 +42,35 @@ def quantize_rtn(
     group_size = group_size or num_inputs
     check_group_size(num_inputs, group_size)
     groups = weight.astype(jnp.float32).reshape(num_outputs, num_inputs // group_size, group_size)
-    if symmetric:
-        scale = (jnp.abs(groups).max(-1) / (SYMMETRIC_ZERO_POINT - 1)).astype(jnp.float16)
-        stored_offset = None
-        offset = SYMMETRIC_ZERO_POINT * scale.astype(jnp.float32)
-    else:
-        low, high = groups.min(-1), groups.max(-1)
-        scale = ((high - low) / MAX_CODE).astype(jnp.float16)
-        stored_offset = (-low).astype(jnp.float16)
-        offset = stored_offset.astype(jnp.float32)
-    # A constant group has no step; any positive one gives it the code of its offset.
-    step = jnp.where(scale == 0, jnp.float32(1.0), scale.astype(jnp.float32))
-    codes = jnp.clip(jnp.round((groups + offset[..., None]) / step[..., None]), 0, MAX_CODE)
+    scale, offset = spanning_grid(groups, symmetric=symmetric)
+    codes = nearest_codes(groups, scale[..., None], offset[..., None])
     return QuantizedWeight(
         packed=pack_codes(codes.astype(jnp.uint8).reshape(num_outputs, num_inputs)),
         scale=scale.T,
-        offset=None if stored_offset is None else stored_offset.T,
+        offset=None if symmetric else offset.T,
     )
+
+
+def spanning_grid(
+    groups: Float32[Array, "*batch group"], *, symmetric: bool, clip_ratio: float | Float32[Array, ""] = 1.0
+) -> tuple[Float16[Array, "*batch"], Float[Array, "*batch"]]:
+    """Scale and offset of the grid that spans each group, or ``clip_ratio`` of what it spans.
+
+    Returns:
+        the scale in float16, and the offset: float16 as it is stored, or of a symmetric grid ``8 * scale`` in
+        float32, which is not.
+    """
+    if symmetric:
+        scale = (clip_ratio * jnp.abs(groups).max(-1) / (SYMMETRIC_ZERO_POINT - 1)).astype(jnp.float16)
+        return scale, SYMMETRIC_ZERO_POINT * scale.astype(jnp.float32)
+    low, high = clip_ratio * groups.min(-1), clip_ratio * groups.max(-1)
+    return ((high - low) / MAX_CODE).astype(jnp.float16), (-low).astype(jnp.float16)
+
+
+def nearest_codes(
+    weight: Float32[Array, "*shape"], scale: Float16[Array, "*#shape"], offset: Float[Array, "*#shape"]
+) -> Float32[Array, "*shape"]:
+    """The code of the grid point nearest to each weight, 0 to 15."""
+    # A constant group has no step; any positive one gives it the code of its offset.
+    step = jnp.where(scale == 0, jnp.float32(1.0), scale.astype(jnp.float32))
+    return jnp.clip(jnp.round((weight + offset.astype(jnp.float32)) / step), 0, MAX_CODE)

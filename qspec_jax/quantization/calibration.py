@@ -1,0 +1,161 @@
+"""What calibration needs: text as windows of tokens, and the second moments of what each linear of a layer reads.
+
+A layer is run as it is, over all windows at once, from empty caches. To see the inputs of one of its linears, that
+module is replaced, while the layer is traced, by one that hands on what it is given; XLA leaves out what comes after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from qspec_jax import rope
+from qspec_jax.cache import LayerCache
+from qspec_jax.config import ModelConfig
+from qspec_jax.errors import UsageError
+from qspec_jax.linear import Linear
+from qspec_jax.modeling import DecoderLayer, ResidualStream, TokenContext, linear_inputs
+from qspec_jax.types import Precision
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer import Tokenizer
+
+CONTEXT = 512  # tokens per window
+MAX_BATCH = 8  # windows that run together
+_CHARACTERS_PER_TOKEN = 16  # more than any text has, on average
+
+
+def token_windows(path: Path, tokenizer: Tokenizer, *, num_tokens: int, context: int = CONTEXT) -> np.ndarray:
+    """The first tokens of a text as windows that do not overlap.
+
+    Args:
+        path: a text file, or JSONL with ``{"prompt": TEXT}`` or ``{"text": TEXT}`` on each line.
+        tokenizer: of the model.
+        num_tokens: to take, at least; rounded up to whole windows.
+        context: tokens per window.
+
+    Returns:
+        ``[windows, context]`` int32.
+
+    Raises:
+        UsageError: the file cannot be read, or holds fewer tokens.
+    """
+    context = min(context, num_tokens)
+    num_windows = -(-num_tokens // context)
+    needed = num_windows * context
+    tokens: list[int] = []
+    for text in _texts(path):
+        tokens += tokenizer.encode(text[: _CHARACTERS_PER_TOKEN * (needed - len(tokens))])
+        if len(tokens) >= needed:
+            return np.asarray(tokens[:needed], np.int32).reshape(num_windows, context)
+    raise UsageError(
+        f"calibration text {path} has {len(tokens)} tokens, and {needed} are asked for; give more text, or "
+        f"--calibration-tokens {max(1, len(tokens) // context) * context}"
+    )
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the calibration text {path}: {error}") from error
+    if path.suffix != ".jsonl":
+        return [content]
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    return [_text_of(line, f"{path}:{number}") for number, line in lines]
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    texts = [fields[key] for key in ("prompt", "text") if isinstance(fields, dict) and isinstance(fields.get(key), str)]
+    if not texts:
+        raise UsageError(f'{where} has no text; a line is {{"prompt": TEXT}} or {{"text": TEXT}}')
+    return texts[0]
+
+
+class LayerRunner:
+    """Runs layers of one model in float32 over batches of windows; compiled once for all layers.
+
+    The residual streams ``[B, T, D]`` are all there is between two layers.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._advance: Callable[..., Any] = jax.jit(self._trace_advance, static_argnums=0)
+        self._accumulate: Callable[..., Any] = jax.jit(
+            self._trace_moments, static_argnums=0, static_argnames="linear", donate_argnums=3
+        )
+
+    def advance(self, layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]]) -> list[Array]:
+        """The streams after a layer."""
+        graph, state = nnx.split(layer)
+        with jax.default_matmul_precision("highest"):
+            return [self._advance(graph, state, stream) for stream in streams]
+
+    def second_moments(
+        self, layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
+    ) -> Float32[Array, "K K"]:
+        """Mean of ``x x^T`` over the inputs ``x`` that a linear (a key of ``linear_inputs``) of the layer reads."""
+        graph, state = nnx.split(layer)
+        num_inputs = linear_inputs(self._config)[linear]
+        total = jnp.zeros((num_inputs, num_inputs), jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            for stream in streams:
+                total = self._accumulate(graph, state, stream, total, linear=linear)
+        return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
+
+    def _trace_advance(self, graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
+        return _run(nnx.merge(graph, state), self._config, stream).value()
+
+    def _trace_moments(
+        self, graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str
+    ) -> Array:
+        layer = nnx.merge(graph, state)
+        seen: list[Array] = []
+        block, name = linear.split(".")
+        setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
+        _run(layer, self._config, stream)
+        (inputs,) = seen
+        return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+
+
+def linear_of(layer: DecoderLayer, linear: str) -> Linear:
+    """A linear of a layer, by a key of ``linear_inputs``."""
+    block, name = linear.split(".")
+    return getattr(getattr(layer, block), name)
+
+
+class _Observed(nnx.Module):
+    """A linear whose inputs somebody else sees too."""
+
+    def __init__(self, linear: Linear, observe: Callable[[Array], None]) -> None:
+        self.linear = linear
+        self.observe = observe
+
+    def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
+        self.observe(x)
+        return self.linear(x, precision=precision)
+
+    def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
+        return self.linear.input_quantization(precision)
+
+
+def _run(layer: DecoderLayer, config: ModelConfig, stream: Float32[Array, "B T D"]) -> ResidualStream:
+    batch, num_tokens, _ = stream.shape
+    positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
+    lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
+    context = TokenContext(lengths, rope.rotation(positions, rope.inverse_frequencies(config)))
+    empty = jnp.zeros((batch, num_tokens, config.num_kv_heads, config.head_dim), jnp.float32)
+    stream_after, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, precision=Precision.FLOAT)
+    return stream_after

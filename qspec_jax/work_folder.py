@@ -1,0 +1,102 @@
+"""Finished layers of a long quantisation on disk, so that a run that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from pallas_kernels import QuantizedWeight, unpack_codes
+from qspec_jax.errors import CheckpointError
+from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor
+
+
+class WorkFolder:
+    """Finished layers on disk, beside the checkpoint that they will become.
+
+    A file is written under another name, flushed and renamed: there is a whole one or none. The folder is made when
+    the first layer is written.
+    """
+
+    def __init__(self, output: Path, key: str) -> None:
+        """Of the checkpoint ``output``, for a run that ``key`` identifies."""
+        self.path = output.parent / f"{_prefix(output)}{key}"
+
+    def num_finished(self) -> int:
+        """How many layers are there."""
+        return len(list(self.path.glob("*.npz")))
+
+    def has(self, index: int) -> bool:
+        """Whether a layer is finished."""
+        return self._file(index).exists()
+
+    def write(self, index: int, linears: Mapping[str, QuantizedWeight]) -> None:
+        """Keeps a finished layer.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        arrays = {}
+        for name, weight in linears.items():
+            parts = {"packed": weight.packed, "scale": weight.scale, "offset": weight.offset}
+            arrays |= {f"{name}.{part}": np.asarray(array) for part, array in parts.items() if array is not None}
+        file = self._file(index)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with file.with_suffix(".unfinished").open("wb") as stream:
+                np.savez(stream, **arrays)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(stream.name, file)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot keep layer {index} in {file}: {error.strerror}; the same command goes on with the layers "
+                "before it"
+            ) from error
+
+    def read(self, index: int, linear: str, rows: slice) -> QuantizedTensor:
+        """Some rows of a linear of a finished layer.
+
+        Raises:
+            ValueError: the file is damaged.
+            OSError: it cannot be read.
+        """
+        file = self._file(index)
+        try:
+            with np.load(file) as arrays:
+                packed, scale = arrays[f"{linear}.packed"][rows], arrays[f"{linear}.scale"][:, rows]
+                offset = arrays[f"{linear}.offset"][:, rows] if f"{linear}.offset" in arrays else None
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{file} is damaged ({error}); remove it and run the same command again") from error
+        return QuantizedTensor(np.asarray(unpack_codes(jnp.asarray(packed))), scale, offset)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"layer-{index:04}.npz"
+
+
+def remove_work_folders(output: Path) -> None:
+    """Removes what is left of any run that was to write the checkpoint ``output``."""
+    for folder in output.parent.glob(f"{_prefix(output)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:
+    """A key of all that the layers of a run depend on: the model's files by name, size and time, text and settings."""
+    files = [source.path] if source.path.is_file() else sorted(source.path.rglob("*"))
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    described = json.dumps([states, dataclasses.asdict(source.config), list(tokens.shape), dict(settings)])
+    return hashlib.sha256(described.encode() + tokens.tobytes()).hexdigest()[:16]
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.layers-"
