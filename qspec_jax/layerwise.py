@@ -33,7 +33,7 @@ from qspec_jax.loading.parameters import (
 )
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import DecoderLayer, linear_inputs
-from qspec_jax.quantization.calibration import CONTEXT, MAX_BATCH, LayerRunner, linear_of, token_windows
+from qspec_jax.quantization.calibration import CONTEXT, MAX_BATCH, advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.work_folder import WorkFolder, fingerprint
 
@@ -122,15 +122,14 @@ def quantize_layers(
     what = f"calibrating {source.path.name} on {tokens.size} tokens"
     check_memory(calibration_bytes(config, tokens.shape), what=f"the largest layer and its Hessians, for {what},")
     finished = LayerwiseSource(config, source.path, {**source.entries, **_entries(config, quantization, work)})
-    runner = LayerRunner(config)
     with explain_out_of_memory(f"while {what}"):
         streams = _embed(source, tokens)
         for index in bar(range(config.num_layers), "calibrating"):
             if not work.has(index):
                 layer = load_layer(source, index)
-                work.write(index, _quantize_layer(layer, runner, streams, quantization, f"layer {index}"))
+                work.write(index, _quantize_layer(layer, streams, quantization, f"layer {index}"))
             if index + 1 < config.num_layers:
-                streams = runner.advance(load_layer(finished, index), streams)
+                streams = advance(load_layer(finished, index), streams)
     return finished
 
 
@@ -164,12 +163,12 @@ def _embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> 
 
 
 def _quantize_layer(
-    layer: DecoderLayer, runner: LayerRunner, streams: list[Array], quantization: QuantConfig, where: str
+    layer: DecoderLayer, streams: list[Array], quantization: QuantConfig, where: str
 ) -> dict[str, QuantizedWeight]:
     """The linears of a layer in the order in which they run, each after those before it were rounded."""
     rounded = {}
     for name in linear_inputs(layer.attention.config):
-        hessian = runner.second_moments(layer, streams, name)
+        hessian = second_moments(layer, streams, name)
         if not bool(jnp.isfinite(hessian).all()):
             raise CheckpointError(
                 f"the inputs of {where} {name} are not finite on the calibration text; the weights of the model are "

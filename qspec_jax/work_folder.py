@@ -73,7 +73,7 @@ class WorkFolder:
         """
         file = self._file(index)
         try:
-            with np.load(file) as arrays:
+            with file.open("rb") as stream, np.load(stream) as arrays:
                 packed, scale = arrays[f"{linear}.packed"][rows], arrays[f"{linear}.scale"][:, rows]
                 offset = arrays[f"{linear}.offset"][:, rows] if f"{linear}.offset" in arrays else None
         except zipfile.BadZipFile as error:

@@ -6,6 +6,7 @@ module is replaced, while the layer is traced, by one that hands on what it is g
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from qspec_jax import rope
 from qspec_jax.cache import LayerCache
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear
 from qspec_jax.modeling import DecoderLayer, ResidualStream, TokenContext, linear_inputs
@@ -84,50 +84,30 @@ def _text_of(line: str, where: str) -> str:
     return texts[0]
 
 
-class LayerRunner:
-    """Runs layers of one model in float32 over batches of windows; compiled once for all layers.
+def advance(layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]]) -> list[Array]:
+    """The residual streams, which are all there is between two layers, after a float32 layer."""
+    graph, state = nnx.split(layer)
+    with jax.default_matmul_precision("highest"):
+        return [_advance(graph, state, stream) for stream in streams]
 
-    The residual streams ``[B, T, D]`` are all there is between two layers.
+
+def second_moments(
+    layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
+) -> Float32[Array, "K K"]:
+    """Mean of ``x x^T`` over the inputs ``x`` that a linear of a float32 layer reads.
+
+    Args:
+        layer: of a model.
+        streams: the residual streams before it.
+        linear: a key of ``linear_inputs``.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._advance: Callable[..., Any] = jax.jit(self._trace_advance, static_argnums=0)
-        self._accumulate: Callable[..., Any] = jax.jit(
-            self._trace_moments, static_argnums=0, static_argnames="linear", donate_argnums=3
-        )
-
-    def advance(self, layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]]) -> list[Array]:
-        """The streams after a layer."""
-        graph, state = nnx.split(layer)
-        with jax.default_matmul_precision("highest"):
-            return [self._advance(graph, state, stream) for stream in streams]
-
-    def second_moments(
-        self, layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
-    ) -> Float32[Array, "K K"]:
-        """Mean of ``x x^T`` over the inputs ``x`` that a linear (a key of ``linear_inputs``) of the layer reads."""
-        graph, state = nnx.split(layer)
-        num_inputs = linear_inputs(self._config)[linear]
-        total = jnp.zeros((num_inputs, num_inputs), jnp.float32)
-        with jax.default_matmul_precision("highest"):
-            for stream in streams:
-                total = self._accumulate(graph, state, stream, total, linear=linear)
-        return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
-
-    def _trace_advance(self, graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
-        return _run(nnx.merge(graph, state), self._config, stream).value()
-
-    def _trace_moments(
-        self, graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str
-    ) -> Array:
-        layer = nnx.merge(graph, state)
-        seen: list[Array] = []
-        block, name = linear.split(".")
-        setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
-        _run(layer, self._config, stream)
-        (inputs,) = seen
-        return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+    graph, state = nnx.split(layer)
+    num_inputs = linear_inputs(layer.attention.config)[linear]
+    total = jnp.zeros((num_inputs, num_inputs), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        for stream in streams:
+            total = _accumulate(graph, state, stream, total, linear=linear)
+    return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
 
 
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
@@ -151,7 +131,24 @@ class _Observed(nnx.Module):
         return self.linear.input_quantization(precision)
 
 
-def _run(layer: DecoderLayer, config: ModelConfig, stream: Float32[Array, "B T D"]) -> ResidualStream:
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
+    return _run(nnx.merge(graph, state), stream).value()
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="linear", donate_argnums=3)
+def _accumulate(graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str) -> Array:
+    layer = nnx.merge(graph, state)
+    seen: list[Array] = []
+    block, name = linear.split(".")
+    setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
+    _run(layer, stream)
+    (inputs,) = seen
+    return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+
+
+def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream:
+    config = layer.attention.config
     batch, num_tokens, _ = stream.shape
     positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
     lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
