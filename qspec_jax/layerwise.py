@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # Float32 arrays of the shape of a Hessian, and of a linear, that rounding the linear takes.
 _HESSIAN_COPIES = 6
 _WEIGHT_COPIES = 5
+_PROGRAM_BYTES = 1 << 29  # what compiling takes, measured on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def calibration_bytes(config: ModelConfig, windows: tuple[int, ...]) -> int:
     streams = 2 * num_windows * context * config.hidden_size
     batch = MAX_BATCH * context * (4 * config.intermediate_size + 4 * config.hidden_size + config.num_heads * context)
     embedding = 2 * config.vocab_size * config.hidden_size
-    return 4 * max(embedding + streams, layer + streams + max(rounding, batch))
+    return _PROGRAM_BYTES + 4 * max(embedding + streams, layer + streams + max(rounding, batch))
 
 
 def _num_outputs(config: ModelConfig, linear: str) -> int:

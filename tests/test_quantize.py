@@ -206,7 +206,7 @@ def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gptx", "recipe 'gptx' is unknown; use keep, rtn, or the path of a .toml file"),
+        ("gptx", "recipe 'gptx' is unknown; use keep, rtn, gptq, or the path of a .toml file"),
         ("no/such.toml", "cannot read recipe no/such.toml: No such file or directory"),
     ],
 )
