@@ -9,6 +9,7 @@ from pallas_kernels.activations import QuantizedActivation, dequantize_activatio
 from pallas_kernels.decode_attention import MAX_DECODE_TOKENS, decode_attention
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.packing import (
     QuantizedWeight,
     check_group_size,
@@ -37,6 +38,7 @@ __all__ = [
     "dequantize",
     "dequantize_activation",
     "float_matmul",
+    "hadamard",
     "pack_codes",
     "quantize_activations",
     "rms_norm",

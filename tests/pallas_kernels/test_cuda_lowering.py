@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import QuantizedActivation, QuantizedWeight
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
+from pallas_kernels.hadamard import gpu_triton as hadamard_triton
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
@@ -138,6 +139,23 @@ def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
         cuda_program(functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings), x, x, gain),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"),
+    [
+        (1536, jnp.bfloat16),
+        (1536, jnp.float16),
+        (1536, jnp.float32),
+        (14336, jnp.bfloat16),
+        (11008, jnp.bfloat16),
+        (18944, jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_hadamard_lowers(k, dtype):
+    assert hadamard_triton.obstacle(k) is None
+    assert cuda_program(hadamard_triton.hadamard, array(5, k, dtype=dtype)).count(KERNEL_CALL) == 1
 
 
 # Tokens, heads, key/value heads, head dimension, slots: the demo model, Llama-3-8B, and what pads or fills most.
