@@ -48,7 +48,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder. Field names follow Hugging Face where they exist there."""
+    """Shape and options of a decoder. Field names follow Hugging Face where they exist there.
+
+    ``down_hadamard`` belongs to rotated models (``quantization/rotation.py``): the inputs of the down projection go
+    through ``pallas_kernels.hadamard`` first, and its weight expects that.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -66,6 +70,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    down_hadamard: bool = False
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

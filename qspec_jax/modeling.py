@@ -145,16 +145,25 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020); gate and up are halves side by side."""
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020); gate and up are halves side by side.
 
-    def __init__(self, *, gate_up: Linear, down: Linear):
+    In a rotated model (QuaRot), whose ``down`` is rotated to match, the product goes through a Hadamard transform.
+    """
+
+    def __init__(self, *, gate_up: Linear, down: Linear, down_hadamard: bool):
         self.gate_up = gate_up
         self.down = down
+        self.down_hadamard = down_hadamard
 
     def __call__(
         self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
     ) -> Float[Array, "B T D"]:
         gate_up = self.gate_up(x, precision=precision)
+        if self.down_hadamard:
+            rotated = pallas_kernels.hadamard(
+                pallas_kernels.swiglu(gate_up), implementation=other_kernels(self.down.kernels)
+            )
+            return self.down(rotated, precision=precision)
         quantization = self.down.input_quantization(precision)
         if quantization is None:
             return self.down(pallas_kernels.swiglu(gate_up), precision=precision)
@@ -205,6 +214,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(
             gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
             down=linear("mlp.down", hidden, config.mlp_bias),
+            down_hadamard=config.down_hadamard,
         )
 
     def __call__(

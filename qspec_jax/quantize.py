@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE.toml",
         help="keep: weights that are 4-bit already stay as they are; rtn: weights are rounded to nearest; "
         "gptq: rounded so that later weights make up for the errors of earlier ones on calibration text; "
+        "quarot-rtn: the model is rotated (QuaRot) first; "
         "or a file that names one of them and holds options",
     )
     add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")

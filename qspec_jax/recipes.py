@@ -42,8 +42,10 @@ from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.load import DTYPES, open_tokenizer
 from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
 from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
+from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.memory import check_memory
 from qspec_jax.modeling import Decoder
+from qspec_jax.quantization.rotation import rotated_config
 from qspec_jax.work_folder import remove_work_folders
 
 WHOLE_ROW = "row"
@@ -87,14 +89,16 @@ class Recipe:
     """A way to make 4-bit weights.
 
     Attributes:
-        name: by which it is asked for.
+        name: as a user gives it.
         quantize: makes the decoder.
         calibrate: for a recipe that runs the model on text, what comes before: a source whose linears are in 4 bits.
+        config: of the model that comes out, from that of the source.
     """
 
     name: str
     quantize: Callable[[CheckpointSource, RecipeOptions, Progress], Decoder]
     calibrate: Callable[[CheckpointSource, RecipeOptions, Calibration, Progress], CheckpointSource] | None = None
+    config: Callable[[ModelConfig], ModelConfig] = lambda config: config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ def convert(
     _check_calibration(recipe, options)
     source_path = resolve_model(model)
     source = open_source(source_path)
-    estimate = _estimate(source, options)
+    estimate = _estimate(source, recipe.config(source.config), options)
     check_destination(path, estimate.finished, overwrite=overwrite)
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
     needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
@@ -212,13 +216,13 @@ class _Estimate:
     peak: int
 
 
-def _estimate(source: CheckpointSource, options: RecipeOptions) -> _Estimate:
+def _estimate(source: CheckpointSource, config: ModelConfig, options: RecipeOptions) -> _Estimate:
     formats = weight_formats(source, options.quantization)
     decoder = abstract_decoder(
-        source.config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
+        config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
     )
     finished = num_bytes(decoder)
-    largest = max(math.prod(spec.shape) for spec in expected_parameters(source.config).values())
+    largest = max(math.prod(spec.shape) for spec in expected_parameters(config).values())
     return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
 
 
@@ -252,6 +256,21 @@ def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) 
     )
 
 
+def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    return _load(_float_source(source, progress), options, progress)
+
+
+def _rotate_and_round(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+    return _load(rotate_source(_float_source(source, progress)), options, progress)
+
+
+def _float_source(source: CheckpointSource, progress: Progress) -> CheckpointSource:
+    """The source with all its tensors read as floats; says so if some are 4-bit codes."""
+    _warn_of_rounding_again(source, progress)
+    entries = {name: _as_floats(entry) for name, entry in source.entries.items()}
+    return _FloatSource(source.config, source.path, entries)
+
+
 def _warn_of_rounding_again(source: CheckpointSource, progress: Progress) -> None:
     requantised, total = _four_bit_linears(source)
     if requantised:
@@ -259,12 +278,6 @@ def _warn_of_rounding_again(source: CheckpointSource, progress: Progress) -> Non
             f"warning: {requantised} of {total} linears are in 4 bits already and are rounded once more, which loses "
             "accuracy; --recipe keep leaves them as they are"
         )
-
-
-def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
-    _warn_of_rounding_again(source, progress)
-    entries = {name: _as_floats(entry) for name, entry in source.entries.items()}
-    return _load(_FloatSource(source.config, source.path, entries), options, progress)
 
 
 def _check_calibration(recipe: Recipe, options: RecipeOptions) -> None:
@@ -288,12 +301,20 @@ def _gptq(
     return quantize_layers(source, calibration, quantization=options.quantization, bar=progress.bar)
 
 
+def _rotate_and_gptq(
+    source: CheckpointSource, options: RecipeOptions, calibration: Calibration, progress: Progress
+) -> CheckpointSource:
+    return _gptq(rotate_source(_float_source(source, progress)), options, calibration, progress)
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("keep", _keep),
         Recipe("rtn", _round_to_nearest),
         Recipe("gptq", _load, calibrate=_gptq),
+        Recipe("quarot-rtn", _rotate_and_round, config=rotated_config),
+        Recipe("quarot-gptq", _load, calibrate=_rotate_and_gptq, config=rotated_config),
     )
 }
 

@@ -155,6 +155,26 @@ def test_a_checkpoint_is_a_model_too(capsys, tmp_path, four_bit_file):
     assert_same_parameters(load(first), load(rounded))
 
 
+def test_a_rotated_model_is_saved_and_opened_as_one(capsys, tmp_path, float_directory):
+    """Its head is its own and its MLP transforms; rounding it once more keeps that, rotating it again is refused."""
+    rotated, again = tmp_path / "rotated", tmp_path / "again"
+    arguments = ("--recipe", "quarot-rtn", "--group-size", 32, "--symmetric")
+    assert run(capsys, float_directory, rotated, *arguments)[0] == 0
+    manifest = open_checkpoint(rotated).manifest
+    assert manifest.recipe == {"name": "quarot-rtn", "group_size": 32, "symmetric": True, "dtype": "float32"}
+    assert (manifest.model.down_hadamard, manifest.model.tie_word_embeddings) == (True, False)
+    model = load(rotated)
+    assert model.decoder.layers[0].mlp.down_hadamard
+    assert model.decoder.layers[0].mlp.down.weight.get_value().symmetric
+    results = [model.generate([[5, 6, 7]], mode=mode, max_new_tokens=4)[0] for mode in ("qspec", "w4a16")]
+    assert results[0].token_ids == results[1].token_ids
+    assert run(capsys, rotated, again, "--recipe", "rtn")[0] == 0
+    assert open_checkpoint(again).manifest.model.down_hadamard
+    code, _, err = run(capsys, rotated, tmp_path / "twice", "--recipe", "quarot-rtn")
+    assert code == 2
+    assert "this model is rotated already; use a recipe that does not rotate" in err
+
+
 def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path, float_directory):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -182,7 +202,7 @@ def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path,
     ("text", "message"),
     [
         ("recipe = ", "is not valid TOML"),
-        ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn'),
+        ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn, quarot-rtn'),
         ('recipe = "gptx"', "recipe is 'gptx'; write"),
         ('recipe = "rtn"\nbits = 3', "the recipe has unknown keys: bits; known: recipe, group_size"),
         ('recipe = "rtn"\ngroup_size = 48', "group_size=48 is not supported; use 32, 64, 128 or None"),
@@ -206,7 +226,10 @@ def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gptx", "recipe 'gptx' is unknown; use keep, rtn, gptq, or the path of a .toml file"),
+        (
+            "gptx",
+            "recipe 'gptx' is unknown; use keep, rtn, gptq, quarot-rtn, quarot-gptq, or the path of a .toml file",
+        ),
         ("no/such.toml", "cannot read recipe no/such.toml: No such file or directory"),
     ],
 )

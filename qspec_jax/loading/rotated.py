@@ -1,0 +1,56 @@
+"""A checkpoint source seen through a rotation: each tensor is rotated when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qspec_jax.config import ModelConfig
+from qspec_jax.loading.parameters import CheckpointSource, TensorEntry, expected_parameters
+from qspec_jax.quantization.rotation import (
+    Rotation,
+    gain_folded_into,
+    random_rotation,
+    rotate_parameter,
+    rotated_config,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotatedSource:
+    """A rotated model as a ``CheckpointSource``; its config is that of the rotated model."""
+
+    config: ModelConfig
+    path: Path
+    entries: Mapping[str, TensorEntry]
+
+
+def rotate_source(source: CheckpointSource, *, seed: int = 0) -> RotatedSource:
+    """The source with its model rotated (see :mod:`qspec_jax.quantization.rotation`), still read tensor by tensor.
+
+    Args:
+        source: all of whose tensors are read as floats.
+        seed: of the random signs.
+
+    Raises:
+        UsageError: the model is rotated already, or its MLP has a size without a Hadamard matrix.
+    """
+    config, rotation = rotated_config(source.config), random_rotation(source.config, seed=seed)
+    entries = {}
+    for name in expected_parameters(config):
+        entry = source.entries[name if name in source.entries else "embedding.weight"]  # a head that was tied
+        gain = gain_folded_into(name)
+        read = functools.partial(_read, name, entry, rotation, None if gain is None else source.entries[gain])
+        entries[name] = dataclasses.replace(entry, read=read)
+    return RotatedSource(config, source.path, entries)
+
+
+def _read(name: str, entry: TensorEntry, rotation: Rotation, gain: TensorEntry | None) -> np.ndarray:
+    tensor, gain_tensor = entry.read(), None if gain is None else gain.read()
+    assert isinstance(tensor, np.ndarray)
+    assert gain_tensor is None or isinstance(gain_tensor, np.ndarray)
+    return rotate_parameter(name, tensor, rotation, gain=gain_tensor)
