@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qspec_jax
 from pallas_kernels import dequantize
 from qspec_jax import QuantConfig, layerwise, memory, quantize, recipes
 from qspec_jax.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from qspec_jax.modeling import linear_inputs
 from qspec_jax.quantization import quantize_rtn
 from qspec_jax.quantization.calibration import advance, linear_of, second_moments, token_windows
 from qspec_jax.tokenizer import load_tokenizer
+from qspec_jax.types import Precision
 from qspec_jax.work_folder import WorkFolder, fingerprint
 from tests import tiny
 from tests.loading import tiny_checkpoints
@@ -86,6 +88,24 @@ def test_the_checkpoint_is_closer_to_the_float_model_than_by_rounding_to_nearest
     exact = last_stream(load_layer(source, index) for index in range(2))
     error = np.square(last_stream(load_layer(saved, index) for index in range(2)) - exact).mean()
     assert error < 0.8 * np.square(last_stream(rounded(index) for index in range(2)) - exact).mean()
+
+
+def test_rotation_and_gptq_together_are_closer_to_the_float_model_than_rotation_and_rounding(
+    model, text, options, tmp_path
+):
+    tokens = jnp.asarray(token_windows(text, load_tokenizer(model), num_tokens=2048, context=256)[4:])
+
+    def logits(path, **settings):
+        decoder = qspec_jax.load(path, kernels="reference", dtype="float32", **settings).decoder
+        precision = Precision.FLOAT if settings else Precision.W4A16
+        return decoder(tokens, decoder.create_cache(batch=len(tokens), slots=256), precision=precision)[0]
+
+    exact, errors = logits(model, quantization=None), {}
+    for recipe, arguments in (("quarot-gptq", options[2:]), ("quarot-rtn", ())):
+        command = (model, tmp_path / recipe, "--recipe", recipe, *arguments)
+        assert quantize.main([str(argument) for argument in command]) == 0
+        errors[recipe] = float(jnp.square(logits(tmp_path / recipe) - exact).mean())
+    assert errors["quarot-gptq"] < 0.8 * errors["quarot-rtn"]
 
 
 def test_recipe_and_text_are_recorded_and_no_work_folder_is_left(quantised):

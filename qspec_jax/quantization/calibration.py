@@ -121,6 +121,7 @@ class _Observed(nnx.Module):
 
     def __init__(self, linear: Linear, observe: Callable[[Array], None]) -> None:
         self.linear = linear
+        self.kernels = linear.kernels
         self.observe = observe
 
     def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
