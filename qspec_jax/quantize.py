@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    from qspec_jax.recipes import Progress, convert, read_recipe
+    from qspec_jax.recipe_files import read_recipe
+    from qspec_jax.recipes import Progress, convert
 
     recipe, options = read_recipe(arguments.recipe)
     keep_compiled_programs()
@@ -92,7 +93,7 @@ def summary(conversion: Conversion) -> str:
 
 def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
     """The options with what the command line says in their place."""
-    from qspec_jax.recipes import parse_group_size
+    from qspec_jax.recipe_files import parse_group_size
 
     quantization = options.quantization
     if arguments.group_size is not None:

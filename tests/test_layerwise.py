@@ -12,7 +12,7 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import dequantize
-from qspec_jax import QuantConfig, layerwise, memory, quantize, recipes
+from qspec_jax import QuantConfig, layerwise, memory, quantize, recipe_files, recipes
 from qspec_jax.checkpoint import open_checkpoint
 from qspec_jax.errors import CheckpointError
 from qspec_jax.loading.decoder import load_layer
@@ -250,7 +250,7 @@ def test_jsonl_is_a_text_per_line(tmp_path, model):
 def test_a_recipe_file_gives_the_text_beside_it(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('recipe = "gptq"\ncalibration = "text.txt"\ncalibration_tokens = 512\n')
-    recipe, options = recipes.read_recipe(str(path))
+    recipe, options = recipe_files.read_recipe(str(path))
     assert (recipe.name, options.calibration, options.calibration_tokens) == ("gptq", tmp_path / "text.txt", 512)
 
 

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import qspec_jax
-from qspec_jax import ActivationQuantization, QuantConfig, UsageError, memory, quantize, recipes
+from qspec_jax import ActivationQuantization, QuantConfig, UsageError, memory, quantize, recipe_files, recipes
 from qspec_jax.checkpoint import open_checkpoint
 from qspec_jax.errors import RequantizationWarning
 from qspec_jax.tokenizer import load_tokenizer
@@ -202,7 +202,7 @@ def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path,
     ("text", "message"),
     [
         ("recipe = ", "is not valid TOML"),
-        ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn, quarot-rtn'),
+        ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn, gptq, quarot-rtn, quarot-gptq'),
         ('recipe = "gptx"', "recipe is 'gptx'; write"),
         ('recipe = "rtn"\nbits = 3', "the recipe has unknown keys: bits; known: recipe, group_size"),
         ('recipe = "rtn"\ngroup_size = 48', "group_size=48 is not supported; use 32, 64, 128 or None"),
@@ -218,7 +218,7 @@ def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        recipes.read_recipe(str(path))
+        recipe_files.read_recipe(str(path))
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
 
