@@ -55,7 +55,7 @@ def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
     call = jax.jit(lambda x: float_matmul(x, weight, implementation="triton"))
     out = assert_each_row_stands_alone(call, x)
     expected = float_matmul(x.astype(jnp.float32), weight.astype(jnp.float32), implementation="reference")
-    assert relative_error(out, expected) < 1e-5  # tensor cores truncate as they add: cuBLAS has the same bits
+    assert relative_error(out, expected) < 3e-6
     assert np.abs(out - np.asarray(expected)).max() < 1e-4 * np.abs(out).max()  # no tile is missing or misplaced
 
 
