@@ -168,6 +168,15 @@ def test_a_seed_gives_the_same_text_with_and_without_drafts(model, name):
     assert 0 < sum(result.stats.accepted for result in results) < sum(result.stats.drafted for result in results)
 
 
+def test_drafts_draw_with_the_noise_of_the_verification(model):
+    """With noise of their own the text would be the same, but most drafts would be wrong."""
+    prompts = PROMPTS * 8
+    sampling = SamplingParams(temperature=1.0)
+    results = model.generate(prompts, draft="w4a8", max_new_tokens=24, batch_size=len(prompts), sampling=sampling)
+    accepted, drafted = (sum(getattr(r.stats, name) for r in results) for name in ("accepted", "drafted"))
+    assert accepted > 0.8 * drafted
+
+
 def test_a_request_is_the_same_alone_and_among_others(model):
     each = [SamplingParams(), WARM, SamplingParams(temperature=1.2, top_k=9, frequency_penalty=0.5, seed=1)]
     together = token_ids(model.generate(PROMPTS, max_new_tokens=16, sampling=each))
