@@ -62,6 +62,15 @@ def relative_error(out: jax.Array, expected: np.ndarray | jax.Array) -> float:
     return float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))
 
 
+def tensor_core_error(num_inputs: int) -> float:
+    """The relative error to expect of float32 sums of ``num_inputs`` exact products in tensor cores.
+
+    They cut off what does not fit instead of rounding it (Fasi et al., 2021, doi:10.7717/peerj-cs.330): each step of
+    16 products loses half a unit in the last place on average, always towards zero.
+    """
+    return num_inputs / 16 * 2.0**-24
+
+
 def rms_norm_in_float64(x: jax.Array, gain: jax.Array, epsilon: float) -> np.ndarray:
     wide = np.asarray(x, np.float64)
     return wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + epsilon) * np.asarray(gain, np.float64)

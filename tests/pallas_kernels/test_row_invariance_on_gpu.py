@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import float_matmul, rms_norm, rms_norm_quantize
 from pallas_kernels.float_matmul import gpu_triton as float_triton
-from tests.pallas_kernels.kernel_cases import random_rows, relative_error, rms_norm_in_float64
+from tests.pallas_kernels.kernel_cases import random_rows, relative_error, rms_norm_in_float64, tensor_core_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,11 +34,13 @@ norms = pytest.mark.parametrize("shape", NORMS, ids=str)
 
 def assert_each_row_stands_alone(call, *rows):
     """Rows have the bits they have among the most rows, in their place and in another."""
-    widest = jax.tree.map(np.asarray, call(*rows))
+    widest = call(*rows)
     for chosen in [*(np.arange(num_rows) for num_rows in ROWS), ELSEWHERE]:
         out = call(*(array[chosen] for array in rows))
-        jax.tree.map(lambda a, b, c=chosen: np.testing.assert_array_equal(a, b[c], err_msg=f"rows {c}"), out, widest)
-    return widest
+        # On the device, since the logits of a large vocabulary take long to copy.
+        equal = jax.tree.map(lambda a, b, c=chosen: bool(jnp.array_equal(a, b[c])), out, widest)
+        assert jax.tree.all(equal), f"rows {chosen} differ"
+    return jax.tree.map(np.asarray, widest)
 
 
 def random_weight(n, k, dtype):
@@ -54,9 +56,11 @@ def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
     x, weight = random_rows(max(ROWS), k, dtype=dtype), random_weight(n, k, dtype)
     call = jax.jit(lambda x: float_matmul(x, weight, implementation="triton"))
     out = assert_each_row_stands_alone(call, x)
-    expected = float_matmul(x.astype(jnp.float32), weight.astype(jnp.float32), implementation="reference")
-    assert relative_error(out, expected) < 3e-6
-    assert np.abs(out - np.asarray(expected)).max() < 1e-4 * np.abs(out).max()  # no tile is missing or misplaced
+    expected = np.asarray(float_matmul(x.astype(jnp.float32), weight.astype(jnp.float32), implementation="reference"))
+    assert np.abs(out - expected).max() < 1e-4 * np.abs(out).max()  # no tile is missing or misplaced
+    few, last = slice(8), slice(-512, None)  # since float64 is slow
+    expected = np.asarray(x[few], np.float64) @ np.asarray(weight[last], np.float64).T
+    assert relative_error(out[few, last], expected) < tensor_core_error(k)
 
 
 @pytest.mark.parametrize("num_rows", [1, 33, 256])
