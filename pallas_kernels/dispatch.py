@@ -14,9 +14,11 @@ import jax
 REFERENCE = "reference"
 TRITON = "triton"
 MOSAIC = "mosaic"
-# In the order in which None tries them. Mosaic is the faster one on Hopper, kernel by kernel, and comes second until
-# whole models have run on it; where JAX has no Triton backend it is the first that works.
+# In the order in which None tries them, but for the matmuls of large weights (order_of_trial). Where JAX has no
+# Triton backend, Mosaic is the first that works.
 IMPLEMENTATIONS = (TRITON, MOSAIC, REFERENCE)
+# Inputs times outputs from which Mosaic is the faster one on Hopper, at any number of rows (docs/performance.md).
+_LARGE_WEIGHT = 4_000_000
 
 # bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.
 _COMPUTE_CAPABILITIES = {TRITON: ((8, 0), None, "8.0 or newer"), MOSAIC: ((9, 0), (10, 0), "9.x (Hopper)")}
@@ -35,12 +37,22 @@ def available_implementations(platform: str | None = None) -> tuple[str, ...]:
     return tuple(name for name in IMPLEMENTATIONS if _platform_obstacle(name, platform) is None)
 
 
+def order_of_trial(num_outputs: int, num_inputs: int) -> tuple[str, ...]:
+    """The names in the order in which None tries them for a 4-bit weight ``[num_outputs, num_inputs]``.
+
+    It depends on the weight alone, so that a row has the same bits however many rows are beside it.
+    """
+    large = num_outputs * num_inputs >= _LARGE_WEIGHT
+    return (MOSAIC, TRITON, REFERENCE) if large else IMPLEMENTATIONS
+
+
 def select_implementation(
     op: str,
     implementation: str | None,
     *,
     triton_obstacle: Callable[[], str | None],
     mosaic_obstacle: Callable[[], str | None] | None = None,
+    order: tuple[str, ...] = IMPLEMENTATIONS,
 ) -> str:
     """Resolves the ``implementation`` argument of an operation.
 
@@ -51,6 +63,7 @@ def select_implementation(
             these shapes and dtypes, or returns None. An ImportError, of a JAX that lacks the backend or has
             another interface, is an obstacle too.
         mosaic_obstacle: the same of Mosaic GPU; None if the operation has no such kernel.
+        order: in which None tries them.
 
     Returns:
         The name of the implementation to call.
@@ -68,7 +81,7 @@ def select_implementation(
         TRITON: triton_obstacle,
         REFERENCE: lambda: None,
     }
-    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+    for name in order if implementation is None else (implementation,):
         obstacle = _platform_obstacle(name, None) or _told_or_import_error(obstacles[name])
         if obstacle is None:
             return name

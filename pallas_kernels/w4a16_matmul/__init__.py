@@ -39,6 +39,7 @@ def w4a16_matmul(
         implementation,
         triton_obstacle=lambda: _triton().obstacle(x.dtype, weight),
         mosaic_obstacle=lambda: _mosaic().obstacle(x.dtype, weight),
+        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     if chosen == dispatch.MOSAIC:
         return _mosaic().w4a16_matmul(x, weight)

@@ -4,6 +4,9 @@ Codes become 16-bit floats centred by 8, which is exact; the scales multiply the
 weight is ``scale * (code - 8) + shift`` with ``shift = 8 * scale - offset``, so it adds the sum of the
 activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that
 together hold all their bits, so tensor cores multiply them exactly.
+
+More rows of 16 bits than a decode has are a prefill, bound by arithmetic: there the weight is dequantised once, and
+XLA multiplies (cuBLAS). A row of a prefill may differ in its last bits by the number of rows beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight, dequantize
+from pallas_kernels.tuning import DECODE_ROWS
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
@@ -39,10 +43,21 @@ def w4a16_matmul(
     """See the public function. ``config`` replaces the measured choice of tiles."""
     tiles.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
-    if config is None:
-        config = _tile_config(rows.shape[0], x.dtype, weight)
-    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config, interpret=interpret)
+    if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32:
+        outputs = _dequantized_matmul(rows, weight)
+    else:
+        config = config or _tile_config(rows.shape[0], x.dtype, weight)
+        outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+
+
+@jax.jit
+def _dequantized_matmul(x: Array, weight: QuantizedWeight) -> Array:
+    """``x @ w.T`` with the weight rounded to the dtype of ``x``, the only time it is in memory in 16 bits."""
+    # The barrier keeps XLA from decoding the weight again for each block of rows.
+    floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
+    product = lax.dot_general(x, floats, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
 
 
 def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:

@@ -42,6 +42,7 @@ def w4a4_matmul(
         implementation,
         triton_obstacle=lambda: _triton().obstacle(x, weight),
         mosaic_obstacle=lambda: _mosaic().obstacle(x, weight),
+        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     if chosen == dispatch.MOSAIC:
         return _mosaic().w4a4_matmul(x, weight, dtype=dtype)

@@ -97,7 +97,7 @@ class Outcome:
 
     Attributes:
         winner: None if no class was complete and row invariant.
-        prefill: None if no candidate was right.
+        prefill: None if no candidate was right, or XLA multiplies.
         built_in_us: times of the built-in tiles, by rows, where they were measured.
         num_tried, num_failed, num_wrong: candidates, of those that did not compile, and whose result was wrong.
         num_other_bits: right ones that add in the winner's order and yet round differently.
@@ -161,8 +161,9 @@ def search(laboratory: Laboratory, space: TileSpace, *, candidates: int, deadlin
     for rows in DECODE_ROWS[1:]:
         pool = in_turn([tiles for tiles in space.decode(rows) if order_of(tiles) == order] for order in orders)
         run.explore(rows, [*seeds, space.built_in(rows)], pool, deadline=shares[rows])
-    prefill_first = [space.built_in(PREFILL_ROWS)]
-    run.explore(PREFILL_ROWS, prefill_first, space.prefill(PREFILL_ROWS), deadline=shares[PREFILL_ROWS])
+    if space.problem.tiles_prefill:
+        prefill_first = [space.built_in(PREFILL_ROWS)]
+        run.explore(PREFILL_ROWS, prefill_first, space.prefill(PREFILL_ROWS), deadline=shares[PREFILL_ROWS])
     classes = complete_classes({rows: run.right(rows) for rows in DECODE_ROWS})[:_CLASSES_CHECKED]
     agreeing = (laboratory.rows_agree({rows: trial.tiles for rows, trial in one.decode.items()}) for one in classes)
     num_variant = len(list(itertools.takewhile(lambda agrees: not agrees, agreeing)))

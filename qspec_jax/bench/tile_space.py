@@ -52,6 +52,11 @@ class Problem:
         """Inputs of a nibble plane that share all scales."""
         return gpu_triton.scale_run(self.k, *self.group_sizes)
 
+    @property
+    def tiles_prefill(self) -> bool:
+        """A prefill runs in tiles of ours; XLA multiplies that of weight-only matmuls."""
+        return self.op != "w4a16"
+
     def check(self) -> None:
         """Raises UsageError for a problem that the kernels do not serve."""
         obstacle = gpu_triton.matmul_obstacle(self.n, self.k, *self.group_sizes)

@@ -11,7 +11,7 @@ from pallas_kernels.tuning import DECODE_ROWS
 from qspec_jax.bench.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
 from qspec_jax.bench.tile_space import Problem, TileSpace, neighbours, order_of
 
-PROBLEM = Problem("w4a16", 256, 64, 128, True)
+PROBLEM = Problem("w4a8", 256, 64, 128, True)
 SPACE = TileSpace(PROBLEM)
 EVERYTHING = 100_000
 
@@ -152,6 +152,13 @@ def test_a_prefill_must_be_right_for_rows_that_fill_no_block():
     outcome = search(laboratory, SPACE, candidates=EVERYTHING)
     assert outcome.prefill.tiles != culprit
     assert culprit in laboratory.asked[PREFILL_ROWS]
+
+
+def test_a_weight_only_prefill_has_no_tiles():
+    laboratory = FakeLaboratory()
+    outcome = search(laboratory, TileSpace(dataclasses.replace(PROBLEM, op="w4a16")), candidates=1)
+    assert outcome.prefill is None
+    assert set(laboratory.asked) == set(DECODE_ROWS)
 
 
 @pytest.mark.parametrize("candidates", [1, 12])

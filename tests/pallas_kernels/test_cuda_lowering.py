@@ -64,6 +64,14 @@ def test_w4a16_lowers_for_other_float_types(dtype):
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, array(5, 576, dtype=dtype), weight)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "is_kernel"), [(256, "bfloat16", 1), (257, "bfloat16", 0), (257, "float32", 1)]
+)
+def test_xla_multiplies_a_w4a16_prefill_of_16_bits(num_rows, dtype, is_kernel):
+    program = cuda_program(w4a16_triton.w4a16_matmul, array(num_rows, 576, dtype=dtype), abstract_weight(*SHAPES[0]))
+    assert program.count(KERNEL_CALL) == is_kernel
+
+
 @pytest.mark.parametrize("x_symmetric", [True, False], ids=["x_sym", "x_asym"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["per_token", "per_group"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

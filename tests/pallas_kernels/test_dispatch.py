@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import jax
@@ -21,7 +22,7 @@ from pallas_kernels import (
     w4a4_matmul,
     w4a16_matmul,
 )
-from pallas_kernels.dispatch import select_implementation
+from pallas_kernels.dispatch import IMPLEMENTATIONS, order_of_trial, select_implementation
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a CPU answers")
@@ -117,6 +118,18 @@ def test_triton_is_first_and_mosaic_where_triton_cannot_serve_or_be_imported(any
     assert select_implementation("op", None, triton_obstacle=no_backend, mosaic_obstacle=no_backend) == "reference"
     with pytest.raises(NotImplementedError, match="op: implementation 'mosaic' does not exist for this operation"):
         select_implementation("op", "mosaic", triton_obstacle=fits)
+
+
+def test_a_large_weight_takes_mosaic_first_and_whoever_serves_it_else(any_platform):
+    large = order_of_trial(4096, 4096)
+    assert (order_of_trial(3072, 576)[0], large[0]) == ("triton", "mosaic")
+    assert sorted(large) == sorted(IMPLEMENTATIONS)
+    fits, unfit = lambda: None, lambda: "needs something else"
+    select = functools.partial(select_implementation, "op", None, order=large)
+    assert select(triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
+    assert select(triton_obstacle=fits, mosaic_obstacle=unfit) == "triton"
+    assert select(triton_obstacle=fits, mosaic_obstacle=no_backend) == "triton"
+    assert select_implementation("op", "triton", triton_obstacle=fits, mosaic_obstacle=fits, order=large) == "triton"
 
 
 @on_cpu

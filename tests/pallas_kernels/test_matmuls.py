@@ -67,6 +67,17 @@ def test_w4a16_rounds_once_to_the_dtype_of_x(implementation, dtype):
     assert relative_error(out, expected) < 0.4 * float(jnp.finfo(dtype).eps)  # half an ulp at most, less on average
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_a_prefill_multiplies_the_weight_rounded_to_the_dtype_of_x(dtype):
+    weight = random_weight(32, 256, 64, symmetric=False)
+    x = random_rows(257, 256, dtype=dtype)
+    rounded = jnp.asarray(weight_in_float64(weight), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(rounded, np.float64).T
+    out = w4a16_triton.w4a16_matmul(x, weight)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < 0.4 * float(jnp.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_leading_axes_are_kept(implementation):
     weight = random_weight(32, 256, 64, symmetric=False)
