@@ -11,7 +11,8 @@ compared, never predicted:
 3. the winner is the class with the lowest cost, the weighted mean over the buckets of its time over the best time of
    any class there. The weights favour few rows (:data:`BUCKET_WEIGHTS`): decoding is mostly 1 to 16 rows, the
    verification of a batch 32 to 128;
-4. it must pass a last check of whole results for many row counts; else the next class is taken.
+4. it must pass a last check of whole results for many row counts; else the next class is taken;
+5. it must be as fast as the built-in tiles by the same measure, or these stay.
 
 The orders are narrowed down with 16 rows. The built-in order always stays in, so the winner costs no more than it.
 A prefill takes the fastest candidate that is right, also for a number of rows that fills no block.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -96,12 +98,13 @@ class Outcome:
     """The result of a search.
 
     Attributes:
-        winner: None if no class was complete and row invariant.
+        winner: None if no class was complete and row invariant, or none as fast as the built-in tiles.
         prefill: None if no candidate was right, or XLA multiplies.
         built_in_us: times of the built-in tiles, by rows, where they were measured.
         num_tried, num_failed, num_wrong: candidates, of those that did not compile, and whose result was wrong.
         num_other_bits: right ones that add in the winner's order and yet round differently.
         num_variant: classes that agreed in their first rows and failed the last check.
+        keeps_built_in: there was a winner, and the built-in tiles are faster.
     """
 
     winner: CandidateClass | None
@@ -112,6 +115,7 @@ class Outcome:
     num_wrong: int
     num_other_bits: int
     num_variant: int
+    keeps_built_in: bool = False
 
 
 @dataclasses.dataclass
@@ -168,7 +172,22 @@ def search(laboratory: Laboratory, space: TileSpace, *, candidates: int, deadlin
     agreeing = (laboratory.rows_agree({rows: trial.tiles for rows, trial in one.decode.items()}) for one in classes)
     num_variant = len(list(itertools.takewhile(lambda agrees: not agrees, agreeing)))
     winner = classes[num_variant] if num_variant < len(classes) else None
-    return _outcome(run, winner, _best_prefill(run), num_variant)
+    outcome = _outcome(run, winner, _best_prefill(run), num_variant)
+    if winner is not None and _built_in_cost(run) < winner.cost:
+        return dataclasses.replace(outcome, winner=None, keeps_built_in=True)
+    return outcome
+
+
+def _built_in_cost(run: _Search) -> float:
+    """Of the built-in tiles where they are a class of their own, which agrees in its bits; else infinite."""
+    tiles = {rows: run.space.built_in(rows) for rows in DECODE_ROWS}
+    trials = {rows: run.found[rows].get(tiles[rows], Trial(tiles[rows])) for rows in DECODE_ROWS}
+    if len({trial.bits for trial in trials.values()}) > 1 or not all(trial.right for trial in trials.values()):
+        return math.inf
+    times = {rows: _us(trial) for rows, trial in trials.items()}
+    return (
+        cost(times, {rows: run.right(rows) for rows in DECODE_ROWS}) if run.laboratory.rows_agree(tiles) else math.inf
+    )
 
 
 def _best_prefill(run: _Search) -> Trial | None:
@@ -195,13 +214,18 @@ def complete_classes(right: Mapping[int, Sequence[Trial]]) -> list[CandidateClas
     for rows, trials in right.items():
         for trial in fastest_first(trials):
             fastest.setdefault((order_of(trial.tiles), trial.bits), {}).setdefault(rows, trial)
-    best_us = {rows: _us(fastest_first(trials)[0]) for rows, trials in right.items() if trials}
-    classes = []
-    for (order, bits), members in fastest.items():
-        if members.keys() == BUCKET_WEIGHTS.keys():
-            cost = sum(BUCKET_WEIGHTS[rows] * _us(trial) / best_us[rows] for rows, trial in members.items())
-            classes.append(CandidateClass(order, bits, members, cost))
+    classes = [
+        CandidateClass(order, bits, members, cost({rows: _us(trial) for rows, trial in members.items()}, right))
+        for (order, bits), members in fastest.items()
+        if members.keys() == BUCKET_WEIGHTS.keys()
+    ]
     return sorted(classes, key=lambda one: one.cost)
+
+
+def cost(microseconds: Mapping[int, float], right: Mapping[int, Sequence[Trial]]) -> float:
+    """The weighted sum over the decode buckets of times over the best ones found."""
+    best_us = {rows: _us(fastest_first(trials)[0]) for rows, trials in right.items() if trials}
+    return sum(weight * microseconds[rows] / best_us[rows] for rows, weight in BUCKET_WEIGHTS.items())
 
 
 def fastest_first(trials: Iterable[Trial]) -> list[Trial]:

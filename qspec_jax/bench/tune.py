@@ -96,7 +96,7 @@ def tune(
         print(describe(problem, outcome), flush=True)
         entry = entry_of(problem, outcome, measured=measured)
         if entry is None:
-            num_unsolved += 1
+            num_unsolved += not outcome.keeps_built_in
             continue
         table = merged(table, entry)
         write_table(table, path)
@@ -110,6 +110,8 @@ def describe(problem: Problem, outcome: Outcome) -> str:
         f"{outcome.num_tried} tried, {outcome.num_failed} did not compile, {outcome.num_wrong} wrong, "
         f"{outcome.num_other_bits} with other bits, {outcome.num_variant} sets not row invariant"
     )
+    if outcome.keeps_built_in:
+        return f"{problem}: the built-in tiles stay, faster than any set found ({counts})"
     if outcome.winner is None:
         return f"{problem}: nothing to ship ({counts}); raise --candidates or --time-limit"
     block_k, split = outcome.winner.order

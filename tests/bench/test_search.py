@@ -154,6 +154,19 @@ def test_a_prefill_must_be_right_for_rows_that_fill_no_block():
     assert culprit in laboratory.asked[PREFILL_ROWS]
 
 
+def test_built_in_tiles_stay_where_no_set_that_passes_is_as_fast():
+    """Which happens where the fastest sets fail the last check, or time runs out."""
+    built_in = {rows: SPACE.built_in(rows) for rows in DECODE_ROWS}
+    faster = lambda rows, tiles: plain_time(rows, tiles) - (3 if tiles.num_warps == 8 and rows == 64 else 0)  # noqa: E731
+    laboratory = FakeLaboratory(time=faster, agree=lambda decode: decode == built_in or decode[16] != built_in[16])
+    outcome = search(laboratory, SPACE, candidates=EVERYTHING)
+    assert outcome.num_variant > 0
+    assert outcome.winner is None
+    assert outcome.keeps_built_in
+    laboratory = FakeLaboratory(time=faster, agree=lambda decode: decode[16] != built_in[16])  # nor are they invariant
+    assert search(laboratory, SPACE, candidates=EVERYTHING).winner is not None
+
+
 def test_a_weight_only_prefill_has_no_tiles():
     laboratory = FakeLaboratory()
     outcome = search(laboratory, TileSpace(dataclasses.replace(PROBLEM, op="w4a16")), candidates=1)
