@@ -11,12 +11,14 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.packing import (
+    Layout,
     QuantizedWeight,
     check_group_size,
     dequantize,
     pack_codes,
     unpack_codes,
     with_group_sums,
+    with_layout,
 )
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
@@ -25,14 +27,16 @@ from pallas_kernels.rotate_and_write import rotate_and_write
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import w4a4_matmul
-from pallas_kernels.w4a16_matmul import w4a16_matmul
+from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MAX_DECODE_TOKENS",
+    "Layout",
     "QuantizedActivation",
     "QuantizedWeight",
     "available_implementations",
+    "best_layout",
     "check_group_size",
     "decode_attention",
     "dequantize",
@@ -50,4 +54,5 @@ __all__ = [
     "w4a4_matmul",
     "w4a16_matmul",
     "with_group_sums",
+    "with_layout",
 ]

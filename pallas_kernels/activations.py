@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
+from pallas_kernels.packing import Layout, order_activation_codes
+
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
@@ -37,12 +39,14 @@ class QuantizedActivation:
         scale: ``[..., G]`` float32.
         offset: ``[..., G]`` float32, or None for symmetric activations.
         bits: 4 or 8; outlier groups may have 8 where the others have 4.
+        layout: the order of the codes: that of the inputs, unless they are to meet a weight of another layout.
     """
 
     codes: Shaped[Array, "*batch K"]
     scale: Float32[Array, "*batch G"]
     offset: Float32[Array, "*batch G"] | None
     bits: int = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(default=Layout.PLANES, metadata={"static": True})
 
     @property
     def num_inputs(self) -> int:
@@ -63,7 +67,8 @@ class QuantizedActivation:
 
 def dequantize_activation(x: QuantizedActivation) -> Float32[Array, "*batch K"]:
     """The activation as float32: the definition."""
-    groups = x.codes.astype(jnp.float32).reshape(*x.codes.shape[:-1], x.num_groups, x.group_size)
+    codes = order_activation_codes(x.codes, x.layout, inverse=True)
+    groups = codes.astype(jnp.float32).reshape(*x.codes.shape[:-1], x.num_groups, x.group_size)
     floats = groups * x.scale[..., None]
     if x.offset is not None:
         floats = floats - x.offset[..., None]

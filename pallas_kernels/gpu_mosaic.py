@@ -3,11 +3,10 @@
 The kernels compute the transposed product: 64 outputs per warpgroup, with the decoded weights as the register
 operand of ``wgmma`` and the rows of activations as the one in shared memory. A product runs while the next piece of
 weight is decoded: nothing waits for the newest product but the end of the sum. A tile of the packed weight is 64
-outputs by 128 bytes of each row, that is 128 inputs of either nibble plane. It is read as it lies in memory: thread
-``t`` of the four that share an output takes bytes ``32 t .. 32 t + 31``, so every instruction multiplies inputs that
-are not neighbours, and the rows of activations are brought into the same order before the kernel
-(:func:`order_inputs`), where XLA fuses it with the operation that produced them. One packing therefore serves
-every implementation and both precisions, in whose kernels only this order differs.
+outputs by 128 bytes of each row, that is 128 inputs of either nibble plane. Thread ``t`` of the four that share an
+output takes bytes ``32 t .. 32 t + 31`` of it, and finds there the inputs that the instructions want of it, because the
+weight has ``packing.Layout.WGMMA``. So rows of 16 bits are multiplied as they lie in memory, and both precisions read
+the same bytes; integer rows come in the order that the layout gives activation codes.
 
 One warpgroup copies (TMA), the others compute. The sum over K is cut into ``slices`` (tiles ``s, s + slices, ...``),
 shared by the warpgroups of a program and then by programs, and added as a balanced tree. ``slices`` and everything
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_mosaic_registers import ROWS, TILE
+from pallas_kernels.packing import QuantizedWeight
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 _SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
@@ -69,7 +69,7 @@ class Problem:
     """Shapes of one call.
 
     Attributes:
-        m, n, k: rows (a multiple of ``block_m``), outputs, inputs.
+        m, n, k: rows, outputs, inputs.
         num_groups: scales per output.
         x_dtype, out_dtype: of rows and result.
     """
@@ -110,8 +110,11 @@ class Problem:
         return max(1, self.k // self.num_groups // TILE)
 
 
-def obstacle(num_outputs: int, num_inputs: int, group_size: int) -> str | None:
-    """Why no tile fits these sizes, as the end of a sentence; None if one does."""
+def obstacle(weight: QuantizedWeight) -> str | None:
+    """Why the kernels cannot serve a weight in whatever layout, as the end of a sentence; None if they can."""
+    num_outputs, num_inputs, group_size = weight.num_outputs, weight.num_inputs, weight.group_size
+    if weight.scale.dtype != jnp.float16:
+        return f"needs float16 scales; these are {weight.scale.dtype}"
     if num_inputs % (2 * TILE):
         return f"needs K to be a multiple of {2 * TILE}; this is {num_inputs}"
     if num_outputs % ROWS:
@@ -120,6 +123,15 @@ def obstacle(num_outputs: int, num_inputs: int, group_size: int) -> str | None:
     if not (fits or (TILE % group_size == 0 and group_size >= 32) or group_size == num_inputs):
         return f"needs groups of 32, 64, a multiple of 128 that divides K/2, or the whole row; this is {group_size}"
     return None
+
+
+def pad_rows(rows: jax.Array) -> jax.Array:
+    """``[M, K]`` with as many rows as a copy can clip: up to 8, or a multiple of 8; the others are zeros.
+
+    A shared-memory tile is 8 rows high, and the copy of several takes an array of whole tiles.
+    """
+    padding = 0 if rows.shape[0] <= 8 else -rows.shape[0] % 8
+    return jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
 
 
 def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int:
@@ -140,19 +152,6 @@ def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -
     fixed = rows * config.x_slots + (config.warpgroups_k > 1) * 4 * ROWS * config.block_m * config.num_warpgroups
     stages = (_SHARED_MEMORY - fixed) // (per_tile * config.warpgroups_k)
     return dataclasses.replace(config, num_stages=max(2, min(config.num_stages, stages)))
-
-
-def order_inputs(x: jax.Array, sizes: tuple[int, int, int], order: tuple[int, int, int, int]) -> jax.Array:
-    """Rows ``[M, K]`` as ``[2, M, K/2]``: nibble planes apart, the inputs of a tile in a kernel's order.
-
-    Args:
-        x: the rows.
-        sizes: how the 32 inputs of a thread fall into axes 1, 2 and 3; axis 0 are the four threads of an output.
-        order: in which these four axes are read.
-    """
-    num_rows, k = x.shape
-    x = x.reshape(num_rows, 2, k // (2 * TILE), 4, *sizes)
-    return x.transpose(1, 0, 2, *(3 + axis for axis in order)).reshape(2, num_rows, k // 2)
 
 
 def num_slices(n: int, k: int) -> int:

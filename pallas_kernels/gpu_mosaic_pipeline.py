@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gpu_mosaic import MosaicConfig, Problem
+from pallas_kernels.gpu_mosaic import MosaicConfig, Problem, pad_rows
 from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, spill, store, unspill
 
 WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
@@ -34,11 +34,12 @@ def launch(
     """Runs a matmul kernel and adds the partial products of a split, in order.
 
     Args:
-        rows: ``[2, M, K/2]`` from :func:`order_inputs`, ``M`` a multiple of ``config.block_m``.
-        packed: ``[N, K/2]`` uint8.
+        rows: ``[M, K]``.
+        packed: ``[N, K/2]`` uint8 in ``Layout.WGMMA``.
         columns: arrays ``[G, N]`` of which each tile gets its groups.
         row_factor: ``[M]`` float32 that multiplies the result, or None.
-        row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups.
+        row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
+            ``config.block_m``.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
@@ -62,14 +63,14 @@ def launch(
         body,
         out_type=jax.ShapeDtypeStruct((config.split, problem.m, problem.n), partial_dtype),
         scratch_types=_scratch(problem, config, in_tiles),
-        grid=(config.split, problem.n // config.block_n, problem.m // config.block_m),
+        grid=(config.split, problem.n // config.block_n, pl.cdiv(problem.m, config.block_m)),
         grid_names=("split", "n", "m"),
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(rows, packed, *by_group, *factors)
+    )(pad_rows(rows), packed, *by_group, *factors)
     total = _tree_sum([outputs[p] for p in range(config.split)])
     return (total if row_factor is None or factors else total * row_factor[:, None]).astype(problem.out_dtype)
 
@@ -80,7 +81,7 @@ def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[An
     x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
     x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
     group_shape = (stages, slices, problem.scale_planes, problem.groups_per_tile)
-    copies = 1 + len(by_group) + (not x_slots)
+    copies = 1 + len(by_group) + (0 if x_slots else 2)
     scratch = {
         "rows": plgpu.SMEM(x_shape, problem.x_dtype, transforms=x_transforms),
         "weight": plgpu.SMEM((stages, slices, config.block_n, TILE), jnp.uint8, transforms=WEIGHT_TRANSFORMS),
@@ -104,7 +105,7 @@ def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[An
 class _Program:
     """One program: its memory, and what its warpgroups do."""
 
-    rows: Ref  # [2, M, K/2]
+    rows: Ref  # [M, K], M padded
     weight: Ref  # [N, K/2] uint8
     by_group: tuple[Ref, ...]  # [planes, G / planes, N], then [planes, G / planes, M]
     num_columns: int  # how many of them are of outputs
@@ -149,6 +150,10 @@ class _Program:
     def first_column(self) -> jax.Array:
         return lax.axis_index("n") * self.config.block_n
 
+    def inputs(self, plane: int, start: jax.Array, size: int) -> Any:
+        """The columns of ``rows`` that meet ``size`` bytes of a weight row from ``start`` on."""
+        return pl.ds(plane * (self.problem.k // 2) + start, size)
+
     def copy_tiles(self, step: jax.Array, _: None) -> None:
         """Fills the next slot: a tile for each slice of this program that has one left."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
@@ -164,17 +169,21 @@ class _Program:
         """Copies weight, groups and rows of a tile."""
         config, problem, scratch = self.config, self.problem, self.scratch
         full = scratch["full"].at[slot * config.warpgroups_k + part]
-        outputs, inputs = pl.ds(self.first_column, config.block_n), pl.ds(tile * TILE, TILE)
-        plgpu.copy_gmem_to_smem(self.weight.at[outputs, inputs], scratch["weight"].at[slot, part], full)
+        outputs, rows = pl.ds(self.first_column, config.block_n), pl.ds(self.first_row, config.block_m)
+        plgpu.copy_gmem_to_smem(
+            self.weight.at[outputs, pl.ds(tile * TILE, TILE)], scratch["weight"].at[slot, part], full
+        )
         group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
-        groups, rows = pl.ds(group, problem.groups_per_tile), pl.ds(self.first_row, config.block_m)
+        groups = pl.ds(group, problem.groups_per_tile)
         for index, (ref, copied) in enumerate(zip(self.by_group, scratch["by_group"], strict=False)):
             block = ref.at[:, groups, outputs if index < self.num_columns else rows]
             plgpu.copy_gmem_to_smem(block, copied.at[slot, part], full)
         if config.x_slots:
-            self.copy_rows_in_pieces(step, tile)
-        else:
-            plgpu.copy_gmem_to_smem(self.rows.at[:, rows, inputs], scratch["rows"].at[slot, part], full)
+            return self.copy_rows_in_pieces(step, tile)
+        for plane in range(2):
+            block = self.rows.at[rows, self.inputs(plane, tile * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot, part, plane], full)
+        return None
 
     def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
         """The rows of a tile in the order in which they are multiplied: both planes of a part together."""
@@ -189,8 +198,8 @@ class _Program:
                 plgpu.barrier_wait(scratch["rows_empty"].at[slot])
 
             pl.when(count >= x_slots - 1)(wait)
-            inputs = pl.ds(tile * TILE + part * piece, piece)
-            block = self.rows.at[plane, pl.ds(self.first_row, self.config.block_m), inputs]
+            inputs = self.inputs(plane, tile * TILE + part * piece, piece)
+            block = self.rows.at[pl.ds(self.first_row, self.config.block_m), inputs]
             plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot], scratch["rows_full"].at[slot])
 
     def finish(self, product: jax.Array, column: jax.Array, in_program: jax.Array) -> None:
@@ -199,8 +208,14 @@ class _Program:
         rows = pl.ds(self.first_row, config.block_m)
         out = self.out.at[lax.axis_index("split"), rows, pl.ds(self.first_column + column * ROWS, ROWS)]
         factors = [factor.at[rows] for factor in self.factors]
+        # Rows of this block that exist, where there may be fewer than its height.
+        num_rows = None if self.problem.m % config.block_m == 0 else self.problem.m - self.first_row
+
+        def write(product: jax.Array) -> None:
+            store(product, out, factors, num_outputs=self.problem.n, num_rows=num_rows)
+
         if config.warpgroups_k == 1:
-            return store(product, out, factors, self.problem.n)
+            return write(product)
         partial, full = self.scratch["partial"], self.scratch["partial_full"]
 
         @pl.when(in_program > 0)
@@ -212,7 +227,7 @@ class _Program:
         def _add_up():
             plgpu.barrier_wait(full)
             others = [unspill(partial.at[column, i], config.block_m) for i in range(config.warpgroups_k - 1)]
-            store(_tree_sum([product, *others]), out, factors, self.problem.n)
+            write(_tree_sum([product, *others]))
 
         return None
 

@@ -8,6 +8,7 @@ Raises ImportError on JAX versions whose Mosaic GPU interface differs from the o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,50 +44,89 @@ def inline(function: Callable[..., Any], *args: Any, types: Sequence[Any], retur
     return plgpu.inline_mgpu(arg_types=tuple(types), return_type=returns)(function)(*args)
 
 
-def store(product: jax.Array, out: Ref, factors: Sequence[Ref], num_outputs: int) -> None:
-    """Writes the transpose of ``product: [64, block_m]``, times the factor of each row."""
+def store(
+    product: jax.Array, out: Ref, factors: Sequence[Ref], *, num_outputs: int, num_rows: jax.Array | None
+) -> None:
+    """Writes the transpose of ``product: [64, block_m]``, times the factor of each row.
 
-    def build(context, product, out, *factors):
-        lane = Lane.here()
-        dtype = ir.MemRefType(out.type).element_type
+    Args:
+        product: the float32 product.
+        out: ``[block_m, 64]`` of an array with ``num_outputs`` columns.
+        factors: arrays ``[block_m]`` float32.
+        num_outputs: see ``out``.
+        num_rows: how many of the rows exist, at least 1; None for all.
+    """
+
+    def build(context, product, out, *refs):
+        lane, existing = Lane.here(), refs[len(factors) :]
+        target = _Target(out, ir.MemRefType(out.type).element_type, lane, num_outputs, *existing)
         pairs = list(product.registers.flat)
         # All loads before the first store: no compiler can tell that they do not overlap, and would wait for each.
-        loaded = [[_load_pair(factor, lane, column) for column in range(len(pairs) // 2)] for factor in factors]
+        loaded = [
+            [target.load_pair(factor, column) for column in range(len(pairs) // 2)] for factor in refs[: len(factors)]
+        ]
         for index, pair in enumerate(pairs):
             for by_column in loaded:
                 pair = arith.mulf(pair, by_column[index // 2])
-            _store_pair(pair, out, dtype, lane, index, num_outputs)
+            target.store_pair(pair, index)
 
-    inline(build, product, out, *factors, types=[WGMMA, plgpu.RefType(), *[plgpu.RefType()] * len(factors)])
-
-
-def _load_pair(factor: Value, lane: Lane, column: int) -> Value:
-    """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds."""
-    offset = arith.addi(arith.muli(lane.in_group, i32(2)), i32(column * 8))
-    return _load(factor, offset, ir.VectorType.get((2,), ir.F32Type.get()), of=ir.F32Type.get())
+    limits = () if num_rows is None else (num_rows,)
+    types = [WGMMA, plgpu.RefType(), *[plgpu.RefType()] * len(factors), *[plgpu.Layout.WG_SPLAT(())] * len(limits)]
+    inline(build, product, out, *factors, *limits, types=types)
 
 
-def _store_pair(pair: Value, out: Value, dtype: Any, lane: Lane, index: int, num_outputs: int) -> None:
-    """Writes two rows of an output in float32, or, in 16 bits, two outputs of a row, which a warp exchanges first."""
-    column, half = divmod(index, 2)
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a thread writes a product's transpose: ``[block_m, 64]``, of whose rows maybe not all exist."""
 
-    def address(row: Value, output: Value) -> Value:
-        offset = arith.addi(arith.muli(row, i32(num_outputs)), output)
-        return mosaic.getelementptr(mosaic.memref_ptr(out), [offset], dtype)
+    out: Value
+    dtype: Any
+    lane: Lane
+    num_outputs: int
+    num_rows: Any = None
 
-    twice = arith.muli(lane.in_group, i32(2))
-    if dtype == ir.F32Type.get():
-        for odd in range(2):
-            value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
-            llvm.store(value, address(arith.addi(twice, i32(column * 8 + odd)), lane.output(half)))
-        return
-    word = ir.IntegerType.get_signless(32)
-    rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), dtype), pair))
-    transposed: Any = llvm.inline_asm(
-        word, [rounded], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=True
-    )
-    first_output = arith.addi(arith.addi(arith.muli(lane.warp, i32(16)), twice), i32(8 * half))
-    llvm.store(transposed, address(arith.addi(lane.group, i32(column * 8)), first_output), alignment=4)
+    def load_pair(self, factor: Value, column: int) -> Value:
+        """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds."""
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        first = self._first_row(column)
+        if self.num_rows is None:
+            return _load(factor, first, pair, of=ir.F32Type.get())
+        last = arith.subi(self._limit(), i32(1))
+        rows = [arith.minsi(arith.addi(first, i32(odd)), last) for odd in range(2)]
+        return vector.from_elements(pair, [_load(factor, row, ir.F32Type.get()) for row in rows])
+
+    def store_pair(self, pair: Value, index: int) -> None:
+        """Writes two rows of an output in float32, or, in 16 bits, two outputs of a row, exchanged in the warp."""
+        lane = self.lane
+        column, half = divmod(index, 2)
+        if self.dtype == ir.F32Type.get():
+            for odd in range(2):
+                value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
+                self._store(value, arith.addi(self._first_row(column), i32(odd)), lane.output(half))
+            return
+        word = ir.IntegerType.get_signless(32)
+        rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), self.dtype), pair))
+        transposed: Any = llvm.inline_asm(
+            word, [rounded], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=True
+        )
+        twice = arith.muli(lane.in_group, i32(2))
+        first_output = arith.addi(arith.addi(arith.muli(lane.warp, i32(16)), twice), i32(8 * half))
+        self._store(transposed, arith.addi(lane.group, i32(column * 8)), first_output)
+
+    def _first_row(self, column: int) -> Value:
+        return arith.addi(arith.muli(self.lane.in_group, i32(2)), i32(column * 8))
+
+    def _limit(self) -> Value:
+        return self.num_rows.registers.flat[0]
+
+    def _store(self, value: Value, row: Value, output: Value) -> None:
+        offset = arith.addi(arith.muli(row, i32(self.num_outputs)), output)
+        address = mosaic.getelementptr(mosaic.memref_ptr(self.out), [offset], self.dtype)
+        exists = contextlib.nullcontext()
+        if self.num_rows is not None:
+            exists = mosaic.when(arith.cmpi(arith.CmpIPredicate.slt, row, self._limit()))
+        with exists:
+            llvm.store(value, address, alignment=4)
 
 
 def spill(product: jax.Array, ref: Ref) -> None:
@@ -154,13 +194,12 @@ def load_words(weight: Value, chunks: Sequence[int]) -> list[list[Value]]:
     return words
 
 
-def load_column(columns: Value, plane: int, half: int) -> Value:
-    """This thread's float16 of ``[planes, groups, 64]``: of a plane, its group and one of its outputs."""
-    lane, shape = Lane.here(), ir.MemRefType(columns.type).shape
+def load_column(columns: Value, plane: int, group: int, half: int) -> Value:
+    """This thread's float16 of ``[planes, groups, 64]``: of a plane, a group and one of its outputs."""
+    shape = ir.MemRefType(columns.type).shape
     strides, _ = ir.MemRefType(columns.type).get_strides_and_offset()
-    group = arith.divui(arith.muli(lane.in_group, i32(shape[1])), i32(4))
-    start = arith.addi(i32(min(plane, shape[0] - 1) * strides[0]), arith.muli(group, i32(strides[1])))
-    return _load(columns, arith.addi(start, lane.output(half)), ir.F16Type.get())
+    start = min(plane, shape[0] - 1) * strides[0] + group * strides[1]
+    return _load(columns, arith.addi(i32(start), Lane.here().output(half)), ir.F16Type.get())
 
 
 def load_row_pair(rows: Value, plane: int, column: int) -> Value:

@@ -12,14 +12,16 @@ with a single group, per-channel weights.
 Two codes share a byte in *planes*: byte ``[n, j]`` holds the code of input ``j`` in its low nibble and
 that of input ``j + K/2`` in its high nibble. A tile of bytes is thus two tiles of consecutive inputs,
 whatever the tile's width, so no kernel has to interleave nibbles and one packing serves every block
-size.
+size. :class:`Layout` says in which order the bytes of a row lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,26 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
+_WGMMA_BYTES = 128  # bytes of a row among which Layout.WGMMA permutes
+WGMMA_CODES = 16  # activation codes among which it does
 _AnyArray = typing.TypeVar("_AnyArray", Array, np.ndarray)
+
+
+class Layout(enum.Enum):
+    """The order of the bytes of a packed row, and of the activation codes that meet them.
+
+    Attributes:
+        PLANES: byte ``j`` holds inputs ``j`` and ``j + K/2``; activation codes lie in the order of the inputs. What
+            checkpoints store, and every implementation but Mosaic reads.
+        WGMMA: in each run of 128 bytes, byte ``32 t + 4 i + 2 e + h`` holds what byte ``16 i + 8 h + 2 t + e`` of
+            ``PLANES`` does: thread ``t`` of the four that share a row finds in its 32 bytes what Hopper's 16-bit
+            ``wgmma`` wants of it, instruction by instruction. The 8-bit instruction takes the same bytes as its inputs
+            ``16 i + 4 t + 2 e + h``, so activation codes lie in that order: in each run of 16, code ``2 j + h`` is
+            that of input ``8 h + j``.
+    """
+
+    PLANES = "planes"
+    WGMMA = "wgmma"
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -39,18 +60,21 @@ class QuantizedWeight:
     """A ``[N, K]`` weight in 4 bits. Leading axes (stacked layers) are allowed on every array.
 
     Attributes:
-        packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring).
+        packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring), in the order of
+            ``layout``.
         scale: ``[..., G, N]`` floating point, ``G = K / group_size``.
         offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``8 * scale``).
         group_sum: ``[..., A, N]``, the sums of the weights of ``A`` equal runs of inputs, which carry the
             zero point of asymmetrically quantised activations: ``A`` is a multiple of their groups. None
             where no such activation meets this weight.
+        layout: the order of the bytes of a row; :func:`with_layout` changes it.
     """
 
     packed: Shaped[Array, "*layers N half_K"]
     scale: Shaped[Array, "*layers G N"]
     offset: Shaped[Array, "*layers G N"] | None = None
     group_sum: Shaped[Array, "*layers A N"] | None = None
+    layout: Layout = dataclasses.field(default=Layout.PLANES, metadata={"static": True})
 
     @property
     def num_outputs(self) -> int:
@@ -90,7 +114,7 @@ def check_group_size(num_inputs: int, group_size: int, *, what: str = "weight") 
         )
 
 
-def check_layout(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
+def check_weight(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
     """Raises ValueError unless ``weight`` is one consistent ``[N, K]`` weight for inputs of ``num_inputs``."""
     if weight.packed.ndim != 2:
         raise ValueError(
@@ -128,6 +152,55 @@ def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*lay
     return jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)
 
 
+def with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
+    """The weight with its bytes in the order of ``layout``, on the device or in host memory.
+
+    Raises:
+        ValueError: K is no multiple of 256, which the order of ``Layout.WGMMA`` needs.
+    """
+    packed = order_bytes(order_bytes(weight.packed, weight.layout, inverse=True), layout)
+    return dataclasses.replace(weight, packed=packed, layout=layout)
+
+
+def layout_obstacle(layout: Layout, wanted: Layout, *, what: str = "a weight") -> str | None:
+    """Why a kernel that reads ``wanted`` cannot serve ``layout``, as the end of a sentence; None if it can."""
+    if layout is wanted:
+        return None
+    return f"needs {what} in layout '{wanted.value}', not '{layout.value}' (with_layout makes one of the other)"
+
+
+def order_bytes(
+    packed: Shaped[_AnyArray, "*rows half_K"], layout: Layout, *, inverse: bool = False
+) -> Shaped[_AnyArray, "*rows half_K"]:
+    """Rows of ``Layout.PLANES`` in the order of ``layout``, or (``inverse``) the other way round."""
+    if layout is Layout.PLANES:
+        return packed
+    if packed.shape[-1] % _WGMMA_BYTES:
+        raise ValueError(
+            f"layout {layout.value}: K={2 * packed.shape[-1]} is not a multiple of {2 * _WGMMA_BYTES}; use planes"
+        )
+    order = np.arange(_WGMMA_BYTES).reshape(8, 2, 4, 2).transpose(2, 0, 3, 1).reshape(-1)
+    return _take_in_runs(packed, order, inverse)
+
+
+def order_activation_codes(
+    codes: Shaped[Array, "*batch K"], layout: Layout, *, inverse: bool = False
+) -> Shaped[Array, "*batch K"]:
+    """Activation codes of consecutive inputs in the order of ``layout``, or (``inverse``) the other way round."""
+    if layout is Layout.PLANES:
+        return codes
+    order = np.arange(WGMMA_CODES).reshape(2, WGMMA_CODES // 2).T.reshape(-1)
+    return _take_in_runs(codes, order, inverse)
+
+
+def _take_in_runs(array: Any, order: np.ndarray, inverse: bool) -> Any:
+    """Permutes each run of ``len(order)`` along the last axis."""
+    runs = array.reshape(*array.shape[:-1], -1, len(order))
+    order = np.argsort(order) if inverse else order
+    take = np.take if isinstance(runs, np.ndarray) else jnp.take
+    return take(runs, order, axis=-1, mode="clip").reshape(array.shape)
+
+
 def dequantize_planes(
     weight: QuantizedWeight, dtype: DTypeLike
 ) -> tuple[Float[Array, "*layers N half_K"], Float[Array, "*layers N half_K"]]:
@@ -154,7 +227,8 @@ def dequantize_planes(
         runs = codes.astype(dtype).reshape(*codes.shape[:-1], half // run, run)
         return (runs * scale - offset).reshape(codes.shape)
 
-    low, high = weight.packed & 0xF, weight.packed >> 4
+    packed = order_bytes(weight.packed, weight.layout, inverse=True)
+    low, high = packed & 0xF, packed >> 4
     return plane(low, scales[0], offsets[0]), plane(high, scales[1], offsets[1])
 
 

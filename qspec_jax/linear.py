@@ -62,7 +62,7 @@ class Linear(nnx.Module):
         self.quantization = quantization
         self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
-        self.weight = nnx.Param(_empty_weight(num_inputs, num_outputs, weight_format, dtype, layers))
+        self.weight = nnx.Param(_empty_weight(num_inputs, num_outputs, weight_format, kernels, dtype, layers))
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
     def __call__(
@@ -100,6 +100,7 @@ class Linear(nnx.Module):
             "symmetric": recipe.symmetric,
             "clip_ratio": recipe.clip_ratio,
             "outlier_groups": min(recipe.outlier_groups, num_groups),
+            "layout": weight.layout,
             "implementation": other_kernels(self.kernels),
         }
 
@@ -124,15 +125,23 @@ class Linear(nnx.Module):
 
 
 def _empty_weight(
-    num_inputs: int, num_outputs: int, weight_format: WeightFormat | None, dtype: DTypeLike, layers: tuple[int, ...]
+    num_inputs: int,
+    num_outputs: int,
+    weight_format: WeightFormat | None,
+    kernels: str | None,
+    dtype: DTypeLike,
+    layers: tuple[int, ...],
 ) -> Array | QuantizedWeight:
+    """Zeros in the layout that the kernels read: here, and nowhere else, it is decided; who fills them keeps to it."""
     if weight_format is None:
         return jnp.zeros((*layers, num_outputs, num_inputs), dtype)
     group_size = weight_format.group_size or num_inputs
     pallas_kernels.check_group_size(num_inputs, group_size)
     per_group = (*layers, num_inputs // group_size, num_outputs)
-    return QuantizedWeight(
+    weight = QuantizedWeight(
         packed=jnp.zeros((*layers, num_outputs, num_inputs // 2), jnp.uint8),
         scale=jnp.zeros(per_group, jnp.float16),
         offset=None if weight_format.symmetric else jnp.zeros(per_group, jnp.float16),
     )
+    layout = pallas_kernels.best_layout(weight, dtype, implementation=kernels)
+    return dataclasses.replace(weight, layout=layout)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from pallas_kernels import QuantizedWeight, unpack_codes
+from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
 from qspec_jax.errors import CheckpointError
 from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor
 
@@ -48,6 +48,7 @@ class WorkFolder:
         """
         arrays = {}
         for name, weight in linears.items():
+            weight = with_layout(weight, Layout.PLANES)
             parts = {"packed": weight.packed, "scale": weight.scale, "offset": weight.offset}
             arrays |= {f"{name}.{part}": np.asarray(array) for part, array in parts.items() if array is not None}
         file = self._file(index)

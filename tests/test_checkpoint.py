@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+import pallas_kernels
 import qspec_jax
-from pallas_kernels import QuantizedWeight
+from pallas_kernels import Layout, QuantizedWeight
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
 from qspec_jax.checkpoint import arrays, open_checkpoint, restore_decoder, save_checkpoint
 from qspec_jax.programs import add_group_sums
@@ -119,6 +121,37 @@ def test_floats_keep_their_values_and_take_the_dtype_asked_for(tmp_path, dtype, 
         expected = original.embedding.get_value().astype(wanted)
         assert restored.dtype == restored.embedding.get_value().dtype == wanted
         assert np.array_equal(restored.embedding.get_value(), expected)
+
+
+@pytest.fixture
+def wgmma_where_it_fits(monkeypatch):
+    """Layouts as on Hopper; of the tiny model's linears those of 256 inputs take the other one."""
+
+    def choose(weight, dtype, *, implementation):
+        return Layout.PLANES if weight.num_inputs % 256 else Layout.WGMMA
+
+    monkeypatch.setattr(pallas_kernels, "best_layout", choose)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_layout_that_kernels_read_leaves_no_trace(tmp_path, request, scan_layers):
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "intermediate_size": 512})
+    plain = tiny.decoder(config, scan_layers=scan_layers)
+    save = functools.partial(save_checkpoint, tokenizer=None, quantization=QuantConfig())
+    written = save(tmp_path / "plain", plain)
+    request.getfixturevalue("wgmma_where_it_fits")
+    loaded = tiny.decoder(config, scan_layers=scan_layers)
+    restored = restore_decoder(open_checkpoint(tmp_path / "plain"), scan_layers=scan_layers, kernels="reference")
+    assert_identical(restored, loaded)
+    assert save(tmp_path / "ordered", loaded).arrays == written.arrays
+    down, other = (one.layers[0].mlp.down.weight.get_value() for one in (loaded, plain))
+    assert (down.layout, other.layout) == (Layout.WGMMA, Layout.PLANES)
+    assert loaded.layers[0].mlp.gate_up.weight.get_value().layout is Layout.PLANES
+    assert not np.array_equal(down.packed, other.packed)
+    for decoder in (plain, loaded):
+        add_group_sums(decoder)
+    for precision in (Precision.W4A16, Precision.W4A8):
+        assert np.array_equal(logits(loaded, precision), logits(plain, precision))
 
 
 def test_wide_scales_stay_wide_in_either_arrangement(tmp_path):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import check_group_size
+from pallas_kernels.packing import WGMMA_CODES, Layout, check_group_size
 from pallas_kernels.quantize_activations import reference
 
 _OP = "quantize_activations"
@@ -25,6 +25,7 @@ def quantize_activations(
     symmetric: bool = True,
     clip_ratio: float = 1.0,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> QuantizedActivation:
     """Rounds activations to the nearest code; the equations stand in the reference.
@@ -36,6 +37,7 @@ def quantize_activations(
         symmetric: scale from the largest magnitude and no offset; otherwise from the range.
         clip_ratio: in (0, 1], shrinks the range, and codes beyond it saturate.
         outlier_groups: groups of each token, those with the widest range, that take 8 bits instead of ``bits``.
+        layout: the order of the codes, that of the weight they are to meet.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
     Returns:
@@ -55,6 +57,7 @@ def quantize_activations(
         symmetric=symmetric,
         clip_ratio=clip_ratio,
         outlier_groups=outlier_groups,
+        layout=layout,
     )
     chosen = dispatch.select_implementation(
         _OP,
@@ -76,6 +79,7 @@ def checked_settings(
     symmetric: bool,
     clip_ratio: float,
     outlier_groups: int,
+    layout: Layout,
 ) -> dict[str, Any]:
     """The keyword arguments of an implementation: these, with the group size filled in.
 
@@ -93,12 +97,15 @@ def checked_settings(
     num_groups = num_inputs // group_size
     if not 0 <= outlier_groups <= num_groups:
         raise ValueError(f"{op}: outlier_groups={outlier_groups}; x has {num_groups} groups, use 0 to {num_groups}")
+    if layout is Layout.WGMMA and group_size % WGMMA_CODES:
+        raise ValueError(f"{op}: layout {layout.value} needs groups of a multiple of {WGMMA_CODES}, not {group_size}")
     return {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "clip_ratio": clip_ratio,
         "outlier_groups": outlier_groups,
+        "layout": layout,
     }
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import WGMMA_CODES, Layout
 from pallas_kernels.quantize_activations import reference
 
 MAX_VALUES = 65536  # that one program can hold in registers
@@ -51,6 +52,7 @@ def quantize_activations(
     symmetric: bool,
     clip_ratio: float,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     interpret: bool = False,
 ) -> QuantizedActivation:
     """See the public function."""
@@ -64,15 +66,18 @@ def quantize_activations(
         symmetric=symmetric,
         clip_ratio=float(clip_ratio),
         outlier_groups=outlier_groups,
+        layout=layout,
         interpret=interpret,
     )
     per_group = (*x.shape[:-1], num_groups)
     offset = offset[0].reshape(per_group) if offset else None
-    return QuantizedActivation(codes.reshape(x.shape), scale.reshape(per_group), offset, bits)
+    return QuantizedActivation(codes.reshape(x.shape), scale.reshape(per_group), offset, bits, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "clip_ratio", "outlier_groups", "interpret"))
-def _quantize(x: Array, *, interpret: bool, **settings: Any) -> tuple[Array, ...]:
+@functools.partial(
+    jax.jit, static_argnames=("bits", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
+)
+def _quantize(x: Array, *, layout: Layout, interpret: bool, **settings: Any) -> tuple[Array, ...]:
     """Codes ``[rows, G, group]``, scale and offset ``[rows, G]`` of the groups of each row."""
     num_rows, *widths = x.shape
     block_widths = [pl.next_power_of_2(width) for width in widths]
@@ -82,7 +87,7 @@ def _quantize(x: Array, *, interpret: bool, **settings: Any) -> tuple[Array, ...
     per_group_spec = pl.BlockSpec((block_rows, block_widths[0]), lambda row: (row, 0))
     per_group = [jax.ShapeDtypeStruct((num_rows, widths[0]), jnp.float32)] * (1 if settings["symmetric"] else 2)
     outputs = pl.pallas_call(
-        functools.partial(_kernel, shape=x.shape, settings=settings, interpret=interpret),
+        functools.partial(_kernel, shape=x.shape, layout=layout, settings=settings, interpret=interpret),
         grid=(pl.cdiv(num_rows, block_rows),),
         in_specs=[row_spec],
         out_specs=[row_spec] + [per_group_spec] * len(per_group),
@@ -99,6 +104,7 @@ def _kernel(
     codes_ref,  # [block_rows, block_groups, block_group] int8
     *per_group_refs,  # scale, and offset of an asymmetric activation: [block_rows, block_groups] f32
     shape: tuple[int, ...],  # rows, groups, values of a group
+    layout: Layout,
     settings: dict[str, Any],
     interpret: bool,
 ):
@@ -108,7 +114,8 @@ def _kernel(
     # Groups of the padding must not win among the outliers: they count as zeros without spread.
     rows, groups = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape[:2], axis) for axis in range(2))
     group_exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1])
-    _store_quantized(x, exists, group_exists, (codes_ref, *per_group_refs), settings=settings, interpret=interpret)
+    outputs = codes_ref, *per_group_refs
+    _store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)
 
 
 def _first_row(x_ref: tiles.Ref) -> Array:
@@ -121,6 +128,7 @@ def _store_quantized(
     group_exists: Array,
     refs: Sequence[tiles.Ref],  # codes, scale, and offset of an asymmetric activation
     *,
+    layout: Layout,
     settings: dict[str, Any],
     interpret: bool,
 ) -> None:
@@ -132,9 +140,19 @@ def _store_quantized(
         exists=exists | ~group_exists[..., None],
     )
     codes_ref, *per_group_refs = refs
-    plgpu.store(codes_ref, codes, mask=exists)
+    plgpu.store(_in_order(codes_ref, layout), codes, mask=exists)
     for ref, array in zip(per_group_refs, per_group, strict=True):
         plgpu.store(ref, array, mask=group_exists)
+
+
+def _in_order(codes_ref: tiles.Ref, layout: Layout) -> tiles.Ref:
+    """The places of a block's codes: those of ``packing.order_activation_codes``."""
+    if layout is Layout.PLANES:
+        return codes_ref
+    *outer, value = (jax.lax.broadcasted_iota(jnp.int32, codes_ref.shape, axis) for axis in range(codes_ref.ndim))
+    half = WGMMA_CODES // 2
+    place = value // WGMMA_CODES * WGMMA_CODES + value % half * 2 + value // half % 2
+    return codes_ref.at[(*outer, place)]
 
 
 def reciprocal(x: Array, *, interpret: bool) -> Array:
@@ -162,6 +180,7 @@ def launch_producer(
     group_size: int,
     whole_tokens: bool,
     also_written: Sequence[DTypeLike] = (),
+    layout: Layout = Layout.PLANES,
     interpret: bool,
     name: str,
     **settings: Any,
@@ -176,6 +195,7 @@ def launch_producer(
         shape: ``[..., K]`` of the result; the arrays have one axis for all tokens.
         whole_tokens: ``produce`` needs all groups of a token at once.
         also_written: the dtypes of the arrays of the result's shape that ``produce`` writes itself.
+        layout: the order of the codes.
         settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
 
     Returns:
@@ -191,7 +211,12 @@ def launch_producer(
     num_per_group = 1 if settings["symmetric"] else 2
     outputs = pl.pallas_call(
         functools.partial(
-            _producer_kernel, produce=produce, shape=(num_groups, group_size), settings=settings, interpret=interpret
+            _producer_kernel,
+            produce=produce,
+            shape=(num_groups, group_size),
+            layout=layout,
+            settings=settings,
+            interpret=interpret,
         ),
         grid=(num_rows, pl.cdiv(num_groups, block_groups)),
         in_specs=[spec(block_groups, block_group) for _, spec in inputs],
@@ -208,13 +233,15 @@ def launch_producer(
     )(*[array for array, _ in inputs])
     *written, codes = (array.reshape(shape) for array in outputs[:-num_per_group])
     scale, *offset = (array.reshape(*batch, num_groups) for array in outputs[-num_per_group:])
-    return QuantizedActivation(codes, scale, offset[0] if offset else None, settings["bits"]), written
+    offset = offset[0] if offset else None
+    return QuantizedActivation(codes, scale, offset, settings["bits"], layout), written
 
 
 def _producer_kernel(
     *refs: tiles.Ref,  # those of produce, then codes [block_groups, block_group], scale, maybe offset [block_groups]
     produce: Callable[..., Array],
     shape: tuple[int, int],  # groups, values of a group
+    layout: Layout,
     settings: dict[str, Any],
     interpret: bool,
 ):
@@ -226,4 +253,4 @@ def _producer_kernel(
     exists = (first_group + groups < shape[0]) & (values < shape[1])
     group_exists = first_group + jax.lax.broadcasted_iota(jnp.int32, block[:1], 0) < shape[0]
     x = produce(*of_produce, exists)
-    _store_quantized(x, exists, group_exists, outputs, settings=settings, interpret=interpret)
+    _store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)

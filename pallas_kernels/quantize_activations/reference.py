@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import Layout, order_activation_codes
 
 # Far below any scale that matters, and far enough above the smallest normal float32 that GPUs, which
 # may flush subnormal numbers, and CPUs agree on every quotient.
@@ -44,12 +45,14 @@ def quantize_activations(
     symmetric: bool,
     clip_ratio: float,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
 ) -> QuantizedActivation:
     """Rounds activations to the nearest code; see the public function."""
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
     settings = {"bits": bits, "symmetric": symmetric, "clip_ratio": clip_ratio, "outlier_groups": outlier_groups}
     codes, scale, *offset = quantize_groups(groups, **settings, reciprocal=lambda a: 1 / a, rounding=jnp.round)
-    return QuantizedActivation(codes.reshape(x.shape), scale, offset[0] if offset else None, bits)
+    codes = order_activation_codes(codes.reshape(x.shape), layout)
+    return QuantizedActivation(codes, scale, offset[0] if offset else None, bits, layout)
 
 
 def quantize_groups(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.rms_norm import check_operands
 from pallas_kernels.rms_norm_quantize import reference
@@ -27,6 +28,7 @@ def rms_norm_quantize(
     symmetric: bool = True,
     clip_ratio: float = 1.0,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> QuantizedActivation: ...
 
@@ -43,6 +45,7 @@ def rms_norm_quantize(
     symmetric: bool = True,
     clip_ratio: float = 1.0,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch K"], QuantizedActivation]: ...
 
@@ -58,6 +61,7 @@ def rms_norm_quantize(
     symmetric: bool = True,
     clip_ratio: float = 1.0,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> QuantizedActivation | tuple[Float[Array, "*batch K"], QuantizedActivation]:
     """``quantize_activations(rms_norm(x, gain))``, which never writes the norm; the equations stand in the reference.
@@ -67,7 +71,7 @@ def rms_norm_quantize(
         gain: ``[K]`` in the dtype of ``x``.
         epsilon: added to the mean of squares; positive.
         update: ``[..., K]`` in the dtype of ``x``; what is normalised is then ``x + update``.
-        bits, group_size, symmetric, clip_ratio, outlier_groups: as in ``quantize_activations``.
+        bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
     Returns:
@@ -88,6 +92,7 @@ def rms_norm_quantize(
         symmetric=symmetric,
         clip_ratio=clip_ratio,
         outlier_groups=outlier_groups,
+        layout=layout,
     )
     check_operands(_OP, x, gain, update, epsilon)
     chosen = dispatch.select_implementation(

@@ -21,7 +21,7 @@ from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 from pallas_kernels.rms_norm import gpu_triton as norm
 
-_STATIC = ("epsilon", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "interpret")
+_STATIC = ("epsilon", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 
 
 def obstacle(num_inputs: int, group_size: int) -> str | None:

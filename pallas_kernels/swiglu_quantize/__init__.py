@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.swiglu_quantize import reference
 
@@ -20,13 +21,14 @@ def swiglu_quantize(
     symmetric: bool = True,
     clip_ratio: float = 1.0,
     outlier_groups: int = 0,
+    layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> QuantizedActivation:
     """``quantize_activations(swiglu(gate_up))``, which never writes the product; the equations stand in the reference.
 
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
-        bits, group_size, symmetric, clip_ratio, outlier_groups: as in ``quantize_activations``.
+        bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
     Returns:
@@ -49,6 +51,7 @@ def swiglu_quantize(
         symmetric=symmetric,
         clip_ratio=clip_ratio,
         outlier_groups=outlier_groups,
+        layout=layout,
     )
     chosen = dispatch.select_implementation(
         _OP,

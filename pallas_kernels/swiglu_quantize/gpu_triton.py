@@ -19,7 +19,7 @@ from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 
-_STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "interpret")
+_STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 
 obstacle = quantizer.obstacle  # the blocks are those of quantize_activations
 

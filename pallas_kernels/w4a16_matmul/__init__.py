@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.packing import QuantizedWeight, check_layout
+from pallas_kernels.packing import Layout, QuantizedWeight, check_weight
 from pallas_kernels.w4a16_matmul import reference
 
 _OP = "w4a16_matmul"
@@ -31,7 +34,7 @@ def w4a16_matmul(
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    check_layout(weight, x.shape[-1], op=_OP)
+    check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     chosen = dispatch.select_implementation(
@@ -46,6 +49,28 @@ def w4a16_matmul(
     if chosen == dispatch.TRITON:
         return _triton().w4a16_matmul(x, weight)
     return reference.w4a16_matmul(x, weight)
+
+
+def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, implementation: str | None = None) -> Layout:
+    """The layout that the implementation reads which would serve a weight, whatever its own is, and rows of ``dtype``.
+
+    It is the same for all rows and both matmuls. ``Layout.PLANES`` where none would: the call will say why.
+
+    Raises:
+        ValueError: the name of the implementation is unknown.
+    """
+    planes = dataclasses.replace(weight, layout=Layout.PLANES)
+    try:
+        chosen = dispatch.select_implementation(
+            _OP,
+            implementation,
+            triton_obstacle=lambda: _triton().obstacle(jnp.dtype(dtype), planes),
+            mosaic_obstacle=lambda: _mosaic().obstacle_in_any_layout(jnp.dtype(dtype), planes),
+            order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+        )
+    except NotImplementedError:
+        return Layout.PLANES
+    return Layout.WGMMA if chosen == dispatch.MOSAIC else Layout.PLANES
 
 
 def _triton():

@@ -19,7 +19,7 @@ from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
 from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu, vector
-from pallas_kernels.packing import QuantizedWeight
+from pallas_kernels.packing import Layout, QuantizedWeight, layout_obstacle
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
 # ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.
@@ -32,8 +32,6 @@ _KINDS = {
     jnp.dtype(jnp.bfloat16): {"kind": "bf16", "magic": "0x43004300", "centre": "0x43084308"},
     jnp.dtype(jnp.float16): {"kind": "f16", "magic": "0x64006400", "centre": "0x64086408"},
 }
-# A thread's 32 inputs are 8 instructions of 4, which an instruction takes as 0, 2 (neighbours) and 1, 3.
-INPUT_ORDER = (8, 2, 2), (1, 3, 0, 2)
 _SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
 _SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
 fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
@@ -41,16 +39,18 @@ fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
 
 # Registers that travel between functions as arrays in the WGMMA layout, in the order in which a thread holds them.
 _WORDS = plgpu.ShapeDtypeStruct((lanes.ROWS, 16), jnp.int32, layout=lanes.WGMMA)
-_FACTORS = plgpu.ShapeDtypeStruct((lanes.ROWS, 8), jnp.int32, layout=lanes.WGMMA)
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    return obstacle_in_any_layout(dtype, weight) or layout_obstacle(weight.layout, Layout.WGMMA)
+
+
+def obstacle_in_any_layout(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
+    """The same of a weight that may be laid out anew."""
     if jnp.dtype(dtype) not in _KINDS:
         return f"needs bfloat16 or float16 rows; these are {dtype}"
-    if weight.scale.dtype != jnp.float16:
-        return f"needs float16 scales; these are {weight.scale.dtype}"
-    return hopper.obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+    return hopper.obstacle(weight)
 
 
 def w4a16_matmul(
@@ -72,24 +72,20 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames="config")
 def _matmul(x: Array, packed: Array, scale: Array, offset: Array | None, *, config: hopper.MosaicConfig) -> Array:
-    num_rows, k = x.shape
-    x = jnp.pad(x, ((0, -num_rows % config.block_m), (0, 0)))
-    problem = hopper.Problem(x.shape[0], packed.shape[0], k, scale.shape[0], x.dtype, x.dtype)
+    problem = hopper.Problem(x.shape[0], packed.shape[0], x.shape[1], scale.shape[0], x.dtype, x.dtype)
     columns = (scale,) if offset is None else (scale, offset)
     config = hopper.with_most_stages(config, problem, len(columns))
-    rows = hopper.order_inputs(x, *INPUT_ORDER)
-    outputs = pipelines.launch(
-        rows, packed, columns, None, consume=_consume, problem=problem, config=config, name="w4a16"
-    )
-    return outputs[:num_rows]
+    return pipelines.launch(x, packed, columns, None, consume=_consume, problem=problem, config=config, name="w4a16")
 
 
 def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
     shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
 
     def multiply(accumulator, tile):
-        factors = [_factors(tile, plane, dtype) for plane in range(2)]
+        factors = []
         for part in range(pipeline.problem.pieces):
+            if part == 0 or pipeline.problem.groups_per_tile > 1:
+                factors = [_factors(tile, plane, part, pipeline.problem) for plane in range(2)]
             words = _load_words(tile, part)
             for plane in range(2):
                 codes = _decode(words, factors[plane], plane, len(tile.columns) == 1, dtype)
@@ -114,23 +110,28 @@ def _load_words(tile: pipelines.Tile, part: int) -> jax.Array:
     return lanes.inline(build, tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
 
 
-def _factors(tile: pipelines.Tile, plane: int, dtype: Any) -> jax.Array:
-    """Scale and shift (0 if symmetric) of a thread's two outputs in a plane, each twice in a register."""
-    kind = _KINDS[jnp.dtype(dtype)]["kind"]
+def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem) -> jax.Array:
+    """Scale and shift (0 if symmetric) of each group of a part: of a thread's two outputs, each twice in a register."""
+    kind = _KINDS[jnp.dtype(problem.x_dtype)]["kind"]
+    num_groups = max(1, problem.groups_per_tile // problem.pieces)
+    first_group = part * problem.groups_per_tile // problem.pieces
+    shape = (lanes.ROWS, 8 * num_groups)
 
     def build(context, scale, *offset):
         word = ir.IntegerType.get_signless(32)
         registers = []
-        for half in range(2):
-            values = [lanes.load_column(column, plane, half) for column in (scale, *offset)]
-            values = [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
-            [factor] = assembly(_SCALE.format(kind=kind), "=r,h", values[:1], [word])
-            [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word]) if offset else [lanes.i32(0)]
-            registers.append(vector.from_elements(ir.VectorType.get((2,), word), [factor, shift]))
-        return lanes.fragmented(registers, _FACTORS.shape)
+        for group in range(first_group, first_group + num_groups):
+            for half in range(2):
+                values = [lanes.load_column(column, plane, group, half) for column in (scale, *offset)]
+                values = [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
+                [factor] = assembly(_SCALE.format(kind=kind), "=r,h", values[:1], [word])
+                [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word]) if offset else [lanes.i32(0)]
+                registers.append(vector.from_elements(ir.VectorType.get((2,), word), [factor, shift]))
+        return lanes.fragmented(registers, shape)
 
     types = [plgpu.RefType()] * len(tile.columns)
-    return lanes.inline(build, *tile.columns, types=types, returns=_FACTORS)
+    returns = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=lanes.WGMMA)
+    return lanes.inline(build, *tile.columns, types=types, returns=returns)
 
 
 def _decode(words: jax.Array, factors: jax.Array, plane: int, symmetric: bool, dtype: Any) -> jax.Array:
@@ -141,10 +142,12 @@ def _decode(words: jax.Array, factors: jax.Array, plane: int, symmetric: bool, d
     def build(context, words, factors):
         pair = ir.VectorType.get((2,), element.get())
         registers: list[Any] = [None] * 16
+        by_group = lanes.scalars(factors)  # of a group, scale and shift of either output
+        words_per_group = 4 // (len(by_group) // 4)
         for half in range(2):
-            scale_and_shift = lanes.scalars(factors)[2 * half : 2 * half + 2]
             for index, word in enumerate(lanes.scalars(words)[4 * half : 4 * half + 4]):
-                even, odd = _decode_word(kind, plane, word, scale_and_shift[: 1 if symmetric else 2])
+                first = 4 * (index // words_per_group) + 2 * half
+                even, odd = _decode_word(kind, plane, word, by_group[first : first + (1 if symmetric else 2)])
                 registers[4 * index + half] = llvm.bitcast(pair, even)
                 registers[4 * index + 2 + half] = llvm.bitcast(pair, odd)
         return lanes.fragmented(registers, (lanes.ROWS, lanes.TILE // 2))

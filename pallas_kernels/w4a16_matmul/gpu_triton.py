@@ -23,14 +23,15 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight, dequantize
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
 from pallas_kernels.tuning import DECODE_ROWS
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
     del dtype  # all three of the public function work
-    return tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+    sizes = weight.num_outputs, weight.num_inputs, weight.group_size
+    return tiles.matmul_obstacle(*sizes) or layout_obstacle(weight.layout, Layout.PLANES)
 
 
 def w4a16_matmul(

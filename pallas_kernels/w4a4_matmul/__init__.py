@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import QuantizedWeight, check_layout
+from pallas_kernels.packing import QuantizedWeight, check_weight
 from pallas_kernels.w4a4_matmul import reference
 
 _OP = "w4a4_matmul"
@@ -35,7 +35,7 @@ def w4a4_matmul(
             the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    check_layout(weight, x.num_inputs, op=_OP)
+    check_weight(weight, x.num_inputs, op=_OP)
     _check_groupings(x, weight)
     chosen = dispatch.select_implementation(
         _OP,

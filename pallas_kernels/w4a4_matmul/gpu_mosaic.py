@@ -22,10 +22,14 @@ from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.gpu_mosaic_registers import arith, assembly, ir, llvm, plgpu
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+from pallas_kernels.packing import (
+    SYMMETRIC_ZERO_POINT,
+    Layout,
+    QuantizedWeight,
+    layout_obstacle,
+    order_activation_codes,
+)
 
-# A thread's 32 inputs are 4 instructions of twice 4, which an instruction takes 16 inputs apart.
-INPUT_ORDER = (4, 2, 4), (1, 2, 0, 3)
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
 _DECODE = (
@@ -38,11 +42,9 @@ def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
     if not x.symmetric or x.num_groups > 1:
         return "needs symmetric activations with one scale per token"
-    if weight.scale.dtype != jnp.float16:
-        return f"needs float16 scales; these are {weight.scale.dtype}"
     if weight.group_size % lanes.TILE:
         return f"needs groups of a multiple of {lanes.TILE}, or the whole row; this is {weight.group_size}"
-    return hopper.obstacle(weight.num_outputs, weight.num_inputs, weight.group_size)
+    return hopper.obstacle(weight) or layout_obstacle(weight.layout, Layout.WGMMA)
 
 
 def w4a4_matmul(
@@ -53,7 +55,9 @@ def w4a4_matmul(
     config: hopper.MosaicConfig | None = None,
 ) -> Float[Array, "*batch N"]:
     """See the public function. ``config`` replaces the measured choice of tiles."""
-    codes, scale = x.codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
+    # Who computes the codes writes them in this order, or XLA brings them into it.
+    codes = x.codes if x.layout is weight.layout else order_activation_codes(x.codes, weight.layout)
+    codes, scale = codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
     if config is None:
         config = default_config(codes.shape[0], weight)
     outputs = _matmul(codes, scale, weight.packed, weight.scale, weight.offset, dtype=jnp.dtype(dtype), config=config)
@@ -83,23 +87,21 @@ def _matmul(
     config: hopper.MosaicConfig,
 ) -> Array:
     num_rows, k = codes.shape
-    padding = -num_rows % config.block_m
-    codes = jnp.pad(codes, ((0, padding), (0, 0)))
-    problem = hopper.Problem(codes.shape[0], packed.shape[0], k, scale.shape[0], jnp.int8, dtype)
+    problem = hopper.Problem(num_rows, packed.shape[0], k, scale.shape[0], jnp.int8, dtype)
     columns, row_groups = (scale,), ()
     if offset is not None:
         columns = (scale, offset)
         by_group = codes.astype(jnp.int32).reshape(-1, scale.shape[0], k // scale.shape[0])
         # Every slice of a whole row adds its share of the one sum; a share is exact, slices being a power of two.
         share = 1 / config.slices if scale.shape[0] == 1 else 1
-        row_groups = (by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(share),)
+        sums = by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(share)
+        row_groups = (jnp.pad(sums, ((0, 0), (0, -num_rows % config.block_m))),)
     config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
-    rows = hopper.order_inputs(codes, *INPUT_ORDER)
-    outputs = pipelines.launch(
-        rows,
+    return pipelines.launch(
+        codes,
         packed,
         columns,
-        jnp.pad(x_scale, (0, padding)),
+        x_scale,
         row_groups=row_groups,
         consume=_consume_grouped if scale.shape[0] > 1 else _consume_whole,
         problem=problem,
@@ -107,7 +109,6 @@ def _matmul(
         name="w4a4",
         groups_in_tiles=scale.shape[0] > 1,
     )
-    return outputs[:num_rows]
 
 
 def _consume_grouped(pipeline: pipelines.Pipeline) -> jax.Array:
@@ -203,7 +204,7 @@ def _add_scaled(
 def _scale_and_shift(columns: tuple[Any, ...], plane: int, half: int) -> tuple[Any, Any]:
     """Float32 scale of the int8 product, and shift of an asymmetric weight or None."""
     f32 = ir.F32Type.get()
-    values = [arith.extf(f32, lanes.load_column(column, plane, half)) for column in columns]
+    values = [arith.extf(f32, lanes.load_column(column, plane, 0, half)) for column in columns]
     scale = arith.mulf(values[0], lanes.f32(1 / CODE_FACTOR))
     if len(values) == 1:
         return scale, None

@@ -20,12 +20,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, QuantizedWeight
+from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, layout_obstacle
 
 
 def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
-    return tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size, x.group_size)
+    return (
+        tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size, x.group_size)
+        or layout_obstacle(weight.layout, Layout.PLANES)
+        or layout_obstacle(x.layout, Layout.PLANES, what="activations")
+    )
 
 
 def w4a4_matmul(

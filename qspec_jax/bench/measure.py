@@ -198,12 +198,15 @@ def _measure_torch_int4(shape: MatmulShape, group_size: int, plan: Plan) -> Iter
 
 
 def _matmul_cases(subjects: Sequence[Measurement], weights: Sequence[QuantizedWeight]) -> list[_Case]:
-    """All implementations share the operands of one M."""
-    workloads = {
-        rows: operands.matmul_workload(subjects[0].op, operands.random_rows(rows, subjects[0].k), weights)
-        for rows in dict.fromkeys(one.rows for one in subjects)
-    }
-    return [_Case(one, workloads[one.rows]) for one in subjects]
+    """All implementations that read one layout share the operands of one M."""
+    laid_out = {name: operands.in_layout_for(name, weights) for name in {one.implementation for one in subjects}}
+    workloads = {}
+    for one in subjects:
+        mine = laid_out[one.implementation]
+        key = one.rows, mine[0].layout
+        if key not in workloads:
+            workloads[key] = operands.matmul_workload(one.op, operands.random_rows(one.rows, one.k), mine)
+    return [_Case(one, workloads[one.rows, laid_out[one.implementation][0].layout]) for one in subjects]
 
 
 def _measure(cases: Sequence[_Case], plan: Plan, what: str) -> Iterator[Measurement]:

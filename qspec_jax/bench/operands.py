@@ -18,13 +18,16 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import (
+    Layout,
     QuantizedActivation,
     QuantizedWeight,
+    best_layout,
     dequantize_activation,
     quantize_activations,
     w4a4_matmul,
     w4a16_matmul,
     with_group_sums,
+    with_layout,
 )
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.config import ActivationQuantization, QuantConfig
@@ -90,7 +93,7 @@ def matmul_workload(op: str, x: Array, weights: Sequence[QuantizedWeight]) -> Wo
         expected = jax.jit(lambda x, w: w4a16_matmul(x, w, implementation=REFERENCE))(x.astype(jnp.float32), weights[0])
         implement = lambda name: lambda x, w: w4a16_matmul(x, w, implementation=name)  # noqa: E731
         return Workload(x, weights, implement, expected, num_operations)
-    codes = quantized_rows(op, x)
+    codes = quantized_rows(op, x, weights[0].layout)
     expected = jax.jit(functools.partial(w4a4_matmul, dtype=jnp.float32, implementation=REFERENCE))(codes, weights[0])
     implement = lambda name: functools.partial(w4a4_matmul, dtype=x.dtype, implementation=name)  # noqa: E731
     return Workload(codes, weights, implement, expected, num_operations)
@@ -104,11 +107,20 @@ def weights_for(op: str, weights: Sequence[QuantizedWeight]) -> Sequence[Quantiz
     return [add_sums(weight, recipe(op)[1].group_size or weight.num_inputs) for weight in weights]
 
 
-def quantized_rows(op: str, x: Array) -> QuantizedActivation:
-    """Rows as the operation's draft precision quantises them."""
+def in_layout_for(name: str | None, weights: Sequence[QuantizedWeight]) -> Sequence[QuantizedWeight]:
+    """The weights as the implementation of a name reads them beside bfloat16 rows."""
+    layout = best_layout(weights[0], jnp.bfloat16, implementation=name)
+    if layout is weights[0].layout:
+        return weights
+    lay_out = jax.jit(with_layout, static_argnums=1)
+    return [lay_out(weight, layout) for weight in weights]
+
+
+def quantized_rows(op: str, x: Array, layout: Layout) -> QuantizedActivation:
+    """Rows as the operation's draft precision quantises them, for weights in a layout."""
     bits, how = recipe(op)
-    quantize = functools.partial(quantize_activations, bits=bits, implementation=REFERENCE, **dataclasses.asdict(how))
-    return jax.jit(quantize)(x)
+    settings = {"bits": bits, "layout": layout, "implementation": REFERENCE, **dataclasses.asdict(how)}
+    return jax.jit(functools.partial(quantize_activations, **settings))(x)
 
 
 def recipe(op: str) -> tuple[int, ActivationQuantization]:

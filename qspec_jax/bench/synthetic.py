@@ -6,6 +6,7 @@ memory holds the model and the random bits of one array. What it generates is no
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -88,7 +89,8 @@ def _kind(path: tuple[Any, ...]) -> str:
 def _random_like(key: Array, like: Any, *, kind: str) -> Any:
     if isinstance(like, QuantizedWeight):
         sizes = {"k": like.num_inputs, "n": like.num_outputs, "group_size": like.group_size}
-        return random_weight(key, symmetric=like.symmetric, layers=like.packed.shape[:-2], **sizes)
+        weight = random_weight(key, symmetric=like.symmetric, layers=like.packed.shape[:-2], **sizes)
+        return dataclasses.replace(weight, layout=like.layout)  # codes are as random in any order
     if kind == "norm":
         return jnp.ones(like.shape, like.dtype)
     deviation = 0.02 if kind == "bias" else 1 / math.sqrt(like.shape[-1])

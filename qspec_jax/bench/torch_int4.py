@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import QuantizedWeight, unpack_codes
+from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT
 
 NAME = "torch"
@@ -60,7 +60,7 @@ def measure(
 
 def _packed(torch: Any, weight: QuantizedWeight) -> tuple[Any, Any]:
     """Codes in tinygemm's order, and ``[G, N, 2]`` scales and zeros."""
-    codes = np.asarray(unpack_codes(weight.packed))
+    codes = np.asarray(unpack_codes(with_layout(weight, Layout.PLANES).packed))
     pairs = torch.from_numpy((codes[:, ::2] << 4) | codes[:, 1::2]).cuda()
     scale = weight.scale.astype(jnp.float32)
     zero = jnp.zeros_like(scale)

@@ -2,7 +2,8 @@
 
 An array is called by its path in the decoder, ``layers.3.attention.qkv.weight.packed``. Arrays are kept in
 *groups* that are written and read at once: each layer is one, ``layers.3``, and the rest is one, ``model``.
-Neither the stacking of layers nor ``group_sum``, which follows from the weight, is stored.
+Neither the stacking of layers nor ``group_sum``, which follows from the weight, is stored, nor the layout that kernels
+read: packed weights are stored in planes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels import QuantizedWeight
+from pallas_kernels import Layout, QuantizedWeight
+from pallas_kernels.packing import order_bytes
 from qspec_jax.checkpoint.manifest import ArrayRecord
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import WeightFormat
@@ -33,11 +35,12 @@ _SCALES = (".scale", ".offset")
 
 
 class _Place(NamedTuple):
-    """An array of the decoder by its path, and which layer of it if it is a stack."""
+    """An array of the decoder by its path, which layer of it if it is a stack, and the layout if it is packed."""
 
     name: str
     layer: int | None
     leaf: Any
+    layout: Layout = Layout.PLANES
 
 
 def group_names(config: ModelConfig) -> list[str]:
@@ -93,7 +96,7 @@ def stored_arrays(decoder: Decoder, group: str) -> dict[str, np.ndarray]:
     arrays = {}
     for stored, place in _places(decoder).items():
         if group_of(stored) == group:
-            array = _to_host(place.leaf, place.layer)
+            array = order_bytes(_to_host(place.leaf, place.layer), place.layout, inverse=True)
             arrays[stored] = array if stored.endswith(_SCALES) else narrowed(array)
     return arrays
 
@@ -117,7 +120,8 @@ def fill(
     places = _places(decoder)
     for group in progress(group_names(decoder.config)):
         for stored, array in read_group(group).items():
-            name, layer, leaf = places[stored]
+            name, layer, leaf, layout = places[stored]
+            array = order_bytes(array, layout)
             array = array if stored.endswith(_SCALES) else array.astype(leaf.dtype, copy=False)
             if layer is None:
                 placed[name] = place(name, array)
@@ -126,8 +130,9 @@ def fill(
     for name in list(stacks):
         placed[name] = place(name, stacks.pop(name))
     for name, parameter in _parameters(decoder):
-        parts = {part: placed[f"{name}{part}"] for part in _leaves(parameter.get_value())}
-        parameter.set_value(_value(parts))
+        value = parameter.get_value()
+        parts = {part: placed[f"{name}{part}"] for part in _leaves(value)}
+        parameter.set_value(_value(parts, layout=_layout(value, ".packed")))
 
 
 def narrowed(array: np.ndarray) -> np.ndarray:
@@ -186,24 +191,31 @@ def _leaves(value: Any) -> dict[str, Any]:
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def _value(parts: Mapping[str, Array]) -> Any:
+def _layout(value: Any, part: str) -> Layout:
+    """The order of the bytes of a part of a parameter."""
+    return value.layout if isinstance(value, QuantizedWeight) and part == ".packed" else Layout.PLANES
+
+
+def _value(parts: Mapping[str, Array], *, layout: Layout) -> Any:
     if "" in parts:
         return parts[""]
-    return QuantizedWeight(packed=parts[".packed"], scale=parts[".scale"], offset=parts.get(".offset"))
+    return QuantizedWeight(parts[".packed"], parts[".scale"], parts.get(".offset"), layout=layout)
 
 
 def _places(decoder: Decoder) -> dict[str, _Place]:
     """Where each stored array is in the decoder, by the name it is stored under."""
     places = {}
     for name, parameter in _parameters(decoder):
-        for part, leaf in _leaves(parameter.get_value()).items():
+        value = parameter.get_value()
+        for part, leaf in _leaves(value).items():
+            layout = _layout(value, part)
             path = f"{name}{part}"
             if decoder.scan_layers and path.startswith("layers.0."):
                 inner = path.removeprefix("layers.0.")
                 for layer in range(decoder.config.num_layers):
-                    places[f"layers.{layer}.{inner}"] = _Place(path, layer, leaf)
+                    places[f"layers.{layer}.{inner}"] = _Place(path, layer, leaf, layout)
             else:
-                places[path] = _Place(path, None, leaf)
+                places[path] = _Place(path, None, leaf, layout)
     return places
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels import QuantizedWeight, dequantize, pack_codes, with_layout
 from pallas_kernels.dispatch import REFERENCE
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
@@ -225,6 +225,7 @@ def _write_tensor(place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
     rows = slice(place.row, place.row + _num_rows(tensor))
     if isinstance(target, QuantizedWeight):
         part = _as_format(tensor, group_size=target.group_size, symmetric=target.symmetric)
+        part = with_layout(part, target.layout)
         target = _widened(target, part.scale.dtype)
         _layer_of(target.packed, place)[rows] = part.packed
         _layer_of(target.scale, place)[:, rows] = part.scale
@@ -254,7 +255,7 @@ def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
     if jnp.dtype(dtype).itemsize <= weight.scale.dtype.itemsize:
         return weight
     offset = None if weight.offset is None else weight.offset.astype(dtype)
-    return QuantizedWeight(weight.packed, weight.scale.astype(dtype), offset)
+    return dataclasses.replace(weight, scale=weight.scale.astype(dtype), offset=offset)
 
 
 def _as_format(tensor: np.ndarray | QuantizedTensor, *, group_size: int, symmetric: bool) -> QuantizedWeight:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels import Layout, QuantizedActivation, QuantizedWeight
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
@@ -31,9 +31,11 @@ def array(*shape: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def abstract_weight(k: int, n: int, group_size: int, symmetric: bool) -> QuantizedWeight:
-    per_group = array(k // group_size, n, dtype=jnp.float16)
-    return QuantizedWeight(array(n, k // 2, dtype=jnp.uint8), per_group, None if symmetric else per_group, per_group)
+def abstract_weight(
+    k: int, n: int, group_size: int, symmetric: bool, layout: Layout = Layout.PLANES
+) -> QuantizedWeight:
+    per_group, packed = array(k // group_size, n, dtype=jnp.float16), array(n, k // 2, dtype=jnp.uint8)
+    return QuantizedWeight(packed, per_group, None if symmetric else per_group, per_group, layout)
 
 
 def described_gpu() -> contextlib.AbstractContextManager:
@@ -116,6 +118,21 @@ def test_fused_producers_lower_to_one_kernel(k, group_size, outlier_groups, symm
         cuda_program(gate, array(5, 2 * k, dtype=dtype)),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1]
+
+
+@pytest.mark.parametrize(("k", "group_size"), [(4096, 4096), (14336, 14336), (4096, 128), (576, 96)], ids=str)
+def test_codes_in_the_order_of_a_wgmma_weight_take_no_kernel_more(k, group_size):
+    settings = {"bits": 8, "group_size": group_size, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    settings["layout"] = Layout.WGMMA
+    x = array(5, k, dtype=jnp.bfloat16)
+    normalise = functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings)
+    programs = (
+        cuda_program(functools.partial(quantize_triton.quantize_activations, **settings), x),
+        cuda_program(normalise, x, x, array(k, dtype=jnp.bfloat16)),
+        cuda_program(functools.partial(swiglu_triton.swiglu_quantize, **settings), array(5, 2 * k, dtype=jnp.bfloat16)),
+    )
+    assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]
+    assert not any("transpose" in program or "gather" in program for program in programs)
 
 
 @pytest.mark.parametrize("num_rows", [1, 17, 64, 256])

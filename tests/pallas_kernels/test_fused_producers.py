@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, rms_norm_quantize, swiglu_quantize
+from pallas_kernels import Layout, quantize_activations, rms_norm_quantize, swiglu_quantize
+from pallas_kernels.packing import order_activation_codes
 from pallas_kernels.quantize_activations import reference as quantize_reference
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rms_norm_quantize import reference as norm_reference
@@ -177,3 +178,17 @@ def test_arrays_that_do_not_fit_are_named():
         swiglu_quantize(x[:, :95], bits=8)
     with pytest.raises(ValueError, match="swiglu_quantize: x is float8_e4m3fn"):
         swiglu_quantize(x.astype(jnp.float8_e4m3fn), bits=8)
+
+
+@pytest.mark.parametrize("shape", [(5, 576, 576, 0), (2, 3, 128, 64, 1), (3, 1536, 32, 0)], ids=str)
+@implementations
+def test_codes_come_in_the_order_of_the_layout(implementation, shape):
+    x, gain, gate_up, settings = cases(shape, jnp.bfloat16, 8, True)
+    for produce in (
+        functools.partial(NORM[implementation], x, gain, epsilon=EPSILON, **settings),
+        functools.partial(SWIGLU[implementation], gate_up, **settings),
+    ):
+        plain, ordered = produce(), produce(layout=Layout.WGMMA)
+        assert ordered.layout is Layout.WGMMA
+        np.testing.assert_array_equal(ordered.codes, order_activation_codes(plain.codes, Layout.WGMMA))
+        np.testing.assert_array_equal(ordered.scale, plain.scale)

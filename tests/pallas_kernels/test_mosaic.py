@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from pallas_kernels import QuantizedActivation
+from pallas_kernels import Layout, QuantizedActivation
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
@@ -22,21 +19,20 @@ SHAPES += [(1536, 576, 32, False), (4096, 4096, 128, False), (11008, 4096, 128, 
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("num_rows", [1, 64, 100, 256, 600])
+@pytest.mark.parametrize("num_rows", [7, 64, 100, 256, 600])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_w4a16_lowers(shape, num_rows, dtype):
-    weight, x = abstract_weight(*shape), array(num_rows, shape[0], dtype=dtype)
+    weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=dtype)
     assert w4a16_mosaic.obstacle(jnp.dtype(dtype), weight) is None
     assert KERNEL_CALL in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
 
 
-@pytest.mark.parametrize("num_rows", [1, 64, 100, 256])
+@pytest.mark.parametrize("num_rows", [7, 64, 100, 256])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] % 128 == 0], ids=str)
 def test_w4a8_lowers(shape, num_rows):
-    weight = abstract_weight(*shape)
-    x = QuantizedActivation(
-        array(num_rows, shape[0], dtype=jnp.int8), array(num_rows, 1, dtype=jnp.float32), None, bits=8
-    )
+    weight = abstract_weight(*shape, Layout.WGMMA)
+    codes, scale = array(num_rows, shape[0], dtype=jnp.int8), array(num_rows, 1, dtype=jnp.float32)
+    x = QuantizedActivation(codes, scale, None, bits=8)
     assert w4a4_mosaic.obstacle(x, weight) is None
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
@@ -63,33 +59,33 @@ def test_integer_instructions_exist_for_every_block_of_rows(group_size, symmetri
         assert block_m in (8, 16, 24, 32) or (block_m % 16 == 0 and block_m <= 256)
 
 
-def test_rows_are_padded_as_little_as_programs_allow():
+def test_blocks_of_rows_are_as_low_as_programs_allow():
     assert [hopper.block_m(m) for m in (1, 8, 9, 256, 257, 600)] == [8, 8, 16, 256, 136, 200]
 
 
-@pytest.mark.parametrize(("sizes", "order"), [w4a16_mosaic.INPUT_ORDER, w4a4_mosaic.INPUT_ORDER])
-def test_inputs_are_reordered_within_the_tiles_of_each_plane(sizes, order):
-    x = jnp.arange(2 * 512).reshape(2, 512)
-    ordered = np.asarray(hopper.order_inputs(x, sizes, order))
-    for plane, row, tile in itertools.product(range(2), range(2), range(2)):
-        first = 512 * row + 256 * plane + 128 * tile
-        assert sorted(ordered[plane, row, 128 * tile : 128 * tile + 128]) == list(range(first, first + 128))
-
-
-def test_a_16_bit_instruction_takes_two_bytes_apart_and_an_8_bit_one_a_whole_word():
-    x = jnp.arange(256).reshape(1, 256)
-    floats = np.asarray(hopper.order_inputs(x, *w4a16_mosaic.INPUT_ORDER))[0, 0]
-    # Thread t has inputs 32 t ..; in the first instruction its word 0: bytes 0 and 2, then, eight later, 1 and 3.
-    np.testing.assert_array_equal(floats[:16], [0, 2, 32, 34, 64, 66, 96, 98, 1, 3, 33, 35, 65, 67, 97, 99])
-    integers = np.asarray(hopper.order_inputs(x, *w4a4_mosaic.INPUT_ORDER))[0, 0]
-    np.testing.assert_array_equal(
-        integers[:20], [*range(4), *range(32, 36), *range(64, 68), *range(96, 100), *range(4, 8)]
+@pytest.mark.parametrize(
+    ("num_rows", "padded"), [(1, False), (7, False), (8, False), (24, False), (264, False), (9, True)]
+)
+def test_nothing_surrounds_the_kernel_where_a_copy_can_clip_the_rows(num_rows, padded):
+    """Rows and activation codes are read as they lie: a step launches the kernel and nothing to prepare for it."""
+    weight = abstract_weight(4096, 28672, 128, True, Layout.WGMMA)
+    codes, scale = array(num_rows, 4096, dtype=jnp.int8), array(num_rows, 1, dtype=jnp.float32)
+    x = QuantizedActivation(codes, scale, None, bits=8, layout=Layout.WGMMA)
+    programs = (
+        cuda_program(w4a16_mosaic.w4a16_matmul, array(num_rows, 4096, dtype=jnp.bfloat16), weight),
+        cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight),
     )
+    for program in programs:
+        assert ("stablehlo.pad" in program) == padded
+        assert not any(f"stablehlo.{op}" in program for op in ("transpose", "gather", "slice", "add"))
 
 
 def test_what_the_kernels_cannot_serve_is_said():
-    weight = abstract_weight(4096, 6144, 32, False)
+    weight = abstract_weight(4096, 6144, 32, False, Layout.WGMMA)
     assert w4a16_mosaic.obstacle(BFLOAT16, weight) is None
+    assert "needs a weight in layout 'wgmma', not 'planes'" in w4a16_mosaic.obstacle(
+        BFLOAT16, abstract_weight(4096, 6144, 32, False)
+    )
     assert "needs bfloat16 or float16" in w4a16_mosaic.obstacle(jnp.dtype(jnp.float32), weight)
     assert "needs K to be a multiple of 256" in w4a16_mosaic.obstacle(BFLOAT16, abstract_weight(576, 960, 32, True))
     assert "needs N to be a multiple of 64" in w4a16_mosaic.obstacle(BFLOAT16, abstract_weight(256, 96, 32, True))

@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import (
+    Layout,
+    best_layout,
+    quantize_activations,
+    rms_norm_quantize,
+    swiglu_quantize,
+    w4a4_matmul,
+    w4a16_matmul,
+    with_layout,
+)
 from pallas_kernels import gpu_triton as tiles
-from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul
+from pallas_kernels.packing import order_activation_codes
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight, relative_error
@@ -18,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
-ROWS = (1, 3, 4, 16, 33, 64, 100, 128, 256)
+ROWS = (1, 3, 4, 8, 12, 16, 33, 64, 100, 128, 256)
 IMPLEMENTATIONS = ("triton", "mosaic")
 INVARIANT_ROWS = {"triton": tiles.ROW_INVARIANT_ROWS, "mosaic": 256}
 SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
@@ -42,6 +52,11 @@ def assert_right_and_rows_agree(call, x, expected: jax.Array, bound: float, inva
     np.testing.assert_array_equal(np.asarray(take(elsewhere)), widest[elsewhere])
 
 
+def laid_out(weight, implementation: str, dtype=jnp.bfloat16):
+    """The weight as the implementation reads it beside rows of a dtype."""
+    return with_layout(weight, best_layout(weight, dtype, implementation=implementation))
+
+
 def skip_unless_served(implementation: str, obstacle) -> None:
     """Skips what the Mosaic kernels do not serve: that they say so is tested without a GPU."""
     if implementation == "mosaic" and (told := obstacle()):
@@ -55,8 +70,8 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     k, n, group_size, symmetric = shape
     if dtype != jnp.bfloat16 and n > 6144:
         pytest.skip("one dtype is enough at the largest shape")
-    weight = random_weight(n, k, group_size, symmetric=symmetric)
-    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle(jnp.dtype(dtype), weight))
+    weight = laid_out(random_weight(n, k, group_size, symmetric=symmetric), implementation, dtype)
+    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle_in_any_layout(jnp.dtype(dtype), weight))
     x = random_rows(max(ROWS), k, dtype=dtype)
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     bound = 2e-6 if dtype == jnp.float32 else MOSAIC_BFLOAT16_BOUND if implementation == "mosaic" else BFLOAT16_BOUND
@@ -71,10 +86,10 @@ def test_w4a4_is_right_and_each_row_stands_alone(implementation, shape, bits, x_
     k, n, group_size, symmetric = shape
     scale_dtype = jnp.float16 if implementation == "mosaic" else jnp.float32
     weight = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    weight = laid_out(weight, implementation)
     x = random_rows(max(ROWS), k, dtype=jnp.bfloat16)
-    quantized = quantize_activations(
-        x, bits=bits, symmetric=x_symmetric, group_size=group_size if grouped else None, implementation="reference"
-    )
+    settings = {"bits": bits, "symmetric": x_symmetric, "group_size": group_size if grouped else None}
+    quantized = quantize_activations(x, **settings, layout=weight.layout, implementation="reference")
     skip_unless_served(implementation, lambda: w4a4_mosaic.obstacle(quantized, weight))
     expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
     call = jax.jit(lambda x: w4a4_matmul(x, weight, dtype=jnp.float32, implementation=implementation))
@@ -114,9 +129,9 @@ def test_quantize_activations_gives_the_codes_of_the_reference(k, group_size, ou
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_prefill_of_more_rows_is_right(implementation, shape):
     k, n, group_size, symmetric = shape
-    weight = random_weight(n, k, group_size, symmetric=symmetric)
+    weight = laid_out(random_weight(n, k, group_size, symmetric=symmetric), implementation)
     x = random_rows(517, k, dtype=jnp.bfloat16)
-    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle(x.dtype, weight))
+    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle_in_any_layout(x.dtype, weight))
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     out = w4a16_matmul(x, weight, implementation=implementation)
     assert relative_error(out.astype(jnp.float32), expected) < MOSAIC_BFLOAT16_BOUND
@@ -136,7 +151,9 @@ def test_a_float32_prefill_is_right():
 
 def test_none_takes_triton_where_mosaic_fits_too():
     weight, x = random_weight(128, 512, 128, symmetric=True), random_rows(4, 512, dtype=jnp.bfloat16)
-    assert w4a16_mosaic.obstacle(x.dtype, weight) is None
+    assert w4a16_mosaic.obstacle_in_any_layout(x.dtype, weight) is None
+    assert best_layout(weight, x.dtype) is Layout.PLANES
+    assert best_layout(weight, x.dtype, implementation="mosaic") is Layout.WGMMA
     np.testing.assert_array_equal(w4a16_matmul(x, weight), w4a16_matmul(x, weight, implementation="triton"))
 
 
@@ -147,3 +164,34 @@ def test_none_takes_triton_where_it_fits_and_the_reference_where_it_does_not():
     np.testing.assert_array_equal(w4a16_matmul(x, odd), w4a16_matmul(x, odd, implementation="reference"))
     with pytest.raises(NotImplementedError, match="needs N to be a multiple of 16; this is 24"):
         w4a16_matmul(x, odd, implementation="triton")
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_producers_write_the_order_of_a_wgmma_weight(k, group_size):
+    x, update = (random_rows(33, k, dtype=jnp.bfloat16, seed=seed) for seed in (1, 3))
+    gain, gate_up = random_rows(k, dtype=jnp.bfloat16, seed=2), random_rows(33, 2 * k, dtype=jnp.bfloat16)
+    settings = {"bits": 8, "group_size": group_size, "implementation": "triton"}
+
+    def produce(layout):
+        return (
+            quantize_activations(x, layout=layout, **settings),
+            rms_norm_quantize(x, gain, epsilon=1e-5, layout=layout, **settings),
+            rms_norm_quantize(x, gain, epsilon=1e-5, update=update, layout=layout, **settings)[1],
+            swiglu_quantize(gate_up, layout=layout, **settings),
+        )
+
+    for plain, ordered in zip(produce(Layout.PLANES), produce(Layout.WGMMA), strict=True):
+        np.testing.assert_array_equal(ordered.codes, order_activation_codes(plain.codes, Layout.WGMMA))
+        np.testing.assert_array_equal(ordered.scale, plain.scale)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8, 12, 40])
+def test_activations_in_their_own_order_are_brought_into_that_of_the_weight(num_rows):
+    weight = laid_out(random_weight(6144, 4096, 128, symmetric=True), "mosaic")
+    x = random_rows(num_rows, 4096, dtype=jnp.bfloat16)
+    products = [
+        w4a4_matmul(quantize_activations(x, bits=8, layout=layout), weight, dtype=x.dtype, implementation="mosaic")
+        for layout in Layout
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, products))

@@ -7,9 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import check_group_size, dequantize, pack_codes, unpack_codes, with_group_sums
-from pallas_kernels.packing import dequantize_planes
-from tests.pallas_kernels.kernel_cases import random_weight, weight_in_float64
+from pallas_kernels import (
+    Layout,
+    check_group_size,
+    dequantize,
+    pack_codes,
+    quantize_activations,
+    unpack_codes,
+    w4a4_matmul,
+    w4a16_matmul,
+    with_group_sums,
+    with_layout,
+)
+from pallas_kernels.packing import dequantize_planes, order_activation_codes, order_bytes
+from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
+from tests.pallas_kernels.kernel_cases import random_rows, random_weight, weight_in_float64
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (3, 4, 96), (1, 2)], ids=str)
@@ -61,3 +74,54 @@ def test_group_sizes_that_do_not_fit_are_named_with_those_that_do():
         check_group_size(576, 128, what="linear")
     with pytest.raises(ValueError, match="K=7 is odd"):
         check_group_size(7, 7)
+
+
+def test_wgmma_order_gives_each_thread_its_operands_of_each_instruction():
+    """PTX, "Register Fragments for wgmma.m64nNk16" and k32: A has K across the four threads that share a row."""
+    inputs = np.asarray(order_bytes(np.arange(128, dtype=np.uint8)[None], Layout.WGMMA))[0].reshape(4, 8, 4)
+    codes = np.asarray(order_activation_codes(jnp.arange(128), Layout.WGMMA)).reshape(4, 2, 4, 4)
+    for thread in range(4):
+        for instruction in range(8):  # of 16 inputs; a word holds bytes 0, 2 (a register) and 1, 3 (the other)
+            first = 16 * instruction + 2 * thread
+            assert inputs[thread, instruction].tolist() == [first, first + 8, first + 1, first + 9]
+        for instruction in range(4):  # of 32 inputs, two words
+            words = inputs[thread, 2 * instruction : 2 * instruction + 2]
+            np.testing.assert_array_equal(words, codes[instruction, :, thread])
+
+
+@pytest.mark.parametrize("in_host_memory", [True, False])
+@pytest.mark.parametrize("layers", [(), (3,)], ids=str)
+def test_layouts_hold_the_same_weight(layers, in_host_memory):
+    weights = [random_weight(8, 512, 128, symmetric=False, seed=seed) for seed in range(3)]
+    weight = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights) if layers else weights[0]
+    given = jax.tree.map(np.asarray, weight) if in_host_memory else weight
+    laid_out = with_layout(given, Layout.WGMMA)
+    assert isinstance(laid_out.packed, np.ndarray) == in_host_memory
+    assert not np.array_equal(laid_out.packed, weight.packed)
+    np.testing.assert_array_equal(with_layout(laid_out, Layout.PLANES).packed, weight.packed)
+    np.testing.assert_array_equal(with_layout(laid_out, Layout.WGMMA).packed, laid_out.packed)
+    np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, laid_out)), dequantize(weight))
+
+
+def test_the_reference_multiplies_any_layout_and_the_other_kernels_name_the_one_they_read():
+    weight, x = random_weight(64, 512, 128, symmetric=False), random_rows(3, 512)
+    laid_out = with_layout(weight, Layout.WGMMA)
+    np.testing.assert_array_equal(
+        w4a16_matmul(x, laid_out, implementation="reference"), w4a16_matmul(x, weight, implementation="reference")
+    )
+    codes = {layout: quantize_activations(x, bits=8, layout=layout, implementation="reference") for layout in Layout}
+    products = [
+        w4a4_matmul(x, w, dtype=jnp.float32, implementation="reference")
+        for x in codes.values()
+        for w in (weight, laid_out)
+    ]
+    for product in products[1:]:
+        np.testing.assert_array_equal(product, products[0])
+    assert "needs a weight in layout 'planes', not 'wgmma'" in w4a16_triton.obstacle(x.dtype, laid_out)
+    assert "needs a weight in layout 'planes', not 'wgmma'" in w4a4_triton.obstacle(codes[Layout.PLANES], laid_out)
+    assert "needs activations in layout 'planes', not" in w4a4_triton.obstacle(codes[Layout.WGMMA], weight)
+
+
+def test_an_input_count_that_the_layout_cannot_order_is_named():
+    with pytest.raises(ValueError, match="layout wgmma: K=576 is not a multiple of 256; use planes"):
+        with_layout(random_weight(8, 576, 64, symmetric=True), Layout.WGMMA)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations
+from pallas_kernels import Layout, quantize_activations
+from pallas_kernels.packing import order_activation_codes
 from pallas_kernels.quantize_activations import gpu_triton, reference
 from tests.pallas_kernels.kernel_cases import activation_in_float64, random_rows
 
@@ -111,3 +112,21 @@ def test_arguments_out_of_range_are_named():
         quantize_activations(x, bits=4, group_size=32, outlier_groups=4)
     with pytest.raises(ValueError, match="x is float8_e4m3fn"):
         quantize_activations(jnp.ones((2, 96), jnp.float8_e4m3fn), bits=8)
+
+
+@pytest.mark.parametrize(("group_size", "outlier_groups"), [(576, 0), (32, 0), (96, 2)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_codes_come_in_the_order_of_the_layout(implementation, group_size, outlier_groups):
+    settings = {"bits": 8, "group_size": group_size, "symmetric": True, "clip_ratio": 1.0}
+    quantize = functools.partial(
+        QUANTIZE[implementation], random_rows(5, 576), **settings, outlier_groups=outlier_groups
+    )
+    plain, ordered = quantize(), quantize(layout=Layout.WGMMA)
+    assert ordered.layout is Layout.WGMMA
+    np.testing.assert_array_equal(ordered.codes, order_activation_codes(plain.codes, Layout.WGMMA))
+    np.testing.assert_array_equal(ordered.scale, plain.scale)
+
+
+def test_groups_that_the_layout_would_mix_are_refused():
+    with pytest.raises(ValueError, match="layout wgmma needs groups of a multiple of 16, not 24"):
+        quantize_activations(random_rows(2, 48), bits=8, group_size=24, layout=Layout.WGMMA)
