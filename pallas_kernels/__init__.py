@@ -20,19 +20,21 @@ from pallas_kernels.packing import (
     with_group_sums,
     with_layout,
 )
+from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
 from pallas_kernels.rotate_and_write import rotate_and_write
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
-from pallas_kernels.w4a4_matmul import w4a4_matmul
-from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul
+from pallas_kernels.w4a4_matmul import w4a4_matmul, w4a4_partial_sums
+from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul, w4a16_partial_sums
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MAX_DECODE_TOKENS",
     "Layout",
+    "PartialSums",
     "QuantizedActivation",
     "QuantizedWeight",
     "available_implementations",
@@ -51,8 +53,11 @@ __all__ = [
     "swiglu",
     "swiglu_quantize",
     "unpack_codes",
+    "value_of",
     "w4a4_matmul",
+    "w4a4_partial_sums",
     "w4a16_matmul",
+    "w4a16_partial_sums",
     "with_group_sums",
     "with_layout",
 ]

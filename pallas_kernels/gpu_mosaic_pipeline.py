@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu_mosaic import MosaicConfig, Problem, pad_rows
-from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, spill, store, unspill
+from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, scaled_rows, spill, store, unspill
+from pallas_kernels.partial_sums import PartialSums, tree_sum
 
 WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 
@@ -30,26 +31,25 @@ def launch(
     config: MosaicConfig,
     name: str,
     groups_in_tiles: bool = True,
-) -> jax.Array:
-    """Runs a matmul kernel and adds the partial products of a split, in order.
+) -> jax.Array | PartialSums:
+    """Runs a matmul kernel.
 
     Args:
         rows: ``[M, K]``.
         packed: ``[N, K/2]`` uint8 in ``Layout.WGMMA``.
         columns: arrays ``[G, N]`` of which each tile gets its groups.
-        row_factor: ``[M]`` float32 that multiplies the result, or None.
+        row_factor: ``[M]`` float32 that multiplies the product of each slice of K before any are added, or None.
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
             ``config.block_m``.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
     Returns:
-        ``[M, N]`` of ``problem.out_dtype``.
+        ``[M, N]`` of ``problem.out_dtype``, or the partial sums of that where programs share the sum over K.
     """
     # Arrays by group, of which a tile needs those of both its planes.
     by_group = [a.reshape(problem.scale_planes, -1, a.shape[-1]) for a in (*columns, *row_groups)]
-    # Whoever adds the last partial product applies the factor: the order of rounding is the same with and without.
-    factors = () if row_factor is None or config.split > 1 else (row_factor,)
+    factors = () if row_factor is None else (row_factor,)
 
     def body(x, packed_ref, *refs, **scratch):
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
@@ -71,8 +71,7 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )(pad_rows(rows), packed, *by_group, *factors)
-    total = _tree_sum([outputs[p] for p in range(config.split)])
-    return (total if row_factor is None or factors else total * row_factor[:, None]).astype(problem.out_dtype)
+    return outputs[0] if config.split == 1 else PartialSums(outputs, problem.out_dtype)
 
 
 def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
@@ -207,13 +206,11 @@ class _Program:
         config = self.config
         rows = pl.ds(self.first_row, config.block_m)
         out = self.out.at[lax.axis_index("split"), rows, pl.ds(self.first_column + column * ROWS, ROWS)]
-        factors = [factor.at[rows] for factor in self.factors]
         # Rows of this block that exist, where there may be fewer than its height.
         num_rows = None if self.problem.m % config.block_m == 0 else self.problem.m - self.first_row
-
-        def write(product: jax.Array) -> None:
-            store(product, out, factors, num_outputs=self.problem.n, num_rows=num_rows)
-
+        for factor in self.factors:
+            product = scaled_rows(product, factor.at[rows], num_rows=num_rows)
+        write = functools.partial(store, out=out, num_outputs=self.problem.n, num_rows=num_rows)
         if config.warpgroups_k == 1:
             return write(product)
         partial, full = self.scratch["partial"], self.scratch["partial_full"]
@@ -227,7 +224,7 @@ class _Program:
         def _add_up():
             plgpu.barrier_wait(full)
             others = [unspill(partial.at[column, i], config.block_m) for i in range(config.warpgroups_k - 1)]
-            write(_tree_sum([product, *others]))
+            write(tree_sum([product, *others]))
 
         return None
 
@@ -324,10 +321,3 @@ class Pipeline:
         rows = pl.ds(program.first_row, self.config.block_m)
         columns, row_groups = program.by_group[: program.num_columns], program.by_group[program.num_columns :]
         return tuple(a.at[:, :, outputs] for a in columns), tuple(a.at[:, :, rows] for a in row_groups)
-
-
-def _tree_sum(parts: list[jax.Array]) -> jax.Array:
-    """Neighbours first, so that sums within a program and across programs make one tree."""
-    while len(parts) > 1:
-        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
-    return parts[0]

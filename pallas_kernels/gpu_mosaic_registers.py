@@ -8,7 +8,6 @@ Raises ImportError on JAX versions whose Mosaic GPU interface differs from the o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,89 +43,116 @@ def inline(function: Callable[..., Any], *args: Any, types: Sequence[Any], retur
     return plgpu.inline_mgpu(arg_types=tuple(types), return_type=returns)(function)(*args)
 
 
-def store(
-    product: jax.Array, out: Ref, factors: Sequence[Ref], *, num_outputs: int, num_rows: jax.Array | None
-) -> None:
-    """Writes the transpose of ``product: [64, block_m]``, times the factor of each row.
+def scaled_rows(product: jax.Array, factor: Ref, *, num_rows: jax.Array | None) -> jax.Array:
+    """``product: [64, block_m]`` times ``factor: [block_m]`` float32, each product rounded by itself.
+
+    Args:
+        num_rows: how many of the rows have a factor, at least 1; None for all.
+    """
+
+    def build(context, product, factor, *limit):
+        pairs = list(product.registers.flat)
+        last = arith.subi(limit[0].registers.flat[0], i32(1)) if limit else None
+        factors = [_load_pair(factor, column, last) for column in range(len(pairs) // 2)]
+        registers = []
+        for index, pair in enumerate(pairs):
+            scaled = [_rounded_product(_element(pair, i), _element(factors[index // 2], i)) for i in range(2)]
+            registers.append(vector.from_elements(pair.type, scaled))
+        return fragmented(registers, product.shape)
+
+    returns = plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=WGMMA)
+    types = [WGMMA, plgpu.RefType(), *_limit_types(num_rows)]
+    return inline(build, product, factor, *_limits(num_rows), types=types, returns=returns)
+
+
+def _load_pair(factor: Value, column: int, last: Value | None) -> Value:
+    """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds, none beyond ``last``."""
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    first = _first_row(column)
+    if last is None:
+        return _load(factor, first, pair, of=ir.F32Type.get())
+    rows = [arith.minsi(arith.addi(first, i32(odd)), last) for odd in range(2)]
+    return vector.from_elements(pair, [_load(factor, row, ir.F32Type.get()) for row in rows])
+
+
+def _rounded_product(a: Value, b: Value) -> Value:
+    """Spelled in PTX, so that no compiler makes one operation of it and an addition that follows."""
+    [product] = assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], [ir.F32Type.get()])
+    return product
+
+
+def store(product: jax.Array, out: Ref, *, num_outputs: int, num_rows: jax.Array | None) -> None:
+    """Writes the transpose of ``product: [64, block_m]``.
 
     Args:
         product: the float32 product.
         out: ``[block_m, 64]`` of an array with ``num_outputs`` columns.
-        factors: arrays ``[block_m]`` float32.
         num_outputs: see ``out``.
         num_rows: how many of the rows exist, at least 1; None for all.
     """
 
-    def build(context, product, out, *refs):
-        lane, existing = Lane.here(), refs[len(factors) :]
-        target = _Target(out, ir.MemRefType(out.type).element_type, lane, num_outputs, *existing)
-        pairs = list(product.registers.flat)
-        # All loads before the first store: no compiler can tell that they do not overlap, and would wait for each.
-        loaded = [
-            [target.load_pair(factor, column) for column in range(len(pairs) // 2)] for factor in refs[: len(factors)]
-        ]
-        for index, pair in enumerate(pairs):
-            for by_column in loaded:
-                pair = arith.mulf(pair, by_column[index // 2])
-            target.store_pair(pair, index)
+    def build(context, product, out, *limit):
+        dtype = ir.MemRefType(out.type).element_type
+        end = limit[0].registers.flat[0] if limit else None
 
-    limits = () if num_rows is None else (num_rows,)
-    types = [WGMMA, plgpu.RefType(), *[plgpu.RefType()] * len(factors), *[plgpu.Layout.WG_SPLAT(())] * len(limits)]
-    inline(build, product, out, *factors, *limits, types=types)
+        def put(value: Value, row: Value, output: Value) -> None:
+            offset = arith.addi(arith.muli(row, i32(num_outputs)), output)
+            address = mosaic.getelementptr(mosaic.memref_ptr(out), [offset], dtype)
+            if end is None:
+                llvm.store(value, address, alignment=4)
+            else:
+                _store_if(_less(row, end), value, address)
+
+        for index, pair in enumerate(product.registers.flat):
+            _store_pair(pair, dtype, index, put)
+
+    inline(build, product, out, *_limits(num_rows), types=[WGMMA, plgpu.RefType(), *_limit_types(num_rows)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """Where a thread writes a product's transpose: ``[block_m, 64]``, of whose rows maybe not all exist."""
+def _store_if(condition: Value, value: Value, address: Value) -> None:
+    """A store of 32 bits under a predicate: a branch would let LLVM copy a warp-wide exchange into both of its arms."""
+    word, wide = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    bits = value if value.type == word else llvm.bitcast(word, value)
+    operands = [llvm.ptrtoint(wide, address), bits, arith.extui(word, condition)]
+    ptx = "{.reg .pred p; setp.ne.b32 p, $2, 0; @p st.b32 [$0], $1;}"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ptx, "l,r,r", has_side_effects=True)
 
-    out: Value
-    dtype: Any
-    lane: Lane
-    num_outputs: int
-    num_rows: Any = None
 
-    def load_pair(self, factor: Value, column: int) -> Value:
-        """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds."""
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-        first = self._first_row(column)
-        if self.num_rows is None:
-            return _load(factor, first, pair, of=ir.F32Type.get())
-        last = arith.subi(self._limit(), i32(1))
-        rows = [arith.minsi(arith.addi(first, i32(odd)), last) for odd in range(2)]
-        return vector.from_elements(pair, [_load(factor, row, ir.F32Type.get()) for row in rows])
+def _store_pair(pair: Value, dtype: Any, index: int, put: Callable[[Value, Value, Value], None]) -> None:
+    """Puts two rows of an output in float32, or, in 16 bits, two outputs of a row, which a warp exchanges first."""
+    lane, (column, half) = Lane.here(), divmod(index, 2)
+    if dtype == ir.F32Type.get():
+        for odd in range(2):
+            put(_element(pair, odd), arith.addi(_first_row(column), i32(odd)), lane.output(half))
+        return
+    word = ir.IntegerType.get_signless(32)
+    rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), dtype), pair))
+    transposed: Any = llvm.inline_asm(
+        word, [rounded], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=True
+    )
+    first_output = arith.addi(arith.muli(lane.warp, i32(16)), arith.muli(lane.in_group, i32(2)))
+    put(transposed, arith.addi(lane.group, i32(column * 8)), arith.addi(first_output, i32(8 * half)))
 
-    def store_pair(self, pair: Value, index: int) -> None:
-        """Writes two rows of an output in float32, or, in 16 bits, two outputs of a row, exchanged in the warp."""
-        lane = self.lane
-        column, half = divmod(index, 2)
-        if self.dtype == ir.F32Type.get():
-            for odd in range(2):
-                value = vector.extract(pair, dynamic_position=[], static_position=_static(odd))
-                self._store(value, arith.addi(self._first_row(column), i32(odd)), lane.output(half))
-            return
-        word = ir.IntegerType.get_signless(32)
-        rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), self.dtype), pair))
-        transposed: Any = llvm.inline_asm(
-            word, [rounded], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=True
-        )
-        twice = arith.muli(lane.in_group, i32(2))
-        first_output = arith.addi(arith.addi(arith.muli(lane.warp, i32(16)), twice), i32(8 * half))
-        self._store(transposed, arith.addi(lane.group, i32(column * 8)), first_output)
 
-    def _first_row(self, column: int) -> Value:
-        return arith.addi(arith.muli(self.lane.in_group, i32(2)), i32(column * 8))
+def _first_row(column: int) -> Value:
+    """The first of the two rows whose products a thread holds in a register pair."""
+    return arith.addi(arith.muli(Lane.here().in_group, i32(2)), i32(column * 8))
 
-    def _limit(self) -> Value:
-        return self.num_rows.registers.flat[0]
 
-    def _store(self, value: Value, row: Value, output: Value) -> None:
-        offset = arith.addi(arith.muli(row, i32(self.num_outputs)), output)
-        address = mosaic.getelementptr(mosaic.memref_ptr(self.out), [offset], self.dtype)
-        exists = contextlib.nullcontext()
-        if self.num_rows is not None:
-            exists = mosaic.when(arith.cmpi(arith.CmpIPredicate.slt, row, self._limit()))
-        with exists:
-            llvm.store(value, address, alignment=4)
+def _less(a: Value, b: Value) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _limits(num_rows: jax.Array | None) -> tuple[jax.Array, ...]:
+    return () if num_rows is None else (num_rows,)
+
+
+def _limit_types(num_rows: jax.Array | None) -> list[Any]:
+    return [] if num_rows is None else [plgpu.Layout.WG_SPLAT(())]
+
+
+def _element(pair: Value, index: int) -> Value:
+    return vector.extract(pair, dynamic_position=[], static_position=_static(index))
 
 
 def spill(product: jax.Array, ref: Ref) -> None:
@@ -218,11 +244,7 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
 
 def scalars(array: Any) -> list[Value]:
     """The elements that this thread holds of an array of pairs."""
-    return [
-        vector.extract(pair, dynamic_position=[], static_position=_static(index))
-        for pair in array.registers.flat
-        for index in range(2)
-    ]
+    return [_element(pair, index) for pair in array.registers.flat for index in range(2)]
 
 
 def pinned(array: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from pallas_kernels import QuantizedActivation, QuantizedWeight
+from pallas_kernels import PartialSums, QuantizedActivation, QuantizedWeight, value_of
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.errors import UsageError
@@ -77,11 +77,17 @@ class Linear(nnx.Module):
         Raises:
             UsageError: a 4-bit precision is asked of a floating-point weight.
         """
+        return value_of(self.partial_sums(x, precision=precision))
+
+    def partial_sums(
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, precision: Precision
+    ) -> Float[Array, "*batch N"] | PartialSums:
+        """The same for a reader that adds what the kernel leaves to add, if it leaves any."""
         settings = self.input_quantization(precision)
         if settings is not None and not isinstance(x, QuantizedActivation):
             x = pallas_kernels.quantize_activations(x, **settings)
         y = self._product(x, precision)
-        return y if self.bias is None else y + self.bias.get_value()
+        return y if self.bias is None else value_of(y) + self.bias.get_value()
 
     def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
         """How the inputs that ``precision`` reads are made integers: keyword arguments of ``quantize_activations``.
@@ -106,15 +112,15 @@ class Linear(nnx.Module):
 
     def _product(
         self, x: Float[Array, "*batch K"] | QuantizedActivation, precision: Precision
-    ) -> Float[Array, "*batch N"]:
+    ) -> Float[Array, "*batch N"] | PartialSums:
         """``x @ weight.T`` of inputs in the form that the precision reads."""
         weight = self.weight.get_value()
         if isinstance(x, QuantizedActivation):
             assert isinstance(weight, QuantizedWeight)
-            return pallas_kernels.w4a4_matmul(x, weight, dtype=self.dtype, implementation=self.kernels)
+            return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
         if isinstance(weight, QuantizedWeight):
             if precision is Precision.W4A16:
-                return pallas_kernels.w4a16_matmul(x, weight, implementation=self.kernels)
+                return pallas_kernels.w4a16_partial_sums(x, weight, implementation=self.kernels)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif precision is not Precision.FLOAT:
             raise UsageError(

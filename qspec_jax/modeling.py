@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels
-from pallas_kernels import QuantizedActivation
+from pallas_kernels import PartialSums, QuantizedActivation, value_of
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax import rope
 from qspec_jax.cache import KVCache, LayerCache
@@ -54,15 +54,16 @@ class TokenContext(NamedTuple):
 class ResidualStream(NamedTuple):
     """``x + update``, or ``x`` alone.
 
-    A block's result stays an update until the next norm adds it, in the kernel that normalises the sum.
+    A block's result stays an update, or the partial sums of one, until the next norm adds it, in the kernel that
+    normalises the sum.
     """
 
     x: Float[Array, "B T D"]
-    update: Float[Array, "B T D"] | None = None
+    update: Float[Array, "B T D"] | PartialSums | None = None
 
     def value(self) -> Float[Array, "B T D"]:
         """The sum."""
-        return self.x if self.update is None else self.x + self.update
+        return self.x if self.update is None else self.x + value_of(self.update)
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
         context: TokenContext,
         *,
         precision: Precision,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache]:
         config, lengths = self.config, context.lengths
         batch, new_tokens, _ = context.rotations[0].shape
         qkv = self.qkv(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
@@ -135,7 +136,8 @@ class Attention(nnx.Module):
             mixed = pallas_kernels.decode_attention(
                 query, keys, values, lengths, window=config.sliding_window, implementation=kernels
             )
-        return self.output(mixed.reshape(batch, new_tokens, -1), precision=precision), LayerCache(keys, values)
+        mixed = mixed.reshape(batch, new_tokens, -1)
+        return self.output.partial_sums(mixed, precision=precision), LayerCache(keys, values)
 
     def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
         """Qwen3's norm of each head, before rotation."""
@@ -157,17 +159,17 @@ class MLP(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T D"] | PartialSums:
         gate_up = self.gate_up(x, precision=precision)
         if self.down_hadamard:
             rotated = pallas_kernels.hadamard(
                 pallas_kernels.swiglu(gate_up), implementation=other_kernels(self.down.kernels)
             )
-            return self.down(rotated, precision=precision)
+            return self.down.partial_sums(rotated, precision=precision)
         quantization = self.down.input_quantization(precision)
         if quantization is None:
-            return self.down(pallas_kernels.swiglu(gate_up), precision=precision)
-        return self.down(pallas_kernels.swiglu_quantize(gate_up, **quantization), precision=precision)
+            return self.down.partial_sums(pallas_kernels.swiglu(gate_up), precision=precision)
+        return self.down.partial_sums(pallas_kernels.swiglu_quantize(gate_up, **quantization), precision=precision)
 
 
 class DecoderLayer(nnx.Module):
@@ -302,7 +304,7 @@ class Decoder(nnx.Module):
         with _exact_float32(self.dtype):
             stream, cache = self._hidden(tokens, cache, precision=precision)
             if logits_at is not None:
-                stream = jax.tree.map(lambda a: jnp.take_along_axis(a, logits_at[:, None, None], axis=1), stream)
+                stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
                 head = self.embedding if self.lm_head is None else self.lm_head
                 _, y = self.final_norm.of_stream(stream, quantization=None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.rms_norm import reference
 
 _OP = "rms_norm"
@@ -31,7 +32,7 @@ def rms_norm(
     gain: Float[Array, " K"],
     *,
     epsilon: float,
-    update: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]]: ...
 
@@ -41,7 +42,7 @@ def rms_norm(
     gain: Float[Array, " K"],
     *,
     epsilon: float,
-    update: Float[Array, "*batch K"] | None = None,
+    update: Float[Array, "*batch K"] | PartialSums | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch K"] | tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]]:
     """``x / sqrt(mean(x^2) + epsilon) * gain``; the equations, with every rounding, stand in the reference.
@@ -50,7 +51,7 @@ def rms_norm(
         x: ``[..., K]`` float32, bfloat16 or float16.
         gain: ``[K]`` in the dtype of ``x``.
         epsilon: added to the mean of squares; positive.
-        update: ``[..., K]`` in the dtype of ``x``; what is normalised is then ``x + update``.
+        update: ``[..., K]`` in the dtype of ``x``, or its partial sums; what is normalised is then ``x + update``.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
     Returns:
@@ -70,10 +71,12 @@ def rms_norm(
     implementing = _triton() if chosen == dispatch.TRITON else reference
     if update is None:
         return implementing.rms_norm(x, gain, epsilon=epsilon)
-    return implementing.add_rms_norm(x, update, gain, epsilon=epsilon)
+    if chosen == dispatch.TRITON:
+        return _triton().add_rms_norm(x, update, gain, epsilon=epsilon)
+    return reference.add_rms_norm(x, value_of(update), gain, epsilon=epsilon)
 
 
-def check_operands(op: str, x: Array, gain: Array, update: Array | None, epsilon: float) -> None:
+def check_operands(op: str, x: Array, gain: Array, update: Array | PartialSums | None, epsilon: float) -> None:
     """Raises ValueError, in the name of ``op``, where they do not fit together."""
     if gain.shape != x.shape[-1:] or gain.dtype != x.dtype:
         raise ValueError(

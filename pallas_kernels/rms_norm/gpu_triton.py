@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.partial_sums import PartialSums, tree_sum
 from pallas_kernels.quantize_activations.gpu_triton import MAX_VALUES, rounded_to
 
 _BLOCK_VALUES = 1024  # values per program where tokens are short
@@ -43,13 +44,13 @@ def rms_norm(
     interpret: bool = False,
 ) -> Float[Array, "*batch K"]:
     """See the public function. ``num_warps`` replaces the choice for a program."""
-    [norm] = _launch((x,), gain, epsilon=epsilon, num_warps=num_warps, interpret=interpret)
+    [norm] = _launch(x, None, gain, epsilon=epsilon, num_warps=num_warps, interpret=interpret)
     return norm
 
 
 def add_rms_norm(
     x: Float[Array, "*batch K"],
-    update: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
     gain: Float[Array, " K"],
     *,
     epsilon: float,
@@ -57,48 +58,74 @@ def add_rms_norm(
     interpret: bool = False,
 ) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]]:
     """``rms_norm`` with an update; see the public function."""
-    total, norm = _launch((x, update), gain, epsilon=epsilon, num_warps=num_warps, interpret=interpret)
+    total, norm = _launch(x, update, gain, epsilon=epsilon, num_warps=num_warps, interpret=interpret)
     return total, norm
 
 
-def _launch(inputs: tuple[Array, ...], gain: Array, **settings: Any) -> list[Array]:
+def _launch(x: Array, update: Array | PartialSums | None, gain: Array, **settings: Any) -> list[Array]:
     tiles.ignore_triton_deprecation()
-    shape = inputs[0].shape
-    outputs = _rms_norm(tuple(array.reshape(-1, shape[-1]) for array in inputs), gain, **settings)
-    return [array.reshape(shape) for array in outputs]
+    rows = x.reshape(-1, x.shape[-1])
+    update = None if update is None else update.reshape(*rows.shape)
+    return [array.reshape(x.shape) for array in _rms_norm(rows, update, gain, **settings)]
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "num_warps", "interpret"))
 def _rms_norm(
-    rows: tuple[Array, ...], gain: Array, *, epsilon: float, num_warps: int | None, interpret: bool
+    x: Array,
+    update: Array | PartialSums | None,
+    gain: Array,
+    *,
+    epsilon: float,
+    num_warps: int | None,
+    interpret: bool,
 ) -> Sequence[Array]:
-    """The sum, if ``rows`` are two, and the norm: each ``[M, K]``."""
-    num_rows, num_inputs = rows[0].shape
+    """The sum, if there is an update, and the norm: each ``[M, K]``."""
+    num_rows, num_inputs = x.shape
     block_k = pl.next_power_of_2(num_inputs)
     block_rows = max(1, _BLOCK_VALUES // block_k)
     row_spec = pl.BlockSpec((block_rows, block_k), lambda row: (row, 0))
+    updates = _update_blocks(update, block_rows, block_k)
+    num_outputs = 1 if update is None else 2
     return pl.pallas_call(
-        functools.partial(_kernel, shape=rows[0].shape, epsilon=epsilon, interpret=interpret),
+        functools.partial(_kernel, shape=x.shape, num_outputs=num_outputs, epsilon=epsilon, interpret=interpret),
         grid=(pl.cdiv(num_rows, block_rows),),
-        in_specs=[pl.BlockSpec((1, block_k), lambda row: (0, 0)), *[row_spec] * len(rows)],
-        out_specs=[row_spec] * len(rows),
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in rows],
+        in_specs=[
+            pl.BlockSpec((1, block_k), lambda row: (0, 0)),
+            row_spec,
+            *[spec for _, spec in updates],
+        ],
+        out_specs=[row_spec] * num_outputs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * num_outputs,
         compiler_params=plgpu.CompilerParams(
             num_warps=num_warps or max(4, min(16, block_k // _VALUES_PER_WARP)), num_stages=1
         ),
         interpret=interpret,
         name="rms_norm",
-    )(gain[None], *rows)
+    )(gain[None], x, *[array for array, _ in updates])
+
+
+def _update_blocks(
+    update: Array | PartialSums | None, block_rows: int, block_k: int
+) -> list[tuple[Array, pl.BlockSpec]]:
+    """The update, or each of its parts: one array read several times, since slices of it would be copies."""
+    if not isinstance(update, PartialSums):
+        return [] if update is None else [(update, pl.BlockSpec((block_rows, block_k), lambda row: (row, 0)))]
+
+    def part(index: int) -> tuple[Array, pl.BlockSpec]:
+        return update.parts, pl.BlockSpec((None, block_rows, block_k), lambda row: (index, row, 0))
+
+    return [part(index) for index in range(len(update.parts))]
 
 
 def _kernel(
     gain_ref,  # [1, block_k]
-    *refs,  # x, and maybe an update; then the sum if there was one, and the norm: [block_rows, block_k]
+    *refs,  # x, and maybe an update as load_sum takes it; then the sum if there was one, and the norm
     shape: tuple[int, ...],  # tokens, values of a token
+    num_outputs: int,
     epsilon: float,
     interpret: bool,
 ):
-    inputs, outputs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    inputs, outputs = refs[:-num_outputs], refs[-num_outputs:]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, inputs[0].shape, axis) for axis in range(2))
     exists = (pl.program_id(0) * inputs[0].shape[0] + row < shape[0]) & (column < shape[1])
     column = jax.lax.broadcasted_iota(jnp.int32, gain_ref.shape, 1)
@@ -113,14 +140,16 @@ def load_sum(inputs: Sequence[tiles.Ref], sums: Sequence[tiles.Ref], exists: Arr
     """The block of the only input, or that of the sum of both, which is stored too; float32, zero where not ``exists``.
 
     Args:
-        inputs: a ref, or two of the same shape and dtype.
+        inputs: a ref, and maybe an update: of the same shape and dtype, or several that are its partial sums.
         sums: where the sum of two is stored; empty for one.
     """
     x, *update = (plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in inputs)
     if not update:
         return x
-    total = rounded_to(x + update[0], inputs[0].dtype, interpret=interpret)
-    plgpu.store(sums[0], total.astype(inputs[0].dtype), mask=exists)
+    dtype = inputs[0].dtype
+    added = update[0] if len(update) == 1 else rounded_to(tree_sum(update), dtype, interpret=interpret)
+    total = rounded_to(x + added, dtype, interpret=interpret)
+    plgpu.store(sums[0], total.astype(dtype), mask=exists)
     return total
 
 

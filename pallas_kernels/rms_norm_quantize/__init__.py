@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.packing import Layout
+from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.rms_norm import check_operands
 from pallas_kernels.rms_norm_quantize import reference
@@ -39,7 +40,7 @@ def rms_norm_quantize(
     gain: Float[Array, " K"],
     *,
     epsilon: float,
-    update: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
     bits: int,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -55,7 +56,7 @@ def rms_norm_quantize(
     gain: Float[Array, " K"],
     *,
     epsilon: float,
-    update: Float[Array, "*batch K"] | None = None,
+    update: Float[Array, "*batch K"] | PartialSums | None = None,
     bits: int,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -70,7 +71,7 @@ def rms_norm_quantize(
         x: ``[..., K]`` float32, bfloat16 or float16.
         gain: ``[K]`` in the dtype of ``x``.
         epsilon: added to the mean of squares; positive.
-        update: ``[..., K]`` in the dtype of ``x``; what is normalised is then ``x + update``.
+        update: ``[..., K]`` in the dtype of ``x``, or its partial sums; what is normalised is then ``x + update``.
         bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
         implementation: ``"reference"``, ``"triton"``, or None for the best that works.
 
@@ -101,7 +102,9 @@ def rms_norm_quantize(
     implementing = _triton() if chosen == dispatch.TRITON else reference
     if update is None:
         return implementing.rms_norm_quantize(x, gain, epsilon=epsilon, **settings)
-    return implementing.add_rms_norm_quantize(x, update, gain, epsilon=epsilon, **settings)
+    if chosen == dispatch.TRITON:
+        return _triton().add_rms_norm_quantize(x, update, gain, epsilon=epsilon, **settings)
+    return reference.add_rms_norm_quantize(x, value_of(update), gain, epsilon=epsilon, **settings)
 
 
 def _triton():

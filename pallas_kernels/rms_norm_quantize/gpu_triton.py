@@ -8,6 +8,7 @@ from the reference's in its last bit, and a code that was nearly a tie by one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +19,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.partial_sums import PartialSums
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 from pallas_kernels.rms_norm import gpu_triton as norm
 
+_Input = tuple[Array, Callable[..., pl.BlockSpec]]
 _STATIC = ("epsilon", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 
 
@@ -36,13 +39,13 @@ def rms_norm_quantize(
 ) -> QuantizedActivation:
     """See the public function."""
     tiles.ignore_triton_deprecation()
-    quantized, _ = _normalise_and_quantize((x,), gain, interpret=interpret, **settings)
+    quantized, _ = _normalise_and_quantize(x, None, gain, interpret=interpret, **settings)
     return quantized
 
 
 def add_rms_norm_quantize(
     x: Float[Array, "*batch K"],
-    update: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
     gain: Float[Array, " K"],
     *,
     interpret: bool = False,
@@ -50,44 +53,66 @@ def add_rms_norm_quantize(
 ) -> tuple[Float[Array, "*batch K"], QuantizedActivation]:
     """``rms_norm_quantize`` with an update; see the public function."""
     tiles.ignore_triton_deprecation()
-    quantized, [total] = _normalise_and_quantize((x, update), gain, interpret=interpret, **settings)
+    quantized, [total] = _normalise_and_quantize(x, update, gain, interpret=interpret, **settings)
     return total, quantized
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _normalise_and_quantize(
-    inputs: tuple[Array, ...], gain: Array, *, epsilon: float, group_size: int, interpret: bool, **settings: Any
+    x: Array,
+    update: Array | PartialSums | None,
+    gain: Array,
+    *,
+    epsilon: float,
+    group_size: int,
+    interpret: bool,
+    **settings: Any,
 ) -> tuple[QuantizedActivation, list[Array]]:
-    shape, dtype = inputs[0].shape, inputs[0].dtype
-    tokens = [array.reshape(-1, shape[-1] // group_size, group_size) for array in inputs]
+    num_inputs = x.shape[-1]
+    groups = num_inputs // group_size, group_size
     return quantizer.launch_producer(
-        functools.partial(_normalised, num_inputs=shape[-1], epsilon=epsilon, interpret=interpret),
+        functools.partial(_normalised, num_inputs=num_inputs, epsilon=epsilon, interpret=interpret),
         [
-            (gain.reshape(tokens[0].shape[1:]), lambda *block: pl.BlockSpec(block, lambda row, part: (part, 0))),
-            *[
-                (token, lambda *block: pl.BlockSpec((None, *block), lambda row, part: (row, part, 0)))
-                for token in tokens
-            ],
+            (gain.reshape(groups), lambda *block: pl.BlockSpec(block, lambda row, part: (part, 0))),
+            _of_token(x, groups),
+            *_update_of_token(update, groups),
         ],
-        shape=shape,
+        shape=x.shape,
         group_size=group_size,
         whole_tokens=True,
-        also_written=[dtype] * (len(inputs) - 1),
+        also_written=[] if update is None else [x.dtype],
         interpret=interpret,
         name="rms_norm_quantize",
         **settings,
     )
 
 
+def _of_token(array: Array, groups: tuple[int, int]) -> _Input:
+    """An input ``[..., K]`` and the blocks of one token."""
+    return array.reshape(-1, *groups), lambda *block: pl.BlockSpec((None, *block), lambda row, part: (row, part, 0))
+
+
+def _update_of_token(update: Array | PartialSums | None, groups: tuple[int, int]) -> list[_Input]:
+    """The same of an update, or of each of its parts."""
+    if not isinstance(update, PartialSums):
+        return [] if update is None else [_of_token(update, groups)]
+    parts = update.parts.reshape(len(update.parts), -1, *groups)
+
+    def of_part(index: int) -> _Input:
+        return parts, lambda *block: pl.BlockSpec((None, None, *block), lambda row, part: (index, row, part, 0))
+
+    return [of_part(index) for index in range(len(parts))]
+
+
 def _normalised(
     gain_ref,  # [block_groups, block_group]
-    *refs,  # x, or x, an update and their sum: [block_groups, block_group]; then which values exist
+    *refs,  # x, maybe an update as load_sum takes it and the sum [block_groups, block_group]; then which values exist
     num_inputs: int,
     epsilon: float,
     interpret: bool,
 ) -> Array:
     *refs, exists = refs
-    inputs, sums = refs[: len(refs) // 2 + 1], refs[len(refs) // 2 + 1 :]
+    inputs, sums = (refs, []) if len(refs) == 1 else (refs[:-1], refs[-1:])
     gain = plgpu.load(gain_ref, mask=exists, other=jnp.zeros((), gain_ref.dtype)).astype(jnp.float32)
     x = norm.load_sum(inputs, sums, exists, interpret=interpret)
     return norm.normalise(

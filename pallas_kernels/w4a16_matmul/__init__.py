@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.packing import Layout, QuantizedWeight, check_weight
+from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.w4a16_matmul import reference
 
 _OP = "w4a16_matmul"
@@ -34,6 +35,13 @@ def w4a16_matmul(
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    return value_of(w4a16_partial_sums(x, weight, implementation=implementation))
+
+
+def w4a16_partial_sums(
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
+) -> Float[Array, "*batch N"] | PartialSums:
+    """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")

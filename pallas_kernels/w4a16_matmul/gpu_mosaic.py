@@ -20,6 +20,7 @@ from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
 from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu, vector
 from pallas_kernels.packing import Layout, QuantizedWeight, layout_obstacle
+from pallas_kernels.partial_sums import PartialSums
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
 # ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.
@@ -55,8 +56,8 @@ def obstacle_in_any_layout(dtype: jnp.dtype, weight: QuantizedWeight) -> str | N
 
 def w4a16_matmul(
     x: Float[Array, "*batch K"], weight: QuantizedWeight, *, config: hopper.MosaicConfig | None = None
-) -> Float[Array, "*batch N"]:
-    """See the public function. ``config`` replaces the measured choice of tiles."""
+) -> Float[Array, "*batch N"] | PartialSums:
+    """See the public functions. ``config`` replaces the measured choice of tiles."""
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
         config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
@@ -71,7 +72,9 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames="config")
-def _matmul(x: Array, packed: Array, scale: Array, offset: Array | None, *, config: hopper.MosaicConfig) -> Array:
+def _matmul(
+    x: Array, packed: Array, scale: Array, offset: Array | None, *, config: hopper.MosaicConfig
+) -> Array | PartialSums:
     problem = hopper.Problem(x.shape[0], packed.shape[0], x.shape[1], scale.shape[0], x.dtype, x.dtype)
     columns = (scale,) if offset is None else (scale, offset)
     config = hopper.with_most_stages(config, problem, len(columns))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.packing import QuantizedWeight, check_weight
+from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.w4a4_matmul import reference
 
 _OP = "w4a4_matmul"
@@ -35,6 +36,13 @@ def w4a4_matmul(
             the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    return value_of(w4a4_partial_sums(x, weight, dtype=dtype, implementation=implementation))
+
+
+def w4a4_partial_sums(
+    x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
+) -> Float[Array, "*batch N"] | PartialSums:
+    """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.num_inputs, op=_OP)
     _check_groupings(x, weight)
     chosen = dispatch.select_implementation(

@@ -29,6 +29,7 @@ from pallas_kernels.packing import (
     layout_obstacle,
     order_activation_codes,
 )
+from pallas_kernels.partial_sums import PartialSums
 
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
@@ -53,8 +54,8 @@ def w4a4_matmul(
     *,
     dtype: DTypeLike,
     config: hopper.MosaicConfig | None = None,
-) -> Float[Array, "*batch N"]:
-    """See the public function. ``config`` replaces the measured choice of tiles."""
+) -> Float[Array, "*batch N"] | PartialSums:
+    """See the public functions. ``config`` replaces the measured choice of tiles."""
     # Who computes the codes writes them in this order, or XLA brings them into it.
     codes = x.codes if x.layout is weight.layout else order_activation_codes(x.codes, weight.layout)
     codes, scale = codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
@@ -85,7 +86,7 @@ def _matmul(
     *,
     dtype: DTypeLike,
     config: hopper.MosaicConfig,
-) -> Array:
+) -> Array | PartialSums:
     num_rows, k = codes.shape
     problem = hopper.Problem(num_rows, packed.shape[0], k, scale.shape[0], jnp.int8, dtype)
     columns, row_groups = (scale,), ()

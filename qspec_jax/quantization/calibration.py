@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import PartialSums, value_of
 from qspec_jax import rope
 from qspec_jax.cache import LayerCache
 from qspec_jax.errors import UsageError
@@ -125,8 +126,13 @@ class _Observed(nnx.Module):
         self.observe = observe
 
     def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
+        return value_of(self.partial_sums(x, precision=precision))
+
+    def partial_sums(
+        self, x: Float[Array, "*batch K"], *, precision: Precision
+    ) -> Float[Array, "*batch N"] | PartialSums:
         self.observe(x)
-        return self.linear(x, precision=precision)
+        return self.linear.partial_sums(x, precision=precision)
 
     def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
         return self.linear.input_quantization(precision)

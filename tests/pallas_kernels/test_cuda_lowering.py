@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Layout, QuantizedActivation, QuantizedWeight
+from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
@@ -164,6 +164,19 @@ def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
         cuda_program(functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings), x, x, gain),
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_norms_add_partial_sums_without_a_kernel_more(num_parts):
+    x, gain = array(1, 1, 4096, dtype=jnp.bfloat16), array(4096, dtype=jnp.bfloat16)
+    update = PartialSums(array(num_parts, 1, 1, 4096, dtype=jnp.float32), jnp.dtype(jnp.bfloat16))
+    settings = {"bits": 8, "group_size": 4096, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    programs = (
+        cuda_program(functools.partial(plain_norm_triton.add_rms_norm, epsilon=1e-5), x, update, gain),
+        cuda_program(functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings), x, update, gain),
+    )
+    assert [program.count(KERNEL_CALL) for program in programs] == [1, 1]
+    assert not any("stablehlo.add" in program or "stablehlo.convert" in program for program in programs)
 
 
 @pytest.mark.parametrize(

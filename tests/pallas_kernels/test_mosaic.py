@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Layout, QuantizedActivation
+from pallas_kernels import Layout, PartialSums, QuantizedActivation
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
-from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program
+from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program, described_gpu
 
 KERNEL_CALL = "mosaic_gpu"
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -78,6 +79,23 @@ def test_nothing_surrounds_the_kernel_where_a_copy_can_clip_the_rows(num_rows, p
     for program in programs:
         assert ("stablehlo.pad" in program) == padded
         assert not any(f"stablehlo.{op}" in program for op in ("transpose", "gather", "slice", "add"))
+
+
+def test_programs_that_share_a_sum_leave_the_addition_to_its_reader():
+    weight = abstract_weight(14336, 4096, 128, True, Layout.WGMMA)
+    codes, scale = array(2, 1, 14336, dtype=jnp.int8), array(2, 1, 1, dtype=jnp.float32)
+    x = QuantizedActivation(codes, scale, None, bits=8, layout=Layout.WGMMA)
+    calls = (
+        (w4a16_mosaic.w4a16_matmul, array(2, 1, 14336, dtype=jnp.bfloat16)),
+        (lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x),
+    )
+    for matmul, rows in calls:
+        with described_gpu():
+            sums = jax.eval_shape(matmul, rows, weight)
+        assert (type(sums), sums.shape, sums.dtype) == (PartialSums, (2, 1, 4096), jnp.bfloat16)
+        assert sums.parts.shape == (2, 2, 1, 4096)
+        program = cuda_program(matmul, rows, weight)
+        assert not any(f"stablehlo.{op}" in program for op in ("add", "multiply", "convert", "slice"))
 
 
 def test_what_the_kernels_cannot_serve_is_said():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, rms_norm, rms_norm_quantize
+from pallas_kernels import PartialSums, quantize_activations, rms_norm, rms_norm_quantize
 from pallas_kernels.rms_norm import gpu_triton as triton
 from pallas_kernels.rms_norm import reference
 from pallas_kernels.rms_norm_quantize import gpu_triton as quantize_triton
@@ -111,6 +111,32 @@ def test_rows_do_not_depend_on_the_rows_beside_them(implementation, k):
         alone = ADD_NORM[implementation](x[:num_rows], update[:num_rows], gain, epsilon=EPSILON)
         for out, expected in zip(alone, widest, strict=True):
             np.testing.assert_array_equal(np.asarray(out), np.asarray(expected)[:num_rows])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_partial_sums_of_an_update_give_the_bits_of_their_value(num_parts, dtype):
+    """Adding them in any other order, or rounding them later, moves bits."""
+    x, gain = random_rows(2, 3, 576, dtype=dtype), random_rows(576, dtype=dtype, seed=2)
+    update = PartialSums(random_rows(num_parts, 2, 3, 576, seed=3), jnp.dtype(dtype))
+    total, norm = ADD_NORM["triton"](x, update, gain, epsilon=EPSILON)
+    expected = ADD_NORM["triton"](x, update.value(), gain, epsilon=EPSILON)
+    jax.tree.map(np.testing.assert_array_equal, (total, norm), expected)
+    settings = {"bits": 8, "group_size": 192, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    quantized = ADD_NORM_QUANTIZE["triton"](x, update, gain, epsilon=EPSILON, **settings)
+    expected = ADD_NORM_QUANTIZE["triton"](x, update.value(), gain, epsilon=EPSILON, **settings)
+    jax.tree.map(np.testing.assert_array_equal, quantized, expected)
+    by_reference = rms_norm(x, gain, epsilon=EPSILON, update=update, implementation="reference")
+    np.testing.assert_array_equal(by_reference[0], total)
+
+
+def test_partial_sums_are_added_as_a_tree_and_rounded_once():
+    def sums(small, dtype):
+        return PartialSums(jnp.asarray([1, 0, small, small], jnp.float32).reshape(4, 1, 1), jnp.dtype(dtype))
+
+    assert float(sums(2.0**-24, "float32").value()[0, 0]) == 1 + 2.0**-23  # from left to right it would be 1
+    assert float(sums(2.0**-8, "bfloat16").value()[0, 0]) == 1 + 2.0**-7  # rounded each time it would be 1
+    assert sums(0, "float32").reshape(1, 1, 1).value().shape == sums(0, "float32").reshape(1, 1, 1).shape == (1, 1, 1)
 
 
 def test_a_token_of_zeros_survives():

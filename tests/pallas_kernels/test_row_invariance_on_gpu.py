@@ -6,14 +6,27 @@ tests, this is what makes the tokens of QSpec those of plain decoding.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import float_matmul, rms_norm, rms_norm_quantize
+from pallas_kernels import (
+    Layout,
+    float_matmul,
+    quantize_activations,
+    rms_norm,
+    rms_norm_quantize,
+    value_of,
+    w4a4_partial_sums,
+    w4a16_partial_sums,
+    with_layout,
+)
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from tests.pallas_kernels.kernel_cases import random_rows, relative_error, rms_norm_in_float64, tensor_core_error
+from tests.pallas_kernels.kernel_cases import random_weight as packed_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,3 +123,29 @@ def test_quantised_norm_of_a_sum_has_the_codes_of_that_of_the_sum(k, bits, symme
     np.testing.assert_array_equal(total, np.asarray(x) + np.asarray(update))
     expected = rms_norm_quantize(jnp.asarray(total), gain, epsilon=EPSILON, **settings)
     jax.tree.map(np.testing.assert_array_equal, codes, expected)
+
+
+@pytest.mark.parametrize("bits", [16, 8], ids=["w4a16", "w4a8"])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (14336, 4096), (4096, 6144)], ids=str)
+def test_partial_sums_that_the_norm_adds_give_the_bits_of_the_whole_matmul(k, n, bits):
+    """Also where fewer rows leave fewer parts, or none: a token decoded alone is that of a verification of many."""
+    weight = with_layout(packed_weight(n, k, 128, symmetric=True), Layout.WGMMA)
+    x, rows = random_rows(max(ROWS), n, dtype=jnp.bfloat16), random_rows(max(ROWS), k, dtype=jnp.bfloat16, seed=5)
+    gain = random_rows(n, dtype=jnp.bfloat16, seed=2)
+
+    def multiply(rows):
+        if bits == 16:
+            return w4a16_partial_sums(rows, weight, implementation="mosaic")
+        codes = quantize_activations(rows, bits=8, layout=weight.layout, implementation="triton")
+        return w4a4_partial_sums(codes, weight, dtype=rows.dtype, implementation="mosaic")
+
+    def added(x, rows, *, summed):
+        update = value_of(multiply(rows)) if summed else multiply(rows)
+        norm = rms_norm(x, gain, epsilon=EPSILON, update=update, implementation="triton")
+        codes = rms_norm_quantize(x, gain, epsilon=EPSILON, update=update, bits=8, implementation="triton")
+        return norm, codes
+
+    assert jax.eval_shape(multiply, rows).parts.shape[0] > 1
+    in_parts = assert_each_row_stands_alone(jax.jit(functools.partial(added, summed=False)), x, rows)
+    whole = jax.jit(functools.partial(added, summed=True))(x, rows)
+    jax.tree.map(np.testing.assert_array_equal, in_parts, whole)
