@@ -27,7 +27,7 @@ from pallas_kernels.rms_norm_quantize import rms_norm_quantize
 from pallas_kernels.rotate_and_write import rotate_and_write
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
-from pallas_kernels.w4a4_matmul import w4a4_matmul, w4a4_partial_sums
+from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
 from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul, w4a16_partial_sums
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "QuantizedWeight",
     "available_implementations",
     "best_layout",
+    "best_layout_for_codes",
     "check_group_size",
     "decode_attention",
     "dequantize",

@@ -8,15 +8,18 @@ integers, and from the kernel that computes them: whoever computes them asks ``L
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from pallas_kernels import PartialSums, QuantizedActivation, QuantizedWeight, value_of
+from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, value_of
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.errors import UsageError
@@ -41,6 +44,10 @@ def other_kernels(kernels: str | None) -> str | None:
     return None if kernels == MOSAIC else kernels
 
 
+# On the GPUs that have a layout of their own; a plan with another draft has the weights laid out anew.
+_USUAL_PRECISIONS = (Precision.W4A16, Precision.W4A8)
+
+
 class Linear(nnx.Module):
     """``y = x @ weight.T + bias`` with a weight in 4 bits or in floating point.
 
@@ -62,7 +69,10 @@ class Linear(nnx.Module):
         self.quantization = quantization
         self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
-        self.weight = nnx.Param(_empty_weight(num_inputs, num_outputs, weight_format, kernels, dtype, layers))
+        weight = _empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
+        if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
+            weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_PRECISIONS))
+        self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
     def __call__(
@@ -95,10 +105,10 @@ class Linear(nnx.Module):
         None where it reads floating point.
         """
         weight = self.weight.get_value()
-        if precision.activation_bits is None or not isinstance(weight, QuantizedWeight):
+        recipe = self._recipe(weight, precision)
+        if recipe is None:
             return None
-        assert self.quantization is not None
-        recipe = activation_quantization(self.quantization, precision)
+        assert isinstance(weight, QuantizedWeight)
         num_groups = weight.num_inputs // (recipe.group_size or weight.num_inputs)
         return {
             "bits": precision.activation_bits,
@@ -109,6 +119,35 @@ class Linear(nnx.Module):
             "layout": weight.layout,
             "implementation": other_kernels(self.kernels),
         }
+
+    def lay_out_for(self, precisions: Iterable[Precision]) -> bool:
+        """Gives up a layout whose kernels do not serve all of the precisions; True if that changed the weight."""
+        weight = self.weight.get_value()
+        if not isinstance(weight, QuantizedWeight) or weight.layout is Layout.PLANES:
+            return False  # which serves all of them, and for good: plans that alternate keep their programs
+        layout = self._layout_for(weight, precisions)
+        if layout is weight.layout:
+            return False
+        self.weight.set_value(_with_layout(weight, layout))
+        return True
+
+    def _layout_for(self, weight: QuantizedWeight, precisions: Iterable[Precision]) -> Layout:
+        """Kernels asked for by name are those of W4A16, and say themselves what they cannot serve."""
+        layouts = {pallas_kernels.best_layout(weight, self.dtype, implementation=self.kernels)}
+        for precision in precisions if self.kernels is None else ():
+            if (settings := self._recipe(weight, precision)) is not None:
+                num_groups = weight.num_inputs // (settings.group_size or weight.num_inputs)
+                layouts.add(
+                    pallas_kernels.best_layout_for_codes(weight, symmetric=settings.symmetric, num_groups=num_groups)
+                )
+        return Layout.PLANES if Layout.PLANES in layouts else layouts.pop()
+
+    def _recipe(self, weight: Array | QuantizedWeight, precision: Precision) -> ActivationQuantization | None:
+        """How activations are made integers; None where floating point is read."""
+        if precision.activation_bits is None or not isinstance(weight, QuantizedWeight):
+            return None
+        assert self.quantization is not None
+        return activation_quantization(self.quantization, precision)
 
     def _product(
         self, x: Float[Array, "*batch K"] | QuantizedActivation, precision: Precision
@@ -130,24 +169,21 @@ class Linear(nnx.Module):
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
+    return pallas_kernels.with_layout(weight, layout)
+
+
 def _empty_weight(
-    num_inputs: int,
-    num_outputs: int,
-    weight_format: WeightFormat | None,
-    kernels: str | None,
-    dtype: DTypeLike,
-    layers: tuple[int, ...],
+    num_inputs: int, num_outputs: int, weight_format: WeightFormat | None, dtype: DTypeLike, layers: tuple[int, ...]
 ) -> Array | QuantizedWeight:
-    """Zeros in the layout that the kernels read: here, and nowhere else, it is decided; who fills them keeps to it."""
     if weight_format is None:
         return jnp.zeros((*layers, num_outputs, num_inputs), dtype)
     group_size = weight_format.group_size or num_inputs
     pallas_kernels.check_group_size(num_inputs, group_size)
     per_group = (*layers, num_inputs // group_size, num_outputs)
-    weight = QuantizedWeight(
+    return QuantizedWeight(
         packed=jnp.zeros((*layers, num_outputs, num_inputs // 2), jnp.uint8),
         scale=jnp.zeros(per_group, jnp.float16),
         offset=None if weight_format.symmetric else jnp.zeros(per_group, jnp.float16),
     )
-    layout = pallas_kernels.best_layout(weight, dtype, implementation=kernels)
-    return dataclasses.replace(weight, layout=layout)

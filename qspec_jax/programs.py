@@ -167,7 +167,10 @@ class Programs:
         return Generation(self.compiled[prefill_key], self.compiled[loop_key], self.leaves, batch, compile_s)
 
     def prepare(self, plan: DecodingPlan) -> None:
-        """Adds the group sums that asymmetric activations of a plan need, the first time it is used."""
+        """Gives the weights the layout and the group sums that the precisions of a plan need, the first time."""
+        precisions = [one for one in (plan.verify, plan.draft) if one is not None]
+        if lay_out(self.decoder, precisions):
+            self._split()
         quantization = next(m.quantization for _, m in nnx.iter_modules(self.decoder) if isinstance(m, Linear))
         for precision in (plan.draft, plan.verify):
             if quantization is None or precision not in (Precision.W4A4, Precision.W4A8):
@@ -195,7 +198,7 @@ class Programs:
         def loop(leaves, state, max_cycles):
             return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)
 
-        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
+        return jax.jit(loop, donate_argnums=1, compiler_options=_loop_options()).lower(self.leaves, state, np.int32(0))
 
     def _prefill_function(self, plan: DecodingPlan, batch: Batch) -> Callable[..., DecodeState]:
         def prefill(leaves, tokens, lengths, max_new_tokens, sampler):
@@ -209,6 +212,17 @@ class Programs:
         cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=slots))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
+
+
+def _loop_options() -> dict[str, str] | None:
+    """Launches the kernels of the loop one by one: an H100 waits longer for command buffers (docs/performance.md)."""
+    return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+
+
+def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
+    """Lays every 4-bit linear out for kernels that serve the precisions; True if any was not."""
+    linears = [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
+    return sum(linear.lay_out_for(precisions) for linear in linears) > 0
 
 
 def add_group_sums(decoder: Decoder) -> bool:

@@ -21,7 +21,7 @@ import qspec_jax
 from pallas_kernels import Layout, QuantizedWeight
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
 from qspec_jax.checkpoint import arrays, open_checkpoint, restore_decoder, save_checkpoint
-from qspec_jax.programs import add_group_sums
+from qspec_jax.programs import add_group_sums, lay_out
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,11 @@ def wgmma_where_it_fits(monkeypatch):
     def choose(weight, dtype, *, implementation):
         return Layout.PLANES if weight.num_inputs % 256 else Layout.WGMMA
 
+    def choose_for_codes(weight, *, symmetric, num_groups):
+        return Layout.WGMMA if symmetric and num_groups == 1 else Layout.PLANES
+
     monkeypatch.setattr(pallas_kernels, "best_layout", choose)
+    monkeypatch.setattr(pallas_kernels, "best_layout_for_codes", choose_for_codes)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -152,6 +156,20 @@ def test_the_layout_that_kernels_read_leaves_no_trace(tmp_path, request, scan_la
         add_group_sums(decoder)
     for precision in (Precision.W4A16, Precision.W4A8):
         assert np.array_equal(logits(loaded, precision), logits(plain, precision))
+
+
+def test_a_draft_that_a_layout_does_not_serve_has_the_weights_laid_out_anew(wgmma_where_it_fits):
+    decoder = tiny.decoder(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "intermediate_size": 512}), kernels=None)
+    add_group_sums(decoder)
+    down = decoder.layers[0].mlp.down
+    expected = {precision: logits(decoder, precision) for precision in (Precision.W4A16, Precision.W4A4)}
+    assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))
+    assert down.weight.get_value().layout is Layout.WGMMA
+    assert lay_out(decoder, (Precision.W4A16, Precision.W4A4))
+    assert down.weight.get_value().layout is Layout.PLANES
+    for precision, out in expected.items():
+        assert np.array_equal(logits(decoder, precision), out)
+    assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))  # nor back, which would compile anew each time
 
 
 def test_wide_scales_stay_wide_in_either_arrangement(tmp_path):

@@ -62,7 +62,7 @@ def w4a16_partial_sums(
 def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, implementation: str | None = None) -> Layout:
     """The layout that the implementation reads which would serve a weight, whatever its own is, and rows of ``dtype``.
 
-    It is the same for all rows and both matmuls. ``Layout.PLANES`` where none would: the call will say why.
+    It is the same for all numbers of rows. ``Layout.PLANES`` where none would: the call will say why.
 
     Raises:
         ValueError: the name of the implementation is unknown.

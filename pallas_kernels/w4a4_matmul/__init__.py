@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import QuantizedWeight, check_weight
+from pallas_kernels.packing import Layout, QuantizedWeight, check_weight
 from pallas_kernels.partial_sums import PartialSums, value_of
 from pallas_kernels.w4a4_matmul import reference
 
@@ -57,6 +61,38 @@ def w4a4_partial_sums(
     if chosen == dispatch.TRITON:
         return _triton().w4a4_matmul(x, weight, dtype=dtype)
     return reference.w4a4_matmul(x, weight, dtype=dtype)
+
+
+def best_layout_for_codes(
+    weight: QuantizedWeight, *, symmetric: bool, num_groups: int, implementation: str | None = None
+) -> Layout:
+    """The layout that the implementation reads which would serve a weight, whatever its own is, and such activations.
+
+    ``Layout.PLANES`` where none would: the call will say why.
+
+    Args:
+        weight: the weight.
+        symmetric, num_groups: of the activations.
+        implementation: None for the best that works.
+
+    Raises:
+        ValueError: the name of the implementation is unknown.
+    """
+    codes: Any = jax.ShapeDtypeStruct((1, weight.num_inputs), jnp.int8)
+    per_group: Any = jax.ShapeDtypeStruct((1, num_groups), jnp.float32)
+    x = QuantizedActivation(codes, per_group, None if symmetric else per_group, bits=8)
+    planes, wgmma = (dataclasses.replace(weight, layout=layout) for layout in (Layout.PLANES, Layout.WGMMA))
+    try:
+        chosen = dispatch.select_implementation(
+            _OP,
+            implementation,
+            triton_obstacle=lambda: _triton().obstacle(x, planes),
+            mosaic_obstacle=lambda: _mosaic().obstacle(x, wgmma),
+            order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+        )
+    except NotImplementedError:
+        return Layout.PLANES
+    return Layout.WGMMA if chosen == dispatch.MOSAIC else Layout.PLANES
 
 
 def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
