@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
-ROWS = (1, 3, 4, 8, 12, 16, 33, 64, 100, 128, 256)
+ROWS = (1, 3, 8, 12, 33, 64, 100, 128, 256)  # each is compiled anew, which is what these tests take time for
 IMPLEMENTATIONS = ("triton", "mosaic")
 INVARIANT_ROWS = {"triton": tiles.ROW_INVARIANT_ROWS, "mosaic": 256}
 SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
@@ -75,7 +77,8 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     x = random_rows(max(ROWS), k, dtype=dtype)
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     bound = 2e-6 if dtype == jnp.float32 else MOSAIC_BFLOAT16_BOUND if implementation == "mosaic" else BFLOAT16_BOUND
-    call = jax.jit(lambda x: w4a16_matmul(x, weight, implementation=implementation))
+    multiply = jax.jit(functools.partial(w4a16_matmul, implementation=implementation))
+    call = lambda x: multiply(x, weight)  # noqa: E731 - as an argument, not a constant of each program
     assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
 
 
@@ -92,7 +95,8 @@ def test_w4a4_is_right_and_each_row_stands_alone(implementation, shape, bits, x_
     quantized = quantize_activations(x, **settings, layout=weight.layout, implementation="reference")
     skip_unless_served(implementation, lambda: w4a4_mosaic.obstacle(quantized, weight))
     expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
-    call = jax.jit(lambda x: w4a4_matmul(x, weight, dtype=jnp.float32, implementation=implementation))
+    multiply = jax.jit(functools.partial(w4a4_matmul, dtype=jnp.float32, implementation=implementation))
+    call = lambda x: multiply(x, weight)  # noqa: E731
     assert_right_and_rows_agree(call, quantized, expected, 5e-6, INVARIANT_ROWS[implementation])
 
 

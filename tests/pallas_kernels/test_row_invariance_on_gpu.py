@@ -67,7 +67,8 @@ def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
     if dtype == jnp.float16 and n > 100_000:
         pytest.skip("one dtype is enough at the largest shapes")
     x, weight = random_rows(max(ROWS), k, dtype=dtype), random_weight(n, k, dtype)
-    call = jax.jit(lambda x: float_matmul(x, weight, implementation="triton"))
+    multiply = jax.jit(functools.partial(float_matmul, implementation="triton"))
+    call = lambda x: multiply(x, weight)  # noqa: E731 - as an argument: it would be a constant of each program
     out = assert_each_row_stands_alone(call, x)
     expected = np.asarray(float_matmul(x.astype(jnp.float32), weight.astype(jnp.float32), implementation="reference"))
     assert np.abs(out - expected).max() < 1e-4 * np.abs(out).max()  # no tile is missing or misplaced
@@ -133,19 +134,20 @@ def test_partial_sums_that_the_norm_adds_give_the_bits_of_the_whole_matmul(k, n,
     x, rows = random_rows(max(ROWS), n, dtype=jnp.bfloat16), random_rows(max(ROWS), k, dtype=jnp.bfloat16, seed=5)
     gain = random_rows(n, dtype=jnp.bfloat16, seed=2)
 
-    def multiply(rows):
+    def multiply(rows, weight):
         if bits == 16:
             return w4a16_partial_sums(rows, weight, implementation="mosaic")
         codes = quantize_activations(rows, bits=8, layout=weight.layout, implementation="triton")
         return w4a4_partial_sums(codes, weight, dtype=rows.dtype, implementation="mosaic")
 
-    def added(x, rows, *, summed):
-        update = value_of(multiply(rows)) if summed else multiply(rows)
+    @functools.partial(jax.jit, static_argnames="summed")
+    def added(x, rows, weight, *, summed):
+        update = multiply(rows, weight)
+        update = value_of(update) if summed else update
         norm = rms_norm(x, gain, epsilon=EPSILON, update=update, implementation="triton")
         codes = rms_norm_quantize(x, gain, epsilon=EPSILON, update=update, bits=8, implementation="triton")
         return norm, codes
 
-    assert jax.eval_shape(multiply, rows).parts.shape[0] > 1
-    in_parts = assert_each_row_stands_alone(jax.jit(functools.partial(added, summed=False)), x, rows)
-    whole = jax.jit(functools.partial(added, summed=True))(x, rows)
-    jax.tree.map(np.testing.assert_array_equal, in_parts, whole)
+    assert jax.eval_shape(multiply, rows, weight).parts.shape[0] > 1
+    in_parts = assert_each_row_stands_alone(lambda x, rows: added(x, rows, weight, summed=False), x, rows)
+    jax.tree.map(np.testing.assert_array_equal, in_parts, added(x, rows, weight, summed=True))
