@@ -8,6 +8,7 @@ known and never hides in another figure.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -198,7 +199,9 @@ class Programs:
         def loop(leaves, state, max_cycles):
             return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)
 
-        return jax.jit(loop, donate_argnums=1, compiler_options=_loop_options()).lower(self.leaves, state, np.int32(0))
+        return jax.jit(loop, donate_argnums=1, compiler_options=_loop_options(plan)).lower(
+            self.leaves, state, np.int32(0)
+        )
 
     def _prefill_function(self, plan: DecodingPlan, batch: Batch) -> Callable[..., DecodeState]:
         def prefill(leaves, tokens, lengths, max_new_tokens, sampler):
@@ -214,9 +217,18 @@ class Programs:
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
 
 
-def _loop_options() -> dict[str, str] | None:
-    """Launches the kernels of the loop one by one: an H100 waits longer for command buffers (docs/performance.md)."""
-    return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+_COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
+
+
+def _loop_options(plan: DecodingPlan) -> dict[str, str] | None:
+    """XLA flags of a loop, unless the user has set them.
+
+    An H100 starts the kernels of a plain step faster one by one than as a command buffer, which waits until the loop
+    has read whether to go on; a cycle has too many for the host (docs/performance.md).
+    """
+    if plan.draft is not None or jax.default_backend() != "gpu" or _COMMAND_BUFFERS in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {_COMMAND_BUFFERS: ""}
 
 
 def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
