@@ -13,6 +13,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Shaped
 
@@ -53,6 +54,18 @@ class KVCache:
 
         layers = layer((config.num_layers,)) if stacked else tuple(layer(()) for _ in range(config.num_layers))
         return cls(layers, jnp.zeros((batch,), jnp.int32))
+
+    def row(self, index: Int32[Array, ""]) -> KVCache:
+        """The cache of one sequence."""
+        layers = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1, a.ndim - 4), self.layers)
+        return KVCache(layers, lax.dynamic_slice_in_dim(self.lengths, index, 1))
+
+    def with_row(self, index: Int32[Array, ""], row: KVCache) -> KVCache:
+        """The same cache with another sequence at ``index``."""
+        layers = jax.tree.map(
+            lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, a.ndim - 4), self.layers, row.layers
+        )
+        return KVCache(layers, lax.dynamic_update_slice_in_dim(self.lengths, row.lengths, index, 0))
 
     @property
     def stacked(self) -> bool:

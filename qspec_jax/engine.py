@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.modeling import Decoder
-from qspec_jax.programs import Batch, Programs, fitting_slots
-from qspec_jax.results import GenerationResult, GenerationStats
+from qspec_jax.pipeline import Pipeline
+from qspec_jax.programs import Programs, fitting_slots
+from qspec_jax.requests import (
+    Prompt,
+    Request,
+    check_length,
+    failure,
+    is_conversation,
+    listed,
+    require_some,
+    sampling_of_each,
+)
+from qspec_jax.results import FinishReason, GenerationResult, GenerationStats, RunTotals
 from qspec_jax.sampling import SamplingParams
-from qspec_jax.speculative import MAX_DRAFT_LENGTH, DecodeState, DecodingPlan
+from qspec_jax.scheduler import RunningSequence, Scheduler
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.state import MAX_DRAFT_LENGTH, MAX_STOP_TOKENS
 from qspec_jax.types import Precision
 
 if TYPE_CHECKING:
@@ -23,12 +35,14 @@ if TYPE_CHECKING:
 
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 DRAFTS = ("auto", "w4a4", "w4a8")
+_PIPELINE_SLOTS = 4096  # cache positions of a pipeline that is not told how many
 
 
 class LanguageModel:
     """A decoder, its tokenizer and its compiled programs. Made by :func:`qspec_jax.load`.
 
-    A generation is two dispatches, prefill and loop; streaming runs the same loop a few cycles at a time.
+    Everything that generates runs the same loop over the same kind of batch (:mod:`qspec_jax.scheduler`): a list of
+    prompts, a pipeline, and a stream, which is a batch of one a few cycles at a time.
 
     Attributes:
         decoder: the Flax module; call it for logits.
@@ -63,6 +77,11 @@ class LanguageModel:
         return self.decoder.config
 
     @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return self.programs.num_compilations
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parameters."""
         return sum(leaf.nbytes for leaf in self.programs.leaves)
@@ -82,15 +101,15 @@ class LanguageModel:
                 f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'"
             )
         if mode != "qspec":
-            return DecodingPlan(verify=Precision(mode), stop_tokens=self.stop_tokens)
+            return DecodingPlan(verify=Precision(mode))
         if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
             raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
         draft_precision = default_draft_precision() if draft == "auto" else Precision(draft)
-        return DecodingPlan(Precision.W4A16, draft_precision, draft_length, self.stop_tokens)
+        return DecodingPlan(Precision.W4A16, draft_precision, draft_length)
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         *,
         mode: str = "qspec",
         draft: str = "auto",
@@ -101,11 +120,12 @@ class LanguageModel:
         batch_size: int = 8,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         on_event: Callable[[str], None] | None = None,
+        progress: bool = False,
     ) -> list[GenerationResult]:
-        """Generates for every prompt, ``batch_size`` prompts at a time.
+        """Generates for every prompt: ``batch_size`` run together, and as one is finished the next one enters.
 
         Args:
-            prompts: texts, or lists of token ids.
+            prompts: texts, lists of token ids, or conversations (lists of ``{"role": ..., "content": ...}``).
             mode: ``qspec``, or plain decoding at a precision.
             draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
             draft_length: drafts per cycle.
@@ -116,35 +136,80 @@ class LanguageModel:
             sampling: how tokens are drawn, of all prompts, whose seeds then count up from the one given, or of each;
                 None chooses the most likely ones. What a prompt yields depends on its own parameters alone.
             on_event: called with a few words when a long step (compiling) begins.
+            progress: show finished prompts, tokens/s and tokens per cycle on the standard error stream.
 
         Returns:
-            one result per prompt, in order.
+            one result per prompt, in order. Where a prompt cannot be served its result has the ``error``, and the
+            others are served all the same. Ctrl-C ends the run: prompts that were not finished then have the
+            ``finish_reason`` ``interrupted``.
 
         Raises:
-            UsageError: an argument makes no sense, or a prompt does not fit.
+            UsageError: an argument makes no sense, or none of the prompts can be served.
             OutOfMemoryError: the cache does not fit the device.
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length)
-        texts, token_ids = self.encode_prompts(prompts, chat=chat)
+        given = listed(prompts)
+        params = sampling_of_each(sampling, len(given))
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
+        requests = [
+            self.attempt(prompt, plan, what=f"prompt {index}", sampling=one, **options)
+            for index, (prompt, one) in enumerate(zip(given, params, strict=True), 1)
+        ]
+        require_some(requests)
+        pipeline = self.run(requests, plan, batch_size=batch_size, max_seq_len=max_seq_len, on_event=on_event)
+        return pipeline.collect(progress=progress)
+
+    def run(
+        self,
+        requests: Sequence[Request | GenerationResult],
+        plan: DecodingPlan,
+        *,
+        first: int = 0,
+        batch_size: int = 8,
+        max_seq_len: int | None = None,
+        on_event: Callable[[str], None] | None = None,
+    ) -> Pipeline:
+        """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all."""
+        served = [request for request in requests if isinstance(request, Request)]
+        longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
+        pipeline = self.pipeline(
+            plan,
+            batch_size=min(batch_size, max(1, len(served))),
+            max_seq_len=max_seq_len or fitting_slots(longest),
+            on_event=on_event,
+        )
+        for request in requests[first:]:
+            pipeline.add(request)
+        return pipeline
+
+    def pipeline(
+        self,
+        plan: DecodingPlan | None = None,
+        *,
+        batch_size: int = 8,
+        max_seq_len: int | None = None,
+        on_event: Callable[[str], None] | None = None,
+    ) -> Pipeline:
+        """A batch that requests enter one by one, and leave when they are finished.
+
+        Args:
+            plan: of :meth:`plan`; None for its defaults.
+            batch_size: requests that run together.
+            max_seq_len: cache positions of each, prompt and new tokens together; None for the model's context, up
+                to 4096.
+            on_event: called with a few words when a long step (compiling) begins.
+
+        Raises:
+            UsageError: an argument makes no sense.
+        """
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
-        params = _sampling_of_each(sampling, len(token_ids))
-        slots = self._cache_slots(max(map(len, token_ids)), max_new_tokens, max_seq_len)
-        results = []
-        for start in range(0, len(token_ids), batch_size):
-            request = _Request(texts[start : start + batch_size], token_ids[start : start + batch_size])
-            rows = min(batch_size, len(token_ids))
-            of_batch = params[start : start + batch_size]
-            batch = Batch.create(request.token_ids, max_new_tokens, slots=slots, rows=rows, sampling=of_batch)
-            generation = self.programs.generation(plan, batch, on_event=on_event or _ignore)
-            state, prefill_s = generation.prefill()
-            state, decode_s = generation.run(state)
-            results += self._collect(request, state, plan, _Timing(generation.compile_s, prefill_s, decode_s))
-        return results
+        slots = max_seq_len or min(self.config.max_position_embeddings, _PIPELINE_SLOTS)
+        return Pipeline(self, plan or self.plan(), batch_size=batch_size, slots=slots, on_event=on_event or _ignore)
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         mode: str = "qspec",
         draft: str = "auto",
@@ -152,7 +217,7 @@ class LanguageModel:
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         cycles_per_step: int = 1,
         on_event: Callable[[str], None] | None = None,
     ) -> Iterator[str | GenerationResult]:
@@ -162,62 +227,88 @@ class LanguageModel:
         pieces. A piece never ends inside a character.
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length)
-        texts, token_ids = self.encode_prompts([prompt], chat=chat)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
+        request = self.request(prompt, what="prompt 1", sampling=sampling, **options)
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
-        slots = self._cache_slots(len(token_ids[0]), max_new_tokens, max_seq_len)
-        params = _sampling_of_each(sampling, 1)
-        batch = Batch.create(token_ids, max_new_tokens, slots=slots, rows=1, sampling=params)
-        return self._stream(_Request(texts, token_ids), batch, plan, cycles_per_step, on_event or _ignore)
+        slots = max_seq_len or fitting_slots(len(request.token_ids) + request.max_new_tokens)
+        scheduler = Scheduler(self.programs, plan, rows=1, slots=slots, on_event=on_event or _ignore)
+        return self._stream(request, plan, scheduler, cycles_per_step)
 
     def _stream(
-        self,
-        request: _Request,
-        batch: Batch,
-        plan: DecodingPlan,
-        cycles_per_step: int,
-        on_event: Callable[[str], None],
+        self, request: Request, plan: DecodingPlan, scheduler: Scheduler, cycles_per_step: int
     ) -> Iterator[str | GenerationResult]:
-        generation = self.programs.generation(plan, batch, on_event=on_event)
         decoder = self._require_tokenizer().stream_decoder()
-        state, prefill_s = generation.prefill()
-        decode_s, shown, finished = 0.0, 0, False
-        while not finished:
-            tokens, count = np.asarray(state.tokens[0]), int(state.num_tokens[0])
-            if piece := decoder.push(tokens[shown:count].tolist()):
+        sequence, shown = scheduler.add(request), 0
+        while not sequence.finished:
+            scheduler.advance(cycles_per_step)
+            if piece := decoder.push(sequence.token_ids[shown:]):
                 yield piece
-            shown, finished = count, bool(state.finished[0])
-            if not finished:
-                state, seconds = generation.run(state, cycles_per_step)
-                decode_s += seconds
+            shown = len(sequence.token_ids)
         if piece := decoder.finish():
             yield piece
-        timing = _Timing(generation.compile_s, prefill_s, decode_s)
-        yield self._collect(request, state, plan, timing)[0]
+        yield self.result(sequence, plan, scheduler.totals)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: Any = 128,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        chat: bool | None = None,
+        max_seq_len: int | None = None,
+        what: str = "the prompt",
+    ) -> Request:
+        """Checks what is asked for one prompt; arguments as in :meth:`generate`.
+
+        Raises:
+            UsageError: the prompt is empty, needs a tokenizer or template that is missing, or does not fit, or an
+                option makes no sense. ``what`` names the prompt.
+        """
+        text, token_ids = self._tokens_of(prompt, chat, what)
+        sampling = sampling if isinstance(sampling, SamplingParams) else SamplingParams.of(sampling or {})
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *sampling.stop_token_ids]))
+        if len(stop_tokens) > MAX_STOP_TOKENS:
+            raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
+        check_length(
+            len(token_ids), max_new_tokens, max_seq_len=max_seq_len, context=self.config.max_position_embeddings
+        )
+        return Request(token_ids, max_new_tokens, sampling, stop_tokens, prompt=text)
+
+    def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:
+        """As :meth:`request`, but an error becomes the result of the request."""
+        try:
+            return self.request(prompt, **options)
+        except UsageError as error:
+            return failure(prompt, error, self._stats(plan, (), 0))
 
     def encode_prompts(
-        self, prompts: str | Sequence[str | Sequence[int]], *, chat: bool | None = None
+        self, prompts: Prompt | Sequence[Prompt], *, chat: bool | None = None
     ) -> tuple[list[str | None], list[list[int]]]:
-        """Texts (None for a prompt given as ids) and token ids of prompts.
+        """Texts (None for a prompt given otherwise) and token ids of prompts.
 
         Raises:
             UsageError: there is no prompt, one is empty, or it needs a tokenizer or template that is missing.
         """
-        given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not given:
-            raise UsageError("there is no prompt; give at least one")
-        texts: list[str | None] = []
-        token_ids: list[list[int]] = []
-        for index, prompt in enumerate(given):
-            text = prompt if isinstance(prompt, str) else None
-            ids = self._encode(text, chat) if text is not None else [int(token) for token in prompt]
-            if not ids or (text is not None and not text.strip()):
-                raise UsageError(f"prompt {index + 1} is empty; give it some text")
-            if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-                raise UsageError(f"prompt {index + 1} has a token id outside 0..{self.config.vocab_size - 1}")
-            texts.append(text)
-            token_ids.append(ids)
-        return texts, token_ids
+        pairs = [self._tokens_of(prompt, chat, f"prompt {index}") for index, prompt in enumerate(listed(prompts), 1)]
+        return [text for text, _ in pairs], [token_ids for _, token_ids in pairs]
+
+    def _tokens_of(self, prompt: Prompt, chat: bool | None, what: str) -> tuple[str | None, list[int]]:
+        text = prompt if isinstance(prompt, str) else None
+        others: Any = prompt
+        if text is not None:
+            ids = self._encode(text, chat) if text.strip() else []
+        elif is_conversation(prompt):
+            ids = self._require_tokenizer().apply_chat(list(others))
+        else:
+            ids = [int(token) for token in others]
+        if not ids:
+            raise UsageError(f"{what} is empty; give it some text")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise UsageError(f"{what} has a token id outside 0..{self.config.vocab_size - 1}")
+        return text, ids
 
     def _encode(self, text: str, chat: bool | None) -> list[int]:
         tokenizer = self._require_tokenizer()
@@ -232,66 +323,38 @@ class LanguageModel:
             raise UsageError(f"{self.name} was made without a tokenizer; give prompts as token ids")
         return self.tokenizer
 
-    def _cache_slots(self, longest_prompt: int, max_new_tokens: int, max_seq_len: int | None) -> int:
-        """Cache positions per sequence, the same for all batches of a call so that they share one loop program."""
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        limit = self.config.max_position_embeddings
-        if max_seq_len is not None and not 1 <= max_seq_len <= limit:
-            raise UsageError(f"max_seq_len={max_seq_len} must be between 1 and the model's context of {limit}")
-        if longest_prompt + max_new_tokens > (max_seq_len or limit):
-            what = f"max_seq_len={max_seq_len}" if max_seq_len else f"the model's context of {limit}"
-            raise UsageError(
-                f"a prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
-                f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else "")
-            )
-        return max_seq_len or fitting_slots(longest_prompt + max_new_tokens)
+    def result(self, sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals) -> GenerationResult:
+        """What a sequence has yielded; that it was ``interrupted`` if it is not finished."""
+        request, token_ids = sequence.request, list(sequence.token_ids)
+        reason: FinishReason = "length"
+        if not sequence.finished:
+            reason = "interrupted"
+        elif token_ids[-1] in request.stop_tokens:
+            reason = "stop"
+        stats = self._stats(plan, sequence.accepted_lengths, len(token_ids))
+        return GenerationResult(
+            prompt=request.prompt,
+            prompt_token_ids=list(request.token_ids),
+            text=self.tokenizer.decode(token_ids) if self.tokenizer else "",
+            token_ids=token_ids,
+            finish_reason=reason,
+            stats=dataclasses.replace(stats, **sequence.seconds(), compile_s=totals.compile_s),
+        )
 
-    def _collect(
-        self, request: _Request, state: DecodeState, plan: DecodingPlan, timing: _Timing
-    ) -> list[GenerationResult]:
-        tokens = np.asarray(state.tokens)
-        counts, accepted_lengths = np.asarray(state.num_tokens).tolist(), np.asarray(state.accepted_lengths).tolist()
-        device = jax.devices()[0]
-        results = []
-        for row, (text, prompt_ids) in enumerate(zip(request.texts, request.token_ids, strict=True)):
-            token_ids = tokens[row, : counts[row]].tolist()
-            stats = GenerationStats(
-                mode="qspec" if plan.draft else plan.verify.value,
-                draft=plan.draft.value if plan.draft else None,
-                draft_length=plan.draft_length,
-                accepted_lengths=tuple(accepted_lengths[row][: plan.draft_length + 1]),
-                num_tokens=counts[row],
-                prefill_s=timing.prefill_s,
-                decode_s=timing.decode_s,
-                compile_s=timing.compile_s,
-                device=device.device_kind,
-                kernels=self.kernels,
-            )
-            results.append(
-                GenerationResult(
-                    prompt=text,
-                    prompt_token_ids=list(prompt_ids),
-                    text=self.tokenizer.decode(token_ids) if self.tokenizer else "",
-                    token_ids=token_ids,
-                    finish_reason="stop" if token_ids[-1] in plan.stop_tokens else "length",
-                    stats=stats,
-                )
-            )
-        return results
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    texts: list[str | None]
-    token_ids: list[list[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Timing:
-    compile_s: float
-    prefill_s: float
-    decode_s: float
+    def _stats(self, plan: DecodingPlan, accepted_lengths: Sequence[int], num_tokens: int) -> GenerationStats:
+        known = [*accepted_lengths, *[0] * (plan.draft_length + 1)]
+        return GenerationStats(
+            mode="qspec" if plan.draft else plan.verify.value,
+            draft=plan.draft.value if plan.draft else None,
+            draft_length=plan.draft_length,
+            accepted_lengths=tuple(known[: plan.draft_length + 1]),
+            num_tokens=num_tokens,
+            prefill_s=0.0,
+            decode_s=0.0,
+            compile_s=0.0,
+            device=jax.devices()[0].device_kind,
+            kernels=self.kernels,
+        )
 
 
 def default_draft_precision() -> Precision:
@@ -303,18 +366,6 @@ def default_draft_precision() -> Precision:
         if (7, 5) <= (major, minor) < (9, 0):
             return Precision.W4A4
     return Precision.W4A8
-
-
-def _sampling_of_each(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """The parameters of each prompt; those given for all have their seed counted up."""
-    given = SamplingParams() if sampling is None else sampling
-    if isinstance(given, SamplingParams):
-        return [dataclasses.replace(given, seed=(given.seed + row) % 2**32) for row in range(num_prompts)]
-    if len(given) != num_prompts:
-        raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
-    return list(given)
 
 
 def _ignore(_: str) -> None:

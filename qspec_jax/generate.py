@@ -1,13 +1,12 @@
 """``python -m qspec_jax.generate``: generate text at the command line. Parses and prints only.
 
-Generated text and JSON go to the standard output, everything else to the standard error stream. Exit
-codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
+Generated text and JSON go to the standard output or into a file, everything else to the standard error stream. Exit
+codes: 0 success, 1 failure (of one prompt of several, too), 2 a usage error, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -16,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.command import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
+from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
+from qspec_jax.requests import Prompt, require_some
+from qspec_jax.results import GenerationResult
 from qspec_jax.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
-    from qspec_jax.results import GenerationResult
+    from qspec_jax.pipeline import Pipeline
+    from qspec_jax.speculative import DecodingPlan
 
 _WHOLE_ROW = "row"
 # The fields of `SamplingParams`: type, default, help.
@@ -45,13 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeat for several")
-    add("--prompt-file", type=Path, metavar="FILE", help='a prompt per line, or JSONL with {"prompt": TEXT}')
+    lines = 'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id" and options of its own'
+    add("--prompt-file", type=Path, metavar="FILE", help=lines)
+    add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
     add("--mode", choices=("qspec", "w4a16", "w4a8", "w4a4", "float"), default="qspec", help="default: qspec")
     add("--draft", choices=("auto", "w4a4", "w4a8"), default="auto", help="draft precision (default: auto)")
     add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
     add("--max-seq-len", type=int, metavar="N", help="cache positions per sequence (default: as many as needed)")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
+    slots = "prompts that run together; the next one enters as one is finished (default: 8)"
+    add("--slots", "--batch-size", type=int, default=8, metavar="N", help=slots)
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
     add(
         "--group-size",
@@ -76,62 +82,121 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(run, build_parser().parse_args(argv))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Checks the arguments, loads the model and generates."""
-    prompts = _read_prompts(arguments)
+def run(arguments: argparse.Namespace) -> int:
+    """Checks the arguments, loads the model and generates; the exit code."""
+    lines = _read_prompts(arguments)
     _check_counts(arguments)
-    names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
-    sampling = SamplingParams(**{name: getattr(arguments, name) for name in names})
+    defaults = _defaults(arguments)
+    if arguments.output is not None:
+        return _run_to_file(arguments, lines, defaults)
     model = _load(arguments)
+    plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
     stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
-    options: dict[str, Any] = {
-        "mode": arguments.mode,
-        "draft": arguments.draft,
-        "draft_length": arguments.draft_length,
-        "max_new_tokens": arguments.max_new_tokens,
-        "max_seq_len": arguments.max_seq_len,
-        "chat": arguments.chat,
-        "sampling": sampling,
-        "on_event": lambda event: say(f"{event} ..."),
-    }
     if stream and not arguments.json:
-        _stream_text(model, prompts, options)
-        return
-    results = model.generate(prompts, batch_size=arguments.batch_size, **options)
-    if arguments.json:
-        for result in results:
-            print(json.dumps(result.to_dict(), ensure_ascii=False))
-        return
-    for prompt, result in zip(prompts, results, strict=True):
-        if len(prompts) > 1:
-            print(f"### {prompt}")
+        _stream_text(model, lines, arguments, defaults)
+        return 0
+    pipeline = _start(model, plan, lines, arguments, defaults)
+    results = pipeline.collect(progress=sys.stderr.isatty())
+    for line, result in zip(lines, results, strict=True):
+        if arguments.json:
+            print(json.dumps(result_entry(result, line), ensure_ascii=False))
+            continue
+        if len(lines) > 1:
+            print(f"### {heading(line.prompt)}")
         print(result.text)
-    say(summary(results))
+    if not arguments.json:
+        say(summary(results, pipeline.totals.decode_s))
+    return _complain(results)
 
 
-def _stream_text(model: LanguageModel, prompts: list[str], options: dict[str, Any]) -> None:
-    first = options["sampling"]
-    for row, prompt in enumerate(prompts):
-        if len(prompts) > 1:
-            print(f"### {prompt}")
-        options["sampling"] = dataclasses.replace(first, seed=(first.seed + row) % 2**32)  # as a batch would have it
-        for piece in model.stream(prompt, **options):
+def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
+    names = ("model", "mode", "draft", "draft_length", "max_seq_len", "dtype", "group_size", "kernels")
+    settings = {name: getattr(arguments, name) for name in names}
+    file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
+    try:
+        first = file.num_finished
+        if first:
+            say(f"{first} of {len(lines)} results are in {arguments.output} already")
+        if first == len(lines):
+            return 0
+        model = _load(arguments)
+        plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
+        pipeline = _start(model, plan, lines, arguments, defaults, first=first)
+        results = []
+        for line, result in zip(lines[first:], pipeline.results(progress=sys.stderr.isatty()), strict=True):
+            file.write(result_entry(result, line))
+            results.append(result)
+        say(summary(results, pipeline.totals.decode_s))
+        return _complain(results, first=first)
+    except KeyboardInterrupt:
+        say(f"{file.num_finished} of {len(lines)} results are in {arguments.output}; the same command goes on with it")
+        raise
+    finally:
+        file.close()
+
+
+def _start(
+    model: LanguageModel,
+    plan: DecodingPlan,
+    lines: list[PromptLine],
+    arguments: argparse.Namespace,
+    defaults: dict[str, Any],
+    *,
+    first: int = 0,
+) -> Pipeline:
+    """A pipeline with the prompts from ``first`` on in it, and room for all."""
+    length = {"max_seq_len": arguments.max_seq_len}
+    requests = [
+        model.attempt(line.prompt, plan, what=f"prompt {index + 1}", **line.resolved(defaults, index), **length)
+        for index, line in enumerate(lines)
+    ]
+    if arguments.output is None:
+        require_some(requests)
+    options: dict[str, Any] = {"batch_size": arguments.slots, "on_event": lambda event: say(f"{event} ...")}
+    return model.run(requests, plan, first=first, **options, **length)
+
+
+def _complain(results: Sequence[GenerationResult], *, first: int = 0) -> int:
+    """Names the prompts that failed; the exit code."""
+    for index, result in enumerate(results, first + 1):
+        if result.error is not None:
+            say(f"prompt {index} failed: {result.error}")
+    reasons = {result.finish_reason for result in results}
+    if "interrupted" in reasons:
+        say("interrupted")
+        return 130
+    return 1 if "error" in reasons else 0
+
+
+def _stream_text(
+    model: LanguageModel, lines: list[PromptLine], arguments: argparse.Namespace, defaults: dict[str, Any]
+) -> None:
+    names = ("mode", "draft", "draft_length", "max_seq_len")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    for index, line in enumerate(lines):
+        if len(lines) > 1:
+            print(f"### {heading(line.prompt)}")
+        options = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
+        for piece in model.stream(line.prompt, **options):
             if isinstance(piece, str):
                 print(piece, end="", flush=True)
             else:
                 print(flush=True)
-                say(summary([piece]))
+                say(summary([piece], piece.stats.decode_s))
 
 
-def summary(results: Sequence[GenerationResult]) -> str:
-    """One line of figures over some results."""
+def heading(prompt: Prompt) -> str:
+    """What stands for a prompt above its text."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def summary(results: Sequence[GenerationResult], decode_s: float) -> str:
+    """One line of figures over some results; ``decode_s`` are the seconds of their decoding loop."""
     stats = [result.stats for result in results]
-    # Sequences of one batch share its times, which count once.
-    decode_s = sum(seconds for _, seconds in {(s.prefill_s, s.decode_s) for s in stats})
     tokens = sum(s.num_tokens for s in stats)
     parts = [f"{tokens} tokens"]
     if decode_s > 0:
-        parts.append(f"{(tokens - len(stats)) / decode_s:.1f} tokens/s")
+        parts.append(f"{(tokens - sum(s.num_tokens > 0 for s in stats)) / decode_s:.1f} tokens/s")
     if drafted := sum(s.drafted for s in stats):
         accepted, cycles = sum(s.accepted for s in stats), sum(s.cycles for s in stats)
         parts.append(f"acceptance {accepted / drafted:.2f}")
@@ -142,47 +207,33 @@ def summary(results: Sequence[GenerationResult]) -> str:
     return ", ".join([*parts, stats[0].device, f"{stats[0].kernels} kernels"])
 
 
-def _read_prompts(arguments: argparse.Namespace) -> list[str]:
-    prompts = list(arguments.prompt)
+def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
+    lines = [PromptLine(prompt) for prompt in arguments.prompt]
     if arguments.prompt_file is not None:
-        prompts += read_prompt_file(arguments.prompt_file)
-    if not prompts:
+        lines += read_prompt_lines(arguments.prompt_file)
+    if not lines:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
-    if empty := [index for index, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-        raise UsageError(f"prompt {empty[0]} is empty; give it some text")
-    return prompts
+    if len(lines) == 1 and isinstance(lines[0].prompt, str) and not lines[0].prompt.strip():
+        raise UsageError("prompt 1 is empty; give it some text")
+    return lines
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """A prompt per line, or JSONL with a text under ``"prompt"``.
-
-    Raises:
-        UsageError: the file cannot be read, or a line has no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --prompt-file {path}: {error}") from error
-    return [_parse_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+def read_prompt_file(path: Path) -> list[Any]:
+    """The prompts of a file; see :func:`qspec_jax.prompt_files.read_prompt_lines`."""
+    return [line.prompt for line in read_prompt_lines(path)]
 
 
-def _parse_line(line: str, path: Path, number: int) -> str:
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        if path.suffix == ".jsonl":
-            raise UsageError(f"{path}:{number} is not JSON: {error}") from error
-        return line
-    if not isinstance(entry.get("prompt"), str):
-        raise UsageError(f'{path}:{number} has no text under "prompt"; a line is {{"prompt": TEXT}}')
-    return entry["prompt"]
+def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a line that has none of its own."""
+    names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
+    sampling = {name: getattr(arguments, name) for name in names}
+    SamplingParams(**sampling)  # refuses what makes no sense before a model is loaded
+    return {**sampling, "max_new_tokens": arguments.max_new_tokens, "chat": arguments.chat}
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     """Refuses what makes no sense for any model, before one is loaded."""
-    for option in ("draft_length", "max_new_tokens", "batch_size", "max_seq_len"):
+    for option in ("draft_length", "max_new_tokens", "slots", "max_seq_len"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")

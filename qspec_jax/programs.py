@@ -1,21 +1,25 @@
-"""The compiled programs of a decoder: prefill and loop, one pair per plan and shape.
+"""The compiled programs of a decoder: one that fills rows with prompts, and the generation loop.
 
 The decoder is split into its graph and its arrays once; the arrays are the programs' first argument, so
 that every program reads the same ones. Programs are compiled ahead of their first call: compile time is
-known and never hides in another figure.
+known and never hides in another figure. A batch needs one loop, and one filling program for each width of a piece of
+a prompt, of which there are ``len(PIECE_WIDTHS)``: whatever prompts come, no more are compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import with_group_sums
 from qspec_jax import speculative
@@ -23,96 +27,62 @@ from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
-from qspec_jax.sampling import Sampler, SamplingParams
-from qspec_jax.speculative import DecodeState, DecodingPlan
+from qspec_jax.sampling import Sampler, SamplingFeatures, SamplingParams
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.state import MAX_STOP_TOKENS, NO_TOKEN, DecodeState, PromptPiece
 from qspec_jax.types import Precision
 
-# Prompts are padded to powers of two from here on and caches to multiples of 64: nearby lengths share a program.
-_MIN_PROMPT_WIDTH = 32
+# A piece of a prompt is padded to the next of these widths; a longer prompt is read in pieces of the last.
+PIECE_WIDTHS = (32, 64, 128, 256, 512)
+# Caches are rounded up to multiples of 64: nearby lengths share a program.
 _SLOT_MULTIPLE = 64
-ALL_CYCLES = int(np.iinfo(np.int32).max)
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Prompts that run together, as padded arrays.
+class Shape(NamedTuple):
+    """What the programs of a batch are compiled for, besides their plan.
 
     Attributes:
-        tokens: ``[B, T]`` int32, padded on the right.
-        lengths: ``[B]`` int32, valid tokens of each prompt.
-        max_new_tokens: ``[B]`` int32.
-        slots: cache positions per sequence.
-        capacity: width of the output.
-        sampler: how tokens are drawn, of NumPy arrays; None for the most likely ones.
+        rows: sequences that run together.
+        slots: cache positions of each.
+        features: what their sampling needs.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    max_new_tokens: np.ndarray
+    rows: int
     slots: int
-    capacity: int
-    sampler: Sampler | None = None
+    features: SamplingFeatures = SamplingFeatures()
+
+
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the host reads after a dispatch, in buffers of its own: those of the state are used up by the next one.
+
+    Attributes:
+        tokens, num_tokens, finished, accepted_lengths: of the state.
+        cycles: run by the dispatch; 0 of a filling one.
+    """
+
+    tokens: Int32[Array, "B capacity"]
+    num_tokens: Int32[Array, " B"]
+    finished: Bool[Array, " B"]
+    accepted_lengths: Int32[Array, "B lengths"]
+    cycles: Int32[Array, ""]
 
     @classmethod
-    def create(
-        cls,
-        token_ids: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        slots: int,
-        rows: int,
-        sampling: Sequence[SamplingParams] = (),
-    ) -> Batch:
-        """Pads prompts to a power of two in length and, with sequences that stop at once, to ``rows``.
-
-        ``sampling`` has the parameters of each prompt; without any, tokens are chosen greedily.
-        """
-        longest = max(map(len, token_ids))
-        width = min(max(_MIN_PROMPT_WIDTH, 1 << (longest - 1).bit_length()), slots)
-        tokens = np.zeros((rows, width), np.int32)
-        lengths, limits = np.ones((rows,), np.int32), np.ones((rows,), np.int32)
-        for row, ids in enumerate(token_ids):
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-            limits[row] = max_new_tokens
-        padding = [SamplingParams()] * (rows - len(sampling))
-        return cls(
-            tokens,
-            lengths,
-            limits,
-            slots,
-            capacity=_round_up(max_new_tokens, _SLOT_MULTIPLE),
-            sampler=Sampler.create([*sampling, *padding]),
-        )
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sampler | None]:
-        """What the prefill program takes."""
-        return self.tokens, self.lengths, self.max_new_tokens, self.sampler
+    def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
+        """Of a state after some cycles."""
+        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles)
 
 
 def fitting_slots(num_tokens: int) -> int:
     """Cache positions for ``num_tokens``, rounded up so that nearby numbers share a program."""
-    return _round_up(num_tokens, _SLOT_MULTIPLE)
+    return -(-num_tokens // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """The two programs of one plan and shape, and the seconds it took to compile them now."""
-
-    prefill_program: Any
-    loop_program: Any
-    leaves: list[jax.Array]
-    batch: Batch
-    compile_s: float
-
-    def prefill(self) -> tuple[DecodeState, float]:
-        """Runs the prompts; the state after the first token of each, and the seconds it took."""
-        return _timed(lambda: self.prefill_program(self.leaves, *self.batch.arrays))
-
-    def run(self, state: DecodeState, max_cycles: int = ALL_CYCLES) -> tuple[DecodeState, float]:
-        """Runs up to ``max_cycles`` cycles in one dispatch, in the buffers of ``state``, which is used up."""
-        return _timed(lambda: self.loop_program(self.leaves, state, np.int32(max_cycles)))
+def piece_width(num_tokens: int) -> int:
+    """What a piece of a prompt is padded to."""
+    return next(width for width in PIECE_WIDTHS if width >= num_tokens)
 
 
 class Programs:
@@ -120,14 +90,19 @@ class Programs:
 
     Attributes:
         leaves: the decoder's arrays, as every program takes them.
+        compiled: the programs by what they are for.
+        num_compilations: programs compiled so far; constant once all that a batch needs are there.
+        compile_s: seconds that took.
     """
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
+        self.num_compilations = 0
+        self.compile_s = 0.0
         self._split()
 
     def __len__(self) -> int:
-        """Programs compiled so far."""
+        """Programs that are there."""
         return len(self.compiled)
 
     def _split(self) -> None:
@@ -138,34 +113,68 @@ class Programs:
     def _merge(self, leaves: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
 
-    def generation(
-        self, plan: DecodingPlan, batch: Batch, *, on_event: Callable[[str], None] = lambda _: None
-    ) -> Generation:
-        """The programs for a plan and a batch, compiled now if they are not there yet.
+    def compile(
+        self,
+        plan: DecodingPlan,
+        shape: Shape,
+        widths: Iterable[int],
+        *,
+        on_event: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Compiles the loop, and the filling programs of some widths, that are not there yet.
 
         Raises:
             OutOfMemoryError: the cache does not fit the device.
             UsageError: the kernels asked for by name do not serve this model.
         """
+        wanted = {
+            _fill_key(plan, shape, width): functools.partial(self.lower_fill, plan, shape, width) for width in widths
+        }
+        wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
+        if wanted.keys() <= self.compiled.keys():
+            return
+        on_event("compiling")
         self.prepare(plan)
-        rows, width = batch.tokens.shape
-        shape = rows, batch.slots, batch.capacity, jax.tree.structure(batch.sampler)
-        prefill_key = ("prefill", plan.verify, plan.stop_tokens, width, *shape)
-        loop_key = ("loop", plan, *shape)
+        self.check_cache(rows=shape.rows, slots=shape.slots)
         began = time.perf_counter()
-        missing = {prefill_key: self.lower_prefill, loop_key: self.lower_loop}
-        missing = {key: lower for key, lower in missing.items() if key not in self.compiled}
-        if missing:
-            on_event("compiling")
-            self.check_cache(rows=rows, slots=batch.slots)
-        for key, lower in missing.items():
-            with explain_out_of_memory("while compiling"):
-                try:
-                    self.compiled[key] = lower(plan, batch).compile()
-                except NotImplementedError as error:  # a kernel asked for by name
-                    raise UsageError(f"this model cannot run as asked: {error}") from error
-        compile_s = time.perf_counter() - began if missing else 0.0
-        return Generation(self.compiled[prefill_key], self.compiled[loop_key], self.leaves, batch, compile_s)
+        for key, lower in wanted.items():
+            if key not in self.compiled:
+                self.compiled[key] = self._compile(lower)
+                self.num_compilations += 1
+        self.compile_s += time.perf_counter() - began
+
+    def _compile(self, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        with explain_out_of_memory("while compiling"):
+            try:
+                return lower().compile()
+            except NotImplementedError as error:  # a kernel asked for by name
+                raise UsageError(f"this model cannot run as asked: {error}") from error
+
+    def fill(
+        self, plan: DecodingPlan, shape: Shape, state: DecodeState, pieces: PromptPiece, rows: np.ndarray, count: int
+    ) -> tuple[DecodeState, Report]:
+        """Puts the first ``count`` pieces into their rows; see :func:`speculative.fill`. The state is used up."""
+        program = self.compiled[_fill_key(plan, shape, pieces.tokens.shape[1])]
+        with explain_out_of_memory("while generating"):
+            return program(self.leaves, state, pieces, rows, np.int32(count))
+
+    def loop(
+        self,
+        plan: DecodingPlan,
+        shape: Shape,
+        state: DecodeState,
+        retired: np.ndarray,
+        *,
+        max_cycles: int,
+        until_finished: int,
+    ) -> tuple[DecodeState, Report]:
+        """Finishes the sequences that are ``retired`` and runs cycles; see :func:`speculative.generate`.
+
+        The state is used up.
+        """
+        program = self.compiled[_loop_key(plan, shape)]
+        with explain_out_of_memory("while generating"):
+            return program(self.leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
 
     def prepare(self, plan: DecodingPlan) -> None:
         """Gives the weights the layout and the group sums that the precisions of a plan need, the first time."""
@@ -179,14 +188,36 @@ class Programs:
             if not activation_quantization(quantization, precision).symmetric and add_group_sums(self.decoder):
                 self._split()
 
-    def lower_prefill(self, plan: DecodingPlan, batch: Batch) -> jax.stages.Lowered:
-        """Lowers the prefill program of a plan and shape."""
-        return jax.jit(self._prefill_function(plan, batch)).lower(self.leaves, *batch.arrays)
+    def idle_state(self, shape: Shape) -> DecodeState:
+        """Rows without a sequence."""
+        cache = self.decoder.create_cache(batch=shape.rows, slots=shape.slots)
+        return DecodeState.idle(cache, Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features))
 
-    def lower_loop(self, plan: DecodingPlan, batch: Batch) -> jax.stages.Lowered:
-        """Lowers the generation loop of a plan and shape; its state is donated."""
-        state = jax.eval_shape(self._prefill_function(plan, batch), self.leaves, *batch.arrays)
-        return self.lower_repetition(plan, state)
+    def lower_fill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
+        """Lowers the program that fills rows with pieces of a width; its state is donated."""
+
+        def fill(leaves, state, pieces, rows, count):
+            state = speculative.fill(self._merge(leaves), state, pieces, rows, count, plan=plan)
+            return state, Report.of(state, count * 0)
+
+        state = jax.eval_shape(lambda: self.idle_state(shape))
+        rows = np.zeros((shape.rows,), np.int32)
+        sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
+        pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
+        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, np.int32(0))
+
+    def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
+        """Lowers the generation loop; its state is donated."""
+
+        def loop(leaves, state, retired, max_cycles, until_finished):
+            state = dataclasses.replace(state, finished=state.finished | retired)
+            state, cycles = speculative.generate(self._merge(leaves), state, max_cycles, until_finished, plan=plan)
+            return state, Report.of(state, cycles)
+
+        state = jax.eval_shape(lambda: self.idle_state(shape))
+        retired = np.zeros((shape.rows,), bool)
+        program = jax.jit(loop, donate_argnums=1, compiler_options=_loop_options(plan))
+        return program.lower(self.leaves, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -197,18 +228,11 @@ class Programs:
         """
 
         def loop(leaves, state, max_cycles):
-            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)
+            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)[0]
 
         return jax.jit(loop, donate_argnums=1, compiler_options=_loop_options(plan)).lower(
             self.leaves, state, np.int32(0)
         )
-
-    def _prefill_function(self, plan: DecodingPlan, batch: Batch) -> Callable[..., DecodeState]:
-        def prefill(leaves, tokens, lengths, max_new_tokens, sampler):
-            model, shape = self._merge(leaves), {"slots": batch.slots, "capacity": batch.capacity}
-            return speculative.prefill(model, tokens, lengths, max_new_tokens, sampler, plan=plan, **shape)
-
-        return prefill
 
     def check_cache(self, *, rows: int, slots: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
@@ -237,6 +261,27 @@ def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
     return sum(linear.lay_out_for(precisions) for linear in linears) > 0
 
 
+def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
+    """The fields of as many pieces as a filling program takes, but for the sampler, as NumPy arrays to be set."""
+    rows = (shape.rows,)
+    return {
+        "tokens": np.zeros((*rows, width), np.int32),
+        "num_tokens": np.ones(rows, np.int32),
+        "start": np.zeros(rows, np.int32),
+        "last": np.zeros(rows, bool),
+        "max_new_tokens": np.ones(rows, np.int32),
+        "stop_tokens": np.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32),
+    }
+
+
+def _fill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:
+    return "fill", plan.verify, shape, width
+
+
+def _loop_key(plan: DecodingPlan, shape: Shape) -> tuple[Any, ...]:
+    return "loop", plan, shape
+
+
 def add_group_sums(decoder: Decoder) -> bool:
     """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
     changed = False
@@ -253,14 +298,3 @@ def add_group_sums(decoder: Decoder) -> bool:
 
 
 _with_group_sums = jax.jit(with_group_sums, static_argnums=1)
-
-
-def _timed(dispatch: Callable[[], DecodeState]) -> tuple[DecodeState, float]:
-    began = time.perf_counter()
-    with explain_out_of_memory("while generating"):
-        state = jax.block_until_ready(dispatch())
-    return state, time.perf_counter() - began
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,14 +1,17 @@
-"""What a generation returns."""
+"""What a generation returns: a result for each prompt, and figures of a whole run."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "error", "interrupted"]
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
-    """Figures of one sequence. Times are those of the batch it ran in.
+    """Figures of one sequence. Its times are those of the clock on the wall, also while others were waited for.
 
     Attributes:
         mode: ``qspec`` or the precision of plain decoding.
@@ -18,11 +21,12 @@ class GenerationStats:
             with (0 to ``draft_length``), including those of the last cycle beyond a stop token or the token
             limit; plain decoding has one token per cycle.
         num_tokens: tokens generated, the one from prefill included.
-        prefill_s: seconds from the call to the first token, without compiling.
-        decode_s: seconds of the loop.
-        compile_s: seconds spent compiling in this call; 0 once the shape is known.
+        prefill_s: seconds from when it got a row of the batch to its first token, without compiling.
+        decode_s: seconds from there to its end.
+        compile_s: seconds spent compiling in this call so far; 0 once the shapes are known.
         device: kind of the device.
         kernels: implementation of the matmuls.
+        waited_s: seconds before it got a row.
     """
 
     mode: str
@@ -35,6 +39,7 @@ class GenerationStats:
     compile_s: float
     device: str
     kernels: str
+    waited_s: float = 0.0
 
     @property
     def cycles(self) -> int:
@@ -63,7 +68,7 @@ class GenerationStats:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens of this sequence after the first, per second of the loop; None if there are none."""
+        """Tokens of this sequence after the first, per second of decoding; None if there are none."""
         return (self.num_tokens - 1) / self.decode_s if self.num_tokens > 1 and self.decode_s > 0 else None
 
 
@@ -76,16 +81,19 @@ class GenerationResult:
         prompt_token_ids: what the model read, chat template included.
         text: generated text without special tokens.
         token_ids: generated tokens; a stop token is included.
-        finish_reason: ``stop`` at a stop token, ``length`` at the limit.
+        finish_reason: ``stop`` at a stop token, ``length`` at the limit, ``error`` where the request could not be
+            served, ``interrupted`` where the user ended the run before the text was complete.
         stats: figures.
+        error: what was wrong with the request, otherwise None.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     stats: GenerationStats
+    error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A flat, JSON-serialisable form: one line of ``python -m qspec_jax.generate --json``."""
@@ -96,6 +104,7 @@ class GenerationResult:
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
+            "error": self.error,
             "mode": stats.mode,
             "draft": stats.draft,
             "draft_length": stats.draft_length,
@@ -105,6 +114,7 @@ class GenerationResult:
             "accepted_lengths": list(stats.accepted_lengths),
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_cycle": stats.tokens_per_cycle,
+            "waited_s": stats.waited_s,
             "prefill_s": stats.prefill_s,
             "decode_s": stats.decode_s,
             "compile_s": stats.compile_s,
@@ -112,3 +122,61 @@ class GenerationResult:
             "device": stats.device,
             "kernels": stats.kernels,
         }
+
+
+@dataclasses.dataclass
+class RunTotals:
+    """Figures of all sequences that ran through a batch together.
+
+    Attributes:
+        rows: sequences that run together.
+        requests: finished ones.
+        tokens: generated ones.
+        accepted_lengths: cycles of all sequences by number of accepted drafts.
+        cycles: run by the device, each for all rows.
+        prefill_s, decode_s: seconds that the device filled rows and ran cycles.
+        gap_s: seconds between these in which it waited for the host.
+        compile_s: seconds spent compiling, which are not in ``gap_s``.
+    """
+
+    rows: int
+    requests: int = 0
+    tokens: int = 0
+    accepted_lengths: list[int] = dataclasses.field(default_factory=list)
+    cycles: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    gap_s: float = 0.0
+    compile_s: float = 0.0
+
+    def count_cycles(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Adds the cycles of a sequence since it was last looked at."""
+        self.accepted_lengths += [0] * (len(after) - len(self.accepted_lengths))
+        for length, cycles in enumerate(after):
+            self.accepted_lengths[length] += cycles - (before[length] if before else 0)
+
+    @property
+    def sequence_cycles(self) -> int:
+        """Cycles of all sequences."""
+        return sum(self.accepted_lengths)
+
+    @property
+    def tokens_per_cycle(self) -> float | None:
+        """What a cycle yields for a sequence; None without a cycle."""
+        accepted = sum(length * cycles for length, cycles in enumerate(self.accepted_lengths))
+        return 1 + accepted / self.sequence_cycles if self.sequence_cycles else None
+
+    @property
+    def occupancy(self) -> float | None:
+        """Share of the rows that held an unfinished sequence, over all cycles; None without a cycle."""
+        return self.sequence_cycles / (self.rows * self.cycles) if self.cycles else None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the whole run, without compiling."""
+        return self.prefill_s + self.decode_s + self.gap_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of all sequences per second of the run, without compiling; None before the first."""
+        return self.tokens / self.busy_s if self.busy_s > 0 else None

@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens that the output has.
         frequency_penalty: subtracted from them for every time that it has them.
         seed: of the noise, 0 to 2**32 - 1.
+        stop_token_ids: tokens that end the text, besides those of the model.
 
     Tokens tied with the last one that a limit lets through are let through as well.
 
@@ -59,6 +60,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
@@ -69,6 +71,21 @@ class SamplingParams:
         self._check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
         for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._check(name, math.isfinite(getattr(self, name)), "a finite number")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters by name, of any types, as they stand in JSON.
+
+        Raises:
+            UsageError: as above, or a name is unknown, or a type is another one.
+        """
+        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        checked = {}
+        for name, value in values.items():
+            if name not in fields:
+                raise UsageError(f"{name!r} is no sampling parameter; use some of {', '.join(fields)}")
+            checked[name] = _converted(name, value, fields[name])
+        return cls(**checked)
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
@@ -88,6 +105,42 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Logits depend on the tokens before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _converted(name: str, value: Any, kind: str) -> Any:
+    """A value as the field of a kind (the text of its annotation) takes it."""
+    numbers = {"int": (int, "a whole number"), "float": ((int, float), "a number")}
+    if kind in numbers:
+        types, allowed = numbers[kind]
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise UsageError(f"{name}={value!r}: use {allowed}")
+        return float(value) if kind == "float" else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(token, int) for token in value):
+        raise UsageError(f"{name}={value!r}: use a list of token ids")
+    return tuple(value)
+
+
+class SamplingFeatures(NamedTuple):
+    """What some sequences of a batch need of the compiled program; static.
+
+    Attributes:
+        draws: tokens other than the most likely ones of the model's own logits.
+        truncates, penalises: as in :class:`SamplingParams`.
+    """
+
+    draws: bool = False
+    truncates: bool = False
+    penalises: bool = False
+
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams]) -> SamplingFeatures:
+        """Those that any of the parameters needs."""
+        needed = [(not one.greedy or one.penalises, one.truncates, one.penalises) for one in params]
+        return cls(*(any(column) for column in zip(*needed, strict=True))) if needed else cls()
+
+    def union(self, other: SamplingFeatures) -> SamplingFeatures:
+        """What either needs."""
+        return SamplingFeatures(*(a or b for a, b in zip(self, other, strict=True)))
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -119,9 +172,14 @@ class Sampler:
     counts: Int32[Array, "B V"] | None = None
 
     @classmethod
-    def create(cls, params: Sequence[SamplingParams]) -> Sampler | None:
-        """The sampler of a batch, in NumPy arrays; None if all choose greedily among untouched logits."""
-        if all(one.greedy and not one.penalises for one in params):
+    def create(cls, params: Sequence[SamplingParams], features: SamplingFeatures | None = None) -> Sampler | None:
+        """The sampler of a batch, in NumPy arrays.
+
+        ``features`` are those of the program that runs it, by default what ``params`` need. None if that is nothing:
+        all choose greedily among untouched logits.
+        """
+        features = features or SamplingFeatures.of(params)
+        if not features.draws:
             return None
 
         def column(name: str, dtype: type) -> Any:
@@ -132,17 +190,52 @@ class Sampler:
             **{name: column(name, np.float32) for name in floats},
             top_k=column("top_k", np.int32),
             seed=column("seed", np.uint32),
-            truncates=any(one.truncates for one in params),
-            penalises=any(one.penalises for one in params),
+            truncates=features.truncates,
+            penalises=features.penalises,
         )
 
-    def for_prompts(self, prompts: Int32[Array, "B T"], prompt_lengths: Int32[Array, " B"], vocab_size: int) -> Sampler:
-        """The sampler before the first new token."""
+    @classmethod
+    def idle(
+        cls, rows: int, vocab_size: int, features: SamplingFeatures, earlier: Sampler | None = None
+    ) -> Sampler | None:
+        """The sampler of idle rows, or of those that ran with fewer features so far, which changes none of them."""
+        made = cls.create([SamplingParams()] * rows, features)
+        if made is None:
+            return None
+        if features.penalises:
+            shape = (rows, vocab_size)
+            made = dataclasses.replace(made, in_prompt=np.zeros(shape, bool), counts=np.zeros(shape, np.int32))
+        if earlier is None:
+            return made
+        arrays = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+        known = {name: getattr(earlier, name) for name in arrays if getattr(earlier, name) is not None}
+        return dataclasses.replace(made, **known)
+
+    def for_prompts(
+        self,
+        tokens: Int32[Array, "B T"],
+        num_tokens: Int32[Array, " B"],
+        vocab_size: int,
+        start: Int32[Array, " B"] | None = None,
+        earlier: Sampler | None = None,
+    ) -> Sampler:
+        """The sampler before the first new token.
+
+        Args:
+            tokens: of the prompts, or of pieces of them, padded on the right.
+            num_tokens: valid ones of each.
+            vocab_size: of the model.
+            start: tokens of the prompts before these pieces.
+            earlier: the sampler after those.
+        """
         if not self.penalises:
             return self
-        batch, width = prompts.shape
-        exists = jnp.arange(width) < prompt_lengths[:, None]
-        in_prompt = jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], prompts].max(exists)
+        batch, width = tokens.shape
+        exists = jnp.arange(width) < num_tokens[:, None]
+        in_prompt = jnp.zeros((batch, vocab_size), bool)
+        if start is not None and earlier is not None and earlier.in_prompt is not None:
+            in_prompt = (start > 0)[:, None] & earlier.in_prompt
+        in_prompt = in_prompt.at[jnp.arange(batch)[:, None], tokens].max(exists)
         return dataclasses.replace(self, in_prompt=in_prompt, counts=jnp.zeros((batch, vocab_size), jnp.int32))
 
     def after(self, tokens: Int32[Array, "B T"], kept: Bool[Array, "B T"]) -> Sampler:
@@ -219,7 +312,8 @@ def _let_through(logits: Float32[Array, "B T V"], sampler: Sampler) -> Bool[Arra
     top_k, top_p, min_p = (getattr(sampler, name)[:, None, None] for name in ("top_k", "top_p", "min_p"))
     kept = (top_k == 0) | (rank < top_k)
     probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-    kept &= jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+    # Rounded, the sum may reach 1 before the last token: a request without a limit must not feel its neighbours' ones.
+    kept &= (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (top_p == 1)
     kept &= probabilities >= min_p * probabilities[..., :1]
     last = jnp.maximum(kept.astype(jnp.int32).sum(axis=-1, keepdims=True), 1) - 1
     return logits >= jnp.take_along_axis(ordered, last, axis=-1)

@@ -19,7 +19,6 @@ choose with the same noise (see :mod:`qspec_jax.sampling`).
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable
 
 import jax
@@ -30,9 +29,8 @@ from jaxtyping import Array, Bool, Int32
 from qspec_jax.cache import KVCache
 from qspec_jax.modeling import Decoder
 from qspec_jax.sampling import Sampler, choose
+from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece
 from qspec_jax.types import Precision
-
-MAX_DRAFT_LENGTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +41,11 @@ class DecodingPlan:
         verify: the precision whose output is produced.
         draft: the precision of the drafts, None for plain decoding.
         draft_length: gamma, drafts per cycle; 0 for plain decoding.
-        stop_tokens: a sequence ends with the first of these.
     """
 
     verify: Precision
     draft: Precision | None = None
     draft_length: int = 0
-    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.draft is None) != (self.draft_length == 0):
@@ -58,75 +54,60 @@ class DecodingPlan:
             raise ValueError(f"draft_length={self.draft_length} is more than {MAX_DRAFT_LENGTH}")
 
 
-@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything that changes from cycle to cycle. All counts are per sequence.
-
-    Attributes:
-        cache: valid up to, and without, ``last_token``.
-        last_token: ``[B]`` int32, the newest token of each sequence.
-        tokens: ``[B, capacity]`` int32, the generated tokens.
-        num_tokens: ``[B]`` int32, how many of them are set.
-        max_new_tokens: ``[B]`` int32, at most ``capacity``.
-        finished: ``[B]`` bool, a stop token was generated or ``max_new_tokens`` reached.
-        accepted_lengths: ``[B, MAX_DRAFT_LENGTH + 1]`` int32, cycles run before the sequence finished, by how many
-            drafts the verification agreed with. Drafts of the last cycle beyond a stop count as drafted and
-            accepted although they are not emitted.
-        sampler: how tokens are drawn; None for the most likely ones.
-    """
-
-    cache: KVCache
-    last_token: Int32[Array, " B"]
-    tokens: Int32[Array, "B capacity"]
-    num_tokens: Int32[Array, " B"]
-    max_new_tokens: Int32[Array, " B"]
-    finished: Bool[Array, " B"]
-    accepted_lengths: Int32[Array, "B lengths"]
-    sampler: Sampler | None = None
-
-
-def prefill(
-    model: Decoder,
-    prompts: Int32[Array, "B T"],
-    prompt_lengths: Int32[Array, " B"],
-    max_new_tokens: Int32[Array, " B"],
-    sampler: Sampler | None = None,
-    *,
-    plan: DecodingPlan,
-    slots: int,
-    capacity: int,
-) -> DecodeState:
-    """Runs the prompts at the verify precision and chooses the first new token of each.
+def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: DecodingPlan) -> DecodeState:
+    """Runs a piece of a prompt in every row at the verify precision; the last one chooses the first new token.
 
     Args:
         model: the decoder.
-        prompts: token ids, padded on the right.
-        prompt_lengths: valid tokens of each prompt, at least 1.
-        max_new_tokens: tokens to generate for each, at least 1 and at most ``capacity``.
-        sampler: how tokens are drawn; None for the most likely ones.
-        plan: precisions and stop tokens.
-        slots: cache positions per sequence.
-        capacity: width of the output.
+        state: rows that are idle, or that have read the pieces before.
+        piece: one for each row.
+        plan: precisions.
     """
-    batch = prompts.shape[0]
-    cache = model.create_cache(batch=batch, slots=slots)
-    logits, cache = model(prompts, cache, precision=plan.verify, logits_at=prompt_lengths - 1)
+    batch = piece.tokens.shape[0]
+    logits, cache = model(
+        piece.tokens,
+        state.cache.with_lengths(piece.start),
+        precision=plan.verify,
+        logits_at=piece.num_tokens - 1,
+    )
+    sampler = piece.sampler
     if sampler is not None:
-        sampler = sampler.for_prompts(prompts, prompt_lengths, logits.shape[-1])
+        assert state.sampler is not None
+        sampler = sampler.for_prompts(piece.tokens, piece.num_tokens, logits.shape[-1], piece.start, state.sampler)
     first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
     first = first_tokens[:, 0]
     return DecodeState(
-        cache=cache.with_lengths(prompt_lengths),
+        cache=cache.with_lengths(piece.start + piece.num_tokens),
         last_token=first,
-        tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first),
-        num_tokens=jnp.ones((batch,), jnp.int32),
-        max_new_tokens=max_new_tokens,
-        finished=is_stop(first, plan.stop_tokens) | (max_new_tokens <= 1),
-        accepted_lengths=jnp.zeros((batch, MAX_DRAFT_LENGTH + 1), jnp.int32),
-        sampler=None if sampler is None else sampler.after(first_tokens, jnp.ones((batch, 1), bool)),
+        tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
+        num_tokens=piece.last.astype(jnp.int32),
+        max_new_tokens=piece.max_new_tokens,
+        stop_tokens=piece.stop_tokens,
+        finished=~piece.last | is_stop(first_tokens, piece.stop_tokens)[:, 0] | (piece.max_new_tokens <= 1),
+        accepted_lengths=jnp.zeros_like(state.accepted_lengths),
+        sampler=None if sampler is None else sampler.after(first_tokens, piece.last[:, None]),
     )
+
+
+def fill(
+    model: Decoder,
+    state: DecodeState,
+    pieces: PromptPiece,
+    rows: Int32[Array, " P"],
+    count: Int32[Array, ""],
+    *,
+    plan: DecodingPlan,
+) -> DecodeState:
+    """Puts the first ``count`` of ``P`` pieces of prompts into ``rows``, while the other rows stay as they are.
+
+    One after the other, each as a batch of one: what a prompt yields cannot depend on what enters beside it.
+    """
+
+    def enter(index: Array, state: DecodeState) -> DecodeState:
+        row = rows[index]
+        return state.with_row(row, prefill(model, state.row(row), pieces.row(index), plan=plan))
+
+    return lax.fori_loop(0, count, enter, state)
 
 
 def draft(
@@ -208,7 +189,7 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
         )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
-        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, plan=plan)
+        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted)
 
 
 def emit(
@@ -216,8 +197,6 @@ def emit(
     start: Int32[Array, " B"],
     target_tokens: Int32[Array, "B gamma_plus_1"],
     num_accepted: Int32[Array, " B"],
-    *,
-    plan: DecodingPlan,
 ) -> DecodeState:
     """Appends the accepted tokens and the one after them, cut at a stop token and at the token limit.
 
@@ -225,7 +204,7 @@ def emit(
     """
     batch, width = target_tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
-    stops = is_stop(target_tokens, plan.stop_tokens)
+    stops = is_stop(target_tokens, state.stop_tokens)
     stops_seen = jnp.cumsum(stops.astype(jnp.int32), axis=1)
     up_to_stop = (stops_seen == 0) | (stops & (stops_seen == 1))
     room = state.max_new_tokens - state.num_tokens
@@ -254,29 +233,38 @@ def generate(
     model: Decoder,
     state: DecodeState,
     max_cycles: Int32[Array, ""],
+    until_finished: Int32[Array, ""] | None = None,
     *,
     plan: DecodingPlan,
     advance: Callable[..., DecodeState] = cycle,
-) -> DecodeState:
-    """Runs cycles on the device until every sequence has finished, or ``max_cycles`` of them.
+) -> tuple[DecodeState, Int32[Array, ""]]:
+    """Runs cycles on the device until enough sequences have finished, or ``max_cycles`` of them.
 
-    ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.
+    Args:
+        model: the decoder.
+        state: where to go on.
+        max_cycles: at most so many.
+        until_finished: as soon as so many rows are finished or idle; None for all.
+        plan: precisions and draft length.
+        advance: ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.
+
+    Returns:
+        the state after the cycles, and their number.
     """
+    enough = state.finished.shape[0] if until_finished is None else until_finished
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         count, state = carry
-        return (count < max_cycles) & ~state.finished.all()
+        return (count < max_cycles) & (state.finished.astype(jnp.int32).sum() < enough)
 
     def one_cycle(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         count, state = carry
         return count + 1, advance(model, state, plan=plan)
 
-    return lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))[1]
+    count, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))
+    return state, count
 
 
-def is_stop(tokens: Int32[Array, "*batch"], stop_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
+def is_stop(tokens: Int32[Array, "B T"], stop_tokens: Int32[Array, "B stops"]) -> Bool[Array, "B T"]:
     """Whether each token ends its sequence."""
-    stops = jnp.zeros(tokens.shape, bool)
-    for token in stop_tokens:
-        stops = stops | (tokens == token)
-    return stops
+    return (tokens[:, :, None] == stop_tokens[:, None, :]).any(axis=-1)

@@ -13,7 +13,7 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax import engine, memory, speculative
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import OutOfMemoryError, UsageError
-from qspec_jax.programs import Batch
+from qspec_jax.programs import Shape
 from qspec_jax.types import Precision
 from tests import tiny
 
@@ -32,14 +32,19 @@ def wide_model():
     return tiny.language_model(dataclasses.replace(config, num_layers=6))
 
 
-def batch():
-    return Batch.create(PROMPTS, 16, slots=64, rows=2)
+SHAPE = Shape(rows=2, slots=64)
 
 
 def compiled_loop(model, **options):
     plan = model.plan(**options)
     model.programs.prepare(plan)
-    return model.programs.lower_loop(plan, batch()).compile().memory_analysis()
+    return model.programs.lower_loop(plan, SHAPE).compile().memory_analysis()
+
+
+def compiled_fill(model, **options):
+    plan = model.plan(**options)
+    model.programs.prepare(plan)
+    return model.programs.lower_fill(plan, SHAPE, 32).compile().memory_analysis()
 
 
 def float_bytes(model):
@@ -58,16 +63,25 @@ def is_weight(leaf):
 @pytest.mark.parametrize("options", [{"mode": "w4a16"}, {"draft": "w4a8"}, {"draft": "w4a4"}])
 def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, options):
     analysis = compiled_loop(wide_model, **options)
-    cache = wide_model.decoder.create_cache(batch=2, slots=batch().slots)
+    cache = wide_model.decoder.create_cache(batch=2, slots=SHAPE.slots)
     assert float_bytes(wide_model) > 4 * wide_model.nbytes / 2
     assert analysis.argument_size_in_bytes < wide_model.nbytes + cache.nbytes + 4096
     # One layer dequantised at a time at most, of six.
     assert analysis.temp_size_in_bytes < float_bytes(wide_model) / 4
 
 
-def test_the_loop_works_in_the_buffers_it_is_given(wide_model):
-    cache = wide_model.decoder.create_cache(batch=2, slots=batch().slots)
-    assert compiled_loop(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
+@pytest.mark.parametrize("compiled", [compiled_loop, compiled_fill])
+def test_the_programs_work_in_the_buffers_they_are_given(wide_model, compiled):
+    cache = wide_model.decoder.create_cache(batch=2, slots=SHAPE.slots)
+    assert compiled(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
+
+
+def test_filling_a_row_copies_that_row_alone():
+    """With many rows, what is needed besides the buffers given is far less than the cache."""
+    model = tiny.language_model()
+    shape = Shape(rows=64, slots=512)
+    analysis = model.programs.lower_fill(model.plan("w4a16"), shape, 32).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < model.decoder.create_cache(batch=64, slots=512).nbytes / 8
 
 
 def test_draft_and_verify_read_the_same_arrays(model):
@@ -107,7 +121,7 @@ def test_all_full_and_partial_batches_of_a_call_share_one_loop_program():
     assert [result.token_ids for result in results] == alone
 
 
-def test_the_whole_generation_is_one_dispatch_of_the_loop(monkeypatch):
+def test_a_second_run_compiles_and_traces_nothing(monkeypatch):
     model = tiny.language_model()
     traces = []
     original = speculative.generate
@@ -131,9 +145,9 @@ def test_results_keep_the_order_of_prompts_across_batches(model):
 def test_a_result_as_a_dictionary_has_the_documented_keys(model):
     entry = model.generate([[1, 2]], draft="w4a8", max_new_tokens=8)[0].to_dict()
     assert set(entry) == {
-        *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length"),
+        *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "error", "mode", "draft", "draft_length"),
         *("cycles", "drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle"),
-        *("prefill_s", "decode_s", "compile_s", "tokens_per_s", "device", "kernels"),
+        *("waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s", "device", "kernels"),
     }
     assert entry["mode"] == "qspec"
     assert entry["draft"] == "w4a8"
@@ -167,11 +181,16 @@ def test_bad_arguments_are_refused_with_a_remedy_before_compiling(options, messa
     assert len(model.programs) == 0
 
 
-def test_a_bad_prompt_late_in_the_list_is_refused_before_any_work():
-    model = tiny.language_model()
-    with pytest.raises(UsageError, match="do not fit"):
-        model.generate([[1]] * 3 + [[1] * 255], max_new_tokens=8, batch_size=1)
-    assert len(model.programs) == 0
+def test_a_prompt_that_cannot_be_served_fails_alone(model):
+    prompts = [[5, 6], [1] * 255, [], [7]]
+    results = model.generate(prompts, mode="w4a16", max_new_tokens=8, batch_size=2)
+    expected = model.generate([[5, 6], [7]], mode="w4a16", max_new_tokens=8, batch_size=2)
+    assert [results[0].token_ids, results[3].token_ids] == [one.token_ids for one in expected]
+    assert [one.finish_reason for one in results] == ["length", "error", "error", "length"]
+    assert "a prompt of 255 tokens and max_new_tokens=8 do not fit" in results[1].error
+    assert results[2].error == "prompt 3 is empty; give it some text"
+    assert results[1].to_dict()["error"] == results[1].error
+    assert results[1].stats.cycles == results[1].stats.num_tokens == 0
 
 
 def test_a_4_bit_mode_of_a_float_model_is_refused():

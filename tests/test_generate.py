@@ -17,6 +17,7 @@ from tests.loading import tiny_checkpoints
 ROOT = Path(__file__).parents[1]
 KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
+    *("error", "waited_s"),
     *("drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s"),
     *("compile_s", "tokens_per_s", "device", "kernels"),
 }
@@ -111,7 +112,7 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
         (["--prompt", "a", "--draft-length", "0"], "--draft-length 0 must be at least 1"),
         (["--prompt", "a", "--draft-length", "99"], "--draft-length 99 must be at most 16"),
         (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens -5 must be at least 1"),
-        (["--prompt", "a", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--prompt", "a", "--slots", "0"], "--slots 0 must be at least 1"),
         (["--prompt", "a", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0: use 0 (greedy) or more"),
         (["--prompt-file", "/nonexistent/prompts.txt"], "cannot read --prompt-file /nonexistent/prompts.txt"),
@@ -163,8 +164,7 @@ def test_a_prompt_file_line_that_is_not_an_object_with_a_prompt_is_named(capsys,
 def test_a_text_file_has_a_prompt_per_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("first\n\n  \nsecond {line}\n{third\n")
-    arguments = generate.build_parser().parse_args(["--prompt-file", str(path)])
-    assert generate._read_prompts(arguments) == ["first", "second {line}", "{third"]
+    assert generate.read_prompt_file(path) == ["first", "second {line}", "{third"]
 
 
 @pytest.mark.parametrize("damage", ["missing shard", "truncated", "wrong dtype"])

@@ -13,6 +13,7 @@ from qspec_jax import speculative
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.programs import add_group_sums
 from qspec_jax.speculative import DecodingPlan
+from qspec_jax.state import MAX_STOP_TOKENS, NO_TOKEN, DecodeState
 from qspec_jax.types import Precision
 from tests import tiny
 
@@ -93,6 +94,21 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
     assert token_ids(stale.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) != expected
 
 
+def prefilled(decoder, plan, prompts, lengths, *, slots=48, max_new_tokens=32):
+    """The state after the prompts, without stop tokens."""
+    rows = prompts.shape[:1]
+    piece = speculative.PromptPiece(
+        tokens=prompts,
+        num_tokens=lengths,
+        start=jnp.zeros(rows, jnp.int32),
+        last=jnp.ones(rows, bool),
+        max_new_tokens=jnp.full(rows, max_new_tokens, jnp.int32),
+        stop_tokens=jnp.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
+    )
+    idle = DecodeState.idle(decoder.create_cache(batch=rows[0], slots=slots))
+    return speculative.prefill(decoder, jax.tree.map(jnp.asarray, idle), piece, plan=plan)
+
+
 @pytest.mark.parametrize("draft", [Precision.W4A4, Precision.W4A8])
 def test_the_cache_after_each_cycle_is_that_of_w4a16(draft):
     decoder = tiny.decoder()
@@ -100,8 +116,7 @@ def test_the_cache_after_each_cycle_is_that_of_w4a16(draft):
     plan = DecodingPlan(Precision.W4A16, draft, 3)
     prompts = jnp.asarray([[5, 6, 7, 0], [10, 11, 12, 13]], jnp.int32)
     lengths = jnp.asarray([3, 4], jnp.int32)
-    limits = jnp.full((2,), 32, jnp.int32)
-    state = speculative.prefill(decoder, prompts, lengths, limits, plan=plan, slots=48, capacity=32)
+    state = prefilled(decoder, plan, prompts, lengths)
     step = jax.jit(lambda state: speculative.cycle(decoder, state, plan=plan))
     for _ in range(4):
         state = step(state)
@@ -133,18 +148,18 @@ def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=Fa
     """One sequence, which already has one token, after `emit`."""
     one = jnp.ones((1,), jnp.int32)
     decoder = tiny.decoder(quantization=None)
-    state = speculative.DecodeState(
-        cache=decoder.create_cache(batch=1, slots=32),
+    state = dataclasses.replace(
+        jax.tree.map(jnp.asarray, DecodeState.idle(decoder.create_cache(batch=1, slots=12))),
         last_token=one,
         tokens=jnp.zeros((1, 12), jnp.int32).at[0, 0].set(1),
         num_tokens=one,
         max_new_tokens=one * (1 + room),
+        stop_tokens=jnp.asarray([[*stop_tokens, *[NO_TOKEN] * (MAX_STOP_TOKENS - len(stop_tokens))]], jnp.int32),
         finished=jnp.asarray([finished]),
         accepted_lengths=jnp.zeros((1, 4), jnp.int32),
     )
-    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, len(target_tokens) - 1, stop_tokens)
     targets = jnp.asarray([target_tokens], jnp.int32)
-    return speculative.emit(state, one * 7, targets, one * num_accepted, plan=plan)
+    return speculative.emit(state, one * 7, targets, one * num_accepted)
 
 
 def test_emit_appends_accepted_drafts_and_the_token_after_them():

@@ -24,7 +24,7 @@ from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation import DraftScore
 from qspec_jax.memory import explain_out_of_memory
-from qspec_jax.speculative import DecodeState
+from qspec_jax.state import DecodeState
 
 Status = Literal["ok", "unsupported", "failed"]
 _DISPATCH_S = 0.25  # that a timed dispatch should last, so that what it costs itself does not count

@@ -22,11 +22,11 @@ from qspec_jax.engine import LanguageModel
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.modeling import Decoder
 from qspec_jax.programs import fitting_slots
-from qspec_jax.speculative import DecodeState, DecodingPlan
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.state import DecodeState
 from qspec_jax.types import Precision
 
 PartName = Literal["step", "draft", "verify", "cycle"]
-_CAPACITY = 64  # of the output, which stays as it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +150,16 @@ def context_state(model: LanguageModel, setting: Setting) -> DecodeState:
     empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, slots=setting.slots))
     keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + len(jax.tree.leaves(empty.layers))))
     layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
-    return DecodeState(
-        cache=KVCache(layers, jnp.full(rows, setting.context, jnp.int32)),
-        last_token=jax.random.randint(next(keys), rows, 0, model.config.vocab_size, jnp.int32),
-        tokens=jnp.zeros((*rows, _CAPACITY), jnp.int32),
-        num_tokens=jnp.ones(rows, jnp.int32),
-        max_new_tokens=jnp.full(rows, _CAPACITY, jnp.int32),
-        finished=jnp.zeros(rows, bool),
-        accepted_lengths=jnp.zeros((*rows, speculative.MAX_DRAFT_LENGTH + 1), jnp.int32),
+    cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32))
+    return jax.tree.map(
+        jnp.asarray,
+        dataclasses.replace(
+            DecodeState.idle(cache),
+            last_token=jax.random.randint(next(keys), rows, 0, model.config.vocab_size, jnp.int32),
+            num_tokens=jnp.ones(rows, jnp.int32),
+            max_new_tokens=jnp.full(rows, setting.slots, jnp.int32),
+            finished=jnp.zeros(rows, bool),
+        ),
     )
 
 

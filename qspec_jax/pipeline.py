@@ -1,0 +1,134 @@
+"""Requests in, results out, in the order in which the requests came."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qspec_jax.progress import progress_bar
+from qspec_jax.requests import Prompt, Request
+from qspec_jax.results import GenerationResult, RunTotals
+from qspec_jax.sampling import SamplingParams
+from qspec_jax.scheduler import RunningSequence, Scheduler
+
+if TYPE_CHECKING:
+    from qspec_jax.engine import LanguageModel
+    from qspec_jax.speculative import DecodingPlan
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A request and, once it is finished, its result."""
+
+    sequence: RunningSequence | None = None
+    result: GenerationResult | None = None
+
+
+class Pipeline:
+    """A batch that requests enter as others leave it. Made by :meth:`LanguageModel.pipeline`.
+
+    ``submit`` queues a request and returns at once; ``results`` runs the device and yields one result per request in
+    the order of submission. More may be submitted while results are taken.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        plan: DecodingPlan,
+        *,
+        batch_size: int,
+        slots: int,
+        on_event: Callable[[str], None],
+    ):
+        """See :meth:`LanguageModel.pipeline`."""
+        self.max_seq_len = slots
+        self._model, self._plan = model, plan
+        self._scheduler = Scheduler(model.programs, plan, rows=batch_size, slots=slots, on_event=on_event)
+        self._entries: collections.deque[_Entry] = collections.deque()
+
+    @property
+    def totals(self) -> RunTotals:
+        """Figures of all that ran so far."""
+        return self._scheduler.totals
+
+    def __len__(self) -> int:
+        """Requests whose results have not been taken."""
+        return len(self._entries)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        chat: bool | None = None,
+    ) -> None:
+        """Queues a request. One that cannot be served gets a result with the error, and disturbs no other.
+
+        Args:
+            prompt: a text, token ids, or the messages of a conversation.
+            max_new_tokens, chat: as in :meth:`LanguageModel.generate`.
+            sampling: how tokens are drawn: parameters, or a mapping of some of them.
+        """
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "chat": chat}
+        self.add(self._model.attempt(prompt, self._plan, max_seq_len=self.max_seq_len, **options))
+
+    def add(self, request: Request | GenerationResult) -> None:
+        """Queues a request that was checked, or the result of one that failed."""
+        if isinstance(request, Request):
+            self._entries.append(_Entry(sequence=self._scheduler.add(request)))
+        else:
+            self._entries.append(_Entry(result=request))
+
+    def results(self, *, progress: bool = False) -> Iterator[GenerationResult]:
+        """Runs the batch, and yields the result of each request as soon as those before it are finished, too.
+
+        Args:
+            progress: show finished requests, tokens/s and tokens per cycle on the standard error stream.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`LanguageModel.generate`.
+        """
+        with progress_bar(len(self._entries), shown=progress) as show:
+            while self._entries:
+                while (result := self._entries[0].result) is None:
+                    self._advance()
+                    show(self.totals)
+                self._entries.popleft()
+                yield result
+
+    def collect(self, *, progress: bool = False) -> list[GenerationResult]:
+        """All results that were not taken yet. Ctrl-C ends the run: see :meth:`interrupt`.
+
+        Args:
+            progress: show finished requests, tokens/s and tokens per cycle on the standard error stream.
+        """
+        with progress_bar(len(self._entries), shown=progress) as show:
+            try:
+                while self._scheduler.busy:
+                    self._advance()
+                    show(self.totals)
+            except KeyboardInterrupt:
+                return self.interrupt()
+        return list(self.results())
+
+    def interrupt(self) -> list[GenerationResult]:
+        """Ends the run, and returns what there is: the text so far of a request that was under way.
+
+        Such a result has the ``finish_reason`` ``interrupted``.
+        """
+        for entry in self._entries:
+            if entry.sequence is not None and entry.result is None:
+                entry.result = self._model.result(entry.sequence, self._plan, self.totals)
+                self._scheduler.cancel(entry.sequence)
+        results = [entry.result for entry in self._entries if entry.result is not None]
+        self._entries.clear()
+        return results
+
+    def _advance(self) -> None:
+        self._scheduler.advance()
+        for entry in self._entries:
+            if entry.result is None and entry.sequence is not None and entry.sequence.finished:
+                entry.result = self._model.result(entry.sequence, self._plan, self.totals)

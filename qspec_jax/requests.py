@@ -1,0 +1,115 @@
+"""What a user asks for one sequence, and what it takes to be served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qspec_jax import programs
+from qspec_jax.errors import UsageError
+from qspec_jax.results import GenerationResult, GenerationStats
+from qspec_jax.sampling import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or the messages of a conversation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A sequence to be generated, checked.
+
+    Attributes:
+        token_ids: the prompt, at least one token.
+        max_new_tokens: at least 1.
+        sampling: how tokens are drawn.
+        stop_tokens: the sequence ends with the first of these.
+        prompt: the text of the prompt if it was given as one.
+    """
+
+    token_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop_tokens: tuple[int, ...]
+    prompt: str | None = None
+
+    def pieces(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """Start and tokens of each piece of the prompt."""
+        longest = programs.PIECE_WIDTHS[-1]
+        for start in range(0, len(self.token_ids), longest):
+            yield start, self.token_ids[start : start + longest]
+
+    def widths(self) -> set[int]:
+        """What its pieces are padded to."""
+        return {programs.piece_width(len(tokens)) for _, tokens in self.pieces()}
+
+
+def is_conversation(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether a prompt is a list of messages."""
+    return not isinstance(prompt, str) and bool(prompt) and all(isinstance(one, Mapping) for one in prompt)
+
+
+def listed(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Prompts as a list; a text or a conversation is one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    given: list[Any] = [prompts] if isinstance(prompts, str) or is_conversation(prompts) else list(prompts)
+    if not given:
+        raise UsageError("there is no prompt; give at least one")
+    return given
+
+
+def require_some(requests: Sequence[Request | GenerationResult]) -> None:
+    """Refuses requests of which none can be served.
+
+    Raises:
+        UsageError: the error of the first of them.
+    """
+    if not any(isinstance(request, Request) for request in requests):
+        raise UsageError(next((one.error for one in requests if isinstance(one, GenerationResult)), None))
+
+
+def sampling_of_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """The parameters of each prompt; those given for all have their seed counted up.
+
+    Raises:
+        UsageError: there are some for another number of prompts.
+    """
+    given = SamplingParams() if sampling is None else sampling
+    if isinstance(given, SamplingParams):
+        return [dataclasses.replace(given, seed=(given.seed + row) % 2**32) for row in range(num_prompts)]
+    if len(given) != num_prompts:
+        raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
+    return list(given)
+
+
+def check_length(num_tokens: int, max_new_tokens: int, *, max_seq_len: int | None, context: int) -> None:
+    """Refuses a prompt that has no room for its new tokens.
+
+    Args:
+        num_tokens: of the prompt.
+        max_new_tokens: that are to follow.
+        max_seq_len: cache positions; None for as many as the model allows.
+        context: that the model allows.
+
+    Raises:
+        UsageError: it does not fit, or ``max_seq_len`` makes no sense.
+    """
+    if max_seq_len is not None and not 1 <= max_seq_len <= context:
+        raise UsageError(f"max_seq_len={max_seq_len} must be between 1 and the model's context of {context}")
+    if num_tokens + max_new_tokens > (max_seq_len or context):
+        what = f"max_seq_len={max_seq_len}" if max_seq_len else f"the model's context of {context}"
+        raise UsageError(
+            f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
+            f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else "")
+        )
+
+
+def failure(prompt: Prompt, error: UsageError, stats: GenerationStats) -> GenerationResult:
+    """The result of a request that cannot be served."""
+    text = prompt if isinstance(prompt, str) else None
+    return GenerationResult(text, [], "", [], "error", stats, error=str(error))

@@ -1,0 +1,307 @@
+"""Continuous batching: which sequence is in which row, and what the device does next.
+
+The device is asked for two things, by turns. A *filling* dispatch puts pieces of prompts into idle rows; a *chunk* runs
+cycles in the generation loop until enough rows are idle, or for about ``chunk_s`` seconds. Between them the host takes
+out what has finished and lets in what waits, in order. A prompt longer than a piece enters piece by piece, with short
+chunks between, so that the others go on meanwhile.
+
+While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text. What a
+sequence yields does not depend on any of this: rows are independent, and so are cycles.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_width
+from qspec_jax.requests import Request
+from qspec_jax.results import RunTotals
+from qspec_jax.sampling import Sampler, SamplingFeatures, SamplingParams
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.state import DecodeState, PromptPiece
+
+_CHUNK_S = 0.5
+_FILLING_CHUNK_S = 0.05  # of the chunks between the pieces of a long prompt
+_FIRST_CYCLES = 4  # of a chunk before the time of a cycle is known
+_MAX_CYCLES = 4096
+# With others waiting, a chunk ends when this share of the rows has finished in it.
+_REFILL_SHARE = 1 / 16
+
+
+class RunningSequence:
+    """What the host knows of a request: what it has yielded so far, and when.
+
+    Attributes:
+        request: what was asked for.
+        token_ids: new tokens.
+        accepted_lengths: cycles by number of accepted drafts.
+        finished: no more tokens come.
+        added_s, entered_s: when it was added, and when it got a row.
+        arrivals: when new tokens came, and how many.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.token_ids: list[int] = []
+        self.accepted_lengths: list[int] = []
+        self.finished = False
+        self.added_s = time.perf_counter()
+        self.entered_s: float | None = None
+        self.arrivals: list[tuple[float, int]] = []
+        self.pieces = collections.deque(request.pieces())
+
+    def seconds(self) -> dict[str, float]:
+        """The times of :class:`qspec_jax.results.GenerationStats`, as far as they are known."""
+        if self.entered_s is None:
+            return {}
+        times = {"waited_s": self.entered_s - self.added_s}
+        if self.arrivals:
+            (first_s, _), (last_s, _) = self.arrivals[0], self.arrivals[-1]
+            times |= {"prefill_s": first_s - self.entered_s, "decode_s": last_s - first_s}
+        return times
+
+    def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
+        """Appends new tokens."""
+        if tokens:
+            self.arrivals.append((time.perf_counter(), len(tokens)))
+        self.token_ids += tokens
+        self.finished = finished
+
+
+class _Clock:
+    """Splits the time since the first dispatch into what the device was busy for and what it waited for the host."""
+
+    def __init__(self) -> None:
+        self._mark_s: float | None = None
+        self._in_flight = False
+
+    def dispatching(self) -> float:
+        """Seconds that the device had nothing to do before this dispatch."""
+        now = time.perf_counter()
+        gap_s = 0.0 if self._in_flight or self._mark_s is None else now - self._mark_s
+        if not self._in_flight:
+            self._mark_s, self._in_flight = now, True
+        return gap_s
+
+    def landed(self, *, more: bool = False) -> float:
+        """Seconds that a dispatch took; ``more`` are under way."""
+        now = time.perf_counter()
+        seconds = now - (self._mark_s or now)
+        self._mark_s, self._in_flight = now, more
+        return seconds
+
+
+class Scheduler:
+    """Runs requests through the rows of one batch.
+
+    Attributes:
+        shape: of the programs. Its ``features`` grow with what requests need.
+        totals: figures so far.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        plan: DecodingPlan,
+        *,
+        rows: int,
+        slots: int,
+        chunk_s: float = _CHUNK_S,
+        on_event: Callable[[str], None] = lambda _: None,
+    ):
+        """Makes a batch; compiling and allocating wait for the first request.
+
+        Args:
+            programs: of the model.
+            plan: precisions and draft length.
+            rows: sequences that run together.
+            slots: cache positions of each.
+            chunk_s: about how long a chunk lasts, and thus how long a result or an interruption may have to wait.
+            on_event: called with a few words when a long step begins.
+        """
+        self.shape = Shape(rows, slots)
+        self.totals = RunTotals(rows=rows)
+        self._programs, self._plan, self._chunk_s, self._on_event = programs, plan, chunk_s, on_event
+        self._waiting: collections.deque[RunningSequence] = collections.deque()
+        self._rows: list[RunningSequence | None] = [None] * rows
+        self._widths: set[int] = set()
+        self._features = SamplingFeatures()
+        self._state: DecodeState | None = None
+        self._retired = np.zeros((rows,), bool)
+        self._flight: Report | None = None  # of the chunk under way
+        self._cycle_s: float | None = None
+        self._clock = _Clock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting) or any(sequence is not None for sequence in self._rows)
+
+    def add(self, request: Request) -> RunningSequence:
+        """Queues a request."""
+        sequence = RunningSequence(request)
+        self._waiting.append(sequence)
+        self._widths |= request.widths()
+        self._features = self._features.union(SamplingFeatures.of([request.sampling]))
+        return sequence
+
+    def cancel(self, sequence: RunningSequence) -> None:
+        """Lets no more tokens come of a sequence."""
+        sequence.finished = True
+        sequence.pieces.clear()
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
+        """Waits for the chunk under way, and dispatches what comes next.
+
+        Args:
+            max_cycles: of the next chunk; None for about ``chunk_s`` seconds of them.
+
+        Returns:
+            the sequences that have new tokens or are finished.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
+        """
+        changed = self._land()
+        if not self.busy:
+            self._clock = _Clock()
+            return changed
+        self._let_in()
+        fills = self._fill()
+        if self._decoding():
+            self._dispatch(max_cycles)
+        for report, filled in fills:
+            changed += self._receive(report, filled)
+            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or report is not fills[-1][0])
+        return changed
+
+    def _land(self) -> list[RunningSequence]:
+        """Waits for the chunk under way and takes out what it has finished."""
+        if self._flight is None:
+            return []
+        report, self._flight = self._flight, None
+        changed = self._receive(report, self._decoding())
+        seconds, cycles = self._clock.landed(), int(report.cycles)
+        if cycles:
+            self._cycle_s = seconds / cycles
+        self.totals.decode_s += seconds
+        self.totals.cycles += cycles
+        return changed
+
+    def _receive(self, report: Report, rows: Sequence[int]) -> list[RunningSequence]:
+        """Gives the new tokens of some rows to their sequences, and frees the rows of those that are finished."""
+        tokens, counts = np.array(report.tokens), np.array(report.num_tokens)
+        finished, lengths = np.array(report.finished), np.array(report.accepted_lengths)
+        changed = []
+        for row in rows:
+            sequence = self._rows[row]
+            assert sequence is not None
+            new = tokens[row, len(sequence.token_ids) : counts[row]].tolist()
+            if not sequence.finished:
+                sequence.receive(new, finished=bool(finished[row]))
+                self.totals.tokens += len(new)
+                self.totals.count_cycles(sequence.accepted_lengths, lengths[row].tolist())
+                sequence.accepted_lengths = lengths[row].tolist()
+                changed.append(sequence)
+            if sequence.finished:
+                self.totals.requests += 1
+                self._rows[row] = None
+                self._retired[row] = not finished[row]
+        return changed
+
+    def _let_in(self) -> None:
+        """Compiles what the requests need, and gives idle rows to those that wait."""
+        wanted = self.shape._replace(features=self._features)
+        compiled_s = self._programs.compile_s
+        self._programs.compile(self._plan, wanted, self._widths, on_event=self._on_event)
+        if seconds := self._programs.compile_s - compiled_s:
+            self.totals.compile_s += seconds
+            self._clock = _Clock()
+        if self._state is None:
+            self._state = self._programs.idle_state(wanted)
+        elif wanted != self.shape:
+            vocab_size = self._programs.decoder.config.vocab_size
+            sampler = Sampler.idle(wanted.rows, vocab_size, wanted.features, self._state.sampler)
+            self._state = dataclasses.replace(self._state, sampler=sampler)
+        self.shape = wanted
+        for row, sequence in enumerate(self._rows):
+            if sequence is None and self._waiting:
+                self._rows[row] = entering = self._waiting.popleft()
+                entering.entered_s = time.perf_counter()
+
+    def _fill(self) -> list[tuple[Report, list[int]]]:
+        """Dispatches a piece for each row that still reads its prompt; the reports, and the rows that have read it."""
+        by_width: dict[int, list[int]] = {}
+        for row, sequence in enumerate(self._rows):
+            if sequence is not None and sequence.pieces:
+                by_width.setdefault(piece_width(len(sequence.pieces[0][1])), []).append(row)
+        reports = []
+        for width, rows in sorted(by_width.items()):
+            pieces = self._pieces(width, rows)
+            targets = np.resize(np.asarray(rows, np.int32), self.shape.rows)
+            assert self._state is not None
+            self.totals.gap_s += self._clock.dispatching()
+            self._state, report = self._programs.fill(
+                self._plan, self.shape, self._state, pieces, targets, count=len(rows)
+            )
+            self._retired[rows] = False
+            reports.append((report, [row for row in rows if not self._reading(row)]))
+        return reports
+
+    def _pieces(self, width: int, rows: Sequence[int]) -> PromptPiece:
+        """The next piece of each of some rows."""
+        pieces = empty_pieces(self.shape, width)
+        sampling = []
+        for index, row in enumerate(rows):
+            sequence = self._rows[row]
+            assert sequence is not None
+            request, (start, tokens) = sequence.request, sequence.pieces.popleft()
+            pieces["tokens"][index, : len(tokens)] = tokens
+            pieces["num_tokens"][index], pieces["start"][index] = len(tokens), start
+            pieces["last"][index] = not sequence.pieces
+            pieces["max_new_tokens"][index] = request.max_new_tokens
+            pieces["stop_tokens"][index, : len(request.stop_tokens)] = request.stop_tokens
+            sampling.append(request.sampling)
+        padding = [SamplingParams()] * (self.shape.rows - len(rows))
+        return PromptPiece(**pieces, sampler=Sampler.create([*sampling, *padding], self.shape.features))
+
+    def _dispatch(self, max_cycles: int | None) -> None:
+        """Dispatches a chunk."""
+        rows, active = self.shape.rows, len(self._decoding())
+        until = rows
+        if self._waiting or any(self._reading(row) for row in range(rows)):
+            until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
+        assert self._state is not None
+        self.totals.gap_s += self._clock.dispatching()
+        self._state, self._flight = self._programs.loop(
+            self._plan,
+            self.shape,
+            self._state,
+            self._retired,
+            max_cycles=max_cycles or self._fitting_cycles(),
+            until_finished=until,
+        )
+        self._retired = np.zeros((rows,), bool)
+
+    def _fitting_cycles(self) -> int:
+        """Cycles of the next chunk."""
+        if self._cycle_s is None:
+            return _FIRST_CYCLES
+        filling = any(self._reading(row) for row in range(self.shape.rows))
+        seconds = _FILLING_CHUNK_S if filling else self._chunk_s
+        return max(1, min(_MAX_CYCLES, round(seconds / self._cycle_s)))
+
+    def _reading(self, row: int) -> bool:
+        sequence = self._rows[row]
+        return sequence is not None and bool(sequence.pieces)
+
+    def _decoding(self) -> list[int]:
+        """Rows whose sequences have read their prompts."""
+        return [row for row, sequence in enumerate(self._rows) if sequence is not None and not sequence.pieces]

@@ -1,0 +1,116 @@
+"""What changes from cycle to cycle, and what enters it: the rows of a running batch, and prompts on their way in.
+
+A *row* is a place of the batch: one sequence in one row of the cache (the command line says slot). Rows are
+independent. One whose sequence has finished is idle until :func:`qspec_jax.speculative.fill` puts another prompt into
+it; what it holds then is of no consequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from qspec_jax.cache import KVCache
+from qspec_jax.sampling import Sampler
+
+MAX_DRAFT_LENGTH = 16
+MAX_STOP_TOKENS = 16
+NO_TOKEN = -1
+
+
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes from cycle to cycle, and the options of each sequence. All counts are per sequence.
+
+    Attributes:
+        cache: valid up to, and without, ``last_token``.
+        last_token: ``[B]`` int32, the newest token of each sequence.
+        tokens: ``[B, capacity]`` int32, the generated tokens.
+        num_tokens: ``[B]`` int32, how many of them are set.
+        max_new_tokens: ``[B]`` int32, at most ``capacity``.
+        stop_tokens: ``[B, MAX_STOP_TOKENS]`` int32, a sequence ends with the first of its own; filled up with
+            ``NO_TOKEN``.
+        finished: ``[B]`` bool, a stop token was generated or ``max_new_tokens`` reached, or the row is idle.
+        accepted_lengths: ``[B, MAX_DRAFT_LENGTH + 1]`` int32, cycles run before the sequence finished, by how many
+            drafts the verification agreed with. Drafts of the last cycle beyond a stop count as drafted and
+            accepted although they are not emitted.
+        sampler: how tokens are drawn; None for the most likely ones.
+    """
+
+    cache: KVCache
+    last_token: Int32[Array, " B"]
+    tokens: Int32[Array, "B capacity"]
+    num_tokens: Int32[Array, " B"]
+    max_new_tokens: Int32[Array, " B"]
+    stop_tokens: Int32[Array, "B stops"]
+    finished: Bool[Array, " B"]
+    accepted_lengths: Int32[Array, "B lengths"]
+    sampler: Sampler | None = None
+
+    @classmethod
+    def idle(cls, cache: KVCache, sampler: Sampler | None = None) -> DecodeState:
+        """Rows without a sequence, around an empty cache; as many new tokens fit as the cache has positions."""
+        rows = cache.lengths.shape[0]
+
+        def zeros(*shape: int) -> Any:
+            return np.zeros((rows, *shape), np.int32)
+
+        return cls(
+            cache=cache,
+            last_token=zeros(),
+            tokens=zeros(cache.slots),
+            num_tokens=zeros(),
+            max_new_tokens=zeros(),
+            stop_tokens=zeros(MAX_STOP_TOKENS) + np.int32(NO_TOKEN),
+            finished=zeros() == 0,
+            accepted_lengths=zeros(MAX_DRAFT_LENGTH + 1),
+            sampler=sampler,
+        )
+
+    def row(self, index: Int32[Array, ""]) -> DecodeState:
+        """One row as a batch of its own."""
+        others = dataclasses.replace(self, cache=None)
+        sliced = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), others)
+        return dataclasses.replace(sliced, cache=self.cache.row(index))
+
+    def with_row(self, index: Int32[Array, ""], row: DecodeState) -> DecodeState:
+        """The same rows with another one at ``index``."""
+        others, new = (dataclasses.replace(state, cache=None) for state in (self, row))
+        updated = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, 0), others, new)
+        return dataclasses.replace(updated, cache=self.cache.with_row(index, row.cache))
+
+
+@typing.no_type_check  # as above
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptPiece:
+    """A piece of a prompt for each of some rows, and the options of their sequences.
+
+    Attributes:
+        tokens: ``[B, T]`` int32, padded on the right.
+        num_tokens: ``[B]`` int32, valid tokens of the piece, at least 1.
+        start: ``[B]`` int32, tokens of the prompt before this piece.
+        last: ``[B]`` bool, the prompt ends with this piece.
+        max_new_tokens, stop_tokens: as in the state.
+        sampler: as in the state, but for what it knows of tokens.
+    """
+
+    tokens: Int32[Array, "B T"]
+    num_tokens: Int32[Array, " B"]
+    start: Int32[Array, " B"]
+    last: Bool[Array, " B"]
+    max_new_tokens: Int32[Array, " B"]
+    stop_tokens: Int32[Array, "B stops"]
+    sampler: Sampler | None = None
+
+    def row(self, index: Int32[Array, ""]) -> PromptPiece:
+        """The piece of one row."""
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), self)

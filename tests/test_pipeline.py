@@ -1,0 +1,116 @@
+"""Requests in, results out: in order, each for itself, and what is finished when the user has enough."""
+
+from __future__ import annotations
+
+import pytest
+
+from qspec_jax.errors import UsageError
+from qspec_jax.scheduler import Scheduler
+from tests import tiny
+
+PROMPTS = [[5, 6, 7], [30, 31], [60] * 9, [8], [11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+def pipeline(model, batch_size=2):
+    return model.pipeline(model.plan("w4a16"), batch_size=batch_size, max_seq_len=64)
+
+
+def tokens(results):
+    return [result.token_ids for result in results]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return tokens(model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=2))
+
+
+def test_results_come_in_the_order_of_submission_whatever_is_finished_first(model, expected):
+    batch = pipeline(model)
+    limits = [12, 2, 1, 5, 12]
+    for prompt, limit in zip(PROMPTS, limits, strict=True):
+        batch.submit(prompt, max_new_tokens=limit)
+    assert len(batch) == len(PROMPTS)
+    assert tokens(batch.results()) == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
+    assert len(batch) == 0
+
+
+def test_requests_may_be_submitted_while_results_are_taken(model, expected):
+    batch, waiting, got = pipeline(model), list(PROMPTS[1:]), []
+    batch.submit(PROMPTS[0], max_new_tokens=12)
+    for result in batch.results():
+        got.append(result.token_ids)
+        if waiting:
+            batch.submit(waiting.pop(0), max_new_tokens=12)
+    assert got == expected
+    batch.submit(PROMPTS[2], max_new_tokens=12)  # after all are finished
+    assert tokens(batch.results()) == [expected[2]]
+
+
+def test_a_request_that_cannot_be_served_fails_alone(model, expected):
+    batch = pipeline(model)
+    batch.submit(PROMPTS[0], max_new_tokens=12)
+    batch.submit([])
+    batch.submit(PROMPTS[1], max_new_tokens=64)
+    batch.submit(PROMPTS[1], sampling={"temperatur": 1})
+    batch.submit(PROMPTS[1], sampling={"top_k": 1.5})
+    batch.submit([200])
+    batch.submit(PROMPTS[1], max_new_tokens=12)
+    first, *failed, last = batch.results()
+    assert tokens([first, last]) == expected[:2]
+    assert [result.finish_reason for result in failed] == ["error"] * 5
+    messages = [
+        "is empty",
+        "do not fit max_seq_len=64",
+        "'temperatur' is no sampling",
+        "top_k=1.5: use a whole",
+        "0..95",
+    ]
+    for result, message in zip(failed, messages, strict=True):
+        assert message in result.error
+
+
+def test_interrupting_returns_what_is_finished_and_what_there_is_of_the_rest(model, expected, monkeypatch):
+    advance, calls = Scheduler.advance, []
+
+    def advance_until_interrupted(self, max_cycles=None):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return advance(self, 2)
+
+    monkeypatch.setattr(Scheduler, "advance", advance_until_interrupted)
+    results = model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=2)
+    reasons = [result.finish_reason for result in results]
+    assert reasons == ["length", "length", "interrupted", "interrupted", "interrupted"]
+    assert tokens(results[:2]) == expected[:2]
+    for result, whole in zip(results[2:], expected[2:], strict=True):
+        assert result.token_ids == whole[: len(result.token_ids)]
+    assert 0 < len(results[2].token_ids) < 12
+    assert results[4].token_ids == []
+
+
+def test_progress_shows_finished_requests_and_speed(model, capsys):
+    model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "5/5" in shown
+    assert "tokens/s" in shown
+    assert "tokens/cycle" in shown
+
+
+def test_the_times_of_a_request_add_up(model):
+    results = model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=1)
+    stats = [result.stats for result in results]
+    assert all(one.prefill_s > 0 and one.decode_s > 0 for one in stats)
+    ends = [one.waited_s + one.prefill_s + one.decode_s for one in stats]
+    assert ends == sorted(ends)
+    assert stats[1].waited_s >= stats[0].prefill_s + stats[0].decode_s
+
+
+def test_a_pipeline_needs_room(model):
+    with pytest.raises(UsageError, match="batch_size=0 must be at least 1"):
+        model.pipeline(batch_size=0)

@@ -1,0 +1,183 @@
+"""File to file: every line once, in order, whatever happens to the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import qspec_jax
+from qspec_jax import generate
+from qspec_jax.errors import UsageError
+from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
+from tests.loading import tiny_checkpoints
+
+ROOT = Path(__file__).parents[1]
+NUM_PROMPTS = 400
+DEFAULTS = {"max_new_tokens": 8, "chat": None, "seed": 0}
+TIMES = {"waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    """A checkpoint with 48 words."""
+    config = tiny_checkpoints.hf_config(eos_token_id=47)
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_checkpoints.write_hf(path, config, tiny_checkpoints.hf_tensors(config))
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(48)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w47").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def loaded(tiny_path, monkeypatch):
+    """The model, which commands find already loaded."""
+    model = qspec_jax.load(tiny_path)
+    monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: model)
+    return model
+
+
+def write_prompts(path, entries):
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return path
+
+
+def some_prompts(count):
+    return [{"id": index, "prompt": f"w{index % 40} w{3 + index % 7}"} for index in range(count)]
+
+
+def run(prompts, output, *options):
+    return generate.main(["--prompt-file", str(prompts), "--output", str(output), "--slots", "4", *map(str, options)])
+
+
+def without_times(path):
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMES}
+        for line in path.read_text().splitlines()
+    ]
+
+
+def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tiny_path, tmp_path):
+    prompts = write_prompts(tmp_path / "in.jsonl", some_prompts(NUM_PROMPTS))
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    options = ["--model", str(tiny_path), "--max-new-tokens", "24", "--slots", "2"]
+    command = [sys.executable, "-m", "qspec_jax.generate", "--prompt-file", str(prompts), "--output", str(output)]
+    environment = {**os.environ, "QSPEC_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    for kill_after in (20, 120, 250):
+        process = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.PIPE)
+        while process.poll() is None and num_lines(output) < kill_after:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert kill_after <= num_lines(output) < NUM_PROMPTS
+    with output.open("ab") as stream:  # as a kill in the middle of a line leaves it
+        stream.write(b'{"key": "')
+    subprocess.run([*command, *options], env=environment, check=True, stderr=subprocess.PIPE)
+    assert run(prompts, whole, *options) == 0
+    assert without_times(output) == without_times(whole)
+    assert [entry["id"] for entry in without_times(whole)] == list(range(NUM_PROMPTS))
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_line_may_have_options_and_fails_alone(tmp_path, capsys):
+    entries = [
+        {"prompt": "w5 w6", "max_new_tokens": 3, "note": "ignored"},
+        {"prompt": "w5 w6", "temperature": 1.5, "seed": 4, "max_new_tokens": 12},
+        {"prompt": "w5 w6", "temperature": "hot"},
+        {"prompt": "w5 " * 255},
+        {"prompt": ""},
+        {"prompt": "w5 w6"},
+    ]
+    prompts, output = write_prompts(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl"
+    assert run(prompts, output, "--max-new-tokens", 12) == 1
+    got = without_times(output)
+    assert [entry["finish_reason"] == "error" for entry in got] == [False, False, True, True, True, False]
+    assert got[0]["token_ids"] == got[5]["token_ids"][:3]
+    assert got[1]["token_ids"] != got[5]["token_ids"]
+    assert got[2]["error"] == "temperature='hot': use a number"
+    assert "do not fit" in got[3]["error"]
+    assert "prompt 5 failed: prompt 5 is empty" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_what_was_written_is_continued_and_a_broken_last_line_written_again(tmp_path, capsys):
+    prompts, output = write_prompts(tmp_path / "in.jsonl", some_prompts(9)), tmp_path / "out.jsonl"
+    assert run(prompts, output, "--max-new-tokens", 4) == 0
+    expected, content = without_times(output), output.read_bytes()
+    for cut in (0, 5, 40, content.index(b"\n"), content.index(b"\n") + 1, len(content) - 1, len(content)):
+        output.write_bytes(content[:cut])
+        assert run(prompts, output, "--max-new-tokens", 4) == 0
+        assert without_times(output) == expected
+    assert "9 of 9 results are in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["prompts", "options", "order", "fewer prompts", "no results at all"])
+def test_an_output_of_another_run_is_refused_and_left_alone(tmp_path, change):
+    lines = [PromptLine("a"), PromptLine("b"), PromptLine("c")]
+    path = tmp_path / "out.jsonl"
+    file = ResultFile(path, line_keys(lines, DEFAULTS, {}))
+    for _ in lines:
+        file.write({"text": "x"})
+    file.close()
+    if change == "no results at all":
+        path.write_text("a diary without a line break")
+    others = {"prompts": [PromptLine("a"), PromptLine("B")], "order": lines[::-1], "fewer prompts": lines[:2]}
+    defaults = {**DEFAULTS, "max_new_tokens": 9} if change == "options" else DEFAULTS
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is not the result of this prompt with these options; name another --output"):
+        ResultFile(path, line_keys(others.get(change, lines), defaults, {}))
+    assert path.read_bytes() == before
+
+
+def test_more_prompts_at_the_end_are_more_work_not_another_run(tmp_path):
+    lines, path = [PromptLine("a"), PromptLine("b")], tmp_path / "out.jsonl"
+    file = ResultFile(path, line_keys(lines[:1], DEFAULTS, {}))
+    file.write({"text": "x"})
+    file.close()
+    file = ResultFile(path, line_keys(lines, DEFAULTS, {}))
+    assert file.num_finished == 1
+    file.close()
+
+
+def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot write --output"):
+        ResultFile(tmp_path / "missing" / "out.jsonl", [])
+
+
+def test_lines_are_prompts_or_conversations(tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    entries = [{"prompt": "a", "id": "x", "top_k": 3, "label": 1}, {"messages": messages, "max_new_tokens": 2}]
+    path = write_prompts(tmp_path / "in.jsonl", entries)
+    assert read_prompt_lines(path) == [
+        PromptLine("a", {"top_k": 3}, "x"),
+        PromptLine(messages, {"max_new_tokens": 2}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "entry", [{"text": "a"}, {"prompt": 3}, {"messages": []}, {"messages": [{"role": "user"}]}, {"messages": "a"}]
+)
+def test_a_line_without_a_prompt_is_named(tmp_path, entry):
+    path = write_prompts(tmp_path / "in.jsonl", [{"prompt": "fine"}, entry])
+    with pytest.raises(UsageError, match=r'in\.jsonl:2 has no text under "prompt" and no "messages"'):
+        read_prompt_lines(path)
+
+
+def test_seeds_count_up_with_the_lines():
+    lines = [PromptLine("a"), PromptLine("a"), PromptLine("a", {"seed": 9})]
+    seeds = [line.resolved(DEFAULTS, index)["sampling"]["seed"] for index, line in enumerate(lines)]
+    assert seeds == [0, 1, 9]

@@ -1,0 +1,216 @@
+"""Continuous batching: a request yields the same whatever runs beside it, and nothing is compiled on the way."""
+
+from __future__ import annotations
+
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from qspec_jax import SamplingParams, programs
+from qspec_jax.programs import Programs, Report, Shape
+from qspec_jax.requests import Request
+from qspec_jax.scheduler import Scheduler
+from qspec_jax.speculative import DecodingPlan
+from qspec_jax.types import Precision
+from tests import tiny
+
+WIDTHS = (8, 16)  # of pieces here: a prompt of more than 16 tokens enters in several
+SLOTS = 128
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=0.9, seed=5),
+    SamplingParams(temperature=1.3, top_p=0.9, seed=6),
+    SamplingParams(temperature=1.0, top_k=7, frequency_penalty=0.4, repetition_penalty=1.2, seed=7),
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(stop_token_ids=(27, 39)),
+]
+
+
+def requests(count, *, sampling=SAMPLING):
+    """Prompts of 1 to 60 tokens, with 1 to 40 new ones."""
+    rng = random.Random(count)
+    made = []
+    for index in range(count):
+        params = sampling[index % len(sampling)]
+        prompt = [rng.randrange(96) for _ in range(rng.choice((1, 5, 8, 13, 16, 17, 33, 60)))]
+        made.append(Request(prompt, rng.choice((1, 2, 9, 40)), params, params.stop_token_ids))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+@pytest.fixture(autouse=True)
+def _narrow_pieces(monkeypatch):
+    monkeypatch.setattr(programs, "PIECE_WIDTHS", WIDTHS)
+
+
+def run(model, wanted, *, rows, order=None, mode="qspec", max_cycles=None):
+    """The tokens of each request."""
+    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=rows, slots=SLOTS)
+    order = range(len(wanted)) if order is None else order
+    sequences = {index: scheduler.add(wanted[index]) for index in order}
+    while scheduler.busy:
+        scheduler.advance(max_cycles)
+    assert scheduler.totals.requests == len(wanted)
+    return [sequences[index].token_ids for index in range(len(wanted))], scheduler.totals
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What each request yields with the batch to itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "PIECE_WIDTHS", WIDTHS)
+        wanted = requests(18)
+        yielded, _ = run(model, wanted, rows=1)
+        assert any(1 < len(ids) < request.max_new_tokens for ids, request in zip(yielded, wanted, strict=True))
+        return yielded
+
+
+def test_a_request_yields_the_same_in_any_order_and_row_and_among_any_neighbours(model, alone):
+    wanted, order = requests(18), list(range(18))
+    for shuffle in (None, 1, 2):
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(order)
+        assert run(model, wanted, rows=3, order=order)[0] == alone
+    assert run(model, wanted, rows=3, max_cycles=1)[0] == alone
+    assert run(model, wanted, rows=3, mode="w4a16")[0] == alone
+
+
+def test_a_prompt_in_pieces_yields_what_it_yields_at_once(model, alone, monkeypatch):
+    monkeypatch.setattr(programs, "PIECE_WIDTHS", (64,))
+    assert run(model, requests(18), rows=3)[0] == alone
+
+
+def test_the_number_of_compilations_stays_constant(model, alone):
+    """Also of those that JAX makes on its own, for operations outside of the programs."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    run(model, requests(50), rows=3)
+    before = model.num_compilations
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(model, requests(150), rows=3)
+        assert (model.num_compilations, compiled) == (before, [])
+        jax.jit(lambda a: a + len(compiled))(np.float32(1))
+        assert compiled, "the listener hears nothing"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_feature_that_only_a_later_request_needs_changes_no_earlier_one(model, alone):
+    wanted = requests(18)
+    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, slots=SLOTS)
+    sequences = [scheduler.add(wanted[0])]
+    scheduler.advance(1)
+    assert scheduler.shape.features == programs.SamplingFeatures()
+    sequences += [scheduler.add(request) for request in wanted[1:]]
+    while scheduler.busy:
+        scheduler.advance()
+    assert [sequence.token_ids for sequence in sequences] == alone
+
+
+def test_a_cancelled_sequence_makes_room_and_changes_no_other(model, alone):
+    wanted = requests(18)
+    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, slots=SLOTS)
+    sequences = [scheduler.add(request) for request in wanted]
+    longest = max(range(3), key=lambda index: wanted[index].max_new_tokens)
+    for _ in range(4):
+        scheduler.advance(1)
+    assert not sequences[longest].finished
+    scheduler.cancel(sequences[longest])
+    while scheduler.busy:
+        scheduler.advance()
+    cut = sequences[longest].token_ids
+    assert cut == alone[longest][: len(cut)]
+    assert len(cut) < len(alone[longest])
+    others = [index for index in range(18) if index != longest]
+    assert [sequences[index].token_ids for index in others] == [alone[index] for index in others]
+
+
+def test_totals_are_those_of_the_sequences(model, alone):
+    yielded, totals = run(model, requests(18), rows=3)
+    assert totals.tokens == sum(map(len, yielded))
+    assert totals.sequence_cycles <= totals.cycles * 3
+    assert totals.occupancy > 0.5
+    assert totals.tokens_per_cycle * totals.sequence_cycles >= totals.tokens - len(yielded)
+
+
+class FakePrograms(Programs):
+    """Yields one token per cycle, the same for all, and notes what it is asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.log, self.compile_s = rows, [], 0.0
+        self.left, self.counts = np.zeros(rows, int), np.zeros(rows, int)
+
+    def compile(self, plan, shape, widths, *, on_event):
+        pass
+
+    def idle_state(self, shape):
+        return "state"
+
+    def _report(self, cycles):
+        tokens = np.tile(np.arange(64), (self.rows, 1))
+        lengths = np.tile(self.counts[:, None], (1, 17))
+        return "state", Report(tokens, self.counts.copy(), self.left <= 0, lengths, np.int32(cycles))
+
+    def fill(self, plan, shape, state, pieces, rows, count):
+        for piece, row in enumerate(rows[:count]):
+            last = pieces.last[piece]
+            self.left[row] = pieces.max_new_tokens[piece] - 1 if last else 0
+            self.counts[row] = int(last)
+        self.log.append(("fill", pieces.tokens.shape[1], rows[:count].tolist()))
+        return self._report(0)
+
+    def loop(self, plan, shape, state, retired, *, max_cycles, until_finished):
+        self.left[retired] = 0
+        cycles = 0
+        while cycles < max_cycles and (self.left <= 0).sum() < until_finished:
+            active = self.left > 0
+            self.counts += active
+            self.left -= active
+            cycles += 1
+        self.log.append(("loop", until_finished))
+        return self._report(cycles)
+
+
+def fake_run(wanted, *, rows):
+    fake = FakePrograms(rows)
+    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, slots=64)
+    sequences = [scheduler.add(Request([1] * length, new, SamplingParams(), ())) for length, new in wanted]
+    while scheduler.busy:
+        scheduler.advance(4)
+    assert [len(sequence.token_ids) for sequence in sequences] == [new for _, new in wanted]
+    return fake.log
+
+
+def test_a_row_is_filled_again_as_soon_as_it_is_idle():
+    log = fake_run([(3, 2), (3, 9), (3, 5)], rows=2)
+    assert log[:4] == [("fill", 8, [0, 1]), ("loop", 1), ("fill", 8, [0]), ("loop", 2)]
+
+
+def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
+    log = fake_run([(3, 20), (40, 2)], rows=2)
+    assert log[:7] == [
+        *(("fill", 8, [0]), ("fill", 16, [1]), ("loop", 2)),
+        *(("fill", 16, [1]), ("loop", 2)),
+        *(("fill", 8, [1]), ("loop", 2)),
+    ]
+
+
+def test_a_request_of_one_token_needs_no_cycle():
+    assert fake_run([(3, 1)] * 5, rows=2).count(("fill", 8, [0, 1])) == 2
+
+
+def test_shapes_of_other_features_are_other_programs(model):
+    plan = model.plan(draft="w4a8")
+    greedy, drawing = Shape(3, SLOTS), Shape(3, SLOTS, programs.SamplingFeatures(draws=True))
+    assert programs._loop_key(plan, greedy) != programs._loop_key(plan, drawing)
