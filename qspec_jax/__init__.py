@@ -6,7 +6,7 @@ from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
 from qspec_jax.loading.load import load, save
 from qspec_jax.results import GenerationResult, GenerationStats
-from qspec_jax.sampling import SamplingParams
+from qspec_jax.sampling_params import SamplingParams
 from qspec_jax.types import Precision
 
 __version__ = "0.1.0"

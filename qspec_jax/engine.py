@@ -11,7 +11,7 @@ import jax
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.modeling import Decoder
-from qspec_jax.pipeline import Pipeline
+from qspec_jax.pipeline import Pipeline, result_of, statistics
 from qspec_jax.programs import Programs, fitting_slots
 from qspec_jax.requests import (
     Prompt,
@@ -23,11 +23,12 @@ from qspec_jax.requests import (
     require_some,
     sampling_of_each,
 )
-from qspec_jax.results import FinishReason, GenerationResult, GenerationStats, RunTotals
-from qspec_jax.sampling import SamplingParams
-from qspec_jax.scheduler import RunningSequence, Scheduler
+from qspec_jax.results import GenerationResult
+from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from qspec_jax.scheduler import Scheduler
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import MAX_DRAFT_LENGTH, MAX_STOP_TOKENS
+from qspec_jax.state import MAX_DRAFT_LENGTH
+from qspec_jax.text_watch import TextWatch
 from qspec_jax.types import Precision
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class LanguageModel:
         max_seq_len: int | None = None,
         batch_size: int = 8,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        num_samples: int = 1,
         on_event: Callable[[str], None] | None = None,
         progress: bool = False,
     ) -> list[GenerationResult]:
@@ -135,12 +137,13 @@ class LanguageModel:
             batch_size: prompts that run together.
             sampling: how tokens are drawn, of all prompts, whose seeds then count up from the one given, or of each;
                 None chooses the most likely ones. What a prompt yields depends on its own parameters alone.
+            num_samples: results for every prompt, one after the other, each with the next seed.
             on_event: called with a few words when a long step (compiling) begins.
             progress: show finished prompts, tokens/s and tokens per cycle on the standard error stream.
 
         Returns:
-            one result per prompt, in order. Where a prompt cannot be served its result has the ``error``, and the
-            others are served all the same. Ctrl-C ends the run: prompts that were not finished then have the
+            one result per prompt (and sample), in order. Where a prompt cannot be served its result has the ``error``,
+            and the others are served all the same. Ctrl-C ends the run: prompts that were not finished then have the
             ``finish_reason`` ``interrupted``.
 
         Raises:
@@ -149,11 +152,15 @@ class LanguageModel:
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length)
         given = listed(prompts)
-        params = sampling_of_each(sampling, len(given))
+        if num_samples < 1:
+            raise UsageError(f"num_samples={num_samples} must be at least 1")
+        params = sampling_of_each(sampling, len(given), num_samples)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         requests = [
-            self.attempt(prompt, plan, what=f"prompt {index}", sampling=one, **options)
-            for index, (prompt, one) in enumerate(zip(given, params, strict=True), 1)
+            self.attempt(
+                given[place // num_samples], plan, what=f"prompt {place // num_samples + 1}", sampling=one, **options
+            )
+            for place, one in enumerate(params)
         ]
         require_some(requests)
         pipeline = self.run(requests, plan, batch_size=batch_size, max_seq_len=max_seq_len, on_event=on_event)
@@ -238,16 +245,16 @@ class LanguageModel:
     def _stream(
         self, request: Request, plan: DecodingPlan, scheduler: Scheduler, cycles_per_step: int
     ) -> Iterator[str | GenerationResult]:
-        decoder = self._require_tokenizer().stream_decoder()
-        sequence, shown = scheduler.add(request), 0
+        watch = request.watch or self._watch(request.sampling)
+        sequence, shown = scheduler.add(dataclasses.replace(request, watch=watch)), 0
+        assert sequence.watch is not None
         while not sequence.finished:
             scheduler.advance(cycles_per_step)
-            if piece := decoder.push(sequence.token_ids[shown:]):
-                yield piece
-            shown = len(sequence.token_ids)
-        if piece := decoder.finish():
-            yield piece
-        yield self.result(sequence, plan, scheduler.totals)
+            end = len(sequence.watch.text) if sequence.finished else sequence.watch.num_certain()
+            if end > shown:
+                yield sequence.watch.text[shown:end]
+                shown = end
+        yield result_of(self, sequence, plan, scheduler.totals)
 
     def request(
         self,
@@ -272,17 +279,21 @@ class LanguageModel:
         stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *sampling.stop_token_ids]))
         if len(stop_tokens) > MAX_STOP_TOKENS:
             raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
+        if outside := [token for token in sampling.logit_bias if not 0 <= token < self.config.vocab_size]:
+            raise UsageError(f"logit_bias has token {outside[0]}; use 0..{self.config.vocab_size - 1}")
         check_length(
             len(token_ids), max_new_tokens, max_seq_len=max_seq_len, context=self.config.max_position_embeddings
         )
-        return Request(token_ids, max_new_tokens, sampling, stop_tokens, prompt=text)
+        watch = self._watch(sampling) if sampling.stop else None
+        sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
+        return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch)
 
     def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:
         """As :meth:`request`, but an error becomes the result of the request."""
         try:
             return self.request(prompt, **options)
         except UsageError as error:
-            return failure(prompt, error, self._stats(plan, (), 0))
+            return failure(prompt, error, statistics(self, plan))
 
     def encode_prompts(
         self, prompts: Prompt | Sequence[Prompt], *, chat: bool | None = None
@@ -318,43 +329,15 @@ class LanguageModel:
             return tokenizer.apply_chat([{"role": "user", "content": text}])
         return tokenizer.encode(text)
 
+    def _watch(self, sampling: SamplingParams) -> Callable[[], TextWatch]:
+        """Makes what follows the text of a sequence."""
+        tokenizer = self._require_tokenizer()
+        return lambda: TextWatch(tokenizer.stream_decoder(), sampling.stop, min_new_tokens=sampling.min_new_tokens)
+
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UsageError(f"{self.name} was made without a tokenizer; give prompts as token ids")
         return self.tokenizer
-
-    def result(self, sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals) -> GenerationResult:
-        """What a sequence has yielded; that it was ``interrupted`` if it is not finished."""
-        request, token_ids = sequence.request, list(sequence.token_ids)
-        reason: FinishReason = "length"
-        if not sequence.finished:
-            reason = "interrupted"
-        elif token_ids[-1] in request.stop_tokens:
-            reason = "stop"
-        stats = self._stats(plan, sequence.accepted_lengths, len(token_ids))
-        return GenerationResult(
-            prompt=request.prompt,
-            prompt_token_ids=list(request.token_ids),
-            text=self.tokenizer.decode(token_ids) if self.tokenizer else "",
-            token_ids=token_ids,
-            finish_reason=reason,
-            stats=dataclasses.replace(stats, **sequence.seconds(), compile_s=totals.compile_s),
-        )
-
-    def _stats(self, plan: DecodingPlan, accepted_lengths: Sequence[int], num_tokens: int) -> GenerationStats:
-        known = [*accepted_lengths, *[0] * (plan.draft_length + 1)]
-        return GenerationStats(
-            mode="qspec" if plan.draft else plan.verify.value,
-            draft=plan.draft.value if plan.draft else None,
-            draft_length=plan.draft_length,
-            accepted_lengths=tuple(known[: plan.draft_length + 1]),
-            num_tokens=num_tokens,
-            prefill_s=0.0,
-            decode_s=0.0,
-            compile_s=0.0,
-            device=jax.devices()[0].device_kind,
-            kernels=self.kernels,
-        )
 
 
 def default_draft_precision() -> Precision:

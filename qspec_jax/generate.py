@@ -7,6 +7,7 @@ codes: 0 success, 1 failure (of one prompt of several, too), 2 a usage error, 13
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
 from qspec_jax.requests import Prompt, require_some
 from qspec_jax.results import GenerationResult
-from qspec_jax.sampling import SamplingParams
+from qspec_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
@@ -36,6 +37,7 @@ _SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
     "presence-penalty": (float, 0.0, "taken from the logits of tokens in the output"),
     "frequency-penalty": (float, 0.0, "the same, for every time a token is there"),
     "seed": (int, 0, "of the noise, counted up from prompt to prompt"),
+    "min-new-tokens": (int, 0, "tokens before a stop token or string ends the text"),
 }
 
 
@@ -73,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         sampling.add_argument(
             f"--{option}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
         )
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeatable")
+    sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
+    logprobs = "report log-probabilities of each token and the N most likely ones in JSON (default: of none)"
+    sampling.add_argument("--logprobs", type=int, metavar="N", help=logprobs)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -84,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and generates; the exit code."""
-    lines = _read_prompts(arguments)
     _check_counts(arguments)
+    lines = _read_prompts(arguments)
     defaults = _defaults(arguments)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
@@ -215,7 +221,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
     if len(lines) == 1 and isinstance(lines[0].prompt, str) and not lines[0].prompt.strip():
         raise UsageError("prompt 1 is empty; give it some text")
-    return lines
+    return [dataclasses.replace(line, sample=sample) for line in lines for sample in range(arguments.num_samples)]
 
 
 def read_prompt_file(path: Path) -> list[Any]:
@@ -226,14 +232,14 @@ def read_prompt_file(path: Path) -> list[Any]:
 def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a line that has none of its own."""
     names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
-    sampling = {name: getattr(arguments, name) for name in names}
-    SamplingParams(**sampling)  # refuses what makes no sense before a model is loaded
+    sampling = {name: getattr(arguments, name) for name in [*names, "stop", "logprobs"]}
+    SamplingParams.of(sampling)  # refuses what makes no sense before a model is loaded
     return {**sampling, "max_new_tokens": arguments.max_new_tokens, "chat": arguments.chat}
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     """Refuses what makes no sense for any model, before one is loaded."""
-    for option in ("draft_length", "max_new_tokens", "slots", "max_seq_len"):
+    for option in ("draft_length", "max_new_tokens", "slots", "max_seq_len", "num_samples"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")

@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from qspec_jax.progress import progress_bar
 from qspec_jax.requests import Prompt, Request
-from qspec_jax.results import GenerationResult, RunTotals
-from qspec_jax.sampling import SamplingParams
+from qspec_jax.results import FinishReason, GenerationResult, GenerationStats, RunTotals
+from qspec_jax.sampling_params import SamplingParams
 from qspec_jax.scheduler import RunningSequence, Scheduler
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class Pipeline:
         """
         for entry in self._entries:
             if entry.sequence is not None and entry.result is None:
-                entry.result = self._model.result(entry.sequence, self._plan, self.totals)
+                entry.result = result_of(self._model, entry.sequence, self._plan, self.totals)
                 self._scheduler.cancel(entry.sequence)
         results = [entry.result for entry in self._entries if entry.result is not None]
         self._entries.clear()
@@ -131,4 +133,45 @@ class Pipeline:
         self._scheduler.advance()
         for entry in self._entries:
             if entry.result is None and entry.sequence is not None and entry.sequence.finished:
-                entry.result = self._model.result(entry.sequence, self._plan, self.totals)
+                entry.result = result_of(self._model, entry.sequence, self._plan, self.totals)
+
+
+def result_of(
+    model: LanguageModel, sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals
+) -> GenerationResult:
+    """What a sequence has yielded; it was ``interrupted`` if it is not finished."""
+    sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
+    stopped = sequence.watch is not None and sequence.watch.stopped
+    reason: FinishReason = "length"
+    if not sequence.finished:
+        reason = "interrupted"
+    elif stopped or token_ids[-1] in sampling.stop_token_ids:
+        reason = "stop"
+    text = model.tokenizer.decode(token_ids) if model.tokenizer else ""
+    return GenerationResult(
+        prompt=sequence.request.prompt,
+        prompt_token_ids=list(sequence.request.token_ids),
+        text=sequence.watch.text if sequence.watch is not None and stopped else text,
+        token_ids=token_ids,
+        finish_reason=reason,
+        stats=dataclasses.replace(statistics(model, plan, sequence), compile_s=totals.compile_s),
+        logprobs=None if sampling.logprobs is None else sequence.logprobs,
+        top_logprobs=sequence.top_logprobs if sampling.logprobs else None,
+    )
+
+
+def statistics(model: LanguageModel, plan: DecodingPlan, sequence: RunningSequence | None = None) -> GenerationStats:
+    """Figures of a sequence, or of one that never ran."""
+    lengths = [] if sequence is None else sequence.accepted_lengths
+    seconds = {"prefill_s": 0.0, "decode_s": 0.0} | ({} if sequence is None else sequence.seconds())
+    return GenerationStats(
+        mode="qspec" if plan.draft else plan.verify.value,
+        draft=plan.draft.value if plan.draft else None,
+        draft_length=plan.draft_length,
+        accepted_lengths=tuple([*lengths, *[0] * (plan.draft_length + 1)][: plan.draft_length + 1]),
+        num_tokens=0 if sequence is None else len(sequence.token_ids),
+        compile_s=0.0,
+        device=jax.devices()[0].device_kind,
+        kernels=model.kernels,
+        **seconds,
+    )

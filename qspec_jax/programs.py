@@ -27,9 +27,10 @@ from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
-from qspec_jax.sampling import Sampler, SamplingFeatures, SamplingParams
+from qspec_jax.sampling import NO_TOKEN, Sampler
+from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import MAX_STOP_TOKENS, NO_TOKEN, DecodeState, PromptPiece
+from qspec_jax.state import DecodeState, PromptPiece, TokenScores
 from qspec_jax.types import Precision
 
 # A piece of a prompt is padded to the next of these widths; a longer prompt is read in pieces of the last.
@@ -61,6 +62,7 @@ class Report:
     Attributes:
         tokens, num_tokens, finished, accepted_lengths: of the state.
         cycles: run by the dispatch; 0 of a filling one.
+        scores: of the tokens, where somebody asks.
     """
 
     tokens: Int32[Array, "B capacity"]
@@ -68,11 +70,12 @@ class Report:
     finished: Bool[Array, " B"]
     accepted_lengths: Int32[Array, "B lengths"]
     cycles: Int32[Array, ""]
+    scores: TokenScores | None = None
 
     @classmethod
     def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
         """Of a state after some cycles."""
-        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles)
+        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles, state.scores)
 
 
 def fitting_slots(num_tokens: int) -> int:
@@ -191,7 +194,15 @@ class Programs:
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
         cache = self.decoder.create_cache(batch=shape.rows, slots=shape.slots)
-        return DecodeState.idle(cache, Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features))
+        return self.with_features(DecodeState.idle(cache), shape)
+
+    def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
+        """A state with what the features of a shape need besides; the sequences in it go on as before."""
+        sampler = Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features, state.sampler)
+        scores = state.scores
+        if shape.features.scores and scores is None:
+            scores = TokenScores.zeros(shape.rows, shape.slots)
+        return dataclasses.replace(state, sampler=sampler, scores=scores)
 
     def lower_fill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
         """Lowers the program that fills rows with pieces of a width; its state is donated."""

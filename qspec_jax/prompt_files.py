@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from qspec_jax.errors import UsageError
 from qspec_jax.requests import Prompt
 from qspec_jax.results import GenerationResult
-from qspec_jax.sampling import SamplingParams
+from qspec_jax.sampling_params import SamplingParams
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 LINE_OPTIONS = ("max_new_tokens", "chat", *_SAMPLING)
@@ -32,11 +32,13 @@ class PromptLine:
         prompt: a text or the messages of a conversation.
         options: those of :data:`LINE_OPTIONS` that the line has; other keys have no meaning here.
         id: the user's name for it, any JSON value.
+        sample: its place among the samples of the same prompt.
     """
 
     prompt: Prompt
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     id: Any = None
+    sample: int = 0
 
     def resolved(self, defaults: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The options of :meth:`LanguageModel.request`: the line's own, or those given for all.
@@ -46,6 +48,8 @@ class PromptLine:
             index: of the line; a seed given for all counts up from the first.
         """
         merged = {**defaults, "seed": (defaults["seed"] + index) % 2**32, **self.options}
+        if self.sample and isinstance(self.options.get("seed"), int):
+            merged["seed"] += self.sample
         return {
             "max_new_tokens": merged["max_new_tokens"],
             "chat": merged["chat"],

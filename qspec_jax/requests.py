@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qspec_jax import programs
 from qspec_jax.errors import UsageError
 from qspec_jax.results import GenerationResult, GenerationStats
-from qspec_jax.sampling import SamplingParams
+from qspec_jax.sampling_params import SamplingParams
+from qspec_jax.text_watch import TextWatch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""
@@ -22,16 +23,16 @@ class Request:
     Attributes:
         token_ids: the prompt, at least one token.
         max_new_tokens: at least 1.
-        sampling: how tokens are drawn.
-        stop_tokens: the sequence ends with the first of these.
+        sampling: how tokens are drawn; its ``stop_token_ids`` are all that end the sequence, the model's own included.
         prompt: the text of the prompt if it was given as one.
+        watch: makes what follows the text of the sequence; None if nothing in it matters before the end.
     """
 
     token_ids: Sequence[int]
     max_new_tokens: int
     sampling: SamplingParams
-    stop_tokens: tuple[int, ...]
     prompt: str | None = None
+    watch: Callable[[], TextWatch] | None = None
 
     def pieces(self) -> Iterator[tuple[int, Sequence[int]]]:
         """Start and tokens of each piece of the prompt."""
@@ -72,19 +73,23 @@ def require_some(requests: Sequence[Request | GenerationResult]) -> None:
 
 
 def sampling_of_each(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int, num_samples: int = 1
 ) -> list[SamplingParams]:
-    """The parameters of each prompt; those given for all have their seed counted up.
+    """The parameters of each sample of each prompt. Seeds count up: over all that share parameters.
 
     Raises:
         UsageError: there are some for another number of prompts.
     """
     given = SamplingParams() if sampling is None else sampling
     if isinstance(given, SamplingParams):
-        return [dataclasses.replace(given, seed=(given.seed + row) % 2**32) for row in range(num_prompts)]
+        return [_with_seed_after(given, row) for row in range(num_prompts * num_samples)]
     if len(given) != num_prompts:
         raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
-    return list(given)
+    return [_with_seed_after(one, sample) for one in given for sample in range(num_samples)]
+
+
+def _with_seed_after(sampling: SamplingParams, count: int) -> SamplingParams:
+    return dataclasses.replace(sampling, seed=(sampling.seed + count) % 2**32)
 
 
 def check_length(num_tokens: int, max_new_tokens: int, *, max_seq_len: int | None, context: int) -> None:

@@ -85,6 +85,8 @@ class GenerationResult:
             served, ``interrupted`` where the user ended the run before the text was complete.
         stats: figures.
         error: what was wrong with the request, otherwise None.
+        logprobs: log-probability of each of ``token_ids`` at the verify precision, None where it was not asked for.
+        top_logprobs: for each of them, those of the most likely tokens by token id; None likewise.
     """
 
     prompt: str | None
@@ -94,6 +96,8 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: GenerationStats
     error: str | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A flat, JSON-serialisable form: one line of ``python -m qspec_jax.generate --json``."""
@@ -105,6 +109,8 @@ class GenerationResult:
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "error": self.error,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "mode": stats.mode,
             "draft": stats.draft,
             "draft_length": stats.draft_length,

@@ -11,136 +11,24 @@ decoding" (2024). Its acceptance is at least ``(1 - d) / (1 + d)`` at a total va
 and verify distribution; the rejection rule of Leviathan et al. (2023) reaches ``1 - d``, but keeps the distribution
 alone: its text depends on the drafts.
 
-The order of the options is that of Hugging Face: penalties, temperature, top-k, top-p, min-p.
+The order of the options is that of Hugging Face: biases, penalties, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from qspec_jax.errors import UsageError
+from qspec_jax.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are drawn.
-
-    Attributes:
-        temperature: divides the logits; 0 chooses greedily.
-        top_k: only the ``top_k`` most likely tokens are drawn from; 0 for all.
-        top_p: only the fewest tokens whose probabilities reach ``top_p`` together.
-        min_p: only tokens at least ``min_p`` times as likely as the most likely one.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or output
-            (Keskar et al., 2019); 1 for none.
-        presence_penalty: subtracted from the logits of tokens that the output has.
-        frequency_penalty: subtracted from them for every time that it has them.
-        seed: of the noise, 0 to 2**32 - 1.
-        stop_token_ids: tokens that end the text, besides those of the model.
-
-    Tokens tied with the last one that a limit lets through are let through as well.
-
-    Raises:
-        UsageError: a value is out of its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
-        self._check("top_k", self.top_k >= 0, "0 (all tokens) or more")
-        self._check("top_p", 0 < self.top_p <= 1, "more than 0, up to 1 (all tokens)")
-        self._check("min_p", 0 <= self.min_p <= 1, "0 (all tokens) to 1")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "more than 0; 1 penalises nothing")
-        self._check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
-        for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            self._check(name, math.isfinite(getattr(self, name)), "a finite number")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters by name, of any types, as they stand in JSON.
-
-        Raises:
-            UsageError: as above, or a name is unknown, or a type is another one.
-        """
-        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        checked = {}
-        for name, value in values.items():
-            if name not in fields:
-                raise UsageError(f"{name!r} is no sampling parameter; use some of {', '.join(fields)}")
-            checked[name] = _converted(name, value, fields[name])
-        return cls(**checked)
-
-    def _check(self, name: str, fits: bool, allowed: str) -> None:
-        if not fits:
-            raise UsageError(f"{name}={getattr(self, name)}: use {allowed}")
-
-    @property
-    def greedy(self) -> bool:
-        """The most likely token is always chosen."""
-        return self.temperature == 0
-
-    @property
-    def truncates(self) -> bool:
-        """Some tokens are never drawn."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
-    def penalises(self) -> bool:
-        """Logits depend on the tokens before."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-def _converted(name: str, value: Any, kind: str) -> Any:
-    """A value as the field of a kind (the text of its annotation) takes it."""
-    numbers = {"int": (int, "a whole number"), "float": ((int, float), "a number")}
-    if kind in numbers:
-        types, allowed = numbers[kind]
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise UsageError(f"{name}={value!r}: use {allowed}")
-        return float(value) if kind == "float" else value
-    if not isinstance(value, (list, tuple)) or not all(isinstance(token, int) for token in value):
-        raise UsageError(f"{name}={value!r}: use a list of token ids")
-    return tuple(value)
-
-
-class SamplingFeatures(NamedTuple):
-    """What some sequences of a batch need of the compiled program; static.
-
-    Attributes:
-        draws: tokens other than the most likely ones of the model's own logits.
-        truncates, penalises: as in :class:`SamplingParams`.
-    """
-
-    draws: bool = False
-    truncates: bool = False
-    penalises: bool = False
-
-    @classmethod
-    def of(cls, params: Iterable[SamplingParams]) -> SamplingFeatures:
-        """Those that any of the parameters needs."""
-        needed = [(not one.greedy or one.penalises, one.truncates, one.penalises) for one in params]
-        return cls(*(any(column) for column in zip(*needed, strict=True))) if needed else cls()
-
-    def union(self, other: SamplingFeatures) -> SamplingFeatures:
-        """What either needs."""
-        return SamplingFeatures(*(a or b for a, b in zip(self, other, strict=True)))
+NO_TOKEN = -1
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -155,6 +43,10 @@ class Sampler:
         seed: ``[B]`` uint32.
         in_prompt: ``[B, V]`` bool, the prompt has the token; None where nothing penalises.
         counts: ``[B, V]`` int32, how often the output has it; None likewise.
+        bias_tokens, biases: ``[B, MAX_BIASES]`` int32 and float32, filled up with ``NO_TOKEN``; None where nothing
+            biases.
+        min_new_tokens: ``[B]`` int32; None likewise.
+        stop_tokens: ``[B, MAX_STOP_TOKENS]`` int32, not chosen before ``min_new_tokens``; None likewise.
         truncates, penalises: some sequence does; static.
     """
 
@@ -170,6 +62,10 @@ class Sampler:
     penalises: bool = dataclasses.field(metadata={"static": True})
     in_prompt: Bool[Array, "B V"] | None = None
     counts: Int32[Array, "B V"] | None = None
+    bias_tokens: Int32[Array, "B biases"] | None = None
+    biases: Float32[Array, "B biases"] | None = None
+    min_new_tokens: Int32[Array, " B"] | None = None
+    stop_tokens: Int32[Array, "B stops"] | None = None
 
     @classmethod
     def create(cls, params: Sequence[SamplingParams], features: SamplingFeatures | None = None) -> Sampler | None:
@@ -192,6 +88,7 @@ class Sampler:
             seed=column("seed", np.uint32),
             truncates=features.truncates,
             penalises=features.penalises,
+            **(_bias_arrays(params) if features.biases else {}),
         )
 
     @classmethod
@@ -264,13 +161,15 @@ def choose(
     if sampler is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert first is not None
+    places = first[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    if sampler.biases is not None:
+        logits = _biased(logits, sampler, places)
     if sampler.penalises:
         logits = _penalised(logits, sampler, drafts)
     warm = (sampler.temperature > 0)[:, None, None]
     logits = logits / jnp.where(warm, sampler.temperature[:, None, None], 1)
     if sampler.truncates:
         logits = jnp.where(warm & ~_let_through(logits, sampler), -jnp.inf, logits)
-    places = first[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
     noise = gumbel_noise(sampler.seed, places, logits.shape[-1])
     return jnp.argmax(logits + jnp.where(warm, noise, 0), axis=-1).astype(jnp.int32)
 
@@ -283,6 +182,43 @@ def gumbel_noise(seed: UInt32[Array, " B"], places: Int32[Array, "B T"], vocab_s
         return jax.random.gumbel(key, (vocab_size,), jnp.float32)
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(seed, places)
+
+
+def padded_tokens(lists: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Lists of tokens as int32 ``[len(lists), width]``, filled up with ``NO_TOKEN``."""
+    padded = np.full((len(lists), width), NO_TOKEN, np.int32)
+    for row, tokens in enumerate(lists):
+        padded[row, : len(tokens)] = tokens
+    return padded
+
+
+def _bias_arrays(params: Sequence[SamplingParams]) -> dict[str, Any]:
+    """The fields of a sampler that biases."""
+    biases = np.zeros((len(params), MAX_BIASES), np.float32)
+    for row, one in enumerate(params):
+        biases[row, : len(one.logit_bias)] = list(one.logit_bias.values())
+    return {
+        "bias_tokens": padded_tokens([list(one.logit_bias) for one in params], MAX_BIASES),
+        "biases": biases,
+        "min_new_tokens": np.asarray([one.min_new_tokens for one in params], np.int32),
+        "stop_tokens": padded_tokens([one.stop_token_ids for one in params], MAX_STOP_TOKENS),
+    }
+
+
+def _biased(logits: Float32[Array, "B T V"], sampler: Sampler, places: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
+    """Adds biases, and rules stop tokens out at places before ``min_new_tokens``."""
+    batch, _, vocab_size = logits.shape
+    rows = jnp.arange(batch)[:, None]
+
+    def columns(tokens: Any) -> Array:
+        return jnp.where(tokens == NO_TOKEN, vocab_size, tokens)
+
+    bias = jnp.zeros((batch, vocab_size), jnp.float32)
+    bias = bias.at[rows, columns(sampler.bias_tokens)].add(sampler.biases, mode="drop")
+    stops = jnp.zeros((batch, vocab_size), bool).at[rows, columns(sampler.stop_tokens)].set(True, mode="drop")
+    assert sampler.min_new_tokens is not None
+    early = places < sampler.min_new_tokens[:, None]
+    return jnp.where(early[:, :, None] & stops[:, None, :], -jnp.inf, logits + bias[:, None, :])
 
 
 def _penalised(

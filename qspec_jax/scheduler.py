@@ -12,18 +12,19 @@ sequence yields does not depend on any of this: rows are independent, and so are
 from __future__ import annotations
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_width
 from qspec_jax.requests import Request
 from qspec_jax.results import RunTotals
-from qspec_jax.sampling import Sampler, SamplingFeatures, SamplingParams
+from qspec_jax.sampling import NO_TOKEN, Sampler
+from qspec_jax.sampling_params import SamplingFeatures, SamplingParams
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState, PromptPiece
+from qspec_jax.state import DecodeState, PromptPiece, TokenScores
 
 _CHUNK_S = 0.5
 _FILLING_CHUNK_S = 0.05  # of the chunks between the pieces of a long prompt
@@ -43,6 +44,8 @@ class RunningSequence:
         finished: no more tokens come.
         added_s, entered_s: when it was added, and when it got a row.
         arrivals: when new tokens came, and how many.
+        watch: the text, if the request asks for it.
+        logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
     """
 
     def __init__(self, request: Request):
@@ -53,6 +56,9 @@ class RunningSequence:
         self.added_s = time.perf_counter()
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
+        self.watch = None if request.watch is None else request.watch()
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
         self.pieces = collections.deque(request.pieces())
 
     def seconds(self) -> dict[str, float]:
@@ -66,11 +72,28 @@ class RunningSequence:
         return times
 
     def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
-        """Appends new tokens."""
+        """Appends new tokens, up to the one with which a stop string ends the text."""
+        if self.watch is not None:
+            tokens = tokens[: self.watch.push(tokens)]
+            finished = finished or self.watch.stopped
+            if finished:
+                self.watch.finish()
         if tokens:
             self.arrivals.append((time.perf_counter(), len(tokens)))
         self.token_ids += tokens
         self.finished = finished
+
+    def receive_scores(self, scores: TokenScores | None, row: int, new: slice) -> None:
+        """Appends the log-probabilities of the tokens that came."""
+        wanted = self.request.sampling.logprobs
+        if wanted is None or scores is None:
+            return
+        kept = slice(new.start, len(self.token_ids))
+        self.logprobs += scores.logprobs[row, kept].tolist()
+        tokens = scores.top_tokens[row, kept, :wanted].tolist()
+        values = scores.top_logprobs[row, kept, :wanted].tolist()
+        for some, theirs in zip(tokens, values, strict=True):
+            self.top_logprobs.append({one: value for one, value in zip(some, theirs, strict=True) if one != NO_TOKEN})
 
 
 class _Clock:
@@ -199,14 +222,16 @@ class Scheduler:
         """Gives the new tokens of some rows to their sequences, and frees the rows of those that are finished."""
         tokens, counts = np.array(report.tokens), np.array(report.num_tokens)
         finished, lengths = np.array(report.finished), np.array(report.accepted_lengths)
+        scores = jax.tree.map(np.array, report.scores)
         changed = []
         for row in rows:
             sequence = self._rows[row]
             assert sequence is not None
-            new = tokens[row, len(sequence.token_ids) : counts[row]].tolist()
             if not sequence.finished:
-                sequence.receive(new, finished=bool(finished[row]))
-                self.totals.tokens += len(new)
+                new = slice(len(sequence.token_ids), counts[row])
+                sequence.receive(tokens[row, new].tolist(), finished=bool(finished[row]))
+                sequence.receive_scores(scores, row, new)
+                self.totals.tokens += len(sequence.token_ids) - new.start
                 self.totals.count_cycles(sequence.accepted_lengths, lengths[row].tolist())
                 sequence.accepted_lengths = lengths[row].tolist()
                 changed.append(sequence)
@@ -227,9 +252,7 @@ class Scheduler:
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
         elif wanted != self.shape:
-            vocab_size = self._programs.decoder.config.vocab_size
-            sampler = Sampler.idle(wanted.rows, vocab_size, wanted.features, self._state.sampler)
-            self._state = dataclasses.replace(self._state, sampler=sampler)
+            self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
         for row, sequence in enumerate(self._rows):
             if sequence is None and self._waiting:
@@ -267,7 +290,8 @@ class Scheduler:
             pieces["num_tokens"][index], pieces["start"][index] = len(tokens), start
             pieces["last"][index] = not sequence.pieces
             pieces["max_new_tokens"][index] = request.max_new_tokens
-            pieces["stop_tokens"][index, : len(request.stop_tokens)] = request.stop_tokens
+            stop_tokens = request.sampling.stop_token_ids
+            pieces["stop_tokens"][index, : len(stop_tokens)] = stop_tokens
             sampling.append(request.sampling)
         padding = [SamplingParams()] * (self.shape.rows - len(rows))
         return PromptPiece(**pieces, sampler=Sampler.create([*sampling, *padding], self.shape.features))

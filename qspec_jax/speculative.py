@@ -24,12 +24,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from qspec_jax.cache import KVCache
 from qspec_jax.modeling import Decoder
 from qspec_jax.sampling import Sampler, choose
-from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece
+from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece, TokenScores
 from qspec_jax.types import Precision
 
 
@@ -75,7 +75,10 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         assert state.sampler is not None
         sampler = sampler.for_prompts(piece.tokens, piece.num_tokens, logits.shape[-1], piece.start, state.sampler)
     first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
-    first = first_tokens[:, 0]
+    first, scores = first_tokens[:, 0], state.scores
+    if scores is not None:
+        found = TokenScores.of(logits, first_tokens)
+        scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
     return DecodeState(
         cache=cache.with_lengths(piece.start + piece.num_tokens),
         last_token=first,
@@ -86,6 +89,7 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         finished=~piece.last | is_stop(first_tokens, piece.stop_tokens)[:, 0] | (piece.max_new_tokens <= 1),
         accepted_lengths=jnp.zeros_like(state.accepted_lengths),
         sampler=None if sampler is None else sampler.after(first_tokens, piece.last[:, None]),
+        scores=scores,
     )
 
 
@@ -144,14 +148,14 @@ def verify(
     precision: Precision,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
-) -> tuple[Int32[Array, "B gamma_plus_1"], KVCache]:
-    """The tokens the accurate precision chooses after the last token and after each draft.
+) -> tuple[Int32[Array, "B gamma_plus_1"], Float32[Array, "B gamma_plus_1 V"], KVCache]:
+    """The tokens the accurate precision chooses after the last token and after each draft, and its logits.
 
     ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten.
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
     logits, cache = model(tokens, cache, precision=precision)
-    return choose(logits, sampler, first=first, drafts=draft_tokens), cache
+    return choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache
 
 
 def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
@@ -178,7 +182,7 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
             )
     with jax.named_scope("verify"):
         cache = cache.with_lengths(start)
-        target_tokens, cache = verify(
+        target_tokens, logits, cache = verify(
             model,
             state.last_token,
             draft_tokens,
@@ -189,7 +193,8 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
         )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
-        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted)
+        scores = None if state.scores is None else TokenScores.of(logits, target_tokens)
+        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, scores)
 
 
 def emit(
@@ -197,10 +202,12 @@ def emit(
     start: Int32[Array, " B"],
     target_tokens: Int32[Array, "B gamma_plus_1"],
     num_accepted: Int32[Array, " B"],
+    scores: TokenScores | None = None,
 ) -> DecodeState:
     """Appends the accepted tokens and the one after them, cut at a stop token and at the token limit.
 
-    ``start`` is the cache length before the cycle; the length after it counts the tokens kept.
+    ``start`` is the cache length before the cycle; the length after it counts the tokens kept. ``scores`` are those of
+    the target tokens, where they are kept.
     """
     batch, width = target_tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
@@ -226,6 +233,7 @@ def emit(
         finished=state.finished | (kept & stops).any(axis=1) | (num_kept >= room),
         accepted_lengths=state.accepted_lengths + counted,
         sampler=None if state.sampler is None else state.sampler.after(target_tokens, kept),
+        scores=jax.tree.map(lambda a, b: a.at[rows, columns].set(b, mode="drop"), state.scores, scores),
     )
 
 

@@ -12,16 +12,53 @@ import typing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from qspec_jax.cache import KVCache
-from qspec_jax.sampling import Sampler
+from qspec_jax.sampling import NO_TOKEN, Sampler
+from qspec_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
 
 MAX_DRAFT_LENGTH = 16
-MAX_STOP_TOKENS = 16
-NO_TOKEN = -1
+
+
+@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities at the verify precision, of tokens and of the most likely ones at their places.
+
+    Attributes:
+        logprobs: ``[B, T]`` float32, of the tokens.
+        top_tokens, top_logprobs: ``[B, T, MAX_LOGPROBS]`` int32 and float32, the most likely first.
+    """
+
+    logprobs: Float32[Array, "B T"]
+    top_tokens: Int32[Array, "B T top"]
+    top_logprobs: Float32[Array, "B T top"]
+
+    @classmethod
+    def of(cls, logits: Float32[Array, "B T V"], tokens: Int32[Array, "B T"]) -> TokenScores:
+        """Of tokens whose logits are given; a vocabulary of fewer than ``MAX_LOGPROBS`` is filled up."""
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, tokens[:, :, None], axis=-1)[:, :, 0]
+        num_top = min(MAX_LOGPROBS, logits.shape[-1])
+        top_logprobs, top_tokens = lax.top_k(logprobs, num_top)
+        missing = ((0, 0), (0, 0), (0, MAX_LOGPROBS - num_top))
+        return cls(
+            chosen,
+            jnp.pad(top_tokens, missing, constant_values=NO_TOKEN),
+            jnp.pad(top_logprobs, missing, constant_values=-jnp.inf),
+        )
+
+    @classmethod
+    def zeros(cls, rows: int, capacity: int) -> TokenScores:
+        """Of no token yet, in NumPy arrays."""
+        one: Any = np.zeros((rows, capacity), np.float32)
+        top: Any = np.zeros((rows, capacity, MAX_LOGPROBS), np.float32)
+        return cls(one, top.astype(np.int32), top)
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -43,6 +80,7 @@ class DecodeState:
             drafts the verification agreed with. Drafts of the last cycle beyond a stop count as drafted and
             accepted although they are not emitted.
         sampler: how tokens are drawn; None for the most likely ones.
+        scores: of ``tokens``; None where nobody asks.
     """
 
     cache: KVCache
@@ -54,9 +92,10 @@ class DecodeState:
     finished: Bool[Array, " B"]
     accepted_lengths: Int32[Array, "B lengths"]
     sampler: Sampler | None = None
+    scores: TokenScores | None = None
 
     @classmethod
-    def idle(cls, cache: KVCache, sampler: Sampler | None = None) -> DecodeState:
+    def idle(cls, cache: KVCache, sampler: Sampler | None = None, scores: TokenScores | None = None) -> DecodeState:
         """Rows without a sequence, around an empty cache; as many new tokens fit as the cache has positions."""
         rows = cache.lengths.shape[0]
 
@@ -73,6 +112,7 @@ class DecodeState:
             finished=zeros() == 0,
             accepted_lengths=zeros(MAX_DRAFT_LENGTH + 1),
             sampler=sampler,
+            scores=scores,
         )
 
     def row(self, index: Int32[Array, ""]) -> DecodeState:

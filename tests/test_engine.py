@@ -145,7 +145,19 @@ def test_results_keep_the_order_of_prompts_across_batches(model):
 def test_a_result_as_a_dictionary_has_the_documented_keys(model):
     entry = model.generate([[1, 2]], draft="w4a8", max_new_tokens=8)[0].to_dict()
     assert set(entry) == {
-        *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "error", "mode", "draft", "draft_length"),
+        *(
+            "prompt",
+            "prompt_token_ids",
+            "text",
+            "token_ids",
+            "finish_reason",
+            "error",
+            "logprobs",
+            "top_logprobs",
+            "mode",
+            "draft",
+            "draft_length",
+        ),
         *("cycles", "drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle"),
         *("waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s", "device", "kernels"),
     }

@@ -181,3 +181,19 @@ def test_seeds_count_up_with_the_lines():
     lines = [PromptLine("a"), PromptLine("a"), PromptLine("a", {"seed": 9})]
     seeds = [line.resolved(DEFAULTS, index)["sampling"]["seed"] for index, line in enumerate(lines)]
     assert seeds == [0, 1, 9]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_samples_stop_strings_and_log_probabilities_reach_the_file(tmp_path):
+    entries = [{"prompt": "w5 w6", "seed": 3}, {"prompt": "w7", "logprobs": 1}]
+    prompts, output = write_prompts(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl"
+    options = ["--max-new-tokens", 9, "--temperature", 1.2, "--num-samples", 2]
+    assert run(prompts, output, *options) == 0
+    first, second, *others = without_times(output)
+    assert [first["prompt"], second["prompt"]] == ["w5 w6", "w5 w6"]
+    assert first["token_ids"] != second["token_ids"]
+    assert [len(one["logprobs"]) == len(one["token_ids"]) for one in others] == [True, True]
+    words = first["text"].split()
+    stopped = tmp_path / "stopped.jsonl"
+    assert run(prompts, stopped, *options, "--stop", f"{words[2]}") == 0
+    assert without_times(stopped)[0]["text"].split() == words[: words.index(words[2])]

@@ -141,8 +141,8 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch):
         return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
 
     def verify_nothing(model, last_token, draft_tokens, cache, **settings):
-        tokens, cache = verify(model, last_token, draft_tokens, cache, **settings)
-        return jnp.concatenate([draft_tokens, tokens[:, -1:]], axis=1), cache
+        tokens, logits, cache = verify(model, last_token, draft_tokens, cache, **settings)
+        return jnp.concatenate([draft_tokens, tokens[:, -1:]], axis=1), logits, cache
 
     verify = speculative.verify
     monkeypatch.setattr(speculative, "verify", verify_nothing)

@@ -35,7 +35,7 @@ def requests(count, *, sampling=SAMPLING):
     for index in range(count):
         params = sampling[index % len(sampling)]
         prompt = [rng.randrange(96) for _ in range(rng.choice((1, 5, 8, 13, 16, 17, 33, 60)))]
-        made.append(Request(prompt, rng.choice((1, 2, 9, 40)), params, params.stop_token_ids))
+        made.append(Request(prompt, rng.choice((1, 2, 9, 40)), params))
     return made
 
 
@@ -185,7 +185,7 @@ class FakePrograms(Programs):
 def fake_run(wanted, *, rows):
     fake = FakePrograms(rows)
     scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, slots=64)
-    sequences = [scheduler.add(Request([1] * length, new, SamplingParams(), ())) for length, new in wanted]
+    sequences = [scheduler.add(Request([1] * length, new, SamplingParams())) for length, new in wanted]
     while scheduler.busy:
         scheduler.advance(4)
     assert [len(sequence.token_ids) for sequence in sequences] == [new for _, new in wanted]

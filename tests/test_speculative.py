@@ -12,8 +12,10 @@ import pytest
 from qspec_jax import speculative
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.programs import add_group_sums
+from qspec_jax.sampling import NO_TOKEN
+from qspec_jax.sampling_params import MAX_STOP_TOKENS
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import MAX_STOP_TOKENS, NO_TOKEN, DecodeState
+from qspec_jax.state import DecodeState
 from qspec_jax.types import Precision
 from tests import tiny
 
@@ -80,7 +82,7 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
         logits, written = model(tokens, cache, precision=precision)
         # Keep the draft's entries: only the slot of the last draft is new.
         layers = jax.tree.map(lambda old, new: restore(old, new, cache.lengths, tokens.shape[1] - 1), cache, written)
-        return speculative.choose(logits), dataclasses.replace(layers, lengths=written.lengths)
+        return speculative.choose(logits), logits, dataclasses.replace(layers, lengths=written.lengths)
 
     def restore(old, new, lengths, count):
         if old.ndim < 5:

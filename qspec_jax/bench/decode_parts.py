@@ -173,7 +173,7 @@ def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> Decode
 
 def _verification(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
     draft_tokens = jnp.repeat(state.last_token[:, None], plan.draft_length, axis=1)
-    tokens, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, precision=plan.verify)
+    tokens, _, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, precision=plan.verify)
     # Of all of them, or XLA would compute the logits of one.
     return dataclasses.replace(state, cache=cache, last_token=tokens.max(axis=1))
 
