@@ -51,7 +51,7 @@ class ModelConfig:
     """Shape and options of a decoder. Field names follow Hugging Face where they exist there.
 
     ``down_hadamard`` belongs to rotated models (``quantization/rotation.py``): the inputs of the down projection go
-    through ``pallas_kernels.hadamard`` first, and its weight expects that.
+    through ``pallas_kernels.hadamard`` first, ``hadamard_block`` of them at a time (None: all), as its weight expects.
     """
 
     vocab_size: int
@@ -71,6 +71,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     down_hadamard: bool = False
+    hadamard_block: int | None = None
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -124,7 +124,7 @@ def quantize_layers(
     check_memory(calibration_bytes(config, tokens.shape), what=f"the largest layer and its Hessians, for {what},")
     finished = LayerwiseSource(config, source.path, {**source.entries, **_entries(config, quantization, work)})
     with explain_out_of_memory(f"while {what}"):
-        streams = _embed(source, tokens)
+        streams = embed(source, tokens)
         for index in bar(range(config.num_layers), "calibrating"):
             if not work.has(index):
                 layer = load_layer(source, index)
@@ -155,7 +155,7 @@ def _num_outputs(config: ModelConfig, linear: str) -> int:
     return config.hidden_size
 
 
-def _embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
+def embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
     """The residual streams in front of the first layer, in equal batches."""
     embedding = source.entries["embedding.weight"].read()
     assert isinstance(embedding, np.ndarray)

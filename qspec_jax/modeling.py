@@ -149,10 +149,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020); gate and up are halves side by side.
 
-    In a rotated model (QuaRot), whose ``down`` is rotated to match, the product goes through a Hadamard transform.
+    In a rotated model, whose ``down`` is rotated to match, each ``down_hadamard`` consecutive values of the product go
+    through a Hadamard transform.
     """
 
-    def __init__(self, *, gate_up: Linear, down: Linear, down_hadamard: bool):
+    def __init__(self, *, gate_up: Linear, down: Linear, down_hadamard: int | None):
         self.gate_up = gate_up
         self.down = down
         self.down_hadamard = down_hadamard
@@ -162,10 +163,10 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B T D"] | PartialSums:
         gate_up = self.gate_up(x, precision=precision)
         if self.down_hadamard:
-            rotated = pallas_kernels.hadamard(
-                pallas_kernels.swiglu(gate_up), implementation=other_kernels(self.down.kernels)
-            )
-            return self.down.partial_sums(rotated, precision=precision)
+            gated = pallas_kernels.swiglu(gate_up)
+            blocks = gated.reshape(*gated.shape[:-1], -1, self.down_hadamard)
+            rotated = pallas_kernels.hadamard(blocks, implementation=other_kernels(self.down.kernels))
+            return self.down.partial_sums(rotated.reshape(gated.shape), precision=precision)
         quantization = self.down.input_quantization(precision)
         if quantization is None:
             return self.down.partial_sums(pallas_kernels.swiglu(gate_up), precision=precision)
@@ -216,7 +217,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(
             gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
             down=linear("mlp.down", hidden, config.mlp_bias),
-            down_hadamard=config.down_hadamard,
+            down_hadamard=(config.hadamard_block or mlp_size) if config.down_hadamard else None,
         )
 
     def __call__(

@@ -39,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE.toml",
         help="keep: weights that are 4-bit already stay as they are; rtn: weights are rounded to nearest; "
         "gptq: rounded so that later weights make up for the errors of earlier ones on calibration text; "
-        "quarot-rtn: the model is rotated (QuaRot) first; "
+        "quarot-rtn, quarot-gptq: the model is rotated (QuaRot) first; atom: channels are sorted by loudness first, "
+        "then gptq; resq: the model is rotated onto its principal axes first, then gptq; "
         "or a file that names one of them and holds options",
     )
     add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")
@@ -52,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)",
+    )
+    add(
+        "--outlier-groups",
+        type=int,
+        metavar="N",
+        help="groups of a token's activations that keep 8 bits in W4A4 drafts (default: 1)",
     )
     add("--calibration", type=Path, metavar="FILE", help='text for gptq; JSONL with {"prompt": TEXT} if FILE.jsonl')
     add("--calibration-tokens", type=int, metavar="N", help="of that text (default: 65536)")
@@ -100,6 +107,9 @@ def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOp
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
     if arguments.symmetric is not None:
         quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
+    if arguments.outlier_groups is not None:
+        w4a4 = dataclasses.replace(quantization.w4a4, outlier_groups=arguments.outlier_groups)
+        quantization = dataclasses.replace(quantization, w4a4=w4a4)
     return dataclasses.replace(
         options,
         quantization=quantization,

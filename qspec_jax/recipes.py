@@ -8,6 +8,7 @@ are read by :mod:`qspec_jax.recipe_files`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -32,7 +33,9 @@ from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
 from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.memory import check_memory
 from qspec_jax.modeling import Decoder
-from qspec_jax.quantization.rotation import rotated_config
+from qspec_jax.moments import measure_moments
+from qspec_jax.quantization.principal import ActivationMoments, principal_config, principal_rotation, salience_order
+from qspec_jax.quantization.rotation import Rotation, rotated_config, unrotated_config
 from qspec_jax.work_folder import remove_work_folders
 
 WHOLE_ROW = "row"
@@ -271,6 +274,23 @@ def _rotate_and_gptq(
     return _gptq(rotate_source(_float_source(source, progress)), options, calibration, progress)
 
 
+def _turn_and_gptq(
+    source: CheckpointSource,
+    options: RecipeOptions,
+    calibration: Calibration,
+    progress: Progress,
+    *,
+    rotation_of: Callable[[ActivationMoments], Rotation],
+    fold_gains: bool,
+) -> CheckpointSource:
+    floats = _float_source(source, progress)
+    moments = measure_moments(floats, calibration.tokens, fold_gains=fold_gains, bar=progress.bar)
+    return _gptq(rotate_source(floats, rotation_of(moments)), options, calibration, progress)
+
+
+_reorder_and_gptq = functools.partial(_turn_and_gptq, rotation_of=salience_order, fold_gains=False)
+_principal_and_gptq = functools.partial(_turn_and_gptq, rotation_of=principal_rotation, fold_gains=True)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -279,6 +299,8 @@ RECIPES = {
         Recipe("gptq", _load, calibrate=_gptq),
         Recipe("quarot-rtn", _rotate_and_round, config=rotated_config),
         Recipe("quarot-gptq", _load, calibrate=_rotate_and_gptq, config=rotated_config),
+        Recipe("atom", _load, calibrate=_reorder_and_gptq, config=unrotated_config),
+        Recipe("resq", _load, calibrate=_principal_and_gptq, config=principal_config),
     )
 }
 

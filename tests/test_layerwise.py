@@ -79,7 +79,7 @@ def test_the_checkpoint_is_closer_to_the_float_model_than_by_rounding_to_nearest
         return layer
 
     def last_stream(layers):
-        streams = layerwise._embed(source, tokens)
+        streams = layerwise.embed(source, tokens)
         for layer in layers:
             streams = advance(layer, streams)
         return np.concatenate(streams)

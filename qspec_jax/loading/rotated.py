@@ -17,6 +17,7 @@ from qspec_jax.quantization.rotation import (
     random_rotation,
     rotate_parameter,
     rotated_config,
+    unrotated_config,
 )
 
 
@@ -29,21 +30,24 @@ class RotatedSource:
     entries: Mapping[str, TensorEntry]
 
 
-def rotate_source(source: CheckpointSource, *, seed: int = 0) -> RotatedSource:
+def rotate_source(source: CheckpointSource, rotation: Rotation | None = None) -> RotatedSource:
     """The source with its model rotated (see :mod:`qspec_jax.quantization.rotation`), still read tensor by tensor.
 
     Args:
         source: all of whose tensors are read as floats.
-        seed: of the random signs.
+        rotation: the matrices; None for QuaRot's.
 
     Raises:
         UsageError: the model is rotated already, or its MLP has a size without a Hadamard matrix.
     """
-    config, rotation = rotated_config(source.config), random_rotation(source.config, seed=seed)
+    rotation = random_rotation(source.config) if rotation is None else rotation
+    config = unrotated_config(source.config)
+    if rotation.fold_gains:
+        config = rotated_config(config, hadamard_block=rotation.hadamard_block)
     entries = {}
     for name in expected_parameters(config):
         entry = source.entries[name if name in source.entries else "embedding.weight"]  # a head that was tied
-        gain = gain_folded_into(name)
+        gain = gain_folded_into(name) if rotation.fold_gains else None
         read = functools.partial(_read, name, entry, rotation, None if gain is None else source.entries[gain])
         entries[name] = dataclasses.replace(entry, read=read)
     return RotatedSource(config, source.path, entries)
