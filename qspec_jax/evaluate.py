@@ -19,7 +19,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.generate import read_prompt_file
 
 if TYPE_CHECKING:
-    from qspec_jax.evaluation import DraftScore, TextScore
+    from qspec_jax.evaluation_tables import ModelScore
 
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 DRAFTS = ("w4a8", "w4a4")
@@ -30,11 +30,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m qspec_jax.evaluate",
-        description="Perplexity of a text at every precision, against the checkpoint in floating point, and the "
+        description="Perplexity of a text at every precision, against a checkpoint in floating point, and the "
         "acceptance of drafts on prompts.",
     )
     add = parser.add_argument
-    add("--model", help="as in generate (default: SmolLM2-135M-Instruct)")
+    add(
+        "--model",
+        action="append",
+        help="as in generate (default: SmolLM2-135M-Instruct); given several times, models are compared, a line each",
+    )
+    add("--baseline", metavar="MODEL", help="to compare with in floating point (default: the model itself)")
     add("--text", type=Path, metavar="FILE", help="a text to score; give this, --prompt-file or both")
     add("--prompt-file", type=Path, metavar="FILE", help='a prompt per line, or JSONL with {"prompt": TEXT}')
     add("--precisions", default=",".join(PRECISIONS), metavar="P,...", help="default: %(default)s")
@@ -49,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw acceptance by position; needs matplotlib")
+    add("--outlier-plot", type=Path, metavar="FILE.png", help="draw how loud the channels in front of the MLPs are")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -60,6 +66,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, loads the models and scores them."""
+    request = _request(arguments)
+    say("starting ...")
+    keep_compiled_programs()
+    from qspec_jax import evaluation_tables as tables
+
+    scores = [_score(name, arguments, request) for name in arguments.model or [None]]
+    if arguments.json:
+        objects = [dataclasses.asdict(score) for score in scores]
+        print(json.dumps(objects[0] if len(objects) == 1 else {"models": objects}, indent=1))
+    else:
+        print("\n\n".join(_tables(scores)))
+    if arguments.plot is not None:
+        tables.plot_acceptance(scores, arguments.plot)
+    if arguments.outlier_plot is not None:
+        _plot_outliers(arguments, request)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What is to be scored, checked."""
+
+    precisions: list[str]
+    drafts: list[str]
+    draft_lengths: list[int]
+    text: str | None
+    prompts: list[str]
+
+
+def _request(arguments: argparse.Namespace) -> _Request:
     precisions = _names(arguments.precisions, PRECISIONS, "--precisions")
     drafts = _names(arguments.drafts, DRAFTS, "--drafts")
     lengths = draft_lengths(arguments.draft_lengths)
@@ -70,96 +105,83 @@ def run(arguments: argparse.Namespace) -> None:
     for option in ("max_tokens", "context", "max_new_tokens", "batch_size"):
         if getattr(arguments, option) < 1:
             raise UsageError(f"--{option.replace('_', '-')} {getattr(arguments, option)} must be at least 1")
-    if arguments.plot is not None:
+    if arguments.outlier_plot is not None and text is None:
+        raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
+    if arguments.plot is not None or arguments.outlier_plot is not None:
         _require_matplotlib()
-    text_scores, draft_scores = _scores(arguments, precisions, drafts, lengths, text, prompts)
-    if arguments.json:
-        scores = {"text": text_scores, "drafts": draft_scores}
-        print(json.dumps({name: [dataclasses.asdict(s) for s in rows] for name, rows in scores.items()}, indent=1))
-    else:
-        print("\n\n".join(table for table in (text_table(text_scores), draft_table(draft_scores)) if table))
-    if arguments.plot is not None:
-        _plot(draft_scores, arguments.plot)
+    return _Request(precisions, drafts, lengths, text, prompts)
 
 
-def _scores(
-    arguments: argparse.Namespace,
-    precisions: list[str],
-    drafts: list[str],
-    lengths: list[int],
-    text: str | None,
-    prompts: list[str],
-) -> tuple[list[TextScore], list[DraftScore]]:
-    say("starting ...")
-    keep_compiled_programs()
+def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -> ModelScore:
     import qspec_jax
     from qspec_jax.evaluation import score_drafts, score_text
-
-    def load(quantization: Any) -> Any:
-        return qspec_jax.load(
-            arguments.model,
-            quantization=quantization,
-            dtype=arguments.dtype,
-            kernels=arguments.kernels,
-            progress=sys.stderr.isatty(),
-        )
+    from qspec_jax.evaluation_tables import ModelScore
 
     quantization: Any = "auto"
     if arguments.group_size is not None:
         group_size = None if arguments.group_size == "row" else int(arguments.group_size)
         quantization = qspec_jax.QuantConfig(group_size=group_size)
-    model = load(quantization)
+    model = _load(name, arguments, quantization)
     text_scores, draft_scores = [], []
-    if text is not None:
-        token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
+    if request.text is not None:
         text_scores = score_text(
             model,
-            token_ids,
-            precisions=[qspec_jax.Precision(name) for name in precisions],
-            baseline=load(None),
+            model.tokenizer.encode(request.text)[: arguments.max_tokens],
+            precisions=[qspec_jax.Precision(precision) for precision in request.precisions],
+            baseline=_load(arguments.baseline or name, arguments, None),
             context=arguments.context,
             progress=_progress("text"),
         )
-    if prompts:
+    if request.prompts:
         draft_scores = score_drafts(
             model,
-            prompts,
-            drafts=drafts,
-            draft_lengths=lengths,
+            request.prompts,
+            drafts=request.drafts,
+            draft_lengths=request.draft_lengths,
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             progress=_progress("drafts"),
         )
-    return text_scores, draft_scores
+    return ModelScore("default" if name is None else name, text_scores, draft_scores)
 
 
-def text_table(scores: Sequence[TextScore]) -> str:
-    """One line per precision; empty without scores."""
-    if not scores:
-        return ""
-    lines = [f"{'text':10}{'tokens':>8}{'perplexity':>12}{'agreement':>11}{'KL, nats':>10}"]
-    for score in scores:
-        compared = f"{'-':>11}{'-':>10}"
-        if score.agreement is not None and score.kl is not None:
-            divergence = round(score.kl, 5) + 0.0  # no minus before a zero
-            compared = f"{score.agreement:>11.4f}{divergence:>10.5f}"
-        lines.append(f"{score.name:10}{score.num_tokens:>8}{score.perplexity:>12.3f}{compared}")
-    return "\n".join(lines)
+def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
+    import qspec_jax
+
+    return qspec_jax.load(
+        name,
+        quantization=quantization,
+        dtype=arguments.dtype,
+        kernels=arguments.kernels,
+        progress=sys.stderr.isatty(),
+    )
 
 
-def draft_table(scores: Sequence[DraftScore]) -> str:
-    """One line per draft precision and length; empty without scores."""
-    if not scores:
-        return ""
-    lines = [f"{'draft':7}{'length':>7}{'accepted':>10}{'tokens/cycle':>14}{'identical':>11}  accepted by position"]
-    for score in scores:
-        by_position = " ".join(f"{share:.2f}" for share in score.acceptance_by_position)
-        identical = f"{score.identical}/{score.num_prompts}"
-        lines.append(
-            f"{score.draft:7}{score.draft_length:>7}{score.acceptance_rate:>10.3f}{score.tokens_per_cycle:>14.2f}"
-            f"{identical:>11}  {by_position}"
-        )
-    return "\n".join(lines)
+def _tables(scores: Sequence[ModelScore]) -> list[str]:
+    from qspec_jax.evaluation_tables import comparison_table, draft_table, text_table
+
+    if len(scores) > 1:
+        return [comparison_table(scores)]
+    return [table for table in (text_table(scores[0].text), draft_table(scores[0].drafts)) if table]
+
+
+def _plot_outliers(arguments: argparse.Namespace, request: _Request) -> None:
+    import numpy as np
+
+    from qspec_jax.evaluation_tables import plot_outliers
+    from qspec_jax.loading.load import open_tokenizer
+    from qspec_jax.loading.resolve import open_source, resolve_model
+    from qspec_jax.moments import channel_maxima
+
+    maxima = []
+    for name in arguments.model or [None]:
+        path = resolve_model(name)
+        tokenizer = open_tokenizer(path)
+        assert tokenizer is not None  # the text has been scored
+        assert request.text is not None
+        tokens = np.asarray(tokenizer.encode(request.text)[: arguments.context], np.int32)[None]
+        maxima.append((name or "default", channel_maxima(open_source(path), tokens, "mlp.gate_up")))
+    plot_outliers(maxima, arguments.outlier_plot)
 
 
 def draft_lengths(text: str) -> list[int]:
@@ -203,21 +225,6 @@ def _require_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; install it with `pip install matplotlib`, or leave --plot out")
-
-
-def _plot(scores: Sequence[DraftScore], path: Path) -> None:
-    """Acceptance by position, one line per draft precision and length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for score in scores:
-        positions = range(1, score.draft_length + 1)
-        label = f"{score.draft}, drafts of {score.draft_length}"
-        axes.plot(positions, score.acceptance_by_position, marker="o", label=label)
-    axes.set(xlabel="place in the draft", ylabel="share of cycles in which it is accepted", ylim=(0, 1))
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path)
 
 
 def _progress(description: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs a float model layer by layer on calibration text for the moments of its activations."""
+"""Runs a float model layer by layer on a text, for the moments or the maxima of its activations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError
@@ -14,7 +14,7 @@ from qspec_jax.layerwise import embed
 from qspec_jax.loading.decoder import load_layer
 from qspec_jax.loading.parameters import CheckpointSource
 from qspec_jax.modeling import DecoderLayer
-from qspec_jax.quantization.calibration import advance, linear_of, second_moments
+from qspec_jax.quantization.calibration import advance, largest_inputs, linear_of, second_moments
 from qspec_jax.quantization.principal import ActivationMoments
 
 MAX_WINDOWS = 16  # of the text; more change the moments little
@@ -55,6 +55,22 @@ def measure_moments(
         if index + 1 < config.num_layers:
             streams = advance(layer, streams)
     return ActivationMoments(stream, tuple(values), tuple(mlp))
+
+
+def channel_maxima(
+    source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"], linear: str
+) -> Float32[np.ndarray, "L K"]:
+    """The largest magnitude of each input of a linear (a key of ``linear_inputs``) in each layer.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    maxima, streams = [], embed(source, tokens)
+    for index in range(source.config.num_layers):
+        layer = load_layer(source, index)
+        maxima.append(largest_inputs(layer, streams, linear))
+        streams = advance(layer, streams)
+    return np.stack(maxima)
 
 
 def _moment(layer: DecoderLayer, streams: list, linear: str, where: str) -> np.ndarray:

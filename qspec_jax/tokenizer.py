@@ -54,9 +54,9 @@ class Tokenizer:
         """Whether :meth:`apply_chat` works."""
         return self._backend.chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of ``text``, after the BOS token if the model wants one."""
-        return self._backend.encode(text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, up to where the assistant's answer begins.
@@ -77,6 +77,15 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise UsageError(f"the chat template refuses the messages: {error}") from error
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the chat template; without ``add_generation_prompt`` its last message goes on."""
+        return self._backend.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special tokens left out."""

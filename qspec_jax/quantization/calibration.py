@@ -111,6 +111,15 @@ def second_moments(
     return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
 
 
+def largest_inputs(
+    layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
+) -> Float32[np.ndarray, " K"]:
+    """The largest magnitude of each input that a linear of a float32 layer reads; arguments as ``second_moments``."""
+    graph, state = nnx.split(layer)
+    with jax.default_matmul_precision("highest"):
+        return np.max([_largest(graph, state, stream, linear=linear) for stream in streams], axis=0)
+
+
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
     """A linear of a layer, by a key of ``linear_inputs``."""
     block, name = linear.split(".")
@@ -145,13 +154,22 @@ def _advance(graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="linear", donate_argnums=3)
 def _accumulate(graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str) -> Array:
-    layer = nnx.merge(graph, state)
+    inputs = _inputs(nnx.merge(graph, state), stream, linear)
+    return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="linear")
+def _largest(graph: nnx.GraphDef, state: nnx.State, stream: Array, *, linear: str) -> Array:
+    return jnp.abs(_inputs(nnx.merge(graph, state), stream, linear)).max((0, 1))
+
+
+def _inputs(layer: DecoderLayer, stream: Array, linear: str) -> Float32[Array, "B T K"]:
     seen: list[Array] = []
     block, name = linear.split(".")
     setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
     _run(layer, stream)
     (inputs,) = seen
-    return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+    return inputs
 
 
 def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream:

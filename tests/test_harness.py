@@ -1,0 +1,126 @@
+"""The model class of lm-eval, with a local task."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qspec_jax.types import Precision
+from tests import tiny
+
+pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+
+CONTEXT = 48
+
+
+class Spelling:
+    """A tokenizer of one token per letter, after a BOS token."""
+
+    eos_token_ids = (2,)
+    has_chat_template = False
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [3 + ord(letter) % 90 for letter in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(ord("A") + token % 26) for token in token_ids)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    made = tiny.language_model()
+    made.tokenizer, made.stop_tokens = Spelling(), (2,)
+    return made
+
+
+@pytest.fixture(scope="module")
+def harness(language_model):
+    from qspec_jax.harness import HarnessModel
+
+    return HarnessModel(language_model, max_length=CONTEXT, batch_size=2)
+
+
+def instances(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+
+def predictions(model, tokens):
+    """``[T, V]`` log-probabilities after each token, at W4A16."""
+    cache = model.decoder.create_cache(batch=1, slots=len(tokens))
+    logits = model.decoder(jnp.asarray([tokens], jnp.int32), cache, precision=Precision.W4A16)[0][0]
+    exact = np.asarray(logits, np.float64)
+    return exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+
+
+def test_likelihoods_are_those_of_the_logits(language_model, harness):
+    pairs = [("some context", " and more"), ("", "alone"), ("x" * 60, "long"), ("third", " one")]
+    found = harness.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (likelihood, greedy) in zip(pairs, found, strict=True):
+        whole = language_model.tokenizer.encode(context + continuation)[-CONTEXT - 1 :]
+        expected = predictions(language_model, whole[:-1])[-len(continuation) :]
+        tokens = whole[-len(continuation) :]
+        assert likelihood == pytest.approx(sum(expected[range(len(tokens)), tokens]), abs=1e-3)
+        assert greedy == (expected.argmax(-1) == tokens).all()
+
+
+def test_what_the_model_generates_is_greedy(language_model, harness):
+    context = language_model.tokenizer.encode("go on")
+    result = language_model.generate([context], mode="w4a16", max_new_tokens=3)[0]
+    assert harness._loglikelihood_tokens([(None, context, result.token_ids)])[0][1]
+    assert not harness._loglikelihood_tokens([(None, context, [result.token_ids[0] + 1])])[0][1]
+
+
+def test_a_rolling_likelihood_predicts_every_token_once_with_as_much_context_as_fits(language_model, harness):
+    text = "a text that is longer than one window of the model, and so is read in two"
+    (found,) = harness.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    tokens = [1, *language_model.tokenizer.encode(text, add_special_tokens=False)]
+    rest = len(tokens) - 1 - CONTEXT
+    assert 0 < rest < CONTEXT
+    first = predictions(language_model, tokens[:CONTEXT])
+    second = predictions(language_model, tokens[-CONTEXT - 1 : -1])[-rest:]
+    expected = sum(first[range(CONTEXT), tokens[1 : CONTEXT + 1]]) + sum(second[range(rest), tokens[-rest:]])
+    assert found == pytest.approx(expected, abs=1e-2)
+
+
+def test_generation_ends_before_a_stop_string_and_drafts_change_nothing(language_model, harness):
+    from qspec_jax.harness import HarnessModel
+
+    def answers(model, *contexts, until=()):
+        settings = {"until": list(until), "max_gen_toks": 12}
+        return model.generate_until(instances("generate_until", *((context, settings) for context in contexts)))
+
+    contexts = ("first question", "second", "a third one")
+    plain = answers(harness, *contexts)
+    drafting = HarnessModel(language_model, mode="qspec", draft="w4a4", max_length=CONTEXT)
+    assert answers(drafting, *contexts) == plain
+    stop = plain[0][3]
+    assert answers(harness, contexts[0], until=[stop]) == [plain[0][: plain[0].index(stop)]]
+
+
+def test_a_local_task_runs_in_the_harness(harness, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"question": "which letter", "choices": ["a", "bb"], "answer": i % 4 // 3} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "letters.yaml").write_text(
+        "task: letters\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}, cache_dir: {tmp_path}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the harness and of what it imports
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        results = simple_evaluate(model=harness, tasks=["letters"], task_manager=manager, bootstrap_iters=0)
+    pairs = [("which letter", f" {choice}") for choice in ("a", "bb")]
+    likelihoods = [found for found, _ in harness.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)]
+    assert results["results"]["letters"]["acc,none"] == (0.75, 0.25)[int(np.argmax(likelihoods))]
