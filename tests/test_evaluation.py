@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate, evaluation
+from qspec_jax.config import ModelConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.evaluation_tables import ModelScore, plot_outliers
+from qspec_jax.layerwise import embed
+from qspec_jax.loading.decoder import load_layer
+from qspec_jax.moments import channel_maxima
+from qspec_jax.quantization.calibration import advance, second_moments
 from tests import tiny
 
 TEXT = np.random.default_rng(3).integers(3, 96, 70).tolist()
@@ -147,6 +154,59 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_several_models_are_compared_a_line_each(capsys, tmp_path, monkeypatch):
+    def score(name, arguments, request):
+        text = evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)
+        drafts = [evaluation.DraftScore("w4a8", length, 2, 8, 0.9, 3.7, (0.9,), 2) for length in (3, 5)]
+        return ModelScore(name, [text], drafts)
+
+    monkeypatch.setattr(evaluate, "_score", score)
+    (tmp_path / "text.txt").write_text("some letters")
+    arguments = ("--model", "one", "--model", "another", "--text", tmp_path / "text.txt")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["model", "perplexity", "KL,", "nats", "w4a8,", "3", "w4a8,", "5"],
+        ["one", "12.346", "0.25000", "0.900", "3.70", "0.900", "3.70"],
+        ["another", "12.346", "0.25000", "0.900", "3.70", "0.900", "3.70"],
+    ]
+    _, out, _ = run(capsys, *arguments, "--json")
+    assert [model["name"] for model in json.loads(out)["models"]] == ["one", "another"]
+
+
+def test_the_baseline_may_be_another_model(capsys, tmp_path, monkeypatch):
+    models = {"checkpoint": types.SimpleNamespace(tokenizer=Spelling()), "float": object()}
+    asked, compared = [], []
+
+    def load(name, *, quantization, **options):
+        asked.append((name, quantization))
+        return models[name]
+
+    def score_text(model, token_ids, *, baseline, **options):
+        compared.append((model, baseline))
+        return []
+
+    monkeypatch.setattr(qspec_jax, "load", load)
+    monkeypatch.setattr(evaluation, "score_text", score_text)
+    (tmp_path / "text.txt").write_text("some letters to score")
+    assert run(capsys, "--model", "checkpoint", "--baseline", "float", "--text", tmp_path / "text.txt")[0] == 0
+    assert asked == [("checkpoint", "auto"), ("float", None)]
+    assert compared == [(models["checkpoint"], models["float"])]
+
+
+def test_outlier_maps_hold_the_largest_input_of_every_channel(tmp_path):
+    pytest.importorskip("matplotlib")
+    source, tokens = tiny.source(ModelConfig.from_hf(tiny.BASE_HF_CONFIG)), np.asarray([TEXT[:16]], np.int32)
+    maxima = channel_maxima(source, tokens, "mlp.down")
+    assert maxima.shape == (2, 128)
+    streams = advance(load_layer(source, 0), embed(source, tokens))
+    energy = np.diag(second_moments(load_layer(source, 1), streams, "mlp.down"))
+    assert (maxima[1] ** 2 >= energy).all()
+    assert (maxima[1] ** 2 <= 16.01 * energy).all()  # 16 tokens: no square is more than their sum
+    plot_outliers([("before", maxima), ("after", maxima)], tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,6 +215,7 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
         (("--text", __file__, "--precisions", "w2"), "w2 is unknown; use w4a16, w4a8, w4a4"),
         (("--text", __file__, "--draft-lengths", "0-3"), "between 1 and 16"),
         (("--text", __file__, "--draft-lengths", "few"), "is not like 1-7"),
+        (("--prompt-file", __file__, "--outlier-plot", "x.png"), "--outlier-plot shows activations on a text"),
         (("--text", __file__, "--context", "0"), "--context 0 must be at least 1"),
     ],
     ids=str,

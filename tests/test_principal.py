@@ -28,7 +28,7 @@ def turned(source, make):
 
 
 @pytest.mark.parametrize("make", [principal_rotation, salience_order])
-@pytest.mark.parametrize("family", ["llama_with_biases", "smollm2_tied", "qwen3_qk_norm"])
+@pytest.mark.parametrize("family", ["llama_with_biases", "smollm2_tied"])
 def test_float_logits_are_the_same_before_and_after(family, make):
     source = tiny.source(tiny_config(family, intermediate_size=144))
     after = turned(source, make)
