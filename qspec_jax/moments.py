@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from jaxtyping import Float32, Int32
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError
-from qspec_jax.layerwise import embed
+from qspec_jax.layerwise import calibration_bytes, embed
 from qspec_jax.loading.decoder import load_layer
 from qspec_jax.loading.parameters import CheckpointSource
+from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import DecoderLayer
 from qspec_jax.quantization.calibration import advance, largest_inputs, linear_of, second_moments
 from qspec_jax.quantization.principal import ActivationMoments
@@ -38,22 +40,27 @@ def measure_moments(
 
     Raises:
         CheckpointError: a tensor cannot be read, or activations are not finite.
-        OutOfMemoryError: a layer does not fit.
+        OutOfMemoryError: a layer does not fit; raised beforehand where that can be told.
     """
-    config = source.config
+    config, tokens = source.config, tokens[:MAX_WINDOWS]
+    what = f"measuring {source.path.name} on {tokens.size} tokens"
+    needed = calibration_bytes(config, tokens.shape)  # rounding a linear, which comes later, takes more
+    check_memory(needed, what=f"the largest layer and its moments, for {what},")
     stream, values, mlp = np.zeros((config.hidden_size,) * 2), [], []
-    streams = embed(source, tokens[:MAX_WINDOWS])
-    for index in bar(range(config.num_layers), "measuring"):
-        layer = load_layer(source, index)
-        if fold_gains:
-            _fold_gains(layer)
-        found = {name: _moment(layer, streams, name, f"layer {index}") for name in (*_NORM_OF, "attention.output")}
-        for name in _NORM_OF:
-            stream += found[name] / np.trace(found[name])
-        values.append(_by_kv_head(found["attention.output"], config))
-        mlp.append(np.diag(_moment(layer, streams, "mlp.down", f"layer {index}")).copy())
-        if index + 1 < config.num_layers:
-            streams = advance(layer, streams)
+    with explain_out_of_memory(f"while {what}"):
+        streams = embed(source, tokens)
+        for index in bar(range(config.num_layers), "measuring"):
+            layer = load_layer(source, index)
+            if fold_gains:
+                _fold_gains(layer)
+            moment = functools.partial(_moment, layer, streams, where=f"layer {index}")
+            for name in _NORM_OF:
+                found = moment(name).astype(np.float64)
+                stream += found / np.trace(found)
+            values.append(_by_kv_head(moment("attention.output"), config))
+            mlp.append(np.diag(moment("mlp.down")).astype(np.float64))
+            if index + 1 < config.num_layers:
+                streams = advance(layer, streams)
     return ActivationMoments(stream, tuple(values), tuple(mlp))
 
 
@@ -73,8 +80,8 @@ def channel_maxima(
     return np.stack(maxima)
 
 
-def _moment(layer: DecoderLayer, streams: list, linear: str, where: str) -> np.ndarray:
-    moment = np.asarray(second_moments(layer, streams, linear), np.float64)
+def _moment(layer: DecoderLayer, streams: list, linear: str, *, where: str) -> np.ndarray:
+    moment = np.asarray(second_moments(layer, streams, linear))
     if not np.isfinite(moment).all():
         raise CheckpointError(
             f"the inputs of {where} {linear} are not finite on the calibration text; the weights of the model are "
@@ -94,4 +101,4 @@ def _by_kv_head(moment: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The diagonal blocks ``[KH, HD, HD]``, summed over the query heads that share values."""
     heads = moment.reshape(config.num_heads, config.head_dim, config.num_heads, config.head_dim)
     blocks = np.stack([heads[head, :, head] for head in range(config.num_heads)])
-    return blocks.reshape(config.num_kv_heads, -1, config.head_dim, config.head_dim).sum(1)
+    return blocks.reshape(config.num_kv_heads, -1, config.head_dim, config.head_dim).sum(1).astype(np.float64)

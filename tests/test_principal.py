@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qspec_jax import ActivationQuantization, QuantConfig, quantize
+from qspec_jax import ActivationQuantization, QuantConfig, memory, quantize
 from qspec_jax.checkpoint import open_checkpoint
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.loading.parameters import TensorEntry
 from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.moments import measure_moments
@@ -83,6 +83,14 @@ def test_a_rotated_model_is_refused(make):
         turned(rotated, make)
     with pytest.raises(UsageError, match="rotated already"):
         principal_config(rotated.config)
+
+
+def test_what_cannot_be_measured_in_memory_is_refused_with_numbers(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    with pytest.raises(
+        OutOfMemoryError, match=r"measuring tiny on 256 tokens, need 0\.\d+ GB and .* has 0\.00 GB free"
+    ):
+        turned(tiny.source(tiny_config()), principal_rotation)
 
 
 @pytest.mark.parametrize(("recipe", "block"), [("atom", None), ("resq", 32)])
