@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 import jax
 
-from qspec_jax.bench import decode, kernels, tune
+from qspec_jax.bench import decode, kernels, throughput, tune
 from qspec_jax.command import exit_code
 
-COMMANDS = (kernels, decode, tune)
+COMMANDS = (kernels, decode, throughput, tune)
 
 
 def build_parser() -> argparse.ArgumentParser:

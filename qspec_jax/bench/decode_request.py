@@ -86,12 +86,12 @@ def read_request(arguments: argparse.Namespace) -> Request:
 
     decoder_options(arguments.kernels, arguments.dtype)
     modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
-    name, config, path = _model(arguments)
+    name, config, path = chosen_model(arguments)
     request = Request(
         name=name,
         config=config,
         path=path,
-        quantization=_quantization(arguments, config),
+        quantization=chosen_quantization(arguments, config),
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         batches=options.parse_numbers(arguments.batch, option="--batch"),
@@ -107,7 +107,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     return request
 
 
-def _model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
+def chosen_model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
+    """Name, shape and path of the model asked for; there is no path to synthetic weights."""
     if arguments.model is None:
         import jax
 
@@ -123,7 +124,8 @@ def _model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None
     return path.name, open_source(path).config, path
 
 
-def _quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
+def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
+    """How the weights are to be stored; None for what the model brings."""
     from pallas_kernels import check_group_size
     from qspec_jax.modeling import linear_inputs
 

