@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qspec_jax.tokenizer import Tokenizer
 
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
+LOOKUP_MODES = ("lookup", "lookup-qspec")
 DRAFTS = ("auto", "w4a4", "w4a8")
 _PIPELINE_SLOTS = 4096  # cache positions of a pipeline that is not told how many
 
@@ -93,20 +94,22 @@ class LanguageModel:
         Raises:
             UsageError: an unknown mode or draft, a draft length below 1, or a 4-bit mode of a float model.
         """
-        if mode not in MODES:
-            raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join(MODES)}")
+        if mode not in (*MODES, *LOOKUP_MODES):
+            raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES))}")
         if draft not in DRAFTS:
             raise UsageError(f"draft={draft!r} is unknown; use one of {', '.join(DRAFTS)}")
         if mode != "float" and self.quantization is None:
             raise UsageError(
                 f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'"
             )
-        if mode != "qspec":
+        if mode not in ("qspec", *LOOKUP_MODES):
             return DecodingPlan(verify=Precision(mode))
         if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
             raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
+        if mode == "lookup":
+            return DecodingPlan(Precision.W4A16, None, draft_length, lookup=True)
         draft_precision = default_draft_precision() if draft == "auto" else Precision(draft)
-        return DecodingPlan(Precision.W4A16, draft_precision, draft_length)
+        return DecodingPlan(Precision.W4A16, draft_precision, draft_length, lookup=mode == "lookup-qspec")
 
     def generate(
         self,
@@ -128,7 +131,8 @@ class LanguageModel:
 
         Args:
             prompts: texts, lists of token ids, or conversations (lists of ``{"role": ..., "content": ...}``).
-            mode: ``qspec``, or plain decoding at a precision.
+            mode: ``qspec``, plain decoding at a precision, ``lookup`` (drafts are what followed the newest tokens
+                earlier in the text), or ``lookup-qspec`` (QSpec's drafts where there is no such thing).
             draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
             draft_length: drafts per cycle.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qspec_jax.speculative import DecodingPlan
 
 _WHOLE_ROW = "row"
+_MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float", "lookup", "lookup-qspec")
 # The fields of `SamplingParams`: type, default, help.
 _SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 0.0, "divides the logits; 0 is greedy"),
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     lines = 'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id" and options of its own'
     add("--prompt-file", type=Path, metavar="FILE", help=lines)
     add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
-    add("--mode", choices=("qspec", "w4a16", "w4a8", "w4a4", "float"), default="qspec", help="default: qspec")
+    add("--mode", choices=_MODES, default="qspec", help="default: qspec")
     add("--draft", choices=("auto", "w4a4", "w4a8"), default="auto", help="draft precision (default: auto)")
     add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")

@@ -165,8 +165,8 @@ def statistics(model: LanguageModel, plan: DecodingPlan, sequence: RunningSequen
     lengths = [] if sequence is None else sequence.accepted_lengths
     seconds = {"prefill_s": 0.0, "decode_s": 0.0} | ({} if sequence is None else sequence.seconds())
     return GenerationStats(
-        mode="qspec" if plan.draft else plan.verify.value,
-        draft=plan.draft.value if plan.draft else None,
+        mode=plan.mode,
+        draft=plan.draft_source,
         draft_length=plan.draft_length,
         accepted_lengths=tuple([*lengths, *[0] * (plan.draft_length + 1)][: plan.draft_length + 1]),
         num_tokens=0 if sequence is None else len(sequence.token_ids),

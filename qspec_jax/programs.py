@@ -46,11 +46,13 @@ class Shape(NamedTuple):
         rows: sequences that run together.
         slots: cache positions of each.
         features: what their sampling needs.
+        lookup: drafts are looked up in the texts.
     """
 
     rows: int
     slots: int
     features: SamplingFeatures = SamplingFeatures()
+    lookup: bool = False
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -194,7 +196,7 @@ class Programs:
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
         cache = self.decoder.create_cache(batch=shape.rows, slots=shape.slots)
-        return self.with_features(DecodeState.idle(cache), shape)
+        return self.with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
 
     def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
         """A state with what the features of a shape need besides; the sequences in it go on as before."""

@@ -147,7 +147,7 @@ class Scheduler:
             chunk_s: about how long a chunk lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
         """
-        self.shape = Shape(rows, slots)
+        self.shape = Shape(rows, slots, lookup=plan.lookup)
         self.totals = RunTotals(rows=rows)
         self._programs, self._plan, self._chunk_s, self._on_event = programs, plan, chunk_s, on_event
         self._waiting: collections.deque[RunningSequence] = collections.deque()

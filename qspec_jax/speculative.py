@@ -12,8 +12,9 @@ one more, the last, that is not in it yet:
    yields between 1 and ``gamma + 1`` tokens, all chosen by the accurate precision. Rejection only
    shortens the cache.
 
-Plain decoding is the same loop with ``draft_length = 0``. Sampling is the same cycle as well: draft and verification
-choose with the same noise (see :mod:`qspec_jax.sampling`).
+Drafts may come from the text itself instead (:mod:`qspec_jax.lookup`). Plain decoding is the same loop with
+``draft_length = 0``. Sampling is the same cycle as well: draft and verification choose with the same noise (see
+:mod:`qspec_jax.sampling`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from qspec_jax.cache import KVCache
+from qspec_jax.lookup import look_up, write
 from qspec_jax.modeling import Decoder
 from qspec_jax.sampling import Sampler, choose
 from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece, TokenScores
@@ -39,19 +41,34 @@ class DecodingPlan:
 
     Attributes:
         verify: the precision whose output is produced.
-        draft: the precision of the drafts, None for plain decoding.
+        draft: the precision of the drafts; None where the model makes none.
         draft_length: gamma, drafts per cycle; 0 for plain decoding.
+        lookup: drafts are taken from the sequence's own text where it has them; those of ``draft``, if any, are made
+            where it has not.
     """
 
     verify: Precision
     draft: Precision | None = None
     draft_length: int = 0
+    lookup: bool = False
 
     def __post_init__(self) -> None:
-        if (self.draft is None) != (self.draft_length == 0):
-            raise ValueError("a plan has a draft precision if, and only if, its draft_length is positive")
+        if (self.draft is None and not self.lookup) != (self.draft_length == 0):
+            raise ValueError("a plan has a draft precision or lookup if, and only if, its draft_length is positive")
         if self.draft_length > MAX_DRAFT_LENGTH:
             raise ValueError(f"draft_length={self.draft_length} is more than {MAX_DRAFT_LENGTH}")
+
+    @property
+    def mode(self) -> str:
+        """The name of its kind."""
+        if self.draft is not None:
+            return "lookup-qspec" if self.lookup else "qspec"
+        return "lookup" if self.lookup else self.verify.value
+
+    @property
+    def draft_source(self) -> str | None:
+        """Where drafts come from: a precision, or the text itself; None for plain decoding."""
+        return self.draft.value if self.draft is not None else "lookup" if self.lookup else None
 
 
 def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: DecodingPlan) -> DecodeState:
@@ -75,12 +92,17 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         assert state.sampler is not None
         sampler = sampler.for_prompts(piece.tokens, piece.num_tokens, logits.shape[-1], piece.start, state.sampler)
     first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
-    first, scores = first_tokens[:, 0], state.scores
+    first, scores, end = first_tokens[:, 0], state.scores, piece.start + piece.num_tokens
     if scores is not None:
         found = TokenScores.of(logits, first_tokens)
         scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
+    history = state.history
+    if history is not None:
+        index = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)
+        history = write(history, piece.start, piece.tokens, index < piece.num_tokens[:, None])
+        history = write(history, end, first_tokens, piece.last[:, None])
     return DecodeState(
-        cache=cache.with_lengths(piece.start + piece.num_tokens),
+        cache=cache.with_lengths(end),
         last_token=first,
         tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
         num_tokens=piece.last.astype(jnp.int32),
@@ -90,6 +112,7 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         accepted_lengths=jnp.zeros_like(state.accepted_lengths),
         sampler=None if sampler is None else sampler.after(first_tokens, piece.last[:, None]),
         scores=scores,
+        history=history,
     )
 
 
@@ -139,6 +162,33 @@ def draft(
     return tokens.T, cache
 
 
+def propose(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> tuple[Int32[Array, "B gamma"], KVCache]:
+    """The drafts of a cycle, from where the plan says, and the cache with what making them wrote."""
+
+    def made(cache: KVCache) -> tuple[Array, KVCache]:
+        if plan.draft is None:
+            return jnp.zeros((cache.lengths.shape[0], plan.draft_length), jnp.int32), cache
+        return draft(
+            model,
+            state.last_token,
+            cache,
+            precision=plan.draft,
+            draft_length=plan.draft_length,
+            sampler=state.sampler,
+            first=state.num_tokens,
+        )
+
+    if state.history is None or not plan.lookup:
+        return made(state.cache)
+    found, tokens = look_up(state.history, state.cache.lengths, draft_length=plan.draft_length)
+    if plan.draft is None:
+        return tokens, state.cache
+    # The model drafts for all rows or for none.
+    idle = jax.tree.map(jnp.zeros_like, tokens)
+    made_tokens, cache = lax.cond((found | state.finished).all(), lambda cache: (idle, cache), made, state.cache)
+    return jnp.where(found[:, None], tokens, made_tokens), cache.with_lengths(state.cache.lengths)
+
+
 def verify(
     model: Decoder,
     last_token: Int32[Array, " B"],
@@ -167,19 +217,8 @@ def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B
 def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
     """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens."""
     start = state.cache.lengths
-    cache = state.cache
-    draft_tokens = jnp.zeros((start.shape[0], 0), jnp.int32)
-    if plan.draft is not None:
-        with jax.named_scope("draft"):
-            draft_tokens, cache = draft(
-                model,
-                state.last_token,
-                cache,
-                precision=plan.draft,
-                draft_length=plan.draft_length,
-                sampler=state.sampler,
-                first=state.num_tokens,
-            )
+    with jax.named_scope("draft"):
+        draft_tokens, cache = propose(model, state, plan=plan)
     with jax.named_scope("verify"):
         cache = cache.with_lengths(start)
         target_tokens, logits, cache = verify(
@@ -234,6 +273,7 @@ def emit(
         accepted_lengths=state.accepted_lengths + counted,
         sampler=None if state.sampler is None else state.sampler.after(target_tokens, kept),
         scores=jax.tree.map(lambda a, b: a.at[rows, columns].set(b, mode="drop"), state.scores, scores),
+        history=None if state.history is None else write(state.history, start + 1, target_tokens, kept),
     )
 
 

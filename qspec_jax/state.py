@@ -81,6 +81,7 @@ class DecodeState:
             accepted although they are not emitted.
         sampler: how tokens are drawn; None for the most likely ones.
         scores: of ``tokens``; None where nobody asks.
+        history: ``[B, S]`` int32, the tokens of prompt and output by position; None where drafts are not looked up.
     """
 
     cache: KVCache
@@ -93,10 +94,14 @@ class DecodeState:
     accepted_lengths: Int32[Array, "B lengths"]
     sampler: Sampler | None = None
     scores: TokenScores | None = None
+    history: Int32[Array, "B S"] | None = None
 
     @classmethod
-    def idle(cls, cache: KVCache, sampler: Sampler | None = None, scores: TokenScores | None = None) -> DecodeState:
-        """Rows without a sequence, around an empty cache; as many new tokens fit as the cache has positions."""
+    def idle(cls, cache: KVCache, *, lookup: bool = False) -> DecodeState:
+        """Rows without a sequence, around an empty cache; as many new tokens fit as the cache has positions.
+
+        ``lookup`` is whether drafts will be looked up.
+        """
         rows = cache.lengths.shape[0]
 
         def zeros(*shape: int) -> Any:
@@ -111,8 +116,7 @@ class DecodeState:
             stop_tokens=zeros(MAX_STOP_TOKENS) + np.int32(NO_TOKEN),
             finished=zeros() == 0,
             accepted_lengths=zeros(MAX_DRAFT_LENGTH + 1),
-            sampler=sampler,
-            scores=scores,
+            history=zeros(cache.slots) if lookup else None,
         )
 
     def row(self, index: Int32[Array, ""]) -> DecodeState:

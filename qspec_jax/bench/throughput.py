@@ -36,7 +36,7 @@ ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer t
 fewer where a real model stops. Synthetic weights read noise of the same lengths (a token for four characters), and
 their drafts are accepted as noise is: that says nothing about a real model.
 """
-_COLUMNS = "{:<7} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>6} {:>6} {:>5} {:>7} {:>6} {:>8}"
+_COLUMNS = "{:<12} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>6} {:>6} {:>5} {:>7} {:>6} {:>8}"
 
 
 def add_command(commands: Any) -> None:
@@ -106,7 +106,7 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
     for name in ("rate", "chunk"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
-    from qspec_jax.engine import MODES
+    from qspec_jax.engine import LOOKUP_MODES, MODES
     from qspec_jax.loading.load import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)
@@ -125,7 +125,7 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
         kernels=arguments.kernels,
         batches=(),
         contexts=(),
-        modes=options.parse_names(arguments.mode, option="--mode", known=MODES),
+        modes=options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES)),
         drafts=[arguments.draft],
         draft_lengths=[arguments.draft_length],
         prompts=(),

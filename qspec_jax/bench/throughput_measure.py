@@ -103,7 +103,7 @@ def measure_throughput(
     options: dict[str, Any] = {"rows": rows, "slots": slots, "chunk_s": chunk_s}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
-    model.programs.compile(plan, Shape(rows, slots), widths)
+    model.programs.compile(plan, Shape(rows, slots, lookup=plan.lookup), widths)
     first = _warm_up(requests)
     _serve(Scheduler(model.programs, plan, **options), first, arrivals(len(first), None))
     compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
@@ -116,8 +116,8 @@ def measure_throughput(
     drafted, busy_s = totals.sequence_cycles * plan.draft_length, max(totals.busy_s, 1e-9)
     per_cycle = totals.tokens_per_cycle
     return ThroughputRun(
-        mode="qspec" if plan.draft else plan.verify.value,
-        draft=plan.draft.value if plan.draft else None,
+        mode=plan.mode,
+        draft=plan.draft_source,
         draft_length=plan.draft_length,
         rows=rows,
         rate=rate,

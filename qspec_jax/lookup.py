@@ -1,0 +1,50 @@
+"""Drafts from the text itself: what followed the newest tokens when they last stood there (prompt lookup decoding).
+
+Saxena, "Prompt Lookup Decoding" (2023), finds the newest n-gram earlier in the prompt and proposes what follows it. It
+costs nothing and is right where a text repeats its prompt or itself: summaries, edits, code. Here the whole text
+counts, of prompt and new tokens, and of the longest of the n-grams that are found the last one.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+_LONGEST, _SHORTEST = 3, 2  # n-grams
+
+
+def look_up(
+    history: Int32[Array, "B S"], newest: Int32[Array, " B"], *, draft_length: int
+) -> tuple[Bool[Array, " B"], Int32[Array, "B gamma"]]:
+    """Which texts have their newest n-gram earlier on, and the tokens that followed it there.
+
+    Args:
+        history: the tokens of each text by position.
+        newest: the position of the newest one of each.
+        draft_length: tokens to propose.
+
+    Returns:
+        whether it was found, and the tokens; what they are where it was not, or beyond the newest token, is of no
+        consequence.
+    """
+    positions = jnp.arange(history.shape[1], dtype=jnp.int32)
+    same = positions < newest[:, None]  # so far, of the n-gram that ends at each position
+    length = jnp.zeros(history.shape, jnp.int32)
+    for back in range(_LONGEST):
+        token = jnp.take_along_axis(history, jnp.maximum(newest - back, 0)[:, None], axis=1)
+        same &= (jnp.roll(history, back, axis=1) == token) & (positions >= back)
+        length += same.astype(jnp.int32)
+    best = jnp.max(length, axis=1)
+    place = jnp.max(jnp.where(length == best[:, None], positions, -1), axis=1)
+    following = place[:, None] + 1 + jnp.arange(draft_length, dtype=jnp.int32)
+    tokens = jnp.take_along_axis(history, jnp.minimum(following, history.shape[1] - 1), axis=1)
+    return best >= _SHORTEST, tokens
+
+
+def write(
+    history: Int32[Array, "B S"], start: Int32[Array, " B"], tokens: Int32[Array, "B T"], exists: Bool[Array, "B T"]
+) -> Int32[Array, "B S"]:
+    """The history with those of the tokens that exist at the positions from ``start`` on."""
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    columns = jnp.where(exists, start[:, None] + index, history.shape[1])
+    return history.at[jnp.arange(tokens.shape[0])[:, None], columns].set(tokens, mode="drop")
