@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--outlier-groups",
         type=int,
         metavar="N",
-        help="groups of a token's activations that keep 8 bits in W4A4 drafts (default: 1)",
+        help="groups of a token's activations that keep 8 bits in W4A4 drafts (default: 1; of resq 10)",
     )
     add("--calibration", type=Path, metavar="FILE", help='text for gptq; JSONL with {"prompt": TEXT} if FILE.jsonl')
     add("--calibration-tokens", type=int, metavar="N", help="of that text (default: 65536)")

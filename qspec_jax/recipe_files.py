@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.config import ActivationQuantization, QuantConfig
+from qspec_jax.config import ActivationQuantization
 from qspec_jax.errors import UsageError
 from qspec_jax.recipes import RECIPES, WHOLE_ROW, Recipe, RecipeOptions
 
@@ -35,7 +35,7 @@ def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
         UsageError: there is no such recipe, or the file is not understood.
     """
     if text in RECIPES:
-        return RECIPES[text], RecipeOptions()
+        return RECIPES[text], RecipeOptions(RECIPES[text].quantization)
     path = Path(text)
     if path.suffix != ".toml":
         raise UsageError(f"recipe {text!r} is unknown; use {', '.join(RECIPES)}, or the path of a .toml file")
@@ -58,17 +58,18 @@ def _parse_recipe(fields: Mapping[str, Any], folder: Path) -> tuple[Recipe, Reci
     if fields.get("recipe") not in RECIPES:
         given = repr(fields["recipe"]) if "recipe" in fields else "none"
         raise UsageError(f'recipe is {given}; write recipe = "NAME" with one of {", ".join(RECIPES)}')
+    recipe = RECIPES[fields["recipe"]]
     changes: dict[str, Any] = {key: fields[key] for key in ("group_size", "symmetric") if key in fields}
     if "group_size" in changes:
         changes["group_size"] = parse_group_size(changes["group_size"])
     for precision in ("w4a4", "w4a8"):
         if precision in fields:
-            default = getattr(QuantConfig(), precision)
+            default = getattr(recipe.quantization, precision)
             changes[precision] = _parse_activations(fields[precision], default, f"[{precision}]")
     others: dict[str, Any] = {key: fields[key] for key in ("dtype", "calibration_tokens") if key in fields}
     if "calibration" in fields:
         others["calibration"] = folder / fields["calibration"]
-    return RECIPES[fields["recipe"]], RecipeOptions(QuantConfig(**changes), **others)
+    return recipe, RecipeOptions(dataclasses.replace(recipe.quantization, **changes), **others)
 
 
 def _parse_activations(

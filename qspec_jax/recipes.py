@@ -23,7 +23,7 @@ import numpy as np
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.checkpoint import abstract_decoder, check_destination, num_bytes, save_checkpoint
-from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.layerwise import Calibration, calibration_bytes, open_calibration, quantize_layers
 from qspec_jax.loading.decoder import load_decoder, weight_formats
@@ -34,7 +34,13 @@ from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.memory import check_memory
 from qspec_jax.modeling import Decoder
 from qspec_jax.moments import measure_moments
-from qspec_jax.quantization.principal import ActivationMoments, principal_config, principal_rotation, salience_order
+from qspec_jax.quantization.principal import (
+    GROUP,
+    ActivationMoments,
+    principal_config,
+    principal_rotation,
+    salience_order,
+)
 from qspec_jax.quantization.rotation import Rotation, rotated_config, unrotated_config
 from qspec_jax.work_folder import remove_work_folders
 
@@ -83,12 +89,14 @@ class Recipe:
         quantize: makes the decoder.
         calibrate: for a recipe that runs the model on text, what comes before: a source whose linears are in 4 bits.
         config: of the model that comes out, from that of the source.
+        quantization: grid and draft activations where nobody says otherwise.
     """
 
     name: str
     quantize: Callable[[CheckpointSource, RecipeOptions, Progress], Decoder]
     calibrate: Callable[[CheckpointSource, RecipeOptions, Calibration, Progress], CheckpointSource] | None = None
     config: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +296,11 @@ def _turn_and_gptq(
     return _gptq(rotate_source(floats, rotation_of(moments)), options, calibration, progress)
 
 
+# One group is much louder than the others: with one scale per token, 8 bits would hardly see those.
+_OF_PRINCIPAL_AXES = QuantConfig(
+    w4a4=ActivationQuantization(group_size=GROUP, symmetric=False, outlier_groups=10),
+    w4a8=ActivationQuantization(group_size=GROUP),
+)
 _reorder_and_gptq = functools.partial(_turn_and_gptq, rotation_of=salience_order, fold_gains=False)
 _principal_and_gptq = functools.partial(_turn_and_gptq, rotation_of=principal_rotation, fold_gains=True)
 
@@ -300,7 +313,7 @@ RECIPES = {
         Recipe("quarot-rtn", _rotate_and_round, config=rotated_config),
         Recipe("quarot-gptq", _load, calibrate=_rotate_and_gptq, config=rotated_config),
         Recipe("atom", _load, calibrate=_reorder_and_gptq, config=unrotated_config),
-        Recipe("resq", _load, calibrate=_principal_and_gptq, config=principal_config),
+        Recipe("resq", _load, _principal_and_gptq, principal_config, _OF_PRINCIPAL_AXES),
     )
 }
 

@@ -100,4 +100,5 @@ def test_the_recipes_write_what_they_turned(model, options, tmp_path, recipe, bl
     manifest = open_checkpoint(tmp_path / "out").manifest
     assert (manifest.model.hadamard_block, manifest.model.down_hadamard) == (block, block is not None)
     assert manifest.quantization.w4a4.outlier_groups == 2
+    assert manifest.quantization.w4a8.group_size == block  # the drafts that the recipe asks for
     assert manifest.recipe["name"] == recipe

@@ -228,7 +228,7 @@ def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
     [
         (
             "gptx",
-            "recipe 'gptx' is unknown; use keep, rtn, gptq, quarot-rtn, quarot-gptq, or the path of a .toml file",
+            "recipe 'gptx' is unknown; use keep, rtn, gptq, quarot-rtn, quarot-gptq, atom, resq, or the path of",
         ),
         ("no/such.toml", "cannot read recipe no/such.toml: No such file or directory"),
     ],

@@ -80,6 +80,7 @@ def test_reference_equals_the_dense_product_in_float64(size):
     ("size", "dtype"),
     [
         (16, jnp.float32),
+        (32, jnp.bfloat16),
         (576, jnp.float32),
         (576, jnp.bfloat16),
         (576, jnp.float16),
