@@ -183,12 +183,8 @@ class LanguageModel:
         """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all."""
         served = [request for request in requests if isinstance(request, Request)]
         longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
-        pipeline = self.pipeline(
-            plan,
-            batch_size=min(batch_size, max(1, len(served))),
-            max_seq_len=max_seq_len or fitting_slots(longest),
-            on_event=on_event,
-        )
+        rows, slots = min(batch_size, max(1, len(served))), max_seq_len or fitting_slots(longest)
+        pipeline = self._pipeline(plan, batch_size=rows, slots=slots, on_event=on_event)
         for request in requests[first:]:
             pipeline.add(request)
         return pipeline
@@ -213,10 +209,17 @@ class LanguageModel:
         Raises:
             UsageError: an argument makes no sense.
         """
+        context = self.config.max_position_embeddings
+        check_length(1, 0, max_seq_len=max_seq_len, context=context)
+        slots = max_seq_len or min(context, _PIPELINE_SLOTS)
+        return self._pipeline(plan or self.plan(), batch_size=batch_size, slots=slots, on_event=on_event)
+
+    def _pipeline(
+        self, plan: DecodingPlan, *, batch_size: int, slots: int, on_event: Callable[[str], None] | None
+    ) -> Pipeline:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
-        slots = max_seq_len or min(self.config.max_position_embeddings, _PIPELINE_SLOTS)
-        return Pipeline(self, plan or self.plan(), batch_size=batch_size, slots=slots, on_event=on_event or _ignore)
+        return Pipeline(self, plan, batch_size=batch_size, slots=slots, on_event=on_event or _ignore)
 
     def stream(
         self,

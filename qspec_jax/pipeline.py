@@ -45,9 +45,10 @@ class Pipeline:
         on_event: Callable[[str], None],
     ):
         """See :meth:`LanguageModel.pipeline`."""
-        self.max_seq_len = slots
+        self.max_seq_len = min(slots, model.config.max_position_embeddings)
         self._model, self._plan = model, plan
-        self._scheduler = Scheduler(model.programs, plan, rows=batch_size, slots=slots, on_event=on_event)
+        self._make_scheduler = lambda: Scheduler(model.programs, plan, rows=batch_size, slots=slots, on_event=on_event)
+        self._scheduler = self._make_scheduler()
         self._entries: collections.deque[_Entry] = collections.deque()
 
     @property
@@ -124,7 +125,9 @@ class Pipeline:
         for entry in self._entries:
             if entry.sequence is not None and entry.result is None:
                 entry.result = result_of(self._model, entry.sequence, self._plan, self.totals)
-                self._scheduler.cancel(entry.sequence)
+        # The interruption may have come between a dispatch and the note of its result.
+        totals, self._scheduler = self.totals, self._make_scheduler()
+        self._scheduler.totals = totals
         results = [entry.result for entry in self._entries if entry.result is not None]
         self._entries.clear()
         return results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from qspec_jax.errors import UsageError
@@ -106,11 +108,21 @@ def test_the_times_of_a_request_add_up(model):
     results = model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=1)
     stats = [result.stats for result in results]
     assert all(one.prefill_s > 0 and one.decode_s > 0 for one in stats)
-    ends = [one.waited_s + one.prefill_s + one.decode_s for one in stats]
-    assert ends == sorted(ends)
-    assert stats[1].waited_s >= stats[0].prefill_s + stats[0].decode_s
+    for one, next_one in itertools.pairwise(stats):
+        assert next_one.waited_s >= one.prefill_s + one.decode_s
+
+
+def test_a_pipeline_goes_on_after_an_interruption(model, expected):
+    batch = pipeline(model)
+    for prompt in PROMPTS[:3]:
+        batch.submit(prompt, max_new_tokens=12)
+    assert len(batch.interrupt()) == 3
+    batch.submit(PROMPTS[3], max_new_tokens=12)
+    assert tokens(batch.results()) == [expected[3]]
 
 
 def test_a_pipeline_needs_room(model):
     with pytest.raises(UsageError, match="batch_size=0 must be at least 1"):
         model.pipeline(batch_size=0)
+    with pytest.raises(UsageError, match="max_seq_len=257 must be between 1 and the model's context of 256"):
+        model.pipeline(max_seq_len=257)
