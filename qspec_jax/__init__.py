@@ -5,7 +5,8 @@ from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
 from qspec_jax.loading.load import load, save
-from qspec_jax.results import GenerationResult, GenerationStats
+from qspec_jax.pipeline import Pipeline
+from qspec_jax.results import GenerationResult, GenerationStats, RunTotals
 from qspec_jax.sampling_params import SamplingParams
 from qspec_jax.types import Precision
 
@@ -19,9 +20,11 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "OutOfMemoryError",
+    "Pipeline",
     "Precision",
     "QSpecError",
     "QuantConfig",
+    "RunTotals",
     "SamplingParams",
     "UnsupportedModelError",
     "UsageError",

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import qspec_jax
-from qspec_jax import ActivationQuantization, QuantConfig
+from qspec_jax import ActivationQuantization, QuantConfig, SamplingParams
 from tests.golden import make_demo
 
 pytestmark = [
@@ -87,3 +87,15 @@ def test_generation_stops_at_the_end_of_a_turn(model):
     assert result.finish_reason == "stop"
     assert result.token_ids[-1] in model.stop_tokens
     assert "<|im_end|>" not in result.text
+
+
+def test_a_stop_string_ends_generated_and_streamed_text_alike(model, plain):
+    text = plain[0].text
+    stop = text[20:23]
+    expected = text[: text.index(stop)]
+    options = {"draft": "w4a8", "max_new_tokens": NUM_TOKENS, "sampling": SamplingParams(stop=(stop,))}
+    result = model.generate(make_demo.prompts()[:1], **options)[0]
+    *pieces, streamed = model.stream(make_demo.prompts()[0], **options)
+    assert result.text == streamed.text == "".join(pieces) == expected
+    assert result.token_ids == streamed.token_ids == plain[0].token_ids[: len(result.token_ids)]
+    assert result.finish_reason == "stop"
