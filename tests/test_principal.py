@@ -56,15 +56,15 @@ def test_an_order_of_channels_moves_numbers_and_changes_none():
         np.testing.assert_array_equal(np.sort(after.entries[name].read(), None), np.sort(entry.read(), None), name)
 
 
-def test_drafts_with_one_group_in_8_bits_are_nearest_on_principal_axes():
+def test_drafts_with_one_group_in_8_bits_are_nearer_on_principal_axes_than_on_random_ones():
     source = with_low_rank_stream(tiny.source(tiny_config(hidden_size=128)))
     draft = QuantConfig(w4a4=ActivationQuantization(group_size=32, symmetric=False, outlier_groups=1))
     errors = []
-    for each in (source, rotate_source(source), turned(source, principal_rotation)):
+    for each in (rotate_source(source), turned(source, principal_rotation)):
         decoder = decoder_of(each, draft)
         exact, found = (logits_of(decoder, precision) for precision in (Precision.W4A16, Precision.W4A4))
         errors.append(np.square(found - exact).mean())
-    assert errors[2] < 0.7 * min(errors[:2])
+    assert errors[1] < 0.7 * errors[0]
 
 
 def with_low_rank_stream(source):
