@@ -21,6 +21,7 @@ import qspec_jax
 from pallas_kernels import Layout, QuantizedWeight
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
 from qspec_jax.checkpoint import arrays, open_checkpoint, restore_decoder, save_checkpoint
+from qspec_jax.loading.load import kernels_in_use
 from qspec_jax.programs import add_group_sums, lay_out
 from tests import tiny
 
@@ -165,8 +166,10 @@ def test_a_draft_that_a_layout_does_not_serve_has_the_weights_laid_out_anew(wgmm
     expected = {precision: logits(decoder, precision) for precision in (Precision.W4A16, Precision.W4A4)}
     assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))
     assert down.weight.get_value().layout is Layout.WGMMA
+    assert kernels_in_use(decoder, "reference") == "mosaic, reference"
     assert lay_out(decoder, (Precision.W4A16, Precision.W4A4))
     assert down.weight.get_value().layout is Layout.PLANES
+    assert kernels_in_use(decoder, "reference") == "reference"
     for precision, out in expected.items():
         assert np.array_equal(logits(decoder, precision), out)
     assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))  # nor back, which would compile anew each time

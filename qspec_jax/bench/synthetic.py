@@ -22,7 +22,7 @@ from qspec_jax.bench.operands import random_weight
 from qspec_jax.checkpoint import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
-from qspec_jax.loading.load import decoder_options, resolve_kernels
+from qspec_jax.loading.load import decoder_options, kernels_in_use
 from qspec_jax.memory import check_memory, explain_out_of_memory
 
 
@@ -60,7 +60,7 @@ def synthetic_model(
 
     with explain_out_of_memory(f"while making {name}, whose weights take {needed / 1e9:.2f} GB"):
         nnx.update(decoder, jax.tree.map_with_path(fill, state, is_leaf=_is_quantized))
-    return LanguageModel(decoder, None, quantization=quantization, kernels=resolve_kernels(kernels), name=name)
+    return LanguageModel(decoder, None, quantization=quantization, kernels=kernels_in_use(decoder, kernels), name=name)
 
 
 class _Keys:

@@ -11,16 +11,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import pallas_kernels
-from pallas_kernels.dispatch import REFERENCE
+from pallas_kernels import Layout, QuantizedWeight
+from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.checkpoint import is_checkpoint, open_checkpoint, restore_decoder, save_checkpoint
 from qspec_jax.compilation_cache import enable_compilation_cache
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
+from qspec_jax.linear import Linear
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
+from qspec_jax.modeling import Decoder
 from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -75,7 +79,7 @@ def load(
         formats = weight_formats(source, quantization)
         tokenizer = open_tokenizer(path)
         decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
-    kernels = resolve_kernels(kernels)
+    kernels = kernels_in_use(decoder, kernels)
     return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=kernels, name=path.name)
 
 
@@ -129,6 +133,14 @@ def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:
         "kernels": REFERENCE if resolved == REFERENCE else named,
         "scan_layers": resolved == REFERENCE,
     }
+
+
+def kernels_in_use(decoder: Decoder, kernels: str) -> str:
+    """Names for people: what ``kernels`` means on this device, after what ``auto`` picks for large weights."""
+    resolved = resolve_kernels(kernels)
+    weights = (module.weight.get_value() for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear))
+    large = any(isinstance(weight, QuantizedWeight) and weight.layout is Layout.WGMMA for weight in weights)
+    return f"{MOSAIC}, {resolved}" if large and resolved != MOSAIC else resolved
 
 
 def resolve_kernels(kernels: str) -> str:
