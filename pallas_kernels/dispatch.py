@@ -8,6 +8,7 @@ always finds one because the reference is plain ``jax.numpy``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -86,6 +87,14 @@ def select_implementation(
         if obstacle is None:
             return name
     raise NotImplementedError(f"{op}: implementation '{implementation}' {obstacle}; use '{REFERENCE}' or None")
+
+
+def would_select(name: str, op: str, implementation: str | None, **choice: Any) -> bool:
+    """Whether :func:`select_implementation` resolves to ``name``; not where it refuses what was asked for by name."""
+    try:
+        return select_implementation(op, implementation, **choice) == name
+    except NotImplementedError:
+        return False
 
 
 def _told_or_import_error(obstacle: Callable[[], str | None]) -> str | None:

@@ -68,17 +68,15 @@ def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, impleme
         ValueError: the name of the implementation is unknown.
     """
     planes = dataclasses.replace(weight, layout=Layout.PLANES)
-    try:
-        chosen = dispatch.select_implementation(
-            _OP,
-            implementation,
-            triton_obstacle=lambda: _triton().obstacle(jnp.dtype(dtype), planes),
-            mosaic_obstacle=lambda: _mosaic().obstacle_in_any_layout(jnp.dtype(dtype), planes),
-            order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
-        )
-    except NotImplementedError:
-        return Layout.PLANES
-    return Layout.WGMMA if chosen == dispatch.MOSAIC else Layout.PLANES
+    reads_wgmma = dispatch.would_select(
+        dispatch.MOSAIC,
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(jnp.dtype(dtype), planes),
+        mosaic_obstacle=lambda: _mosaic().obstacle_in_any_layout(jnp.dtype(dtype), planes),
+        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+    )
+    return Layout.WGMMA if reads_wgmma else Layout.PLANES
 
 
 def _triton():

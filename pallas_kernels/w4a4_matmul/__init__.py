@@ -82,17 +82,15 @@ def best_layout_for_codes(
     per_group: Any = jax.ShapeDtypeStruct((1, num_groups), jnp.float32)
     x = QuantizedActivation(codes, per_group, None if symmetric else per_group, bits=8)
     planes, wgmma = (dataclasses.replace(weight, layout=layout) for layout in (Layout.PLANES, Layout.WGMMA))
-    try:
-        chosen = dispatch.select_implementation(
-            _OP,
-            implementation,
-            triton_obstacle=lambda: _triton().obstacle(x, planes),
-            mosaic_obstacle=lambda: _mosaic().obstacle(x, wgmma),
-            order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
-        )
-    except NotImplementedError:
-        return Layout.PLANES
-    return Layout.WGMMA if chosen == dispatch.MOSAIC else Layout.PLANES
+    reads_wgmma = dispatch.would_select(
+        dispatch.MOSAIC,
+        _OP,
+        implementation,
+        triton_obstacle=lambda: _triton().obstacle(x, planes),
+        mosaic_obstacle=lambda: _mosaic().obstacle(x, wgmma),
+        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+    )
+    return Layout.WGMMA if reads_wgmma else Layout.PLANES
 
 
 def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import (
+    Layout,
+    QuantizedWeight,
     available_implementations,
+    best_layout,
+    best_layout_for_codes,
     decode_attention,
     float_matmul,
     quantize_activations,
@@ -143,3 +147,28 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypa
     np.testing.assert_array_equal(w4a16_matmul(x, weight), expected)
     with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'mosaic' cannot be imported"):
         w4a16_matmul(x, weight, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_size", "for_rows", "for_codes_of_a_token"),
+    [
+        ((4096, 1024), 128, Layout.WGMMA, Layout.WGMMA),
+        ((4096, 1024), 32, Layout.WGMMA, Layout.PLANES),  # the integer kernel has no such groups
+        ((256, 512), 128, Layout.PLANES, Layout.PLANES),  # small
+    ],
+)
+def test_the_best_layout_is_that_of_the_kernel_that_none_takes(
+    any_platform, shape, group_size, for_rows, for_codes_of_a_token
+):
+    pytest.importorskip("pallas_kernels.gpu_mosaic_registers", exc_type=ImportError)
+    n, k = shape
+    per_group = jnp.zeros((k // group_size, n), jnp.float16)
+    weight = QuantizedWeight(jnp.zeros((n, k // 2), jnp.uint8), per_group)
+    assert best_layout(weight, jnp.bfloat16) is for_rows
+    assert best_layout(weight, jnp.float32) is Layout.PLANES
+    assert best_layout_for_codes(weight, symmetric=True, num_groups=1) is for_codes_of_a_token
+    assert best_layout_for_codes(weight, symmetric=False, num_groups=k // 32) is Layout.PLANES
+    assert best_layout(weight, jnp.bfloat16, implementation="mosaic") is Layout.WGMMA
+    assert best_layout(weight, jnp.bfloat16, implementation="triton") is Layout.PLANES
+    wide = QuantizedWeight(weight.packed, per_group.astype(jnp.float32))
+    assert best_layout(wide, jnp.bfloat16) is Layout.PLANES
