@@ -237,8 +237,8 @@ class LanguageModel:
     ) -> Iterator[str | GenerationResult]:
         """Generates for one prompt and yields pieces of text as they come, then the result.
 
-        Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two
-        pieces. A piece never ends inside a character.
+        Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two pieces, or
+        :func:`qspec_jax.programs.cycles_per_check` if that is more. A piece never ends inside a character.
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}

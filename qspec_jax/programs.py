@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -221,16 +220,18 @@ class Programs:
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
+        per_check = cycles_per_check(plan)
 
         def loop(leaves, state, retired, max_cycles, until_finished):
             state = dataclasses.replace(state, finished=state.finished | retired)
-            state, cycles = speculative.generate(self._merge(leaves), state, max_cycles, until_finished, plan=plan)
+            state, cycles = speculative.generate(
+                self._merge(leaves), state, max_cycles, until_finished, plan=plan, cycles_per_check=per_check
+            )
             return state, Report.of(state, cycles)
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         retired = np.zeros((shape.rows,), bool)
-        program = jax.jit(loop, donate_argnums=1, compiler_options=_loop_options(plan))
-        return program.lower(self.leaves, state, retired, np.int32(0), np.int32(0))
+        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -239,13 +240,12 @@ class Programs:
 
         ``advance`` is what the loop repeats, see :func:`speculative.generate`.
         """
+        options: dict[str, Any] = {"plan": plan, "cycles_per_check": cycles_per_check(plan), "advance": advance}
 
         def loop(leaves, state, max_cycles):
-            return speculative.generate(self._merge(leaves), state, max_cycles, plan=plan, advance=advance)[0]
+            return speculative.generate(self._merge(leaves), state, max_cycles, **options)[0]
 
-        return jax.jit(loop, donate_argnums=1, compiler_options=_loop_options(plan)).lower(
-            self.leaves, state, np.int32(0)
-        )
+        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
     def check_cache(self, *, rows: int, slots: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
@@ -254,18 +254,15 @@ class Programs:
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
 
 
-_COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
+def cycles_per_check(plan: DecodingPlan) -> int:
+    """Cycles that a loop runs between two looks at whether to go on.
 
-
-def _loop_options(plan: DecodingPlan) -> dict[str, str] | None:
-    """XLA flags of a loop, unless the user has set them.
-
-    An H100 starts the kernels of a plain step faster one by one than as a command buffer, which waits until the loop
-    has read whether to go on; a cycle has too many for the host (docs/performance.md).
+    On a GPU the host waits for the device at each look, and queues kernels ahead between them. On an H100 a look costs
+    about 0.1 ms, and a step of an 8B model 2.6 ms (docs/performance.md).
     """
-    if plan.draft is not None or jax.default_backend() != "gpu" or _COMMAND_BUFFERS in os.environ.get("XLA_FLAGS", ""):
-        return None
-    return {_COMMAND_BUFFERS: ""}
+    if jax.default_backend() != "gpu":
+        return 1
+    return 4 if plan.draft is None else 2
 
 
 def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:

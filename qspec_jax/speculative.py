@@ -284,6 +284,7 @@ def generate(
     until_finished: Int32[Array, ""] | None = None,
     *,
     plan: DecodingPlan,
+    cycles_per_check: int = 1,
     advance: Callable[..., DecodeState] = cycle,
 ) -> tuple[DecodeState, Int32[Array, ""]]:
     """Runs cycles on the device until enough sequences have finished, or ``max_cycles`` of them.
@@ -291,9 +292,11 @@ def generate(
     Args:
         model: the decoder.
         state: where to go on.
-        max_cycles: at most so many.
+        max_cycles: at most so many, rounded up to a multiple of ``cycles_per_check``.
         until_finished: as soon as so many rows are finished or idle; None for all.
         plan: precisions and draft length.
+        cycles_per_check: cycles between two looks at whether to go on; a GPU's host waits for each look. Those after
+            the last sequence has finished change nothing.
         advance: ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.
 
     Returns:
@@ -307,7 +310,8 @@ def generate(
 
     def one_cycle(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         count, state = carry
-        return count + 1, advance(model, state, plan=plan)
+        state = lax.fori_loop(0, cycles_per_check, lambda _, state: advance(model, state, plan=plan), state)
+        return count + cycles_per_check, state
 
     count, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))
     return state, count

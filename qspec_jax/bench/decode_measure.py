@@ -24,6 +24,7 @@ from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation import DraftScore
 from qspec_jax.memory import explain_out_of_memory
+from qspec_jax.programs import cycles_per_check
 from qspec_jax.state import DecodeState
 
 Status = Literal["ok", "unsupported", "failed"]
@@ -112,7 +113,8 @@ def measure_parts(
         parts: what to repeat.
         setting: what is in the cache.
         repeats: timed dispatches, of which the median counts.
-        repetitions: of the part in a dispatch; None for as many as make it last a quarter of a second.
+        repetitions: of the part in a dispatch, rounded up to a multiple of :func:`qspec_jax.programs.cycles_per_check`;
+            None for as many as make it last a quarter of a second.
     """
     for part in parts:
         model.programs.prepare(part.plan)
@@ -148,8 +150,10 @@ class _Loop:
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:
         self._state = context_state(self.model, self.setting)
         per_step_ms = 1e3 / self.part.steps_per_repetition
-        self._run(1)
-        repetitions = repetitions or _fitting_repetitions(self._run(2) / 2)
+        together = cycles_per_check(self.part.plan)
+        self._run(together)
+        repetitions = repetitions or _fitting_repetitions(self._run(2 * together) / (2 * together))
+        repetitions = -(-repetitions // together) * together
         runs_ms = [self._run(repetitions) / repetitions * per_step_ms for _ in range(repeats)]
         kernels = self._kernels() if kernel_clock_works() else None
         self._state = None
