@@ -161,6 +161,11 @@ def num_slices(n: int, k: int) -> int:
     return min(wanted, 2 ** ((k // 2 // TILE).bit_length() - 1))
 
 
+def tiles_of_slice(k: int, slices: int) -> int:
+    """Tiles in each slice of K, rounded down."""
+    return k // 2 // TILE // slices
+
+
 def layout_of_warpgroups(n: int, slices: int, block_m: int) -> MosaicConfig:
     """The tiles that were fastest on an H100, before :func:`with_most_stages`."""
     if block_m <= 64:

@@ -123,9 +123,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache]:
         config, lengths = self.config, context.lengths
         batch, new_tokens, _ = context.rotations[0].shape
-        qkv = self.qkv(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
+        qkv = self.qkv.partial_sums(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
-            qkv = self._normalise_queries_and_keys(qkv)
+            qkv = self._normalise_queries_and_keys(value_of(qkv))
         with jax.named_scope("cache_write"):
             query, keys, values = pallas_kernels.rotate_and_write(
                 qkv, *context.rotations, cache.keys, cache.values, lengths, implementation=self.kernels

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.partial_sums import PartialSums
 from pallas_kernels.rotate_and_write import reference
 
 _OP = "rotate_and_write"
@@ -13,7 +14,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def rotate_and_write(
-    qkv: Float[Array, "B T heads HD"],
+    qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     keys: Float[Array, "B S KH HD"],
@@ -28,7 +29,8 @@ def rotate_and_write(
     carry, a donated argument), and touches only the slots of the new tokens.
 
     Args:
-        qkv: ``[B, T, H + 2 * KH, HD]`` float32, bfloat16 or float16: the heads of queries, then keys, then values.
+        qkv: ``[B, T, H + 2 * KH, HD]`` float32, bfloat16 or float16: the heads of queries, then keys, then values; or
+            the partial sums of it.
         cosine, sine: ``[B, T, HD / 2]`` float32, of the angle of each pair of each token.
         keys, values: ``[B, S, KH, HD]`` in the dtype of ``qkv``.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` takes slot ``lengths + t``. One
@@ -48,7 +50,7 @@ def rotate_and_write(
     return run(qkv, cosine, sine, keys, values, lengths)
 
 
-def _check(qkv: Array, cosine: Array, sine: Array, keys: Array, values: Array) -> None:
+def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, values: Array) -> None:
     batch, num_tokens, num_heads, head_dim = qkv.shape
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: qkv is {qkv.dtype}; use float32, bfloat16 or float16")

@@ -16,6 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.partial_sums import PartialSums, tree_sum
+from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 
 
 def obstacle() -> None:
@@ -23,7 +25,7 @@ def obstacle() -> None:
 
 
 def rotate_and_write(
-    qkv: Float[Array, "B T heads HD"],
+    qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     keys: Float[Array, "B S KH HD"],
@@ -40,9 +42,17 @@ def rotate_and_write(
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames="interpret")
 def _rotate_and_write(
-    qkv: Array, cosine: Array, sine: Array, keys: Array, values: Array, lengths: Array, *, interpret: bool
+    qkv: Array | PartialSums,
+    cosine: Array,
+    sine: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    *,
+    interpret: bool,
 ) -> tuple[Array, Array, Array]:
     batch, num_tokens, num_heads, head_dim = qkv.shape
+    parts = qkv.parts if isinstance(qkv, PartialSums) else qkv[None]
     num_query_heads = num_heads - 2 * keys.shape[2]
     block_half = pl.next_power_of_2(head_dim // 2)
     block_dim = head_dim // 2 + block_half  # what a load of the second half may reach
@@ -50,20 +60,26 @@ def _rotate_and_write(
     def whole(*sizes: int) -> pl.BlockSpec:
         return pl.BlockSpec((*sizes, block_dim), lambda head, token, sequence: (0, 0, 0, 0))
 
+    def part_spec(index: int) -> pl.BlockSpec:
+        # One array read several times: slices of it would be copies.
+        return pl.BlockSpec(
+            (None, None, None, None, block_dim), lambda head, token, sequence: (index, sequence, token, head, 0)
+        )
+
     query_shape = (batch, num_tokens, num_query_heads)
     cache_spec = whole(*keys.shape[:3])
     rotation_spec = pl.BlockSpec((None, None, block_half), lambda head, token, sequence: (sequence, token, 0))
     return tuple(
         pl.pallas_call(
-            functools.partial(_kernel, half=head_dim // 2),
+            functools.partial(_kernel, half=head_dim // 2, interpret=interpret),
             grid=(num_heads, num_tokens, batch),
             in_specs=[
                 pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
-                pl.BlockSpec((None, None, None, block_dim), lambda head, token, sequence: (sequence, token, head, 0)),
                 rotation_spec,
                 rotation_spec,
                 cache_spec,
                 cache_spec,
+                *[part_spec(index) for index in range(len(parts))],
             ],
             out_specs=[whole(*query_shape), cache_spec, cache_spec],
             out_shape=[
@@ -71,43 +87,47 @@ def _rotate_and_write(
                 jax.ShapeDtypeStruct(keys.shape, keys.dtype),
                 jax.ShapeDtypeStruct(values.shape, values.dtype),
             ],
-            input_output_aliases={4: 1, 5: 2},
+            input_output_aliases={3: 1, 4: 2},
             compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
             interpret=interpret,
             name="rotate_and_write",
-        )(lengths, qkv, cosine, sine, keys, values)
+        )(lengths, cosine, sine, keys, values, *[parts] * len(parts))
     )
 
 
 def _kernel(
     length_ref,  # [] int32
-    qkv_ref,  # [block_dim]
     cosine_ref,  # [block_half] f32
     sine_ref,  # [block_half] f32
     _keys_ref,  # the same memory as the result
     _values_ref,
-    query_ref,  # [B, T, H, block_dim]
-    keys_ref,  # [B, S, KH, block_dim]
-    values_ref,  # [B, S, KH, block_dim]
-    *,
+    *refs,  # qkv or each of its parts [block_dim]; query [B, T, H, block_dim], keys and values [B, S, KH, block_dim]
     half: int,
+    interpret: bool,
 ):
+    *part_refs, query_ref, keys_ref, values_ref = refs
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
     first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
     position = length_ref[...] + token
     fits = position < keys_ref.shape[1]
     block_half = cosine_ref.shape[0]
     mask = None if block_half == half else lax.broadcasted_iota(jnp.int32, (block_half,), 0) < half
-    first, second = (_load(qkv_ref.at[pl.ds(start, block_half)], mask) for start in (0, half))
+    dtype = query_ref.dtype
+
+    def load_sum(start):
+        parts = [_load(ref.at[pl.ds(start, block_half)], mask).astype(jnp.float32) for ref in part_refs]
+        total = tree_sum(parts)
+        return total if len(parts) == 1 else rounded_to(total, dtype, interpret=interpret)
+
+    first, second = load_sum(0), load_sum(half)
 
     def store(ref, row, head, parts):
         for start, part in zip((0, half), parts, strict=True):
-            plgpu.store(ref.at[sequence, row, head, pl.ds(start, block_half)], part, mask=mask)
+            plgpu.store(ref.at[sequence, row, head, pl.ds(start, block_half)], part.astype(dtype), mask=mask)
 
     def rotated():
         cosine, sine = _load(cosine_ref, mask), _load(sine_ref, mask)
-        a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-        return tuple(part.astype(first.dtype) for part in (a * cosine - b * sine, b * cosine + a * sine))
+        return first * cosine - second * sine, second * cosine + first * sine
 
     @pl.when(head < first_key)
     def _():

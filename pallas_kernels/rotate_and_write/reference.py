@@ -14,9 +14,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.partial_sums import PartialSums, value_of
+
 
 def rotate_and_write(
-    qkv: Float[Array, "B T heads HD"],
+    qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     keys: Float[Array, "B S KH HD"],
@@ -26,7 +28,7 @@ def rotate_and_write(
     """Rotates, then scatters into the cache; see the public function."""
     num_kv_heads = keys.shape[2]
     first_key = qkv.shape[2] - 2 * num_kv_heads
-    query, key, value = jnp.split(qkv, (first_key, first_key + num_kv_heads), axis=2)
+    query, key, value = jnp.split(value_of(qkv), (first_key, first_key + num_kv_heads), axis=2)
     query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
     return query, write(keys, key, lengths), write(values, value, lengths)
 

@@ -7,6 +7,7 @@ rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kerne
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -67,7 +68,12 @@ def w4a16_matmul(
 
 def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
     """Tiles by shape; the order of the sum depends on the weight alone."""
-    return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), hopper.block_m(m))
+    slices = hopper.num_slices(n, k)
+    config = hopper.layout_of_warpgroups(n, slices, hopper.block_m(m))
+    if 32 < config.block_m <= 64 and hopper.tiles_of_slice(k, slices) >= 8:
+        # Decoding keeps a warpgroup busy: long slices go faster on more programs than on two warpgroups of one.
+        config = dataclasses.replace(config, warpgroups_k=1, split=slices)
+    return config
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention, rotate_and_write
+from pallas_kernels import PartialSums, decode_attention, rotate_and_write
 from pallas_kernels.rotate_and_write import reference as rotate_reference
 from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows, relative_error
 
@@ -128,6 +128,15 @@ def test_a_token_is_rotated_to_the_same_bits_alone_and_among_others(case):
         query, keys, values = run(qkv[:, here], cosine[:, here], sine[:, here], keys, values, lengths + token)
         queries.append(query)
     jax.tree.map(np.testing.assert_array_equal, (jnp.concatenate(queries, axis=1), keys, values), together)
+
+
+@models
+def test_partial_sums_are_rotated_to_the_bits_of_their_value(case):
+    qkv, *others = rotate_operands(case, jnp.bfloat16)
+    parts = PartialSums(random_rows(4, *qkv.shape, seed=7), jnp.dtype(jnp.bfloat16))
+    run = jax.jit(functools.partial(rotate_and_write, implementation="triton"))
+    results = [run(each, *others) for each in (parts, jax.jit(PartialSums.value)(parts))]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_caches_that_are_given_up_are_written_in_place():

@@ -211,11 +211,15 @@ def test_decode_attention_lowers_to_two_kernels(shape, dtype):
     assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
 
 
+@pytest.mark.parametrize("num_parts", [0, 4], ids=["qkv", "partial sums"])
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
-def test_rotate_and_write_lowers_to_one_kernel_in_place(shape):
+def test_rotate_and_write_lowers_to_one_kernel_in_place(shape, num_parts):
     """The results that are caches have the memory of the arguments that are caches, also as the carry of a loop."""
     tokens, heads, kv_heads, head_dim, slots = shape
-    qkv = array(2, tokens, heads + 2 * kv_heads, head_dim, dtype=jnp.bfloat16)
+    qkv_shape = (2, tokens, heads + 2 * kv_heads, head_dim)
+    qkv = array(*qkv_shape, dtype=jnp.bfloat16)
+    if num_parts:
+        qkv = PartialSums(array(num_parts, *qkv_shape, dtype=jnp.float32), jnp.dtype(jnp.bfloat16))
     angles = array(2, tokens, head_dim // 2, dtype=jnp.float32)
     cache = array(2, slots, kv_heads, head_dim, dtype=jnp.bfloat16)
 
@@ -227,5 +231,6 @@ def test_rotate_and_write_lowers_to_one_kernel_in_place(shape):
 
     program = cuda_program(loop, qkv, angles, cache, cache, array(2, dtype=jnp.int32))
     assert program.count(KERNEL_CALL) == 1
-    for result, argument in ((1, 4), (2, 5)):
+    assert "stablehlo.convert" not in program
+    for result, argument in ((1, 3), (2, 4)):
         assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import rotate_and_write
+from pallas_kernels import PartialSums, rotate_and_write
 from pallas_kernels.rotate_and_write import gpu_triton, reference
 from tests.pallas_kernels.kernel_cases import random_rows
 
@@ -54,6 +54,17 @@ def test_pairs_turn_by_their_angle_and_land_in_their_slots(implementation):
 def test_interpreted_triton_has_the_bits_of_the_reference(sizes):
     """Also in the slots that are not written, and where the last tokens are dropped."""
     results = [run(*operands(*sizes), LENGTHS) for run in IMPLEMENTATIONS.values()]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_partial_sums_give_the_bits_of_their_value(implementation, dtype, num_parts):
+    _, *others = operands(4, 6, 2, 96, dtype)
+    qkv = PartialSums(random_rows(num_parts, 3, 4, 10, 96, seed=5), jnp.dtype(dtype))
+    run = IMPLEMENTATIONS[implementation]
+    results = [run(each, *others, LENGTHS) for each in (qkv, qkv.value())]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
