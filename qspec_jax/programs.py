@@ -13,6 +13,7 @@ import functools
 import time
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -141,18 +142,10 @@ class Programs:
         self.prepare(plan)
         self.check_cache(rows=shape.rows, slots=shape.slots)
         began = time.perf_counter()
-        for key, lower in wanted.items():
-            if key not in self.compiled:
-                self.compiled[key] = self._compile(lower)
-                self.num_compilations += 1
+        missing = {key: lower for key, lower in wanted.items() if key not in self.compiled}
+        self.compiled |= zip(missing, _compile_all(missing.values()), strict=True)
+        self.num_compilations += len(missing)
         self.compile_s += time.perf_counter() - began
-
-    def _compile(self, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        with explain_out_of_memory("while compiling"):
-            try:
-                return lower().compile()
-            except NotImplementedError as error:  # a kernel asked for by name
-                raise UsageError(f"this model cannot run as asked: {error}") from error
 
     def fill(
         self, plan: DecodingPlan, shape: Shape, state: DecodeState, pieces: PromptPiece, rows: np.ndarray, count: int
@@ -252,6 +245,16 @@ class Programs:
         cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=slots))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
+
+
+def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
+    """Lowers one after the other, and compiles side by side: XLA lets go of Python meanwhile."""
+    with explain_out_of_memory("while compiling"), ThreadPoolExecutor() as pool:
+        try:
+            compilations = [pool.submit(lower().compile) for lower in lowerings]
+            return [compilation.result() for compilation in compilations]
+        except NotImplementedError as error:  # a kernel asked for by name
+            raise UsageError(f"this model cannot run as asked: {error}") from error
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:

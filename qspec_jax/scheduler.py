@@ -5,8 +5,9 @@ cycles in the generation loop until enough rows are idle, or for about ``chunk_s
 out what has finished and lets in what waits, in order. A prompt longer than a piece enters piece by piece, with short
 chunks between, so that the others go on meanwhile.
 
-While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text. What a
-sequence yields does not depend on any of this: rows are independent, and so are cycles.
+While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
+its own dispatches chunks, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
+any of this: rows are independent, and so are cycles.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -156,7 +158,8 @@ class Scheduler:
         self._features = SamplingFeatures()
         self._state: DecodeState | None = None
         self._retired = np.zeros((rows,), bool)
-        self._flight: Report | None = None  # of the chunk under way
+        self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
+        self._flight: Future[tuple[DecodeState, Report]] | None = None  # the chunk under way, which has the state
         self._cycle_s: float | None = None
         self._clock = _Clock()
 
@@ -209,7 +212,8 @@ class Scheduler:
         """Waits for the chunk under way and takes out what it has finished."""
         if self._flight is None:
             return []
-        report, self._flight = self._flight, None
+        flight, self._flight = self._flight, None
+        self._state, report = flight.result()
         changed = self._receive(report, self._decoding())
         seconds, cycles = self._clock.landed(), int(report.cycles)
         if cycles:
@@ -304,7 +308,8 @@ class Scheduler:
             until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
         assert self._state is not None
         self.totals.gap_s += self._clock.dispatching()
-        self._state, self._flight = self._programs.loop(
+        self._flight = self._dispatcher.submit(
+            self._programs.loop,
             self._plan,
             self.shape,
             self._state,

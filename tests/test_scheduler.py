@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from qspec_jax import SamplingParams, programs
+from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.programs import Programs, Report, Shape
 from qspec_jax.requests import Request
 from qspec_jax.scheduler import Scheduler
@@ -208,6 +210,38 @@ def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
 
 def test_a_request_of_one_token_needs_no_cycle():
     assert fake_run([(3, 1)] * 5, rows=2).count(("fill", 8, [0, 1])) == 2
+
+
+def test_the_first_token_of_a_prompt_does_not_wait_for_the_chunk_after_it():
+    """Also where dispatching a chunk lasts as long as the chunk itself."""
+    may_end, was_free = threading.Event(), []
+
+    class SlowPrograms(FakePrograms):
+        def loop(self, *arguments, **limits):
+            was_free.append(may_end.wait(timeout=10))
+            return super().loop(*arguments, **limits)
+
+    scheduler = Scheduler(SlowPrograms(1), DecodingPlan(Precision.W4A16), rows=1, slots=64)
+    sequence = scheduler.add(Request([1, 2], 3, SamplingParams()))
+    assert scheduler.advance() == [sequence]
+    assert len(sequence.token_ids) == 1
+    may_end.set()
+    while scheduler.busy:
+        scheduler.advance()
+    assert len(sequence.token_ids) == 3
+    assert was_free == [True]
+
+
+def test_an_error_of_a_chunk_reaches_who_waits_for_it():
+    class FailingPrograms(FakePrograms):
+        def loop(self, *arguments, **limits):
+            raise OutOfMemoryError("full")
+
+    scheduler = Scheduler(FailingPrograms(1), DecodingPlan(Precision.W4A16), rows=1, slots=64)
+    scheduler.add(Request([1, 2], 3, SamplingParams()))
+    scheduler.advance()
+    with pytest.raises(OutOfMemoryError, match="full"):
+        scheduler.advance()
 
 
 def test_shapes_of_other_features_are_other_programs(model):
