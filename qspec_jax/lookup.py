@@ -24,8 +24,8 @@ def look_up(
         draft_length: tokens to propose.
 
     Returns:
-        whether it was found, and the tokens; what they are where it was not, or beyond the newest token, is of no
-        consequence.
+        whether it was found, and the tokens. Where the text ends before there are enough of them they begin again,
+        and where nothing was found they are any of the text: never what an earlier text has left in the row.
     """
     positions = jnp.arange(history.shape[1], dtype=jnp.int32)
     same = positions < newest[:, None]  # so far, of the n-gram that ends at each position
@@ -35,9 +35,11 @@ def look_up(
         same &= (jnp.roll(history, back, axis=1) == token) & (positions >= back)
         length += same.astype(jnp.int32)
     best = jnp.max(length, axis=1)
-    place = jnp.max(jnp.where(length == best[:, None], positions, -1), axis=1)
-    following = place[:, None] + 1 + jnp.arange(draft_length, dtype=jnp.int32)
-    tokens = jnp.take_along_axis(history, jnp.minimum(following, history.shape[1] - 1), axis=1)
+    earlier = positions < newest[:, None]
+    place = jnp.max(jnp.where(earlier & (length == best[:, None]), positions, -1), axis=1)
+    period = jnp.maximum(newest - place, 1)[:, None]
+    following = place[:, None] + 1 + jnp.arange(draft_length, dtype=jnp.int32) % period
+    tokens = jnp.take_along_axis(history, following, axis=1)
     return best >= _SHORTEST, tokens
 
 

@@ -25,7 +25,8 @@ def proposed(text, *, draft_length=3, slots=16):
         ([1, 2, 3, 4, 9, 1, 2], [3, 4, 9]),  # what followed
         ([1, 2, 3, 1, 2, 4, 1, 2], [4, 1, 2]),  # the last place of several
         ([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], [3, 8, 1]),  # a longer n-gram before a later one
-        ([5, 5, 5, 5], [5]),  # overlapping with itself
+        ([5, 5, 5, 5], [5, 5, 5]),  # overlapping with itself
+        ([3, 1, 2, 1, 2, 1, 2], [1, 2, 1]),  # where the text ends, what is repeated goes on
     ],
 )
 def test_what_followed_the_newest_tokens_is_proposed(text, expected):
@@ -42,6 +43,14 @@ def test_nothing_is_found_where_no_two_tokens_stand_twice(text):
 def test_positions_past_the_text_are_not_taken_for_text():
     assert not proposed([3, 0])[0]
     assert not proposed([0, 1, 0], slots=4)[0]
+
+
+@pytest.mark.parametrize("text", [[1], [1, 2], [1, 1, 1], [1, 2, 1, 2], [1, 2, 3, 1, 2, 3, 1]])
+def test_only_tokens_of_the_text_are_proposed(text):
+    """Even where nothing is found: the row may hold those of an earlier text."""
+    history = jnp.asarray([text + [99] * (16 - len(text))], jnp.int32)
+    _, tokens = look_up(history, jnp.asarray([len(text) - 1], jnp.int32), draft_length=8)
+    assert set(tokens[0].tolist()) <= set(text)
 
 
 def test_a_history_takes_the_tokens_that_exist():
