@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
     logprobs = "report log-probabilities of each token and the N most likely ones in JSON (default: of none)"
     sampling.add_argument("--logprobs", type=int, metavar="N", help=logprobs)
+    typical = "lossy: also accept drafts of this probability, less where many tokens are likely (default: off)"
+    sampling.add_argument("--typical-acceptance", type=float, metavar="EPSILON", help=typical)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -233,7 +235,7 @@ def read_prompt_file(path: Path) -> list[Any]:
 def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a line that has none of its own."""
     names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
-    sampling = {name: getattr(arguments, name) for name in [*names, "stop", "logprobs"]}
+    sampling = {name: getattr(arguments, name) for name in [*names, "stop", "logprobs", "typical_acceptance"]}
     SamplingParams.of(sampling)  # refuses what makes no sense before a model is loaded
     return {**sampling, "max_new_tokens": arguments.max_new_tokens, "chat": arguments.chat}
 

@@ -11,6 +11,10 @@ decoding" (2024). Its acceptance is at least ``(1 - d) / (1 + d)`` at a total va
 and verify distribution; the rejection rule of Leviathan et al. (2023) reaches ``1 - d``, but keeps the distribution
 alone: its text depends on the drafts.
 
+Requests may ask for *typical acceptance* instead, which is lossy (Medusa, Cai et al., 2024, section 2.3.1): a draft
+that is likely enough at the verify precision is chosen as if it had been drawn. Other requests beside them feel none of
+it.
+
 The order of the options is that of Hugging Face: biases, penalties, temperature, top-k, top-p, min-p.
 """
 
@@ -47,6 +51,7 @@ class Sampler:
             biases.
         min_new_tokens: ``[B]`` int32; None likewise.
         stop_tokens: ``[B, MAX_STOP_TOKENS]`` int32, not chosen before ``min_new_tokens``; None likewise.
+        typical_acceptance: ``[B]`` float32, infinite for sequences without; None where none has it.
         truncates, penalises: some sequence does; static.
     """
 
@@ -66,6 +71,7 @@ class Sampler:
     biases: Float32[Array, "B biases"] | None = None
     min_new_tokens: Int32[Array, " B"] | None = None
     stop_tokens: Int32[Array, "B stops"] | None = None
+    typical_acceptance: Float32[Array, " B"] | None = None
 
     @classmethod
     def create(cls, params: Sequence[SamplingParams], features: SamplingFeatures | None = None) -> Sampler | None:
@@ -89,6 +95,7 @@ class Sampler:
             truncates=features.truncates,
             penalises=features.penalises,
             **(_bias_arrays(params) if features.biases else {}),
+            typical_acceptance=_typical_array(params) if features.typical else None,
         )
 
     @classmethod
@@ -150,7 +157,7 @@ def choose(
     first: Int32[Array, " B"] | None = None,
     drafts: Int32[Array, "B T_minus_1"] | None = None,
 ) -> Int32[Array, "B T"]:
-    """The next token after each of ``T`` tokens; the lowest of equally good ones.
+    """The next token after each of ``T`` tokens; the lowest of equally good ones, or a draft that is typical.
 
     Args:
         logits: of the next tokens.
@@ -171,7 +178,11 @@ def choose(
     if sampler.truncates:
         logits = jnp.where(warm & ~_let_through(logits, sampler), -jnp.inf, logits)
     noise = gumbel_noise(sampler.seed, places, logits.shape[-1])
-    return jnp.argmax(logits + jnp.where(warm, noise, 0), axis=-1).astype(jnp.int32)
+    chosen = jnp.argmax(logits + jnp.where(warm, noise, 0), axis=-1).astype(jnp.int32)
+    if sampler.typical_acceptance is None or drafts is None:
+        return chosen
+    typical = _is_typical(logits[:, :-1], drafts, sampler.typical_acceptance)
+    return chosen.at[:, :-1].set(jnp.where(typical, drafts, chosen[:, :-1]))
 
 
 def gumbel_noise(seed: UInt32[Array, " B"], places: Int32[Array, "B T"], vocab_size: int) -> Float32[Array, "B T V"]:
@@ -203,6 +214,11 @@ def _bias_arrays(params: Sequence[SamplingParams]) -> dict[str, Any]:
         "min_new_tokens": np.asarray([one.min_new_tokens for one in params], np.int32),
         "stop_tokens": padded_tokens([one.stop_token_ids for one in params], MAX_STOP_TOKENS),
     }
+
+
+def _typical_array(params: Sequence[SamplingParams]) -> Any:
+    given = [one.typical_acceptance for one in params]
+    return np.asarray([np.inf if epsilon is None else epsilon for epsilon in given], np.float32)
 
 
 def _biased(logits: Float32[Array, "B T V"], sampler: Sampler, places: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
@@ -253,3 +269,16 @@ def _let_through(logits: Float32[Array, "B T V"], sampler: Sampler) -> Bool[Arra
     kept &= probabilities >= min_p * probabilities[..., :1]
     last = jnp.maximum(kept.astype(jnp.int32).sum(axis=-1, keepdims=True), 1) - 1
     return logits >= jnp.take_along_axis(ordered, last, axis=-1)
+
+
+def _is_typical(
+    logits: Float32[Array, "B gamma V"], tokens: Int32[Array, "B gamma"], epsilon: Float32[Array, " B"]
+) -> Bool[Array, "B gamma"]:
+    """Whether each token is likelier than ``min(epsilon, sqrt(epsilon) * exp(-entropy))``: none is at infinity.
+
+    Medusa's two parameters are one here: theirs are 0.09 and its root.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    entropy = jax.scipy.special.entr(probabilities).sum(axis=-1)
+    threshold = jnp.minimum(epsilon[:, None], jnp.sqrt(epsilon)[:, None] * jnp.exp(-entropy))
+    return jnp.take_along_axis(probabilities, tokens[:, :, None], axis=-1)[:, :, 0] > threshold

@@ -34,6 +34,10 @@ class SamplingParams:
         stop: strings that end the text, and are not part of it.
         logprobs: report the log-probability of each token, and of as many of the most likely ones, at the verify
             precision and before all of the above; None for none of it.
+        typical_acceptance: lossy. A draft is also accepted, though another token was chosen in its place, if its
+            probability at the verify precision and with all of the above is more than the smaller of ``E`` and
+            ``sqrt(E) * exp(-entropy)``; greedy requests take that of temperature 1. More than 0, up to 1: the smaller,
+            the more is accepted. The text then depends on the drafts. None accepts nothing but what was chosen.
 
     Tokens tied with the last one that a limit lets through are let through as well.
 
@@ -54,6 +58,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    typical_acceptance: float | None = None
 
     def __post_init__(self) -> None:
         self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
@@ -71,6 +76,8 @@ class SamplingParams:
         self._check("stop", all(self.stop), "strings of at least one character")
         fits = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
         self._check("logprobs", fits, f"0 (the chosen token alone) to {MAX_LOGPROBS}, or None")
+        fits = self.typical_acceptance is None or 0 < self.typical_acceptance <= 1
+        self._check("typical_acceptance", fits, "more than 0 (accepts nearly every draft), up to 1, or None (lossless)")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -139,6 +146,7 @@ def _strings(value: Any) -> tuple[str, ...]:
 _CONVERSIONS: dict[str, tuple[Any, str]] = {
     "float": (_number, "a number"),
     "int": (_whole, "a whole number"),
+    "float | None": (lambda value: None if value is None else _number(value), "a number, or null"),
     "int | None": (lambda value: None if value is None else _whole(value), "a whole number, or null"),
     "tuple[int, ...]": (lambda value: tuple(map(_whole, value)), "a list of token ids"),
     "tuple[str, ...]": (_strings, "a text, or a list of texts"),
@@ -153,9 +161,10 @@ class SamplingFeatures(NamedTuple):
     """What some sequences of a batch need of the compiled program; static.
 
     Attributes:
-        draws: tokens other than the most likely ones of the model's own logits.
+        draws: tokens may be others than the most likely ones of the model's own logits.
         truncates, penalises, biases: as in :class:`SamplingParams`.
         scores: log-probabilities are reported.
+        typical: drafts are accepted by how likely they are.
     """
 
     draws: bool = False
@@ -163,14 +172,16 @@ class SamplingFeatures(NamedTuple):
     penalises: bool = False
     biases: bool = False
     scores: bool = False
+    typical: bool = False
 
     @classmethod
     def of(cls, params: Iterable[SamplingParams]) -> SamplingFeatures:
         """Those that any of the parameters needs."""
         features = cls()
         for one in params:
-            draws = not one.greedy or one.penalises or one.biases
-            features = features.union(cls(draws, one.truncates, one.penalises, one.biases, one.logprobs is not None))
+            scores, typical = one.logprobs is not None, one.typical_acceptance is not None
+            draws = not one.greedy or one.penalises or one.biases or typical
+            features = features.union(cls(draws, one.truncates, one.penalises, one.biases, scores, typical))
         return features
 
     def union(self, other: SamplingFeatures) -> SamplingFeatures:

@@ -12,6 +12,8 @@ one more, the last, that is not in it yet:
    yields between 1 and ``gamma + 1`` tokens, all chosen by the accurate precision. Rejection only
    shortens the cache.
 
+A request with *typical acceptance* gives that up: where ``d_i`` is likely enough, it is ``t_i``.
+
 Drafts may come from the text itself instead (:mod:`qspec_jax.lookup`). Plain decoding is the same loop with
 ``draft_length = 0``. Sampling is the same cycle as well: draft and verification choose with the same noise (see
 :mod:`qspec_jax.sampling`).

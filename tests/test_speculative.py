@@ -12,8 +12,8 @@ import pytest
 from qspec_jax import speculative
 from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.programs import add_group_sums
-from qspec_jax.sampling import NO_TOKEN
-from qspec_jax.sampling_params import MAX_STOP_TOKENS
+from qspec_jax.sampling import NO_TOKEN, Sampler
+from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import DecodeState
 from qspec_jax.types import Precision
@@ -146,7 +146,7 @@ def test_accept_keeps_drafts_up_to_the_first_difference(drafts, targets, expecte
     assert speculative.accept(jnp.asarray([drafts]), jnp.asarray([targets])).tolist() == [expected]
 
 
-def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=False):
+def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=False, **others):
     """One sequence, which already has one token, after `emit`."""
     one = jnp.ones((1,), jnp.int32)
     decoder = tiny.decoder(quantization=None)
@@ -159,6 +159,7 @@ def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=Fa
         stop_tokens=jnp.asarray([[*stop_tokens, *[NO_TOKEN] * (MAX_STOP_TOKENS - len(stop_tokens))]], jnp.int32),
         finished=jnp.asarray([finished]),
         accepted_lengths=jnp.zeros((1, 4), jnp.int32),
+        **jax.tree.map(jnp.asarray, others),
     )
     targets = jnp.asarray([target_tokens], jnp.int32)
     return speculative.emit(state, one * 7, targets, one * num_accepted)
@@ -196,6 +197,16 @@ def test_a_finished_sequence_does_not_change():
     assert state.tokens[0].tolist() == [1] + [0] * 11
     assert (int(state.num_tokens[0]), int(state.last_token[0]), int(state.cache.lengths[0])) == (1, 1, 7)
     assert state.accepted_lengths.tolist() == [[0, 0, 0, 0]]
+
+
+def test_emit_tells_penalties_and_history_the_tokens_it_keeps():
+    params = [SamplingParams(frequency_penalty=0.1)]
+    sampler = Sampler.idle(1, 96, SamplingFeatures.of(params))
+    after = emitted([21, 22, 22, 24], 2, sampler=sampler, history=jnp.full((1, 12), 9, jnp.int32))
+    assert after.sampler is not None
+    np.testing.assert_array_equal(after.sampler.counts[0], np.bincount([21, 22, 22], minlength=96))
+    assert after.history is not None
+    assert after.history[0].tolist() == [9] * 8 + [21, 22, 22] + [9]
 
 
 def test_each_sequence_stops_at_its_own_stop_token(model, plain):
