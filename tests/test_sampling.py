@@ -1,8 +1,14 @@
-"""Sampling draws from the right distribution, and speculation changes none of its tokens."""
+"""Sampling draws from the right distribution, and speculation changes none of its tokens.
+
+``QSPEC_JAX_THOROUGH=1 python -m pytest tests/test_sampling.py -rP`` shows the p-values of the chi-square tests, and
+runs those of the loop with every option and seed instead of some.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +23,42 @@ from tests import tiny
 
 NUM_DRAWS = 20_000
 SEEDS = (0, 1_000_000, 4_000_000_000)  # of the first draw; each draw has the next one
+THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
+LOOP_SEEDS = SEEDS if THOROUGH else SEEDS[:1]
 PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]
 WARM = SamplingParams(temperature=0.9, seed=7)
-# Every option that changes the distribution, alone and together.
+# Every option that changes the distribution, alone (but for penalties) and together.
 OPTIONS = {
     "temperature": {"temperature": 0.7},
-    "top_k": {"temperature": 1.0, "top_k": 5},
+    "top_k": {"temperature": 1.0, "top_k": 3},
     "top_p": {"temperature": 1.3, "top_p": 0.8},
     "min_p": {"temperature": 1.0, "min_p": 0.2},
-    "top_k_top_p_min_p": {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.1},
+    "top_k_top_p_min_p": {"temperature": 1.5, "top_k": 4, "top_p": 0.8, "min_p": 0.1},
     "penalties": {
         "temperature": 1.0,
         "repetition_penalty": 1.4,
         "presence_penalty": 0.5,
         "frequency_penalty": 0.3,
     },
-    "all": {"temperature": 0.8, "top_k": 8, "top_p": 0.95, "repetition_penalty": 0.8, "frequency_penalty": -0.4},
+    "logit_bias": {"temperature": 1.0, "logit_bias": {1: -1.0, 4: 2.5}},
+    "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 4, "stop_token_ids": (0, 3)},
+    "all": {
+        **{"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.05, "logit_bias": {2: 1.0, 3: -0.5}},
+        **{"repetition_penalty": 0.8, "presence_penalty": 0.2, "frequency_penalty": -0.4},
+    },
 }
 LOGITS = np.asarray([2.0, 1.5, 1.2, 0.9, 0.3, 0.0, -0.4, -0.7, -1.5, -3.0], np.float32)
 PROMPT, OUTPUT = [0, 4, 8], [1, 1, 4, 9]  # tokens that penalties know of
+PLACE = 3  # of the token that is drawn, among the new ones
 
 
-def expected_distribution(logits, params, *, prompt=(), output=()):
+def expected_distribution(logits, params, *, prompt=(), output=(), place=PLACE):
     """The definition, in float64, one token after the other."""
     logits = np.array(logits, np.float64)
     for token in range(len(logits)):
+        logits[token] += params.logit_bias.get(token, 0.0)
+        if place < params.min_new_tokens and token in params.stop_token_ids:
+            logits[token] = -np.inf
         count = list(output).count(token)
         if count or token in prompt:
             factor = params.repetition_penalty
@@ -64,26 +81,29 @@ def expected_distribution(logits, params, *, prompt=(), output=()):
 
 
 def chi_square_p_value(counts, probabilities):
-    """Of the counts under the probabilities; 0 if something impossible was drawn."""
-    counts, possible = np.asarray(counts, np.float64), probabilities > 0
-    if counts[~possible].any():
+    """Of the counts under the probabilities; 0 if something impossible was drawn. What is rare counts as one thing."""
+    counts, expected = np.asarray(counts, np.float64), probabilities * np.sum(counts)
+    if counts[expected == 0].any():
         return 0.0
-    expected = probabilities[possible] * counts.sum()
-    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
-    freedom = possible.sum() - 1
-    return float(gammaincc(freedom / 2, statistic / 2)) if freedom else 1.0
+    rare = expected < 5
+    counts, expected = (np.append(of[~rare], of[rare].sum()) for of in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(counts) - 1
+    assert freedom, "there is nothing to choose from"
+    return float(gammaincc(freedom / 2, statistic / 2))
 
 
 def draw(params, seed, *, logits=LOGITS):
     """One token for each of many seeds, from the same logits after the same tokens."""
-    rows = [dataclasses.replace(params, seed=(seed + row) % 2**32) for row in range(NUM_DRAWS)]
-    sampler = Sampler.create(rows)
+    sampler = jax.tree.map(lambda column: np.repeat(column, NUM_DRAWS, axis=0), Sampler.create([params]))
+    sampler = dataclasses.replace(sampler, seed=(seed + np.arange(NUM_DRAWS)).astype(np.uint32))
     prompts = jnp.tile(jnp.asarray([PROMPT], jnp.int32), (NUM_DRAWS, 1))
     output = jnp.tile(jnp.asarray([OUTPUT], jnp.int32), (NUM_DRAWS, 1))
     sampler = sampler.for_prompts(prompts, jnp.full((NUM_DRAWS,), len(PROMPT), jnp.int32), len(logits))
     sampler = sampler.after(output, jnp.ones(output.shape, bool))
     tiled = jnp.tile(jnp.asarray(logits), (NUM_DRAWS, 1, 1))
-    return np.asarray(_choose(tiled, sampler, first=jnp.full((NUM_DRAWS,), 3, jnp.int32)))[:, 0]
+    return np.asarray(_choose(tiled, sampler, first=jnp.full((NUM_DRAWS,), PLACE, jnp.int32)))[:, 0]
 
 
 _choose = jax.jit(choose)
@@ -95,7 +115,9 @@ def test_tokens_follow_the_distribution_of_their_options(options):
     expected = expected_distribution(LOGITS, params, prompt=PROMPT, output=OUTPUT)
     for seed in SEEDS:
         counts = np.bincount(draw(params, seed), minlength=len(LOGITS))
-        assert chi_square_p_value(counts, expected) > 1e-4, f"seed {seed}"
+        p_value = chi_square_p_value(counts, expected)
+        print(f"seed {seed}: p = {p_value:.3g}")
+        assert p_value > 1e-4, f"seed {seed}"
 
 
 def test_another_distribution_would_be_noticed():
@@ -103,11 +125,16 @@ def test_another_distribution_would_be_noticed():
     assert chi_square_p_value(counts, expected_distribution(LOGITS, SamplingParams(temperature=1.1))) < 1e-6
 
 
+@pytest.fixture(scope="module")
+def enumerable():
+    return enumerable_model()
+
+
 def enumerable_model():
-    """A decoder with six tokens, and what it says after every text of up to two of them."""
-    config = dataclasses.replace(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 6}), eos_token_ids=())
+    """A decoder with five tokens, and what it says after every text of up to three of them."""
+    config = dataclasses.replace(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 5}), eos_token_ids=())
     model = tiny.language_model(config)
-    texts = [(a, b) for a in range(6) for b in range(6)]
+    texts = list(itertools.product(range(5), repeat=3))
     prompt = [1, 2]
     tokens = jnp.asarray([[*prompt, *text] for text in texts], jnp.int32)
     cache = model.decoder.create_cache(batch=len(texts), slots=8)
@@ -115,28 +142,38 @@ def enumerable_model():
     return model, prompt, texts, np.asarray(logits)
 
 
-def pairs_p_value(model, prompt, texts, logits, *, params, num_samples=2000):
-    """Of the second and third new tokens of many requests, under the verify precision's own distribution."""
-    each = [dataclasses.replace(params, seed=seed) for seed in range(num_samples)]
+def texts_p_value(model, prompt, texts, logits, *, params, first_seed=0, num_samples=2000):
+    """Of the new tokens of many requests, two of a cycle, under the verify precision's own distribution."""
+    each = [dataclasses.replace(params, seed=(first_seed + sample) % 2**32) for sample in range(num_samples)]
     results = model.generate(
-        [prompt] * num_samples, draft="w4a4", draft_length=2, max_new_tokens=2, batch_size=num_samples, sampling=each
+        [prompt] * num_samples, draft="w4a4", draft_length=2, max_new_tokens=3, batch_size=num_samples, sampling=each
     )
     index = {text: row for row, text in enumerate(texts)}
     counts = np.bincount([index[tuple(result.token_ids)] for result in results], minlength=len(texts))
-    joint = np.empty(len(texts))
-    for row, (first, second) in enumerate(texts):
-        of_first = expected_distribution(logits[row, 1], params, prompt=prompt)
-        of_second = expected_distribution(logits[row, 2], params, prompt=prompt, output=[first])
-        joint[row] = of_first[first] * of_second[second]
-    return chi_square_p_value(counts, joint)
+    joint = np.ones(len(texts))
+    for row, text in enumerate(texts):
+        for place, token in enumerate(text):
+            after = logits[row, len(prompt) - 1 + place]
+            joint[row] *= expected_distribution(after, params, prompt=prompt, output=text[:place], place=place)[token]
+    p_value = chi_square_p_value(counts, joint)
+    print(f"first seed {first_seed}: p = {p_value:.3g}")
+    return p_value
 
 
-@pytest.mark.parametrize("options", [OPTIONS["temperature"], OPTIONS["all"]], ids=["temperature", "all"])
-def test_text_of_the_loop_follows_the_verify_precision(options):
-    assert pairs_p_value(*enumerable_model(), params=SamplingParams(**options)) > 1e-4
+@pytest.mark.parametrize("first_seed", LOOP_SEEDS)
+@pytest.mark.parametrize("name", OPTIONS if THOROUGH else ["temperature", "all"])
+def test_text_of_the_loop_follows_the_verify_precision(enumerable, name, first_seed):
+    assert texts_p_value(*enumerable, params=SamplingParams(**OPTIONS[name]), first_seed=first_seed) > 1e-4
 
 
-def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch):
+@pytest.mark.parametrize("first_seed", LOOP_SEEDS)
+def test_typical_acceptance_changes_the_distribution(enumerable, first_seed):
+    params = SamplingParams(temperature=1.5, typical_acceptance=0.1)
+    assert texts_p_value(*enumerable, params=params, first_seed=first_seed) < 1e-6
+
+
+@pytest.mark.parametrize("first_seed", LOOP_SEEDS)
+def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch, first_seed):
     def emit_the_drafts(draft_tokens, target_tokens):
         return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
 
@@ -147,7 +184,8 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch):
     verify = speculative.verify
     monkeypatch.setattr(speculative, "verify", verify_nothing)
     monkeypatch.setattr(speculative, "accept", emit_the_drafts)
-    assert pairs_p_value(*enumerable_model(), params=SamplingParams(temperature=1.5)) < 1e-6
+    params = SamplingParams(temperature=1.5)
+    assert texts_p_value(*enumerable_model(), params=params, first_seed=first_seed) < 1e-6
 
 
 @pytest.fixture(scope="module")
