@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from jax.scipy.special import gammaincc
 
 from qspec_jax import ModelConfig, SamplingParams, UsageError, speculative
-from qspec_jax.sampling import Sampler, choose
+from qspec_jax.sampling import Sampler, _let_through, choose
 from qspec_jax.types import Precision
 from tests import tiny
 
@@ -42,6 +43,7 @@ OPTIONS = {
     },
     "logit_bias": {"temperature": 1.0, "logit_bias": {1: -1.0, 4: 2.5}},
     "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 4, "stop_token_ids": (0, 3)},
+    "min_new_tokens_reached": {"temperature": 1.0, "min_new_tokens": 3, "stop_token_ids": (0, 3)},
     "all": {
         **{"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.05, "logit_bias": {2: 1.0, 3: -0.5}},
         **{"repetition_penalty": 0.8, "presence_penalty": 0.2, "frequency_penalty": -0.4},
@@ -118,6 +120,29 @@ def test_tokens_follow_the_distribution_of_their_options(options):
         p_value = chi_square_p_value(counts, expected)
         print(f"seed {seed}: p = {p_value:.3g}")
         assert p_value > 1e-4, f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "expected"),
+    [
+        ([1, 0, 0, -1], {"top_k": 2}, {0, 1, 2}),  # tokens tied with the last one are let through
+        ([2, 1, 0, 0], {"top_p": 0.5}, {0}),  # of probabilities 1/2, 1/4, 1/8, 1/8 (temperature 1/log 2) one reaches it
+        ([2, 1, 0, 0], {"top_p": 0.51}, {0, 1}),
+        ([2, 1, 0, 0], {"min_p": 0.5}, {0, 1}),
+    ],
+    ids=str,
+)
+def test_limits_let_through_what_reaches_them_exactly(logits, options, expected):
+    params = SamplingParams(temperature=1 / math.log(2), **options)
+    drawn = draw(params, 0, logits=np.asarray([*logits, *[-1e9] * 6], np.float32))
+    assert set(drawn.tolist()) == expected
+
+
+def test_a_request_without_limits_loses_no_token_beside_one_with():
+    """Though in float32 the first token alone has all of the probability."""
+    sampler = Sampler.create([SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9)])
+    kept = jax.jit(_let_through)(jnp.asarray([[[0.0, -20.0, -21.0, -22.0]]] * 2), sampler)
+    assert kept[:, 0].tolist() == [[True] * 4, [True, False, False, False]]
 
 
 def test_another_distribution_would_be_noticed():
@@ -213,6 +238,14 @@ def test_drafts_draw_with_the_noise_of_the_verification(model):
     results = model.generate(prompts, draft="w4a8", max_new_tokens=24, batch_size=len(prompts), sampling=sampling)
     accepted, drafted = (sum(getattr(r.stats, name) for r in results) for name in ("accepted", "drafted"))
     assert accepted > 0.8 * drafted
+
+
+def test_drafts_are_penalised_for_the_drafts_before_them(model):
+    """Biases and penalties leave one text, in which two tokens take turns: what knows of all before is right."""
+    sampling = SamplingParams(frequency_penalty=100.0, logit_bias={10: 1e4, 11: 1e4 - 50})
+    results = model.generate(PROMPTS, draft="w4a8", max_new_tokens=17, sampling=sampling)
+    assert token_ids(results) == [[10, 11] * 8 + [10]] * len(PROMPTS)
+    assert all(result.stats.acceptance_rate == 1 for result in results)
 
 
 def test_a_request_is_the_same_alone_and_among_others(model):

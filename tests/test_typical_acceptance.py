@@ -67,11 +67,11 @@ def test_a_draft_is_accepted_by_the_definition():
     """In float64; each row with options of its own, the logits from flat to steep."""
     params = [
         SamplingParams(typical_acceptance=0.09),
-        SamplingParams(typical_acceptance=0.9),
+        SamplingParams(typical_acceptance=0.9, top_k=1),  # greedy, which no limit changes
         SamplingParams(typical_acceptance=0.02, temperature=0.6, seed=1),
         SamplingParams(typical_acceptance=0.3, temperature=1.7, seed=2),
         SamplingParams(),
-        SamplingParams(temperature=1.2, seed=3),
+        SamplingParams(temperature=1.2, seed=3, top_k=12),
     ]
     rng = np.random.default_rng(0)
     scale = np.geomspace(0.1, 4, 60)[:, None]
