@@ -25,6 +25,8 @@ from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
 from pallas_kernels.rotate_and_write import rotate_and_write
+from pallas_kernels.swiglu_hadamard import swiglu_hadamard
+from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
@@ -52,6 +54,8 @@ __all__ = [
     "rms_norm_quantize",
     "rotate_and_write",
     "swiglu",
+    "swiglu_hadamard",
+    "swiglu_hadamard_quantize",
     "swiglu_quantize",
     "unpack_codes",
     "value_of",

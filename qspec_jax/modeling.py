@@ -162,15 +162,22 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
     ) -> Float[Array, "B T D"] | PartialSums:
         gate_up = self.gate_up(x, precision=precision)
-        if self.down_hadamard:
-            gated = pallas_kernels.swiglu(gate_up)
-            blocks = gated.reshape(*gated.shape[:-1], -1, self.down_hadamard)
-            rotated = pallas_kernels.hadamard(blocks, implementation=other_kernels(self.down.kernels))
-            return self.down.partial_sums(rotated.reshape(gated.shape), precision=precision)
+        return self.down.partial_sums(self._gated(gate_up, precision), precision=precision)
+
+    def _gated(
+        self, gate_up: Float[Array, "B T two_F"], precision: Precision
+    ) -> Float[Array, "B T F"] | QuantizedActivation:
+        """The inputs of ``down``, as integers where it reads integers."""
         quantization = self.down.input_quantization(precision)
+        if self.down_hadamard is None:
+            if quantization is None:
+                return pallas_kernels.swiglu(gate_up)
+            return pallas_kernels.swiglu_quantize(gate_up, **quantization)
         if quantization is None:
-            return self.down.partial_sums(pallas_kernels.swiglu(gate_up), precision=precision)
-        return self.down.partial_sums(pallas_kernels.swiglu_quantize(gate_up, **quantization), precision=precision)
+            return pallas_kernels.swiglu_hadamard(
+                gate_up, block=self.down_hadamard, implementation=other_kernels(self.down.kernels)
+            )
+        return pallas_kernels.swiglu_hadamard_quantize(gate_up, block=self.down_hadamard, **quantization)
 
 
 class DecoderLayer(nnx.Module):

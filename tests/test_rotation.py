@@ -112,19 +112,24 @@ def test_every_precision_computes_what_the_rotated_weights_expect(quantized, pre
         assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < bound
 
 
-@pytest.mark.parametrize("precision", [Precision.W4A8, Precision.W4A16])
-def test_the_transform_runs_once_a_layer_at_every_precision(monkeypatch, quantized, precision):
+@pytest.mark.parametrize(
+    ("precision", "operation"),
+    [(Precision.W4A8, "swiglu_hadamard_quantize"), (Precision.W4A16, "swiglu_hadamard")],
+    ids=["draft", "verify"],
+)
+def test_the_transform_runs_once_a_layer_at_every_precision(monkeypatch, quantized, precision, operation):
     calls = collections.Counter()
 
     def count(operation, *arguments, **settings):
         calls[operation.__name__, settings["implementation"]] += 1
         return operation(*arguments, **settings)
 
-    monkeypatch.setattr(pallas_kernels, "hadamard", functools.partial(count, pallas_kernels.hadamard))
+    for name in ("swiglu_hadamard", "swiglu_hadamard_quantize", "hadamard"):
+        monkeypatch.setattr(pallas_kernels, name, functools.partial(count, getattr(pallas_kernels, name)))
     logits_of(tiny.decoder(), Precision.FLOAT)
     assert not calls
     logits_of(quantized[False], precision)
-    assert calls == {("hadamard", "reference"): 2}
+    assert calls == {(operation, "reference"): 2}
 
 
 def test_loud_channels_cost_less_after_the_rotation():

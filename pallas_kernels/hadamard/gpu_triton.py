@@ -1,16 +1,22 @@
 """``hadamard`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
-A token of ``K = A * B`` values is a matrix ``X: [A, B]``, where ``B`` is a power of two of at most 128, and its
-transform is ``H_A @ X @ H_B``: two tensor-core products. A program computes some rows of one token's result, so a
-token's bits do not depend on the tokens beside it. All entries of both matrices are plus or minus one and thus exact
-in bfloat16; the other operand is split into bfloat16 parts that add up to it, so that every product is exact and only
-the float32 sums round: one part for bfloat16 activations, and two (16 bits) or three (24 bits, all of a float32) else.
+A transform of ``A * B`` values, where ``B`` is a power of two of at most 128, is ``H_A @ X @ H_B`` of a matrix
+``X: [A, B]``: two tensor-core products, of tiles that :class:`Cut` describes. All entries of both matrices are plus or
+minus one (or zero) and thus exact in bfloat16; the other operand is split into bfloat16 parts that add up to it, so
+that every product is exact and only the float32 sums round: one part for bfloat16 activations, and two (16 bits) or
+three (24 bits, all of a float32) else.
+
+A tile has the same bits whichever tiles a program computes beside it, and a program has one token: a token's bits do
+not depend on the tokens beside it. :func:`transform` and :func:`launch_transform` are what the operations share that
+transform what they have just computed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,93 +29,225 @@ from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.hadamard.matrices import core_order, hadamard_matrix, sylvester_matrix
 from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 
-_MIN_SIDE, _MAX_SIDE = 16, 128  # of H_B; tensor-core products in Triton have sides of 16 at least
-_BLOCK_ROWS = 32  # of H_A, so that a single token is spread over several programs
-_BLOCK_K = 64
+# Tensor-core products in Triton have sides of 16 at least. 64 rows of a result would take Triton's wgmma path, which
+# rounds differently, on the GPUs that have one.
+_MIN_SIDE, _MAX_WIDTH, _MAX_TILE, _MAX_CHUNK = 16, 128, 32, 64
+_NUM_WARPS = 8
+
+Combine = Callable[..., Array]  # of float32 blocks of the inputs: the block to transform, float32
 
 
-def obstacle(num_inputs: int) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the transforms of a token are cut into tensor-core products.
+
+    Attributes:
+        block: consecutive values of a transform.
+        rows, width: of a token as a matrix.
+        section: rows that one matrix multiplies from the left: those of one transform, or of several small ones, whose
+            matrices then lie on the diagonal of one. It multiplies also where it is the identity: Triton would otherwise
+            have every warp compute all inputs of the product from the right.
+        tile: rows of a result that are computed at once.
+        chunk: rows that are read at once.
+    """
+
+    block: int
+    rows: int
+    width: int
+    section: int
+    tile: int
+    chunk: int
+
+    @classmethod
+    def of(cls, num_inputs: int, block: int) -> Cut:
+        """For tokens of ``num_inputs``, of which each ``block`` are transformed."""
+        core = core_order(block)
+        power_of_two = num_inputs if core == 1 else block // core
+        width = min(power_of_two & -power_of_two, _MAX_WIDTH)
+        rows, height = num_inputs // width, max(1, block // width)
+        section = height
+        if core == 1 and height <= _MAX_TILE:
+            section = min(_MAX_TILE, max(_MIN_SIDE, pl.next_power_of_2(rows)))
+        tile = _MIN_SIDE if section <= _MIN_SIDE else _MAX_TILE
+        chunk = min(_MAX_CHUNK, max(_MIN_SIDE, pl.next_power_of_2(section)))
+        return cls(block, rows, width, section, tile, chunk)
+
+    @property
+    def num_sections(self) -> int:
+        return pl.cdiv(self.rows, self.section)
+
+    @property
+    def tiles_per_section(self) -> int:
+        return pl.cdiv(self.section, self.tile)
+
+    @property
+    def chunks_per_section(self) -> int:
+        return pl.cdiv(self.section, self.chunk)
+
+    @property
+    def num_products(self) -> int:
+        """Of tiles, in the transforms of a token, if nothing is computed twice."""
+        return self.num_sections * self.tiles_per_section * (self.chunks_per_section + 1)
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of a block of memory in which every tile and chunk lies."""
+        read = max(self.tiles_per_section * self.tile, self.chunks_per_section * self.chunk)
+        return (self.num_sections - 1) * self.section + read
+
+    def matrices(self) -> list[Array]:
+        """The left one, padded with zeros to whole tiles and chunks, and the right one: bfloat16."""
+        height, side = max(1, self.block // self.width), min(self.block, self.width)
+        left = np.kron(np.eye(self.section // height, dtype=np.int8), hadamard_matrix(height))
+        left = np.pad(left, [(0, -self.section % self.tile), (0, -self.section % self.chunk)])
+        right = np.kron(np.eye(self.width // side, dtype=np.int8), sylvester_matrix(side))
+        return [jnp.asarray(matrix, jnp.bfloat16) for matrix in (left, right)]
+
+    def exists(self, section: Array | int, first: Array | int, shape: tuple[int, int]) -> Array:
+        """Which values of a block exist whose first row is the section's row ``first``."""
+        row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (row < self.section) & (section * self.section + row < self.rows)
+
+
+def obstacle(num_inputs: int, block: int | None = None) -> str | None:
     """Why this kernel cannot serve a size, as the end of a sentence; None if it can."""
-    power = num_inputs // core_order(num_inputs)
-    if power < _MIN_SIDE:
-        return f"needs K to be a multiple of {_MIN_SIDE} times {core_order(num_inputs)}; this is {num_inputs}"
+    block = block or num_inputs
+    if Cut.of(num_inputs, block).width < _MIN_SIDE:
+        return f"needs K to be a multiple of {_MIN_SIDE} times {core_order(block)}; this is {block}"
     return None
 
 
 def hadamard(x: Float[Array, "*batch K"], *, interpret: bool = False) -> Float[Array, "*batch K"]:
     """See the public function."""
     tiles.ignore_triton_deprecation()
-    num_inputs = x.shape[-1]
-    right_side = min(num_inputs // core_order(num_inputs), _MAX_SIDE)
-    tokens = x.reshape(-1, num_inputs // right_side, right_side)
-    return _transform(tokens, interpret=interpret).reshape(x.shape)
+    return _hadamard(x, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def _transform(tokens: Array, *, interpret: bool) -> Array:
-    num_tokens, left_side, right_side = tokens.shape
-    left = jnp.asarray(_padded(hadamard_matrix(left_side)), jnp.bfloat16)
-    right = jnp.asarray(sylvester_matrix(right_side), jnp.bfloat16)
+def _hadamard(x: Array, *, interpret: bool) -> Array:
+    cut = Cut.of(x.shape[-1], x.shape[-1])
+    tokens = x.reshape(-1, cut.rows, cut.width)
+    whole = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
+    out = launch_transform(
+        lambda block: block, [(tokens, whole)], cut=cut, tiles_together=False, interpret=interpret, name="hadamard"
+    )
+    return out.reshape(x.shape)
+
+
+def launch_transform(
+    combine: Combine,
+    inputs: Sequence[tuple[Array, pl.BlockSpec]],
+    *,
+    cut: Cut,
+    tiles_together: bool,
+    interpret: bool,
+    name: str,
+) -> Array:
+    """Transforms what ``combine`` computes, without writing it.
+
+    Args:
+        combine: makes a block of rows from those of each input.
+        inputs: arrays with a leading axis of tokens, of one dtype, and the specification of a token, ``[rows, width]``;
+            the grid is tokens x programs.
+        cut: of a token.
+        tiles_together: a program computes all tiles of a section, and nothing is combined twice. Otherwise it computes
+            one, so that a single token is spread over several programs.
+
+    Returns:
+        ``[tokens, rows, width]`` in the dtype of the inputs.
+    """
+    num_tokens, dtype = inputs[0][0].shape[0], inputs[0][0].dtype
+    matrices = cut.matrices()
+    programs = cut.num_sections * (1 if tiles_together else cut.tiles_per_section)
     return pl.pallas_call(
-        functools.partial(_kernel, left_side=left_side, interpret=interpret),
-        grid=(num_tokens, left.shape[0] // _BLOCK_ROWS),
+        functools.partial(_kernel, combine=combine, cut=cut, tiles_together=tiles_together, interpret=interpret),
+        grid=(num_tokens, programs),
         in_specs=[
-            pl.BlockSpec((_BLOCK_ROWS, left.shape[1]), lambda token, block: (block, 0)),
-            pl.BlockSpec(right.shape, lambda token, block: (0, 0)),
-            pl.BlockSpec((None, pl.next_power_of_2(left_side), right_side), lambda token, block: (token, 0, 0)),
+            *[pl.BlockSpec(matrix.shape, lambda token, program: (0, 0)) for matrix in matrices],
+            *[spec for _, spec in inputs],
         ],
-        out_specs=pl.BlockSpec((None, _BLOCK_ROWS, right_side), lambda token, block: (token, block, 0)),
-        out_shape=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        out_specs=pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((num_tokens, cut.rows, cut.width), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         interpret=interpret,
-        name="hadamard",
-    )(left, right, tokens)
-
-
-def _padded(matrix: np.ndarray) -> np.ndarray:
-    """With rows and columns of zeros up to whole blocks."""
-    side = matrix.shape[0]
-    padding = [(0, -side % _BLOCK_ROWS), (0, -side % _block_k(side))]
-    return np.pad(matrix, padding)
-
-
-def _block_k(left_side: int) -> int:
-    return min(_BLOCK_K, max(_MIN_SIDE, pl.next_power_of_2(left_side)))
+        name=name,
+    )(*matrices, *[array for array, _ in inputs])
 
 
 def _kernel(
-    left_ref,  # [block_rows, A_padded] bf16
-    right_ref,  # [B, B] bf16
-    x_ref,  # [A_padded, B]
-    out_ref,  # [block_rows, B]
-    *,
-    left_side: int,
+    left_ref,  # [tiles * tile, chunks * chunk] bf16
+    right_ref,  # [width, width] bf16
+    *refs,  # each input, and the result: [padded_rows, width]
+    combine: Combine,
+    cut: Cut,
+    tiles_together: bool,
     interpret: bool,
 ):
-    right_side = right_ref.shape[0]
-    block_k = _block_k(left_side)
-    parts = functools.partial(_parts, interpret=interpret)
+    *inputs, out_ref = refs
+    program = pl.program_id(1)
+    section, chosen = program, list(range(cut.tiles_per_section))
+    if not tiles_together:
+        section, chosen = program // cut.tiles_per_section, [program % cut.tiles_per_section]
+    results = transform(
+        combine, inputs, (left_ref, right_ref), cut=cut, section=section, chosen=chosen, interpret=interpret
+    )
+    for tile, result in zip(chosen, results, strict=True):
+        first = tile * cut.tile
+        rows = out_ref.at[pl.ds(section * cut.section + first, cut.tile), :]
+        plgpu.store(rows, result.astype(out_ref.dtype), mask=cut.exists(section, first, result.shape))
 
-    def step(index, total):
-        start = index * block_k
-        row = jax.lax.broadcasted_iota(jnp.int32, (block_k, right_side), 0)
-        mask = None if left_side % block_k == 0 else start + row < left_side
-        other = None if mask is None else jnp.zeros((), x_ref.dtype)
-        x = plgpu.load(x_ref.at[pl.ds(start, block_k), :], mask=mask, other=other)
-        left = plgpu.load(left_ref.at[:, pl.ds(start, block_k)])
-        for part in parts(x.astype(jnp.float32), count=_NUM_PARTS[jnp.dtype(x_ref.dtype)][0]):
-            total += jnp.dot(left, part, preferred_element_type=jnp.float32)
-        return total
 
-    product = jnp.zeros((left_ref.shape[0], right_side), jnp.float32)
-    product = jax.lax.fori_loop(0, left_ref.shape[1] // block_k, step, product)
-    total = jnp.zeros_like(product)
-    for part in parts(product, count=_NUM_PARTS[jnp.dtype(x_ref.dtype)][1]):
-        total += jnp.dot(part, plgpu.load(right_ref), preferred_element_type=jnp.float32)
-    total *= jnp.float32(1 / math.sqrt(left_side * right_side))
-    row = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
-    exists = pl.program_id(1) * _BLOCK_ROWS + row < left_side
-    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=exists)
+def transform(
+    combine: Combine,
+    inputs: Sequence[tiles.Ref],
+    matrices: tuple[tiles.Ref, tiles.Ref],
+    *,
+    cut: Cut,
+    section: Array | int,
+    chosen: Sequence[Array | int],
+    interpret: bool,
+) -> list[Array]:
+    """The chosen tiles of a section, each ``[tile, width]`` float32 rounded to the dtype of the inputs.
+
+    Args:
+        combine, inputs: as in :func:`launch_transform`; refs of a token.
+        matrices: refs of those of the cut.
+    """
+    left_ref, right_ref = matrices
+    dtype = jnp.dtype(inputs[0].dtype)
+    num_parts, num_product_parts = _NUM_PARTS[dtype]
+
+    def fetch(chunk: int) -> list[Array]:
+        first = chunk * cut.chunk
+        rows = pl.ds(section * cut.section + first, cut.chunk)
+        mask = cut.exists(section, first, (cut.chunk, cut.width))
+        return [plgpu.load(ref.at[rows, :], mask=mask, other=jnp.zeros((), dtype)) for ref in inputs]
+
+    products = [jnp.zeros((cut.tile, cut.width), jnp.float32)] * len(chosen)
+    following = fetch(0)
+    for chunk in range(cut.chunks_per_section):
+        blocks = following
+        if chunk + 1 < cut.chunks_per_section:
+            following = fetch(chunk + 1)  # on its way while this one is computed
+        combined = combine(*[block.astype(jnp.float32) for block in blocks])
+        columns = pl.ds(chunk * cut.chunk, cut.chunk)
+        parts = _parts(combined, num_parts, interpret=interpret)
+        for index, tile in enumerate(chosen):
+            left = plgpu.load(left_ref.at[pl.ds(tile * cut.tile, cut.tile), columns])
+            products[index] = _add_product(products[index], [(left, part) for part in parts])
+    right = plgpu.load(right_ref)
+    results = []
+    for product in products:
+        parts = _parts(product, num_product_parts, interpret=interpret)
+        total = _add_product(jnp.zeros_like(product), [(part, right) for part in parts])
+        results.append(rounded_to(total * jnp.float32(1 / math.sqrt(cut.block)), dtype, interpret=interpret))
+    return results
+
+
+def _add_product(total: Array, pairs: Sequence[tuple[Array, Array]]) -> Array:
+    for left, right in pairs:
+        total += jnp.dot(left, right, preferred_element_type=jnp.float32)
+    return total
 
 
 # Of the activations, and of the product between the matrices.
@@ -120,7 +258,7 @@ _NUM_PARTS = {
 }
 
 
-def _parts(x: Array, *, count: int, interpret: bool) -> list[Array]:
+def _parts(x: Array, count: int, *, interpret: bool) -> list[Array]:
     """bfloat16 arrays that add up to float32 ``x``, to 8 bits of precision each."""
     parts = []
     for _ in range(count):

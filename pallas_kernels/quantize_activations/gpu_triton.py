@@ -28,7 +28,7 @@ from pallas_kernels.packing import WGMMA_CODES, Layout
 from pallas_kernels.quantize_activations import reference
 
 MAX_VALUES = 65536  # that one program can hold in registers
-_BLOCK_VALUES = 1024  # values per program where groups are short
+BLOCK_VALUES = 1024  # values per program where groups are short
 
 _RECIPROCAL = "rcp.rn.f32 $0, $1;"
 _ROUND_HALF_TO_EVEN = "cvt.rni.f32.f32 $0, $1;"
@@ -82,7 +82,7 @@ def _quantize(x: Array, *, layout: Layout, interpret: bool, **settings: Any) -> 
     num_rows, *widths = x.shape
     block_widths = [pl.next_power_of_2(width) for width in widths]
     values = math.prod(block_widths)
-    block_rows = max(1, min(_BLOCK_VALUES // values, pl.next_power_of_2(num_rows)))
+    block_rows = max(1, min(BLOCK_VALUES // values, pl.next_power_of_2(num_rows)))
     row_spec = pl.BlockSpec((block_rows, *block_widths), lambda row: (row, 0, 0))
     per_group_spec = pl.BlockSpec((block_rows, block_widths[0]), lambda row: (row, 0))
     per_group = [jax.ShapeDtypeStruct((num_rows, widths[0]), jnp.float32)] * (1 if settings["symmetric"] else 2)
@@ -172,15 +172,31 @@ def _float32_asm(asm: str, x: Array) -> Array:
     return tiles.inline_asm(asm, x, constraints="=f,f", dtype=jnp.float32)
 
 
+def block_shape(
+    num_groups: int, group_size: int, *, block_values: int | None, outlier_groups: int
+) -> tuple[int, int]:
+    """Groups of a token that a program of :func:`launch_producer` quantises, and values of a group: powers of two.
+
+    Args:
+        block_values: that it quantises at most, unless a group has more; None for all of a token, which it does too
+            where outlier groups are sought.
+    """
+    block_groups, block_group = pl.next_power_of_2(num_groups), pl.next_power_of_2(group_size)
+    if block_values is None or outlier_groups:
+        return block_groups, block_group
+    return min(block_groups, max(1, block_values // block_group)), block_group
+
+
 def launch_producer(
     produce: Callable[..., Array],
     inputs: Sequence[tuple[Array, Callable[..., pl.BlockSpec]]],
     *,
     shape: tuple[int, ...],
     group_size: int,
-    whole_tokens: bool,
+    block_values: int | None,
     also_written: Sequence[DTypeLike] = (),
     layout: Layout = Layout.PLANES,
+    num_warps: int | None = None,
     interpret: bool,
     name: str,
     **settings: Any,
@@ -193,9 +209,10 @@ def launch_producer(
         inputs: each array with a function that makes its block specification of ``(block_groups, block_group)``;
             the grid is tokens x blocks of groups.
         shape: ``[..., K]`` of the result; the arrays have one axis for all tokens.
-        whole_tokens: ``produce`` needs all groups of a token at once.
+        block_values: as in :func:`block_shape`.
         also_written: the dtypes of the arrays of the result's shape that ``produce`` writes itself.
         layout: the order of the codes.
+        num_warps: replaces the choice for a program.
         settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
 
     Returns:
@@ -203,9 +220,9 @@ def launch_producer(
     """
     *batch, num_inputs = shape
     num_rows, num_groups = math.prod(batch), num_inputs // group_size
-    block_groups, block_group = pl.next_power_of_2(num_groups), pl.next_power_of_2(group_size)
-    if not (whole_tokens or settings["outlier_groups"]):
-        block_groups = min(block_groups, max(1, _BLOCK_VALUES // block_group))
+    block_groups, block_group = block_shape(
+        num_groups, group_size, block_values=block_values, outlier_groups=settings["outlier_groups"]
+    )
     block_spec = pl.BlockSpec((None, block_groups, block_group), lambda row, part: (row, part, 0))
     per_group_spec = pl.BlockSpec((None, block_groups), lambda row, part: (row, part))
     num_per_group = 1 if settings["symmetric"] else 2
@@ -226,7 +243,7 @@ def launch_producer(
             *[jax.ShapeDtypeStruct((num_rows, num_groups), jnp.float32)] * num_per_group,
         ],
         compiler_params=plgpu.CompilerParams(
-            num_warps=max(4, min(16, block_groups * block_group // 1024)), num_stages=1
+            num_warps=num_warps or max(4, min(16, block_groups * block_group // 1024)), num_stages=1
         ),
         interpret=interpret,
         name=name,

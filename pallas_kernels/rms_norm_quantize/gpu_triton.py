@@ -79,7 +79,7 @@ def _normalise_and_quantize(
         ],
         shape=x.shape,
         group_size=group_size,
-        whole_tokens=True,
+        block_values=None,
         also_written=[] if update is None else [x.dtype],
         interpret=interpret,
         name="rms_norm_quantize",

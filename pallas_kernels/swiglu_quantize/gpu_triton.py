@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
@@ -20,6 +21,9 @@ from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 
 _STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
+
+# Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.
+_RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
 
 obstacle = quantizer.obstacle  # the blocks are those of quantize_activations
 
@@ -46,7 +50,7 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         [half(0), half(1)],
         shape=(*batch, both // 2),
         group_size=group_size,
-        whole_tokens=False,
+        block_values=quantizer.BLOCK_VALUES,
         interpret=interpret,
         name="swiglu_quantize",
         **settings,
@@ -64,5 +68,14 @@ def _gated(
     gate, up = (
         plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in (gate_ref, up_ref)
     )
-    sigmoid = quantizer.reciprocal(1 + jnp.exp(-gate), interpret=interpret)
-    return quantizer.rounded_to(gate * sigmoid * up, gate_ref.dtype, interpret=interpret)
+    return gated(gate, up, dtype=gate_ref.dtype, interpret=interpret)
+
+
+def gated(gate: Array, up: Array, *, dtype: DTypeLike, interpret: bool) -> Array:
+    """``silu(gate) * up`` of float32 blocks, rounded to ``dtype``, in float32."""
+    exponential = jnp.exp(-gate)
+    if interpret:
+        sigmoid = 1 / (1 + exponential)
+    else:
+        sigmoid = tiles.inline_asm(_RECIPROCAL, 1 + exponential, constraints="=f,f", dtype=jnp.float32)
+    return quantizer.rounded_to(gate * sigmoid * up, dtype, interpret=interpret)
