@@ -45,8 +45,8 @@ class Cut:
         block: consecutive values of a transform.
         rows, width: of a token as a matrix.
         section: rows that one matrix multiplies from the left: those of one transform, or of several small ones, whose
-            matrices then lie on the diagonal of one. It multiplies also where it is the identity: Triton would otherwise
-            have every warp compute all inputs of the product from the right.
+            matrices then lie on the diagonal of one. It multiplies even if it is the identity: without that product
+            every warp would compute all inputs of the one from the right.
         tile: rows of a result that are computed at once.
         chunk: rows that are read at once.
     """

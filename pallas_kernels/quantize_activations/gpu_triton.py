@@ -172,9 +172,7 @@ def _float32_asm(asm: str, x: Array) -> Array:
     return tiles.inline_asm(asm, x, constraints="=f,f", dtype=jnp.float32)
 
 
-def block_shape(
-    num_groups: int, group_size: int, *, block_values: int | None, outlier_groups: int
-) -> tuple[int, int]:
+def block_shape(num_groups: int, group_size: int, *, block_values: int | None, outlier_groups: int) -> tuple[int, int]:
     """Groups of a token that a program of :func:`launch_producer` quantises, and values of a group: powers of two.
 
     Args:

@@ -133,7 +133,9 @@ def _token(
             mask = cut.exists(section, first, result.shape)
             row, column = (jax.lax.broadcasted_iota(jnp.int32, result.shape, axis) for axis in range(2))
             place = (section * cut.section + first + row) * cut.width + column
-            at = written_ref.at[place // group_size, place % group_size]
+            # Not // and %, whose care for signs hides from Triton which places follow each other.
+            groups = jax.lax.div(place, jnp.int32(group_size)), jax.lax.rem(place, jnp.int32(group_size))
+            at = written_ref.at[groups]
             plgpu.store(at, result.astype(written_ref.dtype), mask=mask)
     if not interpret:
         plgpu.debug_barrier()  # a thread reads what others have written

@@ -17,6 +17,8 @@ from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
+from pallas_kernels.swiglu_hadamard import gpu_triton as swiglu_hadamard_triton
+from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as swiglu_hadamard_quantize_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
@@ -194,6 +196,45 @@ def test_norms_add_partial_sums_without_a_kernel_more(num_parts):
 def test_hadamard_lowers(k, dtype):
     assert hadamard_triton.obstacle(k) is None
     assert cuda_program(hadamard_triton.hadamard, array(5, k, dtype=dtype)).count(KERNEL_CALL) == 1
+
+
+@pytest.mark.parametrize("num_rows", [5, 64])
+@pytest.mark.parametrize(
+    ("k", "block", "dtype"),
+    [(1536, 1536, jnp.float32), (14336, 14336, jnp.bfloat16), (14336, 32, jnp.float16), (28672, 28672, jnp.bfloat16)],
+    ids=str,
+)
+def test_swiglu_hadamard_lowers_to_one_kernel(k, block, dtype, num_rows):
+    rotate = functools.partial(swiglu_hadamard_triton.swiglu_hadamard, block=block)
+    assert cuda_program(rotate, array(num_rows, 2 * k, dtype=dtype)).count(KERNEL_CALL) == 1
+
+
+@pytest.mark.parametrize(
+    ("k", "block", "group_size", "outlier_groups", "symmetric", "num_kernels"),
+    [
+        (1536, 1536, 1536, 0, True, 1),
+        (1536, 32, 32, 10, False, 1),
+        (14336, 14336, 14336, 0, True, 1),
+        (14336, 14336, 128, 0, False, 1),
+        (14336, 32, 32, 1, False, 1),
+        (11008, 11008, 11008, 0, True, 1),
+        (18944, 18944, 32, 1, False, 1),
+        (27648, 27648, 96, 0, True, 1),
+        (29568, 29568, 29568, 0, True, 2),
+    ],
+    ids=str,
+)
+def test_swiglu_hadamard_quantize_lowers(k, block, group_size, outlier_groups, symmetric, num_kernels):
+    settings = {"bits": 8, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 0.9}
+    layout = Layout.WGMMA if group_size % 64 == 0 else Layout.PLANES
+    rotate = functools.partial(
+        swiglu_hadamard_quantize_triton.swiglu_hadamard_quantize,
+        block=block,
+        outlier_groups=outlier_groups,
+        layout=layout,
+        **settings,
+    )
+    assert cuda_program(rotate, array(5, 2 * k, dtype=jnp.bfloat16)).count(KERNEL_CALL) == num_kernels
 
 
 # Tokens, heads, key/value heads, head dimension, slots: the demo model, Llama-3-8B, and what pads or fills most.
