@@ -219,7 +219,7 @@ class LanguageModel:
     ) -> Pipeline:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
-        return Pipeline(self, plan, batch_size=batch_size, slots=slots, on_event=on_event or _ignore)
+        return Pipeline(self, plan, batch_size=batch_size, slots=slots, on_event=on_event)
 
     def stream(
         self,
@@ -246,7 +246,7 @@ class LanguageModel:
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
         slots = max_seq_len or fitting_slots(len(request.token_ids) + request.max_new_tokens)
-        scheduler = Scheduler(self.programs, plan, rows=1, slots=slots, on_event=on_event or _ignore)
+        scheduler = Scheduler(self.programs, plan, rows=1, slots=slots, on_event=on_event)
         return self._stream(request, plan, scheduler, cycles_per_step)
 
     def _stream(
@@ -293,7 +293,9 @@ class LanguageModel:
         )
         watch = self._watch(sampling) if sampling.stop else None
         sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
-        return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch)
+        messages: Any = prompt if is_conversation(prompt) else []
+        prefix_length = self.tokenizer.system_length(messages, token_ids) if self.tokenizer else 0
+        return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch, prefix_length=prefix_length)
 
     def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:
         """As :meth:`request`, but an error becomes the result of the request."""
@@ -356,7 +358,3 @@ def default_draft_precision() -> Precision:
         if (7, 5) <= (major, minor) < (9, 0):
             return Precision.W4A4
     return Precision.W4A8
-
-
-def _ignore(_: str) -> None:
-    pass

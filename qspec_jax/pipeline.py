@@ -42,7 +42,7 @@ class Pipeline:
         *,
         batch_size: int,
         slots: int,
-        on_event: Callable[[str], None],
+        on_event: Callable[[str], None] | None,
     ):
         """See :meth:`LanguageModel.pipeline`."""
         self.max_seq_len = min(slots, model.config.max_position_embeddings)

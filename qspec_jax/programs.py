@@ -148,12 +148,19 @@ class Programs:
         self.compile_s += time.perf_counter() - began
 
     def fill(
-        self, plan: DecodingPlan, shape: Shape, state: DecodeState, pieces: PromptPiece, rows: np.ndarray, count: int
+        self,
+        plan: DecodingPlan,
+        shape: Shape,
+        state: DecodeState,
+        pieces: PromptPiece,
+        rows: np.ndarray,
+        sources: np.ndarray,
+        count: int,
     ) -> tuple[DecodeState, Report]:
         """Puts the first ``count`` pieces into their rows; see :func:`speculative.fill`. The state is used up."""
         program = self.compiled[_fill_key(plan, shape, pieces.tokens.shape[1])]
         with explain_out_of_memory("while generating"):
-            return program(self.leaves, state, pieces, rows, np.int32(count))
+            return program(self.leaves, state, pieces, rows, sources, np.int32(count))
 
     def loop(
         self,
@@ -201,15 +208,15 @@ class Programs:
     def lower_fill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
         """Lowers the program that fills rows with pieces of a width; its state is donated."""
 
-        def fill(leaves, state, pieces, rows, count):
-            state = speculative.fill(self._merge(leaves), state, pieces, rows, count, plan=plan)
+        def fill(leaves, state, pieces, rows, sources, count):
+            state = speculative.fill(self._merge(leaves), state, pieces, rows, sources, count, plan=plan)
             return state, Report.of(state, count * 0)
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
-        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, np.int32(0))
+        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -284,6 +291,7 @@ def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
         "last": np.zeros(rows, bool),
         "max_new_tokens": np.ones(rows, np.int32),
         "stop_tokens": np.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32),
+        "prompt": np.zeros((*rows, shape.slots), np.int32) if shape.features.penalises else None,
     }
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qspec_jax import programs
 from qspec_jax.errors import UsageError
+from qspec_jax.prefixes import Piece
 from qspec_jax.results import GenerationResult, GenerationStats
 from qspec_jax.sampling_params import SamplingParams
 from qspec_jax.text_watch import TextWatch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""
+
+# A prompt is cut after its prefix where what is left is read in pieces narrower by so many tokens: a GPU reads that
+# many in little more time than one (docs/performance.md), and the cut costs a piece where nobody shares the prefix.
+LEAST_SAVED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Request:
         sampling: how tokens are drawn; its ``stop_token_ids`` are all that end the sequence, the model's own included.
         prompt: the text of the prompt if it was given as one.
         watch: makes what follows the text of the sequence; None if nothing in it matters before the end.
+        prefix_length: tokens with which other prompts may begin as well: those of a system prompt.
     """
 
     token_ids: Sequence[int]
@@ -33,16 +40,32 @@ class Request:
     sampling: SamplingParams
     prompt: str | None = None
     watch: Callable[[], TextWatch] | None = None
+    prefix_length: int = 0
 
-    def pieces(self) -> Iterator[tuple[int, Sequence[int]]]:
-        """Start and tokens of each piece of the prompt."""
-        longest = programs.PIECE_WIDTHS[-1]
-        for start in range(0, len(self.token_ids), longest):
-            yield start, self.token_ids[start : start + longest]
+    def pieces(self) -> list[Piece]:
+        """Start and tokens of each piece of the prompt, as long as can be from the beginning and from a cut on.
+
+        A cut after the prefix makes all of it a piece or some, which rows may share (:mod:`qspec_jax.prefixes`).
+        """
+        longest, end = programs.PIECE_WIDTHS[-1], len(self.token_ids)
+        cut = self.prefix_length if self._is_cut() else 0
+        starts = [*range(0, cut, longest), *range(cut, end, longest), end]
+        return [(start, self.token_ids[start:stop]) for start, stop in itertools.pairwise(starts)]
+
+    def _is_cut(self) -> bool:
+        longest, rest = programs.PIECE_WIDTHS[-1], len(self.token_ids) - self.prefix_length
+        # Whole pieces of the prefix may be shared without a cut.
+        return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
 
     def widths(self) -> set[int]:
         """What its pieces are padded to."""
         return {programs.piece_width(len(tokens)) for _, tokens in self.pieces()}
+
+
+def _padded(num_tokens: int) -> int:
+    """The widths of all pieces of a text."""
+    whole, rest = divmod(num_tokens, programs.PIECE_WIDTHS[-1])
+    return whole * programs.PIECE_WIDTHS[-1] + (programs.piece_width(rest) if rest else 0)
 
 
 def is_conversation(prompt: Prompt | Sequence[Prompt]) -> bool:

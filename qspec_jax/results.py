@@ -138,6 +138,8 @@ class RunTotals:
         rows: sequences that run together.
         requests: finished ones.
         tokens: generated ones.
+        computed_prompt_tokens, reused_prompt_tokens: tokens of prompts that were read, and those that another prompt's
+            row had already.
         accepted_lengths: cycles of all sequences by number of accepted drafts.
         cycles: run by the device, each for all rows.
         prefill_s, decode_s: seconds that the device filled rows and ran cycles.
@@ -148,6 +150,8 @@ class RunTotals:
     rows: int
     requests: int = 0
     tokens: int = 0
+    computed_prompt_tokens: int = 0
+    reused_prompt_tokens: int = 0
     accepted_lengths: list[int] = dataclasses.field(default_factory=list)
     cycles: int = 0
     prefill_s: float = 0.0

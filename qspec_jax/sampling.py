@@ -120,25 +120,19 @@ class Sampler:
         tokens: Int32[Array, "B T"],
         num_tokens: Int32[Array, " B"],
         vocab_size: int,
-        start: Int32[Array, " B"] | None = None,
-        earlier: Sampler | None = None,
     ) -> Sampler:
         """The sampler before the first new token.
 
         Args:
-            tokens: of the prompts, or of pieces of them, padded on the right.
+            tokens: of the prompts, padded on the right.
             num_tokens: valid ones of each.
             vocab_size: of the model.
-            start: tokens of the prompts before these pieces.
-            earlier: the sampler after those.
         """
         if not self.penalises:
             return self
         batch, width = tokens.shape
         exists = jnp.arange(width) < num_tokens[:, None]
         in_prompt = jnp.zeros((batch, vocab_size), bool)
-        if start is not None and earlier is not None and earlier.in_prompt is not None:
-            in_prompt = (start > 0)[:, None] & earlier.in_prompt
         in_prompt = in_prompt.at[jnp.arange(batch)[:, None], tokens].max(exists)
         return dataclasses.replace(self, in_prompt=in_prompt, counts=jnp.zeros((batch, vocab_size), jnp.int32))
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
+from qspec_jax.prefixes import Filling, HeldPieces
 from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_width
 from qspec_jax.requests import Request
 from qspec_jax.results import RunTotals
@@ -48,6 +49,7 @@ class RunningSequence:
         arrivals: when new tokens came, and how many.
         watch: the text, if the request asks for it.
         logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
+        pieces, num_read: of its prompt, and how many of them its row holds.
     """
 
     def __init__(self, request: Request):
@@ -61,7 +63,13 @@ class RunningSequence:
         self.watch = None if request.watch is None else request.watch()
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
-        self.pieces = collections.deque(request.pieces())
+        self.pieces = request.pieces()
+        self.num_read = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether pieces of its prompt are left."""
+        return self.num_read < len(self.pieces)
 
     def seconds(self) -> dict[str, float]:
         """The times of :class:`qspec_jax.results.GenerationStats`, as far as they are known."""
@@ -137,7 +145,7 @@ class Scheduler:
         rows: int,
         slots: int,
         chunk_s: float = _CHUNK_S,
-        on_event: Callable[[str], None] = lambda _: None,
+        on_event: Callable[[str], None] | None = None,
     ):
         """Makes a batch; compiling and allocating wait for the first request.
 
@@ -151,9 +159,11 @@ class Scheduler:
         """
         self.shape = Shape(rows, slots, lookup=plan.lookup)
         self.totals = RunTotals(rows=rows)
-        self._programs, self._plan, self._chunk_s, self._on_event = programs, plan, chunk_s, on_event
+        self._programs, self._plan, self._chunk_s = programs, plan, chunk_s
+        self._on_event = on_event or (lambda _: None)
         self._waiting: collections.deque[RunningSequence] = collections.deque()
         self._rows: list[RunningSequence | None] = [None] * rows
+        self._held = HeldPieces(rows)
         self._widths: set[int] = set()
         self._features = SamplingFeatures()
         self._state: DecodeState | None = None
@@ -179,7 +189,7 @@ class Scheduler:
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
         sequence.finished = True
-        sequence.pieces.clear()
+        sequence.pieces = []
         if sequence in self._waiting:
             self._waiting.remove(sequence)
 
@@ -258,46 +268,60 @@ class Scheduler:
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
-        for row, sequence in enumerate(self._rows):
-            if sequence is None and self._waiting:
-                self._rows[row] = entering = self._waiting.popleft()
-                entering.entered_s = time.perf_counter()
+        idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
+        while idle and self._waiting:
+            entering = self._waiting.popleft()
+            row = self._held.room_for(entering.pieces, sorted(idle))
+            idle.remove(row)
+            self._rows[row], entering.entered_s = entering, time.perf_counter()
 
     def _fill(self) -> list[tuple[Report, list[int]]]:
         """Dispatches a piece for each row that still reads its prompt; the reports, and the rows that have read it."""
-        by_width: dict[int, list[int]] = {}
-        for row, sequence in enumerate(self._rows):
-            if sequence is not None and sequence.pieces:
-                by_width.setdefault(piece_width(len(sequence.pieces[0][1])), []).append(row)
+        reading = {row: one.pieces for row, one in enumerate(self._rows) if one is not None and one.reading}
         reports = []
-        for width, rows in sorted(by_width.items()):
-            pieces = self._pieces(width, rows)
-            targets = np.resize(np.asarray(rows, np.int32), self.shape.rows)
-            assert self._state is not None
-            self.totals.gap_s += self._clock.dispatching()
-            self._state, report = self._programs.fill(
-                self._plan, self.shape, self._state, pieces, targets, count=len(rows)
-            )
-            self._retired[rows] = False
-            reports.append((report, [row for row in rows if not self._reading(row)]))
+        while reading:
+            fillings, later = self._held.plan(reading)
+            by_width: dict[int, list[Filling]] = {}
+            for one in fillings:
+                by_width.setdefault(piece_width(len(reading[one.row][one.index][1])), []).append(one)
+            reports += [self._dispatch_pieces(width, some) for width, some in sorted(by_width.items())]
+            reading = {row: reading[row] for row in later}
         return reports
 
-    def _pieces(self, width: int, rows: Sequence[int]) -> PromptPiece:
-        """The next piece of each of some rows."""
+    def _dispatch_pieces(self, width: int, fillings: Sequence[Filling]) -> tuple[Report, list[int]]:
+        """Dispatches pieces of a width; the report, and the rows that have read their prompts with them."""
+        pieces = self._pieces(width, fillings)
+        rows, sources, _ = np.resize(np.asarray(fillings, np.int32), (self.shape.rows, 3)).T
+        assert self._state is not None
+        self.totals.gap_s += self._clock.dispatching()
+        self._state, report = self._programs.fill(
+            self._plan, self.shape, self._state, pieces, rows, sources, count=len(fillings)
+        )
+        self._retired[rows] = False
+        return report, [one.row for one in fillings if not self._reading(one.row)]
+
+    def _pieces(self, width: int, fillings: Sequence[Filling]) -> PromptPiece:
+        """Pieces of a width, which count as read from now on."""
         pieces = empty_pieces(self.shape, width)
         sampling = []
-        for index, row in enumerate(rows):
+        for place, (row, _, index) in enumerate(fillings):
             sequence = self._rows[row]
             assert sequence is not None
-            request, (start, tokens) = sequence.request, sequence.pieces.popleft()
-            pieces["tokens"][index, : len(tokens)] = tokens
-            pieces["num_tokens"][index], pieces["start"][index] = len(tokens), start
-            pieces["last"][index] = not sequence.pieces
-            pieces["max_new_tokens"][index] = request.max_new_tokens
+            request, (start, tokens) = sequence.request, sequence.pieces[index]
+            self.totals.reused_prompt_tokens += sum(len(ids) for _, ids in sequence.pieces[sequence.num_read : index])
+            self.totals.computed_prompt_tokens += len(tokens)
+            sequence.num_read = index + 1
+            self._held.note(row, sequence.pieces[: index + 1])
+            pieces["tokens"][place, : len(tokens)] = tokens
+            pieces["num_tokens"][place], pieces["start"][place] = len(tokens), start
+            pieces["last"][place] = not sequence.reading
+            pieces["max_new_tokens"][place] = request.max_new_tokens
             stop_tokens = request.sampling.stop_token_ids
-            pieces["stop_tokens"][index, : len(stop_tokens)] = stop_tokens
+            pieces["stop_tokens"][place, : len(stop_tokens)] = stop_tokens
+            if pieces["prompt"] is not None:
+                pieces["prompt"][place, : len(request.token_ids)] = request.token_ids
             sampling.append(request.sampling)
-        padding = [SamplingParams()] * (self.shape.rows - len(rows))
+        padding = [SamplingParams()] * (self.shape.rows - len(fillings))
         return PromptPiece(**pieces, sampler=Sampler.create([*sampling, *padding], self.shape.features))
 
     def _dispatch(self, max_cycles: int | None) -> None:
@@ -329,8 +353,8 @@ class Scheduler:
 
     def _reading(self, row: int) -> bool:
         sequence = self._rows[row]
-        return sequence is not None and bool(sequence.pieces)
+        return sequence is not None and sequence.reading
 
     def _decoding(self) -> list[int]:
         """Rows whose sequences have read their prompts."""
-        return [row for row, sequence in enumerate(self._rows) if sequence is not None and not sequence.pieces]
+        return [row for row, sequence in enumerate(self._rows) if sequence is not None and not sequence.reading]

@@ -78,7 +78,7 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
 
     Args:
         model: the decoder.
-        state: rows that are idle, or that have read the pieces before.
+        state: rows that have read the pieces before: of the same prompt, or of one that begins alike.
         piece: one for each row.
         plan: precisions.
     """
@@ -89,12 +89,11 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         precision=plan.verify,
         logits_at=piece.num_tokens - 1,
     )
-    sampler = piece.sampler
-    if sampler is not None:
-        assert state.sampler is not None
-        sampler = sampler.for_prompts(piece.tokens, piece.num_tokens, logits.shape[-1], piece.start, state.sampler)
+    sampler, end = piece.sampler, piece.start + piece.num_tokens
+    if sampler is not None and piece.prompt is not None:
+        sampler = sampler.for_prompts(piece.prompt, end, logits.shape[-1])
     first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
-    first, scores, end = first_tokens[:, 0], state.scores, piece.start + piece.num_tokens
+    first, scores = first_tokens[:, 0], state.scores
     if scores is not None:
         found = TokenScores.of(logits, first_tokens)
         scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
@@ -123,18 +122,20 @@ def fill(
     state: DecodeState,
     pieces: PromptPiece,
     rows: Int32[Array, " P"],
+    sources: Int32[Array, " P"],
     count: Int32[Array, ""],
     *,
     plan: DecodingPlan,
 ) -> DecodeState:
     """Puts the first ``count`` of ``P`` pieces of prompts into ``rows``, while the other rows stay as they are.
 
+    ``sources`` are the rows that hold what the prompts begin with, up to these pieces; see :mod:`qspec_jax.prefixes`.
     One after the other, each as a batch of one: what a prompt yields cannot depend on what enters beside it.
     """
 
     def enter(index: Array, state: DecodeState) -> DecodeState:
-        row = rows[index]
-        return state.with_row(row, prefill(model, state.row(row), pieces.row(index), plan=plan))
+        entered = prefill(model, state.row(sources[index]), pieces.row(index), plan=plan)
+        return state.with_row(rows[index], entered)
 
     return lax.fori_loop(0, count, enter, state)
 

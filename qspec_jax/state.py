@@ -145,6 +145,7 @@ class PromptPiece:
         last: ``[B]`` bool, the prompt ends with this piece.
         max_new_tokens, stop_tokens: as in the state.
         sampler: as in the state, but for what it knows of tokens.
+        prompt: ``[B, S]`` int32, the prompt from its beginning, padded on the right; None where nothing penalises.
     """
 
     tokens: Int32[Array, "B T"]
@@ -154,6 +155,7 @@ class PromptPiece:
     max_new_tokens: Int32[Array, " B"]
     stop_tokens: Int32[Array, "B stops"]
     sampler: Sampler | None = None
+    prompt: Int32[Array, "B S"] | None = None
 
     def row(self, index: Int32[Array, ""]) -> PromptPiece:
         """The piece of one row."""

@@ -6,6 +6,7 @@ import of transformers is slow, so it happens when a tokenizer is loaded.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ class Tokenizer:
         own = [] if self._backend.eos_token_id is None else [self._backend.eos_token_id]
         marks = [vocabulary[mark] for mark in _END_OF_TURN_TOKENS if mark in template and mark in vocabulary]
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *eos_token_ids, *marks]))
+        self._beginning: tuple[Any, list[int]] = ([], [])  # system messages, and tokens of a conversation with them
         self._invisible = {token_id for token_id, token in backend.added_tokens_decoder.items() if token.special}
 
     @property
@@ -77,6 +79,25 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise UsageError(f"the chat template refuses the messages: {error}") from error
+
+    def system_length(self, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
+        """How many tokens a conversation begins with as does any other one with the same system messages.
+
+        Args:
+            messages: of the conversation.
+            token_ids: its tokens, of :meth:`apply_chat`.
+        """
+        system = list(itertools.takewhile(lambda message: message.get("role") == "system", messages))
+        if not system:
+            return 0
+        if self._beginning[0] != system:
+            try:
+                others = self.apply_chat([*system, {"role": "user", "content": ""}])
+            except UsageError:
+                others = []  # unlike the conversation, this one is refused
+            self._beginning = (system, others)
+        pairs = zip(token_ids, self._beginning[1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as text, by the chat template; without ``add_generation_prompt`` its last message goes on."""

@@ -164,7 +164,7 @@ class FakePrograms(Programs):
         lengths = np.tile(self.counts[:, None], (1, 17))
         return "state", Report(tokens, self.counts.copy(), self.left <= 0, lengths, np.int32(cycles))
 
-    def fill(self, plan, shape, state, pieces, rows, count):
+    def fill(self, plan, shape, state, pieces, rows, sources, count):
         for piece, row in enumerate(rows[:count]):
             last = pieces.last[piece]
             self.left[row] = pieces.max_new_tokens[piece] - 1 if last else 0

@@ -103,6 +103,31 @@ def test_a_system_message_replaces_the_default(demo):
     assert demo.decode(ids).startswith("system\nBe brief.\nuser\nHi\n")
 
 
+def conversation(system, *contents):
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}, *messages]
+
+
+def system_part(tokenizer, messages):
+    token_ids = tokenizer.apply_chat(messages)
+    return token_ids[: tokenizer.system_length(messages, token_ids)]
+
+
+@pytest.mark.parametrize("contents", [["Hi"], ["I", "Yes?", "Again"], ["Again, then"]])
+def test_the_system_part_of_a_conversation_is_what_its_system_message_decides(demo, contents):
+    for system in ("Be brief.", "You know everything about birds.", "Be brief."):
+        expected = demo.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
+        assert system_part(demo, conversation(system, *contents)) == expected
+    assert system_part(demo, conversation("Be brief.", *contents)[1:]) == []
+
+
+def test_a_template_without_an_empty_message_has_no_system_part(demo, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] or raise_exception('empty') }}{% endfor %}"
+    monkeypatch.setattr(demo._backend, "chat_template", template)
+    assert system_part(demo, conversation("Be quick.", "Hi")) == []
+
+
 def test_sizes_and_end_tokens_of_the_demo_model(demo):
     assert demo.vocab_size == 49152
     assert demo.eos_token_ids == (2,)

@@ -6,6 +6,7 @@ Parses and prints; :mod:`qspec_jax.bench.throughput_measure` measures.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -34,9 +35,10 @@ Tokens per second over all requests and of each, time to the first token, inter-
 the share of the time that the device waits for the host, for every mode and number of slots. Prompts are first turns of
 ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer there has, up to --max-new-tokens, or
 fewer where a real model stops. Synthetic weights read noise of the same lengths (a token for four characters), and
-their drafts are accepted as noise is: that says nothing about a real model.
+their drafts are accepted as noise is: that says nothing about a real model. The share of the prompts' tokens that were
+reused is that of system prompts: conversations have them in --prompt-file, noise with --system-tokens.
 """
-_COLUMNS = "{:<12} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>6} {:>6} {:>5} {:>7} {:>6} {:>8}"
+_COLUMNS = "{:<12} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8}" + " {:>7}" * 4 + " {:>6} {:>6} {:>5} {:>7} {:>6} {:>6} {:>8}"
 
 
 def add_command(commands: Any) -> None:
@@ -53,6 +55,8 @@ def add_command(commands: Any) -> None:
     add("--prompt-file", type=Path, metavar="FILE", help="other prompts than those of ShareGPT, as in generate")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="at most, per request (default: 256)")
     add("--max-prompt-tokens", type=int, default=1024, metavar="N", help="longer prompts are left out (default: 1024)")
+    add("--system-tokens", type=int, default=0, metavar="N", help="noise in front of noise prompts (default: 0)")
+    add("--system-prompts", type=int, default=1, metavar="N", help="different ones of these, by turns (default: 1)")
     add("--rate", type=float, metavar="R", help="requests per second, Poisson (default: all at once)")
     chunk = f"that the device runs before the host looks (default: {_CHUNK_S}, at a rate {_CHUNK_S_AT_A_RATE})"
     add("--chunk", type=float, metavar="SECONDS", help=chunk)
@@ -101,8 +105,9 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
     options.check_writable(arguments.json, option="--json")
     options.check_writable(arguments.plot, option="--plot")
     options.check_matplotlib(arguments.plot)
-    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length"):
+    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length", "system_prompts"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
+    options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
     for name in ("rate", "chunk"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
@@ -111,10 +116,14 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
 
     decoder_options(arguments.kernels, arguments.dtype)
     name, config, path = chosen_model(arguments)
-    if arguments.max_prompt_tokens + arguments.max_new_tokens > config.max_position_embeddings:
+    if arguments.system_tokens and path is not None:
+        raise UsageError("--system-tokens is for --preset; give a --model conversations with system messages instead")
+    longest_prompt = arguments.system_tokens + arguments.max_prompt_tokens
+    if longest_prompt + arguments.max_new_tokens > config.max_position_embeddings:
         raise UsageError(
-            f"--max-prompt-tokens {arguments.max_prompt_tokens} and --max-new-tokens {arguments.max_new_tokens} do not "
-            f"fit the context of {name}, {config.max_position_embeddings}; lower one of them"
+            f"--max-prompt-tokens {arguments.max_prompt_tokens}, --system-tokens {arguments.system_tokens} and "
+            f"--max-new-tokens {arguments.max_new_tokens} do not fit the context of {name}, "
+            f"{config.max_position_embeddings}; lower one of them"
         )
     request = DecodeRequest(
         name=name,
@@ -179,18 +188,22 @@ def fitting_requests(
     from qspec_jax.requests import Request
 
     limit, found, noise = arguments.max_prompt_tokens, [], random.Random(0)
+    systems = [_noise_tokens(noise, model, arguments.system_tokens) for _ in range(arguments.system_prompts)]
     for one in conversations:
         prompt, answer_tokens = one.prompt, arguments.max_new_tokens
         if model.tokenizer is None:
             length = len(str(prompt)) // _CHARACTERS_PER_TOKEN + 1
-            prompt = [noise.randrange(model.config.vocab_size) for _ in range(min(length, limit + 1))]
+            prompt = _noise_tokens(noise, model, min(length, limit + 1))
             answer_tokens = arguments.max_new_tokens if one.answer is None else len(one.answer) // _CHARACTERS_PER_TOKEN
         elif one.answer is not None:
             answer_tokens = len(model.tokenizer.encode(one.answer))
         new_tokens = max(1, min(arguments.max_new_tokens, answer_tokens))
         request: Request | GenerationResult = model.attempt(prompt, plan, max_new_tokens=new_tokens)
         if isinstance(request, Request) and len(request.token_ids) <= limit:
-            found.append(request)
+            system = systems[len(found) % len(systems)]
+            prefix_length = request.prefix_length + len(system)
+            token_ids = [*system, *request.token_ids]
+            found.append(dataclasses.replace(request, token_ids=token_ids, prefix_length=prefix_length))
         if len(found) == arguments.num_prompts:
             break
     if not found:
@@ -198,11 +211,15 @@ def fitting_requests(
     return found
 
 
+def _noise_tokens(noise: random.Random, model: LanguageModel, length: int) -> list[int]:
+    return [noise.randrange(model.config.vocab_size) for _ in range(length)]
+
+
 def table_head() -> str:
     """The names of the columns."""
     return _COLUMNS.format(
         *("mode", "drafts", "gamma", "slots", "rate", "tokens/s", "per req.", "TTFT50", "TTFT99", "ITL50", "ITL99"),
-        *("accept", "occup.", "gap", "prefill", "sec.", "compile s"),
+        *("accept", "occup.", "gap", "prefill", "reused", "sec.", "compile s"),
     )
 
 
@@ -215,7 +232,8 @@ def table_row(one: ThroughputRun) -> str:
         *(_milliseconds(first, "p50"), _milliseconds(first, "p99")),
         *(_milliseconds(between, "p50"), _milliseconds(between, "p99")),
         *(_number(one.acceptance_rate, ".2f"), _number(one.occupancy, ".0%"), f"{one.gap_share:.1%}"),
-        *(f"{one.prefill_share:.0%}", f"{one.seconds:.1f}", f"{one.compile_s:.1f}"),
+        *(f"{one.prefill_share:.0%}", f"{one.num_reused_tokens / one.num_prompt_tokens:.0%}"),
+        *(f"{one.seconds:.1f}", f"{one.compile_s:.1f}"),
     )
 
 

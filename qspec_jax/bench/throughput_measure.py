@@ -35,6 +35,7 @@ class ThroughputRun:
         rows: sequences that run together.
         rate: requests that arrive per second; None where all are there from the beginning.
         num_requests, num_prompt_tokens, num_tokens: what was served.
+        num_reused_tokens: those of the prompts that another prompt's row had already.
         seconds: from the first arrival to the last token, without compiling.
         request_tokens_per_s: percentiles over requests, tokens after the first per second of decoding.
         first_token_s: percentiles over requests, from arrival to the first token.
@@ -54,6 +55,7 @@ class ThroughputRun:
     rate: float | None
     num_requests: int
     num_prompt_tokens: int
+    num_reused_tokens: int
     num_tokens: int
     seconds: float
     request_tokens_per_s: dict[str, float]
@@ -123,6 +125,7 @@ def measure_throughput(
         rate=rate,
         num_requests=len(sequences),
         num_prompt_tokens=sum(len(request.token_ids) for request in requests),
+        num_reused_tokens=totals.reused_prompt_tokens,
         num_tokens=totals.tokens,
         seconds=seconds,
         request_tokens_per_s=_percentiles(speeds),

@@ -55,6 +55,7 @@ def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, 
         assert one["tokens_per_s"] == pytest.approx(one["num_tokens"] / one["seconds"])
         assert 0 < one["occupancy"] <= 1
         assert one["num_compilations"] == 0
+        assert one["num_reused_tokens"] == 0
         assert 0 <= one["gap_share"] + one["prefill_share"] < 1
         for name in ("first_token_s", "inter_token_s", "request_tokens_per_s"):
             assert 0 < one[name]["p50"] <= one[name]["p99"]
@@ -64,6 +65,16 @@ def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, 
     assert lines[3].split()[:6] == ["mode", "drafts", "gamma", "slots", "rate", "tokens/s"]
     assert [line.split()[:4] for line in lines[4:6]] == [["w4a16", "-", "-", "3"], ["qspec", "w4a8", "3", "3"]]
     assert plot.stat().st_size > 1000
+
+
+def test_system_prompts_of_noise_are_reused(capsys, tmp_path, prompt_file):
+    path = tmp_path / "out.json"
+    system = ("--system-tokens", "150", "--system-prompts", "2", "--mode", "w4a16", "--slots", "2")
+    assert main([*SMALL, *system, "--prompt-file", prompt_file, "--json", str(path)]) == 0
+    one = json.loads(path.read_text())["runs"][0]
+    assert one["num_reused_tokens"] == 10 * 150
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines()[3:5])
+    assert row[head.index("reused")] == f"{1500 / one['num_prompt_tokens']:.0%}"
 
 
 def test_conversations_are_read_up_to_where_the_file_is_cut_off():
@@ -115,6 +126,8 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
         (["--mode", "w4a2"], "--mode w4a2 is unknown"),
         (["--rate", "0"], "--rate 0.0 must be more than 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
+        (["--system-tokens", "-1"], "--system-tokens -1 must be at least 0"),
+        (["--system-tokens", "250"], "--system-tokens 250 and --max-new-tokens 12 do not fit the context of tiny"),
         (["--max-new-tokens", "300"], "do not fit the context of tiny, 256; lower one of them"),
         (["--json", "/nonexistent/out.json"], "/nonexistent"),
     ],

@@ -1,0 +1,277 @@
+"""Prefix reuse: what prompts have in common is read once, and nobody's tokens, nor a bit of the cache, change by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from qspec_jax import SamplingParams, programs, requests
+from qspec_jax.prefixes import HeldPieces
+from qspec_jax.requests import Request
+from qspec_jax.sampling_params import SamplingFeatures
+from qspec_jax.scheduler import Scheduler
+from tests import tiny
+
+ROWS, SLOTS = 3, 128
+PREFIX, OTHER = [*range(40, 70)], [*range(20, 82)]  # of 30 tokens, two pieces, and of 62, four
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=0.9, seed=5),
+    SamplingParams(temperature=1.0, frequency_penalty=0.4, repetition_penalty=1.5, seed=7),
+    SamplingParams(repetition_penalty=1.8),
+    SamplingParams(stop_token_ids=(27, 39)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _narrow_pieces(monkeypatch):
+    monkeypatch.setattr(programs, "PIECE_WIDTHS", (8, 16))
+    monkeypatch.setattr(requests, "LEAST_SAVED", 8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+def asked(index, prefix, *, length=None, new_tokens=None):
+    """A request behind a prefix."""
+    rng = random.Random(index)
+    own = [rng.randrange(96) for _ in range(length or rng.choice((1, 5, 9, 20)))]
+    limit = new_tokens or rng.choice((1, 9, 30))
+    return Request([*prefix, *own], limit, SAMPLING[index % 5], prefix_length=len(prefix))
+
+
+def scheduler_of(model, mode="qspec"):
+    """The same programs for all."""
+    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=ROWS, slots=SLOTS)
+    scheduler._features = SamplingFeatures.of(SAMPLING)
+    return scheduler
+
+
+def finish(scheduler, wanted):
+    """The tokens of each request."""
+    sequences = [scheduler.add(one) for one in wanted]
+    while scheduler.busy:
+        scheduler.advance(4)
+    return [sequence.token_ids for sequence in sequences]
+
+
+def alone(model, wanted, mode="qspec"):
+    """What each yields where nothing is reused."""
+    scheduler, yielded = scheduler_of(model, mode), []
+    for one in wanted:
+        scheduler._held = HeldPieces(ROWS)
+        yielded += finish(scheduler, [one])
+    assert scheduler.totals.reused_prompt_tokens == 0
+    return yielded
+
+
+@pytest.mark.parametrize("mode", ["qspec", "lookup-qspec"])
+def test_a_shared_prefix_is_read_once_and_changes_no_token(model, mode):
+    wanted = [asked(index, PREFIX) for index in range(12)]
+    scheduler = scheduler_of(model, mode)
+    assert finish(scheduler, wanted) == alone(model, wanted, mode)
+    totals = scheduler.totals
+    assert totals.reused_prompt_tokens == 11 * len(PREFIX)
+    assert totals.computed_prompt_tokens == sum(len(one.token_ids) for one in wanted) - 11 * len(PREFIX)
+
+
+def test_several_prefixes_at_once_change_no_token(model):
+    wanted = [asked(index, (PREFIX, OTHER, [])[index % 3]) for index in range(18)]
+    expected = alone(model, wanted)
+    for seed in (None, 1, 2):
+        order = list(range(18))
+        if seed is not None:
+            random.Random(seed).shuffle(order)
+        scheduler = scheduler_of(model)
+        assert finish(scheduler, [wanted[index] for index in order]) == [expected[index] for index in order]
+        assert scheduler.totals.reused_prompt_tokens > 3 * (len(PREFIX) + len(OTHER))
+
+
+def test_the_cache_has_the_bits_that_it_would_have_without_reuse():
+    """In bfloat16, where a sum in another order is another number."""
+    model = tiny.language_model(dtype="bfloat16")
+    wanted = [
+        dataclasses.replace(asked(index, PREFIX, length=7 + 9 * index, new_tokens=9), sampling=SamplingParams())
+        for index in range(ROWS)
+    ]
+
+    def run(order):
+        """The tokens of each request, and the bits of its row."""
+        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=ROWS, slots=SLOTS)
+        tokens = finish(scheduler, [wanted[index] for index in order])
+        layers = jax.tree.map(lambda a: np.asarray(a).view(np.uint16), scheduler._state.cache.layers)
+        ends = [len(wanted[index].token_ids) + len(ids) - 1 for index, ids in zip(order, tokens, strict=True)]
+        bits = [jax.tree.leaves(jax.tree.map(lambda a: a[:, row, :end], layers)) for row, end in enumerate(ends)]  # noqa: B023
+        return tokens, bits, scheduler.totals.reused_prompt_tokens
+
+    tokens, bits, reused = run(range(ROWS))
+    assert reused == 2 * len(PREFIX)
+    for index in range(ROWS):
+        own_tokens, own_bits, reused = run([index])
+        assert reused == 0
+        assert own_tokens == [tokens[index]]
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, own_bits[0], bits[index])))
+
+
+def test_penalties_know_the_tokens_of_a_reused_prefix(model):
+    def behind(prefix, penalty):
+        return Request([*prefix, 1], 20, SamplingParams(repetition_penalty=penalty), prefix_length=len(prefix))
+
+    said = finish(scheduler_of(model), [behind(PREFIX, 1.0)])[0]
+    prefix = [*PREFIX[:-4], *said[:4]]  # full of what the model would say
+    wanted = [behind(prefix, penalty) for penalty in (1.0, 5.0, 1.0)]
+    scheduler = scheduler_of(model)
+    got = finish(scheduler, wanted)
+    assert scheduler.totals.reused_prompt_tokens == 2 * len(PREFIX)
+    assert got == alone(model, wanted)
+    assert got[1] != got[0] == got[2]
+
+
+def test_a_row_that_was_filled_again_is_no_holder(model):
+    scheduler = scheduler_of(model)
+    wanted = [asked(index, prefix) for index, prefix in enumerate([PREFIX, *[[]] * ROWS, PREFIX, PREFIX])]
+    finish(scheduler, wanted[:1])
+    finish(scheduler, wanted[1 : 1 + ROWS])
+    got = finish(scheduler, wanted[-2:-1])
+    assert scheduler.totals.reused_prompt_tokens == 0
+    got += finish(scheduler, wanted[-1:])
+    assert scheduler.totals.reused_prompt_tokens == len(PREFIX)
+    assert got == alone(model, wanted[-2:])
+
+
+def test_a_prompt_prefers_the_row_that_holds_its_beginning(model):
+    scheduler, prefixes = scheduler_of(model), (PREFIX, OTHER, [*range(16)])
+    for index in range(9):
+        finish(scheduler, [asked(index, prefixes[index % 3])])
+    assert scheduler.totals.reused_prompt_tokens == 2 * sum(map(len, prefixes))
+
+
+def test_a_cancelled_holder_still_holds_what_it_has_read(model):
+    scheduler = scheduler_of(model)
+    wanted = [asked(index, OTHER, new_tokens=30) for index in range(3)]
+    cancelled = scheduler.add(wanted[0])
+    scheduler.advance(1)
+    scheduler.advance(1)
+    assert cancelled.num_read == 2 < len(cancelled.pieces)
+    scheduler.cancel(cancelled)
+    assert finish(scheduler, wanted[1:]) == alone(model, wanted[1:])
+    assert scheduler.totals.reused_prompt_tokens == 32 + 62
+
+
+def test_a_holder_that_ended_early_or_goes_on_serves_as_well(model):
+    """The first ends with a stop token of its own, the second is at it while the others enter."""
+    rows = [asked(0, PREFIX, new_tokens=30), *(asked(index, PREFIX, new_tokens=40) for index in (1, 2, 3))]
+    expected = alone(model, rows)
+    stop = SamplingParams(stop_token_ids=(expected[0][3],))
+    scheduler = scheduler_of(model)
+    ended = finish(scheduler, [dataclasses.replace(rows[0], sampling=stop)])[0]
+    assert ended == expected[0][: len(ended)]
+    assert len(ended) <= 4
+    assert finish(scheduler, rows[1:]) == expected[1:]
+    assert scheduler.totals.reused_prompt_tokens == 3 * len(PREFIX)
+
+
+def test_reuse_compiles_nothing(model):
+    finish(scheduler_of(model), [asked(index, [], length=20) for index in range(5)])
+    before = model.num_compilations
+    finish(scheduler_of(model), [asked(index, PREFIX) for index in range(5)])
+    assert model.num_compilations == before
+
+
+def test_long_common_beginnings_are_shared_without_a_word(model):
+    wanted = [Request([*OTHER, index], 4, SamplingParams()) for index in range(4)]
+    scheduler = scheduler_of(model)
+    assert finish(scheduler, wanted) == alone(model, wanted)
+    assert scheduler.totals.reused_prompt_tokens == 3 * 48
+
+
+@pytest.mark.parametrize(
+    ("length", "prefix_length", "starts"),
+    [
+        (40, 0, [0, 16, 32]),
+        (40, 30, [0, 16, 30]),  # two pieces of 16 and one of 8 become one of 16
+        (40, 32, [0, 16, 32]),  # whole pieces need no cut
+        (46, 33, [0, 16, 32]),  # nor is one made where no width is saved
+        (46, 46, [0, 16, 32]),
+        (13, 12, [0, 12]),
+    ],
+)
+def test_where_a_prompt_is_cut_depends_on_itself_alone(length, prefix_length, starts):
+    request = Request(list(range(length)), 1, SamplingParams(), prefix_length=prefix_length)
+    pieces = request.pieces()
+    assert [start for start, _ in pieces] == starts
+    assert [token for _, tokens in pieces for token in tokens] == list(range(length))
+
+
+def test_a_short_prefix_makes_no_second_piece(monkeypatch):
+    monkeypatch.undo()
+
+    def cut(prefix_length, rest):
+        request = Request([1] * (prefix_length + rest), 1, SamplingParams(), prefix_length=prefix_length)
+        return [len(tokens) for _, tokens in request.pieces()]
+
+    assert cut(20, 30) == [50]
+    assert cut(100, 150) == [250]
+    assert cut(100, 60) == [100, 60]
+    assert cut(700, 60) == [512, 188, 60]
+    assert cut(512, 60) == [512, 60]
+
+
+class Rows:
+    """What a device would hold: of each row, the tokens by position and the pieces they were read in."""
+
+    def __init__(self, count):
+        self.rows = [[] for _ in range(count)]
+
+    def read(self, filling, pieces):
+        """Reads a piece, of the same prompt's beginning or else wrongly."""
+        start, tokens = pieces[filling.index]
+        held = [entry for entry in self.rows[filling.source] if entry[0] < start]
+        assert held == [
+            (at + place, at, token) for at, piece in pieces[: filling.index] for place, token in enumerate(piece)
+        ]
+        self.rows[filling.row] = held + [(start + place, start, token) for place, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_reads_from_one_that_holds_its_beginning_whatever_is_done_first(seed):
+    rng = random.Random(seed)
+    count = rng.choice((1, 2, 5))
+    device, held, prompts, num_read = Rows(count), HeldPieces(count), {}, {}
+    for _ in range(200):
+        prompts = {row: pieces for row, pieces in prompts.items() if rng.random() < 0.7}  # some end, or are cancelled
+        while len(prompts) < count and rng.random() < 0.7:
+            pieces = [(3 * place, [rng.randrange(2)] * 3) for place in range(rng.randrange(1, 5))]
+            row = held.room_for(pieces, [row for row in range(count) if row not in prompts])
+            prompts[row], num_read[row] = pieces, 0
+        left = {row: pieces for row, pieces in prompts.items() if num_read[row] < len(pieces)}
+        while left:
+            fillings, later = held.plan(left)
+            assert sorted([*later, *(one.row for one in fillings)]) == sorted(left)
+            assert fillings
+            rng.shuffle(fillings)
+            for one in fillings:
+                assert num_read[one.row] <= one.index
+                device.read(one, left[one.row])
+                held.note(one.row, left[one.row][: one.index + 1])
+                num_read[one.row] = one.index + 1
+            left = {row: left[row] for row in later}
+
+
+def test_of_rows_that_begin_alike_one_reads_and_the_others_follow():
+    held = HeldPieces(4)
+    common = [(0, [1, 2]), (2, [3, 4])]
+    reading = {row: [*common, (4, [row])] for row in range(3)}
+    fillings, later = held.plan(reading)
+    assert (fillings, later) == ([(0, 0, 0)], [1, 2])
+    held.note(0, common[:1])
+    fillings, later = held.plan({row: reading[row] for row in later})
+    assert (fillings, later) == ([(1, 0, 1)], [2])
+    held.note(1, common)
+    assert held.plan({2: reading[2]}) == ([(2, 1, 2)], [])
