@@ -3,7 +3,8 @@
 The device is asked for two things, by turns. A *filling* dispatch puts pieces of prompts into idle rows; a *chunk* runs
 cycles in the generation loop until enough rows are idle, or for about ``chunk_s`` seconds. Between them the host takes
 out what has finished and lets in what waits, in order. A prompt longer than a piece enters piece by piece, with short
-chunks between, so that the others go on meanwhile.
+chunks between, so that the others go on meanwhile; pieces that a row holds already are not read again
+(:mod:`qspec_jax.prefixes`).
 
 While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
 its own dispatches chunks, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on

@@ -2,7 +2,7 @@
 
 A *row* is a place of the batch: one sequence in one row of the cache (the command line says slot). Rows are
 independent. One whose sequence has finished is idle until :func:`qspec_jax.speculative.fill` puts another prompt into
-it; what it holds then is of no consequence.
+it. Of what it holds then only the keys and values of its prompt matter, where another one begins alike.
 """
 
 from __future__ import annotations

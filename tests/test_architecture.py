@@ -51,6 +51,7 @@ def test_gpu_backends_are_imported_by_their_own_files_only():
         ("state", ("speculative", "programs", "engine")),
         ("lookup", ("state", "speculative", "programs", "engine")),
         ("programs", ("requests", "scheduler", "pipeline", "engine")),
+        ("prefixes", ("programs", "requests", "scheduler", "engine")),
         ("scheduler", ("pipeline", "engine", "tokenizer", "generate")),
         ("prompt_files", ("engine", "generate")),
         ("tokenizer", ("engine", "modeling", "speculative")),

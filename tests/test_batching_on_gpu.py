@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qspec_jax
+from qspec_jax.scheduler import Scheduler
 from tests.golden import make_demo
 
 pytestmark = [
@@ -21,9 +24,9 @@ def model(demo_gguf):
     return qspec_jax.load(demo_gguf, dtype="bfloat16")
 
 
-def served(model, prompts, *, rows, mode="qspec", sampling=None):
-    batch = model.pipeline(model.plan(mode), batch_size=rows, max_seq_len=512)
-    for index, prompt in enumerate(prompts):
+def served(model, prompts, *, rows, mode="qspec", sampling=None, slots=512, first=0):
+    batch = model.pipeline(model.plan(mode), batch_size=rows, max_seq_len=slots)
+    for index, prompt in enumerate(prompts, first):
         batch.submit(prompt, max_new_tokens=NUM_TOKENS - index % 7, sampling=sampling)
     return [result.token_ids for result in batch.results()]
 
@@ -43,3 +46,46 @@ def test_nothing_is_compiled_once_a_batch_runs(model):
     before = model.num_compilations
     served(model, prompts, rows=8)
     assert model.num_compilations == before
+
+
+def conversations(repeats):
+    """Behind a system prompt of about 14 tokens times ``repeats``."""
+    system = {"role": "system", "content": "You are a sailor, and answer as if you stood at the helm. " * repeats}
+    return [[system, {"role": "user", "content": prompt}] for prompt in make_demo.prompts()]
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "qspec", "lookup-qspec"])
+@pytest.mark.parametrize("sampling", [None, {"temperature": 0.8, "repetition_penalty": 1.2, "seed": 3}])
+def test_a_shared_system_prompt_changes_no_token(model, mode, sampling):
+    prompts = [prompt for pair in zip(conversations(10), conversations(45), strict=True) for prompt in pair][:16]
+    options = {"mode": mode, "sampling": sampling, "slots": 1024}
+    alone = [served(model, [prompt], rows=1, first=index, **options) for index, prompt in enumerate(prompts)]
+    for rows in (3, 8):
+        assert served(model, prompts, rows=rows, **options) == [ids for (ids,) in alone]
+
+
+@pytest.mark.parametrize("repeats", [10, 45], ids=["one_piece", "two_pieces"])
+def test_a_reused_system_prompt_has_the_bits_that_its_row_would_have_computed(model, repeats):
+    requests = [model.request(one, max_new_tokens=16) for one in conversations(repeats)[:4]]
+
+    def run(some):
+        """What each row holds, by prompt, and how many tokens were reused."""
+        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, slots=1024)
+        sequences = [scheduler.add(request) for request in some]
+        while scheduler.busy:
+            scheduler.advance()
+        bits = {}
+        for row, sequence in enumerate(sequences):  # a new batch gives rows in order
+            end = len(sequence.request.token_ids) + len(sequence.token_ids) - 1
+            layers = jax.tree.leaves(scheduler._state.cache.row(jnp.int32(row)).layers)
+            bits[tuple(sequence.request.token_ids)] = [np.asarray(a)[..., :end, :, :].view(np.uint16) for a in layers]
+        return bits, scheduler.totals.reused_prompt_tokens
+
+    together, reused = run(requests)
+    assert reused == 3 * requests[0].prefix_length > 300
+    for request in requests:
+        alone, reused = run([request])
+        assert reused == 0
+        key = tuple(request.token_ids)
+        for one, other in zip(alone[key], together[key], strict=True):
+            np.testing.assert_array_equal(one, other)

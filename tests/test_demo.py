@@ -92,14 +92,18 @@ def test_generation_stops_at_the_end_of_a_turn(model):
 def test_a_system_prompt_is_read_once_for_all_conversations(model):
     system = {"role": "system", "content": "You are a sailor, and answer as if you stood at the helm. " * 8}
     conversations = [[system, {"role": "user", "content": prompt}] for prompt in make_demo.prompts()[:3]]
-    pipeline = model.pipeline(model.plan("w4a16"), batch_size=2, max_seq_len=256)
-    for one in conversations:
-        pipeline.submit(one, max_new_tokens=12)
-    alone = [model.generate([one], mode="w4a16", max_new_tokens=12, max_seq_len=256)[0] for one in conversations]
-    assert token_ids(pipeline.results()) == token_ids(alone)
+
+    def served(some):
+        batch = model.pipeline(model.plan("w4a16"), batch_size=2, max_seq_len=256)
+        for one in some:
+            batch.submit(one, max_new_tokens=8)
+        return token_ids(batch.results()), batch.totals.reused_prompt_tokens
+
+    alone = [served([one]) for one in conversations]
     shared = model.request(conversations[0]).prefix_length
     assert shared > 100
-    assert pipeline.totals.reused_prompt_tokens == 2 * shared
+    assert served(conversations) == ([ids for (ids,), _ in alone], 2 * shared)
+    assert {reused for _, reused in alone} == {0}
 
 
 def test_a_stop_string_ends_generated_and_streamed_text_alike(model, plain):

@@ -79,6 +79,10 @@ def test_a_shared_prefix_is_read_once_and_changes_no_token(model, mode):
     totals = scheduler.totals
     assert totals.reused_prompt_tokens == 11 * len(PREFIX)
     assert totals.computed_prompt_tokens == sum(len(one.token_ids) for one in wanted) - 11 * len(PREFIX)
+    if scheduler._state.history is not None:
+        for row, pieces in zip(np.asarray(scheduler._state.history), scheduler._held._held, strict=True):
+            prompt = [token for _, tokens in pieces for token in tokens]
+            assert row[: len(prompt)].tolist() == prompt
 
 
 def test_several_prefixes_at_once_change_no_token(model):
@@ -120,17 +124,18 @@ def test_the_cache_has_the_bits_that_it_would_have_without_reuse():
 
 
 def test_penalties_know_the_tokens_of_a_reused_prefix(model):
-    def behind(prefix, penalty):
-        return Request([*prefix, 1], 20, SamplingParams(repetition_penalty=penalty), prefix_length=len(prefix))
-
-    said = finish(scheduler_of(model), [behind(PREFIX, 1.0)])[0]
-    prefix = [*PREFIX[:-4], *said[:4]]  # full of what the model would say
-    wanted = [behind(prefix, penalty) for penalty in (1.0, 5.0, 1.0)]
+    """Half of all tokens are in the prefix, and none of them may come again."""
+    prefix = [*range(0, 96, 2)]
+    wanted = [
+        Request([*prefix, 1], 8, SamplingParams(repetition_penalty=penalty), prefix_length=len(prefix))
+        for penalty in (1.0, 1e6, 1.0, 1e6)
+    ]
     scheduler = scheduler_of(model)
     got = finish(scheduler, wanted)
-    assert scheduler.totals.reused_prompt_tokens == 2 * len(PREFIX)
+    assert scheduler.totals.reused_prompt_tokens == 3 * len(prefix)
     assert got == alone(model, wanted)
-    assert got[1] != got[0] == got[2]
+    assert not set(got[1]) & {*prefix, 1}
+    assert set(got[0]) & {*prefix, 1}
 
 
 def test_a_row_that_was_filled_again_is_no_holder(model):
