@@ -235,9 +235,9 @@ class Scheduler:
 
     def _receive(self, report: Report, rows: Sequence[int]) -> list[RunningSequence]:
         """Gives the new tokens of some rows to their sequences, and frees the rows of those that are finished."""
-        tokens, counts = np.array(report.tokens), np.array(report.num_tokens)
-        finished, lengths = np.array(report.finished), np.array(report.accepted_lengths)
-        scores = jax.tree.map(np.array, report.scores)
+        report = jax.device_get(report)  # all of it at once
+        tokens, counts, finished = report.tokens, report.num_tokens, report.finished
+        lengths, scores = report.accepted_lengths, report.scores
         changed = []
         for row in rows:
             sequence = self._rows[row]
