@@ -29,7 +29,6 @@ from pallas_kernels.quantize_activations import reference
 
 MAX_VALUES = 65536  # that one program can hold in registers
 BLOCK_VALUES = 1024  # values per program where groups are short
-_VALUES_PER_WARP = 512  # of what a producer quantises
 
 _RECIPROCAL = "rcp.rn.f32 $0, $1;"
 _ROUND_HALF_TO_EVEN = "cvt.rni.f32.f32 $0, $1;"
@@ -242,7 +241,7 @@ def launch_producer(
             *[jax.ShapeDtypeStruct((num_rows, num_groups), jnp.float32)] * num_per_group,
         ],
         compiler_params=plgpu.CompilerParams(
-            num_warps=num_warps or max(4, min(32, block_groups * block_group // _VALUES_PER_WARP)), num_stages=1
+            num_warps=num_warps or max(4, min(16, block_groups * block_group // 1024)), num_stages=1
         ),
         interpret=interpret,
         name=name,
