@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import os
@@ -53,9 +52,7 @@ class TritonLaboratory:
 
     def workload(self, rows: int) -> Workload:
         """The first rows of the largest number of them, so that row counts have their rows in common."""
-        most = self._most_rows
-        shared = jax.tree.map(lambda a: a[:rows], most.shared)
-        return dataclasses.replace(most, shared=shared, expected=most.expected[:rows])
+        return self._most_rows.of_first(rows)
 
     def kernel(self, tiles: TileConfig) -> Callable[[Any, QuantizedWeight], jax.Array]:
         """The operation with given tiles."""

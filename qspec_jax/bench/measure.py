@@ -160,11 +160,11 @@ def _library(plan: Plan) -> list[str]:
 
 
 def _float_cases(shape: MatmulShape, plan: Plan) -> list[_Case]:
-    weights = operands.float_weights(shape.k, shape.n)
+    most_rows = operands.random_rows(max(plan.rows), shape.k)
+    widest = operands.float_workload(most_rows, operands.float_weights(shape.k, shape.n))
     return [
         _Case(
-            Measurement(operands.BASELINE, XLA, shape.k, shape.n, None, None, rows, shape.name),
-            operands.float_workload(operands.random_rows(rows, shape.k), weights),
+            Measurement(operands.BASELINE, XLA, shape.k, shape.n, None, None, rows, shape.name), widest.of_first(rows)
         )
         for rows in plan.rows
     ]
@@ -198,15 +198,14 @@ def _measure_torch_int4(shape: MatmulShape, group_size: int, plan: Plan) -> Iter
 
 
 def _matmul_cases(subjects: Sequence[Measurement], weights: Sequence[QuantizedWeight]) -> list[_Case]:
-    """All implementations that read one layout share the operands of one M."""
+    """The subjects are of one operation; all implementations that read one layout share the operands of one M."""
+    [op] = {one.op for one in subjects}
+    rows = operands.random_rows(max(one.rows for one in subjects), weights[0].num_inputs)
     laid_out = {name: operands.in_layout_for(name, weights) for name in {one.implementation for one in subjects}}
-    workloads = {}
-    for one in subjects:
-        mine = laid_out[one.implementation]
-        key = one.rows, mine[0].layout
-        if key not in workloads:
-            workloads[key] = operands.matmul_workload(one.op, operands.random_rows(one.rows, one.k), mine)
-    return [_Case(one, workloads[one.rows, laid_out[one.implementation][0].layout]) for one in subjects]
+    by_layout = {mine[0].layout: mine for mine in laid_out.values()}
+    # Compiling the reference takes longer than anything else, so it computes the most rows alone.
+    widest = {layout: operands.matmul_workload(op, rows, mine) for layout, mine in by_layout.items()}
+    return [_Case(one, widest[laid_out[one.implementation][0].layout].of_first(one.rows)) for one in subjects]
 
 
 def _measure(cases: Sequence[_Case], plan: Plan, what: str) -> Iterator[Measurement]:

@@ -59,6 +59,16 @@ class Workload:
     expected: Array
     num_operations: int | None
 
+    def of_first(self, rows: int) -> Workload:
+        """The same matmul of the first rows alone, whose results are known with those of all."""
+        of_all = len(self.expected)
+        return dataclasses.replace(
+            self,
+            shared=jax.tree.map(lambda array: array[:rows], self.shared),
+            expected=self.expected[:rows],
+            num_operations=None if self.num_operations is None else self.num_operations // of_all * rows,
+        )
+
     def num_bytes(self, out: Any) -> int:
         """Bytes that a call must move: its operands (codes, scales, offsets, rows) once, and its result."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.shared, self.copies[0], out)))
