@@ -334,7 +334,8 @@ class Decoder(nnx.Module):
         else:
             written = []
             for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                stream, layer_cache = layer(stream, layer_cache, context, precision=precision)
+                graph, parameters = nnx.split(layer)
+                stream, layer_cache = _run_layer(graph, parameters, stream, layer_cache, context, precision)
                 written.append(layer_cache)
             layers = tuple(written)
         return stream, KVCache(layers, cache.lengths + new_tokens)
@@ -359,6 +360,19 @@ class Decoder(nnx.Module):
         indices = jnp.arange(self.config.num_layers)
         (x, stacked), _ = lax.scan(one_layer, (stream.value(), stacked), (indices, parameters))
         return ResidualStream(x), stacked
+
+
+# A jit of its own, so that layers that are alike are traced and lowered once.
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _run_layer(
+    graph: nnx.GraphDef[DecoderLayer],
+    parameters: nnx.State,
+    stream: ResidualStream,
+    cache: LayerCache,
+    context: TokenContext,
+    precision: Precision,
+) -> tuple[ResidualStream, LayerCache]:
+    return nnx.merge(graph, parameters)(stream, cache, context, precision=precision)
 
 
 def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:

@@ -14,6 +14,7 @@ import pallas_kernels
 from pallas_kernels import MAX_DECODE_TOKENS
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.modeling import DecoderLayer
 from qspec_jax.programs import add_group_sums
 from qspec_jax.types import Precision
 from tests import tiny
@@ -89,6 +90,18 @@ def test_scanned_and_unrolled_layers_agree(precision):
     assert_agree(logits_of(scanned, TOKENS, precision), logits_of(unrolled, TOKENS, precision), precision)
 
 
+def test_unrolled_layers_that_are_alike_are_traced_once(monkeypatch):
+    """Once as the first layer, which has nothing to add to the residual stream, and once for all others."""
+    traced, call = [], DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda self, *a, **k: traced.append(1) or call(self, *a, **k))
+    jax.clear_caches()
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "num_hidden_layers": 4})
+    decoder = tiny.decoder(config, scan_layers=False)
+    for precision in (Precision.W4A16, Precision.W4A8):
+        logits_of(decoder, TOKENS, precision)
+    assert len(traced) == 4
+
+
 def test_float_precision_of_4_bit_weights_is_w4a16_in_float32():
     decoder = tiny.decoder()
     a, b = logits_of(decoder, TOKENS, Precision.FLOAT), logits_of(decoder, TOKENS, Precision.W4A16)
@@ -135,6 +148,7 @@ def test_what_feeds_a_linear_is_computed_in_the_form_its_precision_wants(monkeyp
         monkeypatch.setattr(pallas_kernels, name, functools.partial(count, name, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(scan_layers=False)
     add_group_sums(decoder)
+    jax.clear_caches()  # or the layers of another test would do
     logits_of(decoder, TOKENS, precision)
     assert calls == expected
 
@@ -154,6 +168,7 @@ def test_a_blocks_result_is_added_by_the_norm_after_it(monkeypatch, precision, o
         monkeypatch.setattr(pallas_kernels, name, functools.partial(record, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(scan_layers=False)
     add_group_sums(decoder)
+    jax.clear_caches()  # or the layers of another test would do
     logits_of(decoder, TOKENS, precision)
     assert with_update == [False, True, True, True, True]
 
