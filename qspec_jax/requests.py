@@ -57,6 +57,17 @@ class Request:
         # Whole pieces of the prefix may be shared without a cut.
         return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
 
+    def put_piece(self, fields: Mapping[str, Any], place: int, piece: Piece) -> None:
+        """Sets the fields of a piece at a place among those of :func:`qspec_jax.programs.empty_pieces`."""
+        (start, tokens), stop_tokens = piece, self.sampling.stop_token_ids
+        fields["tokens"][place, : len(tokens)] = tokens
+        fields["num_tokens"][place], fields["start"][place] = len(tokens), start
+        fields["last"][place] = start + len(tokens) == len(self.token_ids)
+        fields["max_new_tokens"][place] = self.max_new_tokens
+        fields["stop_tokens"][place, : len(stop_tokens)] = stop_tokens
+        if fields["prompt"] is not None:
+            fields["prompt"][place, : len(self.token_ids)] = self.token_ids
+
     def widths(self) -> set[int]:
         """What its pieces are padded to."""
         return {programs.piece_width(len(tokens)) for _, tokens in self.pieces()}

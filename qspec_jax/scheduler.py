@@ -308,20 +308,12 @@ class Scheduler:
         for place, (row, _, index) in enumerate(fillings):
             sequence = self._rows[row]
             assert sequence is not None
-            request, (start, tokens) = sequence.request, sequence.pieces[index]
             self.totals.reused_prompt_tokens += sum(len(ids) for _, ids in sequence.pieces[sequence.num_read : index])
-            self.totals.computed_prompt_tokens += len(tokens)
+            self.totals.computed_prompt_tokens += len(sequence.pieces[index][1])
             sequence.num_read = index + 1
             self._held.note(row, sequence.pieces[: index + 1])
-            pieces["tokens"][place, : len(tokens)] = tokens
-            pieces["num_tokens"][place], pieces["start"][place] = len(tokens), start
-            pieces["last"][place] = not sequence.reading
-            pieces["max_new_tokens"][place] = request.max_new_tokens
-            stop_tokens = request.sampling.stop_token_ids
-            pieces["stop_tokens"][place, : len(stop_tokens)] = stop_tokens
-            if pieces["prompt"] is not None:
-                pieces["prompt"][place, : len(request.token_ids)] = request.token_ids
-            sampling.append(request.sampling)
+            sequence.request.put_piece(pieces, place, sequence.pieces[index])
+            sampling.append(sequence.request.sampling)
         padding = [SamplingParams()] * (self.shape.rows - len(fillings))
         return PromptPiece(**pieces, sampler=Sampler.create([*sampling, *padding], self.shape.features))
 
