@@ -50,7 +50,7 @@ class Request:
         longest, end = programs.PIECE_WIDTHS[-1], len(self.token_ids)
         cut = self.prefix_length if self._is_cut() else 0
         starts = [*range(0, cut, longest), *range(cut, end, longest), end]
-        return [(start, self.token_ids[start:stop]) for start, stop in itertools.pairwise(starts)]
+        return [(start, tuple(self.token_ids[start:stop])) for start, stop in itertools.pairwise(starts)]
 
     def _is_cut(self) -> bool:
         longest, rest = programs.PIECE_WIDTHS[-1], len(self.token_ids) - self.prefix_length

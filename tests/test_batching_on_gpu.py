@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qspec_jax
+from qspec_jax.programs import Shape
 from qspec_jax.scheduler import Scheduler
 from tests.golden import make_demo
 
@@ -89,3 +90,16 @@ def test_a_reused_system_prompt_has_the_bits_that_its_row_would_have_computed(mo
         key = tuple(request.token_ids)
         for one, other in zip(alone[key], together[key], strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_filling_a_row_from_another_one_copies_that_row_alone(model):
+    """What filling needs besides the buffers given does not grow with the number of rows, as the cache does."""
+    plan = model.plan("w4a16")
+    model.programs.prepare(plan)
+
+    def fill(rows):
+        analysis = model.programs.lower_fill(plan, Shape(rows, slots=1024), 32).compile().memory_analysis()
+        return analysis.temp_size_in_bytes, analysis.alias_size_in_bytes
+
+    (few, smaller_cache), (many, larger_cache) = fill(4), fill(32)
+    assert many - few < (larger_cache - smaller_cache) / 28
