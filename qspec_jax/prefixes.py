@@ -4,12 +4,13 @@ A prompt is read in pieces. Whoever begins with the same pieces as a prompt that
 finished, enters as a copy of that row and reads the rest. The rows are the store: there is no other memory, no program
 besides the filling ones, and the copy is the one that filling makes of a row in any case.
 
-Whole pieces are reused, not single tokens as in vLLM (PagedAttention, Kwon et al., 2023) or SGLang (RadixAttention,
-Zheng et al., 2024). On an accelerator the keys and values of a token depend, in their last bits, on the width of the
-piece it is read in and on where that begins. With the same tokens in the same pieces they are those that the row would
-have computed, bit for bit, so that a result does not depend on who was there before. For the same reason pieces are cut
-by what the request says of itself (:meth:`qspec_jax.requests.Request.pieces`), never by what others turn out to have in
-common with it, and the keys and values of generated tokens, which were verified a few at a time, are not reused.
+Whole pieces are reused, not blocks of a few tokens as in vLLM (PagedAttention, Kwon et al., 2023) or single ones as in
+SGLang (RadixAttention, Zheng et al., 2024). On an accelerator the keys and values of a token depend, in their last
+bits, on the width of the piece it is read in and on where that begins. With the same tokens in the same pieces they are
+those that the row would have computed, bit for bit, so that a result does not depend on who was there before. For the
+same reason pieces are cut by what the request says of itself (:meth:`qspec_jax.requests.Request.pieces`), never by what
+others turn out to have in common with it, and the keys and values of generated tokens, which were verified a few at a
+time, are not reused.
 """
 
 from __future__ import annotations
