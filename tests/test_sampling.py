@@ -51,6 +51,7 @@ OPTIONS = {
 }
 LOGITS = np.asarray([2.0, 1.5, 1.2, 0.9, 0.3, 0.0, -0.4, -0.7, -1.5, -3.0], np.float32)
 PROMPT, OUTPUT = [0, 4, 8], [1, 1, 4, 9]  # tokens that penalties know of
+PADDING = [2, 2]  # of the prompt: not in it
 PLACE = 3  # of the token that is drawn, among the new ones
 
 
@@ -100,7 +101,7 @@ def draw(params, seed, *, logits=LOGITS):
     """One token for each of many seeds, from the same logits after the same tokens."""
     sampler = jax.tree.map(lambda column: np.repeat(column, NUM_DRAWS, axis=0), Sampler.create([params]))
     sampler = dataclasses.replace(sampler, seed=(seed + np.arange(NUM_DRAWS)).astype(np.uint32))
-    prompts = jnp.tile(jnp.asarray([PROMPT], jnp.int32), (NUM_DRAWS, 1))
+    prompts = jnp.tile(jnp.asarray([[*PROMPT, *PADDING]], jnp.int32), (NUM_DRAWS, 1))
     output = jnp.tile(jnp.asarray([OUTPUT], jnp.int32), (NUM_DRAWS, 1))
     sampler = sampler.for_prompts(prompts, jnp.full((NUM_DRAWS,), len(PROMPT), jnp.int32), len(logits))
     sampler = sampler.after(output, jnp.ones(output.shape, bool))
