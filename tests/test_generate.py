@@ -115,6 +115,7 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
         (["--prompt", "a", "--slots", "0"], "--slots 0 must be at least 1"),
         (["--prompt", "a", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0: use 0 (greedy) or more"),
+        (["--prompt", "a", "--typical-acceptance", "2"], "typical_acceptance=2.0: use more than 0"),
         (["--prompt-file", "/nonexistent/prompts.txt"], "cannot read --prompt-file /nonexistent/prompts.txt"),
     ],
 )
