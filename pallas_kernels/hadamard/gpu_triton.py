@@ -103,7 +103,7 @@ class Cut:
         right = np.kron(np.eye(self.width // side, dtype=np.int8), sylvester_matrix(side))
         return [jnp.asarray(matrix, jnp.bfloat16) for matrix in (left, right)]
 
-    def exists(self, section: Array | int, first: Array | int, shape: tuple[int, int]) -> Array:
+    def exists(self, section: Array | int, first: Array | int, shape: tuple[int, ...]) -> Array:
         """Which values of a block exist whose first row is the section's row ``first``."""
         row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return (row < self.section) & (section * self.section + row < self.rows)

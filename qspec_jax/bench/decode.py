@@ -51,6 +51,8 @@ def add_command(commands: Any) -> None:
     group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
     add("--group-size", choices=("32", "64", "128", options.WHOLE_ROW), help=group)
     add("--asymmetric", action="store_true", help="synthetic weights with zero points (default: symmetric)")
+    hadamard = f"synthetic weights of a rotated model: values of each transform before down, or {options.WHOLE_ROW}"
+    add("--hadamard-block", metavar="SIZE", help=hadamard)
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
     add("--prompt-file", type=Path, metavar="FILE", help="prompts to measure the acceptance of a model with")
     add("--repeats", type=int, default=5, metavar="N", help="timed dispatches, of which the median counts (default: 5)")

@@ -87,6 +87,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     decoder_options(arguments.kernels, arguments.dtype)
     modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
     name, config, path = chosen_model(arguments)
+    if arguments.hadamard_block is not None:
+        name, config = _rotated(name, config, arguments.hadamard_block, path)
     request = Request(
         name=name,
         config=config,
@@ -122,6 +124,19 @@ def chosen_model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path 
 
     path = resolve_model(arguments.model)
     return path.name, open_source(path).config, path
+
+
+def _rotated(name: str, config: ModelConfig, text: str, path: Path | None) -> tuple[str, ModelConfig]:
+    """Name and shape of the model that a rotating recipe makes; random weights need no rotation."""
+    from qspec_jax.quantization.rotation import rotated_config
+
+    if path is not None:
+        raise UsageError("--hadamard-block is for synthetic weights; rotate a model with a recipe of quantize")
+    size = config.intermediate_size
+    blocks = [size] if text == options.WHOLE_ROW else options.parse_numbers(text, option="--hadamard-block")
+    if len(blocks) > 1 or size % blocks[0]:
+        raise UsageError(f"--hadamard-block {text}: use one divisor of the MLP's {size} values, or {options.WHOLE_ROW}")
+    return f"{name} with transforms of {blocks[0]}", rotated_config(config, hadamard_block=blocks[0])
 
 
 def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:

@@ -24,8 +24,10 @@ _DESCRIPTION = """
 Time of the kernels alone, without dispatch: one program calls a kernel on copies of its weight that together exceed
 the L2 cache. TB/s counts weights, scales, activations and outputs once; TOP/s two operations per weight and row.
 Operations: w4a16; w4a8 and w4a4, the integer matmul with the activations of each draft precision; bf16, x @ w.T in
-bfloat16 through XLA; quantize_a8 and quantize_a4, which quantise those activations. The error of w4a8 and w4a4 is that
-of the matmul, given the quantised activations.
+bfloat16 through XLA; quantize_a8 and quantize_a4, which quantise those activations; swiglu_a8 and swiglu_a4, the gated
+unit of an MLP that quantises its result; and for rotated models hadamard, swiglu_hadamard, swiglu_hadamard_a8 and
+swiglu_hadamard_a4, with a transform of all K values. The error of w4a8 and w4a4 is that of the matmul, given the
+quantised activations; that of swiglu_*_a8 and _a4 includes the rounding to codes.
 """
 
 
@@ -35,7 +37,7 @@ def add_command(commands: Any) -> None:
     options.add_shape_options(parser)
     add = parser.add_argument
     add("--rows", default=_DEFAULT_ROWS, metavar="M,...", help=f"rows of the activations (default: {_DEFAULT_ROWS})")
-    add("--ops", metavar="OP,...", help="w4a16, w4a8, w4a4, bf16, quantize_a8, quantize_a4 (default: all)")
+    add("--ops", metavar="OP,...", help="some of the operations above (default: all)")
     add("--implementations", metavar="NAME,...", help="default: all that work here, and torch where it has CUDA")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts (default: 5)")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
@@ -82,8 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> Plan:
     import pallas_kernels
     from qspec_jax.bench import torch_int4
-    from qspec_jax.bench.measure import Plan
-    from qspec_jax.bench.operands import OPS
+    from qspec_jax.bench.measure import OPS, Plan
 
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     if arguments.implementations is None:
@@ -109,7 +110,7 @@ def ceilings_line(ceilings: Ceilings) -> str:
     )
 
 
-_COLUMNS = "{:<12} {:<10} {:>12} {:>6} {:>5} {:>10} {:>7} {:>6} {:>8} {:>6} {:>9}"
+_COLUMNS = "{:<18} {:<10} {:>12} {:>6} {:>5} {:>10} {:>7} {:>6} {:>8} {:>6} {:>9}"
 
 
 def table_head(clock: str) -> str:

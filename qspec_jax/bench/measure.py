@@ -10,16 +10,15 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels import QuantizedWeight
-from qspec_jax.bench import operands, torch_int4
+from qspec_jax.bench import operands, producers, torch_int4
 from qspec_jax.bench.operands import Workload
 from qspec_jax.bench.presets import MatmulShape
 from qspec_jax.bench.roofline import Ceilings
 from qspec_jax.bench.timing import Clock, compile_calls, run_in_threads, time_calls
 from qspec_jax.command import say
 
+OPS = (*operands.MATMULS, operands.BASELINE, *producers.PRODUCERS)
 XLA = "xla"  # what multiplies the bfloat16 weights of the baseline
-# Rounding the result to bfloat16 costs 1.7e-3, and as much again where weights are scaled before they are multiplied.
-RELATIVE_ERROR_BOUND = 5e-3
 _TORCH_BOUND = 1e-2  # it rounds scales and zero points to bfloat16 too
 Status = Literal["ok", "wrong", "unsupported", "failed"]
 
@@ -29,12 +28,12 @@ class Measurement:
     """One operation by one implementation on one shape.
 
     Attributes:
-        op, implementation: names; see :mod:`qspec_jax.bench.operands`.
+        op, implementation: names; see :data:`OPS`.
         k, n: inputs and outputs; ``n`` is None where there is no weight.
         group_size, symmetric: of the weight; None where there is none in 4 bits.
         rows: M.
         layers: where models have this shape.
-        status: ``wrong`` is a result beyond ``RELATIVE_ERROR_BOUND``, ``unsupported`` a call that the
+        status: ``wrong`` is a result beyond ``Workload.error_bound``, ``unsupported`` a call that the
             implementation refuses, ``failed`` one that does not compile or run.
         reason: of a status that is not ``ok``.
         microseconds, clock: of a call.
@@ -90,7 +89,7 @@ class Plan:
     """What to measure.
 
     Attributes:
-        ops: some of ``operands.OPS``.
+        ops: some of :data:`OPS`.
         implementations: of the library's operations; ``torch_int4.NAME`` adds torch's.
         rows: values of M.
         symmetric: weights without zero points.
@@ -115,7 +114,7 @@ class _Case:
 
 
 def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan) -> Iterator[Measurement]:
-    """Measures shapes, each with its group sizes, then the quantisers of their distinct K, and torch last.
+    """Measures shapes, each with its group sizes, then the producers of their distinct K, and torch last.
 
     The profiler of torch keeps CUPTI to itself from its first use on.
     """
@@ -125,21 +124,24 @@ def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan)
         for group_size in group_sizes if set(plan.ops) & set(operands.MATMULS) else ():
             yield from _measure_quantized(shape, group_size, plan)
     for k in dict.fromkeys(shape.k for shape, _ in shapes):
-        subjects = [
-            Measurement(op, name, k, None, None, None, rows)
-            for op in operands.QUANTIZERS
-            if op in plan.ops
-            for rows in plan.rows
-            for name in _library(plan)
-        ]
-        possible, refused = _by_activation_groups(subjects)
-        yield from refused
-        cases = [_Case(one, operands.quantizer_workload(one.op, one.rows, k)) for one in possible]
-        yield from _measure(cases, plan, f"quantisers of K={k}")
+        yield from _measure_producers(k, plan)
     if "w4a16" in plan.ops and torch_int4.NAME in plan.implementations:
         for shape, group_sizes in shapes:
             for group_size in group_sizes:
                 yield from _measure_torch_int4(shape, group_size, plan)
+
+
+def _measure_producers(k: int, plan: Plan) -> Iterator[Measurement]:
+    cases: list[_Case] = []
+    for op in producers.PRODUCERS:
+        if op not in plan.ops:
+            continue
+        subjects = [Measurement(op, name, k, None, None, None, rows) for rows in plan.rows for name in _library(plan)]
+        if (reason := producers.obstacle(op, k)) is not None:
+            yield from (dataclasses.replace(one, status="unsupported", reason=reason) for one in subjects)
+            continue
+        cases += [_Case(one, producers.producer_workload(op, one.rows, k)) for one in subjects]
+    yield from _measure(cases, plan, f"producers of K={k}")
 
 
 def _by_activation_groups(subjects: Sequence[Measurement]) -> tuple[list[Measurement], list[Measurement]]:
@@ -238,10 +240,11 @@ def _timed(case: _Case, program: jax.stages.Compiled, repeats: int) -> Measureme
             num_operations=workload.num_operations,
         ),
         workload.relative_error(out),
+        workload.error_bound,
     )
 
 
-def _judged(subject: Measurement, error: float, bound: float = RELATIVE_ERROR_BOUND) -> Measurement:
+def _judged(subject: Measurement, error: float, bound: float) -> Measurement:
     if error <= bound:  # false for NaN
         return dataclasses.replace(subject, relative_error=error)
     reason = f"relative error {error:.3g} against the float32 reference; the bound is {bound}"

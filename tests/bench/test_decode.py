@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
 from qspec_jax.bench import decode, decode_measure, decode_request, timing
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.decode_measure import Measurement, by_kernel, measure_parts, speculations
@@ -313,6 +314,23 @@ def test_the_acceptance_of_a_real_model_is_marked(tmp_path, capsys, monkeypatch)
     assert f"at {accepted['alpha']:.0%} (2.60 tokens per cycle)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("text", "block"), [("32", 32), ("row", 128)])
+@on_cpu
+def test_steps_of_a_rotated_model_have_its_transforms(tmp_path, monkeypatch, text, block):
+    blocks = []
+
+    def rotate(gate_up, *, block, **settings):
+        blocks.append(block)
+        return pallas_kernels.swiglu_quantize(gate_up, **settings)
+
+    monkeypatch.setattr(pallas_kernels, "swiglu_hadamard_quantize", rotate)
+    code, report = report_of(tmp_path, "--mode", "w4a8", "--hadamard-block", text)
+    assert code == 0
+    assert blocks
+    assert set(blocks) == {block}
+    assert report["models"][0]["name"] == f"tiny with transforms of {block}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -330,6 +348,8 @@ def test_the_acceptance_of_a_real_model_is_marked(tmp_path, capsys, monkeypatch)
         (["--plot", "/"], "--plot / is a directory"),
         (["--prompt-file", "prompts.txt"], "--prompt-file measures the acceptance of a real model; give --model"),
         (["--model", "default", "--preset", "tiny"], "--preset and --asymmetric choose synthetic weights"),
+        (["--hadamard-block", "100"], "--hadamard-block 100: use one divisor of the MLP's 1536 values, or row"),
+        (["--hadamard-block", "6"], "cannot rotate this model"),
         (["--kernels", "triton"], "kernels='triton' does not work on this cpu device"),
         (["--breakdown"], "--breakdown needs an NVIDIA GPU"),
     ],

@@ -37,7 +37,9 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
     code, report = measured(tmp_path, "--rows", "3", "--group-size", "64", "--asymmetric")
     assert code == 0
     found = report["measurements"]
-    assert [one["op"] for one in found] == ["bf16", "w4a16", "w4a8", "w4a4", "quantize_a8", "quantize_a4"]
+    produced = ["quantize_a8", "quantize_a4", "swiglu_a8", "swiglu_a4"]
+    produced += ["hadamard", "swiglu_hadamard", "swiglu_hadamard_a8", "swiglu_hadamard_a4"]
+    assert [one["op"] for one in found] == ["bf16", "w4a16", "w4a8", "w4a4", *produced]
     for one in found:
         assert one["status"] == "ok"
         assert one["clock"] == "wall"
@@ -60,6 +62,12 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
         "w4a4": grouped_codes + weight + sums + out,
         "quantize_a8": rows + codes,
         "quantize_a4": rows + grouped_codes,
+        "swiglu_a8": 2 * rows + codes,
+        "swiglu_a4": 2 * rows + grouped_codes,
+        "hadamard": rows + rows,
+        "swiglu_hadamard": 2 * rows + rows,
+        "swiglu_hadamard_a8": 2 * rows + codes,
+        "swiglu_hadamard_a4": 2 * rows + grouped_codes,
     }
 
 
@@ -91,19 +99,35 @@ def test_what_an_implementation_refuses_is_a_dash_with_the_reason(tmp_path, caps
     assert "needs an NVIDIA GPU; this is cpu" in refused["reason"]
     assert refused["microseconds"] is refused["tb_per_s"] is refused["relative_error"] is None
     out, err = capsys.readouterr()
-    line = next(line for line in out.splitlines() if line.startswith("w4a16        triton"))
+    line = next(line for line in out.splitlines() if line.split()[:2] == ["w4a16", "triton"])
     assert line.split()[5:] == ["-"] * 6
     assert "needs an NVIDIA GPU; this is cpu" in err
 
 
 @on_cpu
 def test_activation_groups_that_do_not_divide_are_refused_with_the_reason(tmp_path):
-    arguments = ["--shape", "100x32", "--rows", "1", "--ops", "w4a4,quantize_a4", "--implementations", "reference"]
+    ops = "w4a4,quantize_a4,swiglu_a4"
+    arguments = ["--shape", "100x32", "--rows", "1", "--ops", ops, "--implementations", "reference"]
     path = tmp_path / "out.json"
     assert main(["kernels", *arguments, "--json", str(path)]) == 0
     for one in json.loads(path.read_text())["measurements"]:
         assert one["status"] == "unsupported"
         assert "activation groups of 32 do not divide K=100" in one["reason"]
+
+
+@on_cpu
+def test_a_transform_without_a_matrix_is_refused_with_the_reason(tmp_path):
+    ops = "swiglu_a8,hadamard,swiglu_hadamard_a8"
+    arguments = ["--shape", "46x32", "--rows", "1", "--ops", ops, "--implementations", "reference"]
+    path = tmp_path / "out.json"
+    assert main(["kernels", *arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["measurements"]
+    assert sorted((one["op"], one["status"]) for one in found) == [
+        ("hadamard", "unsupported"),
+        ("swiglu_a8", "ok"),
+        ("swiglu_hadamard_a8", "unsupported"),
+    ]
+    assert all("no Hadamard matrix for K=46" in one["reason"] for one in found if one["status"] != "ok")
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
