@@ -112,9 +112,11 @@ class Cut:
 def obstacle(num_inputs: int, block: int | None = None) -> str | None:
     """Why this kernel cannot serve a size, as the end of a sentence; None if it can."""
     block = block or num_inputs
-    if Cut.of(num_inputs, block).width < _MIN_SIDE:
-        return f"needs K to be a multiple of {_MIN_SIDE} times {core_order(block)}; this is {block}"
-    return None
+    if Cut.of(num_inputs, block).width >= _MIN_SIDE:
+        return None
+    if (core := core_order(block)) == 1:
+        return f"needs K to be a multiple of {_MIN_SIDE}; this is {num_inputs}"
+    return f"needs transforms of a multiple of {_MIN_SIDE} times {core} values; this is {block}"
 
 
 def hadamard(x: Float[Array, "*batch K"], *, interpret: bool = False) -> Float[Array, "*batch K"]:

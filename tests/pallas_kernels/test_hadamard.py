@@ -138,4 +138,4 @@ def test_other_dtypes_are_refused():
 
 def test_triton_says_which_sizes_it_cannot_serve():
     assert all(triton.obstacle(size) is None for size in MLP_SIZES)
-    assert triton.obstacle(96) == "needs K to be a multiple of 16 times 12; this is 96"
+    assert triton.obstacle(96) == "needs transforms of a multiple of 16 times 12 values; this is 96"

@@ -181,6 +181,7 @@ def test_arguments_that_do_not_fit_are_named(operation):
 
 def test_triton_says_which_sizes_it_cannot_serve():
     assert float_triton.obstacle(14336, 32) is None
-    assert float_triton.obstacle(96, 96) == "needs K to be a multiple of 16 times 12; this is 96"
+    assert float_triton.obstacle(24, 8) == "needs K to be a multiple of 16; this is 24"
+    assert float_triton.obstacle(96, 96) == "needs transforms of a multiple of 16 times 12 values; this is 96"
     assert quantize_triton.obstacle(14336, 32, 32, 2) is None
     assert "needs groups of at most" in (quantize_triton.obstacle(131072, 32, 131072, 0) or "")
