@@ -7,6 +7,7 @@ quantises them from registers. ``silu(gate) * up`` is float32 until it is rounde
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,14 +69,22 @@ def _gated(
     gate, up = (
         plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in (gate_ref, up_ref)
     )
-    return gated(gate, up, dtype=gate_ref.dtype, interpret=interpret)
+    return gated(gate, up, dtype=gate_ref.dtype, reciprocal=quantizer.reciprocal, interpret=interpret)
 
 
-def gated(gate: Array, up: Array, *, dtype: DTypeLike, interpret: bool) -> Array:
+def approximate_reciprocal(x: Array, *, interpret: bool) -> Array:
+    """``1 / x`` in float32, for kernels that are short of registers."""
+    return 1 / x if interpret else tiles.inline_asm(_RECIPROCAL, x, constraints="=f,f", dtype=jnp.float32)
+
+
+def gated(
+    gate: Array,
+    up: Array,
+    *,
+    dtype: DTypeLike,
+    reciprocal: Callable[..., Array] = approximate_reciprocal,
+    interpret: bool,
+) -> Array:
     """``silu(gate) * up`` of float32 blocks, rounded to ``dtype``, in float32."""
-    exponential = jnp.exp(-gate)
-    if interpret:
-        sigmoid = 1 / (1 + exponential)
-    else:
-        sigmoid = tiles.inline_asm(_RECIPROCAL, 1 + exponential, constraints="=f,f", dtype=jnp.float32)
+    sigmoid = reciprocal(1 + jnp.exp(-gate), interpret=interpret)
     return quantizer.rounded_to(gate * sigmoid * up, dtype, interpret=interpret)
