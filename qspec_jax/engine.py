@@ -293,8 +293,9 @@ class LanguageModel:
         )
         watch = self._watch(sampling) if sampling.stop else None
         sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
-        messages: Any = prompt if is_conversation(prompt) else []
-        prefix_length = self.tokenizer.system_length(messages, token_ids) if self.tokenizer else 0
+        messages: Any = prompt
+        # Whoever has tokenised a conversation has a tokenizer.
+        prefix_length = self._require_tokenizer().system_length(messages, token_ids) if is_conversation(prompt) else 0
         return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch, prefix_length=prefix_length)
 
     def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:

@@ -126,6 +126,7 @@ def test_the_transform_runs_once_a_layer_at_every_precision(monkeypatch, quantiz
 
     for name in ("swiglu_hadamard", "swiglu_hadamard_quantize", "hadamard"):
         monkeypatch.setattr(pallas_kernels, name, functools.partial(count, getattr(pallas_kernels, name)))
+    jax.clear_caches()  # or the layers of another test would do
     logits_of(tiny.decoder(), Precision.FLOAT)
     assert not calls
     logits_of(quantized[False], precision)
