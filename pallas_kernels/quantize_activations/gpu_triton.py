@@ -115,14 +115,14 @@ def _kernel(
     rows, groups = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape[:2], axis) for axis in range(2))
     group_exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1])
     outputs = codes_ref, *per_group_refs
-    _store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)
+    store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)
 
 
 def _first_row(x_ref: tiles.Ref) -> Array:
     return pl.program_id(0) * x_ref.shape[0]
 
 
-def _store_quantized(
+def store_quantized(
     x: Array,  # [..., block_groups, block_group] f32
     exists: Array,
     group_exists: Array,
@@ -132,6 +132,7 @@ def _store_quantized(
     settings: dict[str, Any],
     interpret: bool,
 ) -> None:
+    """Quantises the groups of a block, or pieces of groups with ``magnitude`` among the settings, and stores them."""
     codes, *per_group = reference.quantize_groups(
         x,
         **settings,
@@ -268,4 +269,4 @@ def _producer_kernel(
     exists = (first_group + groups < shape[0]) & (values < shape[1])
     group_exists = first_group + jax.lax.broadcasted_iota(jnp.int32, block[:1], 0) < shape[0]
     x = produce(*of_produce, exists)
-    _store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)
+    store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)

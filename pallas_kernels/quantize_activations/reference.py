@@ -65,6 +65,7 @@ def quantize_groups(
     reciprocal: Callable[[Array], Array],
     rounding: Rounding,
     exists: Bool[Array, "*batch G group"] | None = None,
+    magnitude: Float[Array, "*batch G"] | None = None,
 ) -> tuple[Array, ...]:
     """Codes ``[..., G, group]``, scale ``[..., G]`` and, if asymmetric, offset ``[..., G]`` of float32 groups.
 
@@ -72,10 +73,11 @@ def quantize_groups(
         x: the groups; zero where ``exists`` is False, which changes no largest magnitude.
         reciprocal, rounding: ``1 / x`` and round half to even, which kernels spell in their own instructions.
         exists: False for the padding of a block; None where there is none.
+        magnitude: the largest magnitude of each group where ``x`` is but a piece of them (symmetric only).
     """
     if symmetric:
         low = None
-        spread = jnp.max(jnp.abs(x), axis=-1)
+        spread = jnp.max(jnp.abs(x), axis=-1) if magnitude is None else magnitude
     else:
         low, high = _range(x, exists, clip_ratio)
         spread = high - low

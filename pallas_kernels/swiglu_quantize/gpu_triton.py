@@ -2,6 +2,9 @@
 
 A program computes the groups of one token that its block holds, all of them where outlier groups are sought, and
 quantises them from registers. ``silu(gate) * up`` is float32 until it is rounded to the dtype of the inputs.
+
+A long token with one scale would so keep a single program busy. While there are few of them, two kernels take pieces of
+tokens instead: the first finds the largest magnitude of each, the second quantises. The codes are the same.
 """
 
 from __future__ import annotations
@@ -19,8 +22,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 
+_PIECE = 1024  # values of a token in a program of the two kernels
+_LONG_TOKEN = 4096  # values from which on they are faster
+_FEW_TOKENS = 64
 _STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 
 # Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.
@@ -34,7 +41,100 @@ def swiglu_quantize(
 ) -> QuantizedActivation:
     """See the public function."""
     tiles.ignore_triton_deprecation()
+    num_inputs = gate_up.shape[-1] // 2
+    num_tokens = gate_up.size // gate_up.shape[-1]
+    one_scale = settings["symmetric"] and settings["group_size"] == num_inputs
+    if one_scale and num_inputs >= _LONG_TOKEN and num_tokens <= _FEW_TOKENS:
+        return _gate_then_quantize(gate_up, interpret=interpret, **settings)
     return _gate_and_quantize(gate_up, interpret=interpret, **settings)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _gate_then_quantize(
+    gate_up: Array, *, group_size: int, layout: Layout = Layout.PLANES, interpret: bool, **settings: Any
+) -> QuantizedActivation:
+    *batch, _ = gate_up.shape
+    halves = gate_up.reshape(-1, 2, group_size)
+    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, _PIECE)
+    options: dict[str, Any] = {
+        "grid": (num_tokens, num_pieces),
+        "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=1),
+        "interpret": interpret,
+    }
+    half_specs = [pl.BlockSpec((None, 1, _PIECE), lambda row, part, half=half: (row, half, part)) for half in range(2)]
+    piece_spec = pl.BlockSpec((None, 1, _PIECE), lambda row, part: (row, 0, part))
+    product, magnitudes = pl.pallas_call(
+        functools.partial(_gate_piece, num_inputs=group_size, interpret=interpret),
+        in_specs=half_specs,
+        out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, part))],
+        out_shape=[
+            jax.ShapeDtypeStruct((num_tokens, 1, group_size), gate_up.dtype),
+            jax.ShapeDtypeStruct((num_tokens, num_pieces), jnp.float32),
+        ],
+        name="swiglu_magnitude",
+        **options,
+    )(halves, halves)
+    codes, scale = pl.pallas_call(
+        functools.partial(
+            _quantize_piece, layout=layout, settings=settings, num_inputs=group_size, interpret=interpret
+        ),
+        in_specs=[piece_spec, pl.BlockSpec((None, pl.next_power_of_2(num_pieces)), lambda row, part: (row, 0))],
+        out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct(product.shape, jnp.int8),
+            jax.ShapeDtypeStruct((num_tokens, 1), jnp.float32),
+        ],
+        name="quantize_pieces",
+        **options,
+    )(product, magnitudes)
+    codes, scale = codes.reshape(*batch, group_size), scale.reshape(*batch, 1)
+    return QuantizedActivation(codes, scale, None, settings["bits"], layout)
+
+
+def _gate_piece(
+    gate_ref,  # [1, piece]
+    up_ref,  # [1, piece]
+    product_ref,  # [1, piece]
+    magnitude_ref,  # [1] f32
+    *,
+    num_inputs: int,
+    interpret: bool,
+):
+    exists = _exists(gate_ref.shape, num_inputs)
+    product = _gated(gate_ref, up_ref, exists, interpret=interpret)
+    plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
+    magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
+
+
+def _quantize_piece(
+    product_ref,  # [1, piece]
+    magnitudes_ref,  # [pieces of a token] f32
+    codes_ref,  # [1, piece] int8
+    scale_ref,  # [1] f32
+    *,
+    layout: Layout,
+    settings: dict[str, Any],
+    num_inputs: int,
+    interpret: bool,
+):
+    of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * _PIECE < num_inputs
+    magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
+    exists = _exists(product_ref.shape, num_inputs)
+    product = plgpu.load(product_ref, mask=exists, other=jnp.zeros((), product_ref.dtype)).astype(jnp.float32)
+    quantizer.store_quantized(
+        product,
+        exists,
+        jnp.full((1,), pl.program_id(1) == 0),  # the token's first piece stores its scale
+        (codes_ref, scale_ref),
+        layout=layout,
+        settings=settings | {"magnitude": jnp.full((1,), magnitude)},
+        interpret=interpret,
+    )
+
+
+def _exists(shape: tuple[int, int], num_inputs: int) -> Array:
+    """Which values of a program's piece are of the token."""
+    return pl.program_id(1) * _PIECE + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

@@ -113,6 +113,16 @@ def test_interpreted_swiglu_rounds_once_to_16_bits(shape, dtype, bits, symmetric
     assert_nearly_the_same(SWIGLU["triton"](gate_up, **settings), expected, dtype, equal_codes=0.999)
 
 
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize(("k", "dtype"), [(4096, jnp.bfloat16), (5008, jnp.float32)], ids=["bf16", "ragged-f32"])
+def test_a_token_has_the_same_codes_among_few_which_are_taken_in_pieces_and_among_many(k, dtype, layout):
+    gate_up = random_rows(65, 2 * k, dtype=dtype)
+    settings = {"bits": 8, "group_size": k, "symmetric": True, "clip_ratio": 0.9, "outlier_groups": 0, "layout": layout}
+    few, many = (SWIGLU["triton"](gate_up[:num_tokens], **settings) for num_tokens in (3, 65))
+    assert int(jnp.abs(few.codes).max()) == 127
+    assert_the_same(few, jax.tree.map(lambda array: array[:3], many))
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @implementations
 def test_a_token_of_zeros_survives(implementation, symmetric):
