@@ -132,12 +132,11 @@ class Programs:
             OutOfMemoryError: the cache does not fit the device.
             UsageError: the kernels asked for by name do not serve this model.
         """
-        wanted = {
-            _fill_key(plan, shape, width): functools.partial(self.lower_fill, plan, shape, width) for width in widths
-        }
-        wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
-        if wanted.keys() <= self.compiled.keys():
+        fills = {_fill_key(plan, shape, width): width for width in widths}
+        if self.compiled.keys() >= {*fills, _loop_key(plan, shape)}:
             return
+        wanted = {key: functools.partial(self.lower_fill, plan, shape, width) for key, width in fills.items()}
+        wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
         on_event("compiling")
         self.prepare(plan)
         self.check_cache(rows=shape.rows, slots=shape.slots)
@@ -283,6 +282,12 @@ def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
 
 def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
     """The fields of as many pieces as a filling program takes, but for the sampler, as NumPy arrays to be set."""
+    # Copies: the device waits for these, and NumPy takes longer to fill arrays.
+    return {name: None if field is None else field.copy() for name, field in _no_pieces(shape, width).items()}
+
+
+@functools.cache
+def _no_pieces(shape: Shape, width: int) -> dict[str, Any]:
     rows = (shape.rows,)
     return {
         "tokens": np.zeros((*rows, width), np.int32),

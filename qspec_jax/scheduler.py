@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_widt
 from qspec_jax.requests import Request
 from qspec_jax.results import RunTotals
 from qspec_jax.sampling import NO_TOKEN, Sampler
-from qspec_jax.sampling_params import SamplingFeatures, SamplingParams
+from qspec_jax.sampling_params import SamplingFeatures
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import DecodeState, PromptPiece, TokenScores
 
@@ -206,55 +207,71 @@ class Scheduler:
         Raises:
             OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
         """
-        changed = self._land()
+        if self._flight is None:
+            return self._go_on(max_cycles)
+        flight, self._flight = self._flight, None
+        self._state, report = flight.result()
+        running = self._decoding()
+        finished = np.asarray(report.finished)
+        self._count(report, self._clock.landed())
+        # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
+        watched = {row: one for row, one in running.items() if one.watch is not None}
+        others = {row: one for row, one in running.items() if one.watch is None}
+        changed = self._receive(report, watched) if watched else []
+        self._free(running, finished)
+        try:
+            more = self._go_on(max_cycles)
+        finally:
+            changed += self._receive(report, others)
+        return changed + more
+
+    def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
+        """Dispatches what comes next; the sequences whose prompts have been read by it."""
         if not self.busy:
             self._clock = _Clock()
-            return changed
+            return []
+        changed = []
         self._let_in()
         fills = self._fill()
         if self._decoding():
             self._dispatch(max_cycles)
         for report, filled in fills:
             changed += self._receive(report, filled)
+            self._free(filled, report.finished)
             self.totals.prefill_s += self._clock.landed(more=self._flight is not None or report is not fills[-1][0])
         return changed
 
-    def _land(self) -> list[RunningSequence]:
-        """Waits for the chunk under way and takes out what it has finished."""
-        if self._flight is None:
-            return []
-        flight, self._flight = self._flight, None
-        self._state, report = flight.result()
-        changed = self._receive(report, self._decoding())
-        seconds, cycles = self._clock.landed(), int(report.cycles)
+    def _count(self, report: Report, seconds: float) -> None:
+        """Notes how long the cycles of a chunk took."""
+        cycles = int(report.cycles)
         if cycles:
             self._cycle_s = seconds / cycles
         self.totals.decode_s += seconds
         self.totals.cycles += cycles
+
+    def _receive(self, report: Report, sequences: Mapping[int, RunningSequence]) -> list[RunningSequence]:
+        """Gives the new tokens of some rows to their sequences; those that have changed."""
+        report = jax.device_get(report)  # all of it at once
+        changed = []
+        for row, sequence in sequences.items():
+            if not sequence.finished:
+                new = slice(len(sequence.token_ids), report.num_tokens[row])
+                sequence.receive(report.tokens[row, new].tolist(), finished=bool(report.finished[row]))
+                sequence.receive_scores(report.scores, row, new)
+                lengths = report.accepted_lengths[row].tolist()
+                self.totals.tokens += len(sequence.token_ids) - new.start
+                self.totals.count_cycles(sequence.accepted_lengths, lengths)
+                sequence.accepted_lengths = lengths
+                changed.append(sequence)
         return changed
 
-    def _receive(self, report: Report, rows: Sequence[int]) -> list[RunningSequence]:
-        """Gives the new tokens of some rows to their sequences, and frees the rows of those that are finished."""
-        report = jax.device_get(report)  # all of it at once
-        tokens, counts, finished = report.tokens, report.num_tokens, report.finished
-        lengths, scores = report.accepted_lengths, report.scores
-        changed = []
-        for row in rows:
-            sequence = self._rows[row]
-            assert sequence is not None
-            if not sequence.finished:
-                new = slice(len(sequence.token_ids), counts[row])
-                sequence.receive(tokens[row, new].tolist(), finished=bool(finished[row]))
-                sequence.receive_scores(scores, row, new)
-                self.totals.tokens += len(sequence.token_ids) - new.start
-                self.totals.count_cycles(sequence.accepted_lengths, lengths[row].tolist())
-                sequence.accepted_lengths = lengths[row].tolist()
-                changed.append(sequence)
-            if sequence.finished:
+    def _free(self, sequences: Mapping[int, RunningSequence], finished: Any) -> None:
+        """Frees the rows of sequences that are finished, as the device or the host says."""
+        for row, sequence in sequences.items():
+            if finished[row] or sequence.finished:
                 self.totals.requests += 1
                 self._rows[row] = None
                 self._retired[row] = not finished[row]
-        return changed
 
     def _let_in(self) -> None:
         """Compiles what the requests need, and gives idle rows to those that wait."""
@@ -276,8 +293,8 @@ class Scheduler:
             idle.remove(row)
             self._rows[row], entering.entered_s = entering, time.perf_counter()
 
-    def _fill(self) -> list[tuple[Report, list[int]]]:
-        """Dispatches a piece for each row that still reads its prompt; the reports, and the rows that have read it."""
+    def _fill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
+        """Dispatches a piece for each row that still reads its prompt; the reports, and who has read it."""
         reading = {row: one.pieces for row, one in enumerate(self._rows) if one is not None and one.reading}
         reports = []
         while reading:
@@ -289,17 +306,20 @@ class Scheduler:
             reading = {row: reading[row] for row in later}
         return reports
 
-    def _dispatch_pieces(self, width: int, fillings: Sequence[Filling]) -> tuple[Report, list[int]]:
-        """Dispatches pieces of a width; the report, and the rows that have read their prompts with them."""
+    def _dispatch_pieces(self, width: int, fillings: Sequence[Filling]) -> tuple[Report, dict[int, RunningSequence]]:
+        """Dispatches pieces of a width; the report, and who has read the prompt with them, by row."""
         pieces = self._pieces(width, fillings)
-        rows, sources, _ = np.resize(np.asarray(fillings, np.int32), (self.shape.rows, 3)).T
+        rows, sources = np.zeros((2, self.shape.rows), np.int32)
+        for place, one in enumerate(fillings):
+            rows[place], sources[place] = one.row, one.source
         assert self._state is not None
         self.totals.gap_s += self._clock.dispatching()
         self._state, report = self._programs.fill(
             self._plan, self.shape, self._state, pieces, rows, sources, count=len(fillings)
         )
-        self._retired[rows] = False
-        return report, [one.row for one in fillings if not self._reading(one.row)]
+        self._retired[rows[: len(fillings)]] = False
+        decoding = self._decoding()
+        return report, {one.row: decoding[one.row] for one in fillings if one.row in decoding}
 
     def _pieces(self, width: int, fillings: Sequence[Filling]) -> PromptPiece:
         """Pieces of a width, which count as read from now on."""
@@ -314,8 +334,8 @@ class Scheduler:
             self._held.note(row, sequence.pieces[: index + 1])
             sequence.request.put_piece(pieces, place, sequence.pieces[index])
             sampling.append(sequence.request.sampling)
-        padding = [SamplingParams()] * (self.shape.rows - len(fillings))
-        return PromptPiece(**pieces, sampler=Sampler.create([*sampling, *padding], self.shape.features))
+        sampling += sampling[:1] * (self.shape.rows - len(fillings))
+        return PromptPiece(**pieces, sampler=Sampler.create(sampling, self.shape.features))
 
     def _dispatch(self, max_cycles: int | None) -> None:
         """Dispatches a chunk."""
@@ -348,6 +368,6 @@ class Scheduler:
         sequence = self._rows[row]
         return sequence is not None and sequence.reading
 
-    def _decoding(self) -> list[int]:
-        """Rows whose sequences have read their prompts."""
-        return [row for row, sequence in enumerate(self._rows) if sequence is not None and not sequence.reading]
+    def _decoding(self) -> dict[int, RunningSequence]:
+        """Sequences that have read their prompts, by row."""
+        return {row: one for row, one in enumerate(self._rows) if one is not None and not one.reading}
