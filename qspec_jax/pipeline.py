@@ -12,8 +12,9 @@ import jax
 from qspec_jax.progress import progress_bar
 from qspec_jax.requests import Prompt, Request
 from qspec_jax.results import FinishReason, GenerationResult, GenerationStats, RunTotals
+from qspec_jax.running import RunningSequence
 from qspec_jax.sampling_params import SamplingParams
-from qspec_jax.scheduler import RunningSequence, Scheduler
+from qspec_jax.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel

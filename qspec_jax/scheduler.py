@@ -26,10 +26,11 @@ from qspec_jax.prefixes import Filling, HeldPieces
 from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_width
 from qspec_jax.requests import Request
 from qspec_jax.results import RunTotals
-from qspec_jax.sampling import NO_TOKEN, Sampler
+from qspec_jax.running import RunningSequence
+from qspec_jax.sampling import Sampler
 from qspec_jax.sampling_params import SamplingFeatures
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState, PromptPiece, TokenScores
+from qspec_jax.state import DecodeState, PromptPiece
 
 _CHUNK_S = 0.5
 _FILLING_CHUNK_S = 0.05  # of the chunks between the pieces of a long prompt
@@ -37,75 +38,6 @@ _FIRST_CYCLES = 4  # of a chunk before the time of a cycle is known
 _MAX_CYCLES = 4096
 # With others waiting, a chunk ends when this share of the rows has finished in it.
 _REFILL_SHARE = 1 / 16
-
-
-class RunningSequence:
-    """What the host knows of a request: what it has yielded so far, and when.
-
-    Attributes:
-        request: what was asked for.
-        token_ids: new tokens.
-        accepted_lengths: cycles by number of accepted drafts.
-        finished: no more tokens come.
-        added_s, entered_s: when it was added, and when it got a row.
-        arrivals: when new tokens came, and how many.
-        watch: the text, if the request asks for it.
-        logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
-        pieces, num_read: of its prompt, and how many of them its row holds.
-    """
-
-    def __init__(self, request: Request):
-        self.request = request
-        self.token_ids: list[int] = []
-        self.accepted_lengths: list[int] = []
-        self.finished = False
-        self.added_s = time.perf_counter()
-        self.entered_s: float | None = None
-        self.arrivals: list[tuple[float, int]] = []
-        self.watch = None if request.watch is None else request.watch()
-        self.logprobs: list[float] = []
-        self.top_logprobs: list[dict[int, float]] = []
-        self.pieces = request.pieces()
-        self.num_read = 0
-
-    @property
-    def reading(self) -> bool:
-        """Whether pieces of its prompt are left."""
-        return self.num_read < len(self.pieces)
-
-    def seconds(self) -> dict[str, float]:
-        """The times of :class:`qspec_jax.results.GenerationStats`, as far as they are known."""
-        if self.entered_s is None:
-            return {}
-        times = {"waited_s": self.entered_s - self.added_s}
-        if self.arrivals:
-            (first_s, _), (last_s, _) = self.arrivals[0], self.arrivals[-1]
-            times |= {"prefill_s": first_s - self.entered_s, "decode_s": last_s - first_s}
-        return times
-
-    def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
-        """Appends new tokens, up to the one with which a stop string ends the text."""
-        if self.watch is not None:
-            tokens = tokens[: self.watch.push(tokens)]
-            finished = finished or self.watch.stopped
-            if finished:
-                self.watch.finish()
-        if tokens:
-            self.arrivals.append((time.perf_counter(), len(tokens)))
-        self.token_ids += tokens
-        self.finished = finished
-
-    def receive_scores(self, scores: TokenScores | None, row: int, new: slice) -> None:
-        """Appends the log-probabilities of the tokens that came."""
-        wanted = self.request.sampling.logprobs
-        if wanted is None or scores is None:
-            return
-        kept = slice(new.start, len(self.token_ids))
-        self.logprobs += scores.logprobs[row, kept].tolist()
-        tokens = scores.top_tokens[row, kept, :wanted].tolist()
-        values = scores.top_logprobs[row, kept, :wanted].tolist()
-        for some, theirs in zip(tokens, values, strict=True):
-            self.top_logprobs.append({one: value for one, value in zip(some, theirs, strict=True) if one != NO_TOKEN})
 
 
 class _Clock:
@@ -212,8 +144,8 @@ class Scheduler:
         flight, self._flight = self._flight, None
         self._state, report = flight.result()
         running = self._decoding()
-        finished = np.asarray(report.finished)
-        self._count(report, self._clock.landed())
+        finished, cycles = jax.device_get((report.finished, report.cycles))
+        self._count(int(cycles), self._clock.landed())
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
@@ -241,9 +173,8 @@ class Scheduler:
             self.totals.prefill_s += self._clock.landed(more=self._flight is not None or report is not fills[-1][0])
         return changed
 
-    def _count(self, report: Report, seconds: float) -> None:
+    def _count(self, cycles: int, seconds: float) -> None:
         """Notes how long the cycles of a chunk took."""
-        cycles = int(report.cycles)
         if cycles:
             self._cycle_s = seconds / cycles
         self.totals.decode_s += seconds

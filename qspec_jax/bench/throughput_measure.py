@@ -19,7 +19,8 @@ import numpy as np
 from qspec_jax.engine import LanguageModel
 from qspec_jax.programs import Shape
 from qspec_jax.requests import Request
-from qspec_jax.scheduler import RunningSequence, Scheduler
+from qspec_jax.running import RunningSequence
+from qspec_jax.scheduler import Scheduler
 from qspec_jax.speculative import DecodingPlan
 
 _WARM_UP_TOKENS = 8

@@ -1,0 +1,79 @@
+"""What the host knows of a request under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from qspec_jax.requests import Request
+from qspec_jax.sampling import NO_TOKEN
+from qspec_jax.state import TokenScores
+
+
+class RunningSequence:
+    """What the host knows of a request: what it has yielded so far, and when.
+
+    Attributes:
+        request: what was asked for.
+        token_ids: new tokens.
+        accepted_lengths: cycles by number of accepted drafts.
+        finished: no more tokens come.
+        added_s, entered_s: when it was added, and when it got a row.
+        arrivals: when new tokens came, and how many.
+        watch: the text, if the request asks for it.
+        logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
+        pieces, num_read: of its prompt, and how many of them its row holds.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.token_ids: list[int] = []
+        self.accepted_lengths: list[int] = []
+        self.finished = False
+        self.added_s = time.perf_counter()
+        self.entered_s: float | None = None
+        self.arrivals: list[tuple[float, int]] = []
+        self.watch = None if request.watch is None else request.watch()
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.pieces = request.pieces()
+        self.num_read = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether pieces of its prompt are left."""
+        return self.num_read < len(self.pieces)
+
+    def seconds(self) -> dict[str, float]:
+        """The times of :class:`qspec_jax.results.GenerationStats`, as far as they are known."""
+        if self.entered_s is None:
+            return {}
+        times = {"waited_s": self.entered_s - self.added_s}
+        if self.arrivals:
+            (first_s, _), (last_s, _) = self.arrivals[0], self.arrivals[-1]
+            times |= {"prefill_s": first_s - self.entered_s, "decode_s": last_s - first_s}
+        return times
+
+    def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
+        """Appends new tokens, up to the one with which a stop string ends the text."""
+        if self.watch is not None:
+            tokens = tokens[: self.watch.push(tokens)]
+            finished = finished or self.watch.stopped
+            if finished:
+                self.watch.finish()
+        if tokens:
+            self.arrivals.append((time.perf_counter(), len(tokens)))
+        self.token_ids += tokens
+        self.finished = finished
+
+    def receive_scores(self, scores: TokenScores | None, row: int, new: slice) -> None:
+        """Appends the log-probabilities of the tokens that came."""
+        wanted = self.request.sampling.logprobs
+        if wanted is None or scores is None:
+            return
+        kept = slice(new.start, len(self.token_ids))
+        self.logprobs += scores.logprobs[row, kept].tolist()
+        tokens = scores.top_tokens[row, kept, :wanted].tolist()
+        values = scores.top_logprobs[row, kept, :wanted].tolist()
+        for some, theirs in zip(tokens, values, strict=True):
+            self.top_logprobs.append({one: value for one, value in zip(some, theirs, strict=True) if one != NO_TOKEN})
