@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from qspec_jax.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.program_store import ProgramStore
 
 
 def exit_code(
@@ -44,9 +45,15 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def keep_compiled_programs() -> None:
-    """Switches the compilation cache on; a folder that cannot be written is a line, not an error."""
+def keep_compiled_programs() -> ProgramStore | None:
+    """Switches the compilation cache on; a folder that cannot be written is a line, not an error.
+
+    Returns:
+        a store beside the cache, for ``model.programs.store``; None if programs are not kept.
+    """
     try:
-        enable_compilation_cache()
+        folder = enable_compilation_cache()
     except OSError as error:
+        folder = None
         say(f"compiled programs are not kept: {error}; {VARIABLE}=FOLDER names another folder, {VARIABLE}={OFF} none")
+    return None if folder is None else ProgramStore(folder / "decoders")

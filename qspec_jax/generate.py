@@ -252,20 +252,22 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> LanguageModel:
     say("starting ...")
-    keep_compiled_programs()
+    store = keep_compiled_programs()
     import qspec_jax
 
     quantization: Any = None if arguments.mode == "float" else "auto"
     if quantization and arguments.group_size is not None:
         group_size = None if arguments.group_size == _WHOLE_ROW else int(arguments.group_size)
         quantization = qspec_jax.QuantConfig(group_size=group_size)
-    return qspec_jax.load(
+    model = qspec_jax.load(
         arguments.model,
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         progress=sys.stderr.isatty(),
     )
+    model.programs.store = store
+    return model
 
 
 if __name__ == "__main__":

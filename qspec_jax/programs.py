@@ -8,11 +8,12 @@ a prompt, of which there are ``len(PIECE_WIDTHS)``: whatever prompts come, no mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder
+from qspec_jax.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.sampling import NO_TOKEN, Sampler
 from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 from qspec_jax.speculative import DecodingPlan
@@ -97,13 +99,15 @@ class Programs:
         leaves: the decoder's arrays, as every program takes them.
         compiled: the programs by what they are for.
         num_compilations: programs compiled so far; constant once all that a batch needs are there.
-        compile_s: seconds that took.
+        compile_s: seconds that took, and those of reading programs from the store.
+        store: where programs of other processes are found, None for nowhere.
     """
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
         self.num_compilations = 0
         self.compile_s = 0.0
+        self.store: ProgramStore | None = None
         self._split()
 
     def __len__(self) -> int:
@@ -126,7 +130,7 @@ class Programs:
         *,
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Compiles the loop, and the filling programs of some widths, that are not there yet.
+        """Compiles the loop, and the filling programs of some widths, that are neither there yet nor in the store.
 
         Raises:
             OutOfMemoryError: the cache does not fit the device.
@@ -137,14 +141,40 @@ class Programs:
             return
         wanted = {key: functools.partial(self.lower_fill, plan, shape, width) for key, width in fills.items()}
         wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
-        on_event("compiling")
         self.prepare(plan)
         self.check_cache(rows=shape.rows, slots=shape.slots)
         began = time.perf_counter()
-        missing = {key: lower for key, lower in wanted.items() if key not in self.compiled}
-        self.compiled |= zip(missing, _compile_all(missing.values()), strict=True)
-        self.num_compilations += len(missing)
+        missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
+        keys = {} if self.store is None else program_keys(missing, self.decoder)
+        self.compiled |= self._stored(keys)
+        missing = {name: lower for name, lower in missing.items() if name not in self.compiled}
+        if missing:
+            on_event("compiling")
+            self.compiled |= self._compile_missing(missing, keys)
+            self.num_compilations += len(missing)
         self.compile_s += time.perf_counter() - began
+
+    def _stored(self, keys: Mapping[tuple[Any, ...], str]) -> dict[tuple[Any, ...], Any]:
+        """Those programs with a key that the store has, read side by side."""
+        if self.store is None or not keys:
+            return {}
+        (device,) = self.leaves[0].devices()
+        with ThreadPoolExecutor() as pool:
+            programs = pool.map(functools.partial(self.store.load, device=device), keys.values())
+            return {name: program for name, program in zip(keys, programs, strict=True) if program is not None}
+
+    def _compile_missing(
+        self,
+        lowerings: Mapping[tuple[Any, ...], Callable[[], jax.stages.Lowered]],
+        keys: Mapping[tuple[Any, ...], str],
+    ) -> dict[tuple[Any, ...], Any]:
+        """Compiles programs, and writes those with a key into the store."""
+        with passed_over() if keys else contextlib.nullcontext():
+            compiled = dict(zip(lowerings, _compile_all(lowerings.values()), strict=True))
+        for name, program in compiled.items():
+            if self.store is not None and name in keys:
+                self.store.save(keys[name], program)
+        return compiled
 
     def fill(
         self,
