@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,16 +72,16 @@ def load(
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
-        tokenizer = checkpoint.tokenizer()
-        decoder = restore_decoder(checkpoint, quantization=quantization, **placement)
+        with _meanwhile(checkpoint.tokenizer) as tokenizer:
+            decoder = restore_decoder(checkpoint, quantization=quantization, **placement)
     else:
         quantization = QuantConfig() if quantization == "auto" else quantization
         source = open_source(path)
         formats = weight_formats(source, quantization)
-        tokenizer = open_tokenizer(path)
-        decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
+        with _meanwhile(lambda: open_tokenizer(path)) as tokenizer:
+            decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
     kernels = kernels_in_use(decoder, kernels)
-    return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=kernels, name=path.name)
+    return LanguageModel(decoder, tokenizer.result(), quantization=quantization, kernels=kernels, name=path.name)
 
 
 def save(
@@ -160,6 +161,16 @@ def resolve_kernels(kernels: str) -> str:
             f"{', '.join(available)}"
         )
     return kernels
+
+
+@contextlib.contextmanager
+def _meanwhile(open_one: Callable[[], Tokenizer | None]) -> Iterator[Future[Tokenizer | None]]:
+    """Opens a tokenizer while weights are read: both wait for the disk, transformers for thousands of small files.
+
+    Its error is raised at the end, in the place of its result.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+        yield pool.submit(open_one)
 
 
 def _progress_bar(description: str):
