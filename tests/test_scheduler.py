@@ -244,6 +244,22 @@ def test_an_error_of_a_chunk_reaches_who_waits_for_it():
         scheduler.advance()
 
 
+def test_an_error_of_what_comes_next_loses_nothing_of_the_chunk_before_it():
+    class FailingPrograms(FakePrograms):
+        def fill(self, plan, shape, state, pieces, rows, sources, count):
+            if self.log:
+                raise KeyboardInterrupt
+            return super().fill(plan, shape, state, pieces, rows, sources, count)
+
+    scheduler = Scheduler(FailingPrograms(2), DecodingPlan(Precision.W4A16), rows=2, slots=64)
+    short, long, _ = (scheduler.add(Request([1, 2], new, SamplingParams())) for new in (2, 9, 5))
+    scheduler.advance()
+    with pytest.raises(KeyboardInterrupt):  # while the third takes the row of the first
+        scheduler.advance()
+    assert (len(short.token_ids), short.finished) == (2, True)
+    assert (len(long.token_ids), long.finished) == (2, False)
+
+
 def test_shapes_of_other_features_are_other_programs(model):
     plan = model.plan(draft="w4a8")
     greedy, drawing = Shape(3, SLOTS), Shape(3, SLOTS, programs.SamplingFeatures(draws=True))
