@@ -7,8 +7,12 @@ Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
+
+import jax
 
 from qspec_jax.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
@@ -49,11 +53,19 @@ def keep_compiled_programs() -> ProgramStore | None:
     """Switches the compilation cache on; a folder that cannot be written is a line, not an error.
 
     Returns:
-        a store beside the cache, for ``model.programs.store``; None if programs are not kept.
+        a store beside the cache, for ``model.programs.store``; None if programs are not kept, or if JAX was configured
+        to use a cache, which then has all of them.
     """
+    config: Any = jax.config
+    configured = config.jax_compilation_cache_dir
     try:
         folder = enable_compilation_cache()
+        if folder is None or configured:
+            return None
+        decoders = folder / "decoders"
+        decoders.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        folder = None
         say(f"compiled programs are not kept: {error}; {VARIABLE}=FOLDER names another folder, {VARIABLE}={OFF} none")
-    return None if folder is None else ProgramStore(folder / "decoders")
+        return None
+    # Where it is another user's, JAX's own cache serves this one.
+    return ProgramStore(decoders) if os.access(decoders, os.R_OK | os.W_OK | os.X_OK) else None

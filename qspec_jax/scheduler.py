@@ -167,10 +167,11 @@ class Scheduler:
         fills = self._fill()
         if self._decoding():
             self._dispatch(max_cycles)
-        for report, filled in fills:
+        for count, (report, filled) in enumerate(fills, 1):
+            report = jax.device_get(report)  # an index into it would wait for the chunk that has been dispatched
             changed += self._receive(report, filled)
             self._free(filled, report.finished)
-            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or report is not fills[-1][0])
+            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(fills))
         return changed
 
     def _count(self, cycles: int, seconds: float) -> None:

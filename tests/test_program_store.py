@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from qspec_jax import program_store
+from qspec_jax import command, program_store
 from qspec_jax.command import keep_compiled_programs
 from qspec_jax.engine import LanguageModel
 from qspec_jax.program_store import ProgramStore, program_keys
@@ -97,6 +97,20 @@ def test_nothing_changes_without_a_store_or_with_one_that_cannot_be_written(tmp_
     before = config.jax_enable_compilation_cache
     assert tokens_of(stored_model(tmp_path / "file" / "below")) == expected
     assert config.jax_enable_compilation_cache == before
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_command_has_a_store_unless_jax_has_a_cache_of_its_own(tmp_path, monkeypatch, configured):
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir
+    monkeypatch.setattr(command, "enable_compilation_cache", lambda: tmp_path)
+    config.update("jax_compilation_cache_dir", str(tmp_path) if configured else None)
+    try:
+        store = keep_compiled_programs()
+    finally:
+        config.update("jax_compilation_cache_dir", before)
+    assert store == (None if configured else ProgramStore(tmp_path / "decoders"))
+    assert (tmp_path / "decoders").exists() != configured
 
 
 def test_a_program_that_jax_cannot_serialise_is_not_kept(tmp_path):

@@ -146,6 +146,19 @@ def test_totals_are_those_of_the_sequences(model, alone):
     assert totals.tokens_per_cycle * totals.sequence_cycles >= totals.tokens - len(yielded)
 
 
+class OnDevice:
+    """An array of which a part is got by another program of the device, after those that have been dispatched."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+    def __getitem__(self, index):
+        raise AssertionError("part of an array on the device")
+
+
 class FakePrograms(Programs):
     """Yields one token per cycle, the same for all, and notes what it is asked for."""
 
@@ -162,7 +175,8 @@ class FakePrograms(Programs):
     def _report(self, cycles):
         tokens = np.tile(np.arange(64), (self.rows, 1))
         lengths = np.tile(self.counts[:, None], (1, 17))
-        return "state", Report(tokens, self.counts.copy(), self.left <= 0, lengths, np.int32(cycles))
+        arrays = tokens, self.counts.copy(), self.left <= 0, lengths
+        return "state", Report(*map(OnDevice, arrays), np.int32(cycles))
 
     def fill(self, plan, shape, state, pieces, rows, sources, count):
         for piece, row in enumerate(rows[:count]):
