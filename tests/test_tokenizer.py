@@ -2,11 +2,13 @@
 
 import json
 import random
+from concurrent.futures import Future
 
 import gguf
 import pytest
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
+from qspec_jax.loading.load import while_it_opens
 from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -321,3 +323,12 @@ def test_a_damaged_tokenizer_file(hf_directory):
     (hf_directory / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer from"):
         load_tokenizer(hf_directory)
+
+
+def test_no_more_tensors_are_read_for_a_tokenizer_that_cannot_be_opened():
+    opening: Future[Tokenizer | None] = Future()
+    tensors = iter(while_it_opens(opening, iter)(["first", "second", "third"]))
+    assert next(tensors) == "first"
+    opening.set_exception(CheckpointError("damaged"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        next(tensors)

@@ -68,17 +68,19 @@ def load(
     with contextlib.suppress(OSError):
         enable_compilation_cache()
     path = resolve_model(model)
-    placement["progress"] = _progress_bar(f"loading {path.name}") if progress else iter
+    shown = _progress_bar(f"loading {path.name}") if progress else iter
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
         with _meanwhile(checkpoint.tokenizer) as tokenizer:
+            placement["progress"] = while_it_opens(tokenizer, shown)
             decoder = restore_decoder(checkpoint, quantization=quantization, **placement)
     else:
         quantization = QuantConfig() if quantization == "auto" else quantization
         source = open_source(path)
         formats = weight_formats(source, quantization)
         with _meanwhile(lambda: open_tokenizer(path)) as tokenizer:
+            placement["progress"] = while_it_opens(tokenizer, shown)
             decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
     kernels = kernels_in_use(decoder, kernels)
     return LanguageModel(decoder, tokenizer.result(), quantization=quantization, kernels=kernels, name=path.name)
@@ -165,12 +167,23 @@ def resolve_kernels(kernels: str) -> str:
 
 @contextlib.contextmanager
 def _meanwhile(open_one: Callable[[], Tokenizer | None]) -> Iterator[Future[Tokenizer | None]]:
-    """Opens a tokenizer while weights are read: both wait for the disk, transformers for thousands of small files.
-
-    Its error is raised at the end, in the place of its result.
-    """
+    """Opens a tokenizer while weights are read: both wait for the disk, transformers for thousands of small files."""
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
         yield pool.submit(open_one)
+
+
+def while_it_opens(
+    tokenizer: Future[Tokenizer | None], progress: Callable[[Iterable], Iterable]
+) -> Callable[[Iterable], Iterable]:
+    """``progress`` over the tensors, which ends with the tokenizer's error, if it has one, before the next tensor."""
+
+    def wrap(tensors: Iterable) -> Iterable:
+        for tensor in progress(tensors):
+            if tokenizer.done():
+                tokenizer.result()
+            yield tensor
+
+    return wrap
 
 
 def _progress_bar(description: str):
