@@ -149,12 +149,12 @@ class Scheduler:
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
-        changed = self._receive(report, watched) if watched else []
+        changed = self._receive(jax.device_get(report), watched) if watched else []
         self._free(running, finished)
         try:
             more = self._go_on(max_cycles)
         finally:
-            changed += self._receive(report, others)
+            changed += self._receive(jax.device_get(report), others)
         return changed + more
 
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -182,8 +182,7 @@ class Scheduler:
         self.totals.cycles += cycles
 
     def _receive(self, report: Report, sequences: Mapping[int, RunningSequence]) -> list[RunningSequence]:
-        """Gives the new tokens of some rows to their sequences; those that have changed."""
-        report = jax.device_get(report)  # all of it at once
+        """Gives the new tokens of some rows to their sequences, which have changed; the report is in host memory."""
         changed = []
         for row, sequence in sequences.items():
             if not sequence.finished:
