@@ -176,6 +176,28 @@ def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, p
     return out
 
 
+def start_next(index: jax.Array, *, interpret: bool) -> jax.Array:
+    """``index``, a program id: a kernel that uses it lets the one that comes next start while it runs itself.
+
+    That kernel waits for the end of this one where it first needs it: a Mosaic matmul behind the first copies of its
+    weight, any other where XLA makes it wait, at its start. What is gained is the time that starting takes
+    (programmatic dependent launch, of compute capability 9.0 and newer; elsewhere this does nothing).
+    """
+    if interpret or not _starts_early():
+        return index
+    # A tensor of one value, of which every thread executes this once; used, or it would be removed.
+    asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    return jnp.max(inline_asm(asm, jnp.full((1,), index), constraints="=r,r", dtype=jnp.int32))
+
+
+def _starts_early() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "0.0")  # of AMD's a name
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= 9
+
+
 def dot_transposed(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """``rows: [m, k]`` times ``weight: [n, k]`` transposed, in float32 or int32."""
     accumulator = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32

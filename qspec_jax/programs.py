@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import with_group_sums
+from pallas_kernels import Layout, QuantizedWeight, with_group_sums
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
@@ -39,6 +39,10 @@ from qspec_jax.types import Precision
 PIECE_WIDTHS = (32, 64, 128, 256, 512)
 # Caches are rounded up to multiples of 64: nearby lengths share a program.
 _SLOT_MULTIPLE = 64
+# Bytes of 4-bit weights in a layer from which XLA makes no command buffers. On an H100, 90 MB take 30 us to read and
+# launching a layer's kernels takes 60 (a machine of November 2026).
+_LARGE_LAYER = 90_000_000
+_NO_GRAPHS = 1_000_000  # kernels in a row that XLA would make a command buffer of
 
 
 class Shape(NamedTuple):
@@ -120,7 +124,11 @@ class Programs:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def _merge(self, leaves: list[jax.Array]) -> Decoder:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        if not decoder.scan_layers:  # which cuts the weights of a layer from the program's arguments as it goes
+            for linear in _linears(decoder):
+                linear.weight_at_rest = True
+        return decoder
 
     def compile(
         self,
@@ -169,8 +177,9 @@ class Programs:
         keys: Mapping[tuple[Any, ...], str],
     ) -> dict[tuple[Any, ...], Any]:
         """Compiles programs, and writes those with a key into the store."""
+        options = compiler_options(self.decoder)
         with passed_over() if keys else contextlib.nullcontext():
-            compiled = dict(zip(lowerings, _compile_all(lowerings.values()), strict=True))
+            compiled = dict(zip(lowerings, _compile_all(lowerings.values(), options), strict=True))
         for name, program in compiled.items():
             if self.store is not None and name in keys:
                 self.store.save(keys[name], program)
@@ -214,7 +223,7 @@ class Programs:
         precisions = [one for one in (plan.verify, plan.draft) if one is not None]
         if lay_out(self.decoder, precisions):
             self._split()
-        quantization = next(m.quantization for _, m in nnx.iter_modules(self.decoder) if isinstance(m, Linear))
+        quantization = _linears(self.decoder)[0].quantization
         for precision in (plan.draft, plan.verify):
             if quantization is None or precision not in (Precision.W4A4, Precision.W4A8):
                 continue
@@ -283,14 +292,31 @@ class Programs:
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
 
 
-def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
+def _compile_all(
+    lowerings: Iterable[Callable[[], jax.stages.Lowered]], options: dict[str, Any]
+) -> list[jax.stages.Compiled]:
     """Lowers one after the other, and compiles side by side: XLA lets go of Python meanwhile."""
     with explain_out_of_memory("while compiling"), ThreadPoolExecutor() as pool:
         try:
-            compilations = [pool.submit(lower().compile) for lower in lowerings]
+            compilations = [pool.submit(lower().compile, options) for lower in lowerings]
             return [compilation.result() for compilation in compilations]
         except NotImplementedError as error:  # a kernel asked for by name
             raise UsageError(f"this model cannot run as asked: {error}") from error
+
+
+def compiler_options(decoder: Decoder) -> dict[str, Any]:
+    """What XLA is told for the programs of a decoder, besides the flags of the process.
+
+    A Mosaic kernel in a command buffer is a CUDA graph of its own there (jax 0.11), which nothing lets start before the
+    kernel before it has ended. So XLA makes none where kernels last long enough for the host to launch the next ones
+    meanwhile: an 8B model decodes 8% faster without (docs/performance.md), a model of half its width slower.
+    """
+    if jax.default_backend() != "gpu" or decoder.scan_layers:
+        return {}
+    weights = [linear.weight.get_value() for linear in _linears(decoder)]
+    packed = [w for w in weights if isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA]  # Mosaic's
+    num_bytes = sum(weight.packed.size for weight in packed) / len(decoder.layers)
+    return {"xla_gpu_graph_min_graph_size": _NO_GRAPHS} if num_bytes >= _LARGE_LAYER else {}
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:
@@ -306,8 +332,11 @@ def cycles_per_check(plan: DecodingPlan) -> int:
 
 def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
     """Lays every 4-bit linear out for kernels that serve the precisions; True if any was not."""
-    linears = [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
-    return sum(linear.lay_out_for(precisions) for linear in linears) > 0
+    return sum(linear.lay_out_for(precisions) for linear in _linears(decoder)) > 0
+
+
+def _linears(decoder: Decoder) -> list[Linear]:
+    return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 
 def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:

@@ -7,8 +7,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from pallas_kernels import Layout
 from qspec_jax import programs
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.linear import Linear
+from qspec_jax.modeling import Decoder
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.types import Precision
 from tests import tiny
@@ -22,6 +27,39 @@ def test_only_a_loop_on_a_gpu_looks_seldom_whether_to_go_on(monkeypatch):
     assert programs.cycles_per_check(PLAIN) > programs.cycles_per_check(CYCLES) > 1
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert programs.cycles_per_check(PLAIN) == programs.cycles_per_check(CYCLES) == 1
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weights_are_at_rest_in_programs_that_take_them_layer_by_layer(monkeypatch, scan_layers):
+    seen = set()
+    original = Linear.partial_sums
+
+    def watched(linear, x, *, precision):
+        seen.add(linear.weight_at_rest)
+        return original(linear, x, precision=precision)
+
+    monkeypatch.setattr(Linear, "partial_sums", watched)
+    decoder = tiny.decoder(scan_layers=scan_layers)
+    programs.Programs(decoder).lower_loop(PLAIN, programs.Shape(rows=1, slots=64))
+    assert seen == {not scan_layers}
+    assert not any(linear.weight_at_rest for linear in programs._linears(decoder))
+
+
+def test_xla_makes_no_command_buffers_of_large_layers_on_a_gpu(monkeypatch):
+    def decoder(hidden_size, layout):
+        config = ModelConfig.from_hf(
+            {**tiny.BASE_HF_CONFIG, "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
+        )
+        made = nnx.eval_shape(lambda: Decoder(config, quantization=QuantConfig(), scan_layers=False))
+        for linear in programs._linears(made):
+            linear.weight.set_value(dataclasses.replace(linear.weight.get_value(), layout=layout))
+        return made
+
+    large, small, planes = (decoder(*a) for a in ((4096, Layout.WGMMA), (2048, Layout.WGMMA), (4096, Layout.PLANES)))
+    assert programs.compiler_options(large) == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert programs.compiler_options(large) == {"xla_gpu_graph_min_graph_size": 1_000_000}
+    assert programs.compiler_options(small) == programs.compiler_options(planes) == {}
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "qspec"])

@@ -100,7 +100,7 @@ def _gate_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = _exists(gate_ref.shape, num_inputs)
+    exists = _exists(gate_ref.shape, num_inputs, interpret=interpret)
     product = _gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
@@ -119,7 +119,7 @@ def _quantize_piece(
 ):
     of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * _PIECE < num_inputs
     magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
-    exists = _exists(product_ref.shape, num_inputs)
+    exists = _exists(product_ref.shape, num_inputs, interpret=interpret)
     product = plgpu.load(product_ref, mask=exists, other=jnp.zeros((), product_ref.dtype)).astype(jnp.float32)
     quantizer.store_quantized(
         product,
@@ -132,9 +132,10 @@ def _quantize_piece(
     )
 
 
-def _exists(shape: tuple[int, int], num_inputs: int) -> Array:
+def _exists(shape: tuple[int, int], num_inputs: int, *, interpret: bool) -> Array:
     """Which values of a program's piece are of the token."""
-    return pl.program_id(1) * _PIECE + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
+    first = tiles.start_next(pl.program_id(1), interpret=interpret) * _PIECE
+    return first + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

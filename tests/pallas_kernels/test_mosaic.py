@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +38,16 @@ def test_w4a8_lowers(shape, num_rows):
     x = QuantizedActivation(codes, scale, None, bits=8)
     assert w4a4_mosaic.obstacle(x, weight) is None
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 256])
+@pytest.mark.parametrize("shape", [SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], ids=str)
+def test_only_a_weight_at_rest_is_read_before_the_kernel_before_has_ended(shape, num_rows):
+    weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=jnp.bfloat16)
+    at_rest = cuda_program(functools.partial(w4a16_mosaic.w4a16_matmul, weight_at_rest=True), x, weight)
+    computed = cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
+    assert "griddepcontrol.wait" in at_rest
+    assert "griddepcontrol" not in computed
 
 
 @pytest.mark.parametrize(

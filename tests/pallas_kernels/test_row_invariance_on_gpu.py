@@ -151,3 +151,34 @@ def test_partial_sums_that_the_norm_adds_give_the_bits_of_the_whole_matmul(k, n,
     assert jax.eval_shape(multiply, rows, weight).parts.shape[0] > 1
     in_parts = assert_each_row_stands_alone(lambda x, rows: added(x, rows, weight, summed=False), x, rows)
     jax.tree.map(np.testing.assert_array_equal, in_parts, added(x, rows, weight, summed=True))
+
+
+@pytest.mark.parametrize("bits", [16, 8], ids=["w4a16", "w4a8"])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (14336, 4096), (4096, 6144), (4096, 28672)], ids=str)
+def test_a_weight_read_before_the_kernel_before_has_ended_gives_the_same_bits(k, n, bits):
+    """In a chain of kernels that let the next one start early, many times over: a race need not show at once."""
+    weights = [with_layout(packed_weight(n, k, 128, symmetric=True, seed=s), Layout.WGMMA) for s in range(3)]
+    gain = random_rows(k, dtype=jnp.bfloat16, seed=2)
+    settings = {"epsilon": EPSILON, "implementation": "triton"}
+
+    @functools.partial(jax.jit, static_argnames="at_rest")
+    def chain(x, weights, *, at_rest):
+        results = []
+        for weight in weights * 4:
+            options = {"weight_at_rest": at_rest, "implementation": "mosaic"}
+            if bits == 16:
+                x = rms_norm(x, gain, **settings)
+                y = value_of(w4a16_partial_sums(x, weight, **options))
+            else:
+                codes = rms_norm_quantize(x, gain, bits=8, layout=weight.layout, **settings)
+                y = value_of(w4a4_partial_sums(codes, weight, dtype=x.dtype, **options))
+            results.append(y)
+            x = x + jnp.tile(y, -(-k // n))[:, :k]
+        return results
+
+    for num_rows in (1, 4, 16, 64, 256):
+        x = random_rows(num_rows, k, dtype=jnp.bfloat16)
+        expected = chain(x, weights, at_rest=False)
+        for _ in range(20):
+            equal = jax.tree.map(jnp.array_equal, chain(x, weights, at_rest=True), expected)
+            assert all(map(bool, equal)), num_rows
