@@ -75,13 +75,13 @@ class Measurement:
 
     @property
     def kernel_ms(self) -> float | None:
-        """Time in which kernels run."""
+        """The times of all kernels, added up, of which several may run at once."""
         return None if self.kernels is None else sum(microseconds for _, _, microseconds in self.kernels) / 1e3
 
     @property
     def idle_share(self) -> float | None:
-        """Share of the time in which no kernel runs."""
-        if self.kernel_ms is None or self.milliseconds is None:
+        """Share of the time in which no kernel runs; None also where kernels overlap by more than that."""
+        if self.kernel_ms is None or self.milliseconds is None or self.kernel_ms > self.milliseconds:
             return None
         return 1 - self.kernel_ms / self.milliseconds
 

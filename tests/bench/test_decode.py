@@ -199,7 +199,7 @@ def test_speculation_needs_all_of_its_parts():
 
 def with_idle_loops(monkeypatch):
     """Loops that are there at once and do nothing."""
-    lowered = types.SimpleNamespace(compile=lambda: lambda leaves, state, repetitions: state)
+    lowered = types.SimpleNamespace(compile=lambda options: lambda leaves, state, repetitions: state)
     monkeypatch.setattr(Programs, "lower_repetition", lambda self, *arguments, **options: lowered)
 
 
@@ -238,6 +238,15 @@ def test_the_breakdown_adds_up_launches_per_step_and_what_is_left_is_idle(tmp_pa
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["4.00", "2", "matmul"] in rows
     assert rows.index(["4.00", "2", "matmul"]) < rows.index(["0.50", "1", "norm"])
+
+
+def test_how_long_nothing_runs_is_not_known_where_kernels_overlap(tmp_path, capsys, monkeypatch):
+    with_kernels(monkeypatch, [("matmul", 1e6)] * 8)
+    code, report = report_of(tmp_path, "--mode", "w4a16")
+    assert code == 0
+    (one,) = report["measurements"]
+    assert one["kernel_ms"] > one["milliseconds"]
+    assert one["idle_share"] is None
 
 
 def test_a_loop_whose_kernels_are_not_recorded_is_no_idle_loop(tmp_path, capsys, monkeypatch):
