@@ -25,10 +25,10 @@ from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
 from pallas_kernels.rotate_and_write import rotate_and_write
+from pallas_kernels.swiglu import swiglu
 from pallas_kernels.swiglu_hadamard import swiglu_hadamard
 from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
 from pallas_kernels.swiglu_quantize import swiglu_quantize
-from pallas_kernels.swiglu_quantize.reference import swiglu
 from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
 from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul, w4a16_partial_sums
 

@@ -171,7 +171,7 @@ class MLP(nnx.Module):
         quantization = self.down.input_quantization(precision)
         if self.down_hadamard is None:
             if quantization is None:
-                return pallas_kernels.swiglu(gate_up)
+                return pallas_kernels.swiglu(gate_up, implementation=other_kernels(self.down.kernels))
             return pallas_kernels.swiglu_quantize(gate_up, **quantization)
         if quantization is None:
             return pallas_kernels.swiglu_hadamard(

@@ -200,14 +200,16 @@ def test_decodes_ask_for_the_attention_kernel_and_prefills_for_the_reference(mon
         asked.append((operation.__name__, arguments[0].shape[1], implementation))
         return operation(*arguments, **settings)
 
-    for operation in (pallas_kernels.decode_attention, pallas_kernels.rotate_and_write, pallas_kernels.rms_norm):
-        monkeypatch.setattr(pallas_kernels, operation.__name__, functools.partial(without_a_name, operation))
+    for name in ("decode_attention", "rotate_and_write", "rms_norm", "swiglu"):
+        monkeypatch.setattr(pallas_kernels, name, functools.partial(without_a_name, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(quantization=None, kernels=kernels)
     for num_tokens in (MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1):
         logits_of(decoder, TOKENS[:, :num_tokens], Precision.FLOAT)
     assert [call for call in asked if call[0] != "rms_norm"] == [
         ("rotate_and_write", 17, expected),
         ("decode_attention", 17, expected),
+        ("swiglu", 17, expected),
         ("rotate_and_write", 18, expected),
         ("decode_attention", 18, "reference"),
+        ("swiglu", 18, expected),
     ]

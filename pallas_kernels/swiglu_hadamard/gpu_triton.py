@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.hadamard import gpu_triton as transforms
-from pallas_kernels.swiglu_quantize.gpu_triton import gated
+from pallas_kernels.swiglu.gpu_triton import gated
 
 _MANY_TOKENS = 64  # that keep a GPU busy with a program per section
 _MAX_TILES = 5  # that a program holds in registers

@@ -11,7 +11,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels.hadamard.reference import hadamard
-from pallas_kernels.swiglu_quantize.reference import swiglu
+from pallas_kernels.swiglu.reference import swiglu
 
 
 def swiglu_hadamard(gate_up: Float[Array, "*batch two_K"], *, block: int) -> Float[Array, "*batch K"]:

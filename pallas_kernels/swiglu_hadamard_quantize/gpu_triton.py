@@ -23,8 +23,8 @@ from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.hadamard import gpu_triton as transforms
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.swiglu.gpu_triton import gated
 from pallas_kernels.swiglu_hadamard import gpu_triton as floats
-from pallas_kernels.swiglu_quantize.gpu_triton import gated
 
 _STATIC = ("block", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 _MAX_TOKEN = 32768  # values that one program transforms and quantises

@@ -10,28 +10,23 @@ tokens instead: the first finds the largest magnitude of each, the second quanti
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
 from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.swiglu import gpu_triton as gating
 
-_PIECE = 1024  # values of a token in a program of the two kernels
 # Where the two are used. Compared with one program on an H100 with 14,336 values and one token (docs/performance.md).
 _LONG_TOKEN, _FEW_TOKENS = 4096, 64
 _STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
-
-# Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.
-_RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
 
 obstacle = quantizer.obstacle  # the blocks are those of quantize_activations
 
@@ -55,17 +50,16 @@ def _gate_then_quantize(
 ) -> QuantizedActivation:
     *batch, _ = gate_up.shape
     halves = gate_up.reshape(-1, 2, group_size)
-    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, _PIECE)
+    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, gating.PIECE)
     options: dict[str, Any] = {
         "grid": (num_tokens, num_pieces),
-        "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=1),
+        "compiler_params": plgpu.CompilerParams(num_warps=gating.NUM_WARPS, num_stages=1),
         "interpret": interpret,
     }
-    half_specs = [pl.BlockSpec((None, 1, _PIECE), lambda row, part, half=half: (row, half, part)) for half in range(2)]
-    piece_spec = pl.BlockSpec((None, 1, _PIECE), lambda row, part: (row, 0, part))
+    piece_spec = pl.BlockSpec((None, 1, gating.PIECE), lambda row, part: (row, 0, part))
     product, magnitudes = pl.pallas_call(
         functools.partial(_gate_piece, num_inputs=group_size, interpret=interpret),
-        in_specs=half_specs,
+        in_specs=gating.half_specs(),
         out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, part))],
         out_shape=[
             jax.ShapeDtypeStruct((num_tokens, 1, group_size), gate_up.dtype),
@@ -100,8 +94,8 @@ def _gate_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = _exists(gate_ref.shape, num_inputs, interpret=interpret)
-    product = _gated(gate_ref, up_ref, exists, interpret=interpret)
+    exists = gating.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
+    product = gating.load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
 
@@ -117,9 +111,9 @@ def _quantize_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * _PIECE < num_inputs
+    of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * gating.PIECE < num_inputs
     magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
-    exists = _exists(product_ref.shape, num_inputs, interpret=interpret)
+    exists = gating.exists_in_piece(product_ref.shape, num_inputs, interpret=interpret)
     product = plgpu.load(product_ref, mask=exists, other=jnp.zeros((), product_ref.dtype)).astype(jnp.float32)
     quantizer.store_quantized(
         product,
@@ -132,12 +126,6 @@ def _quantize_piece(
     )
 
 
-def _exists(shape: tuple[int, int], num_inputs: int, *, interpret: bool) -> Array:
-    """Which values of a program's piece are of the token."""
-    first = tiles.start_next(pl.program_id(1), interpret=interpret) * _PIECE
-    return first + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
-
-
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **settings: Any) -> QuantizedActivation:
     *batch, both = gate_up.shape
@@ -148,7 +136,7 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         return halves, lambda *block: pl.BlockSpec((None, None, *block), lambda row, part: (row, index, part, 0))
 
     product, _ = quantizer.launch_producer(
-        functools.partial(_gated, interpret=interpret),
+        functools.partial(gating.load_gated, interpret=interpret),
         [half(0), half(1)],
         shape=(*batch, both // 2),
         group_size=group_size,
@@ -158,34 +146,3 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         **settings,
     )
     return product
-
-
-def _gated(
-    gate_ref,  # [block_groups, block_group]
-    up_ref,  # [block_groups, block_group]
-    exists: Array,
-    *,
-    interpret: bool,
-) -> Array:
-    gate, up = (
-        plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in (gate_ref, up_ref)
-    )
-    return gated(gate, up, dtype=gate_ref.dtype, reciprocal=quantizer.reciprocal, interpret=interpret)
-
-
-def approximate_reciprocal(x: Array, *, interpret: bool) -> Array:
-    """``1 / x`` in float32, for kernels that are short of registers."""
-    return 1 / x if interpret else tiles.inline_asm(_RECIPROCAL, x, constraints="=f,f", dtype=jnp.float32)
-
-
-def gated(
-    gate: Array,
-    up: Array,
-    *,
-    dtype: DTypeLike,
-    reciprocal: Callable[..., Array] = approximate_reciprocal,
-    interpret: bool,
-) -> Array:
-    """``silu(gate) * up`` of float32 blocks, rounded to ``dtype``, in float32."""
-    sigmoid = reciprocal(1 + jnp.exp(-gate), interpret=interpret)
-    return quantizer.rounded_to(gate * sigmoid * up, dtype, interpret=interpret)

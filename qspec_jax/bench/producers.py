@@ -41,12 +41,14 @@ class _Producer:
 
 
 _rotate = functools.partial(hadamard, implementation=REFERENCE)
+_gate = functools.partial(swiglu, implementation=REFERENCE)
 _gate_and_rotate = functools.partial(swiglu_hadamard, implementation=REFERENCE)
 _PRODUCERS = {
     "quantize_a8": _Producer(quantize_activations, 1, None),
     "quantize_a4": _Producer(quantize_activations, 1, None),
-    "swiglu_a8": _Producer(swiglu_quantize, 2, swiglu),
-    "swiglu_a4": _Producer(swiglu_quantize, 2, swiglu),
+    "swiglu": _Producer(swiglu, 2, _gate),
+    "swiglu_a8": _Producer(swiglu_quantize, 2, _gate),
+    "swiglu_a4": _Producer(swiglu_quantize, 2, _gate),
     "hadamard": _Producer(hadamard, 1, _rotate),
     "swiglu_hadamard": _Producer(swiglu_hadamard, 2, _gate_and_rotate),
     "swiglu_hadamard_a8": _Producer(swiglu_hadamard_quantize, 2, _gate_and_rotate),

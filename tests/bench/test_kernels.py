@@ -37,7 +37,7 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
     code, report = measured(tmp_path, "--rows", "3", "--group-size", "64", "--asymmetric")
     assert code == 0
     found = report["measurements"]
-    produced = ["quantize_a8", "quantize_a4", "swiglu_a8", "swiglu_a4"]
+    produced = ["quantize_a8", "quantize_a4", "swiglu", "swiglu_a8", "swiglu_a4"]
     produced += ["hadamard", "swiglu_hadamard", "swiglu_hadamard_a8", "swiglu_hadamard_a4"]
     assert [one["op"] for one in found] == ["bf16", "w4a16", "w4a8", "w4a4", *produced]
     for one in found:
@@ -62,6 +62,7 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
         "w4a4": grouped_codes + weight + sums + out,
         "quantize_a8": rows + codes,
         "quantize_a4": rows + grouped_codes,
+        "swiglu": 2 * rows + rows,
         "swiglu_a8": 2 * rows + codes,
         "swiglu_a4": 2 * rows + grouped_codes,
         "hadamard": rows + rows,

@@ -17,6 +17,7 @@ from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
+from pallas_kernels.swiglu import gpu_triton as plain_swiglu_triton
 from pallas_kernels.swiglu_hadamard import gpu_triton as swiglu_hadamard_triton
 from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as swiglu_hadamard_quantize_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
@@ -136,6 +137,16 @@ def test_codes_in_the_order_of_a_wgmma_weight_take_no_kernel_more(k, group_size)
     )
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 2 if group_size == k >= 4096 else 1]
     assert not any("transpose" in program or "gather" in program for program in programs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shape", [(1, 14336), (3, 5, 1536), (70000, 18944), (5, 99)], ids=str)
+def test_swiglu_lowers_to_one_kernel_that_reads_the_halves_in_place(shape, dtype):
+    gate_up = array(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    program = cuda_program(plain_swiglu_triton.swiglu, gate_up)
+    assert program.count(KERNEL_CALL) == 1
+    assert "stablehlo.slice" not in program
+    assert "stablehlo.convert" not in program
 
 
 @pytest.mark.parametrize("num_rows", [1, 17, 64, 256])
@@ -292,6 +303,7 @@ def test_kernels_beside_the_matmuls_let_the_next_one_start_early(monkeypatch):
         (1, functools.partial(plain_norm_triton.rms_norm, **norm), [x, gain]),
         (1, functools.partial(norm_triton.rms_norm_quantize, **norm, **whole), [x, gain]),
         (1, functools.partial(quantize_triton.quantize_activations, **whole), [x]),
+        (1, plain_swiglu_triton.swiglu, [gate_up]),
         (2, functools.partial(swiglu_triton.swiglu_quantize, group_size=14336, **settings), [gate_up]),
         (1, rotate_triton.rotate_and_write, [qkv, rotation, rotation, cache, cache, lengths]),
         (2, attend, [query, cache, cache, lengths]),

@@ -22,6 +22,7 @@ from pallas_kernels import (
     rms_norm,
     rms_norm_quantize,
     rotate_and_write,
+    swiglu,
     swiglu_quantize,
     w4a4_matmul,
     w4a16_matmul,
@@ -45,6 +46,7 @@ def calls(implementation):
         "quantize_activations": lambda: quantize_activations(x, **named).codes,
         "rms_norm": lambda: rms_norm(x, gain, epsilon=1e-5, implementation=implementation),
         "rms_norm_quantize": lambda: rms_norm_quantize(x, gain, epsilon=1e-5, **named).codes,
+        "swiglu": lambda: swiglu(x, implementation=implementation),
         "swiglu_quantize": lambda: swiglu_quantize(x, **named).codes,
         "decode_attention": lambda: decode_attention(heads, cache, cache, lengths, implementation=implementation),
         "rotate_and_write": lambda: rotate_and_write(
@@ -60,6 +62,7 @@ OPS = (
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",
+    "swiglu",
     "swiglu_quantize",
     "decode_attention",
     "rotate_and_write",

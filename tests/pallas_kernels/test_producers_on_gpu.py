@@ -1,4 +1,4 @@
-"""The fused producers on an NVIDIA GPU at the shapes of real models, against what they specify."""
+"""What quantises its own result, and the gated unit in float, on an NVIDIA GPU at the shapes of real models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, rms_norm_quantize, swiglu_quantize
-from tests.pallas_kernels.kernel_cases import assert_nearly_the_same, random_rows, swiglu_in_float64
+from pallas_kernels import quantize_activations, rms_norm_quantize, swiglu, swiglu_quantize
+from tests.pallas_kernels.kernel_cases import (
+    assert_nearly_the_same,
+    assert_rounded_once,
+    assert_the_same,
+    random_rows,
+    swiglu_in_float64,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,6 +22,7 @@ pytestmark = [
 ]
 
 ROWS = (1, 5, 128)
+FLOAT_ROWS = (1, 6, 257)  # the last of a prefill
 EPSILON = 1e-5
 EQUAL_CODES = 0.995
 # Inputs, group size and outlier groups.
@@ -64,12 +71,39 @@ def test_swiglu_rounds_once_and_each_token_stands_alone(shape, dtype, bits, symm
     assert_rows_agree(outputs, outputs[max(ROWS)])
 
 
-@pytest.mark.parametrize(("implementation", "num_kernels"), [(None, 2), ("triton", 2), ("reference", 0)])
+# SmolLM2, Llama-3-8B, Qwen2.5-7B, Llama-3-70B; a last piece that is masked, and rows that are not aligned.
+@dtypes
+@pytest.mark.parametrize("k", [1536, 14336, 18944, 28672, 1000, 1025])
+def test_float_swiglu_rounds_once_and_each_token_stands_alone(k, dtype):
+    gate_up = random_rows(max(FLOAT_ROWS), 2 * k, dtype=dtype)
+    outputs = {m: swiglu(gate_up[:m], implementation="triton") for m in FLOAT_ROWS}
+    assert outputs[1].dtype == dtype
+    assert_rows_agree(outputs, outputs[max(FLOAT_ROWS)])
+    out = outputs[max(FLOAT_ROWS)]
+    assert_rounded_once(out, swiglu_in_float64(gate_up))
+    # XLA may round to 16 bits after each operation of silu, too.
+    expected = np.asarray(swiglu(gate_up, implementation="reference"), np.float64)
+    bound = 2 * float(jnp.finfo(dtype).eps) + 2e-6
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=bound, atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize(("k", "group_size"), [(1536, 1536), (1536, 32), (14336, 14336), (14336, 128)])
+def test_drafts_quantise_the_product_that_float_swiglu_writes(k, group_size, dtype):
+    gate_up = random_rows(65, 2 * k, dtype=dtype)
+    for num_rows in (5, 65):  # some tokens are taken in pieces, more of them whole
+        settings = {"bits": 8, "group_size": group_size, "implementation": "triton"}
+        product = swiglu(gate_up[:num_rows], implementation="triton")
+        assert_the_same(swiglu_quantize(gate_up[:num_rows], **settings), quantize_activations(product, **settings))
+
+
+@pytest.mark.parametrize(("implementation", "num_kernels"), [(None, 3), ("triton", 3), ("reference", 0)])
 def test_none_takes_triton(implementation, num_kernels):
     x, gain, gate_up = random_rows(3, 576), random_rows(576, seed=2), random_rows(3, 1152)
 
-    def both():
+    def all_of_them():
         settings = {"bits": 8, "implementation": implementation}
-        return rms_norm_quantize(x, gain, epsilon=EPSILON, **settings), swiglu_quantize(gate_up, **settings)
+        norm, product = rms_norm_quantize(x, gain, epsilon=EPSILON, **settings), swiglu_quantize(gate_up, **settings)
+        return norm, product, swiglu(gate_up, implementation=implementation)
 
-    assert jax.jit(both).lower().as_text().count("__gpu$xla.gpu.triton") == num_kernels
+    assert jax.jit(all_of_them).lower().as_text().count("__gpu$xla.gpu.triton") == num_kernels
