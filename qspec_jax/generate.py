@@ -98,10 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     defaults = _defaults(arguments)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
-    model = _load(arguments)
-    plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
-    stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
-    if stream and not arguments.json:
+    model = _load(arguments, lines, defaults)
+    plan = _plan(model, arguments)
+    if _streams(arguments):
         _stream_text(model, lines, arguments, defaults)
         return 0
     pipeline = _start(model, plan, lines, arguments, defaults)
@@ -118,6 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
     return _complain(results)
 
 
+def _streams(arguments: argparse.Namespace) -> bool:
+    stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
+    return stream and not arguments.json
+
+
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
     names = ("model", "mode", "draft", "draft_length", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {name: getattr(arguments, name) for name in names}
@@ -128,8 +132,8 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
             say(f"{first} of {len(lines)} results are in {arguments.output} already")
         if first == len(lines):
             return 0
-        model = _load(arguments)
-        plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
+        model = _load(arguments, lines, defaults)
+        plan = _plan(model, arguments)
         pipeline = _start(model, plan, lines, arguments, defaults, first=first)
         results = []
         for line, result in zip(lines[first:], pipeline.results(progress=sys.stderr.isatty()), strict=True):
@@ -250,7 +254,11 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--draft-length {arguments.draft_length} must be at most 16")
 
 
-def _load(arguments: argparse.Namespace) -> LanguageModel:
+def _plan(model: LanguageModel, arguments: argparse.Namespace) -> DecodingPlan:
+    return model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
+
+
+def _load(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> LanguageModel:
     say("starting ...")
     store = keep_compiled_programs()
     import qspec_jax
@@ -259,12 +267,22 @@ def _load(arguments: argparse.Namespace) -> LanguageModel:
     if quantization and arguments.group_size is not None:
         group_size = None if arguments.group_size == _WHOLE_ROW else int(arguments.group_size)
         quantization = qspec_jax.QuantConfig(group_size=group_size)
+
+    def compile_meanwhile(model: LanguageModel) -> None:
+        model.programs.store = store
+        streamed = arguments.output is None and _streams(arguments)
+        wanted, one = (
+            (lines[:1], argparse.Namespace(**vars(arguments) | {"slots": 1})) if streamed else (lines, arguments)
+        )
+        _start(model, _plan(model, arguments), wanted, one, defaults).compile()
+
     model = qspec_jax.load(
         arguments.model,
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         progress=sys.stderr.isatty(),
+        meanwhile=compile_meanwhile,
     )
     model.programs.store = store
     return model

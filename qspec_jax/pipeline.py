@@ -86,6 +86,14 @@ class Pipeline:
         else:
             self._entries.append(_Entry(result=request))
 
+    def compile(self) -> None:
+        """Compiles what the requests so far need, which otherwise waits for the first result to be taken.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`LanguageModel.generate`.
+        """
+        self._scheduler.compile()
+
     def results(self, *, progress: bool = False) -> Iterator[GenerationResult]:
         """Runs the batch, and yields the result of each request as soon as those before it are finished, too.
 

@@ -124,8 +124,8 @@ def passed_over() -> Iterator[None]:
 def _is_foreign(decoder: Decoder) -> bool:
     """Whether it is more than this library's code on one device of one process."""
     modules = {type(module).__module__.partition(".")[0] for _, module in nnx.iter_modules(decoder)}
-    on = _devices(jax.tree.leaves(nnx.state(decoder)))
-    return not modules <= {*_OWN_PACKAGES} or len(on) != 1 or jax.process_count() > 1
+    elsewhere = _devices(jax.tree.leaves(nnx.state(decoder))) - {jax.devices()[0]}
+    return not modules <= {*_OWN_PACKAGES} or bool(elsewhere) or jax.process_count() > 1
 
 
 def _ingredients(decoder: Decoder) -> Mapping[str, Any] | None:
@@ -138,7 +138,7 @@ def _ingredients(decoder: Decoder) -> Mapping[str, Any] | None:
         return None
     found = {
         "graph": statics,
-        "arrays": repr([(leaf.aval, leaf.format, leaf.committed) for leaf in leaves]),
+        "arrays": repr([_description(leaf) for leaf in leaves]),
         "source": _source(),
         "versions": _versions(),
         "config": repr([(name, getattr(jax.config, name, value)) for name, value in sorted(jax.config.values.items())]),
@@ -177,8 +177,19 @@ def _source() -> str:
     return digest.hexdigest()
 
 
-def _devices(leaves: Iterable[jax.Array]) -> set[Any]:
-    return {device for leaf in leaves for device in leaf.sharding.device_set}
+def _description(leaf: Any) -> tuple[Any, ...]:
+    """Of an array, or of the shape of one that is not there yet and will lie as arrays do by default."""
+    described = leaf.shape, str(leaf.dtype), leaf.weak_type
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return described
+    order = leaf.format.layout.major_to_minor
+    unusual = leaf.committed or tuple(order) != tuple(range(leaf.ndim))
+    return (*described, leaf.format, leaf.committed) if unusual else described
+
+
+def _devices(leaves: Iterable[Any]) -> set[Any]:
+    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))
+    return {device for leaf in arrays for device in leaf.sharding.device_set}
 
 
 def _digest(key: str, data: bytes) -> bytes:

@@ -112,6 +112,7 @@ class Programs:
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
+        self._fitting: set[Shape] = set()  # whose caches were found to fit beside the weights
         self._split()
 
     def __len__(self) -> int:
@@ -130,6 +131,13 @@ class Programs:
                 linear.weight_at_rest = True
         return decoder
 
+    def adopt(self, others: Programs) -> None:
+        """Takes the programs that were compiled for the shapes of this decoder before its arrays were there."""
+        ours, theirs = ((one._graph, one._structure, _described(one.leaves)) for one in (self, others))
+        if ours == theirs:
+            self.compiled |= others.compiled
+            self.num_compilations += others.num_compilations
+
     def compile(
         self,
         plan: DecodingPlan,
@@ -145,12 +153,13 @@ class Programs:
             UsageError: the kernels asked for by name do not serve this model.
         """
         fills = {_fill_key(plan, shape, width): width for width in widths}
-        if self.compiled.keys() >= {*fills, _loop_key(plan, shape)}:
+        if self.compiled.keys() >= {*fills, _loop_key(plan, shape)} and shape in self._fitting:
             return
         wanted = {key: functools.partial(self.lower_fill, plan, shape, width) for key, width in fills.items()}
         wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
         self.prepare(plan)
         self.check_cache(rows=shape.rows, slots=shape.slots)
+        self._fitting.add(shape)
         began = time.perf_counter()
         missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
         keys = {} if self.store is None else program_keys(missing, self.decoder)
@@ -166,7 +175,7 @@ class Programs:
         """Those programs with a key that the store has, read side by side."""
         if self.store is None or not keys:
             return {}
-        (device,) = self.leaves[0].devices()
+        device = jax.devices()[0]  # the default device: decoders that are elsewhere have no keys
         with ThreadPoolExecutor() as pool:
             programs = pool.map(functools.partial(self.store.load, device=device), keys.values())
             return {name: program for name, program in zip(keys, programs, strict=True) if program is not None}
@@ -290,6 +299,10 @@ class Programs:
         cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=slots))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
+
+
+def _described(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
 
 
 def _compile_all(

@@ -204,14 +204,23 @@ class Scheduler:
                 self._rows[row] = None
                 self._retired[row] = not finished[row]
 
-    def _let_in(self) -> None:
-        """Compiles what the requests need, and gives idle rows to those that wait."""
+    def compile(self) -> Shape:
+        """Compiles what the requests so far need; the shape of the programs.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
+        """
         wanted = self.shape._replace(features=self._features)
         compiled_s = self._programs.compile_s
         self._programs.compile(self._plan, wanted, self._widths, on_event=self._on_event)
         if seconds := self._programs.compile_s - compiled_s:
             self.totals.compile_s += seconds
             self._clock = _Clock()
+        return wanted
+
+    def _let_in(self) -> None:
+        """Compiles what the requests need, and gives idle rows to those that wait."""
+        wanted = self.compile()
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
         elif wanted != self.shape:

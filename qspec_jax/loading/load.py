@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import pallas_kernels
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.checkpoint import is_checkpoint, open_checkpoint, restore_decoder, save_checkpoint
+from qspec_jax.checkpoint.arrays import abstract_decoder
 from qspec_jax.compilation_cache import enable_compilation_cache
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
@@ -26,6 +28,7 @@ from qspec_jax.linear import Linear
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
 from qspec_jax.modeling import Decoder
+from qspec_jax.programs import Programs
 from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -38,6 +41,7 @@ def load(
     dtype: str | None = None,
     kernels: str = "auto",
     progress: bool = False,
+    meanwhile: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
     """Loads a model onto the default device, quantising it tensor by tensor.
 
@@ -56,6 +60,8 @@ def load(
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
         progress: show a bar on the standard error stream.
+        meanwhile: called in a thread, while the weights are read, with a model that has only their shapes. What it
+            compiles (:meth:`Pipeline.compile`) the loaded model has, too; what goes wrong there comes to nothing.
 
     Returns:
         a model ready to :meth:`~qspec_jax.LanguageModel.generate`.
@@ -69,21 +75,39 @@ def load(
         enable_compilation_cache()
     path = resolve_model(model)
     shown = _progress_bar(f"loading {path.name}") if progress else iter
+    read: Callable[..., Decoder]
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
+        config, formats = checkpoint.manifest.model, checkpoint.manifest.formats
         quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
-        with _meanwhile(checkpoint.tokenizer) as tokenizer:
-            placement["progress"] = while_it_opens(tokenizer, shown)
-            decoder = restore_decoder(checkpoint, quantization=quantization, **placement)
+        open_its_tokenizer, read = checkpoint.tokenizer, functools.partial(restore_decoder, checkpoint)
     else:
-        quantization = QuantConfig() if quantization == "auto" else quantization
         source = open_source(path)
-        formats = weight_formats(source, quantization)
-        with _meanwhile(lambda: open_tokenizer(path)) as tokenizer:
-            placement["progress"] = while_it_opens(tokenizer, shown)
-            decoder = load_decoder(source, quantization=quantization, formats=formats, **placement)
-    kernels = kernels_in_use(decoder, kernels)
-    return LanguageModel(decoder, tokenizer.result(), quantization=quantization, kernels=kernels, name=path.name)
+        quantization = QuantConfig() if quantization == "auto" else quantization
+        config, formats = source.config, weight_formats(source, quantization)
+        open_its_tokenizer = functools.partial(open_tokenizer, path)
+        read = functools.partial(load_decoder, source, formats=formats)
+
+    def model_of(decoder: Decoder, tokenizer: Tokenizer | None) -> LanguageModel:
+        in_use = kernels_in_use(decoder, kernels)
+        return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=in_use, name=path.name)
+
+    def ahead(tokenizer: Future[Tokenizer | None]) -> Programs | None:
+        if meanwhile is None:
+            return None
+        shell = abstract_decoder(config, quantization=quantization, formats=formats, **placement)
+        meanwhile(model := model_of(shell, tokenizer.result()))
+        return model.programs
+
+    # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+        tokenizer = pool.submit(open_its_tokenizer)
+        compiled = pool.submit(ahead, tokenizer)
+        decoder = read(quantization=quantization, progress=while_it_opens(tokenizer, shown), **placement)
+    loaded = model_of(decoder, tokenizer.result())
+    if compiled.exception() is None and (programs := compiled.result()) is not None:
+        loaded.programs.adopt(programs)
+    return loaded
 
 
 def save(
@@ -163,13 +187,6 @@ def resolve_kernels(kernels: str) -> str:
             f"{', '.join(available)}"
         )
     return kernels
-
-
-@contextlib.contextmanager
-def _meanwhile(open_one: Callable[[], Tokenizer | None]) -> Iterator[Future[Tokenizer | None]]:
-    """Opens a tokenizer while weights are read: both wait for the disk, transformers for thousands of small files."""
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
-        yield pool.submit(open_one)
 
 
 def while_it_opens(

@@ -1,0 +1,95 @@
+"""Programs may be compiled from the shapes of a model while its weights are read."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import qspec_jax
+from qspec_jax.loading import load as loading
+from qspec_jax.programs import Programs
+from tests import tiny
+
+PROMPTS, OPTIONS = [[5, 6, 7], [8]], {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    qspec_jax.save(tiny.language_model(), path)
+    return path
+
+
+def load(path, **options):
+    return qspec_jax.load(path, kernels="reference", dtype="float32", **options)
+
+
+def compile_for_prompts(model):
+    pipeline = model.pipeline(batch_size=2, max_seq_len=64)
+    for prompt in PROMPTS:
+        pipeline.submit(prompt, **OPTIONS)
+    pipeline.compile()
+
+
+def token_ids(model):
+    pipeline = model.pipeline(batch_size=2, max_seq_len=64)
+    for prompt in PROMPTS:
+        pipeline.submit(prompt, **OPTIONS)
+    return [result.token_ids for result in pipeline.results()]
+
+
+def test_what_was_compiled_meanwhile_is_not_compiled_again(saved):
+    expected = token_ids(load(saved))
+    model = load(saved, meanwhile=compile_for_prompts)
+    compiled = model.num_compilations
+    assert compiled == 2  # the loop, and one width of filling
+    assert token_ids(model) == expected
+    assert model.num_compilations == compiled
+
+
+def test_compiling_does_not_wait_for_the_weights_nor_they_for_it(saved, monkeypatch):
+    """Each waits for the other to have begun: one after the other would never end."""
+    reading, compiling = threading.Event(), threading.Event()
+    restore = loading.restore_decoder
+
+    def read(*arguments, **options):
+        reading.set()
+        assert compiling.wait(60)
+        return restore(*arguments, **options)
+
+    def compile_meanwhile(model):
+        compiling.set()
+        assert reading.wait(60)
+        compile_for_prompts(model)
+
+    monkeypatch.setattr(loading, "restore_decoder", read)
+    assert load(saved, meanwhile=compile_meanwhile).num_compilations == 2
+
+
+def test_what_fails_meanwhile_comes_to_nothing(saved):
+    def fail(model):
+        raise RuntimeError("not now")
+
+    model = load(saved, meanwhile=fail)
+    assert model.num_compilations == 0
+    assert len(token_ids(model)) == len(PROMPTS)
+
+
+def test_programs_of_another_decoder_are_not_adopted(saved):
+    shapes = []
+    load(saved, meanwhile=lambda model: shapes.append((compile_for_prompts(model), model)[1]))
+    ((other),) = shapes
+    same, longer = load(saved), tiny.language_model(dtype="bfloat16")
+    same.programs.adopt(other.programs)
+    longer.programs.adopt(other.programs)
+    assert (len(same.programs), len(longer.programs)) == (2, 0)
+
+
+def test_a_cache_that_fitted_without_weights_is_looked_at_again_with_them(saved, monkeypatch):
+    model = load(saved, meanwhile=compile_for_prompts)
+    checked = []
+    monkeypatch.setattr(Programs, "check_cache", lambda self, **sizes: checked.append(sizes))
+    token_ids(model)
+    token_ids(model)
+    assert checked == [{"rows": 2, "slots": 64}]
