@@ -29,7 +29,7 @@ def launch(
     consume: Callable[[Pipeline], jax.Array],
     problem: Problem,
     config: MosaicConfig,
-    weight_at_rest: bool,
+    early: bool,
     name: str,
     groups_in_tiles: bool = True,
 ) -> jax.Array | PartialSums:
@@ -42,7 +42,8 @@ def launch(
         row_factor: ``[M]`` float32 that multiplies the product of each slice of K before any are added, or None.
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
             ``config.block_m``.
-        weight_at_rest: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended.
+        early: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended; see
+            :mod:`pallas_kernels.early_launch`.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
@@ -56,7 +57,7 @@ def launch(
     def body(x, packed_ref, *refs, **scratch):
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
         arrays = x, packed_ref, refs, len(columns), last[:-1], last[-1]
-        _Program(*arrays, problem, config, weight_at_rest, scratch).run(consume)
+        _Program(*arrays, problem, config, early, scratch).run(consume)
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
     partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
@@ -114,7 +115,7 @@ class _Program:
     out: Ref  # [split, M, N]
     problem: Problem
     config: MosaicConfig
-    weight_at_rest: bool
+    early: bool
     scratch: dict[str, Any]
 
     def run(self, consume: Callable[[Pipeline], jax.Array]) -> None:
@@ -125,14 +126,14 @@ class _Program:
         def _copy():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
-            first = self.copy_first_tiles() if self.weight_at_rest else 0
+            first = self.copy_first_tiles() if self.early else 0
             lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
 
         @pl.when(warpgroup < config.num_warpgroups)
         def _compute():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[1], action="increase")
-            if self.weight_at_rest:
+            if self.early:
                 plgpu.griddepcontrol_wait()  # factors are read, and results written, by these warpgroups
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
@@ -162,8 +163,7 @@ class _Program:
     def copy_first_tiles(self) -> int:
         """Fills the slots that need not be waited for, with weights first; returns their number.
 
-        This program was started while the kernel before it, which computes the rows, still ran. So its weight is on
-        its way before there are rows to multiply (programmatic dependent launch, CUDA programming guide).
+        The kernel before this one, which computes the rows, may still run.
         """
         config = self.config
         steps = min(config.num_stages - 1, self.problem.num_tiles // config.slices)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import tuning
+from pallas_kernels import early_launch, tuning
 from pallas_kernels.packing import QuantizedWeight
 
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
@@ -177,25 +177,12 @@ def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, p
 
 
 def start_next(index: jax.Array, *, interpret: bool) -> jax.Array:
-    """``index``, a program id: a kernel that uses it lets the one that comes next start while it runs itself.
-
-    That kernel waits for the end of this one where it first needs it: a Mosaic matmul behind the first copies of its
-    weight, any other where XLA makes it wait, at its start. What is gained is the time that starting takes
-    (programmatic dependent launch, of compute capability 9.0 and newer; elsewhere this does nothing).
-    """
-    if interpret or not _starts_early():
+    """``index``, a program id: a kernel that uses it signals at its start; see :mod:`pallas_kernels.early_launch`."""
+    if interpret or not early_launch.is_enabled():
         return index
     # A tensor of one value, of which every thread executes this once; used, or it would be removed.
     asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
     return jnp.max(inline_asm(asm, jnp.full((1,), index), constraints="=r,r", dtype=jnp.int32))
-
-
-def _starts_early() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0.0")  # of AMD's a name
-    major = capability.partition(".")[0]
-    return major.isdecimal() and int(major) >= 9
 
 
 def dot_transposed(rows: jax.Array, weight: jax.Array) -> jax.Array:

@@ -52,10 +52,6 @@ class Linear(nnx.Module):
     """``y = x @ weight.T + bias`` with a weight in 4 bits or in floating point.
 
     A leading ``layers`` shape stacks the arrays of several layers, for a scan over them.
-
-    Attributes:
-        weight_at_rest: nothing in the program that is traced computes the weight; whoever writes that program knows,
-            and sets it (:func:`pallas_kernels.w4a16_partial_sums`).
     """
 
     def __init__(
@@ -73,7 +69,6 @@ class Linear(nnx.Module):
         self.quantization = quantization
         self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
-        self.weight_at_rest = False
         weight = _empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
         if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
             weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_PRECISIONS))
@@ -161,14 +156,10 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         if isinstance(x, QuantizedActivation):
             assert isinstance(weight, QuantizedWeight)
-            return pallas_kernels.w4a4_partial_sums(
-                x, weight, dtype=self.dtype, weight_at_rest=self.weight_at_rest, implementation=self.kernels
-            )
+            return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
         if isinstance(weight, QuantizedWeight):
             if precision is Precision.W4A16:
-                return pallas_kernels.w4a16_partial_sums(
-                    x, weight, weight_at_rest=self.weight_at_rest, implementation=self.kernels
-                )
+                return pallas_kernels.w4a16_partial_sums(x, weight, implementation=self.kernels)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif precision is not Precision.FLOAT:
             raise UsageError(

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import Layout, QuantizedWeight, with_group_sums
+from pallas_kernels import Layout, QuantizedWeight, early_launch, with_group_sums
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
@@ -39,10 +39,9 @@ from qspec_jax.types import Precision
 PIECE_WIDTHS = (32, 64, 128, 256, 512)
 # Caches are rounded up to multiples of 64: nearby lengths share a program.
 _SLOT_MULTIPLE = 64
-# Bytes of 4-bit weights in a layer from which XLA makes no command buffers. On an H100, 90 MB take 30 us to read and
-# launching a layer's kernels takes 60 (a machine of November 2026).
+# Bytes of 4-bit weights in a layer from which its kernels start early: on an H100, an 8B model's layer (109 MB) takes
+# 65 to 80 us, and a host 60 to launch its kernels.
 _LARGE_LAYER = 90_000_000
-_NO_GRAPHS = 1_000_000  # kernels in a row that XLA would make a command buffer of
 
 
 class Shape(NamedTuple):
@@ -125,11 +124,7 @@ class Programs:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def _merge(self, leaves: list[jax.Array]) -> Decoder:
-        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
-        if not decoder.scan_layers:  # which cuts the weights of a layer from the program's arguments as it goes
-            for linear in _linears(decoder):
-                linear.weight_at_rest = True
-        return decoder
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
 
     def adopt(self, others: Programs) -> None:
         """Takes the programs that were compiled for the shapes of this decoder before its arrays were there."""
@@ -263,7 +258,7 @@ class Programs:
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
-        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
+        return self._lower(fill, state, pieces, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -278,7 +273,7 @@ class Programs:
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         retired = np.zeros((shape.rows,), bool)
-        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
+        return self._lower(loop, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -292,7 +287,13 @@ class Programs:
         def loop(leaves, state, max_cycles):
             return speculative.generate(self._merge(leaves), state, max_cycles, **options)[0]
 
-        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
+        return self._lower(loop, state, np.int32(0))
+
+    def _lower(self, program: Callable[..., Any], state: Any, *arguments: Any) -> jax.stages.Lowered:
+        """Lowers ``program(leaves, state, *arguments)``; the state is donated."""
+        early = early_launch.early_launch() if launches_early(self.decoder) else contextlib.nullcontext()
+        with early:
+            return jax.jit(program, donate_argnums=1).lower(self.leaves, state, *arguments)
 
     def check_cache(self, *, rows: int, slots: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
@@ -317,19 +318,22 @@ def _compile_all(
             raise UsageError(f"this model cannot run as asked: {error}") from error
 
 
-def compiler_options(decoder: Decoder) -> dict[str, Any]:
-    """What XLA is told for the programs of a decoder, besides the flags of the process.
+def launches_early(decoder: Decoder) -> bool:
+    """Whether a decoder's kernels start early (:mod:`pallas_kernels.early_launch`).
 
-    A Mosaic kernel in a command buffer is a CUDA graph of its own there (jax 0.11), which nothing lets start before the
-    kernel before it has ended. So XLA makes none where kernels last long enough for the host to launch the next ones
-    meanwhile: an 8B model decodes 8% faster without (docs/performance.md), a model of half its width slower.
+    The price are command buffers, so they do where kernels last so long that the host launches the next ones meanwhile:
+    an 8B model then decodes faster (docs/performance.md), one of half its width more slowly.
     """
-    if jax.default_backend() != "gpu" or decoder.scan_layers:
-        return {}
+    if decoder.scan_layers or not early_launch.is_supported():
+        return False
     weights = [linear.weight.get_value() for linear in _linears(decoder)]
-    packed = [w for w in weights if isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA]  # Mosaic's
-    num_bytes = sum(weight.packed.size for weight in packed) / len(decoder.layers)
-    return {"xla_gpu_graph_min_graph_size": _NO_GRAPHS} if num_bytes >= _LARGE_LAYER else {}
+    of_mosaic = [w for w in weights if isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA]
+    return sum(weight.packed.size for weight in of_mosaic) >= _LARGE_LAYER * len(decoder.layers)
+
+
+def compiler_options(decoder: Decoder) -> dict[str, Any]:
+    """What XLA is told for the programs of a decoder, besides the flags of the process."""
+    return early_launch.COMPILER_OPTIONS if launches_early(decoder) else {}
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:

@@ -39,20 +39,9 @@ def w4a16_matmul(
 
 
 def w4a16_partial_sums(
-    x: Float[Array, "*batch K"],
-    weight: QuantizedWeight,
-    *,
-    weight_at_rest: bool = False,
-    implementation: str | None = None,
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
 ) -> Float[Array, "*batch N"] | PartialSums:
-    """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any.
-
-    Args:
-        x, weight, implementation: as there.
-        weight_at_rest: the weight is an argument of the program that runs this, or was there before it; nothing in it
-            computes the weight. A kernel may then begin to read it before the kernel before has ended (Mosaic does).
-            Results are the same; **with a weight that the program computes they may be wrong**.
-    """
+    """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
@@ -64,7 +53,7 @@ def w4a16_partial_sums(
         order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     if chosen == dispatch.MOSAIC:
-        return _mosaic().w4a16_matmul(x, weight, weight_at_rest=weight_at_rest)
+        return _mosaic().w4a16_matmul(x, weight)
     if chosen == dispatch.TRITON:
         return _triton().w4a16_matmul(x, weight)
     return reference.w4a16_matmul(x, weight)

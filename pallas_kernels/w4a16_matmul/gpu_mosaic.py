@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from pallas_kernels import early_launch
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
@@ -59,7 +60,6 @@ def w4a16_matmul(
     x: Float[Array, "*batch K"],
     weight: QuantizedWeight,
     *,
-    weight_at_rest: bool = False,
     config: hopper.MosaicConfig | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the measured choice of tiles."""
@@ -67,7 +67,7 @@ def w4a16_matmul(
     if config is None:
         config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
     arrays = weight.packed, weight.scale, weight.offset
-    outputs = _matmul(rows, *arrays, weight_at_rest=weight_at_rest, config=config)
+    outputs = _matmul(rows, *arrays, early=early_launch.is_enabled(), config=config)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -82,20 +82,20 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("weight_at_rest", "config"))
+@functools.partial(jax.jit, static_argnames=("early", "config"))
 def _matmul(
     x: Array,
     packed: Array,
     scale: Array,
     offset: Array | None,
     *,
-    weight_at_rest: bool,
+    early: bool,
     config: hopper.MosaicConfig,
 ) -> Array | PartialSums:
     problem = hopper.Problem(x.shape[0], packed.shape[0], x.shape[1], scale.shape[0], x.dtype, x.dtype)
     columns = (scale,) if offset is None else (scale, offset)
     config = hopper.with_most_stages(config, problem, len(columns))
-    options: dict[str, Any] = {"problem": problem, "config": config, "weight_at_rest": weight_at_rest}
+    options: dict[str, Any] = {"problem": problem, "config": config, "early": early}
     return pipelines.launch(x, packed, columns, None, consume=_consume, name="w4a16", **options)
 
 

@@ -44,19 +44,9 @@ def w4a4_matmul(
 
 
 def w4a4_partial_sums(
-    x: QuantizedActivation,
-    weight: QuantizedWeight,
-    *,
-    dtype: jax.typing.DTypeLike,
-    weight_at_rest: bool = False,
-    implementation: str | None = None,
+    x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
 ) -> Float[Array, "*batch N"] | PartialSums:
-    """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any.
-
-    Args:
-        x, weight, dtype, implementation: as there.
-        weight_at_rest: see :func:`pallas_kernels.w4a16_partial_sums`.
-    """
+    """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.num_inputs, op=_OP)
     _check_groupings(x, weight)
     chosen = dispatch.select_implementation(
@@ -67,7 +57,7 @@ def w4a4_partial_sums(
         order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     if chosen == dispatch.MOSAIC:
-        return _mosaic().w4a4_matmul(x, weight, dtype=dtype, weight_at_rest=weight_at_rest)
+        return _mosaic().w4a4_matmul(x, weight, dtype=dtype)
     if chosen == dispatch.TRITON:
         return _triton().w4a4_matmul(x, weight, dtype=dtype)
     return reference.w4a4_matmul(x, weight, dtype=dtype)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import early_launch
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
@@ -53,7 +54,6 @@ def w4a4_matmul(
     weight: QuantizedWeight,
     *,
     dtype: DTypeLike,
-    weight_at_rest: bool = False,
     config: hopper.MosaicConfig | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the measured choice of tiles."""
@@ -63,7 +63,7 @@ def w4a4_matmul(
     if config is None:
         config = default_config(codes.shape[0], weight)
     arrays = codes, scale, weight.packed, weight.scale, weight.offset
-    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), weight_at_rest=weight_at_rest, config=config)
+    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), early=early_launch.is_enabled(), config=config)
     return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
 
 
@@ -78,7 +78,7 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("dtype", "weight_at_rest", "config"))
+@functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
 def _matmul(
     codes: Array,
     x_scale: Array,
@@ -87,7 +87,7 @@ def _matmul(
     offset: Array | None,
     *,
     dtype: DTypeLike,
-    weight_at_rest: bool,
+    early: bool,
     config: hopper.MosaicConfig,
 ) -> Array | PartialSums:
     num_rows, k = codes.shape
@@ -110,7 +110,7 @@ def _matmul(
         consume=_consume_grouped if scale.shape[0] > 1 else _consume_whole,
         problem=problem,
         config=config,
-        weight_at_rest=weight_at_rest,
+        early=early,
         name="w4a4",
         groups_in_tiles=scale.shape[0] > 1,
     )

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, gpu_triton
+from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
+from pallas_kernels.early_launch import early_launch
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
@@ -289,10 +290,8 @@ def test_rotate_and_write_lowers_to_one_kernel_in_place(shape, num_parts):
         assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program
 
 
-def test_kernels_beside_the_matmuls_let_the_next_one_start_early(monkeypatch):
-    """Of a GPU that can: the signal must not be removed as code without effect."""
-    jax.clear_caches()  # of kernels traced without it
-    monkeypatch.setattr(gpu_triton, "_starts_early", lambda: True)
+def test_kernels_beside_the_matmuls_let_the_next_one_start_early():
+    """The signal must not be removed as code without effect, and is there in no other program."""
     x, gain, gate_up = (array(*shape, dtype=jnp.bfloat16) for shape in ((3, 4096), (4096,), (3, 28672)))
     query, cache, qkv = (array(2, *s, dtype=jnp.bfloat16) for s in ((4, 32, 128), (1024, 8, 128), (4, 48, 128)))
     rotation, lengths = array(2, 4, 64, dtype=jnp.float32), array(2, dtype=jnp.int32)
@@ -308,7 +307,8 @@ def test_kernels_beside_the_matmuls_let_the_next_one_start_early(monkeypatch):
         (1, rotate_triton.rotate_and_write, [qkv, rotation, rotation, cache, cache, lengths]),
         (2, attend, [query, cache, cache, lengths]),
     ]
-    texts = [(num_kernels, cuda_program(function, *args)) for num_kernels, function, args in programs]
-    jax.clear_caches()
-    for num_kernels, text in texts:
-        assert text.count("griddepcontrol.launch_dependents") == text.count(KERNEL_CALL) == num_kernels
+    for num_kernels, function, args in programs:
+        with early_launch():
+            early = cuda_program(function, *args)
+        assert early.count("griddepcontrol.launch_dependents") == early.count(KERNEL_CALL) == num_kernels
+        assert "griddepcontrol" not in cuda_program(function, *args)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation
 from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels.early_launch import early_launch
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
@@ -42,12 +41,12 @@ def test_w4a8_lowers(shape, num_rows):
 
 @pytest.mark.parametrize("num_rows", [1, 256])
 @pytest.mark.parametrize("shape", [SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], ids=str)
-def test_only_a_weight_at_rest_is_read_before_the_kernel_before_has_ended(shape, num_rows):
+def test_a_weight_is_read_before_the_kernel_before_has_ended_only_where_kernels_may_start_early(shape, num_rows):
     weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=jnp.bfloat16)
-    at_rest = cuda_program(functools.partial(w4a16_mosaic.w4a16_matmul, weight_at_rest=True), x, weight)
-    computed = cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
-    assert "griddepcontrol.wait" in at_rest
-    assert "griddepcontrol" not in computed
+    with early_launch():
+        early = cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
+    assert "griddepcontrol.wait" in early
+    assert "griddepcontrol" not in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
 
 
 @pytest.mark.parametrize(
