@@ -1,7 +1,7 @@
 """Text to token ids and back: one small interface over the tokenizers of transformers.
 
 Only what generation needs: a prompt, a chat prompt, decoding at once and decoding piece by piece. The
-import of transformers is slow, so it happens when a tokenizer is loaded.
+import of transformers is slow; ``tokenizer_backend.py`` does without where it can.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.errors import UsageError
+from qspec_jax.tokenizer_backend import PlainBackend, open_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,11 +31,11 @@ class Tokenizer:
         eos_token_ids: the tokens that end a text or a turn of a chat.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerFast, *, eos_token_ids: Sequence[int] = ()) -> None:
-        """Wraps a transformers tokenizer.
+    def __init__(self, backend: PlainBackend | PreTrainedTokenizerFast, *, eos_token_ids: Sequence[int] = ()) -> None:
+        """Wraps what does the work.
 
         Args:
-            backend: a fast tokenizer.
+            backend: a fast tokenizer of transformers, or what stands for one.
             eos_token_ids: ending tokens known from elsewhere, besides the tokenizer's own.
         """
         self._backend: Any = backend  # its annotations allow every return type of every option
@@ -187,33 +188,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos_token_ids: Sequence[int]
         CheckpointError: there is no tokenizer, or it is damaged.
         UnsupportedModelError: a GGUF file's vocabulary is of a kind that is not supported.
     """
-    # Without torch transformers prints advice about models, which are not used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     path = Path(path)
     if path.is_dir():
-        return Tokenizer(_load_directory(path), eos_token_ids=eos_token_ids)
+        return Tokenizer(open_directory(path), eos_token_ids=eos_token_ids)
     from qspec_jax.loading.gguf import GGUFFile
 
     file = GGUFFile.open(path)
     ending = (*file.eos_token_ids, *eos_token_ids)
     if (path.parent / "tokenizer.json").exists():
-        return Tokenizer(_load_directory(path.parent), eos_token_ids=ending)
+        return Tokenizer(open_directory(path.parent), eos_token_ids=ending)
     from qspec_jax.loading.gguf_tokenizer import build_tokenizer
 
     return Tokenizer(build_tokenizer(file), eos_token_ids=ending)
-
-
-def _load_directory(path: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    try:
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the libraries raise everything, down to bare Exceptions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"cannot load a tokenizer from {path}: {reason[0]}; the directory needs the model's tokenizer.json and "
-            "tokenizer_config.json"
-        ) from error
-    if not backend.is_fast:
-        raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
-    return backend

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading.gguf import GGUFFile
+from qspec_jax.tokenizer_backend import PlainBackend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 # Token types of the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -74,15 +74,13 @@ _WORDS = {
 }
 
 
-def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file, as a transformers one, with its special tokens and chat template.
+def build_tokenizer(file: GGUFFile) -> PlainBackend:
+    """The tokenizer of a GGUF file, with its special tokens and chat template.
 
     Raises:
         CheckpointError: the file holds no vocabulary, or a damaged one.
         UnsupportedModelError: the vocabulary is of a kind, or cut into words by rules, not supported.
     """
-    from transformers import PreTrainedTokenizerFast
-
     metadata = _Metadata(file.path, file.metadata)
     tokens: Sequence[str] = metadata.required("tokens")
     model = metadata.required("model")
@@ -97,8 +95,8 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     special = {name: metadata.token(key, tokens) for name, key in _SPECIAL_TOKENS.items()}
     if metadata.get("add_bos_token", adds_bos) and special["bos_token"] is not None:
         _prepend(tokenizer, special["bos_token"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return PlainBackend(
+        tokenizer,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **special,

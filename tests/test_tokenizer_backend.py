@@ -1,0 +1,276 @@
+"""What does without transformers against transformers: the same tokens, texts, chats and files."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jinja2.exceptions import SecurityError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from qspec_jax.chat_template import is_plain, render
+from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.tokenizer import Tokenizer, load_tokenizer
+from qspec_jax.tokenizer_backend import PlainBackend
+from tests.test_tokenizer import (
+    CHAT_TEMPLATE,
+    NORMAL,
+    TEXTS,
+    USER_DEFINED,
+    conversation,
+    pieces_of,
+    sentencepiece_path,  # noqa: F401  (a fixture)
+    write_vocabulary,
+)
+
+ROOT = Path(__file__).parents[1]
+SPECIAL_TEXTS = [
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "a <|endoftext|> b<|im_end|>  <|im_end|>",
+    "<|im_start|",
+    "<s>the</s> <unk>",
+    " <think> the cat </think>\n",
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is a cache?"}],
+    [{"role": "user", "content": " <|im_end|> in a text\n"}],
+    [{"role": "user", "content": ""}],
+    [{"role": "assistant", "content": "I begin."}],
+    [{"role": "user"}],
+    conversation("Be brief.", "Hi"),
+    conversation("Du bist höflich. 😀", "Hi", "Yes?", "Again", "No.", "the cat"),
+    [*conversation("One.", "Hi"), {"role": "system", "content": "Two."}],
+]
+# What templates of well-known models do, in small.
+TEMPLATES = {
+    "chatml": None,  # the demo model's own
+    "refusing": CHAT_TEMPLATE,
+    "llama": (
+        "{{- bos_token }}\n{%- if messages[0]['role'] == 'system' %}\n    "
+        "{%- set text = messages[0]['content']|trim %}\n"
+        "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set text = '' %}\n{%- endif %}\n"
+        "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}\n"
+        "{{- '<|im_start|>system\\n' + date_string + text + eos_token }}\n    {% for message in messages %}\n"
+        "    {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' }}\n    {% endfor %}\n"
+        "{%- if tools is none and documents is none and add_generation_prompt %}{{ '<|im_start|>a' }}{% endif %}"
+    ),
+    "namespace": (
+        "{% set ns = namespace(last=-1, self=2) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ ns.last }}{{ ns.self }}{{ dict(a=1).a }}"
+        "{{ dict.fromkeys('ab', 3) }}{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m | tojson }}{{ m | tojson(indent=2) }}"
+        "{% generation %}{% set seen = 1 %}{{ m.content }}{% endgeneration %}{{ seen is defined }}{% endfor %}"
+        "{{ pad_token }}{{ unk_token }}{{ mask_token is defined }}{{ strftime_now('%Y') }}"
+    ),
+    "not Jinja": "{% for m in messages %}{{ m.content }}",
+    "undefined": "{{ messages[0].content.missing.again }}",
+    "escape": "{{ messages.__class__.__base__.__subclasses__() }}",
+    "change": "{{ messages.append(1) }}",
+    "empty": "",
+}
+
+
+def in_transformers(backend: PlainBackend) -> Tokenizer:
+    """The same as a tokenizer of transformers."""
+    return Tokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend.backend_tokenizer, chat_template=backend.chat_template, **backend._options
+        )
+    )
+
+
+def saved(tokenizer: Tokenizer, path: Path) -> Path:
+    tokenizer.save(path)
+    return path
+
+
+def answers(tokenizer: Tokenizer, messages) -> object:
+    """All that a tokenizer says to a conversation, its refusal if it refuses."""
+    try:
+        token_ids = tokenizer.apply_chat(messages)
+    except UsageError as error:
+        return str(error)
+    return token_ids, tokenizer.system_length(messages, token_ids), tokenizer.chat_text(messages)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf) -> Tokenizer:
+    return load_tokenizer(demo_gguf)
+
+
+@pytest.fixture(scope="module")
+def reference(demo) -> Tokenizer:
+    return in_transformers(demo._backend)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_tokenizer(demo, tmp_path_factory) -> Path:
+    return saved(demo, tmp_path_factory.mktemp("tokenizer"))
+
+
+def assert_equal(tokenizer: Tokenizer, expected: Tokenizer) -> None:
+    assert isinstance(tokenizer._backend, PlainBackend)
+    assert not isinstance(expected._backend, PlainBackend)
+    for name in ("vocab_size", "has_chat_template", "eos_token_ids", "_invisible"):
+        assert getattr(tokenizer, name) == getattr(expected, name), name
+    for text in [*TEXTS, *SPECIAL_TEXTS]:
+        for add_special_tokens in (True, False):
+            ids = expected.encode(text, add_special_tokens=add_special_tokens)
+            assert tokenizer.encode(text, add_special_tokens=add_special_tokens) == ids
+            assert tokenizer.decode(ids) == expected.decode(ids)
+            assert "".join(pieces_of(tokenizer, ids, random.Random(0))) == expected.decode(ids)
+    assert [tokenizer._token(token_id) for token_id in range(tokenizer.vocab_size + 2)] == [
+        expected._token(token_id) for token_id in range(tokenizer.vocab_size + 2)
+    ]
+
+
+def test_the_demo_model_is_tokenised_as_by_transformers(demo, reference):
+    assert_equal(demo, reference)
+
+
+def test_a_saved_tokenizer_is_read_as_by_transformers(checkpoint_tokenizer):
+    expected = Tokenizer(AutoTokenizer.from_pretrained(checkpoint_tokenizer, local_files_only=True))
+    tokenizer = load_tokenizer(checkpoint_tokenizer)
+    assert_equal(tokenizer, expected)
+    for messages in CONVERSATIONS:
+        assert answers(tokenizer, messages) == answers(expected, messages)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bos_token": False}, {"chat_template": ""}, {"unknown_token_id": 2}])
+def test_a_sentencepiece_vocabulary_is_tokenised_as_by_transformers(sentencepiece_path, tmp_path, options):  # noqa: F811
+    tokenizer = load_tokenizer(sentencepiece_path(**options))
+    assert_equal(tokenizer, in_transformers(tokenizer._backend))
+    assert_equal(load_tokenizer(saved(tokenizer, tmp_path / "saved")), in_transformers(tokenizer._backend))
+
+
+def test_an_ending_token_that_the_file_calls_normal_is_kept_whole(tmp_path):
+    tokens, types = ["a", "b", "ab", "<end>", "<pad>"], [NORMAL, NORMAL, NORMAL, NORMAL, USER_DEFINED]
+    options = {"model": "gpt2", "merges": ["a b"], "eos_token_id": 3, "padding_token_id": 4}
+    tokenizer = load_tokenizer(write_vocabulary(tmp_path / "m.gguf", tokens, types, **options))
+    assert tokenizer.encode("ab<end>a") == [2, 3, 0]
+    assert tokenizer.decode([0, 3, 4]) == "a<pad>"
+    assert_equal(tokenizer, in_transformers(tokenizer._backend))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_chats_are_those_of_transformers(demo, reference, monkeypatch, name, messages):
+    for tokenizer in (demo, reference):
+        if TEMPLATES[name] is not None:
+            monkeypatch.setattr(tokenizer._backend, "chat_template", TEMPLATES[name])
+        monkeypatch.setattr(tokenizer, "_beginning", ([], []))
+    assert answers(demo, messages) == answers(reference, messages)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% set ns = namespace(_hidden=1) %}", "{% set ns = namespace() %}{% set ns.__class__ = 1 %}"]
+)
+def test_a_namespace_has_no_private_names(template):
+    with pytest.raises(SecurityError, match="use a name without leading underscore"):
+        render(template, CONVERSATIONS[0], {})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "Hi", "name": None}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", "reasoning": "Hm."}],
+        [{"role": "tool", "content": {"result": 1}}],
+    ],
+)
+def test_other_messages_are_left_to_transformers(demo, reference, monkeypatch, messages):
+    assert not is_plain(messages)
+    template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    for tokenizer in (demo, reference):
+        monkeypatch.setattr(tokenizer._backend, "chat_template", template)
+    monkeypatch.delitem(demo._backend.__dict__, "_in_transformers", raising=False)
+    assert answers(demo, messages) == answers(reference, messages)
+    monkeypatch.delitem(demo._backend.__dict__, "_in_transformers", raising=False)
+
+
+def test_a_last_message_is_continued_as_by_transformers(demo, reference):
+    messages = conversation("Be brief.", "Count.", "1, 2,")
+    text = demo.chat_text(messages, add_generation_prompt=False)
+    assert text.endswith("assistant\n1, 2,")
+    assert text == reference.chat_text(messages, add_generation_prompt=False)
+
+
+def test_saved_files_are_those_of_transformers(demo, reference, checkpoint_tokenizer, tmp_path):
+    """Of the demo model, and of what has been saved and opened before."""
+    expected = saved(reference, tmp_path / "expected")
+    loaded = Tokenizer(AutoTokenizer.from_pretrained(checkpoint_tokenizer, local_files_only=True))
+    again = saved(loaded, tmp_path / "again")
+    for path, other in [(checkpoint_tokenizer, expected), (saved(load_tokenizer(expected), tmp_path / "b"), again)]:
+        names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        assert {file.name for file in path.iterdir()} == {file.name for file in other.iterdir()} == names
+        for name in names - {"tokenizer_config.json"}:
+            assert (path / name).read_text() == (other / name).read_text(), name
+        options, others = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (path, other))
+        # How transformers has opened it, which says nothing of the tokenizer.
+        assert options == {
+            name: value for name, value in others.items() if name not in ("is_local", "local_files_only")
+        }
+
+
+def test_a_loaded_tokenizer_is_saved_without_the_files_it_came_from(checkpoint_tokenizer, tmp_path):
+    origin = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "origin"))
+    tokenizer = load_tokenizer(origin)
+    shutil.rmtree(origin)
+    again = load_tokenizer(saved(tokenizer, tmp_path / "saved"))
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def unspecial(path: Path) -> None:
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
+        lambda path: (path / "added_tokens.json").write_text("{}"),
+        lambda path: change_json(path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer"),
+        lambda path: change_json(path / "tokenizer_config.json", add_bos_token=True),
+        lambda path: change_json(path / "tokenizer_config.json", extra_special_tokens=["<|extra|>"]),
+        lambda path: change_json(path / "tokenizer_config.json", pad_token="<|pad|>"),
+        lambda path: change_json(path / "tokenizer_config.json", chat_template="{{ 1 }}"),
+        lambda path: unspecial(path / "tokenizer.json"),
+    ],
+)
+def test_a_directory_that_says_more_is_left_to_transformers(checkpoint_tokenizer, tmp_path, change):
+    path = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "other"))
+    assert isinstance(load_tokenizer(path)._backend, PlainBackend)
+    change(path)
+    assert isinstance(load_tokenizer(path)._backend, PreTrainedTokenizerFast)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_files_of_a_checkpoint(checkpoint_tokenizer, tmp_path, name, content):
+    path = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "damaged"))
+    (path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot load a tokenizer from .*damaged: .*tokenizer_config\.json"):
+        load_tokenizer(path)
+
+
+@pytest.mark.demo
+def test_generating_does_not_import_transformers(tmp_path):
+    """Its thousands of files are most of a start on a slow disk."""
+    code = (
+        "import sys\n"
+        "from qspec_jax.generate import main\n"
+        "assert main(['--prompt', 'What is a cache?', '--max-new-tokens', '2', '--mode', 'w4a16']) == 0\n"
+        "assert not {'transformers', 'torch', 'orbax', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
