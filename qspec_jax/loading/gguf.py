@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import struct
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -136,31 +135,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFSource:
 
 
 def _parse(path: Path) -> GGUFFile:
-    from gguf import GGUFReader, GGUFValueType
-
-    class Reader(GGUFReader):
-        """Works on a plain view of the memory map, and reads a list of strings, such as the vocabulary, in one loop.
-
-        Slicing an ``np.memmap``, and three arrays for every string, cost most of the reading time.
-        """
-
-        @property
-        def data(self) -> np.ndarray:
-            return self._data
-
-        @data.setter
-        def data(self, mapped: np.ndarray) -> None:
-            self._data = np.asarray(mapped)
-
-        def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list, list[int], list]:
-            if raw_type != GGUFValueType.ARRAY or self.byte_order == "S":
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            if kind[0] != GGUFValueType.STRING:
-                return super()._get_field_parts(orig_offs, raw_type)
-            strings, size = _read_strings(self._data[orig_offs + 12 :], int(count[0]))
-            indices = list(range(2, 2 + len(strings)))
-            return 12 + size, [kind, count, *strings], indices, [GGUFValueType.ARRAY, GGUFValueType.STRING]
+    from qspec_jax.loading.gguf_reader import Reader
 
     try:
         with path.open("rb") as stream:
@@ -178,18 +153,6 @@ def _parse(path: Path) -> GGUFFile:
     if reader.byte_order == "S":
         raise UnsupportedModelError(f"{path} is a big-endian GGUF file; supported: little-endian")
     return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-
-
-def _read_strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
-    """The bytes of ``count`` strings, each behind its length in 64 bits, and how many bytes they take together."""
-    strings, end, length_of, buffer = [], 0, struct.Struct("=Q"), data.data
-    for _ in range(count):
-        if end + length_of.size > len(data):
-            raise ValueError("a list of strings goes beyond the end")
-        start = end + length_of.size
-        end = start + length_of.unpack_from(buffer, end)[0]
-        strings.append(data[start:end])
-    return strings, end
 
 
 def read_config(file: GGUFFile) -> ModelConfig:

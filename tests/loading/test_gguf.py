@@ -1,6 +1,7 @@
 """GGUF files: bit-exact 4-bit import, llama.cpp's row order undone, metadata read as a config."""
 
 import dataclasses
+import struct
 
 import gguf
 import jax.numpy as jnp
@@ -257,6 +258,24 @@ def test_truncated_files(llama, fraction):
     content = write_gguf(path, config, tensors).read_bytes()
     path.write_bytes(content[: max(5, int(len(content) * fraction))])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
+        open_source(path)
+
+
+def test_lists_of_numbers_are_read_with_their_types(llama):
+    lists = {"a": [1, -2, 3], "b": [0.5, -1.0], "c": [True, False, True]}
+    config, tensors, path = llama
+    metadata = GGUFFile.open(write_gguf(path, config, tensors, metadata=lists)).metadata
+    assert {name: metadata[name] for name in lists} == lists
+    assert [type(value) for value in (metadata["a"][0], metadata["b"][0], metadata["c"][0])] == [int, float, bool]
+
+
+def test_a_list_that_claims_more_than_the_file_is_refused(llama):
+    config, tensors, path = llama
+    content = write_gguf(path, config, tensors, metadata={"a": [7, 7, 7]}).read_bytes()
+    claim = struct.pack("<Q", 3) + struct.pack("<i", 7) * 3
+    assert content.count(claim) == 1
+    path.write_bytes(content.replace(claim, struct.pack("<Q", 2**40) + claim[8:]))
+    with pytest.raises(CheckpointError, match="a list of numbers goes beyond the end"):
         open_source(path)
 
 
