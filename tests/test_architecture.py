@@ -55,6 +55,7 @@ def test_gpu_backends_are_imported_by_their_own_files_only():
         ("scheduler", ("pipeline", "engine", "tokenizer", "generate")),
         ("prompt_files", ("engine", "generate")),
         ("tokenizer", ("engine", "modeling", "speculative")),
+        ("tokenizer_backend", ("tokenizer", "loading", "engine", "modeling")),
         ("checkpoint/manifest", ("engine", "loading", "recipes", "checkpoint.save", "checkpoint.restore")),
         ("checkpoint/save", ("engine", "loading", "recipes", "checkpoint.restore")),
         ("checkpoint/restore", ("engine", "loading", "recipes", "checkpoint.save")),
