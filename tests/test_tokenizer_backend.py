@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from jinja2.exceptions import SecurityError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -17,13 +18,10 @@ from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 from qspec_jax.tokenizer_backend import PlainBackend
 from tests.test_tokenizer import (
     CHAT_TEMPLATE,
-    NORMAL,
     TEXTS,
-    USER_DEFINED,
     conversation,
     pieces_of,
     sentencepiece_path,  # noqa: F401  (a fixture)
-    write_vocabulary,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -146,13 +144,21 @@ def test_a_sentencepiece_vocabulary_is_tokenised_as_by_transformers(sentencepiec
     assert_equal(load_tokenizer(saved(tokenizer, tmp_path / "saved")), in_transformers(tokenizer._backend))
 
 
-def test_an_ending_token_that_the_file_calls_normal_is_kept_whole(tmp_path):
-    tokens, types = ["a", "b", "ab", "<end>", "<pad>"], [NORMAL, NORMAL, NORMAL, NORMAL, USER_DEFINED]
-    options = {"model": "gpt2", "merges": ["a b"], "eos_token_id": 3, "padding_token_id": 4}
-    tokenizer = load_tokenizer(write_vocabulary(tmp_path / "m.gguf", tokens, types, **options))
-    assert tokenizer.encode("ab<end>a") == [2, 3, 0]
-    assert tokenizer.decode([0, 3, 4]) == "a<pad>"
-    assert_equal(tokenizer, in_transformers(tokenizer._backend))
+def test_special_tokens_are_kept_whole_as_by_transformers():
+    """Those that are tokens like any other in the vocabulary, and those that are not in it."""
+
+    def bare() -> tokenizers.Tokenizer:
+        vocabulary = {"a": 0, "b": 1, "ab": 2, "<end>": 3, "<pad>": 4}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+        tokenizer.add_tokens(["<pad>"])
+        return tokenizer
+
+    options = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>", "bos_token": None, "cls_token": "<c>"}
+    tokenizer = Tokenizer(PlainBackend(bare(), **options))
+    reference = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=bare(), **options))
+    assert tokenizer.encode("ab<end>a<c><unk>") == [2, 3, 0, tokenizer.vocab_size - 1, 5]
+    assert tokenizer.decode(tokenizer.encode("a<end><pad>b")) == reference.decode(reference.encode("a<end><pad>b"))
+    assert_equal(tokenizer, reference)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -265,12 +271,14 @@ def test_damaged_files_of_a_checkpoint(checkpoint_tokenizer, tmp_path, name, con
 
 
 @pytest.mark.demo
-def test_generating_does_not_import_transformers(tmp_path):
-    """Its thousands of files are most of a start on a slow disk."""
+def test_generating_does_not_import_transformers(checkpoint_tokenizer):
+    """Its thousands of files are most of a start on a slow disk. Nor does the tokenizer of a checkpoint."""
     code = (
         "import sys\n"
         "from qspec_jax.generate import main\n"
+        "from qspec_jax.tokenizer import load_tokenizer\n"
+        "load_tokenizer(sys.argv[1]).apply_chat([{'role': 'user', 'content': 'Hi'}])\n"
         "assert main(['--prompt', 'What is a cache?', '--max-new-tokens', '2', '--mode', 'w4a16']) == 0\n"
         "assert not {'transformers', 'torch', 'orbax', 'huggingface_hub'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code, str(checkpoint_tokenizer)], check=True, cwd=ROOT)
