@@ -29,7 +29,6 @@ def launch(
     consume: Callable[[Pipeline], jax.Array],
     problem: Problem,
     config: MosaicConfig,
-    early: bool,
     name: str,
     groups_in_tiles: bool = True,
 ) -> jax.Array | PartialSums:
@@ -42,8 +41,6 @@ def launch(
         row_factor: ``[M]`` float32 that multiplies the product of each slice of K before any are added, or None.
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
             ``config.block_m``.
-        early: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended; see
-            :mod:`pallas_kernels.early_launch`.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
@@ -56,8 +53,8 @@ def launch(
 
     def body(x, packed_ref, *refs, **scratch):
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
-        arrays = x, packed_ref, refs, len(columns), last[:-1], last[-1]
-        _Program(*arrays, problem, config, early, scratch).run(consume)
+        program = _Program(x, packed_ref, refs, len(columns), last[:-1], last[-1], problem, config, scratch)
+        program.run(consume)
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
     partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
@@ -115,7 +112,6 @@ class _Program:
     out: Ref  # [split, M, N]
     problem: Problem
     config: MosaicConfig
-    early: bool
     scratch: dict[str, Any]
 
     def run(self, consume: Callable[[Pipeline], jax.Array]) -> None:
@@ -126,15 +122,12 @@ class _Program:
         def _copy():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
-            first = self.copy_first_tiles() if self.early else 0
-            lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
+            lax.fori_loop(0, self.num_steps(0), self.copy_tiles, None)
 
         @pl.when(warpgroup < config.num_warpgroups)
         def _compute():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[1], action="increase")
-            if self.early:
-                plgpu.griddepcontrol_wait()  # factors are read, and results written, by these warpgroups
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
             product = consume(Pipeline(self, column, in_program))
@@ -160,29 +153,6 @@ class _Program:
         """The columns of ``rows`` that meet ``size`` bytes of a weight row from ``start`` on."""
         return pl.ds(plane * (self.problem.k // 2) + start, size)
 
-    def copy_first_tiles(self) -> int:
-        """Fills the slots that need not be waited for, with weights first; returns their number.
-
-        The kernel before this one, which computes the rows, may still run.
-        """
-        config = self.config
-        steps = min(config.num_stages - 1, self.problem.num_tiles // config.slices)
-        tiles = [
-            (jnp.int32(step), jnp.int32(step), part, self.tile_of(step, part))
-            for step in range(steps)
-            for part in range(config.warpgroups_k)
-        ]
-        for tile in tiles:
-            self.copy_weight(*tile)
-        plgpu.griddepcontrol_wait()
-        for tile in tiles:
-            self.copy_rows(*tile)
-        return steps
-
-    def tile_of(self, step: jax.Array | int, part: int) -> jax.Array:
-        """The tile that a slice of this program takes in a step."""
-        return (step * self.config.split + lax.axis_index("split")) * self.config.warpgroups_k + part
-
     def copy_tiles(self, step: jax.Array, _: None) -> None:
         """Fills the next slot: a tile for each slice of this program that has one left."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
@@ -190,45 +160,29 @@ class _Program:
         # A slot is released with the first product of the next tile: the last one once before it is ever filled.
         pl.when(step >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
         for part in range(config.warpgroups_k):
-            tile = self.tile_of(step, part)
+            tile = (step * config.split + lax.axis_index("split")) * config.warpgroups_k + part
             copy = functools.partial(self.copy_tile, step, slot, part, tile)
             copy() if num_tiles % config.slices == 0 else pl.when(tile < num_tiles)(copy)
 
     def copy_tile(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """Copies weight, groups and rows of a tile."""
-        self.copy_weight(step, slot, part, tile)
-        self.copy_rows(step, slot, part, tile)
-
-    def copy_weight(self, _: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
-        """The part of a tile that is of the weight."""
-        outputs = pl.ds(self.first_column, self.config.block_n)
-        weight = self.weight.at[outputs, pl.ds(tile * TILE, TILE)]
-        plgpu.copy_gmem_to_smem(weight, self.scratch["weight"].at[slot, part], self.full(slot, part))
-        self.copy_groups(slot, part, tile, slice(self.num_columns), outputs)
-
-    def copy_rows(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
-        """The part of a tile that is of the activations."""
-        rows = pl.ds(self.first_row, self.config.block_m)
-        self.copy_groups(slot, part, tile, slice(self.num_columns, None), rows)
-        if self.config.x_slots:
+        config, problem, scratch = self.config, self.problem, self.scratch
+        full = scratch["full"].at[slot * config.warpgroups_k + part]
+        outputs, rows = pl.ds(self.first_column, config.block_n), pl.ds(self.first_row, config.block_m)
+        plgpu.copy_gmem_to_smem(
+            self.weight.at[outputs, pl.ds(tile * TILE, TILE)], scratch["weight"].at[slot, part], full
+        )
+        group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
+        groups = pl.ds(group, problem.groups_per_tile)
+        for index, (ref, copied) in enumerate(zip(self.by_group, scratch["by_group"], strict=False)):
+            block = ref.at[:, groups, outputs if index < self.num_columns else rows]
+            plgpu.copy_gmem_to_smem(block, copied.at[slot, part], full)
+        if config.x_slots:
             return self.copy_rows_in_pieces(step, tile)
         for plane in range(2):
             block = self.rows.at[rows, self.inputs(plane, tile * TILE, TILE)]
-            plgpu.copy_gmem_to_smem(block, self.scratch["rows"].at[slot, part, plane], self.full(slot, part))
+            plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot, part, plane], full)
         return None
-
-    def copy_groups(self, slot: jax.Array, part: int, tile: jax.Array, which: slice, columns: Any) -> None:
-        """The groups of a tile of some of the arrays by group: ``columns`` of them."""
-        problem = self.problem
-        group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
-        groups = pl.ds(group, problem.groups_per_tile)
-        # None are copied for a weight with one group.
-        for ref, copied in zip(self.by_group[which], self.scratch["by_group"][which], strict=False):
-            plgpu.copy_gmem_to_smem(ref.at[:, groups, columns], copied.at[slot, part], self.full(slot, part))
-
-    def full(self, slot: jax.Array, part: int) -> Ref:
-        """The barrier of a tile that is there."""
-        return self.scratch["full"].at[slot * self.config.warpgroups_k + part]
 
     def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
         """The rows of a tile in the order in which they are multiplied: both planes of a part together."""

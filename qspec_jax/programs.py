@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import Layout, QuantizedWeight, early_launch, with_group_sums
+from pallas_kernels import with_group_sums
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
@@ -39,9 +39,6 @@ from qspec_jax.types import Precision
 PIECE_WIDTHS = (32, 64, 128, 256, 512)
 # Caches are rounded up to multiples of 64: nearby lengths share a program.
 _SLOT_MULTIPLE = 64
-# Bytes of 4-bit weights in a layer from which its kernels start early: on an H100, an 8B model's layer (109 MB) takes
-# 65 to 80 us, and a host 60 to launch its kernels.
-_LARGE_LAYER = 90_000_000
 
 
 class Shape(NamedTuple):
@@ -181,9 +178,8 @@ class Programs:
         keys: Mapping[tuple[Any, ...], str],
     ) -> dict[tuple[Any, ...], Any]:
         """Compiles programs, and writes those with a key into the store."""
-        options = compiler_options(self.decoder)
         with passed_over() if keys else contextlib.nullcontext():
-            compiled = dict(zip(lowerings, _compile_all(lowerings.values(), options), strict=True))
+            compiled = dict(zip(lowerings, _compile_all(lowerings.values()), strict=True))
         for name, program in compiled.items():
             if self.store is not None and name in keys:
                 self.store.save(keys[name], program)
@@ -258,7 +254,7 @@ class Programs:
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
-        return self._lower(fill, state, pieces, rows, rows, np.int32(0))
+        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -273,7 +269,7 @@ class Programs:
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         retired = np.zeros((shape.rows,), bool)
-        return self._lower(loop, state, retired, np.int32(0), np.int32(0))
+        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -287,13 +283,7 @@ class Programs:
         def loop(leaves, state, max_cycles):
             return speculative.generate(self._merge(leaves), state, max_cycles, **options)[0]
 
-        return self._lower(loop, state, np.int32(0))
-
-    def _lower(self, program: Callable[..., Any], state: Any, *arguments: Any) -> jax.stages.Lowered:
-        """Lowers ``program(leaves, state, *arguments)``; the state is donated."""
-        early = early_launch.early_launch() if launches_early(self.decoder) else contextlib.nullcontext()
-        with early:
-            return jax.jit(program, donate_argnums=1).lower(self.leaves, state, *arguments)
+        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
     def check_cache(self, *, rows: int, slots: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
@@ -306,34 +296,14 @@ def _described(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
 
 
-def _compile_all(
-    lowerings: Iterable[Callable[[], jax.stages.Lowered]], options: dict[str, Any]
-) -> list[jax.stages.Compiled]:
+def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
     """Lowers one after the other, and compiles side by side: XLA lets go of Python meanwhile."""
     with explain_out_of_memory("while compiling"), ThreadPoolExecutor() as pool:
         try:
-            compilations = [pool.submit(lower().compile, options) for lower in lowerings]
+            compilations = [pool.submit(lower().compile) for lower in lowerings]
             return [compilation.result() for compilation in compilations]
         except NotImplementedError as error:  # a kernel asked for by name
             raise UsageError(f"this model cannot run as asked: {error}") from error
-
-
-def launches_early(decoder: Decoder) -> bool:
-    """Whether a decoder's kernels start early (:mod:`pallas_kernels.early_launch`).
-
-    The price are command buffers, so they do where kernels last so long that the host launches the next ones meanwhile:
-    an 8B model then decodes faster (docs/performance.md), one of half its width more slowly.
-    """
-    if decoder.scan_layers or not early_launch.is_supported():
-        return False
-    weights = [linear.weight.get_value() for linear in _linears(decoder)]
-    of_mosaic = [w for w in weights if isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA]
-    return sum(weight.packed.size for weight in of_mosaic) >= _LARGE_LAYER * len(decoder.layers)
-
-
-def compiler_options(decoder: Decoder) -> dict[str, Any]:
-    """What XLA is told for the programs of a decoder, besides the flags of the process."""
-    return early_launch.COMPILER_OPTIONS if launches_early(decoder) else {}
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:

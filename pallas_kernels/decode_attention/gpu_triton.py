@@ -130,7 +130,7 @@ def _attend_to_chunks(
     wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
     per_row = (batch, problem.num_kv_heads, problem.num_chunks, row_blocks * _ROWS)
     maximum, total, mixed = pl.pallas_call(
-        functools.partial(_chunk_kernel, problem=problem, interpret=interpret),
+        functools.partial(_chunk_kernel, problem=problem),
         # Programs that read the same slots stand next to each other.
         grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
         in_specs=[
@@ -162,10 +162,8 @@ def _chunk_kernel(
     mixed_ref,  # [16, block_dim] f32
     *,
     problem: _Problem,
-    interpret: bool,
 ):
-    program, length = pl.program_id(0), length_ref[...]
-    chunk = tiles.start_next(pl.program_id(1), interpret=interpret)
+    program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
     rows = row_block * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
     exists = rows < problem.num_rows
@@ -236,7 +234,7 @@ def _join_chunks(
 
     chunk_spec = pl.BlockSpec((None, None, problem.num_chunks, None), block)
     return pl.pallas_call(
-        functools.partial(_join_kernel, problem=problem, interpret=interpret),
+        functools.partial(_join_kernel, problem=problem),
         grid=(problem.num_heads, problem.num_tokens, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
@@ -262,9 +260,8 @@ def _join_kernel(
     out_ref,  # [block_dim]
     *,
     problem: _Problem,
-    interpret: bool,
 ):
-    position = length_ref[...] + tiles.start_next(pl.program_id(1), interpret=interpret)
+    position = length_ref[...] + pl.program_id(1)
     first, end = problem.first_seen(position), problem.end_of_seen(position)
 
     def join(step, carry):

@@ -107,7 +107,6 @@ def _kernel(
 ):
     *part_refs, query_ref, keys_ref, values_ref = refs
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
-    head = tiles.start_next(head, interpret=interpret)
     first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
     position = length_ref[...] + token
     fits = position < keys_ref.shape[1]

@@ -24,7 +24,7 @@ from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation import DraftScore
 from qspec_jax.memory import explain_out_of_memory
-from qspec_jax.programs import compiler_options, cycles_per_check
+from qspec_jax.programs import cycles_per_check
 from qspec_jax.state import DecodeState
 
 Status = Literal["ok", "unsupported", "failed"]
@@ -144,8 +144,7 @@ class _Loop:
         model.programs.check_cache(rows=setting.batch, slots=setting.slots)
         shapes = jax.eval_shape(lambda: context_state(model, setting))
         began = time.perf_counter()
-        lowered = model.programs.lower_repetition(part.plan, shapes, advance=part.advance)
-        program = lowered.compile(compiler_options(model.decoder))
+        program = model.programs.lower_repetition(part.plan, shapes, advance=part.advance).compile()
         return cls(model, part, setting, program, time.perf_counter() - began)
 
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:

@@ -199,7 +199,7 @@ def test_speculation_needs_all_of_its_parts():
 
 def with_idle_loops(monkeypatch):
     """Loops that are there at once and do nothing."""
-    lowered = types.SimpleNamespace(compile=lambda options: lambda leaves, state, repetitions: state)
+    lowered = types.SimpleNamespace(compile=lambda: lambda leaves, state, repetitions: state)
     monkeypatch.setattr(Programs, "lower_repetition", lambda self, *arguments, **options: lowered)
 
 
