@@ -11,8 +11,9 @@ and weight ``[N, K]``::
 
 Row invariance: a row's bits must not depend on the rows beside it. The order of the sum over K is that of
 ``block_k`` and ``split``, so all decode buckets share them: the form of an entry admits nothing else. An entry has
-every bucket of :data:`DECODE_ROWS` or is refused, since tiles from elsewhere could sum in another order. More rows
-than the last bucket are a prefill, which has tiles of its own.
+every bucket of :data:`DECODE_ROWS` or is refused, since tiles from elsewhere could sum in another order. The buckets of
+float products must not take Hopper's wgmma either, see :func:`takes_wgmma`. More rows than the last bucket are a
+prefill, which has tiles of its own.
 
 Operations: ``w4a16`` is ``w4a16_matmul`` with 16-bit rows; ``w4a8`` is ``w4a4_matmul`` with one symmetric
 activation scale per token, of 4 or 8 bits alike; ``w4a4`` is ``w4a4_matmul`` with asymmetric activations in
@@ -130,6 +131,15 @@ def tuned_tiles(
     return TileConfig(tile.block_m, tile.block_n, order.block_k, order.split, tile.num_warps, tile.num_stages)
 
 
+def takes_wgmma(block_m: int, num_warps: int) -> bool:
+    """Whether Triton multiplies such a tile by Hopper's instruction for whole warpgroups, and not by mma.sync.
+
+    The float sums of the two are rounded differently: so little and so seldom that random rows may not show it in 16
+    bits, where a model's rows, whose values differ more in size, do.
+    """
+    return block_m >= 64 and num_warps % 4 == 0
+
+
 def device_slug(device_kind: str) -> str:
     """The file name of a device kind: ``"NVIDIA H200"`` is ``nvidia_h200``."""
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
@@ -209,6 +219,8 @@ def _parse_entry(raw: Any, where: str) -> TunedEntry:
     _check_order(raw, raw, where)
     _check_keys(raw["decode"], tuple(map(str, DECODE_ROWS)), f"{where} decode")
     decode = {rows: _parse_tile(TunedTile, raw["decode"][str(rows)], raw, where) for rows in DECODE_ROWS}
+    if raw["op"] == "w4a16" and any(takes_wgmma(tile.block_m, tile.num_warps) for tile in decode.values()):
+        raise TuningTableError(f"{where} decode: 64 rows and more in whole warpgroups round differently from fewer")
     prefill = None
     if raw["prefill"] is not None:
         prefill = _parse_tile(PrefillTile, raw["prefill"], raw, where)

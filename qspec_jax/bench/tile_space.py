@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from pallas_kernels import gpu_triton
 from pallas_kernels.gpu_triton import TileConfig
+from pallas_kernels.tuning import takes_wgmma
 from qspec_jax.bench.operands import recipe
 from qspec_jax.errors import UsageError
 
@@ -90,9 +91,13 @@ class TileSpace:
         )
 
     def decode(self, rows: int) -> list[TileConfig]:
-        """Candidates for a decode bucket of so many rows."""
+        """Candidates for a decode bucket of so many rows.
+
+        Float products all take mma.sync, as a table demands (:mod:`pallas_kernels.tuning`).
+        """
         block_ms = [size for size in (16, 32, 64, 128) if size <= rows]
-        return self._ranked(rows, block_ms=block_ms, max_split=_MAX_SPLIT)
+        ranked = self._ranked(rows, block_ms=block_ms, max_split=_MAX_SPLIT)
+        return [one for one in ranked if self.problem.op != "w4a16" or not takes_wgmma(one.block_m, one.num_warps)]
 
     def prefill(self, rows: int) -> list[TileConfig]:
         """Candidates for many rows, whose grid is full without a split."""

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pallas_kernels.gpu_triton import TileConfig
-from pallas_kernels.tuning import DECODE_ROWS
+from pallas_kernels.tuning import DECODE_ROWS, takes_wgmma
 from qspec_jax.bench.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
 from qspec_jax.bench.tile_space import Problem, TileSpace, neighbours, order_of
 
@@ -240,6 +240,7 @@ def test_candidates_cut_the_weight_evenly(problem):
             assert problem.k // 2 % (tiles.block_k * tiles.split) == 0
             assert all(size % tiles.block_k == 0 for size in problem.group_sizes)
             assert rows > 256 or tiles.block_m <= rows
+            assert rows > 256 or problem.op != "w4a16" or not takes_wgmma(tiles.block_m, tiles.num_warps)
 
 
 def test_neighbours_differ_in_one_field_or_keep_the_area():

@@ -123,6 +123,7 @@ COMPLETE = {str(rows): TILE for rows in DECODE_ROWS}
         ({"decode": {**COMPLETE, "32": {**TILE, "block_m": 8}}}, "must be at least 16"),
         ({"decode": {**COMPLETE, "32": {**TILE, "num_warps": 3}}}, "num_warps=3 is not a power of two"),
         ({"decode": {**COMPLETE, "32": {**TILE, "microseconds": 0}}}, "microseconds=0 must be a positive number"),
+        ({"decode": {**COMPLETE, "128": {**TILE, "block_m": 64}}}, "64 rows and more in whole warpgroups"),
         ({"prefill": {**TILE, "block_k": 64}}, "tile lacks split"),
         ({"prefill": {**TILE, "block_k": 64, "split": 5}}, "prefill: block_k=64"),
     ],
