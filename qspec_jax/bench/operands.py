@@ -98,6 +98,16 @@ def random_rows(rows: int, k: int, *, seed: int = 1) -> Array:
     return (jax.random.normal(jax.random.key(seed), (rows, k)) + 0.25).astype(jnp.bfloat16)
 
 
+def cancelling(rows: Array) -> Array:
+    """``[rows, K]`` with two large values, whose products cancel in the outputs that have one code for both.
+
+    What is left there was added to large sums, so that it shows even in 16 bits how those were rounded. The two are in
+    one group, but not of one tensor-core instruction.
+    """
+    large = jnp.asarray(8192, rows.dtype)
+    return rows.at[:, 0].set(large).at[:, 17].set(-large)
+
+
 def matmul_workload(op: str, x: Array, weights: Sequence[QuantizedWeight]) -> Workload:
     """One of :data:`MATMULS` on rows ``x: [M, K]``."""
     num_operations = 2 * x.shape[0] * weights[0].num_inputs * weights[0].num_outputs

@@ -82,3 +82,18 @@ def test_a_row_whose_bits_depend_on_its_place_is_found(laboratory, monkeypatch):
     kernel = laboratory.kernel(TILES)
     monkeypatch.setattr(laboratory, "kernel", lambda tiles: lambda x, weight: kernel(x, weight).at[2].multiply(1.01))
     assert not laboratory.rows_agree(dict.fromkeys((16, 32), TILES))
+
+
+def test_rows_are_also_compared_where_large_products_cancel(monkeypatch):
+    """How sums are rounded shows there, and hardly anywhere else."""
+    laboratory = TritonLaboratory(Problem("w4a16", 256, 32, 64, False), repeats=1, interpret=True)
+    monkeypatch.setattr(module, "_CHECKED_ROWS", (3, 100))
+    kernel = laboratory.kernel(TILES)
+
+    def rounds_otherwise(x, weight):
+        return kernel(x, weight) + jnp.where((len(x) > 64) & (jnp.abs(x).max() > 1000), 1, 0).astype(jnp.bfloat16)
+
+    monkeypatch.setattr(laboratory, "kernel", lambda tiles: rounds_otherwise)
+    assert not laboratory.rows_agree(dict.fromkeys(module.DECODE_ROWS, TILES))
+    monkeypatch.setattr(module.operands, "cancelling", lambda rows: rows)
+    assert laboratory.rows_agree(dict.fromkeys(module.DECODE_ROWS, TILES))

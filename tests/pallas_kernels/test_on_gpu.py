@@ -23,6 +23,7 @@ from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.packing import order_activation_codes
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
+from qspec_jax.bench.operands import cancelling
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight, relative_error
 
 pytestmark = [
@@ -80,6 +81,11 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     multiply = jax.jit(functools.partial(w4a16_matmul, implementation=implementation))
     call = lambda x: multiply(x, weight)  # noqa: E731 - as an argument, not a constant of each program
     assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
+    # Where large products cancel it shows in 16 bits how sums were rounded.
+    x = cancelling(x)
+    widest = np.asarray(call(x[: INVARIANT_ROWS[implementation]]))
+    for num_rows in (rows for rows in ROWS if rows <= len(widest)):
+        np.testing.assert_array_equal(np.asarray(call(x[:num_rows])), widest[:num_rows], err_msg=f"M={num_rows}")
 
 
 @pytest.mark.parametrize(("bits", "x_symmetric", "grouped"), [(4, True, False), (8, True, True), (8, False, False)])
