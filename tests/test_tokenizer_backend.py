@@ -63,6 +63,10 @@ TEMPLATES = {
         "{% generation %}{% set seen = 1 %}{{ m.content }}{% endgeneration %}{{ seen is defined }}{% endfor %}"
         "{{ pad_token }}{{ unk_token }}{{ mask_token is defined }}{{ strftime_now('%Y') }}"
     ),
+    "lines": (
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n\t{{ m.content }}\n  {# no words #}\n  {% endif %}\n"
+        "  {{ eos_token }}\n{% endfor %}\n\nend\n"
+    ),
     "not Jinja": "{% for m in messages %}{{ m.content }}",
     "undefined": "{{ messages[0].content.missing.again }}",
     "escape": "{{ messages.__class__.__base__.__subclasses__() }}",
