@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from qspec_jax.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
     from qspec_jax.pipeline import Pipeline
-    from qspec_jax.speculative import DecodingPlan
 
 _WHOLE_ROW = "row"
 _MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float", "lookup", "lookup-qspec")
@@ -98,12 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
     defaults = _defaults(arguments)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
-    model = _load(arguments, lines, defaults)
-    plan = _plan(model, arguments)
-    if _streams(arguments):
-        _stream_text(model, lines, arguments, defaults)
+    stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
+    if stream and not arguments.json:
+        start_first = functools.partial(_start, lines=lines[:1], arguments=arguments, defaults=defaults, slots=1)
+        _stream_text(_load(arguments, start_first), lines, arguments, defaults)
         return 0
-    pipeline = _start(model, plan, lines, arguments, defaults)
+    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, slots=arguments.slots)
+    pipeline = start(_load(arguments, start))
     results = pipeline.collect(progress=sys.stderr.isatty())
     for line, result in zip(lines, results, strict=True):
         if arguments.json:
@@ -117,11 +118,6 @@ def run(arguments: argparse.Namespace) -> int:
     return _complain(results)
 
 
-def _streams(arguments: argparse.Namespace) -> bool:
-    stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
-    return stream and not arguments.json
-
-
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
     names = ("model", "mode", "draft", "draft_length", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {name: getattr(arguments, name) for name in names}
@@ -132,9 +128,9 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
             say(f"{first} of {len(lines)} results are in {arguments.output} already")
         if first == len(lines):
             return 0
-        model = _load(arguments, lines, defaults)
-        plan = _plan(model, arguments)
-        pipeline = _start(model, plan, lines, arguments, defaults, first=first)
+        options = {"lines": lines, "arguments": arguments, "defaults": defaults, "slots": arguments.slots}
+        start = functools.partial(_start, **options, first=first)
+        pipeline = start(_load(arguments, start))
         results = []
         for line, result in zip(lines[first:], pipeline.results(progress=sys.stderr.isatty()), strict=True):
             file.write(result_entry(result, line))
@@ -150,14 +146,15 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
 
 def _start(
     model: LanguageModel,
-    plan: DecodingPlan,
+    *,
     lines: list[PromptLine],
     arguments: argparse.Namespace,
     defaults: dict[str, Any],
-    *,
+    slots: int,
     first: int = 0,
 ) -> Pipeline:
     """A pipeline with the prompts from ``first`` on in it, and room for all."""
+    plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
     length = {"max_seq_len": arguments.max_seq_len}
     requests = [
         model.attempt(line.prompt, plan, what=f"prompt {index + 1}", **line.resolved(defaults, index), **length)
@@ -165,7 +162,7 @@ def _start(
     ]
     if arguments.output is None:
         require_some(requests)
-    options: dict[str, Any] = {"batch_size": arguments.slots, "on_event": lambda event: say(f"{event} ...")}
+    options: dict[str, Any] = {"batch_size": slots, "on_event": lambda event: say(f"{event} ...")}
     return model.run(requests, plan, first=first, **options, **length)
 
 
@@ -254,11 +251,8 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--draft-length {arguments.draft_length} must be at most 16")
 
 
-def _plan(model: LanguageModel, arguments: argparse.Namespace) -> DecodingPlan:
-    return model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
-
-
-def _load(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> LanguageModel:
+def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:
+    """The model, with the programs that the pipeline of ``start`` will need."""
     say("starting ...")
     store = keep_compiled_programs()
     import qspec_jax
@@ -270,11 +264,7 @@ def _load(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict
 
     def compile_meanwhile(model: LanguageModel) -> None:
         model.programs.store = store
-        streamed = arguments.output is None and _streams(arguments)
-        wanted, one = (
-            (lines[:1], argparse.Namespace(**vars(arguments) | {"slots": 1})) if streamed else (lines, arguments)
-        )
-        _start(model, _plan(model, arguments), wanted, one, defaults).compile()
+        start(model).compile()
 
     model = qspec_jax.load(
         arguments.model,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import qspec_jax
 from qspec_jax import generate
 from qspec_jax.errors import UsageError
+from qspec_jax.programs import Programs
 from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from tests.loading import tiny_checkpoints
 
@@ -197,3 +198,23 @@ def test_samples_stop_strings_and_log_probabilities_reach_the_file(tmp_path):
     stopped = tmp_path / "stopped.jsonl"
     assert run(prompts, stopped, *options, "--stop", f"{words[2]}") == 0
     assert without_times(stopped)[0]["text"].split() == words[: words.index(words[2])]
+
+
+def test_what_is_left_is_compiled_while_the_model_is_loaded(tiny_path, tmp_path, monkeypatch):
+    """The loop, and one width of filling: the long prompt of the first run needs no program any more."""
+    adopted, adopt = [], Programs.adopt
+
+    def adopting(self, others):
+        adopted.append(len(others))
+        adopt(self, others)
+        monkeypatch.setattr(Programs, "_compile_missing", None)  # nothing is missing from here on
+
+    long, *short = {"prompt": "w1 " * 100}, *some_prompts(3)
+    for entries in ([long], [long, *short]):
+        with monkeypatch.context() as patch:
+            patch.setattr(Programs, "adopt", adopting)
+            compile_missing = Programs._compile_missing
+            prompts = write_prompts(tmp_path / "in.jsonl", entries)
+            assert run(prompts, tmp_path / "out.jsonl", "--model", tiny_path) == 0
+        monkeypatch.setattr(Programs, "_compile_missing", compile_missing)
+    assert adopted == [2, 2]

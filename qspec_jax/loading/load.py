@@ -62,6 +62,7 @@ def load(
         progress: show a bar on the standard error stream.
         meanwhile: called in a thread, while the weights are read, with a model that has only their shapes. What it
             compiles (:meth:`Pipeline.compile`) the loaded model has, too; what goes wrong there comes to nothing.
+            JAX's settings of the calling thread (``with jax.default_matmul_precision(...)``) do not hold in it.
 
     Returns:
         a model ready to :meth:`~qspec_jax.LanguageModel.generate`.
