@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gpu_mosaic import MosaicConfig, Problem, pad_rows
+from pallas_kernels.gpu_mosaic import HALF_OF_AN_SM, MosaicConfig, Problem, pad_rows
 from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, scaled_rows, spill, store, unspill
 from pallas_kernels.partial_sums import PartialSums, tree_sum
 
@@ -29,6 +30,7 @@ def launch(
     consume: Callable[[Pipeline], jax.Array],
     problem: Problem,
     config: MosaicConfig,
+    early: bool,
     name: str,
     groups_in_tiles: bool = True,
 ) -> jax.Array | PartialSums:
@@ -41,6 +43,8 @@ def launch(
         row_factor: ``[M]`` float32 that multiplies the product of each slice of K before any are added, or None.
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
             ``config.block_m``.
+        early: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended; see
+            :mod:`pallas_kernels.early_launch`.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
@@ -53,8 +57,8 @@ def launch(
 
     def body(x, packed_ref, *refs, **scratch):
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
-        program = _Program(x, packed_ref, refs, len(columns), last[:-1], last[-1], problem, config, scratch)
-        program.run(consume)
+        arrays = x, packed_ref, refs, len(columns), last[:-1], last[-1]
+        _Program(*arrays, problem, config, early, scratch).run(consume)
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
     partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
@@ -62,7 +66,7 @@ def launch(
     outputs = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((config.split, problem.m, problem.n), partial_dtype),
-        scratch_types=_scratch(problem, config, in_tiles),
+        scratch_types=_scratch(problem, config, in_tiles, alone=early),
         grid=(config.split, problem.n // config.block_n, pl.cdiv(problem.m, config.block_m)),
         grid_names=("split", "n", "m"),
         num_threads=config.num_warpgroups + 1,
@@ -74,8 +78,16 @@ def launch(
     return outputs[0] if config.split == 1 else PartialSums(outputs, problem.out_dtype)
 
 
-def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-    """Shared memory and barriers of one program; ``by_group`` are dtypes, and whether they are of outputs."""
+def _scratch(
+    problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[Any, bool]], *, alone: bool
+) -> dict[str, Any]:
+    """Shared memory and barriers of one program.
+
+    Args:
+        by_group: dtypes, and whether they are of outputs.
+        alone: reserve so much shared memory that an SM holds one program. Those that start early would else share an
+            SM with another where the kernel before them still occupies some, and take twice the time.
+    """
     stages, slices, x_slots = config.num_stages, config.warpgroups_k, config.x_slots
     x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
     x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
@@ -97,6 +109,11 @@ def _scratch(problem: Problem, config: MosaicConfig, by_group: Sequence[tuple[An
     if slices > 1:
         scratch["partial"] = plgpu.SMEM((config.warpgroups_n, slices - 1, ROWS * config.block_m), jnp.float32)
         scratch["partial_full"] = plgpu.Barrier(num_arrivals=config.warpgroups_n * (slices - 1))
+    if alone:
+        arrays = [one for one in jax.tree.leaves(scratch) if not isinstance(one, plgpu.Barrier)]
+        used = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in arrays)
+        if used < HALF_OF_AN_SM:
+            scratch["unused"] = plgpu.SMEM((HALF_OF_AN_SM - used,), jnp.uint8)
     return scratch
 
 
@@ -112,6 +129,7 @@ class _Program:
     out: Ref  # [split, M, N]
     problem: Problem
     config: MosaicConfig
+    early: bool
     scratch: dict[str, Any]
 
     def run(self, consume: Callable[[Pipeline], jax.Array]) -> None:
@@ -122,12 +140,15 @@ class _Program:
         def _copy():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
-            lax.fori_loop(0, self.num_steps(0), self.copy_tiles, None)
+            first = self.copy_first_tiles() if self.early else 0
+            lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
 
         @pl.when(warpgroup < config.num_warpgroups)
         def _compute():
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[1], action="increase")
+            if self.early:
+                plgpu.griddepcontrol_wait()  # factors are read, and results written, by these warpgroups
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
             product = consume(Pipeline(self, column, in_program))
@@ -153,6 +174,25 @@ class _Program:
         """The columns of ``rows`` that meet ``size`` bytes of a weight row from ``start`` on."""
         return pl.ds(plane * (self.problem.k // 2) + start, size)
 
+    def copy_first_tiles(self) -> int:
+        """Fills the slots that need not be waited for, with weights first; returns their number.
+
+        The kernel before this one, which computes the rows, may still run.
+        """
+        config = self.config
+        steps = min(config.num_stages - 1, self.problem.num_tiles // config.slices)
+        tiles = [(jnp.int32(step), part) for step in range(steps) for part in range(config.warpgroups_k)]
+        for step, part in tiles:
+            self.copy_weight(step, part, self.tile_of(step, part))  # a step's slot is its number
+        plgpu.griddepcontrol_wait()
+        for step, part in tiles:
+            self.copy_rows(step, step, part, self.tile_of(step, part))
+        return steps
+
+    def tile_of(self, step: jax.Array | int, part: int) -> jax.Array:
+        """The tile that a slice of this program takes in a step."""
+        return (step * self.config.split + lax.axis_index("split")) * self.config.warpgroups_k + part
+
     def copy_tiles(self, step: jax.Array, _: None) -> None:
         """Fills the next slot: a tile for each slice of this program that has one left."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
@@ -160,29 +200,45 @@ class _Program:
         # A slot is released with the first product of the next tile: the last one once before it is ever filled.
         pl.when(step >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
         for part in range(config.warpgroups_k):
-            tile = (step * config.split + lax.axis_index("split")) * config.warpgroups_k + part
+            tile = self.tile_of(step, part)
             copy = functools.partial(self.copy_tile, step, slot, part, tile)
             copy() if num_tiles % config.slices == 0 else pl.when(tile < num_tiles)(copy)
 
     def copy_tile(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """Copies weight, groups and rows of a tile."""
-        config, problem, scratch = self.config, self.problem, self.scratch
-        full = scratch["full"].at[slot * config.warpgroups_k + part]
-        outputs, rows = pl.ds(self.first_column, config.block_n), pl.ds(self.first_row, config.block_m)
-        plgpu.copy_gmem_to_smem(
-            self.weight.at[outputs, pl.ds(tile * TILE, TILE)], scratch["weight"].at[slot, part], full
-        )
-        group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
-        groups = pl.ds(group, problem.groups_per_tile)
-        for index, (ref, copied) in enumerate(zip(self.by_group, scratch["by_group"], strict=False)):
-            block = ref.at[:, groups, outputs if index < self.num_columns else rows]
-            plgpu.copy_gmem_to_smem(block, copied.at[slot, part], full)
-        if config.x_slots:
+        self.copy_weight(slot, part, tile)
+        self.copy_rows(step, slot, part, tile)
+
+    def copy_weight(self, slot: jax.Array, part: int, tile: jax.Array) -> None:
+        """The part of a tile that is of the weight."""
+        outputs = pl.ds(self.first_column, self.config.block_n)
+        weight = self.weight.at[outputs, pl.ds(tile * TILE, TILE)]
+        plgpu.copy_gmem_to_smem(weight, self.scratch["weight"].at[slot, part], self.full(slot, part))
+        self.copy_groups(slot, part, tile, slice(self.num_columns), outputs)
+
+    def copy_rows(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
+        """The part of a tile that is of the activations."""
+        rows = pl.ds(self.first_row, self.config.block_m)
+        self.copy_groups(slot, part, tile, slice(self.num_columns, None), rows)
+        if self.config.x_slots:
             return self.copy_rows_in_pieces(step, tile)
         for plane in range(2):
             block = self.rows.at[rows, self.inputs(plane, tile * TILE, TILE)]
-            plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot, part, plane], full)
+            plgpu.copy_gmem_to_smem(block, self.scratch["rows"].at[slot, part, plane], self.full(slot, part))
         return None
+
+    def copy_groups(self, slot: jax.Array, part: int, tile: jax.Array, which: slice, columns: Any) -> None:
+        """The groups of a tile of some of the arrays by group: ``columns`` of them."""
+        problem = self.problem
+        group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
+        groups = pl.ds(group, problem.groups_per_tile)
+        # None have a place where only ``whole_row`` is wanted of them.
+        for ref, copied in zip(self.by_group[which], self.scratch["by_group"][which], strict=False):
+            plgpu.copy_gmem_to_smem(ref.at[:, groups, columns], copied.at[slot, part], self.full(slot, part))
+
+    def full(self, slot: jax.Array, part: int) -> Ref:
+        """The barrier of a tile that is there."""
+        return self.scratch["full"].at[slot * self.config.warpgroups_k + part]
 
     def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
         """The rows of a tile in the order in which they are multiplied: both planes of a part together."""

@@ -26,6 +26,7 @@ try:
     WGMMA = plgpu.Layout.WGMMA
     accumulator: Any = vars(plgpu)["WGMMAAccumulatorRef"]
     _needed = (plgpu.inline_mgpu, plgpu.Layout.WGMMA_8BIT, fa.WGMMA_LAYOUT_8BIT, mosaic.memref_ptr, mosaic.thread_idx)
+    _needed += (plgpu.griddepcontrol_wait,)
 except (ImportError, AttributeError, KeyError) as error:
     raise ImportError(
         f"the Mosaic GPU interface of jax {jax.__version__} is not the one known here: {error}"

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import tuning
+from pallas_kernels import early_launch, tuning
 from pallas_kernels.packing import QuantizedWeight
 
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
@@ -174,6 +174,15 @@ def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, p
         asm, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[result]
     )
     return out
+
+
+def start_next(index: jax.Array, *, interpret: bool) -> jax.Array:
+    """``index``, a program id: a kernel that uses it signals at its start; see :mod:`pallas_kernels.early_launch`."""
+    if interpret or not early_launch.is_enabled():
+        return index
+    # A tensor of one value, of which every thread executes this once; used, or it would be removed.
+    asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    return jnp.max(inline_asm(asm, jnp.full((1,), index), constraints="=r,r", dtype=jnp.int32))
 
 
 def dot_transposed(rows: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import with_group_sums
+from pallas_kernels import Layout, QuantizedWeight, early_launch, with_group_sums
+from pallas_kernels.float_matmul import MAX_ROWS
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
@@ -254,7 +255,8 @@ class Programs:
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
-        return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
+        with early_launch.early_launch(False):
+            return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -269,7 +271,8 @@ class Programs:
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         retired = np.zeros((shape.rows,), bool)
-        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
+        with early_launch.early_launch(launches_early(self.decoder, plan, shape.rows)):
+            return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -283,7 +286,8 @@ class Programs:
         def loop(leaves, state, max_cycles):
             return speculative.generate(self._merge(leaves), state, max_cycles, **options)[0]
 
-        return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
+        with early_launch.early_launch(launches_early(self.decoder, plan, len(state.last_token))):
+            return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
     def check_cache(self, *, rows: int, slots: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
@@ -304,6 +308,23 @@ def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[
             return [compilation.result() for compilation in compilations]
         except NotImplementedError as error:  # a kernel asked for by name
             raise UsageError(f"this model cannot run as asked: {error}") from error
+
+
+def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
+    """Whether the kernels of a loop, behind ``prepare``, may start early: see :mod:`pallas_kernels.early_launch`.
+
+    They may where every weight is one of the loop's arguments, Mosaic multiplies all of them, and XLA has nothing to do
+    between a kernel that signals and the matmul behind it: no matmul in floating point, no padding of rows, no sums of
+    activation codes for asymmetric weights, no norms of single heads that it puts together, no LM head of many rows.
+    """
+    if decoder.scan_layers or decoder.config.qk_norm or not early_launch.is_supported():
+        return False
+    if not {plan.verify, plan.draft} <= {Precision.W4A16, Precision.W4A8, None}:
+        return False
+    if any(n > MAX_ROWS or (n > 8 and n % 8) for n in (rows, rows * (plan.draft_length + 1))):
+        return False
+    weights = [linear.weight.get_value() for linear in _linears(decoder)]
+    return all(isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA and w.symmetric for w in weights)
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:

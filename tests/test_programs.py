@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from pallas_kernels import Layout, early_launch
 from qspec_jax import programs
+from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.linear import Linear
+from qspec_jax.modeling import Decoder
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.types import Precision
 from tests import tiny
@@ -22,6 +28,99 @@ def test_only_a_loop_on_a_gpu_looks_seldom_whether_to_go_on(monkeypatch):
     assert programs.cycles_per_check(PLAIN) > programs.cycles_per_check(CYCLES) > 1
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert programs.cycles_per_check(PLAIN) == programs.cycles_per_check(CYCLES) == 1
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(early_launch, "is_supported", lambda: True)
+
+
+def decoder_of_shapes(layout=Layout.WGMMA, *, scan_layers=False, symmetric=True, **config):
+    """A decoder of shapes alone, with weights in a layout."""
+    decoder = nnx.eval_shape(
+        lambda: Decoder(
+            ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, **config}),
+            quantization=QuantConfig(symmetric=symmetric),
+            scan_layers=scan_layers,
+        )
+    )
+    for _, linear in nnx.iter_modules(decoder):
+        if isinstance(linear, Linear):
+            linear.weight.set_value(dataclasses.replace(linear.weight.get_value(), layout=layout))
+    return decoder
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_kernels_start_early_where_matmuls_that_read_early_are_all_that_reads_behind_a_signal():
+    assert programs.launches_early(decoder_of_shapes(), PLAIN, rows=1)
+    assert not programs.launches_early(decoder_of_shapes(layout=Layout.PLANES), PLAIN, rows=1)
+    assert not programs.launches_early(decoder_of_shapes(scan_layers=True), PLAIN, rows=1)
+    assert not programs.launches_early(decoder_of_shapes(symmetric=False), PLAIN, rows=1)
+    assert not programs.launches_early(
+        decoder_of_shapes(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), PLAIN, rows=1
+    )
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_no_kernel_starts_early_where_rows_are_padded_or_more_than_the_head_serves():
+    decoder = decoder_of_shapes()
+    early = {rows for rows in range(1, 300) if programs.launches_early(decoder, PLAIN, rows)}
+    assert early == {*range(1, 9), *range(16, 257, 8)}
+    early = {rows for rows in range(1, 300) if programs.launches_early(decoder, CYCLES, rows)}
+    assert early == {1, 2, 4, 6, 8, *range(16, 65, 8)}
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_no_kernel_starts_early_where_xla_multiplies_or_a_draft_has_activations_of_4_bits():
+    decoder = decoder_of_shapes()
+    assert programs.launches_early(decoder, CYCLES, rows=1)
+    assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT), rows=1)
+    assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT, Precision.W4A8, 3), rows=1)
+    assert not programs.launches_early(decoder, DecodingPlan(Precision.W4A16, Precision.W4A4, 3), rows=1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "capability", "supported"),
+    [
+        ("gpu", (0, 12, 0), "9.0", True),
+        ("gpu", (0, 11, 2), "9.0", False),  # a Mosaic kernel is a CUDA graph of its own
+        ("gpu", (0, 12, 0), "8.0", False),
+        ("gpu", (0, 12, 0), "10.0", False),
+        ("cpu", (0, 12, 0), None, False),
+    ],
+)
+def test_kernels_start_early_on_hopper_from_jax_0_12_on(monkeypatch, backend, version, capability, supported):
+    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert early_launch.is_supported() is supported
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, early):
+    monkeypatch.setattr(programs, "launches_early", lambda decoder, plan, rows: early)
+    traced, original = [], Linear.partial_sums
+
+    def watched(linear, x, *, precision):
+        traced.append(early_launch.is_enabled())
+        return original(linear, x, precision=precision)
+
+    monkeypatch.setattr(Linear, "partial_sums", watched)
+    model, shape = programs.Programs(tiny.decoder(scan_layers=False)), programs.Shape(rows=1, slots=64)
+    state = jax.eval_shape(lambda: model.idle_state(shape))
+    lowerings = [
+        (early, lambda: model.lower_loop(PLAIN, shape)),
+        (early, lambda: model.lower_repetition(PLAIN, state)),
+        (False, lambda: model.lower_fill(PLAIN, shape, 32)),
+    ]
+    for expected, lower in lowerings:
+        traced.clear()
+        jax.clear_caches()  # layers that are alike are traced once
+        with early_launch.early_launch(not expected):  # what the caller traces is not ours
+            lower()
+        assert set(traced) == {expected}
+    assert not early_launch.is_enabled()
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "qspec"])

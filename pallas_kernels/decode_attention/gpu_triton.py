@@ -234,7 +234,7 @@ def _join_chunks(
 
     chunk_spec = pl.BlockSpec((None, None, problem.num_chunks, None), block)
     return pl.pallas_call(
-        functools.partial(_join_kernel, problem=problem),
+        functools.partial(_join_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_heads, problem.num_tokens, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
@@ -260,8 +260,9 @@ def _join_kernel(
     out_ref,  # [block_dim]
     *,
     problem: _Problem,
+    interpret: bool,
 ):
-    position = length_ref[...] + pl.program_id(1)
+    position = length_ref[...] + tiles.start_next(pl.program_id(1), interpret=interpret)
     first, end = problem.first_seen(position), problem.end_of_seen(position)
 
     def join(step, carry):

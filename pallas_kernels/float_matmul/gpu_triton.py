@@ -20,8 +20,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.float_matmul import MAX_ROWS
 
-MAX_ROWS = 256  # beyond, arithmetic and not the weight's bytes bounds the time, and the library's kernels win
 _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
 

@@ -109,17 +109,14 @@ def _kernel(
     interpret: bool,
 ):
     rows, groups, values = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape, axis) for axis in range(3))
-    exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1]) & (values < shape[2])
+    first_row = tiles.start_next(pl.program_id(0), interpret=interpret) * x_ref.shape[0]
+    exists = (first_row + rows < shape[0]) & (groups < shape[1]) & (values < shape[2])
     x = plgpu.load(x_ref, mask=exists, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
     # Groups of the padding must not win among the outliers: they count as zeros without spread.
     rows, groups = (jax.lax.broadcasted_iota(jnp.int32, x_ref.shape[:2], axis) for axis in range(2))
-    group_exists = (_first_row(x_ref) + rows < shape[0]) & (groups < shape[1])
+    group_exists = (first_row + rows < shape[0]) & (groups < shape[1])
     outputs = codes_ref, *per_group_refs
     store_quantized(x, exists, group_exists, outputs, layout=layout, settings=settings, interpret=interpret)
-
-
-def _first_row(x_ref: tiles.Ref) -> Array:
-    return pl.program_id(0) * x_ref.shape[0]
 
 
 def store_quantized(
@@ -264,7 +261,7 @@ def _producer_kernel(
     num_outputs = 2 if settings["symmetric"] else 3
     of_produce, outputs = refs[:-num_outputs], refs[-num_outputs:]
     block = outputs[0].shape
-    first_group = pl.program_id(1) * block[0]
+    first_group = tiles.start_next(pl.program_id(1), interpret=interpret) * block[0]
     groups, values = (jax.lax.broadcasted_iota(jnp.int32, block, axis) for axis in range(2))
     exists = (first_group + groups < shape[0]) & (values < shape[1])
     group_exists = first_group + jax.lax.broadcasted_iota(jnp.int32, block[:1], 0) < shape[0]

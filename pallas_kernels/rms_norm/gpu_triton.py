@@ -127,7 +127,8 @@ def _kernel(
 ):
     inputs, outputs = refs[:-num_outputs], refs[-num_outputs:]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, inputs[0].shape, axis) for axis in range(2))
-    exists = (pl.program_id(0) * inputs[0].shape[0] + row < shape[0]) & (column < shape[1])
+    first_row = tiles.start_next(pl.program_id(0), interpret=interpret) * inputs[0].shape[0]
+    exists = (first_row + row < shape[0]) & (column < shape[1])
     column = jax.lax.broadcasted_iota(jnp.int32, gain_ref.shape, 1)
     gain = plgpu.load(gain_ref, mask=column < shape[1], other=jnp.zeros((), gain_ref.dtype)).astype(jnp.float32)
     total = load_sum(inputs, outputs[:-1], exists, interpret=interpret)

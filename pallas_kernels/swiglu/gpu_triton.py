@@ -65,14 +65,15 @@ def _kernel(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = exists_in_piece(gate_ref.shape, num_inputs)
+    exists = exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
     product = load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
 
 
-def exists_in_piece(shape: tuple[int, int], num_inputs: int) -> Array:
+def exists_in_piece(shape: tuple[int, int], num_inputs: int, *, interpret: bool) -> Array:
     """Which values of a program's piece are of the token."""
-    return pl.program_id(1) * PIECE + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
+    first = tiles.start_next(pl.program_id(1), interpret=interpret) * PIECE
+    return first + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
 
 
 def load_gated(gate_ref: tiles.Ref, up_ref: tiles.Ref, exists: Array, *, interpret: bool) -> Array:

@@ -94,7 +94,7 @@ def _gate_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = gating.exists_in_piece(gate_ref.shape, num_inputs)
+    exists = gating.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
     product = gating.load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
@@ -113,7 +113,7 @@ def _quantize_piece(
 ):
     of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * gating.PIECE < num_inputs
     magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
-    exists = gating.exists_in_piece(product_ref.shape, num_inputs)
+    exists = gating.exists_in_piece(product_ref.shape, num_inputs, interpret=interpret)
     product = plgpu.load(product_ref, mask=exists, other=jnp.zeros((), product_ref.dtype)).astype(jnp.float32)
     quantizer.store_quantized(
         product,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from pallas_kernels import early_launch
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
@@ -62,7 +63,8 @@ def w4a16_matmul(
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
         config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
-    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config)
+    early = early_launch.is_enabled()
+    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, early=early, config=config)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -77,14 +79,16 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("early", "config"))
 def _matmul(
-    x: Array, packed: Array, scale: Array, offset: Array | None, *, config: hopper.MosaicConfig
+    x: Array, packed: Array, scale: Array, offset: Array | None, *, early: bool, config: hopper.MosaicConfig
 ) -> Array | PartialSums:
     problem = hopper.Problem(x.shape[0], packed.shape[0], x.shape[1], scale.shape[0], x.dtype, x.dtype)
     columns = (scale,) if offset is None else (scale, offset)
     config = hopper.with_most_stages(config, problem, len(columns))
-    return pipelines.launch(x, packed, columns, None, consume=_consume, problem=problem, config=config, name="w4a16")
+    return pipelines.launch(
+        x, packed, columns, None, consume=_consume, problem=problem, config=config, early=early, name="w4a16"
+    )
 
 
 def _consume(pipeline: pipelines.Pipeline) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import early_launch
 from pallas_kernels import gpu_mosaic as hopper
 from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels import gpu_mosaic_registers as lanes
@@ -61,7 +62,8 @@ def w4a4_matmul(
     codes, scale = codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
     if config is None:
         config = default_config(codes.shape[0], weight)
-    outputs = _matmul(codes, scale, weight.packed, weight.scale, weight.offset, dtype=jnp.dtype(dtype), config=config)
+    arrays = codes, scale, weight.packed, weight.scale, weight.offset
+    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), early=early_launch.is_enabled(), config=config)
     return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
 
 
@@ -76,7 +78,7 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("dtype", "config"))
+@functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
 def _matmul(
     codes: Array,
     x_scale: Array,
@@ -85,6 +87,7 @@ def _matmul(
     offset: Array | None,
     *,
     dtype: DTypeLike,
+    early: bool,
     config: hopper.MosaicConfig,
 ) -> Array | PartialSums:
     num_rows, k = codes.shape
@@ -107,6 +110,7 @@ def _matmul(
         consume=_consume_grouped if scale.shape[0] > 1 else _consume_whole,
         problem=problem,
         config=config,
+        early=early,
         name="w4a4",
         groups_in_tiles=scale.shape[0] > 1,
     )

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
+from pallas_kernels.early_launch import early_launch
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
 from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
@@ -287,3 +288,27 @@ def test_rotate_and_write_lowers_to_one_kernel_in_place(shape, num_parts):
     assert "stablehlo.convert" not in program
     for result, argument in ((1, 3), (2, 4)):
         assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program
+
+
+def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
+    """Pallas must not remove the signal as code without effect, and it is there in no other program."""
+    x, gain, gate_up = (array(*shape, dtype=jnp.bfloat16) for shape in ((3, 4096), (4096,), (3, 28672)))
+    query, cache, qkv = (array(2, *s, dtype=jnp.bfloat16) for s in ((4, 32, 128), (1024, 8, 128), (4, 48, 128)))
+    rotation, lengths = array(2, 4, 64, dtype=jnp.float32), array(2, dtype=jnp.int32)
+    settings = {"bits": 8, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    whole, norm = {"group_size": 4096, **settings}, {"epsilon": 1e-5}
+    attend = functools.partial(attention_triton.decode_attention, window=None)
+    programs = [
+        (1, functools.partial(plain_norm_triton.rms_norm, **norm), [x, gain]),
+        (1, functools.partial(norm_triton.rms_norm_quantize, **norm, **whole), [x, gain]),
+        (1, functools.partial(quantize_triton.quantize_activations, **whole), [x]),
+        (1, plain_swiglu_triton.swiglu, [gate_up]),
+        (2, functools.partial(swiglu_triton.swiglu_quantize, group_size=14336, **settings), [gate_up]),
+        (1, attend, [query, cache, cache, lengths]),  # of its two kernels the last
+        (0, rotate_triton.rotate_and_write, [qkv, rotation, rotation, cache, cache, lengths]),
+    ]
+    for num_signals, function, args in programs:
+        with early_launch():
+            early = cuda_program(function, *args)
+        assert early.count("griddepcontrol.launch_dependents") == num_signals
+        assert "griddepcontrol" not in cuda_program(function, *args)

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation
 from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels.early_launch import early_launch
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
@@ -36,6 +37,17 @@ def test_w4a8_lowers(shape, num_rows):
     x = QuantizedActivation(codes, scale, None, bits=8)
     assert w4a4_mosaic.obstacle(x, weight) is None
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 256])
+@pytest.mark.parametrize("shape", [SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], ids=str)
+def test_a_weight_is_read_before_the_kernel_before_has_ended_only_where_kernels_may_start_early(shape, num_rows):
+    weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=jnp.bfloat16)
+    with early_launch():
+        assert "griddepcontrol.wait" in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
+        early = jax.make_jaxpr(w4a16_mosaic.w4a16_matmul)(x, weight)
+    assert str(early).count("griddepcontrol_wait") == 2  # of the copying and of the computing warpgroups
+    assert "griddepcontrol" not in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
 
 
 @pytest.mark.parametrize(
