@@ -29,8 +29,7 @@ from pallas_kernels.packing import QuantizedWeight
 
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
 
-ROW_INVARIANT_ROWS = 128
-_INTEGER_DECODE_ROWS = 256  # where the tiles of a prefill begin to win for int8
+ROW_INVARIANT_ROWS = 256  # a batch of 64 that verifies 4 tokens each
 _MIN_DOT_SIDE = 16  # of a tensor-core dot in Triton
 _MIN_BLOCK_K = 32  # of an int8 tensor-core dot
 INT8_CODE_FACTOR = 16  # decode_planes returns 16 * (code - 8) as int8
@@ -99,7 +98,7 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         integer: int8 activations whose products are scaled in the loop.
         asymmetric: the weight has zero points, so row sums are taken in the loop.
     """
-    if m > (_INTEGER_DECODE_ROWS if integer else ROW_INVARIANT_ROWS):
+    if m > ROW_INVARIANT_ROWS:
         block_m = 64 if integer else 128
         block_n = min(_power_of_two_divisor(n), 8192 // block_m)
         return TileConfig(block_m, block_n, min(run, 64), 1, num_warps=4, num_stages=3)

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul, with_group_sums
+from pallas_kernels.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a4_matmul import reference as w4a4_reference
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
@@ -162,6 +163,7 @@ def test_the_reduction_over_k_does_not_depend_on_the_number_of_rows(asymmetric, 
         ]
         assert len({(config.block_k, config.split) for config in configs}) == 1
         assert all(k // 2 % (config.block_k * config.split) == 0 for config in configs)
+        assert integer or not any(takes_wgmma(config.block_m, config.num_warps) for config in configs)
 
 
 def test_one_layer_of_a_stack_works_inside_a_scan():
