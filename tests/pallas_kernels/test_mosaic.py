@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation
 from pallas_kernels import gpu_mosaic as hopper
+from pallas_kernels import gpu_mosaic_pipeline as pipelines
 from pallas_kernels.early_launch import early_launch
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
@@ -48,6 +51,19 @@ def test_a_weight_is_read_before_the_kernel_before_has_ended_only_where_kernels_
         early = jax.make_jaxpr(w4a16_mosaic.w4a16_matmul)(x, weight)
     assert str(early).count("griddepcontrol_wait") == 2  # of the copying and of the computing warpgroups
     assert "griddepcontrol" not in cuda_program(w4a16_mosaic.w4a16_matmul, x, weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 256])
+@pytest.mark.parametrize("shape", LLAMA_3_8B, ids=str)
+def test_an_sm_holds_one_program_of_a_matmul_that_starts_early(shape, num_rows):
+    """Two would share one where the kernel before still occupies another, and take twice the time."""
+    k, n = shape
+    problem = hopper.Problem(num_rows, n, k, k // 128, jnp.bfloat16, jnp.bfloat16)
+    config = hopper.with_most_stages(w4a16_mosaic.default_config(num_rows, n, k), problem, num_columns=1)
+    scratch = pipelines._scratch(problem, config, [(jnp.float16, True)], alone=True)
+    arrays = [one for one in jax.tree.leaves(scratch) if hasattr(one, "dtype")]
+    used = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in arrays)
+    assert 2 * (used + 1024) > 228 * 1024 >= used + 1024
 
 
 @pytest.mark.parametrize(
