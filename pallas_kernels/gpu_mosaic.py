@@ -26,7 +26,7 @@ from pallas_kernels.packing import QuantizedWeight
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 _SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
-HALF_OF_AN_SM = 114 * 1024  # bytes of shared memory; an SM has 228 KiB, of which each program takes another one
+HALF_OF_AN_SM = 114 * 1024  # bytes of shared memory; an SM has 228 KiB, and each program takes 1 KiB more
 
 
 @dataclasses.dataclass(frozen=True)
