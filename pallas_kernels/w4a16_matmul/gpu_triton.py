@@ -112,12 +112,13 @@ def _kernel(
         """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
         x = tiles.load_rows(x_ref, start, block_k, x_mask)
         partial = _dot(x, codes)
-        tile_sum: Any = jnp.sum(x.astype(jnp.float32), axis=1) if offset_refs else 0.0
+        # In every column, by tensor cores: jnp.sum would add in an order that depends on the height of the tile.
+        tile_sum: Any = _dot(x, jnp.ones_like(codes)) if offset_refs else 0.0
         if num_groups == 1:
             return product + partial, row_sum + tile_sum
         scale, shift = group_scale_and_shift(lax.div(start, group_size))
         product = product + partial * scale[None, :]
-        return (product if shift is None else product + tile_sum[:, None] * shift[None, :]), row_sum
+        return (product if shift is None else product + tile_sum * shift[None, :]), row_sum
 
     def step(index, carry):
         start = (first_step + index) * block_k
@@ -125,12 +126,12 @@ def _kernel(
         low, high = tiles.decode_planes(packed, code_dtype, interpret=interpret)
         return plane(half + start, high, *plane(start, low, *carry))
 
-    zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32), jnp.zeros((config.block_m,), jnp.float32)
-    product, row_sum = lax.fori_loop(0, steps, step, zeros)
+    zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
+    product, row_sum = lax.fori_loop(0, steps, step, (zeros, zeros if offset_refs and num_groups == 1 else 0.0))
     if num_groups == 1:
         scale, shift = group_scale_and_shift(0)
         product = product * scale[None, :]
-        product = product if shift is None else product + row_sum[:, None] * shift[None, :]
+        product = product if shift is None else product + row_sum * shift[None, :]
     out_mask = tiles.row_mask(num_rows, config.block_m, config.block_n)
     plgpu.store(out_ref, product.astype(out_ref.dtype), mask=out_mask)
 
