@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -269,6 +270,24 @@ def test_load_and_save_give_the_same_tokens(tmp_path):
     ids = [[result.token_ids for result in each.generate(prompts, **options)] for each in (model, loaded)]
     assert ids[0] == ids[1]
     assert open_checkpoint(tmp_path / "c").manifest.recipe == {"name": "test"}
+
+
+def test_a_few_groups_are_read_ahead_and_no_more(monkeypatch):
+    """The host holds those alone, however large the model."""
+    monkeypatch.setattr(arrays, "_GROUPS_READ_AHEAD", 3)
+    all_run, begun = threading.Barrier(3, timeout=60), []
+
+    def read(group):
+        begun.append(group)
+        if group in "abc":
+            all_run.wait()  # for the two others of the first three
+        return group.upper()
+
+    results = arrays._in_threads(read, list("abcdefgh"))
+    for number, result in enumerate(results):
+        assert result == "ABCDEFGH"[number]
+        assert len(begun) <= number + 3
+    assert sorted(begun) == list("abcdefgh")
 
 
 def test_draft_activations_may_be_chosen_anew(saved):

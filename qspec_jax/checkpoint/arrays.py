@@ -8,7 +8,10 @@ read: packed weights are stored in planes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +35,7 @@ _NARROW_DTYPES = (ml_dtypes.bfloat16, np.float16)
 _SAMPLE = 4096
 _WEIGHT_ARRAYS = ("packed", "scale", "offset")
 _SCALES = (".scale", ".offset")
+_GROUPS_READ_AHEAD = min(4, os.cpu_count() or 1)  # each in a thread: reading, hashing and reordering leave Python alone
 
 
 class _Place(NamedTuple):
@@ -111,18 +115,28 @@ def fill(
 
     Args:
         decoder: of :func:`abstract_decoder`.
-        read_group: the arrays of a group.
+        read_group: the arrays of a group. It is called for some groups at once, in threads, ahead of the one that is
+            placed, so that the host holds those few.
         place: puts an array of the decoder, whose path is its first argument, onto its device.
         progress: wraps the iteration over the groups.
     """
     stacks: dict[str, np.ndarray] = {}
     placed: dict[str, Array] = {}
     places = _places(decoder)
-    for group in progress(group_names(decoder.config)):
+
+    def read(group: str) -> dict[str, np.ndarray]:
+        """A group's arrays as the decoder holds them."""
+        arrays = {}
         for stored, array in read_group(group).items():
-            name, layer, leaf, layout = places[stored]
-            array = order_bytes(array, layout)
-            array = array if stored.endswith(_SCALES) else array.astype(leaf.dtype, copy=False)
+            array = order_bytes(array, places[stored].layout)
+            wanted = array.dtype if stored.endswith(_SCALES) else places[stored].leaf.dtype
+            arrays[stored] = array.astype(wanted, copy=False)
+        return arrays
+
+    groups = group_names(decoder.config)
+    for _, arrays in zip(progress(groups), _in_threads(read, groups), strict=True):
+        for stored, array in arrays.items():
+            name, layer, leaf, _ = places[stored]
             if layer is None:
                 placed[name] = place(name, array)
             else:
@@ -133,6 +147,18 @@ def fill(
         value = parameter.get_value()
         parts = {part: placed[f"{name}{part}"] for part in _leaves(value)}
         parameter.set_value(_value(parts, layout=_layout(value, ".packed")))
+
+
+def _in_threads(function: Callable[[str], Any], items: Sequence[str]) -> Iterator[Any]:
+    """The results for all items, in order, some of them computed ahead."""
+    with ThreadPoolExecutor(_GROUPS_READ_AHEAD) as pool:
+        ahead: collections.deque[Future[Any]] = collections.deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) == _GROUPS_READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def narrowed(array: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Opens a checkpoint and restores a decoder from it, checked on the way.
 
 Opening checks everything but the arrays: version, config, presence and length of all files, hashes of the
-small ones. Restoring reads a layer at a time into host memory, compares the hash of each array with the
+small ones. Restoring reads a few layers at a time into host memory, compares the hash of each array with the
 manifest, and puts it onto its device, or into its place in a stack of layers.
 """
 
