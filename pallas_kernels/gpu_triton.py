@@ -112,7 +112,7 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         block_m = next(rows for rows in (16, 32, 64) if m <= rows or rows == 64)
         return TileConfig(block_m, block_n, block_k, split, num_warps=2, num_stages=3)
     if asymmetric and m <= 16 and n % 128 == 0 and run == 128:
-        return TileConfig(16, 128, block_k, split, num_warps=2, num_stages=3)  # wide, to share the row sums
+        return TileConfig(16, 128, block_k, split, num_warps=2, num_stages=3)  # as measured
     # 64 rows in four warps would take Triton's wgmma path, which rounds differently from mma.sync.
     return TileConfig(16 if m <= 16 else 32, block_n, block_k, split, num_warps=4, num_stages=3)
 

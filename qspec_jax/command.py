@@ -45,8 +45,12 @@ def exit_code(
 
 
 def say(message: str) -> None:
-    """A line on the standard error stream."""
-    print(message, file=sys.stderr, flush=True)
+    """A line on the standard error stream, above a progress bar that is there."""
+    if (bars := sys.modules.get("tqdm")) is None:  # imported only by who draws one
+        print(message, file=sys.stderr, flush=True)
+    else:
+        bars.tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def keep_compiled_programs() -> ProgramStore | None:

@@ -265,7 +265,7 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
     def compile_meanwhile(model: LanguageModel) -> None:
         model.programs.store = store
         start(model).compile()
-        say(f"programs there after {model.programs.compile_s:.1f} s ...")
+        say(f"programs took {model.programs.compile_s:.1f} s")
 
     model = qspec_jax.load(
         arguments.model,

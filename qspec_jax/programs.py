@@ -130,6 +130,7 @@ class Programs:
         if ours == theirs:
             self.compiled |= others.compiled
             self.num_compilations += others.num_compilations
+            self.compile_s += others.compile_s
 
     def compile(
         self,
@@ -155,7 +156,7 @@ class Programs:
         self._fitting.add(shape)
         began = time.perf_counter()
         missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
-        keys = {} if self.store is None else program_keys(missing, self.decoder)
+        keys = program_keys(missing, self.decoder) if missing and self.store is not None else {}
         self.compiled |= self._stored(keys)
         missing = {name: lower for name, lower in missing.items() if name not in self.compiled}
         if missing:

@@ -272,9 +272,8 @@ def test_load_and_save_give_the_same_tokens(tmp_path):
     assert open_checkpoint(tmp_path / "c").manifest.recipe == {"name": "test"}
 
 
-def test_a_few_groups_are_read_ahead_and_no_more(monkeypatch):
+def test_a_few_groups_are_read_at_once_and_no_more():
     """The host holds those alone, however large the model."""
-    monkeypatch.setattr(arrays, "_GROUPS_READ_AHEAD", 3)
     all_run, begun = threading.Barrier(3, timeout=60), []
 
     def read(group):
@@ -283,11 +282,12 @@ def test_a_few_groups_are_read_ahead_and_no_more(monkeypatch):
             all_run.wait()  # for the two others of the first three
         return group.upper()
 
-    results = arrays._in_threads(read, list("abcdefgh"))
-    for number, result in enumerate(results):
-        assert result == "ABCDEFGH"[number]
-        assert len(begun) <= number + 3
-    assert sorted(begun) == list("abcdefgh")
+    results = []
+    for result in arrays._in_threads(read, list("abcdefgh"), at_once=3):
+        results.append(result)
+        assert len(begun) <= len(results) + 2
+    assert sorted(results) == list("ABCDEFGH")
+    assert list(arrays._in_threads(str.upper, list("abcdefgh"), at_once=1)) == list("ABCDEFGH")
 
 
 def test_draft_activations_may_be_chosen_anew(saved):

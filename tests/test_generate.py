@@ -52,7 +52,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(capsys):
         assert part in figures
 
 
-def test_a_start_says_how_long_it_took_to_compile_or_to_find_the_programs(demo_model, monkeypatch, capsys):
+def test_a_start_says_how_long_programs_took_to_compile_or_to_find(demo_model, monkeypatch, capsys):
     def load(*_, meanwhile, **__):
         meanwhile(demo_model)
         return demo_model
@@ -60,7 +60,7 @@ def test_a_start_says_how_long_it_took_to_compile_or_to_find_the_programs(demo_m
     monkeypatch.setattr(qspec_jax, "load", load)
     code, _, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 16)
     assert code == 0
-    assert f"programs there after {demo_model.programs.compile_s:.1f} s ..." in err.splitlines()
+    assert f"programs took {demo_model.programs.compile_s:.1f} s" in err.splitlines()
 
 
 @pytest.mark.usefixtures("demo")

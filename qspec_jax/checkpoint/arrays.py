@@ -8,10 +8,9 @@ read: packed weights are stored in planes.
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ _NARROW_DTYPES = (ml_dtypes.bfloat16, np.float16)
 _SAMPLE = 4096
 _WEIGHT_ARRAYS = ("packed", "scale", "offset")
 _SCALES = (".scale", ".offset")
-_GROUPS_READ_AHEAD = min(4, os.cpu_count() or 1)  # each in a thread: reading, hashing and reordering leave Python alone
+_GROUPS_AT_ONCE = min(4, os.cpu_count() or 1)  # each in a thread: reading, hashing and reordering leave Python alone
 
 
 class _Place(NamedTuple):
@@ -115,8 +114,8 @@ def fill(
 
     Args:
         decoder: of :func:`abstract_decoder`.
-        read_group: the arrays of a group. It is called for some groups at once, in threads, ahead of the one that is
-            placed, so that the host holds those few.
+        read_group: the arrays of a group. It is called for a few groups at once, in threads, and for no more before
+            one of them is placed, so that the host holds those few.
         place: puts an array of the decoder, whose path is its first argument, onto its device.
         progress: wraps the iteration over the groups.
     """
@@ -126,16 +125,19 @@ def fill(
 
     def read(group: str) -> dict[str, np.ndarray]:
         """A group's arrays as the decoder holds them."""
-        arrays = {}
-        for stored, array in read_group(group).items():
-            array = order_bytes(array, places[stored].layout)
+        arrays = dict(read_group(group))
+        for stored in arrays:
+            array = order_bytes(arrays[stored], places[stored].layout)
             wanted = array.dtype if stored.endswith(_SCALES) else places[stored].leaf.dtype
             arrays[stored] = array.astype(wanted, copy=False)
         return arrays
 
     groups = group_names(decoder.config)
-    for _, arrays in zip(progress(groups), _in_threads(read, groups), strict=True):
-        for stored, array in arrays.items():
+    # In all processes of a program in the same order, in which they agree on each array.
+    at_once = _GROUPS_AT_ONCE if jax.process_count() == 1 else 1
+    for _, arrays in zip(progress(groups), _in_threads(read, groups, at_once=at_once), strict=True):
+        while arrays:
+            stored, array = arrays.popitem()
             name, layer, leaf, _ = places[stored]
             if layer is None:
                 placed[name] = place(name, array)
@@ -149,16 +151,17 @@ def fill(
         parameter.set_value(_value(parts, layout=_layout(value, ".packed")))
 
 
-def _in_threads(function: Callable[[str], Any], items: Sequence[str]) -> Iterator[Any]:
-    """The results for all items, in order, some of them computed ahead."""
-    with ThreadPoolExecutor(_GROUPS_READ_AHEAD) as pool:
-        ahead: collections.deque[Future[Any]] = collections.deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) == _GROUPS_READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def _in_threads(function: Callable[[str], Any], items: Sequence[str], *, at_once: int) -> Iterator[Any]:
+    """The results for all items as they come, of which at most ``at_once`` are under way or waiting to be taken."""
+    left = list(reversed(items))
+    with ThreadPoolExecutor(at_once) as pool:
+        running: set[Future[Any]] = set()
+        while left or running:
+            while left and len(running) < at_once:
+                running.add(pool.submit(function, left.pop()))
+            finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            running.remove(finished)
+            yield finished.result()
 
 
 def narrowed(array: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -78,13 +79,17 @@ class Checkpoint:
         names = [name for name in self.manifest.arrays if group_of(name) == group]
         try:
             arrays = _read_arrays(self.data / "arrays" / group, names)
+        except MemoryError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise everything
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise CheckpointError(
                 f"{self.path}: cannot read the arrays of {group}: {self._changed_files(group)}{_REMEDY} "
                 f"({type(error).__name__}: {reason})"
             ) from error
-        altered = [name for name in names if not self._is_as_written(name, arrays[name])]
+        with ThreadPoolExecutor() as pool:
+            as_written = pool.map(lambda name: self._is_as_written(name, arrays[name]), names)
+            altered = [name for name, is_as_written in zip(names, as_written, strict=True) if not is_as_written]
         if altered:
             raise CheckpointError(
                 f"{self.path}: altered since it was written (hash mismatch): {_listed(altered)}; {_REMEDY}"
