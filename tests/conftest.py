@@ -22,6 +22,13 @@ def strict_dtype_promotion():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compile_each_program_once(tmp_path_factory):
+    """Tests make the same small models again and again, and compiling is most of what that takes."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The demo model's file; its absence is a failure, not a skip."""
