@@ -46,10 +46,12 @@ def exit_code(
 
 def say(message: str) -> None:
     """A line on the standard error stream, above a progress bar that is there."""
-    if (bars := sys.modules.get("tqdm")) is None:  # imported only by who draws one
+    # Imported only by who draws a bar, perhaps in another thread at this moment.
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if bars is None:
         print(message, file=sys.stderr, flush=True)
     else:
-        bars.tqdm.write(message, file=sys.stderr)
+        bars.write(message, file=sys.stderr)
         sys.stderr.flush()
 
 

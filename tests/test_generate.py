@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
+from tqdm import tqdm
 
 import qspec_jax
 from qspec_jax import generate
+from qspec_jax.command import say
 from tests.loading import tiny_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +65,21 @@ def test_a_start_says_how_long_programs_took_to_compile_or_to_find(demo_model, m
     code, _, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 16)
     assert code == 0
     assert f"programs took {demo_model.programs.compile_s:.1f} s" in err.splitlines()
+
+
+def test_a_line_stands_above_a_progress_bar(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with tqdm(total=3, file=stream):
+        say("compiling ...")
+    assert "compiling ..." in stream.getvalue().splitlines()  # a bar that is drawn anew begins a line there, too
+
+
+@pytest.mark.parametrize("half_imported", [None, types.SimpleNamespace()], ids=["no tqdm", "tqdm being imported"])
+def test_a_line_is_written_where_there_are_no_bars(monkeypatch, capsys, half_imported):
+    monkeypatch.setitem(sys.modules, "tqdm", half_imported)
+    say("compiling ...")
+    assert capsys.readouterr().err == "compiling ...\n"
 
 
 @pytest.mark.usefixtures("demo")
