@@ -6,8 +6,8 @@ minus one (or zero) and thus exact in bfloat16; the other operand is split into 
 that every product is exact and only the float32 sums round: one part for bfloat16 activations, and two (16 bits) or
 three (24 bits, all of a float32) else.
 
-A tile has the same bits whichever tiles a program computes beside it, and a program has one token: a token's bits do
-not depend on the tokens beside it. :func:`transform` and :func:`launch_transform` are what the operations share that
+A program computes one tile of one token, so that a single token keeps several programs busy, and a token's bits do not
+depend on the tokens beside it. :func:`transform` and :func:`launch_transform` are what the operations share that
 transform what they have just computed.
 """
 
@@ -32,7 +32,7 @@ from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 # Tensor-core products in Triton have sides of 16 at least. 64 rows of a result would take Triton's wgmma path, which
 # rounds differently, on the GPUs that have one.
 _MIN_SIDE, _MAX_WIDTH, _MAX_TILE, _MAX_CHUNK = 16, 128, 32, 64
-_NUM_WARPS = 8
+NUM_WARPS = 8  # of a program that computes a tile
 
 Combine = Callable[..., Array]  # of float32 blocks of the inputs: the block to transform, float32
 
@@ -85,11 +85,6 @@ class Cut:
         return pl.cdiv(self.section, self.chunk)
 
     @property
-    def num_products(self) -> int:
-        """Of tiles, in the transforms of a token, if nothing is computed twice."""
-        return self.num_sections * self.tiles_per_section * (self.chunks_per_section + 1)
-
-    @property
     def padded_rows(self) -> int:
         """Rows of a block of memory in which every tile and chunk lies."""
         read = max(self.tiles_per_section * self.tile, self.chunks_per_section * self.chunk)
@@ -128,12 +123,19 @@ def hadamard(x: Float[Array, "*batch K"], *, interpret: bool = False) -> Float[A
 @functools.partial(jax.jit, static_argnames="interpret")
 def _hadamard(x: Array, *, interpret: bool) -> Array:
     cut = Cut.of(x.shape[-1], x.shape[-1])
-    tokens = x.reshape(-1, cut.rows, cut.width)
-    whole = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
-    out = launch_transform(
-        lambda block: block, [(tokens, whole)], cut=cut, tiles_together=False, interpret=interpret, name="hadamard"
-    )
+    [out] = launch_transform(as_it_is, [whole_tokens(x, cut)], cut=cut, interpret=interpret, name="hadamard")
     return out.reshape(x.shape)
+
+
+def as_it_is(block: Array) -> Array:
+    """What to combine of a single input: the values themselves."""
+    return block
+
+
+def whole_tokens(x: Float[Array, "*batch K"], cut: Cut) -> tuple[Array, pl.BlockSpec]:
+    """``[tokens, rows, width]`` and the specification of a token."""
+    spec = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
+    return x.reshape(-1, cut.rows, cut.width), spec
 
 
 def launch_transform(
@@ -141,36 +143,41 @@ def launch_transform(
     inputs: Sequence[tuple[Array, pl.BlockSpec]],
     *,
     cut: Cut,
-    tiles_together: bool,
+    with_magnitudes: bool = False,
     interpret: bool,
     name: str,
-) -> Array:
-    """Transforms what ``combine`` computes, without writing it.
+) -> Sequence[Array]:
+    """Transforms what ``combine`` computes, without writing it; a program for each tile of a token.
 
     Args:
         combine: makes a block of rows from those of each input.
         inputs: arrays with a leading axis of tokens, of one dtype, and the specification of a token, ``[rows, width]``;
             the grid is tokens x programs.
         cut: of a token.
-        tiles_together: a program computes all tiles of a section, and nothing is combined twice. Otherwise it computes
-            one, so that a single token is spread over several programs.
+        with_magnitudes: of each tile, too.
 
     Returns:
-        ``[tokens, rows, width]`` in the dtype of the inputs.
+        ``[tokens, rows, width]`` in the dtype of the inputs; and ``[tokens, tiles]`` float32, the largest magnitude of
+        each tile.
     """
     num_tokens, dtype = inputs[0][0].shape[0], inputs[0][0].dtype
     matrices = cut.matrices()
-    programs = cut.num_sections * (1 if tiles_together else cut.tiles_per_section)
+    num_tiles = cut.num_sections * cut.tiles_per_section
+    token_spec = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
+    out_specs, out_shape = [token_spec], [jax.ShapeDtypeStruct((num_tokens, cut.rows, cut.width), dtype)]
+    if with_magnitudes:
+        out_specs.append(pl.BlockSpec((None, 1), lambda token, program: (token, program)))
+        out_shape.append(jax.ShapeDtypeStruct((num_tokens, num_tiles), jnp.float32))
     return pl.pallas_call(
-        functools.partial(_kernel, combine=combine, cut=cut, tiles_together=tiles_together, interpret=interpret),
-        grid=(num_tokens, programs),
+        functools.partial(_kernel, num_inputs=len(inputs), combine=combine, cut=cut, interpret=interpret),
+        grid=(num_tokens, num_tiles),
         in_specs=[
             *[pl.BlockSpec(matrix.shape, lambda token, program: (0, 0)) for matrix in matrices],
             *[spec for _, spec in inputs],
         ],
-        out_specs=pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((num_tokens, cut.rows, cut.width), dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name=name,
     )(*matrices, *[array for array, _ in inputs])
@@ -179,24 +186,23 @@ def launch_transform(
 def _kernel(
     left_ref,  # [tiles * tile, chunks * chunk] bf16
     right_ref,  # [width, width] bf16
-    *refs,  # each input, and the result: [padded_rows, width]
+    *refs,  # each input and the result: [padded_rows, width]; perhaps [1] f32, the largest magnitude
+    num_inputs: int,
     combine: Combine,
     cut: Cut,
-    tiles_together: bool,
     interpret: bool,
 ):
-    *inputs, out_ref = refs
-    program = pl.program_id(1)
-    section, chosen = program, list(range(cut.tiles_per_section))
-    if not tiles_together:
-        section, chosen = program // cut.tiles_per_section, [program % cut.tiles_per_section]
-    results = transform(
-        combine, inputs, (left_ref, right_ref), cut=cut, section=section, chosen=chosen, interpret=interpret
+    inputs, out_ref, magnitude_refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    section, tile = pl.program_id(1) // cut.tiles_per_section, pl.program_id(1) % cut.tiles_per_section
+    matrices = left_ref, right_ref
+    result = transform(combine, inputs, matrices, cut=cut, section=section, tile=tile, interpret=interpret)
+    first = tile * cut.tile
+    exists = cut.exists(section, first, result.shape)
+    plgpu.store(
+        out_ref.at[pl.ds(section * cut.section + first, cut.tile), :], result.astype(out_ref.dtype), mask=exists
     )
-    for tile, result in zip(chosen, results, strict=True):
-        first = tile * cut.tile
-        rows = out_ref.at[pl.ds(section * cut.section + first, cut.tile), :]
-        plgpu.store(rows, result.astype(out_ref.dtype), mask=cut.exists(section, first, result.shape))
+    for ref in magnitude_refs:
+        ref[:] = jnp.max(jnp.where(exists, jnp.abs(result), 0), keepdims=True).reshape(1)
 
 
 def transform(
@@ -205,11 +211,11 @@ def transform(
     matrices: tuple[tiles.Ref, tiles.Ref],
     *,
     cut: Cut,
-    section: Array | int,
-    chosen: Sequence[Array | int],
+    section: Array,
+    tile: Array,
     interpret: bool,
-) -> list[Array]:
-    """The chosen tiles of a section, each ``[tile, width]`` float32 rounded to the dtype of the inputs.
+) -> Array:
+    """A tile of a section, ``[tile, width]`` float32 rounded to the dtype of the inputs.
 
     Args:
         combine, inputs: as in :func:`launch_transform`; refs of a token.
@@ -225,7 +231,7 @@ def transform(
         mask = cut.exists(section, first, (cut.chunk, cut.width))
         return [plgpu.load(ref.at[rows, :], mask=mask, other=jnp.zeros((), dtype)) for ref in inputs]
 
-    products = [jnp.zeros((cut.tile, cut.width), jnp.float32)] * len(chosen)
+    product = jnp.zeros((cut.tile, cut.width), jnp.float32)
     following = fetch(0)
     for chunk in range(cut.chunks_per_section):
         blocks = following
@@ -233,17 +239,12 @@ def transform(
             following = fetch(chunk + 1)  # on its way while this one is computed
         combined = combine(*[block.astype(jnp.float32) for block in blocks])
         columns = pl.ds(chunk * cut.chunk, cut.chunk)
-        parts = _parts(combined, num_parts, interpret=interpret)
-        for index, tile in enumerate(chosen):
-            left = plgpu.load(left_ref.at[pl.ds(tile * cut.tile, cut.tile), columns])
-            products[index] = _add_product(products[index], [(left, part) for part in parts])
+        left = plgpu.load(left_ref.at[pl.ds(tile * cut.tile, cut.tile), columns])
+        product = _add_product(product, [(left, part) for part in _parts(combined, num_parts, interpret=interpret)])
     right = plgpu.load(right_ref)
-    results = []
-    for product in products:
-        parts = _parts(product, num_product_parts, interpret=interpret)
-        total = _add_product(jnp.zeros_like(product), [(part, right) for part in parts])
-        results.append(rounded_to(total * jnp.float32(1 / math.sqrt(cut.block)), dtype, interpret=interpret))
-    return results
+    parts = _parts(product, num_product_parts, interpret=interpret)
+    total = _add_product(jnp.zeros_like(product), [(part, right) for part in parts])
+    return rounded_to(total * jnp.float32(1 / math.sqrt(cut.block)), dtype, interpret=interpret)
 
 
 def _add_product(total: Array, pairs: Sequence[tuple[Array, Array]]) -> Array:

@@ -5,7 +5,8 @@ comparison between the groups of a token, it has them all. The reciprocal of the
 spelled in PTX because Triton divides approximately and Pallas cannot lower ``round``; with them the codes equal
 those of the reference.
 
-:func:`launch_producer` is for the operations that quantise what they have just computed.
+:func:`launch_producer` is for the operations that quantise what they have just computed, :func:`quantize_pieces` for
+those that know the largest magnitude of a token.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pallas_kernels.quantize_activations import reference
 
 MAX_VALUES = 65536  # that one program can hold in registers
 BLOCK_VALUES = 1024  # values per program where groups are short
+PIECE = 1024  # values of a token in a program that takes a piece of one
+PIECE_WARPS = 4  # of it
 
 _RECIPROCAL = "rcp.rn.f32 $0, $1;"
 _ROUND_HALF_TO_EVEN = "cvt.rni.f32.f32 $0, $1;"
@@ -151,6 +154,76 @@ def _in_order(codes_ref: tiles.Ref, layout: Layout) -> tiles.Ref:
     half = WGMMA_CODES // 2
     place = value // WGMMA_CODES * WGMMA_CODES + value % half * 2 + value // half % 2
     return codes_ref.at[(*outer, place)]
+
+
+def quantize_pieces(
+    x: Float[Array, "*batch K"], magnitudes: Array, *, layout: Layout, interpret: bool, **settings: Any
+) -> QuantizedActivation:
+    """Quantises tokens with one symmetric scale each, by as many programs for a token as it has pieces.
+
+    Args:
+        x: tokens.
+        magnitudes: ``[tokens, parts]`` float32, the largest magnitude of each part of a token, whatever the parts.
+        layout: the order of the codes.
+        settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
+    """
+    *batch, num_inputs = x.shape
+    num_tokens, num_parts = magnitudes.shape
+    piece_spec = pl.BlockSpec((None, 1, PIECE), lambda row, part: (row, 0, part))
+    codes, scale = pl.pallas_call(
+        functools.partial(
+            _quantize_piece,
+            num_inputs=num_inputs,
+            num_parts=num_parts,
+            layout=layout,
+            settings=settings,
+            interpret=interpret,
+        ),
+        grid=(num_tokens, pl.cdiv(num_inputs, PIECE)),
+        in_specs=[piece_spec, pl.BlockSpec((None, pl.next_power_of_2(num_parts)), lambda row, part: (row, 0))],
+        out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct((num_tokens, 1, num_inputs), jnp.int8),
+            jax.ShapeDtypeStruct((num_tokens, 1), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=PIECE_WARPS, num_stages=1),
+        interpret=interpret,
+        name="quantize_pieces",
+    )(x.reshape(num_tokens, 1, num_inputs), magnitudes)
+    return QuantizedActivation(codes.reshape(x.shape), scale.reshape(*batch, 1), None, settings["bits"], layout)
+
+
+def _quantize_piece(
+    x_ref,  # [1, piece]
+    magnitudes_ref,  # [parts of a token] f32
+    codes_ref,  # [1, piece] int8
+    scale_ref,  # [1] f32
+    *,
+    num_inputs: int,
+    num_parts: int,
+    layout: Layout,
+    settings: dict[str, Any],
+    interpret: bool,
+):
+    of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) < num_parts
+    magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
+    exists = exists_in_piece(x_ref.shape, num_inputs, interpret=interpret)
+    x = plgpu.load(x_ref, mask=exists, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
+    store_quantized(
+        x,
+        exists,
+        jnp.full((1,), pl.program_id(1) == 0),  # the token's first piece stores its scale
+        (codes_ref, scale_ref),
+        layout=layout,
+        settings=settings | {"magnitude": jnp.full((1,), magnitude)},
+        interpret=interpret,
+    )
+
+
+def exists_in_piece(shape: tuple[int, int], num_inputs: int, *, interpret: bool) -> Array:
+    """Which values of a program's piece are of the token."""
+    first = tiles.start_next(pl.program_id(1), interpret=interpret) * PIECE
+    return first + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
 
 
 def reciprocal(x: Array, *, interpret: bool) -> Array:

@@ -3,7 +3,7 @@
 A program computes a piece of one token, so that a single token keeps many programs busy. ``silu(gate) * up`` is float32
 until it is rounded to the dtype of the inputs.
 
-:func:`load_gated`, :func:`gated` and :func:`exists_in_piece` are what the operations share that go on with the product.
+:func:`load_gated` and :func:`gated` are what the operations share that go on with the product.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
-
-PIECE = 1024  # values of a token in a program
-NUM_WARPS = 4  # of it
 
 # Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.
 _RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
@@ -41,11 +38,11 @@ def _gate(gate_up: Array, *, interpret: bool) -> Array:
     num_tokens, _, num_inputs = halves.shape
     product = pl.pallas_call(
         functools.partial(_kernel, num_inputs=num_inputs, interpret=interpret),
-        grid=(num_tokens, pl.cdiv(num_inputs, PIECE)),
+        grid=(num_tokens, pl.cdiv(num_inputs, quantizer.PIECE)),
         in_specs=half_specs(),
-        out_specs=pl.BlockSpec((None, 1, PIECE), lambda row, part: (row, 0, part)),
+        out_specs=pl.BlockSpec((None, 1, quantizer.PIECE), lambda row, part: (row, 0, part)),
         out_shape=jax.ShapeDtypeStruct((num_tokens, 1, num_inputs), gate_up.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=quantizer.PIECE_WARPS, num_stages=1),
         interpret=interpret,
         name="swiglu",
     )(halves, halves)
@@ -54,7 +51,8 @@ def _gate(gate_up: Array, *, interpret: bool) -> Array:
 
 def half_specs() -> list[pl.BlockSpec]:
     """The pieces of gate and up in ``[tokens, 2, K]``: one array read twice, since a slice of it is a copy."""
-    return [pl.BlockSpec((None, 1, PIECE), lambda row, part, half=half: (row, half, part)) for half in range(2)]
+    block = None, 1, quantizer.PIECE
+    return [pl.BlockSpec(block, lambda row, part, half=half: (row, half, part)) for half in range(2)]
 
 
 def _kernel(
@@ -65,15 +63,9 @@ def _kernel(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
+    exists = quantizer.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
     product = load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
-
-
-def exists_in_piece(shape: tuple[int, int], num_inputs: int, *, interpret: bool) -> Array:
-    """Which values of a program's piece are of the token."""
-    first = tiles.start_next(pl.program_id(1), interpret=interpret) * PIECE
-    return first + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < num_inputs
 
 
 def load_gated(gate_ref: tiles.Ref, up_ref: tiles.Ref, exists: Array, *, interpret: bool) -> Array:

@@ -1,7 +1,8 @@
 """``swiglu_hadamard`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
 The kernel of ``hadamard``, whose input is computed in registers. ``silu(gate) * up`` is float32 until it is rounded to
-the dtype of the inputs. Few tokens are spread over programs that compute it anew; that costs less than waiting.
+the dtype of the inputs. Programs that share a section would each compute all of its product: where sections have
+several tiles, ``swiglu`` computes it before.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.hadamard import gpu_triton as transforms
-from pallas_kernels.swiglu.gpu_triton import gated
-
-_MANY_TOKENS = 64  # that keep a GPU busy with a program per section
-_MAX_TILES = 5  # that a program holds in registers
+from pallas_kernels.swiglu import gpu_triton as gating
 
 obstacle = transforms.obstacle
 
@@ -34,23 +32,22 @@ def swiglu_hadamard(
 def _gate_and_transform(gate_up: Array, *, block: int, interpret: bool) -> Array:
     *batch, both = gate_up.shape
     cut = transforms.Cut.of(both // 2, block)
-    halves = halves_of_tokens(gate_up, cut)
-    out = transforms.launch_transform(
-        functools.partial(gated, dtype=gate_up.dtype, interpret=interpret),
-        halves,
-        cut=cut,
-        tiles_together=halves[0][0].shape[0] >= _MANY_TOKENS and cut.tiles_per_section <= _MAX_TILES,
-        interpret=interpret,
-        name="swiglu_hadamard",
-    )
+    combine, inputs = inputs_of_transform(gate_up, cut, interpret=interpret)
+    [out] = transforms.launch_transform(combine, inputs, cut=cut, interpret=interpret, name="swiglu_hadamard")
     return out.reshape(*batch, both // 2)
 
 
-def halves_of_tokens(gate_up: Array, cut: transforms.Cut) -> list[tuple[Array, pl.BlockSpec]]:
-    """Gate and up, each with the specification of a token: one array read twice, since a slice of it is a copy."""
+def inputs_of_transform(
+    gate_up: Float[Array, "*batch two_K"], cut: transforms.Cut, *, interpret: bool
+) -> tuple[transforms.Combine, list[tuple[Array, pl.BlockSpec]]]:
+    """What ``launch_transform`` combines: gate and up of a token, or their product."""
+    if cut.tiles_per_section > 1:
+        return transforms.as_it_is, [transforms.whole_tokens(gating.swiglu(gate_up, interpret=interpret), cut)]
     halves = gate_up.reshape(-1, 2, cut.rows, cut.width)
 
     def half(index: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, cut.padded_rows, cut.width), lambda token, program: (token, index, 0, 0))
 
-    return [(halves, half(index)) for index in range(2)]
+    # One array read twice, since a slice of it is a copy.
+    inputs = [(halves, half(index)) for index in range(2)]
+    return functools.partial(gating.gated, dtype=gate_up.dtype, interpret=interpret), inputs

@@ -48,41 +48,26 @@ def swiglu_quantize(
 def _gate_then_quantize(
     gate_up: Array, *, group_size: int, layout: Layout = Layout.PLANES, interpret: bool, **settings: Any
 ) -> QuantizedActivation:
-    *batch, _ = gate_up.shape
     halves = gate_up.reshape(-1, 2, group_size)
-    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, gating.PIECE)
-    options: dict[str, Any] = {
-        "grid": (num_tokens, num_pieces),
-        "compiler_params": plgpu.CompilerParams(num_warps=gating.NUM_WARPS, num_stages=1),
-        "interpret": interpret,
-    }
-    piece_spec = pl.BlockSpec((None, 1, gating.PIECE), lambda row, part: (row, 0, part))
+    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, quantizer.PIECE)
     product, magnitudes = pl.pallas_call(
         functools.partial(_gate_piece, num_inputs=group_size, interpret=interpret),
+        grid=(num_tokens, num_pieces),
         in_specs=gating.half_specs(),
-        out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, part))],
+        out_specs=[
+            pl.BlockSpec((None, 1, quantizer.PIECE), lambda row, part: (row, 0, part)),
+            pl.BlockSpec((None, 1), lambda row, part: (row, part)),
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((num_tokens, 1, group_size), gate_up.dtype),
             jax.ShapeDtypeStruct((num_tokens, num_pieces), jnp.float32),
         ],
+        compiler_params=plgpu.CompilerParams(num_warps=quantizer.PIECE_WARPS, num_stages=1),
+        interpret=interpret,
         name="swiglu_magnitude",
-        **options,
     )(halves, halves)
-    codes, scale = pl.pallas_call(
-        functools.partial(
-            _quantize_piece, layout=layout, settings=settings, num_inputs=group_size, interpret=interpret
-        ),
-        in_specs=[piece_spec, pl.BlockSpec((None, pl.next_power_of_2(num_pieces)), lambda row, part: (row, 0))],
-        out_specs=[piece_spec, pl.BlockSpec((None, 1), lambda row, part: (row, 0))],
-        out_shape=[
-            jax.ShapeDtypeStruct(product.shape, jnp.int8),
-            jax.ShapeDtypeStruct((num_tokens, 1), jnp.float32),
-        ],
-        name="quantize_pieces",
-        **options,
-    )(product, magnitudes)
-    codes, scale = codes.reshape(*batch, group_size), scale.reshape(*batch, 1)
-    return QuantizedActivation(codes, scale, None, settings["bits"], layout)
+    product = product.reshape(*gate_up.shape[:-1], group_size)
+    return quantizer.quantize_pieces(product, magnitudes, layout=layout, interpret=interpret, **settings)
 
 
 def _gate_piece(
@@ -94,36 +79,10 @@ def _gate_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = gating.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
+    exists = quantizer.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
     product = gating.load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
-
-
-def _quantize_piece(
-    product_ref,  # [1, piece]
-    magnitudes_ref,  # [pieces of a token] f32
-    codes_ref,  # [1, piece] int8
-    scale_ref,  # [1] f32
-    *,
-    layout: Layout,
-    settings: dict[str, Any],
-    num_inputs: int,
-    interpret: bool,
-):
-    of_token = jax.lax.broadcasted_iota(jnp.int32, magnitudes_ref.shape, 0) * gating.PIECE < num_inputs
-    magnitude = jnp.max(plgpu.load(magnitudes_ref, mask=of_token, other=jnp.float32(0)))
-    exists = gating.exists_in_piece(product_ref.shape, num_inputs, interpret=interpret)
-    product = plgpu.load(product_ref, mask=exists, other=jnp.zeros((), product_ref.dtype)).astype(jnp.float32)
-    quantizer.store_quantized(
-        product,
-        exists,
-        jnp.full((1,), pl.program_id(1) == 0),  # the token's first piece stores its scale
-        (codes_ref, scale_ref),
-        layout=layout,
-        settings=settings | {"magnitude": jnp.full((1,), magnitude)},
-        interpret=interpret,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

@@ -18,12 +18,12 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
-ROWS = (1, 5, 63, 64, 257)  # from 64 on a program transforms all of a token
+ROWS = (1, 5, 64, 257)
 OPEN = 32.0  # a gate whose silu is the gate itself, and which scales by a power of two
 # K and the values of a transform: SmolLM2, Llama-3-8B; Llama-2-7B, -13B, Qwen2.5-7B, -32B, Llama-3-70B, Qwen2.5-72B.
 SIZES = [(1536, 1536), (1536, 32), (14336, 14336), (14336, 32), (14336, 512), (3072, 1536)]
 SIZES += [(k, k) for k in (11008, 13824, 18944, 27648, 28672, 29568)]
-# K, values of a transform, group size and outlier groups: tiles, tokens, and the transform alone.
+# K, values of a transform, group size and outlier groups: in one kernel, and with gated unit, quantiser or both apart.
 QUANTIZED = [(1536, 1536, None, 0), (1536, 1536, 32, 1), (1536, 32, 32, 10), (3072, 1536, 32, 0)]
 QUANTIZED += [(14336, 14336, None, 0), (14336, 14336, 128, 0), (14336, 14336, 32, 1), (14336, 32, 32, 10)]
 QUANTIZED += [(14336, 32, None, 0), (14336, 32, 32, 0), (11008, 11008, None, 0), (18944, 18944, None, 0)]
