@@ -1,8 +1,9 @@
 """Kernels that start before the one before them has ended: programmatic dependent launch, on NVIDIA Hopper.
 
 A kernel that signals lets the next one start. That one then does what does not depend on the first, and waits for its
-end. Here the kernels whose results a matmul reads signal (``gpu_triton.start_next``), and a Mosaic matmul copies the
-first tiles of its weight before it waits: they are on their way before there are activations to multiply.
+end. Here the kernels whose results a matmul reads signal (``gpu_triton.start_next``; a Hadamard transform alone does
+not), and a Mosaic matmul copies the first tiles of its weight before it waits: they are on their way before there are
+activations to multiply.
 
 This is right only in programs of which two things hold, so nothing of it happens outside of :func:`early_launch`:
 

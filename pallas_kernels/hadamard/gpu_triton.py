@@ -157,8 +157,8 @@ def launch_transform(
         with_magnitudes: of each tile, too.
 
     Returns:
-        ``[tokens, rows, width]`` in the dtype of the inputs; and ``[tokens, tiles]`` float32, the largest magnitude of
-        each tile.
+        ``[tokens, rows, width]`` in the dtype of the inputs; and ``with_magnitudes`` ``[tokens, tiles]`` float32, the
+        largest magnitude of each tile.
     """
     num_tokens, dtype = inputs[0][0].shape[0], inputs[0][0].dtype
     matrices = cut.matrices()
@@ -169,7 +169,7 @@ def launch_transform(
         out_specs.append(pl.BlockSpec((None, 1), lambda token, program: (token, program)))
         out_shape.append(jax.ShapeDtypeStruct((num_tokens, num_tiles), jnp.float32))
     return pl.pallas_call(
-        functools.partial(_kernel, num_inputs=len(inputs), combine=combine, cut=cut, interpret=interpret),
+        functools.partial(_kernel, num_arrays=len(inputs), combine=combine, cut=cut, interpret=interpret),
         grid=(num_tokens, num_tiles),
         in_specs=[
             *[pl.BlockSpec(matrix.shape, lambda token, program: (0, 0)) for matrix in matrices],
@@ -187,12 +187,12 @@ def _kernel(
     left_ref,  # [tiles * tile, chunks * chunk] bf16
     right_ref,  # [width, width] bf16
     *refs,  # each input and the result: [padded_rows, width]; perhaps [1] f32, the largest magnitude
-    num_inputs: int,
+    num_arrays: int,
     combine: Combine,
     cut: Cut,
     interpret: bool,
 ):
-    inputs, out_ref, magnitude_refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    inputs, out_ref, magnitude_refs = refs[:num_arrays], refs[num_arrays], refs[num_arrays + 1 :]
     section, tile = pl.program_id(1) // cut.tiles_per_section, pl.program_id(1) % cut.tiles_per_section
     matrices = left_ref, right_ref
     result = transform(combine, inputs, matrices, cut=cut, section=section, tile=tile, interpret=interpret)

@@ -165,7 +165,7 @@ def quantize_pieces(
         x: tokens.
         magnitudes: ``[tokens, parts]`` float32, the largest magnitude of each part of a token, whatever the parts.
         layout: the order of the codes.
-        settings: ``bits``, ``symmetric``, ``clip_ratio`` and ``outlier_groups``.
+        settings: ``bits``, ``symmetric=True``, ``clip_ratio`` and ``outlier_groups``.
     """
     *batch, num_inputs = x.shape
     num_tokens, num_parts = magnitudes.shape

@@ -16,7 +16,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 def swiglu_hadamard(
     gate_up: Float[Array, "*batch two_K"], *, block: int | None = None, implementation: str | None = None
 ) -> Float[Array, "*batch K"]:
-    """``hadamard(swiglu(gate_up))``, which never writes the product; the equations stand in the reference.
+    """``hadamard(swiglu(gate_up))``; the equations stand in the reference.
 
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.

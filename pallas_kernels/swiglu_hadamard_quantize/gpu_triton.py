@@ -1,8 +1,9 @@
 """``swiglu_hadamard_quantize`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
 Where groups lie within tiles, a program quantises the tile of a transform that it computes, from registers. Otherwise
-two kernels: the first transforms, and finds the largest magnitude of each tile where a token has one symmetric scale.
-The codes have the same bits; which way depends on the sizes alone.
+the quantiser is a kernel of its own, to which tiles leave their largest magnitude where a token has one symmetric
+scale. Before either, ``swiglu`` may be one as well (``swiglu_hadamard``). Which way depends on sizes and settings,
+never on the number of tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _groups_lie_in_tiles(cut: transforms.Cut, group_size: int, outlier_groups: i
 def _tile(
     left_ref,
     right_ref,  # the matrices of the cut
-    *refs,  # each input [padded_rows, width]; which values exist [block_groups, block_group]
+    *refs,  # each input [padded_rows, width]; and which values exist, an array [block_groups, block_group]
     combine: transforms.Combine,
     cut: transforms.Cut,
     interpret: bool,

@@ -24,7 +24,7 @@ def swiglu_quantize(
     layout: Layout = Layout.PLANES,
     implementation: str | None = None,
 ) -> QuantizedActivation:
-    """``quantize_activations(swiglu(gate_up))``, which never writes the product; the equations stand in the reference.
+    """``quantize_activations(swiglu(gate_up))``; the equations stand in the reference.
 
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.

@@ -112,7 +112,9 @@ def test_interpreted_codes_are_those_of_the_separate_kernels(
 
 
 @ways
-def test_sizes_decide_what_one_kernel_does(k, block, group_size, outlier_groups, bits, symmetric, kernels):
+def test_sizes_and_settings_decide_which_kernels_there_are(
+    k, block, group_size, outlier_groups, bits, symmetric, kernels
+):
     settings = settings_of(group_size, outlier_groups, bits, symmetric)
     traced = jax.make_jaxpr(functools.partial(QUANTIZE["triton"], block=block, **settings))
     program = str(traced(jax.ShapeDtypeStruct((2, 2 * k), jnp.bfloat16)))
@@ -121,12 +123,13 @@ def test_sizes_decide_what_one_kernel_does(k, block, group_size, outlier_groups,
 
 
 @implementations
-def test_rows_do_not_depend_on_the_rows_beside_them(implementation):
-    """Not on many, where a program has all tiles, and not on an infinity among them."""
-    gate_up = random_rows(65, 2 * 576, dtype=jnp.bfloat16)
-    settings = settings_of(32)
+@pytest.mark.parametrize("group_size", [32, 576])
+def test_rows_do_not_depend_on_the_rows_beside_them(group_size, implementation):
+    """Nor on an infinity among them."""
+    gate_up = random_rows(5, 2 * 576, dtype=jnp.bfloat16)
+    settings = settings_of(group_size)
     many = FLOAT[implementation](gate_up, block=576)
-    codes = QUANTIZE[implementation](gate_up[:5], block=576, **settings)
+    codes = QUANTIZE[implementation](gate_up, block=576, **settings)
     few = gate_up[:3].at[2].set(jnp.inf)
     np.testing.assert_array_equal(FLOAT[implementation](few, block=576)[:2], many[:2])
     alone = QUANTIZE[implementation](few, block=576, **settings)
@@ -134,9 +137,15 @@ def test_rows_do_not_depend_on_the_rows_beside_them(implementation):
 
 
 @implementations
-def test_codes_come_in_the_order_of_the_layout(implementation):
-    gate_up = random_rows(2, 3072, dtype=jnp.bfloat16)
-    produce = functools.partial(QUANTIZE[implementation], gate_up, block=1536, **settings_of(128))
+@pytest.mark.parametrize(
+    ("k", "block", "group_size", "symmetric"),
+    [(1536, 1536, 128, True), (4608, 512, 4608, True), (4608, 512, 4608, False)],
+    ids=["all", "pieces", "groups"],
+)
+def test_codes_come_in_the_order_of_the_layout(k, block, group_size, symmetric, implementation):
+    gate_up = random_rows(2, 2 * k, dtype=jnp.bfloat16)
+    settings = settings_of(group_size, symmetric=symmetric)
+    produce = functools.partial(QUANTIZE[implementation], gate_up, block=block, **settings)
     plain, ordered = produce(), produce(layout=Layout.WGMMA)
     assert ordered.layout is Layout.WGMMA
     np.testing.assert_array_equal(ordered.codes, order_activation_codes(plain.codes, Layout.WGMMA))
