@@ -90,6 +90,11 @@ class Cut:
         read = max(self.tiles_per_section * self.tile, self.chunks_per_section * self.chunk)
         return (self.num_sections - 1) * self.section + read
 
+    @property
+    def token_spec(self) -> pl.BlockSpec:
+        """Of a token in ``[tokens, rows, width]``, for a grid of tokens x programs."""
+        return pl.BlockSpec((None, self.padded_rows, self.width), lambda token, program: (token, 0, 0))
+
     def matrices(self) -> list[Array]:
         """The left one, padded with zeros to whole tiles and chunks, and the right one: bfloat16."""
         height, side = max(1, self.block // self.width), min(self.block, self.width)
@@ -134,8 +139,7 @@ def as_it_is(block: Array) -> Array:
 
 def whole_tokens(x: Float[Array, "*batch K"], cut: Cut) -> tuple[Array, pl.BlockSpec]:
     """``[tokens, rows, width]`` and the specification of a token."""
-    spec = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
-    return x.reshape(-1, cut.rows, cut.width), spec
+    return x.reshape(-1, cut.rows, cut.width), cut.token_spec
 
 
 def launch_transform(
@@ -163,8 +167,7 @@ def launch_transform(
     num_tokens, dtype = inputs[0][0].shape[0], inputs[0][0].dtype
     matrices = cut.matrices()
     num_tiles = cut.num_sections * cut.tiles_per_section
-    token_spec = pl.BlockSpec((None, cut.padded_rows, cut.width), lambda token, program: (token, 0, 0))
-    out_specs, out_shape = [token_spec], [jax.ShapeDtypeStruct((num_tokens, cut.rows, cut.width), dtype)]
+    out_specs, out_shape = [cut.token_spec], [jax.ShapeDtypeStruct((num_tokens, cut.rows, cut.width), dtype)]
     if with_magnitudes:
         out_specs.append(pl.BlockSpec((None, 1), lambda token, program: (token, program)))
         out_shape.append(jax.ShapeDtypeStruct((num_tokens, num_tiles), jnp.float32))
