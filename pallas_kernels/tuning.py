@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pallas_kernels.gpu_triton import TileConfig
+    from pallas_kernels.backends.triton.matmul import TileConfig
 
 FORMAT = 1
 OPS = ("w4a16", "w4a8", "w4a4")
@@ -125,7 +125,7 @@ def tuned_tiles(
     tile = entry.prefill if bucket is None else entry.decode[bucket]
     if tile is None:
         return None
-    from pallas_kernels.gpu_triton import TileConfig  # Triton's own file; who asks for tiles has it
+    from pallas_kernels.backends.triton.matmul import TileConfig  # Triton's own file; who asks for tiles has it
 
     order = tile if isinstance(tile, PrefillTile) else entry
     return TileConfig(tile.block_m, tile.block_n, order.block_k, order.split, tile.num_warps, tile.num_stages)

@@ -22,7 +22,8 @@ import numpy as np
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.checkpoint import abstract_decoder, check_destination, num_bytes, save_checkpoint
+from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
+from qspec_jax.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.layerwise import Calibration, calibration_bytes, open_calibration, quantize_layers

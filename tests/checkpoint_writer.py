@@ -21,12 +21,12 @@ _imports()
 
 
 def _save(source: Path, path: Path) -> None:
-    from qspec_jax import checkpoint
+    from qspec_jax.checkpoint import restore, save
 
-    opened = checkpoint.open_checkpoint(source)
-    decoder = checkpoint.restore_decoder(opened, scan_layers=True)
+    opened = restore.open_checkpoint(source)
+    decoder = restore.restore_decoder(opened, scan_layers=True)
     quantization = opened.manifest.quantization
-    checkpoint.save_checkpoint(path, decoder, tokenizer=None, quantization=quantization, overwrite=True)
+    save.save_checkpoint(path, decoder, tokenizer=None, quantization=quantization, overwrite=True)
 
 
 def overwrite_forever(sources: list[Path], path: Path, ready: Any) -> None:

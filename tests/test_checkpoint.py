@@ -21,7 +21,9 @@ import pallas_kernels
 import qspec_jax
 from pallas_kernels import Layout, QuantizedWeight
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
-from qspec_jax.checkpoint import arrays, open_checkpoint, restore_decoder, save_checkpoint
+from qspec_jax.checkpoint import arrays
+from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.loading.load import kernels_in_use
 from qspec_jax.programs import add_group_sums, lay_out
 from tests import tiny

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from qspec_jax.checkpoint import open_checkpoint, save_checkpoint
 from qspec_jax.checkpoint.arrays import group_names
+from qspec_jax.checkpoint.restore import open_checkpoint
+from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.config import QuantConfig
 from tests import checkpoint_writer, tiny
 

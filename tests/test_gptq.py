@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dequantize, unpack_codes
-from qspec_jax.quantization import quantize_rtn
 from qspec_jax.quantization.gptq import gptq
+from qspec_jax.quantization.rtn import quantize_rtn
 
 RANDOM = np.random.default_rng(0)
 N, K = 48, 192  # two blocks of inputs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qspec_jax import ActivationQuantization, QuantConfig, memory, quantize
-from qspec_jax.checkpoint import open_checkpoint
+from qspec_jax.checkpoint.restore import open_checkpoint
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.loading.parameters import TensorEntry
 from qspec_jax.loading.rotated import rotate_source

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dequantize, unpack_codes
-from qspec_jax.quantization import quantize_rtn
+from qspec_jax.quantization.rtn import quantize_rtn
 
 WEIGHT = np.random.default_rng(0).standard_normal((48, 384)).astype(np.float32) * 0.05
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.decode_attention import MAX_DECODE_TOKENS
 
 _ROWS = 16  # of a tile: the fewest that a tensor core takes

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.hadamard.matrices import core_order, hadamard_matrix, sylvester_matrix
 from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 

@@ -23,8 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.packing import WGMMA_CODES, Layout
 from pallas_kernels.quantize_activations import reference
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.partial_sums import PartialSums, tree_sum
 from pallas_kernels.quantize_activations.gpu_triton import MAX_VALUES, rounded_to
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.partial_sums import PartialSums, tree_sum
 from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 

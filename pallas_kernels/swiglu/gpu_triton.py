@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 
 # Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.hadamard import gpu_triton as transforms
 from pallas_kernels.swiglu import gpu_triton as gating
 

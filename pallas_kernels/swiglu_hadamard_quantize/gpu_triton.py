@@ -15,8 +15,8 @@ import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.hadamard import gpu_triton as transforms
 from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import gpu_triton as quantizer

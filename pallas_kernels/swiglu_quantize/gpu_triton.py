@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
 from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.packing import Layout
 from pallas_kernels.quantize_activations import gpu_triton as quantizer
 from pallas_kernels.swiglu import gpu_triton as gating

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu_triton as tiles
+from pallas_kernels.backends.triton import matmul as tiles
 from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
 from pallas_kernels.tuning import DECODE_ROWS
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from pallas_kernels.gpu_triton import TileConfig
+from pallas_kernels.backends.triton.matmul import TileConfig
 from pallas_kernels.tuning import DECODE_ROWS
 from qspec_jax.bench.tile_space import TileSpace, neighbours, order_of
 

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench.operands import random_weight
-from qspec_jax.checkpoint import abstract_decoder, num_bytes
+from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.loading.load import decoder_options, kernels_in_use

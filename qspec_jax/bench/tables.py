@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from pallas_kernels import tuning
-from pallas_kernels.gpu_triton import TileConfig
+from pallas_kernels.backends.triton.matmul import TileConfig
 from pallas_kernels.tuning import PrefillTile, TunedEntry, TunedTile, TuningTable
 from qspec_jax.bench.search import Outcome, Trial
 from qspec_jax.bench.tile_space import Problem

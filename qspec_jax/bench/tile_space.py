@@ -11,8 +11,8 @@ import math
 import operator
 from collections.abc import Iterator
 
-from pallas_kernels import gpu_triton
-from pallas_kernels.gpu_triton import TileConfig
+from pallas_kernels.backends.triton import matmul as gpu_triton
+from pallas_kernels.backends.triton.matmul import TileConfig
 from pallas_kernels.tuning import takes_wgmma
 from qspec_jax.bench.operands import recipe
 from qspec_jax.errors import UsageError

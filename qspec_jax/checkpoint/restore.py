@@ -20,14 +20,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from qspec_jax.checkpoint.arrays import (
-    abstract_decoder,
-    dtype_fits,
-    expected_shapes,
-    fill,
-    group_of,
-    num_bytes,
-)
+from qspec_jax.checkpoint.arrays import abstract_decoder, dtype_fits, expected_shapes, fill, group_of, num_bytes
 from qspec_jax.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
 from qspec_jax.config import QuantConfig
 from qspec_jax.errors import CheckpointError

@@ -28,16 +28,10 @@ from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.linear import WeightFormat
-from qspec_jax.loading.parameters import (
-    PART_OF,
-    CheckpointSource,
-    QuantizedTensor,
-    TensorEntry,
-    expected_parameters,
-)
+from qspec_jax.loading.parameters import PART_OF, CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
 from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.modeling import Decoder, DecoderLayer, linear_inputs
-from qspec_jax.quantization import quantize_rtn
+from qspec_jax.quantization.rtn import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")

@@ -18,8 +18,10 @@ from flax import nnx
 import pallas_kernels
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
-from qspec_jax.checkpoint import is_checkpoint, open_checkpoint, restore_decoder, save_checkpoint
 from qspec_jax.checkpoint.arrays import abstract_decoder
+from qspec_jax.checkpoint.manifest import is_checkpoint
+from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.compilation_cache import enable_compilation_cache
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel

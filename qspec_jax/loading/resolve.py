@@ -59,7 +59,8 @@ def open_source(path: Path) -> CheckpointSource:
         raise CheckpointError(f"model {str(path)!r}: no such file or directory")
     path = _local_model(path)
     if is_checkpoint(path):
-        from qspec_jax.checkpoint import open_checkpoint, open_saved_source
+        from qspec_jax.checkpoint.restore import open_checkpoint
+        from qspec_jax.checkpoint.source import open_saved_source
 
         return open_saved_source(open_checkpoint(path))
     if path.is_dir():
@@ -73,9 +74,9 @@ def open_source(path: Path) -> CheckpointSource:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a checkpoint directory of this library."""
-    from qspec_jax import checkpoint
+    from qspec_jax.checkpoint import manifest
 
-    return checkpoint.is_checkpoint(path)
+    return manifest.is_checkpoint(path)
 
 
 def model_bytes(path: Path) -> int:

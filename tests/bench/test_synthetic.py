@@ -14,7 +14,7 @@ from flax import nnx
 from pallas_kernels import QuantizedWeight, dequantize, unpack_codes
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.synthetic import synthetic_model
-from qspec_jax.checkpoint import abstract_decoder
+from qspec_jax.checkpoint.arrays import abstract_decoder
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.types import Precision

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.gpu_triton import TileConfig
+from pallas_kernels.backends.triton.matmul import TileConfig
 from pallas_kernels.tuning import DECODE_ROWS, PrefillTile, TunedEntry, TunedTile, TuningTable, TuningTableError
 from qspec_jax.bench import tune
 from qspec_jax.bench.__main__ import main

@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading import CheckpointSource, expected_parameters, open_source
+from qspec_jax.loading.parameters import CheckpointSource, expected_parameters
+from qspec_jax.loading.resolve import open_source
 from tests.loading.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 CANONICAL = {

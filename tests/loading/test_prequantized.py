@@ -12,9 +12,8 @@ from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
-from qspec_jax.loading import FourBitFormat, open_source
 from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.parameters import QuantizedTensor
+from qspec_jax.loading.parameters import FourBitFormat, QuantizedTensor
 from qspec_jax.loading.prequantized import (
     Unpacked,
     check_group_index,
@@ -24,6 +23,7 @@ from qspec_jax.loading.prequantized import (
     unpack_gptq,
     unpack_qspec,
 )
+from qspec_jax.loading.resolve import open_source
 from qspec_jax.types import Precision
 from tests.loading import prequantized_packers as packers
 from tests.loading.prequantized_packers import CASES, random_weight, tiny_checkpoint

@@ -1,0 +1,1 @@
+"""What the kernels of one compiler share. Only the kernel files of operations import from here."""

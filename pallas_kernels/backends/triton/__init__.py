@@ -1,0 +1,1 @@
+"""Pallas Triton: tiles, the launch of a matmul, nibble decoding."""
