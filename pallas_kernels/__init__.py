@@ -5,12 +5,9 @@ Each operation has a folder: ``reference.py`` is its specification in ``jax.nump
 that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of models.
 """
 
-from pallas_kernels.activations import QuantizedActivation, dequantize_activation
-from pallas_kernels.decode_attention import MAX_DECODE_TOKENS, decode_attention
-from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
-from pallas_kernels.float_matmul import float_matmul
-from pallas_kernels.hadamard import hadamard
-from pallas_kernels.packing import (
+from pallas_kernels.arrays.activation import QuantizedActivation, dequantize_activation
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.weight import (
     Layout,
     QuantizedWeight,
     check_group_size,
@@ -20,7 +17,11 @@ from pallas_kernels.packing import (
     with_group_sums,
     with_layout,
 )
-from pallas_kernels.partial_sums import PartialSums, value_of
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
+from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
+from pallas_kernels.float_matmul import float_matmul
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize

@@ -22,8 +22,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import Layout, QuantizedWeight, early_launch, with_group_sums
-from pallas_kernels.float_matmul import MAX_ROWS
+from pallas_kernels import Layout, QuantizedWeight, with_group_sums
+from pallas_kernels.backends import early_launch
+from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
@@ -312,7 +313,7 @@ def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[
 
 
 def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
-    """Whether the kernels of a loop, behind ``prepare``, may start early: see :mod:`pallas_kernels.early_launch`.
+    """Whether the kernels of a loop, behind ``prepare``, may start early (``pallas_kernels.backends.early_launch``).
 
     They may where every weight is one of the loop's arguments, Mosaic multiplies all of them, and XLA has nothing to do
     between a kernel that signals and the matmul behind it: no matmul in floating point, no padding of rows, no sums of

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import Layout, early_launch
+from pallas_kernels import Layout
+from pallas_kernels.backends import early_launch
 from qspec_jax import programs
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import Linear

@@ -10,7 +10,6 @@ from pallas_kernels.decode_attention import reference
 
 _OP = "decode_attention"
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-MAX_DECODE_TOKENS = 17  # 16 drafts and the token before them; more are a prefill, which XLA does well
 
 
 def decode_attention(

@@ -22,8 +22,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.decode_attention import MAX_DECODE_TOKENS
+from pallas_kernels.backends.triton import registers
+from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 
 _ROWS = 16  # of a tile: the fewest that a tensor core takes
 _MAX_HEAD_DIM = 256
@@ -96,7 +96,7 @@ def decode_attention(
     interpret: bool = False,
 ) -> Float[Array, "B T H HD"]:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     return _attend(query, keys, values, lengths, window=window, interpret=interpret)
 
 
@@ -197,7 +197,7 @@ def _attend_to_tile(
     *,
     query: Array,  # [16, block_dim]
     positions: Array,  # [16]
-    cache_refs: tuple[tiles.Ref, tiles.Ref],
+    cache_refs: tuple[registers.Ref, registers.Ref],
     bounds: tuple[Array, Array],  # where the chunk begins, and where no row sees any more
     block_slots: int,
     problem: _Problem,
@@ -262,7 +262,7 @@ def _join_kernel(
     problem: _Problem,
     interpret: bool,
 ):
-    position = length_ref[...] + tiles.start_next(pl.program_id(1), interpret=interpret)
+    position = length_ref[...] + registers.start_next(pl.program_id(1), interpret=interpret)
     first, end = problem.first_seen(position), problem.end_of_seen(position)
 
     def join(step, carry):
@@ -293,7 +293,7 @@ def _first_slot(chunk: Array) -> Array:
     return jnp.where(chunk < _CHUNKS, chunk * _SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
 
 
-def _load_rows(ref: tiles.Ref, rows: Array, exists: Array, kv_head: Array, problem: _Problem) -> Array:
+def _load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: _Problem) -> Array:
     """The queries of 16 rows ``[16, block_dim]``, with zeros where there are none."""
     shape = (_ROWS, problem.block_dim)
     rows, group = _across(rows, shape), problem.group
@@ -303,7 +303,7 @@ def _load_rows(ref: tiles.Ref, rows: Array, exists: Array, kv_head: Array, probl
     return plgpu.load(queries, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_slots(ref: tiles.Ref, start: Array, end: Array, block_slots: int, problem: _Problem) -> Array:
+def _load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: _Problem) -> Array:
     """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
     shape = (block_slots, problem.block_dim)
     mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end

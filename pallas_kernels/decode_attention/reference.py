@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+MAX_DECODE_TOKENS = 17  # 16 drafts and the token before them; more are a prefill, which XLA does well
+
 
 def decode_attention(
     query: Float[Array, "B T H HD"],

@@ -11,8 +11,6 @@ from pallas_kernels import dispatch
 from pallas_kernels.float_matmul import reference
 
 _OP = "float_matmul"
-# Of the Triton kernel: beyond, arithmetic and not the weight's bytes bounds the time, and the library's kernels win.
-MAX_ROWS = 256
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.float_matmul import MAX_ROWS
+from pallas_kernels.backends.triton import matmul, registers
+from pallas_kernels.float_matmul.reference import MAX_ROWS
 
 _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
@@ -76,7 +76,7 @@ def float_matmul(
     interpret: bool = False,
 ) -> Float32[Array, "*batch N"]:
     """See the public function. ``config`` replaces the choice of tiles."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
         config = tile_config(rows.shape[0], weight.shape[0])
@@ -119,7 +119,7 @@ def _kernel(
         start = index * config.block_k
         x = _load_tile(x_ref, start, config.block_k, rows_left, whole_rows=m % config.block_m == 0)
         weight = _load_tile(weight_ref, start, config.block_k, outputs_left, whole_rows=n % config.block_n == 0)
-        return total + tiles.dot_transposed(x, weight)
+        return total + matmul.dot_transposed(x, weight)
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(k, config.block_k), step, zeros)
@@ -127,7 +127,7 @@ def _kernel(
     plgpu.store(out_ref, total, mask=(row < rows_left) & (output < outputs_left))
 
 
-def _load_tile(ref: tiles.Ref, start: Array, width: int, rows_left: Array, *, whole_rows: bool) -> Array:
+def _load_tile(ref: registers.Ref, start: Array, width: int, rows_left: Array, *, whole_rows: bool) -> Array:
     """``ref[:, start : start + width]``, with zeros where the array has ended."""
     columns = ref.at[:, pl.ds(start, width)]
     num_rows, k = ref.shape

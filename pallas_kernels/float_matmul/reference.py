@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+# Of the Triton kernel: beyond, arithmetic and not the weight's bytes bounds the time, and the library's kernels win.
+MAX_ROWS = 256
+
 
 def float_matmul(x: Float[Array, "*batch K"], weight: Float[Array, "N K"]) -> Float32[Array, "*batch N"]:
     """``x @ weight.T``, accumulated in float32; see the public function."""

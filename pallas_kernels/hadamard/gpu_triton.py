@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends.triton import matmul as tiles
+from pallas_kernels.backends.triton import registers
+from pallas_kernels.backends.triton.producers import rounded_to
 from pallas_kernels.hadamard.matrices import core_order, hadamard_matrix, sylvester_matrix
-from pallas_kernels.quantize_activations.gpu_triton import rounded_to
 
 # Tensor-core products in Triton have sides of 16 at least. 64 rows of a result would take Triton's wgmma path, which
 # rounds differently, on the GPUs that have one.
@@ -121,7 +121,7 @@ def obstacle(num_inputs: int, block: int | None = None) -> str | None:
 
 def hadamard(x: Float[Array, "*batch K"], *, interpret: bool = False) -> Float[Array, "*batch K"]:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     return _hadamard(x, interpret=interpret)
 
 
@@ -210,8 +210,8 @@ def _kernel(
 
 def transform(
     combine: Combine,
-    inputs: Sequence[tiles.Ref],
-    matrices: tuple[tiles.Ref, tiles.Ref],
+    inputs: Sequence[registers.Ref],
+    matrices: tuple[registers.Ref, registers.Ref],
     *,
     cut: Cut,
     section: Array,

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import WGMMA_CODES, Layout, check_group_size
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.weight import WGMMA_CODES, Layout, check_group_size
 from pallas_kernels.quantize_activations import reference
 
 _OP = "quantize_activations"

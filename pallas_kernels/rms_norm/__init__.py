@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.rms_norm import reference
 
 _OP = "rms_norm"

@@ -20,9 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.partial_sums import PartialSums, tree_sum
-from pallas_kernels.quantize_activations.gpu_triton import MAX_VALUES, rounded_to
+from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
+from pallas_kernels.backends.triton import registers
+from pallas_kernels.backends.triton.producers import MAX_VALUES, rounded_to
 
 _BLOCK_VALUES = 1024  # values per program where tokens are short
 _VALUES_PER_WARP = 512
@@ -63,7 +63,7 @@ def add_rms_norm(
 
 
 def _launch(x: Array, update: Array | PartialSums | None, gain: Array, **settings: Any) -> list[Array]:
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     update = None if update is None else update.reshape(*rows.shape)
     return [array.reshape(x.shape) for array in _rms_norm(rows, update, gain, **settings)]
@@ -127,7 +127,7 @@ def _kernel(
 ):
     inputs, outputs = refs[:-num_outputs], refs[-num_outputs:]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, inputs[0].shape, axis) for axis in range(2))
-    first_row = tiles.start_next(pl.program_id(0), interpret=interpret) * inputs[0].shape[0]
+    first_row = registers.start_next(pl.program_id(0), interpret=interpret) * inputs[0].shape[0]
     exists = (first_row + row < shape[0]) & (column < shape[1])
     column = jax.lax.broadcasted_iota(jnp.int32, gain_ref.shape, 1)
     gain = plgpu.load(gain_ref, mask=column < shape[1], other=jnp.zeros((), gain_ref.dtype)).astype(jnp.float32)
@@ -137,7 +137,9 @@ def _kernel(
     plgpu.store(outputs[-1], norm.astype(dtype), mask=exists)
 
 
-def load_sum(inputs: Sequence[tiles.Ref], sums: Sequence[tiles.Ref], exists: Array, *, interpret: bool) -> Array:
+def load_sum(
+    inputs: Sequence[registers.Ref], sums: Sequence[registers.Ref], exists: Array, *, interpret: bool
+) -> Array:
     """The block of the only input, or that of the sum of both, which is stored too; float32, zero where not ``exists``.
 
     Args:

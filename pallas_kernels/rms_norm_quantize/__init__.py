@@ -7,9 +7,9 @@ from typing import overload
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import Layout
-from pallas_kernels.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.rms_norm import check_operands
 from pallas_kernels.rms_norm_quantize import reference

@@ -17,10 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.partial_sums import PartialSums
-from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.backends.triton import producers, registers
 from pallas_kernels.rms_norm import gpu_triton as norm
 
 _Input = tuple[Array, Callable[..., pl.BlockSpec]]
@@ -30,15 +29,15 @@ _STATIC = ("epsilon", "bits", "group_size", "symmetric", "clip_ratio", "outlier_
 def obstacle(num_inputs: int, group_size: int) -> str | None:
     """Why this kernel cannot serve a shape, as the end of a sentence; None if it can."""
     values = pl.next_power_of_2(num_inputs // group_size) * pl.next_power_of_2(group_size)
-    too_long = f"needs tokens of at most {quantizer.MAX_VALUES} inputs, padded; this is {num_inputs}"
-    return too_long if values > quantizer.MAX_VALUES else None
+    too_long = f"needs tokens of at most {producers.MAX_VALUES} inputs, padded; this is {num_inputs}"
+    return too_long if values > producers.MAX_VALUES else None
 
 
 def rms_norm_quantize(
     x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, interpret: bool = False, **settings: Any
 ) -> QuantizedActivation:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     quantized, _ = _normalise_and_quantize(x, None, gain, interpret=interpret, **settings)
     return quantized
 
@@ -52,7 +51,7 @@ def add_rms_norm_quantize(
     **settings: Any,
 ) -> tuple[Float[Array, "*batch K"], QuantizedActivation]:
     """``rms_norm_quantize`` with an update; see the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     quantized, [total] = _normalise_and_quantize(x, update, gain, interpret=interpret, **settings)
     return total, quantized
 
@@ -70,7 +69,7 @@ def _normalise_and_quantize(
 ) -> tuple[QuantizedActivation, list[Array]]:
     num_inputs = x.shape[-1]
     groups = num_inputs // group_size, group_size
-    return quantizer.launch_producer(
+    return producers.launch_producer(
         functools.partial(_normalised, num_inputs=num_inputs, epsilon=epsilon, interpret=interpret),
         [
             (gain.reshape(groups), lambda *block: pl.BlockSpec(block, lambda row, part: (part, 0))),

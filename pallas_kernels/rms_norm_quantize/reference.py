@@ -12,8 +12,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.quantize_activations import reference as quantizer
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.quantize_activations import reference
 from pallas_kernels.rms_norm import reference as norm
 
 
@@ -21,7 +21,7 @@ def rms_norm_quantize(
     x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: float, **settings: Any
 ) -> QuantizedActivation:
     """Normalises, then quantises; see the public function."""
-    return quantizer.quantize_activations(norm.rms_norm(x, gain, epsilon=epsilon), **settings)
+    return reference.quantize_activations(norm.rms_norm(x, gain, epsilon=epsilon), **settings)
 
 
 def add_rms_norm_quantize(
@@ -34,4 +34,4 @@ def add_rms_norm_quantize(
 ) -> tuple[Float[Array, "*batch K"], QuantizedActivation]:
     """Adds, normalises, then quantises; ``s`` and the codes of ``y``."""
     total, normalised = norm.add_rms_norm(x, update, gain, epsilon=epsilon)
-    return total, quantizer.quantize_activations(normalised, **settings)
+    return total, reference.quantize_activations(normalised, **settings)

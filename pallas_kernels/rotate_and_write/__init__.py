@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.partial_sums import PartialSums
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.rotate_and_write import reference
 
 _OP = "rotate_and_write"

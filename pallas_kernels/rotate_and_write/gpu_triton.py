@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.partial_sums import PartialSums, tree_sum
-from pallas_kernels.quantize_activations.gpu_triton import rounded_to
+from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
+from pallas_kernels.backends.triton import registers
+from pallas_kernels.backends.triton.producers import rounded_to
 
 
 def obstacle() -> None:
@@ -35,7 +35,7 @@ def rotate_and_write(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     return _rotate_and_write(qkv, cosine, sine, keys, values, lengths, interpret=interpret)
 
 
@@ -142,5 +142,5 @@ def _kernel(
         store(values_ref, position, head - first_value, (first, second))
 
 
-def _load(ref: tiles.Ref, mask: Array | None) -> Array:
+def _load(ref: registers.Ref, mask: Array | None) -> Array:
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))

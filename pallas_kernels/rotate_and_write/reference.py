@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 
 
 def rotate_and_write(

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends.triton import matmul as tiles
+from pallas_kernels.backends.triton import registers
 from pallas_kernels.hadamard import gpu_triton as transforms
 from pallas_kernels.swiglu import gpu_triton as gating
 
@@ -24,7 +24,7 @@ def swiglu_hadamard(
     gate_up: Float[Array, "*batch two_K"], *, block: int, interpret: bool = False
 ) -> Float[Array, "*batch K"]:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     return _gate_and_transform(gate_up, block=block, interpret=interpret)
 
 

@@ -15,11 +15,11 @@ import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.backends.triton import matmul as tiles
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.weight import Layout
+from pallas_kernels.backends.triton import producers, registers
 from pallas_kernels.hadamard import gpu_triton as transforms
-from pallas_kernels.packing import Layout
-from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.swiglu_hadamard.gpu_triton import inputs_of_transform
 
 _STATIC = ("block", "bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
@@ -27,14 +27,14 @@ _STATIC = ("block", "bits", "group_size", "symmetric", "clip_ratio", "outlier_gr
 
 def obstacle(num_inputs: int, block: int, group_size: int, outlier_groups: int) -> str | None:
     """Why this kernel cannot serve a shape, as the end of a sentence; None if it can."""
-    return transforms.obstacle(num_inputs, block) or quantizer.obstacle(num_inputs, group_size, outlier_groups)
+    return transforms.obstacle(num_inputs, block) or gpu_triton.obstacle(num_inputs, group_size, outlier_groups)
 
 
 def swiglu_hadamard_quantize(
     gate_up: Float[Array, "*batch two_K"], *, block: int, interpret: bool = False, **settings: Any
 ) -> QuantizedActivation:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     return _gate_transform_and_quantize(gate_up, block=block, interpret=interpret, **settings)
 
 
@@ -49,7 +49,7 @@ def _gate_transform_and_quantize(
     combine, inputs = inputs_of_transform(gate_up, cut, interpret=interpret)
     if _groups_lie_in_tiles(cut, group_size, outlier_groups):
         matrices = [(matrix, pl.BlockSpec(matrix.shape, lambda row, part: (0, 0))) for matrix in cut.matrices()]
-        quantized, _ = quantizer.launch_producer(
+        quantized, _ = producers.launch_producer(
             functools.partial(_tile, combine=combine, cut=cut, interpret=interpret),
             [(array, lambda *block, spec=spec: spec) for array, spec in [*matrices, *inputs]],
             shape=shape,
@@ -68,8 +68,8 @@ def _gate_transform_and_quantize(
     rotated = rotated.reshape(shape)
     if one_scale:
         del settings["group_size"]
-        return quantizer.quantize_pieces(rotated, *magnitudes, layout=layout, interpret=interpret, **settings)
-    return quantizer.quantize_activations(rotated, layout=layout, interpret=interpret, **settings)
+        return producers.quantize_pieces(rotated, *magnitudes, layout=layout, interpret=interpret, **settings)
+    return gpu_triton.quantize_activations(rotated, layout=layout, interpret=interpret, **settings)
 
 
 def _groups_lie_in_tiles(cut: transforms.Cut, group_size: int, outlier_groups: int) -> bool:
@@ -78,7 +78,7 @@ def _groups_lie_in_tiles(cut: transforms.Cut, group_size: int, outlier_groups: i
         return False
     num_groups = cut.rows * cut.width // group_size
     values = cut.tile * cut.width
-    block_groups, block_group = quantizer.block_shape(
+    block_groups, block_group = producers.block_shape(
         num_groups, group_size, block_values=values, outlier_groups=outlier_groups
     )
     return block_groups * block_group == values and (block_group == group_size or num_groups == 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.quantize_activations.reference import quantize_activations
 from pallas_kernels.swiglu_hadamard.reference import swiglu_hadamard
 

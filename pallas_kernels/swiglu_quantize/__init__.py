@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import Layout
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.swiglu_quantize import reference
 

@@ -18,24 +18,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.packing import Layout
-from pallas_kernels.quantize_activations import gpu_triton as quantizer
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.weight import Layout
+from pallas_kernels.backends.triton import producers, registers
+from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.swiglu import gpu_triton as gating
 
 # Where the two are used. Compared with one program on an H100 with 14,336 values and one token (docs/performance.md).
 _LONG_TOKEN, _FEW_TOKENS = 4096, 64
 _STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 
-obstacle = quantizer.obstacle  # the blocks are those of quantize_activations
+obstacle = gpu_triton.obstacle  # the blocks are those of quantize_activations
 
 
 def swiglu_quantize(
     gate_up: Float[Array, "*batch two_K"], *, interpret: bool = False, **settings: Any
 ) -> QuantizedActivation:
     """See the public function."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     num_inputs = gate_up.shape[-1] // 2
     num_tokens = gate_up.size // gate_up.shape[-1]
     one_scale = settings["symmetric"] and settings["group_size"] == num_inputs
@@ -49,25 +49,25 @@ def _gate_then_quantize(
     gate_up: Array, *, group_size: int, layout: Layout = Layout.PLANES, interpret: bool, **settings: Any
 ) -> QuantizedActivation:
     halves = gate_up.reshape(-1, 2, group_size)
-    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, quantizer.PIECE)
+    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, producers.PIECE)
     product, magnitudes = pl.pallas_call(
         functools.partial(_gate_piece, num_inputs=group_size, interpret=interpret),
         grid=(num_tokens, num_pieces),
         in_specs=gating.half_specs(),
         out_specs=[
-            pl.BlockSpec((None, 1, quantizer.PIECE), lambda row, part: (row, 0, part)),
+            pl.BlockSpec((None, 1, producers.PIECE), lambda row, part: (row, 0, part)),
             pl.BlockSpec((None, 1), lambda row, part: (row, part)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((num_tokens, 1, group_size), gate_up.dtype),
             jax.ShapeDtypeStruct((num_tokens, num_pieces), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=quantizer.PIECE_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=producers.PIECE_WARPS, num_stages=1),
         interpret=interpret,
         name="swiglu_magnitude",
     )(halves, halves)
     product = product.reshape(*gate_up.shape[:-1], group_size)
-    return quantizer.quantize_pieces(product, magnitudes, layout=layout, interpret=interpret, **settings)
+    return producers.quantize_pieces(product, magnitudes, layout=layout, interpret=interpret, **settings)
 
 
 def _gate_piece(
@@ -79,7 +79,7 @@ def _gate_piece(
     num_inputs: int,
     interpret: bool,
 ):
-    exists = quantizer.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
+    exists = producers.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
     product = gating.load_gated(gate_ref, up_ref, exists, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
@@ -94,12 +94,12 @@ def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **se
         # One array read twice: a slice of it would be a copy.
         return halves, lambda *block: pl.BlockSpec((None, None, *block), lambda row, part: (row, index, part, 0))
 
-    product, _ = quantizer.launch_producer(
+    product, _ = producers.launch_producer(
         functools.partial(gating.load_gated, interpret=interpret),
         [half(0), half(1)],
         shape=(*batch, both // 2),
         group_size=group_size,
-        block_values=quantizer.BLOCK_VALUES,
+        block_values=producers.BLOCK_VALUES,
         interpret=interpret,
         name="swiglu_quantize",
         **settings,

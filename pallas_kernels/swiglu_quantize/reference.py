@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
+from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.quantize_activations import reference
 from pallas_kernels.swiglu.reference import swiglu
 

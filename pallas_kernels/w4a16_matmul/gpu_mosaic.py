@@ -2,7 +2,7 @@
 
 Codes become 16-bit floats ``code - 8``, exactly, and then ``scale * (code - 8) + shift`` in one rounding, with
 ``shift = 8 * scale - offset`` of an asymmetric weight: the weight as a 16-bit matmul would read it. The scale is
-rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.gpu_mosaic`.
+rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.backends.mosaic.matmul`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import early_launch
-from pallas_kernels import gpu_mosaic as hopper
-from pallas_kernels import gpu_mosaic_pipeline as pipelines
-from pallas_kernels import gpu_mosaic_registers as lanes
-from pallas_kernels.gpu_mosaic_registers import assembly, ir, llvm, plgpu, vector
-from pallas_kernels.packing import Layout, QuantizedWeight, layout_obstacle
-from pallas_kernels.partial_sums import PartialSums
+from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.arrays.weight import Layout, QuantizedWeight, layout_obstacle
+from pallas_kernels.backends import early_launch
+from pallas_kernels.backends.mosaic import matmul as hopper
+from pallas_kernels.backends.mosaic import pipeline as pipelines
+from pallas_kernels.backends.mosaic import registers as lanes
+from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, vector
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
 # ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.

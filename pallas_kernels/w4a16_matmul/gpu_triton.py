@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
-from pallas_kernels.tuning import DECODE_ROWS
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
+from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
+from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
@@ -42,7 +42,7 @@ def w4a16_matmul(
     interpret: bool = False,
 ) -> Float[Array, "*batch N"]:
     """See the public function. ``config`` replaces the measured choice of tiles."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32:
         outputs = _dequantized_matmul(rows, weight)
@@ -65,7 +65,7 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
     n, k, asymmetric = weight.num_outputs, weight.num_inputs, not weight.symmetric
     run = tiles.scale_run(k, weight.group_size)
     if dtype != jnp.float32:
-        tuned = tiles.tuned_config("w4a16", num_rows, weight)
+        tuned = tuning.tuned_config("w4a16", num_rows, weight)
         return tuned or tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
     # Float32 rows take twice the shared memory.
     config = tiles.tile_config(num_rows, n, k, min(run, 64), asymmetric=asymmetric)
@@ -79,7 +79,7 @@ def _matmul(
 ) -> Array:
     offsets = () if offset is None else (offset,)
     kernel = functools.partial(_kernel, num_rows=x.shape[0], config=config, interpret=interpret)
-    return tiles.launch_matmul(
+    return matmul.launch_matmul(
         kernel, (x,), (packed, scale, *offsets), config=config, out_dtype=x.dtype, interpret=interpret, name="w4a16"
     )
 
@@ -99,7 +99,7 @@ def _kernel(
     group_size = 2 * half // num_groups
     steps = half // block_k // config.split
     first_step = pl.program_id(1) * steps
-    x_mask = tiles.row_mask(num_rows, config.block_m, block_k)
+    x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
     code_dtype = jnp.bfloat16 if x_ref.dtype == jnp.float32 else x_ref.dtype
 
     def group_scale_and_shift(group):
@@ -110,7 +110,7 @@ def _kernel(
 
     def plane(start, codes, product, row_sum):
         """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
-        x = tiles.load_rows(x_ref, start, block_k, x_mask)
+        x = matmul.load_rows(x_ref, start, block_k, x_mask)
         partial = _dot(x, codes)
         # In every column, by tensor cores: jnp.sum would add in an order that depends on the height of the tile.
         tile_sum: Any = _dot(x, jnp.ones_like(codes)) if offset_refs else 0.0
@@ -123,7 +123,7 @@ def _kernel(
     def step(index, carry):
         start = (first_step + index) * block_k
         packed = packed_ref[:, pl.ds(start, block_k)]
-        low, high = tiles.decode_planes(packed, code_dtype, interpret=interpret)
+        low, high = registers.decode_planes(packed, code_dtype, interpret=interpret)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
@@ -132,17 +132,17 @@ def _kernel(
         scale, shift = group_scale_and_shift(0)
         product = product * scale[None, :]
         product = product if shift is None else product + row_sum * shift[None, :]
-    out_mask = tiles.row_mask(num_rows, config.block_m, config.block_n)
+    out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)
     plgpu.store(out_ref, product.astype(out_ref.dtype), mask=out_mask)
 
 
 def _dot(x: Array, codes: Array) -> Array:
     """``x: [block_m, block_k]`` times ``codes: [block_n, block_k]`` transposed, in float32."""
     if x.dtype != jnp.float32:
-        return tiles.dot_transposed(x, codes)
+        return matmul.dot_transposed(x, codes)
     top, middle, bottom = _exact_bfloat16_pieces(x)
-    small_first = tiles.dot_transposed(bottom, codes) + tiles.dot_transposed(middle, codes)
-    return small_first + tiles.dot_transposed(top, codes)
+    small_first = matmul.dot_transposed(bottom, codes) + matmul.dot_transposed(middle, codes)
+    return small_first + matmul.dot_transposed(top, codes)
 
 
 def _exact_bfloat16_pieces(x: Array) -> tuple[Array, Array, Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.packing import QuantizedWeight, dequantize_planes
+from pallas_kernels.arrays.weight import QuantizedWeight, dequantize_planes
 
 
 def w4a16_matmul(x: Float[Array, "*batch K"], weight: QuantizedWeight) -> Float[Array, "*batch N"]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.packing import Layout, QuantizedWeight, check_weight
-from pallas_kernels.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
 from pallas_kernels.w4a4_matmul import reference
 
 _OP = "w4a4_matmul"

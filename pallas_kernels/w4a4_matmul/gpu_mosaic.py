@@ -3,7 +3,7 @@
 Codes become ``16 * (code - 8)`` as int8 and are multiplied by the int8 activation codes, four-bit ones too: Hopper
 has no 4-bit path, and the product is exact either way. Sums are int32 as long as one weight scale covers them and
 float32 beyond. An asymmetric weight adds ``(8 * scale - offset) * (sum of the activation codes of the group)``.
-See :mod:`pallas_kernels.gpu_mosaic`.
+See :mod:`pallas_kernels.backends.mosaic.matmul`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import early_launch
-from pallas_kernels import gpu_mosaic as hopper
-from pallas_kernels import gpu_mosaic_pipeline as pipelines
-from pallas_kernels import gpu_mosaic_registers as lanes
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.gpu_mosaic_registers import arith, assembly, ir, llvm, plgpu
-from pallas_kernels.packing import (
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.arrays.weight import (
     SYMMETRIC_ZERO_POINT,
     Layout,
     QuantizedWeight,
     layout_obstacle,
     order_activation_codes,
 )
-from pallas_kernels.partial_sums import PartialSums
+from pallas_kernels.backends import early_launch
+from pallas_kernels.backends.mosaic import matmul as hopper
+from pallas_kernels.backends.mosaic import pipeline as pipelines
+from pallas_kernels.backends.mosaic import registers as lanes
+from pallas_kernels.backends.mosaic.registers import arith, assembly, ir, llvm, plgpu
 
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.

@@ -1,6 +1,6 @@
 """``w4a4_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
-The integer formula of :mod:`pallas_kernels.activations`: int8 tensor cores multiply the activation codes by
+The integer formula of :mod:`pallas_kernels.arrays.activation`: int8 tensor cores multiply the activation codes by
 ``16 * (code - 8)`` (four-bit codes too: Hopper has no 4-bit path, and the product is exact either way), sums
 are int32 as long as one scale covers them and float32 beyond, and a factor 1/16, which is exact, ends it.
 The zero points of an asymmetric weight and of asymmetric activations add one rank-1 term per group each.
@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, layout_obstacle
+from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, layout_obstacle
+from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 
 
 def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
@@ -41,7 +41,7 @@ def w4a4_matmul(
     interpret: bool = False,
 ) -> Float[Array, "*batch N"]:
     """See the public function. ``config`` replaces the measured choice of tiles."""
-    tiles.ignore_triton_deprecation()
+    registers.ignore_triton_deprecation()
     batch = x.codes.shape[:-1]
     rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x)
     if config is None:
@@ -52,9 +52,9 @@ def w4a4_matmul(
 
 def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight) -> tiles.TileConfig:
     if x.symmetric and x.num_groups == 1:
-        tuned = tiles.tuned_config("w4a8", num_rows, weight)
+        tuned = tuning.tuned_config("w4a8", num_rows, weight)
     elif not x.symmetric and x.group_size == 32:
-        tuned = tiles.tuned_config("w4a4", num_rows, weight)
+        tuned = tuning.tuned_config("w4a4", num_rows, weight)
     else:
         tuned = None
     if tuned is not None:
@@ -93,7 +93,7 @@ def _matmul(
         named = dict(zip([*rows, *columns, "out"], refs, strict=True))
         _kernel(_Refs(**named), num_rows=x.codes.shape[0], config=config, interpret=interpret)
 
-    return tiles.launch_matmul(
+    return matmul.launch_matmul(
         kernel,
         tuple(rows.values()),
         tuple(columns.values()),
@@ -108,14 +108,14 @@ def _matmul(
 class _Refs:
     """The memory of one program; ``Gx`` and ``G`` are the groups of activations and weight."""
 
-    codes: tiles.Ref  # [block_m, K] int8
-    x_scale: tiles.Ref  # [block_m, Gx] f32
-    packed: tiles.Ref  # [block_n, K/2] uint8
-    scale: tiles.Ref  # [G, block_n]
-    out: tiles.Ref  # [block_m, block_n]
-    offset: tiles.Ref = None  # [G, block_n], asymmetric weight
-    x_offset: tiles.Ref = None  # [block_m, Gx] f32, asymmetric activations
-    group_sum: tiles.Ref = None  # [A, block_n], A a multiple of Gx, asymmetric activations
+    codes: registers.Ref  # [block_m, K] int8
+    x_scale: registers.Ref  # [block_m, Gx] f32
+    packed: registers.Ref  # [block_n, K/2] uint8
+    scale: registers.Ref  # [G, block_n]
+    out: registers.Ref  # [block_m, block_n]
+    offset: registers.Ref = None  # [G, block_n], asymmetric weight
+    x_offset: registers.Ref = None  # [block_m, Gx] f32, asymmetric activations
+    group_sum: registers.Ref = None  # [A, block_n], A a multiple of Gx, asymmetric activations
 
     @property
     def num_inputs(self) -> int:
@@ -141,7 +141,7 @@ class _Refs:
 
     def weight_scale(self, group: jax.Array | int) -> jax.Array:
         """``[1, block_n]`` float32, without the factor of the int8 codes."""
-        return self.scale[group, :].astype(jnp.float32)[None, :] / tiles.INT8_CODE_FACTOR
+        return self.scale[group, :].astype(jnp.float32)[None, :] / registers.INT8_CODE_FACTOR
 
     def weight_shift(self, group: jax.Array | int) -> jax.Array:
         """``[1, block_n]`` float32, what an asymmetric weight adds to ``scale * (code - 8)``."""
@@ -153,13 +153,13 @@ def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: 
     half, block_k = refs.packed.shape[1], config.block_k
     steps = half // block_k // config.split
     first_step = pl.program_id(1) * steps
-    x_mask = tiles.row_mask(num_rows, config.block_m, block_k)
-    row_mask = tiles.row_mask(num_rows, config.block_m, 1)
+    x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
+    row_mask = matmul.row_mask(num_rows, config.block_m, 1)
     integer = refs.scale_at_end and refs.x_scale_at_end
     accumulator = jnp.int32 if integer else jnp.float32
 
     def plane(start, weight_codes, product, code_sum):
-        x_codes = tiles.load_rows(refs.codes, start, block_k, x_mask)
+        x_codes = matmul.load_rows(refs.codes, start, block_k, x_mask)
         tile_product, tile_sum = _scaled_tile(refs, x_codes, weight_codes, start, row_mask, accumulator)
         if refs.offset is None or not refs.scale_at_end:
             return product + tile_product, code_sum
@@ -167,13 +167,13 @@ def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: 
 
     def step(index, carry):
         start = (first_step + index) * block_k
-        low, high = tiles.decode_planes(refs.packed[:, pl.ds(start, block_k)], jnp.int8, interpret=interpret)
+        low, high = registers.decode_planes(refs.packed[:, pl.ds(start, block_k)], jnp.int8, interpret=interpret)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), accumulator), jnp.zeros((config.block_m, 1), accumulator)
     product, code_sum = lax.fori_loop(0, steps, step, zeros)
     product = _finish(refs, product.astype(jnp.float32), code_sum.astype(jnp.float32), row_mask, config.split)
-    out_mask = tiles.row_mask(num_rows, config.block_m, config.block_n)
+    out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)
     plgpu.store(refs.out, product.astype(refs.out.dtype), mask=out_mask)
 
 
@@ -187,14 +187,14 @@ def _scaled_tile(
 ) -> tuple[Array, Array]:
     """One tile's product ``[block_m, block_n]`` and code sum ``[block_m, 1]``, under the scales that vary along K."""
     group, x_group = lax.div(start, refs.group_size), lax.div(start, refs.x_group_size)
-    product = tiles.dot_transposed(x_codes, weight_codes).astype(accumulator)
+    product = matmul.dot_transposed(x_codes, weight_codes).astype(accumulator)
     code_sum = jnp.sum(x_codes.astype(jnp.int32), axis=1, keepdims=True).astype(accumulator)
     if not refs.scale_at_end:
         product = product * refs.weight_scale(group)
         if refs.offset is not None:
             product = product + code_sum * refs.weight_shift(group)
     if not refs.x_scale_at_end:
-        x_scale = tiles.load_rows(refs.x_scale, x_group, 1, row_mask)
+        x_scale = matmul.load_rows(refs.x_scale, x_group, 1, row_mask)
         product, code_sum = product * x_scale, code_sum * x_scale
     return product, code_sum
 
@@ -206,7 +206,7 @@ def _finish(refs: _Refs, product: Array, code_sum: Array, row_mask: Array | None
         if refs.offset is not None:
             product = product + code_sum * refs.weight_shift(0)
     if refs.x_scale_at_end:
-        product = product * tiles.load_rows(refs.x_scale, 0, 1, row_mask)
+        product = product * matmul.load_rows(refs.x_scale, 0, 1, row_mask)
     if refs.x_offset is None:
         return product
     return product - _zero_point_term(refs, row_mask, split)
@@ -224,7 +224,7 @@ def _zero_point_term(refs: _Refs, row_mask: Array | None, split: int) -> Array:
 
     def add_group(index, total):
         group = jnp.minimum(first + index, num_sums - 1)
-        x_offset = tiles.load_rows(refs.x_offset, lax.div(group, sums_per_x_group), 1, row_mask)
+        x_offset = matmul.load_rows(refs.x_offset, lax.div(group, sums_per_x_group), 1, row_mask)
         group_sum = refs.group_sum[group, :].astype(jnp.float32)[None, :]
         return total + jnp.where(first + index < num_sums, x_offset * group_sum, jnp.float32(0))
 

@@ -1,7 +1,7 @@
 """The specification of ``w4a4_matmul`` in ``jax.numpy``, and its implementation on the CPU.
 
 The activations are dequantised to float32 and multiplied like float ones. This is the integer formula of
-:mod:`pallas_kernels.activations` up to the rounding of float32: every code and every product of two codes
+:mod:`pallas_kernels.arrays.activation` up to the rounding of float32: every code and every product of two codes
 is exact there, so the two differ only in where the scales are applied.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import QuantizedActivation, dequantize_activation
-from pallas_kernels.packing import QuantizedWeight
+from pallas_kernels.arrays.activation import QuantizedActivation, dequantize_activation
+from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.w4a16_matmul import reference
 
 

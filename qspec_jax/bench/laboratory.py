@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import QuantizedWeight
-from pallas_kernels.backends.triton.matmul import TileConfig
-from pallas_kernels.tuning import DECODE_ROWS
+from pallas_kernels.backends.triton.tiles import TileConfig
+from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench import operands

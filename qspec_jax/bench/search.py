@@ -27,8 +27,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from pallas_kernels.backends.triton.matmul import TileConfig
-from pallas_kernels.tuning import DECODE_ROWS
+from pallas_kernels.backends.triton.tiles import TileConfig
+from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 from qspec_jax.bench.tile_space import TileSpace, neighbours, order_of
 
 RELATIVE_ERROR_BOUND = 3e-3  # rounding a result to bfloat16 costs 1.7e-3

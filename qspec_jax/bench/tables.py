@@ -8,9 +8,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from pallas_kernels import tuning
-from pallas_kernels.backends.triton.matmul import TileConfig
-from pallas_kernels.tuning import PrefillTile, TunedEntry, TunedTile, TuningTable
+from pallas_kernels.backends.triton import tuning
+from pallas_kernels.backends.triton.tiles import TileConfig
+from pallas_kernels.backends.triton.tuning import PrefillTile, TunedEntry, TunedTile, TuningTable
 from qspec_jax.bench.search import Outcome, Trial
 from qspec_jax.bench.tile_space import Problem
 from qspec_jax.errors import QSpecError, UsageError

@@ -11,9 +11,9 @@ import math
 import operator
 from collections.abc import Iterator
 
-from pallas_kernels.backends.triton import matmul as gpu_triton
-from pallas_kernels.backends.triton.matmul import TileConfig
-from pallas_kernels.tuning import takes_wgmma
+from pallas_kernels.backends.triton import tiles
+from pallas_kernels.backends.triton.tiles import TileConfig
+from pallas_kernels.backends.triton.tuning import takes_wgmma
 from qspec_jax.bench.operands import recipe
 from qspec_jax.errors import UsageError
 
@@ -51,7 +51,7 @@ class Problem:
     @property
     def run(self) -> int:
         """Inputs of a nibble plane that share all scales."""
-        return gpu_triton.scale_run(self.k, *self.group_sizes)
+        return tiles.scale_run(self.k, *self.group_sizes)
 
     @property
     def tiles_prefill(self) -> bool:
@@ -60,7 +60,7 @@ class Problem:
 
     def check(self) -> None:
         """Raises UsageError for a problem that the kernels do not serve."""
-        obstacle = gpu_triton.matmul_obstacle(self.n, self.k, *self.group_sizes)
+        obstacle = tiles.matmul_obstacle(self.n, self.k, *self.group_sizes)
         if obstacle is not None:
             raise UsageError(f"{self}: the Triton kernel {obstacle}; leave this shape or group size out")
 
@@ -81,7 +81,7 @@ class TileSpace:
         """What runs without a table."""
         problem = self.problem
         scaled_in_loop = min(problem.group_sizes) < problem.k
-        return gpu_triton.tile_config(
+        return tiles.tile_config(
             rows,
             problem.n,
             problem.k,
@@ -93,7 +93,7 @@ class TileSpace:
     def decode(self, rows: int) -> list[TileConfig]:
         """Candidates for a decode bucket of so many rows.
 
-        Float products all take mma.sync, as a table demands (:mod:`pallas_kernels.tuning`).
+        Float products all take mma.sync, as a table demands (:mod:`pallas_kernels.backends.triton.tuning`).
         """
         block_ms = [size for size in (16, 32, 64, 128) if size <= rows]
         ranked = self._ranked(rows, block_ms=block_ms, max_split=_MAX_SPLIT)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
 
 NAME = "torch"
 _INNER_K_TILES = 8

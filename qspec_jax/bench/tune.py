@@ -15,7 +15,7 @@ from qspec_jax.command import say
 from qspec_jax.errors import QSpecError, UsageError
 
 if TYPE_CHECKING:
-    from pallas_kernels.tuning import TuningTable
+    from pallas_kernels.backends.triton.tuning import TuningTable
     from qspec_jax.bench.search import Outcome, Trial
     from qspec_jax.bench.tile_space import Problem
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_device()
     import jax
 
-    from pallas_kernels.tuning import shipped_table_path
+    from pallas_kernels.backends.triton.tuning import shipped_table_path
     from qspec_jax.bench.environment import environment, header
     from qspec_jax.bench.tables import open_table
     from qspec_jax.bench.tile_space import Problem

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import Layout, QuantizedWeight
-from pallas_kernels.packing import order_bytes
+from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.checkpoint.manifest import ArrayRecord
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import WeightFormat

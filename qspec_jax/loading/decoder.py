@@ -22,8 +22,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes, with_layout
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, check_group_size
 from pallas_kernels.dispatch import REFERENCE
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT, check_group_size
 from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 
-from pallas_kernels.packing import SYMMETRIC_ZERO_POINT
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
 from qspec_jax.loading.parameters import QuantizedTensor
 
 # Nibble i of an AWQ word is column (0, 2, 4, 6, 1, 3, 5, 7)[i]; column c is therefore this nibble.

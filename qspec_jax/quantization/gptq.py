@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from pallas_kernels.packing import QuantizedWeight, check_group_size, pack_codes
+from pallas_kernels.arrays.weight import QuantizedWeight, check_group_size, pack_codes
 from qspec_jax.quantization.rtn import nearest_codes, spanning_grid
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32
 
-from pallas_kernels.packing import MAX_CODE, SYMMETRIC_ZERO_POINT, QuantizedWeight, check_group_size, pack_codes
+from pallas_kernels.arrays.weight import MAX_CODE, SYMMETRIC_ZERO_POINT, QuantizedWeight, check_group_size, pack_codes
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "symmetric"))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.backends.triton.matmul import TileConfig
+from pallas_kernels.backends.triton.tiles import TileConfig
 from qspec_jax.bench import laboratory as module
 from qspec_jax.bench.laboratory import TritonLaboratory
 from qspec_jax.bench.tile_space import Problem

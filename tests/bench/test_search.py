@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from pallas_kernels.backends.triton.matmul import TileConfig
-from pallas_kernels.tuning import DECODE_ROWS, takes_wgmma
+from pallas_kernels.backends.triton.tiles import TileConfig
+from pallas_kernels.backends.triton.tuning import DECODE_ROWS, takes_wgmma
 from qspec_jax.bench.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
 from qspec_jax.bench.tile_space import Problem, TileSpace, neighbours, order_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pallas_kernels.packing import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels.arrays.weight import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.config import ModelConfig, RopeScaling
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading.gguf import GGUFFile

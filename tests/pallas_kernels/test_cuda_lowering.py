@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
+from pallas_kernels.backends.early_launch import early_launch
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
-from pallas_kernels.early_launch import early_launch
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
-from pallas_kernels.quantize_activations import gpu_triton as quantize_triton
+from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
@@ -101,7 +101,7 @@ def test_w4a4_lowers(shape, grouped, x_symmetric):
 )
 def test_quantize_activations_lowers(k, group_size, outlier_groups, symmetric):
     def quantize(x):
-        return quantize_triton.quantize_activations(
+        return gpu_triton.quantize_activations(
             x, bits=4, group_size=group_size, symmetric=symmetric, clip_ratio=0.9, outlier_groups=outlier_groups
         )
 
@@ -135,7 +135,7 @@ def test_codes_in_the_order_of_a_wgmma_weight_take_no_kernel_more(k, group_size)
     x = array(5, k, dtype=jnp.bfloat16)
     normalise = functools.partial(norm_triton.add_rms_norm_quantize, epsilon=1e-5, **settings)
     programs = (
-        cuda_program(functools.partial(quantize_triton.quantize_activations, **settings), x),
+        cuda_program(functools.partial(gpu_triton.quantize_activations, **settings), x),
         cuda_program(normalise, x, x, array(k, dtype=jnp.bfloat16)),
         cuda_program(functools.partial(swiglu_triton.swiglu_quantize, **settings), array(5, 2 * k, dtype=jnp.bfloat16)),
     )
@@ -311,7 +311,7 @@ def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
     programs = [
         (1, functools.partial(plain_norm_triton.rms_norm, **norm), [x, gain]),
         (1, functools.partial(norm_triton.rms_norm_quantize, **norm, **whole), [x, gain]),
-        (1, functools.partial(quantize_triton.quantize_activations, **whole), [x]),
+        (1, functools.partial(gpu_triton.quantize_activations, **whole), [x]),
         (1, plain_swiglu_triton.swiglu, [gate_up]),
         (2, functools.partial(swiglu_triton.swiglu_quantize, group_size=14336, **settings), [gate_up]),
         # The transform does not signal, what computes its input and quantises its result does.

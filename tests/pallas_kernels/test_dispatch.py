@@ -163,7 +163,7 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypa
 def test_the_best_layout_is_that_of_the_kernel_that_none_takes(
     any_platform, shape, group_size, for_rows, for_codes_of_a_token
 ):
-    pytest.importorskip("pallas_kernels.gpu_mosaic_registers", exc_type=ImportError)
+    pytest.importorskip("pallas_kernels.backends.mosaic.registers", exc_type=ImportError)
     n, k = shape
     per_group = jnp.zeros((k // group_size, n), jnp.float16)
     weight = QuantizedWeight(jnp.zeros((n, k // 2), jnp.uint8), per_group)

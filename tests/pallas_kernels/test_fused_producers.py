@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Layout, quantize_activations, rms_norm_quantize, swiglu_quantize
-from pallas_kernels.packing import order_activation_codes
-from pallas_kernels.quantize_activations import reference as quantize_reference
+from pallas_kernels.arrays.weight import order_activation_codes
+from pallas_kernels.quantize_activations import reference
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rms_norm_quantize import reference as norm_reference
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
@@ -109,7 +109,7 @@ def test_interpreted_swiglu_rounds_once_to_16_bits(shape, dtype, bits, symmetric
     """Where XLA also rounds inside silu, as suits the platform."""
     _, _, gate_up, settings = cases(shape, dtype, bits, symmetric)
     rounded_once = jnp.asarray(swiglu_in_float64(gate_up), jnp.float32).astype(dtype)
-    expected = quantize_reference.quantize_activations(rounded_once, **settings)
+    expected = reference.quantize_activations(rounded_once, **settings)
     assert_nearly_the_same(SWIGLU["triton"](gate_up, **settings), expected, dtype, equal_codes=0.999)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul, with_group_sums
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.tuning import takes_wgmma
+from pallas_kernels.backends.triton import tiles
+from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a4_matmul import reference as w4a4_reference
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation
-from pallas_kernels import gpu_mosaic as hopper
-from pallas_kernels import gpu_mosaic_pipeline as pipelines
-from pallas_kernels.early_launch import early_launch
+from pallas_kernels.backends.early_launch import early_launch
+from pallas_kernels.backends.mosaic import matmul as hopper
+from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B

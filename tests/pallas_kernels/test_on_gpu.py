@@ -19,8 +19,8 @@ from pallas_kernels import (
     w4a16_matmul,
     with_layout,
 )
-from pallas_kernels.backends.triton import matmul as tiles
-from pallas_kernels.packing import order_activation_codes
+from pallas_kernels.arrays.weight import order_activation_codes
+from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from qspec_jax.bench.operands import cancelling

@@ -19,7 +19,7 @@ from pallas_kernels import (
     with_group_sums,
     with_layout,
 )
-from pallas_kernels.packing import dequantize_planes, order_activation_codes, order_bytes
+from pallas_kernels.arrays.weight import dequantize_planes, order_activation_codes, order_bytes
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight, weight_in_float64

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Layout, quantize_activations
-from pallas_kernels.packing import order_activation_codes
+from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.quantize_activations import gpu_triton, reference
 from tests.pallas_kernels.kernel_cases import activation_in_float64, random_rows
 

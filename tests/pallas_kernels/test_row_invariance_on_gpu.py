@@ -26,7 +26,7 @@ from pallas_kernels import (
     w4a16_partial_sums,
     with_layout,
 )
-from pallas_kernels.early_launch import early_launch, is_supported
+from pallas_kernels.backends.early_launch import early_launch, is_supported
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from tests.pallas_kernels.kernel_cases import random_rows, relative_error, rms_norm_in_float64, tensor_core_error
 from tests.pallas_kernels.kernel_cases import random_weight as packed_weight

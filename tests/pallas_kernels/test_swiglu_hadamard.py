@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Layout, hadamard, quantize_activations, swiglu, swiglu_hadamard, swiglu_hadamard_quantize
+from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.hadamard.gpu_triton import Cut
 from pallas_kernels.hadamard.matrices import hadamard_matrix
-from pallas_kernels.packing import order_activation_codes
 from pallas_kernels.swiglu_hadamard import gpu_triton as float_triton
 from pallas_kernels.swiglu_hadamard import reference as float_reference
 from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as quantize_triton

@@ -1,1 +1,1 @@
-"""Pallas Triton: tiles, the launch of a matmul, nibble decoding."""
+"""Pallas Triton: tiles, the launch of a matmul, nibble decoding, producers of activations, measured tiles."""

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gpu_mosaic import HALF_OF_AN_SM, MosaicConfig, Problem, pad_rows
-from pallas_kernels.gpu_mosaic_registers import ROWS, TILE, Ref, plgpu, scaled_rows, spill, store, unspill
-from pallas_kernels.partial_sums import PartialSums, tree_sum
+from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
+from pallas_kernels.backends.mosaic.matmul import HALF_OF_AN_SM, MosaicConfig, Problem, pad_rows
+from pallas_kernels.backends.mosaic.registers import ROWS, TILE, Ref, plgpu, scaled_rows, spill, store, unspill
 
 WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 
@@ -44,7 +44,7 @@ def launch(
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
             ``config.block_m``.
         early: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended; see
-            :mod:`pallas_kernels.early_launch`.
+            :mod:`pallas_kernels.backends.early_launch`.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 

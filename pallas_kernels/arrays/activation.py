@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
-from pallas_kernels.packing import Layout, order_activation_codes
+from pallas_kernels.arrays.weight import Layout, order_activation_codes
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays

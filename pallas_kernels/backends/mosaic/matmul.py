@@ -5,7 +5,7 @@ operand of ``wgmma`` and the rows of activations as the one in shared memory. A 
 weight is decoded: nothing waits for the newest product but the end of the sum. A tile of the packed weight is 64
 outputs by 128 bytes of each row, that is 128 inputs of either nibble plane. Thread ``t`` of the four that share an
 output takes bytes ``32 t .. 32 t + 31`` of it, and finds there the inputs that the instructions want of it, because the
-weight has ``packing.Layout.WGMMA``. So rows of 16 bits are multiplied as they lie in memory, and both precisions read
+weight has ``Layout.WGMMA``. So rows of 16 bits are multiplied as they lie in memory, and both precisions read
 the same bytes; integer rows come in the order that the layout gives activation codes.
 
 One warpgroup copies (TMA), the others compute. The sum over K is cut into ``slices`` (tiles ``s, s + slices, ...``),
@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu_mosaic_registers import ROWS, TILE
-from pallas_kernels.packing import QuantizedWeight
+from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.backends.mosaic.registers import ROWS, TILE
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 _SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take

@@ -29,10 +29,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pallas_kernels.backends.triton.matmul import TileConfig
+import jax
+
+from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.backends.triton.tiles import TileConfig
 
 FORMAT = 1
 OPS = ("w4a16", "w4a8", "w4a4")
@@ -125,7 +127,7 @@ def tuned_tiles(
     tile = entry.prefill if bucket is None else entry.decode[bucket]
     if tile is None:
         return None
-    from pallas_kernels.backends.triton.matmul import TileConfig  # Triton's own file; who asks for tiles has it
+    from pallas_kernels.backends.triton.tiles import TileConfig  # Triton's own file; who asks for tiles has it
 
     order = tile if isinstance(tile, PrefillTile) else entry
     return TileConfig(tile.block_m, tile.block_n, order.block_k, order.split, tile.num_warps, tile.num_stages)
@@ -270,3 +272,18 @@ def _check_keys(raw: Any, expected: tuple[str, ...], where: str) -> None:
 def _check_positive(value: Any, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise TuningTableError(f"{what}={value!r} must be a positive whole number")
+
+
+def tuned_config(op: str, m: int, weight: QuantizedWeight) -> TileConfig | None:
+    """The measured tiles for a call on the default GPU; None where there are none."""
+    if jax.default_backend() != "gpu":
+        return None
+    return tuned_tiles(
+        op,
+        m=m,
+        n=weight.num_outputs,
+        k=weight.num_inputs,
+        group_size=weight.group_size,
+        symmetric=weight.symmetric,
+        device_kind=jax.devices()[0].device_kind,
+    )

@@ -1,0 +1,1 @@
+"""What the operations read and write: packed weights, integer activations, sums that are not added yet."""

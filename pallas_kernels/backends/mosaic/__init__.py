@@ -1,0 +1,1 @@
+"""Pallas Mosaic GPU (Hopper): shapes and launches, the pipeline of warpgroups, what a thread holds."""

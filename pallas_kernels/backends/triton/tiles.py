@@ -1,0 +1,91 @@
+"""How the Pallas Triton matmuls are cut into programs.
+
+Row invariance: up to ``ROW_INVARIANT_ROWS`` rows, ``block_k``, ``split`` and the order over K depend on the
+weight and the dtypes alone, so a row gets the same bits whatever rows are computed beside it. More rows are
+a prefill, where larger tiles and another tensor-core instruction round differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+ROW_INVARIANT_ROWS = 256  # a batch of 64 that verifies 4 tokens each
+_MIN_DOT_SIDE = 16  # of a tensor-core dot in Triton
+_MIN_BLOCK_K = 32  # of an int8 tensor-core dot
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a matmul is cut into programs.
+
+    Attributes:
+        block_m: rows per program.
+        block_n: outputs per program.
+        block_k: bytes of a weight row per step, that is inputs per nibble plane.
+        split: programs that share the sum over K; their partial sums are added in a fixed order.
+        num_warps: warps per program.
+        num_stages: software pipeline depth.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asymmetric: bool = False) -> TileConfig:
+    """The tiles that were fastest on an H200 among those that keep rows invariant.
+
+    Args:
+        m, n, k: rows, outputs and inputs.
+        run: inputs that share all scales within a plane (see :func:`scale_run`).
+        integer: int8 activations whose products are scaled in the loop.
+        asymmetric: the weight has zero points, so row sums are taken in the loop.
+    """
+    if m > ROW_INVARIANT_ROWS:
+        block_m = 64 if integer else 128
+        block_n = min(_power_of_two_divisor(n), 8192 // block_m)
+        return TileConfig(block_m, block_n, min(run, 64), 1, num_warps=4, num_stages=3)
+    block_k = min(run, 128)
+    block_n = min(_power_of_two_divisor(n), 64)
+    min_programs = 400 if integer else 512 if asymmetric or run < 128 else 384
+    split = _split(k // 2 // block_k, n // block_n, min_programs=min_programs)
+    if integer and m > 32 and split == 1 and n % 128 == 0 and run >= 128:
+        return TileConfig(64, 128, block_k, split, num_warps=4, num_stages=3)
+    if integer:
+        block_m = next(rows for rows in (16, 32, 64) if m <= rows or rows == 64)
+        return TileConfig(block_m, block_n, block_k, split, num_warps=2, num_stages=3)
+    if asymmetric and m <= 16 and n % 128 == 0 and run == 128:
+        return TileConfig(16, 128, block_k, split, num_warps=2, num_stages=3)  # as measured
+    # 64 rows in four warps would take Triton's wgmma path, which rounds differently from mma.sync.
+    return TileConfig(16 if m <= 16 else 32, block_n, block_k, split, num_warps=4, num_stages=3)
+
+
+def _split(steps: int, blocks: int, *, min_programs: int) -> int:
+    """The smallest divisor of ``steps``, up to 16, that makes ``min_programs``; else the largest."""
+    divisors = [d for d in range(1, 17) if steps % d == 0]
+    return next((d for d in divisors if d * blocks >= min_programs), divisors[-1])
+
+
+def scale_run(num_inputs: int, *group_sizes: int) -> int:
+    """The largest power of two that divides every group size and a nibble plane."""
+    return _power_of_two_divisor(math.gcd(num_inputs // 2, *group_sizes))
+
+
+def matmul_obstacle(num_outputs: int, num_inputs: int, *group_sizes: int) -> str | None:
+    """Why no tile fits these sizes, as the end of a sentence; None if one does."""
+    if num_inputs % (2 * _MIN_BLOCK_K):
+        return f"needs K to be a multiple of {2 * _MIN_BLOCK_K}; this is {num_inputs}"
+    if num_outputs % _MIN_DOT_SIDE:
+        return f"needs N to be a multiple of {_MIN_DOT_SIDE}; this is {num_outputs}"
+    if scale_run(num_inputs, *group_sizes) < _MIN_BLOCK_K:
+        sizes = " and ".join(map(str, group_sizes))
+        return f"needs group sizes that are multiples of {_MIN_BLOCK_K}; these are {sizes} of K={num_inputs}"
+    return None
+
+
+def _power_of_two_divisor(size: int) -> int:
+    return size & -size
