@@ -10,7 +10,7 @@ import jax
 
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.pipeline import Pipeline, result_of, statistics
 from qspec_jax.programs import Programs, fitting_slots
 from qspec_jax.requests import (

@@ -26,7 +26,7 @@ from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.loading.decoder import load_layer, part_sizes
 from qspec_jax.loading.parameters import PART_OF, CheckpointSource, FourBitFormat, TensorEntry, expected_parameters
 from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.modeling import DecoderLayer, linear_inputs
+from qspec_jax.model.decoder import DecoderLayer, linear_inputs
 from qspec_jax.quantization.calibration import CONTEXT, MAX_BATCH, advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.work_folder import WorkFolder, fingerprint

@@ -42,7 +42,7 @@ from jaxlib import version as jaxlib_version
 from jaxlib import xla_client
 
 import pallas_kernels
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 
 _OWN_PACKAGES = ("qspec_jax", "flax")
 _DIGEST_BYTES = 32

@@ -29,7 +29,7 @@ from qspec_jax import speculative
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear, activation_quantization
 from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.sampling import NO_TOKEN, Sampler
 from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams

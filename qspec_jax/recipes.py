@@ -33,7 +33,7 @@ from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, Tens
 from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
 from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.memory import check_memory
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.moments import measure_moments
 from qspec_jax.quantization.principal import (
     GROUP,

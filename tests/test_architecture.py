@@ -43,9 +43,9 @@ def test_gpu_backends_are_imported_by_their_own_files_only():
 @pytest.mark.parametrize(
     ("module", "later"),
     [
-        ("config", ("modeling", "linear", "engine", "loading", "speculative")),
-        ("linear", ("modeling", "engine", "loading", "speculative")),
-        ("modeling", ("engine", "loading", "speculative")),
+        ("config", ("model.", "linear", "engine", "loading", "speculative")),
+        ("linear", ("model.", "engine", "loading", "speculative")),
+        ("model/decoder", ("engine", "loading", "speculative")),
         ("speculative", ("engine", "loading", "tokenizer")),
         ("sampling_params", ("state", "programs", "engine")),
         ("state", ("speculative", "programs", "engine")),
@@ -54,8 +54,8 @@ def test_gpu_backends_are_imported_by_their_own_files_only():
         ("prefixes", ("programs", "requests", "scheduler", "engine")),
         ("scheduler", ("pipeline", "engine", "tokenizer", "generate")),
         ("prompt_files", ("engine", "generate")),
-        ("tokenizer", ("engine", "modeling", "speculative")),
-        ("tokenizer_backend", ("tokenizer", "loading", "engine", "modeling")),
+        ("tokenizer", ("engine", "model.", "speculative")),
+        ("tokenizer_backend", ("tokenizer", "loading", "engine", "model.")),
         ("checkpoint/manifest", ("engine", "loading", "recipes", "checkpoint.save", "checkpoint.restore")),
         ("checkpoint/save", ("engine", "loading", "recipes", "checkpoint.restore")),
         ("checkpoint/restore", ("engine", "loading", "recipes", "checkpoint.save")),

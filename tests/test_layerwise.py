@@ -18,7 +18,7 @@ from qspec_jax.errors import CheckpointError
 from qspec_jax.loading.decoder import load_layer
 from qspec_jax.loading.parameters import TensorEntry
 from qspec_jax.loading.resolve import open_source
-from qspec_jax.modeling import linear_inputs
+from qspec_jax.model.decoder import linear_inputs
 from qspec_jax.quantization.calibration import advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.tokenizer import load_tokenizer

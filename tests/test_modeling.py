@@ -14,7 +14,7 @@ import pallas_kernels
 from pallas_kernels import MAX_DECODE_TOKENS
 from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.modeling import DecoderLayer
+from qspec_jax.model.decoder import DecoderLayer
 from qspec_jax.programs import add_group_sums
 from qspec_jax.types import Precision
 from tests import tiny

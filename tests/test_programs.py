@@ -15,7 +15,7 @@ from pallas_kernels.backends import early_launch
 from qspec_jax import programs
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import Linear
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.types import Precision
 from tests import tiny

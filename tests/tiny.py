@@ -15,7 +15,7 @@ from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.parameters import TensorEntry, expected_parameters
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 
 BASE_HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -20,7 +20,7 @@ from qspec_jax.bench.synthetic import random_normal
 from qspec_jax.cache import KVCache
 from qspec_jax.engine import LanguageModel
 from qspec_jax.linear import Linear, activation_quantization
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.programs import fitting_slots
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import DecodeState

@@ -142,7 +142,7 @@ def _rotated(name: str, config: ModelConfig, text: str, path: Path | None) -> tu
 def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
     """How the weights are to be stored; None for what the model brings."""
     from pallas_kernels import check_group_size
-    from qspec_jax.modeling import linear_inputs
+    from qspec_jax.model.decoder import linear_inputs
 
     inputs, text = linear_inputs(config), arguments.group_size
     if arguments.model is not None and text is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qspec_jax.config import ModelConfig
-from qspec_jax.modeling import linear_inputs
+from qspec_jax.model.decoder import linear_inputs
 
 PRESETS = {
     "llama-2-7b": ModelConfig(

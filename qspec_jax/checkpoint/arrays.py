@@ -26,7 +26,7 @@ from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.checkpoint.manifest import ArrayRecord
 from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.linear import WeightFormat
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 
 MODEL_GROUP = "model"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")

@@ -25,7 +25,7 @@ from qspec_jax.checkpoint.manifest import Manifest, hash_array, hash_file, read_
 from qspec_jax.config import QuantConfig
 from qspec_jax.errors import CheckpointError
 from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 
 _SMALL_BYTES = 1 << 20

@@ -33,7 +33,7 @@ from qspec_jax.checkpoint.manifest import (
 from qspec_jax.config import QuantConfig
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.linear import WeightFormat
-from qspec_jax.modeling import Decoder, linear_inputs
+from qspec_jax.model.decoder import Decoder, linear_inputs
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer import Tokenizer

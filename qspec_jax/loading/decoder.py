@@ -30,7 +30,7 @@ from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.linear import WeightFormat
 from qspec_jax.loading.parameters import PART_OF, CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
 from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.modeling import Decoder, DecoderLayer, linear_inputs
+from qspec_jax.model.decoder import Decoder, DecoderLayer, linear_inputs
 from qspec_jax.quantization.rtn import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")

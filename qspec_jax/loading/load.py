@@ -29,7 +29,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
-from qspec_jax.modeling import Decoder
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.programs import Programs
 from qspec_jax.tokenizer import Tokenizer, load_tokenizer
 

@@ -23,7 +23,7 @@ from qspec_jax import rope
 from qspec_jax.cache import LayerCache
 from qspec_jax.errors import UsageError
 from qspec_jax.linear import Linear
-from qspec_jax.modeling import DecoderLayer, ResidualStream, TokenContext, linear_inputs
+from qspec_jax.model.decoder import DecoderLayer, ResidualStream, TokenContext, linear_inputs
 from qspec_jax.types import Precision
 
 if TYPE_CHECKING:
