@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from qspec_jax.compilation_cache import OFF, VARIABLE, enable_compilation_cache
+from qspec_jax.device.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.program_store import ProgramStore
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.precision import Precision
 from qspec_jax.pipeline import Pipeline, result_of, statistics
 from qspec_jax.programs import Programs, fitting_slots
 from qspec_jax.requests import (
@@ -28,11 +29,10 @@ from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from qspec_jax.scheduler import Scheduler
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import MAX_DRAFT_LENGTH
-from qspec_jax.text_watch import TextWatch
-from qspec_jax.types import Precision
+from qspec_jax.tokenizer.watch import TextWatch
 
 if TYPE_CHECKING:
-    from qspec_jax.tokenizer import Tokenizer
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float32, Int32
 
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
+from qspec_jax.model.precision import Precision
 from qspec_jax.results import GenerationResult
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.types import Precision
 
 Logits = Callable[[Int32[Array, "1 T"]], Float32[Array, "1 T V"]]
 

@@ -28,8 +28,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import qspec_jax
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import UsageError
+from qspec_jax.model.precision import Precision
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.types import Precision
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from qspec_jax.config import ModelConfig
+from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.layerwise import calibration_bytes, embed
 from qspec_jax.loading.decoder import load_layer
 from qspec_jax.loading.parameters import CheckpointSource
-from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.model.decoder import DecoderLayer
+from qspec_jax.model.blocks import DecoderLayer
+from qspec_jax.model.config import ModelConfig
 from qspec_jax.quantization.calibration import advance, largest_inputs, linear_of, second_moments
 from qspec_jax.quantization.principal import ActivationMoments
 

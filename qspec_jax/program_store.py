@@ -1,6 +1,6 @@
 """Compiled programs kept on disk by what they are made from, so that another process need not trace them again.
 
-JAX's own cache (:mod:`qspec_jax.compilation_cache`) looks a program up by its lowered form, and to trace and lower all
+JAX's own cache (``device/compilation_cache.py``) looks a program up by its lowered form, and to trace and lower all
 layers of a decoder takes longer than anything else at a start. Here a program is looked up by its ingredients:
 
 - the program: its plan, shape and width, which are all that the functions of :mod:`qspec_jax.programs` close over;

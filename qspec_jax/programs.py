@@ -22,20 +22,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels import Layout, QuantizedWeight, with_group_sums
+from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax import speculative
+from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import UsageError
-from qspec_jax.linear import Linear, activation_quantization
-from qspec_jax.memory import check_memory, explain_out_of_memory
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.layouts import _linears, add_group_sums, lay_out
+from qspec_jax.model.linear import activation_quantization
+from qspec_jax.model.precision import Precision
 from qspec_jax.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.sampling import NO_TOKEN, Sampler
 from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import DecodeState, PromptPiece, TokenScores
-from qspec_jax.types import Precision
 
 # A piece of a prompt is padded to the next of these widths; a longer prompt is read in pieces of the last.
 PIECE_WIDTHS = (32, 64, 128, 256, 512)
@@ -340,15 +341,6 @@ def cycles_per_check(plan: DecodingPlan) -> int:
     return 4 if plan.draft is None else 2
 
 
-def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
-    """Lays every 4-bit linear out for kernels that serve the precisions; True if any was not."""
-    return sum(linear.lay_out_for(precisions) for linear in _linears(decoder)) > 0
-
-
-def _linears(decoder: Decoder) -> list[Linear]:
-    return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
-
-
 def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
     """The fields of as many pieces as a filling program takes, but for the sampler, as NumPy arrays to be set."""
     # Copies: the device waits for these, and NumPy takes longer to fill arrays.
@@ -375,21 +367,3 @@ def _fill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:
 
 def _loop_key(plan: DecodingPlan, shape: Shape) -> tuple[Any, ...]:
     return "loop", plan, shape
-
-
-def add_group_sums(decoder: Decoder) -> bool:
-    """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
-    changed = False
-    for _, module in nnx.iter_modules(decoder):
-        if not isinstance(module, Linear) or module.quantization is None:
-            continue
-        weight: Any = module.weight.get_value()
-        recipes = (module.quantization.w4a4, module.quantization.w4a8)
-        sizes = [recipe.group_size or weight.num_inputs for recipe in recipes if not recipe.symmetric]
-        if sizes and weight.group_sum is None:
-            module.weight.set_value(_with_group_sums(weight, min(sizes)))
-            changed = True
-    return changed
-
-
-_with_group_sums = jax.jit(with_group_sums, static_argnums=1)

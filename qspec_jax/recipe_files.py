@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.config import ActivationQuantization
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ActivationQuantization
 from qspec_jax.recipes import RECIPES, WHOLE_ROW, Recipe, RecipeOptions
 
 

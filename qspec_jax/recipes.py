@@ -22,18 +22,19 @@ import numpy as np
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.checkpoint.save import check_destination, save_checkpoint
-from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.device.memory import check_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.layerwise import Calibration, calibration_bytes, open_calibration, quantize_layers
 from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.load import DTYPES, open_tokenizer
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
+from qspec_jax.loading.load import open_tokenizer
+from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
 from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
 from qspec_jax.loading.rotated import rotate_source
-from qspec_jax.memory import check_memory
-from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.placement import DTYPES
 from qspec_jax.moments import measure_moments
 from qspec_jax.quantization.principal import (
     GROUP,

@@ -12,7 +12,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.prefixes import Piece
 from qspec_jax.results import GenerationResult, GenerationStats
 from qspec_jax.sampling_params import SamplingParams
-from qspec_jax.text_watch import TextWatch
+from qspec_jax.tokenizer.watch import TextWatch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""

@@ -29,12 +29,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qspec_jax.cache import KVCache
 from qspec_jax.lookup import look_up, write
+from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.precision import Precision
 from qspec_jax.sampling import Sampler, choose
 from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece, TokenScores
-from qspec_jax.types import Precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qspec_jax.cache import KVCache
+from qspec_jax.model.cache import KVCache
 from qspec_jax.sampling import NO_TOKEN, Sampler
 from qspec_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
 

@@ -24,8 +24,8 @@ from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfi
 from qspec_jax.checkpoint import arrays
 from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.checkpoint.save import save_checkpoint
-from qspec_jax.loading.load import kernels_in_use
-from qspec_jax.programs import add_group_sums, lay_out
+from qspec_jax.model.layouts import add_group_sums, lay_out
+from qspec_jax.model.placement import kernels_in_use
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import pytest
 from qspec_jax.checkpoint.arrays import group_names
 from qspec_jax.checkpoint.restore import open_checkpoint
 from qspec_jax.checkpoint.save import save_checkpoint
-from qspec_jax.config import QuantConfig
+from qspec_jax.model.config import QuantConfig
 from tests import checkpoint_writer, tiny
 
 NUM_KILLS = 20

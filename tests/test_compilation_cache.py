@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from qspec_jax import CheckpointError, compilation_cache, enable_compilation_cache, load
+from qspec_jax import CheckpointError, enable_compilation_cache, load
 from qspec_jax.bench import __main__ as bench
 from qspec_jax.command import keep_compiled_programs
+from qspec_jax.device import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
 from qspec_jax.errors import UnsupportedModelError, UsageError
+from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],

@@ -10,11 +10,12 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import QuantizedWeight
-from qspec_jax import engine, memory, speculative
-from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax import engine, speculative
+from qspec_jax.device import memory
 from qspec_jax.errors import OutOfMemoryError, UsageError
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.precision import Precision
 from qspec_jax.programs import Shape
-from qspec_jax.types import Precision
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]

@@ -11,11 +11,11 @@ import pytest
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate, evaluation
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation_tables import ModelScore, plot_outliers
 from qspec_jax.layerwise import embed
 from qspec_jax.loading.decoder import load_layer
+from qspec_jax.model.config import ModelConfig
 from qspec_jax.moments import channel_maxima
 from qspec_jax.quantization.calibration import advance, second_moments
 from tests import tiny

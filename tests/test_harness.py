@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax.types import Precision
+from qspec_jax.model.precision import Precision
 from tests import tiny
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")

@@ -12,11 +12,11 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import MAX_DECODE_TOKENS
-from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.model.decoder import DecoderLayer
-from qspec_jax.programs import add_group_sums
-from qspec_jax.types import Precision
+from qspec_jax.model.blocks import DecoderLayer
+from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
+from qspec_jax.model.layouts import add_group_sums
+from qspec_jax.model.precision import Precision
 from tests import tiny
 from tests.golden import make as golden
 

@@ -13,11 +13,11 @@ from flax import nnx
 from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
 from qspec_jax import programs
-from qspec_jax.config import ModelConfig, QuantConfig
-from qspec_jax.linear import Linear
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.linear import Linear
+from qspec_jax.model.precision import Precision
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.types import Precision
 from tests import tiny
 
 PLAIN = DecodingPlan(Precision.W4A16)

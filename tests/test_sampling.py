@@ -18,8 +18,8 @@ import pytest
 from jax.scipy.special import gammaincc
 
 from qspec_jax import ModelConfig, SamplingParams, UsageError, speculative
+from qspec_jax.model.precision import Precision
 from qspec_jax.sampling import Sampler, _let_through, choose
-from qspec_jax.types import Precision
 from tests import tiny
 
 NUM_DRAWS = 20_000

@@ -11,11 +11,11 @@ import pytest
 
 from qspec_jax import SamplingParams, programs
 from qspec_jax.errors import OutOfMemoryError
+from qspec_jax.model.precision import Precision
 from qspec_jax.programs import Programs, Report, Shape
 from qspec_jax.requests import Request
 from qspec_jax.scheduler import Scheduler
 from qspec_jax.speculative import DecodingPlan
-from qspec_jax.types import Precision
 from tests import tiny
 
 WIDTHS = (8, 16)  # of pieces here: a prompt of more than 16 tokens enters in several

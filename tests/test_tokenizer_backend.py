@@ -12,10 +12,10 @@ import tokenizers
 from jinja2.exceptions import SecurityError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qspec_jax.chat_template import is_plain, render
 from qspec_jax.errors import CheckpointError, UsageError
-from qspec_jax.tokenizer import Tokenizer, load_tokenizer
-from qspec_jax.tokenizer_backend import PlainBackend
+from qspec_jax.tokenizer.backend import PlainBackend
+from qspec_jax.tokenizer.chat_template import is_plain, render
+from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.test_tokenizer import (
     CHAT_TEMPLATE,
     TEXTS,
@@ -280,7 +280,7 @@ def test_generating_does_not_import_transformers(checkpoint_tokenizer):
     code = (
         "import sys\n"
         "from qspec_jax.generate import main\n"
-        "from qspec_jax.tokenizer import load_tokenizer\n"
+        "from qspec_jax.tokenizer.tokenizer import load_tokenizer\n"
         "load_tokenizer(sys.argv[1]).apply_chat([{'role': 'user', 'content': 'Hi'}])\n"
         "assert main(['--prompt', 'What is a cache?', '--max-new-tokens', '2', '--mode', 'w4a16']) == 0\n"
         "assert not {'transformers', 'torch', 'orbax', 'huggingface_hub'} & set(sys.modules)\n"

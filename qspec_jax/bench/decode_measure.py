@@ -20,10 +20,10 @@ from qspec_jax.bench.decode_parts import Part, PartName, Setting, context_state
 from qspec_jax.bench.speedup import Speculation
 from qspec_jax.bench.timing import kernel_clock_works, recorded_kernels
 from qspec_jax.command import say
+from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation import DraftScore
-from qspec_jax.memory import explain_out_of_memory
 from qspec_jax.programs import cycles_per_check
 from qspec_jax.state import DecodeState
 

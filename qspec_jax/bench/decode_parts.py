@@ -17,14 +17,14 @@ from flax import nnx
 from pallas_kernels import QuantizedWeight
 from qspec_jax import speculative
 from qspec_jax.bench.synthetic import random_normal
-from qspec_jax.cache import KVCache
 from qspec_jax.engine import LanguageModel
-from qspec_jax.linear import Linear, activation_quantization
+from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.linear import Linear, activation_quantization
+from qspec_jax.model.precision import Precision
 from qspec_jax.programs import fitting_slots
 from qspec_jax.speculative import DecodingPlan
 from qspec_jax.state import DecodeState
-from qspec_jax.types import Precision
 
 PartName = Literal["step", "draft", "verify", "cycle"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig, QuantConfig
 
 if TYPE_CHECKING:
     from qspec_jax.engine import LanguageModel
@@ -82,7 +82,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
     from qspec_jax.engine import DRAFTS, MODES
-    from qspec_jax.loading.load import decoder_options
+    from qspec_jax.model.placement import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)
     modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
@@ -142,7 +142,7 @@ def _rotated(name: str, config: ModelConfig, text: str, path: Path | None) -> tu
 def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
     """How the weights are to be stored; None for what the model brings."""
     from pallas_kernels import check_group_size
-    from qspec_jax.model.decoder import linear_inputs
+    from qspec_jax.model.parameters import linear_inputs
 
     inputs, text = linear_inputs(config), arguments.group_size
     if arguments.model is not None and text is None:

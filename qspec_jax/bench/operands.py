@@ -30,7 +30,7 @@ from pallas_kernels import (
     with_layout,
 )
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.config import ActivationQuantization, QuantConfig
+from qspec_jax.model.config import ActivationQuantization, QuantConfig
 
 MATMULS = ("w4a16", "w4a8", "w4a4")
 BASELINE = "bf16"

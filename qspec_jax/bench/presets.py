@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from qspec_jax.config import ModelConfig
-from qspec_jax.model.decoder import linear_inputs
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import linear_inputs
 
 PRESETS = {
     "llama-2-7b": ModelConfig(

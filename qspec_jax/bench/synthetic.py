@@ -19,11 +19,11 @@ from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench.operands import random_weight
-from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
-from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.engine import LanguageModel
-from qspec_jax.loading.load import decoder_options, kernels_in_use
-from qspec_jax.memory import check_memory, explain_out_of_memory
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
+from qspec_jax.model.placement import decoder_options, kernels_in_use
 
 
 def synthetic_model(

@@ -112,7 +112,7 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
     from qspec_jax.engine import LOOKUP_MODES, MODES
-    from qspec_jax.loading.load import decoder_options
+    from qspec_jax.model.placement import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)
     name, config, path = chosen_model(arguments)

@@ -10,11 +10,11 @@ A checkpoint is a directory::
 old checkpoint or the new one and never a mixture (``save.py``). It is checked as it is read (``restore.py``).
 """
 
-from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
 from qspec_jax.checkpoint.manifest import FORMAT_VERSION, Manifest, is_checkpoint
 from qspec_jax.checkpoint.restore import Checkpoint, open_checkpoint, restore_decoder
 from qspec_jax.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.checkpoint.source import SavedSource, open_saved_source
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
 
 __all__ = [
     "FORMAT_VERSION",

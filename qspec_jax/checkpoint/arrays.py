@@ -14,19 +14,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.checkpoint.manifest import ArrayRecord
-from qspec_jax.config import ModelConfig, QuantConfig
-from qspec_jax.linear import WeightFormat
-from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.linear import WeightFormat
 
 MODEL_GROUP = "model"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -54,30 +52,6 @@ def group_names(config: ModelConfig) -> list[str]:
 def group_of(name: str) -> str:
     """The group that an array belongs to."""
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else MODEL_GROUP
-
-
-def abstract_decoder(
-    config: ModelConfig,
-    *,
-    quantization: QuantConfig | None,
-    formats: Mapping[str, WeightFormat] | None,
-    dtype: DTypeLike = jnp.float32,
-    scan_layers: bool = True,
-    kernels: str | None = None,
-) -> Decoder:
-    """A decoder of shapes and dtypes; its parameters take no memory."""
-
-    def build() -> Decoder:
-        return Decoder(
-            config, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=scan_layers
-        )
-
-    return nnx.eval_shape(build)
-
-
-def num_bytes(decoder: Decoder) -> int:
-    """Bytes of a decoder's parameters, real or abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(decoder)))
 
 
 def expected_shapes(

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from qspec_jax.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
 from qspec_jax.errors import CheckpointError, QSpecError
-from qspec_jax.linear import WeightFormat
-from qspec_jax.model.decoder import linear_inputs
+from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import linear_inputs
 
 FILE_NAME = "qspec.json"
 DATA_PREFIX = "data-"

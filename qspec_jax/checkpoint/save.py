@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pallas_kernels import QuantizedWeight
-from qspec_jax.checkpoint.arrays import group_names, num_bytes, stored_arrays
+from qspec_jax.checkpoint.arrays import group_names, stored_arrays
 from qspec_jax.checkpoint.manifest import (
     DATA_PREFIX,
     FILE_NAME,
@@ -30,13 +30,14 @@ from qspec_jax.checkpoint.manifest import (
     is_checkpoint,
     read_content,
 )
-from qspec_jax.config import QuantConfig
 from qspec_jax.errors import CheckpointError, UsageError
-from qspec_jax.linear import WeightFormat
-from qspec_jax.model.decoder import Decoder, linear_inputs
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import linear_inputs
 
 if TYPE_CHECKING:
-    from qspec_jax.tokenizer import Tokenizer
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 ARRAYS, TOKENIZER = "arrays", "tokenizer"
 _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")

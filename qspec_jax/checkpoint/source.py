@@ -13,15 +13,9 @@ import numpy as np
 from pallas_kernels import unpack_codes
 from qspec_jax.checkpoint.arrays import group_of
 from qspec_jax.checkpoint.restore import Checkpoint
-from qspec_jax.config import ModelConfig
-from qspec_jax.loading.parameters import (
-    PART_OF,
-    FourBitFormat,
-    ParameterSpec,
-    QuantizedTensor,
-    TensorEntry,
-    expected_parameters,
-)
+from qspec_jax.loading.parameters import FourBitFormat, QuantizedTensor, TensorEntry
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import PART_OF, ParameterSpec, expected_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,22 +24,18 @@ from jax.typing import DTypeLike
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes, with_layout
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, check_group_size
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.checkpoint.arrays import abstract_decoder, num_bytes
-from qspec_jax.config import ModelConfig, QuantConfig
+from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
-from qspec_jax.linear import WeightFormat
-from qspec_jax.loading.parameters import PART_OF, CheckpointSource, QuantizedTensor, TensorEntry, expected_parameters
-from qspec_jax.memory import check_memory, explain_out_of_memory
-from qspec_jax.model.decoder import Decoder, DecoderLayer, linear_inputs
+from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
+from qspec_jax.model.blocks import DecoderLayer
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
 from qspec_jax.quantization.rtn import quantize_rtn
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")
-
-
-def part_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Output rows of each part of the modules that hold several projections."""
-    return {"attention.qkv": config.qkv_sizes, "mlp.gate_up": (config.intermediate_size,) * 2}
 
 
 class _Place(NamedTuple):

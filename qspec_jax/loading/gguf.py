@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qspec_jax.config import ModelConfig, RopeScaling
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading.parameters import (
     FoundTensor,
@@ -28,8 +27,9 @@ from qspec_jax.loading.parameters import (
     TensorEntry,
     canonical_name,
     check_entries,
-    expected_parameters,
 )
+from qspec_jax.model.config import ModelConfig, RopeScaling
+from qspec_jax.model.parameters import expected_parameters
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading.gguf import GGUFFile
-from qspec_jax.tokenizer_backend import PlainBackend
+from qspec_jax.tokenizer.backend import PlainBackend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -21,10 +21,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading import quantized_layouts
 from qspec_jax.loading.parameters import FoundTensor, StoredTensor, TensorEntry, canonical_name, check_entries
+from qspec_jax.model.config import ModelConfig
 
 _NAMES = {
     r"model\.embed_tokens\.weight": r"embedding.weight",

@@ -11,29 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-import pallas_kernels
-from pallas_kernels import Layout, QuantizedWeight
-from pallas_kernels.dispatch import MOSAIC, REFERENCE
-from qspec_jax.checkpoint.arrays import abstract_decoder
 from qspec_jax.checkpoint.manifest import is_checkpoint
 from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.checkpoint.save import save_checkpoint
-from qspec_jax.compilation_cache import enable_compilation_cache
-from qspec_jax.config import QuantConfig
+from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.engine import LanguageModel
-from qspec_jax.errors import UsageError
-from qspec_jax.linear import Linear
 from qspec_jax.loading.decoder import load_decoder, weight_formats
 from qspec_jax.loading.resolve import open_source, resolve_model
-from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.programs import Programs
-from qspec_jax.tokenizer import Tokenizer, load_tokenizer
-
-DTYPES = ("float32", "bfloat16")
+from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
@@ -145,51 +134,6 @@ def save(
 def open_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
     return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)
-
-
-def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:
-    """``kernels``, ``dtype`` and ``scan_layers`` of a :class:`Decoder` on this device, for arguments of :func:`load`.
-
-    Raises:
-        UsageError: an argument makes no sense here.
-    """
-    resolved = resolve_kernels(kernels)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    # A named implementation is used for every matmul or refused; auto may differ where a shape does not fit.
-    named = None if kernels == "auto" else kernels
-    return {
-        "dtype": jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")),
-        "kernels": REFERENCE if resolved == REFERENCE else named,
-        "scan_layers": resolved == REFERENCE,
-    }
-
-
-def kernels_in_use(decoder: Decoder, kernels: str) -> str:
-    """Names for people: what ``kernels`` means on this device, after what ``auto`` picks for large weights."""
-    resolved = resolve_kernels(kernels)
-    weights = (module.weight.get_value() for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear))
-    large = any(isinstance(weight, QuantizedWeight) and weight.layout is Layout.WGMMA for weight in weights)
-    return f"{MOSAIC}, {resolved}" if large and resolved != MOSAIC else resolved
-
-
-def resolve_kernels(kernels: str) -> str:
-    """The implementation that ``kernels`` means on this device; the one preferred where ``auto`` picks by shape.
-
-    Raises:
-        UsageError: the name is unknown, or does not work on this device.
-    """
-    available = pallas_kernels.available_implementations()
-    if kernels == "auto":
-        return available[0]
-    if kernels not in pallas_kernels.IMPLEMENTATIONS:
-        raise UsageError(f"kernels={kernels!r} is unknown; use auto or one of {', '.join(sorted(available))}")
-    if kernels not in available:
-        raise UsageError(
-            f"kernels={kernels!r} does not work on this {jax.default_backend()} device; use auto or one of "
-            f"{', '.join(available)}"
-        )
-    return kernels
 
 
 def while_it_opens(

@@ -11,39 +11,17 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import expected_parameters
 
 MAX_LISTED = 8
 _PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype", "quantised parts")
-# Of the projections that share an array, the module that holds it and the place among its parts.
-PART_OF = {
-    "attention.query": ("attention.qkv", 0),
-    "attention.key": ("attention.qkv", 1),
-    "attention.value": ("attention.qkv", 2),
-    "mlp.gate": ("mlp.gate_up", 0),
-    "mlp.up": ("mlp.gate_up", 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSpec:
-    """One parameter of a model.
-
-    Attributes:
-        name: canonical name.
-        shape: of the float parameter; a linear is ``[N, K]``, outputs first.
-        kind: only a ``linear`` is ever quantised. The LM head counts as an ``embedding``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Literal["linear", "embedding", "norm", "bias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,41 +119,6 @@ class FoundTensor:
     entry: TensorEntry
     problem: str | None = None
     misfits: tuple[str, ...] = ()
-
-
-def expected_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """Every parameter of the model that ``config`` describes, by canonical name."""
-    vocabulary, hidden = config.vocab_size, config.hidden_size
-    specs = [ParameterSpec("embedding.weight", (vocabulary, hidden), "embedding")]
-    for layer in range(config.num_layers):
-        specs += _layer_parameters(config, f"layers.{layer}")
-    specs.append(ParameterSpec("final_norm.weight", (hidden,), "norm"))
-    if not config.tie_word_embeddings:
-        specs.append(ParameterSpec("lm_head.weight", (vocabulary, hidden), "embedding"))
-    return {spec.name: spec for spec in specs}
-
-
-def _layer_parameters(config: ModelConfig, prefix: str) -> list[ParameterSpec]:
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    query, key, value = config.qkv_sizes
-    linears = [
-        ("attention.query", query, hidden, config.qkv_bias),
-        ("attention.key", key, hidden, config.qkv_bias),
-        ("attention.value", value, hidden, config.qkv_bias),
-        ("attention.output", hidden, query, config.output_bias),
-        ("mlp.gate", mlp, hidden, config.mlp_bias),
-        ("mlp.up", mlp, hidden, config.mlp_bias),
-        ("mlp.down", hidden, mlp, config.mlp_bias),
-    ]
-    norms = [("attention_norm", hidden), ("mlp_norm", hidden)]
-    if config.qk_norm:
-        norms += [("attention.query_norm", config.head_dim), ("attention.key_norm", config.head_dim)]
-    specs = [ParameterSpec(f"{prefix}.{name}.weight", (size,), "norm") for name, size in norms]
-    for name, outputs, inputs, bias in linears:
-        specs.append(ParameterSpec(f"{prefix}.{name}.weight", (outputs, inputs), "linear"))
-        if bias:
-            specs.append(ParameterSpec(f"{prefix}.{name}.bias", (outputs,), "bias"))
-    return specs
 
 
 def canonical_name(source_name: str, table: Mapping[str, str]) -> str | None:

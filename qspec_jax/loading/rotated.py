@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qspec_jax.config import ModelConfig
-from qspec_jax.loading.parameters import CheckpointSource, TensorEntry, expected_parameters
+from qspec_jax.loading.parameters import CheckpointSource, TensorEntry
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.quantization.rotation import (
     Rotation,
     gain_folded_into,

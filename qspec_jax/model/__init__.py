@@ -1,1 +1,1 @@
-"""What a decoder computes."""
+"""What a decoder computes: its configuration, its parts, its cache."""

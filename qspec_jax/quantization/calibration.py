@@ -19,15 +19,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import PartialSums, value_of
-from qspec_jax import rope
-from qspec_jax.cache import LayerCache
 from qspec_jax.errors import UsageError
-from qspec_jax.linear import Linear
-from qspec_jax.model.decoder import DecoderLayer, ResidualStream, TokenContext, linear_inputs
-from qspec_jax.types import Precision
+from qspec_jax.model import rope
+from qspec_jax.model.blocks import DecoderLayer, ResidualStream, TokenContext
+from qspec_jax.model.cache import LayerCache
+from qspec_jax.model.linear import Linear
+from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.precision import Precision
 
 if TYPE_CHECKING:
-    from qspec_jax.tokenizer import Tokenizer
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens per window
 MAX_BATCH = 8  # windows that run together

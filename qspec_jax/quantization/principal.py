@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from pallas_kernels.hadamard.matrices import hadamard_matrix
-from qspec_jax.config import ModelConfig
+from qspec_jax.model.config import ModelConfig
 from qspec_jax.quantization.rotation import OrthogonalMatrix, Rotation, rotated_config
 
 GROUP = 32  # of activations, whose channels are mixed with each other

@@ -31,8 +31,8 @@ from pallas_kernels import hadamard
 from pallas_kernels.dispatch import REFERENCE
 from pallas_kernels.hadamard.matrices import core_order, kronecker_factors
 from pallas_kernels.hadamard.reference import multiply_kronecker
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig
 
 _BLOCK_VALUES = 1 << 25  # of a large tensor that are rotated at once, to bound the memory that takes
 _NORM_BEFORE = {

@@ -13,7 +13,7 @@ import pytest
 from qspec_jax.bench import options
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS, MatmulShape, linear_shapes
-from qspec_jax.config import ModelConfig
+from qspec_jax.model.config import ModelConfig
 from tests.loading import tiny_checkpoints
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
 

@@ -14,10 +14,10 @@ from flax import nnx
 from pallas_kernels import QuantizedWeight, dequantize, unpack_codes
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.synthetic import synthetic_model
-from qspec_jax.checkpoint.arrays import abstract_decoder
-from qspec_jax.config import ModelConfig, QuantConfig
 from qspec_jax.errors import OutOfMemoryError
-from qspec_jax.types import Precision
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.decoder import abstract_decoder
+from qspec_jax.model.precision import Precision
 from tests import tiny
 
 CONFIGS = {
@@ -74,6 +74,6 @@ def test_weights_use_all_codes_are_of_one_over_root_k_and_differ():
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr("qspec_jax.memory.available_bytes", lambda: 10**9)
+    monkeypatch.setattr("qspec_jax.device.memory.available_bytes", lambda: 10**9)
     with pytest.raises(OutOfMemoryError, match=r"the weights of llama need \d+\.\d+ GB"):
         synthetic_model(PRESETS["llama-3-8b"], quantization=QuantConfig(128, symmetric=True), name="llama")

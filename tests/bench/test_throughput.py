@@ -12,8 +12,8 @@ from qspec_jax.bench import conversations
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.throughput_measure import arrivals, inter_token_seconds
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig
 from tests import tiny
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())

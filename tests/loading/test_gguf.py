@@ -10,11 +10,11 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from pallas_kernels.arrays.weight import QuantizedWeight, dequantize, pack_codes
-from qspec_jax.config import ModelConfig, RopeScaling
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.loading.gguf import GGUFFile
 from qspec_jax.loading.parameters import CheckpointSource, FourBitFormat, QuantizedTensor
 from qspec_jax.loading.resolve import open_source
+from qspec_jax.model.config import ModelConfig, RopeScaling
 from tests.loading.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qspec_jax.config import ModelConfig
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.parameters import CheckpointSource, expected_parameters
+from qspec_jax.loading.parameters import CheckpointSource
 from qspec_jax.loading.resolve import open_source
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import expected_parameters
 from tests.loading.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 CANONICAL = {

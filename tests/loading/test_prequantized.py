@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
-from qspec_jax.config import QuantConfig
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
 from qspec_jax.loading.decoder import load_decoder, weight_formats
@@ -24,7 +23,8 @@ from qspec_jax.loading.prequantized import (
     unpack_qspec,
 )
 from qspec_jax.loading.resolve import open_source
-from qspec_jax.types import Precision
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.precision import Precision
 from tests.loading import prequantized_packers as packers
 from tests.loading.prequantized_packers import CASES, random_weight, tiny_checkpoint
 from tests.loading.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from qspec_jax.config import ModelConfig
+from qspec_jax.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Float32[np.ndarray, " half_HD"]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qspec_jax.tokenizer import StreamDecoder
+    from qspec_jax.tokenizer.tokenizer import StreamDecoder
 
 
 class TextWatch:

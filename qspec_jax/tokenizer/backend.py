@@ -1,4 +1,4 @@
-"""What tokenises inside a :class:`qspec_jax.tokenizer.Tokenizer`: transformers, or the library below it alone.
+"""What tokenises inside a ``Tokenizer``: transformers, or the library below it alone.
 
 Importing transformers opens thousands of files, seconds on a slow disk. What it adds to a tokenizer that
 ``tokenizers`` describes completely is little: the names of the special tokens, and chat templates.
@@ -85,7 +85,7 @@ class PlainBackend:
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tokenize: bool, **options: Any
     ) -> Any:
-        from qspec_jax.chat_template import is_plain, render
+        from qspec_jax.tokenizer.chat_template import is_plain, render
 
         if self.chat_template is None or not add_generation_prompt or not is_plain(conversation):
             options |= {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}

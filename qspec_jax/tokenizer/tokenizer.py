@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.errors import UsageError
-from qspec_jax.tokenizer_backend import PlainBackend, open_directory
+from qspec_jax.tokenizer.backend import PlainBackend, open_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, value_of
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
-from qspec_jax.config import ActivationQuantization, QuantConfig
 from qspec_jax.errors import UsageError
-from qspec_jax.types import Precision
+from qspec_jax.model.config import ActivationQuantization, QuantConfig
+from qspec_jax.model.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Shaped
 
-from qspec_jax.config import ModelConfig
+from qspec_jax.model.config import ModelConfig
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays

@@ -1,0 +1,1 @@
+"""The machine: what fits its memory, and compiled programs kept on disk."""

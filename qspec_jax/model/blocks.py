@@ -1,0 +1,215 @@
+"""The blocks of a decoder in Flax NNX: norm, attention, MLP, and the layer made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+import pallas_kernels
+from pallas_kernels import PartialSums, QuantizedActivation, value_of
+from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.model.cache import LayerCache
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.linear import Linear, WeightFormat, other_kernels
+from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.precision import Precision
+
+
+class TokenContext(NamedTuple):
+    """What every layer needs to know of the new tokens: computed once per call."""
+
+    lengths: Int32[Array, " B"]
+    rotations: tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]
+
+
+class ResidualStream(NamedTuple):
+    """``x + update``, or ``x`` alone.
+
+    A block's result stays an update, or the partial sums of one, until the next norm adds it, in the kernel that
+    normalises the sum.
+    """
+
+    x: Float[Array, "B T D"]
+    update: Float[Array, "B T D"] | PartialSums | None = None
+
+    def value(self) -> Float[Array, "B T D"]:
+        """The sum."""
+        return self.x if self.update is None else self.x + value_of(self.update)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(
+        self, size: int, *, epsilon: float, kernels: str | None, dtype: DTypeLike, layers: tuple[int, ...] = ()
+    ):
+        self.epsilon = epsilon
+        self.implementation = other_kernels(kernels)
+        self.weight = nnx.Param(jnp.ones((*layers, size), dtype))
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        return pallas_kernels.rms_norm(
+            x, self.weight.get_value(), epsilon=self.epsilon, implementation=self.implementation
+        )
+
+    def of_stream(
+        self, stream: ResidualStream, *, quantization: dict[str, Any] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | QuantizedActivation]:
+        """The value of the stream and its norm, as integers where ``Linear.input_quantization`` says how."""
+        normalise: Any = functools.partial(pallas_kernels.rms_norm, implementation=self.implementation)
+        if quantization is not None:
+            normalise = functools.partial(pallas_kernels.rms_norm_quantize, **quantization)
+        gain = self.weight.get_value()
+        if stream.update is None:
+            return stream.x, normalise(stream.x, gain, epsilon=self.epsilon)
+        return normalise(stream.x, gain, epsilon=self.epsilon, update=stream.update)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        output: Linear,
+        qkv: Linear,
+        head_norm: Callable[[], RMSNorm],
+        kernels: str | None,
+    ):
+        self.config = config
+        self.kernels = other_kernels(kernels)
+        self.qkv = qkv
+        self.output = output
+        if config.qk_norm:
+            self.query_norm, self.key_norm = head_norm(), head_norm()
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"] | QuantizedActivation,
+        cache: LayerCache,
+        context: TokenContext,
+        *,
+        precision: Precision,
+    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache]:
+        config, lengths = self.config, context.lengths
+        batch, new_tokens, _ = context.rotations[0].shape
+        qkv = self.qkv.partial_sums(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
+        if config.qk_norm:
+            qkv = self._normalise_queries_and_keys(value_of(qkv))
+        with jax.named_scope("cache_write"):
+            query, keys, values = pallas_kernels.rotate_and_write(
+                qkv, *context.rotations, cache.keys, cache.values, lengths, implementation=self.kernels
+            )
+        # A prefill is a large matrix product, which the reference leaves to XLA.
+        kernels = self.kernels if new_tokens <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
+        with jax.named_scope("attention"):
+            mixed = pallas_kernels.decode_attention(
+                query, keys, values, lengths, window=config.sliding_window, implementation=kernels
+            )
+        mixed = mixed.reshape(batch, new_tokens, -1)
+        return self.output.partial_sums(mixed, precision=precision), LayerCache(keys, values)
+
+    def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
+        """Qwen3's norm of each head, before rotation."""
+        first_key, first_value = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+        query, key, value = jnp.split(qkv, (first_key, first_value), axis=2)
+        return jnp.concatenate([self.query_norm(query), self.key_norm(key), value], axis=2)
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020); gate and up are halves side by side.
+
+    In a rotated model, whose ``down`` is rotated to match, each ``down_hadamard`` consecutive values of the product go
+    through a Hadamard transform.
+    """
+
+    def __init__(self, *, gate_up: Linear, down: Linear, down_hadamard: int | None):
+        self.gate_up = gate_up
+        self.down = down
+        self.down_hadamard = down_hadamard
+
+    def __call__(
+        self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
+    ) -> Float[Array, "B T D"] | PartialSums:
+        gate_up = self.gate_up(x, precision=precision)
+        return self.down.partial_sums(self._gated(gate_up, precision), precision=precision)
+
+    def _gated(
+        self, gate_up: Float[Array, "B T two_F"], precision: Precision
+    ) -> Float[Array, "B T F"] | QuantizedActivation:
+        """The inputs of ``down``, as integers where it reads integers."""
+        quantization = self.down.input_quantization(precision)
+        if self.down_hadamard is None:
+            if quantization is None:
+                return pallas_kernels.swiglu(gate_up, implementation=other_kernels(self.down.kernels))
+            return pallas_kernels.swiglu_quantize(gate_up, **quantization)
+        if quantization is None:
+            return pallas_kernels.swiglu_hadamard(
+                gate_up, block=self.down_hadamard, implementation=other_kernels(self.down.kernels)
+            )
+        return pallas_kernels.swiglu_hadamard_quantize(gate_up, block=self.down_hadamard, **quantization)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual.
+
+    Norms and ``silu(gate) * up`` are computed in the form that the linear after them reads at the precision.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        formats: Mapping[str, WeightFormat | None],
+        quantization: QuantConfig | None,
+        kernels: str | None,
+        dtype: DTypeLike,
+        layers: tuple[int, ...] = (),
+    ):
+        def linear(name: str, num_outputs: int, bias: bool) -> Linear:
+            return Linear(
+                linear_inputs(config)[name],
+                num_outputs,
+                bias=bias,
+                weight_format=formats[name],
+                quantization=quantization,
+                kernels=kernels,
+                dtype=dtype,
+                layers=layers,
+            )
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype, layers=layers)
+
+        hidden, mlp_size = config.hidden_size, config.intermediate_size
+        self.attention_norm = norm(hidden)
+        self.attention = Attention(
+            config,
+            qkv=linear("attention.qkv", sum(config.qkv_sizes), config.qkv_bias),
+            output=linear("attention.output", hidden, config.output_bias),
+            head_norm=lambda: norm(config.head_dim),
+            kernels=kernels,
+        )
+        self.mlp_norm = norm(hidden)
+        self.mlp = MLP(
+            gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
+            down=linear("mlp.down", hidden, config.mlp_bias),
+            down_hadamard=(config.hadamard_block or mlp_size) if config.down_hadamard else None,
+        )
+
+    def __call__(
+        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, precision: Precision
+    ) -> tuple[ResidualStream, LayerCache]:
+        x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(precision))
+        attended, cache = self.attention(y, cache, context, precision=precision)
+        stream = ResidualStream(x, attended)
+        x, y = self.mlp_norm.of_stream(stream, quantization=self.mlp.gate_up.input_quantization(precision))
+        return ResidualStream(x, self.mlp(y, precision=precision)), cache
