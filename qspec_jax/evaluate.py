@@ -169,9 +169,8 @@ def _plot_outliers(arguments: argparse.Namespace, request: _Request) -> None:
     import numpy as np
 
     from qspec_jax.evaluation_tables import plot_outliers
-    from qspec_jax.loading.load import open_tokenizer
-    from qspec_jax.loading.resolve import open_source, resolve_model
     from qspec_jax.moments import channel_maxima
+    from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
     maxima = []
     for name in arguments.model or [None]:

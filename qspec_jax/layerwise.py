@@ -23,13 +23,13 @@ from jaxtyping import Array, Int32
 from pallas_kernels import QuantizedWeight, dequantize
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError, UsageError
-from qspec_jax.loading.decoder import load_layer
-from qspec_jax.loading.parameters import CheckpointSource, FourBitFormat, TensorEntry
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
 from qspec_jax.quantization.calibration import CONTEXT, MAX_BATCH, advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.gptq import gptq
+from qspec_jax.weights.fill import load_layer
+from qspec_jax.weights.source import CheckpointSource, FourBitFormat, TensorEntry
 from qspec_jax.work_folder import WorkFolder, fingerprint
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from jaxtyping import Float32, Int32
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.layerwise import calibration_bytes, embed
-from qspec_jax.loading.decoder import load_layer
-from qspec_jax.loading.parameters import CheckpointSource
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.quantization.calibration import advance, largest_inputs, linear_of, second_moments
 from qspec_jax.quantization.principal import ActivationMoments
+from qspec_jax.weights.fill import load_layer
+from qspec_jax.weights.source import CheckpointSource
 
 MAX_WINDOWS = 16  # of the text; more change the moments little
 _NORM_OF = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm"}

@@ -22,14 +22,9 @@ import numpy as np
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.device.memory import check_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.layerwise import Calibration, calibration_bytes, open_calibration, quantize_layers
-from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.load import open_tokenizer
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
-from qspec_jax.loading.resolve import model_bytes, open_source, resolve_model
 from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
@@ -44,6 +39,10 @@ from qspec_jax.quantization.principal import (
     salience_order,
 )
 from qspec_jax.quantization.rotation import Rotation, rotated_config, unrotated_config
+from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer, resolve_model
+from qspec_jax.weights.source import CheckpointSource, QuantizedTensor, TensorEntry
 from qspec_jax.work_folder import remove_work_folders
 
 WHOLE_ROW = "row"

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
 from qspec_jax.errors import CheckpointError
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor
+from qspec_jax.weights.source import CheckpointSource, QuantizedTensor
 
 
 class WorkFolder:

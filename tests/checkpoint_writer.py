@@ -14,14 +14,14 @@ def _imports() -> None:
     """Loads what saving needs before the process forks; initialises no backend."""
     import orbax.checkpoint  # noqa: F401
 
-    import qspec_jax.checkpoint  # noqa: F401
+    import qspec_jax.weights.checkpoint  # noqa: F401
 
 
 _imports()
 
 
 def _save(source: Path, path: Path) -> None:
-    from qspec_jax.checkpoint import restore, save
+    from qspec_jax.weights.checkpoint import restore, save
 
     opened = restore.open_checkpoint(source)
     decoder = restore.restore_decoder(opened, scan_layers=True)

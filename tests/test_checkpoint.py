@@ -19,13 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 import qspec_jax
-from pallas_kernels import Layout, QuantizedWeight
+from pallas_kernels import Layout, QuantizedWeight, dequantize
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
-from qspec_jax.checkpoint import arrays
-from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
-from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
+from qspec_jax.weights.checkpoint import arrays
+from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -170,11 +170,13 @@ def test_a_draft_that_a_layout_does_not_serve_has_the_weights_laid_out_anew(wgmm
     assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))
     assert down.weight.get_value().layout is Layout.WGMMA
     assert kernels_in_use(decoder, "reference") == "mosaic, reference"
+    values = dequantize(down.weight.get_value())
     assert lay_out(decoder, (Precision.W4A16, Precision.W4A4))
     assert down.weight.get_value().layout is Layout.PLANES
+    assert np.array_equal(dequantize(down.weight.get_value()), values)
     assert kernels_in_use(decoder, "reference") == "reference"
-    for precision, out in expected.items():
-        assert np.array_equal(logits(decoder, precision), out)
+    for precision, out in expected.items():  # a program per layout, which XLA may add up in an order of its own
+        np.testing.assert_allclose(logits(decoder, precision), out, rtol=0, atol=1e-4)
     assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))  # nor back, which would compile anew each time
 
 

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from qspec_jax.checkpoint.arrays import group_names
-from qspec_jax.checkpoint.restore import open_checkpoint
-from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.model.config import QuantConfig
+from qspec_jax.weights.checkpoint.arrays import group_names
+from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import checkpoint_writer, tiny
 
 NUM_KILLS = 20

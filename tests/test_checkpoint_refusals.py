@@ -11,12 +11,12 @@ import pytest
 
 import qspec_jax
 from qspec_jax import CheckpointError, QuantConfig, UsageError
-from qspec_jax.checkpoint import manifest, restore
-from qspec_jax.checkpoint import save as save_module
-from qspec_jax.checkpoint.manifest import FORMAT_VERSION
-from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
-from qspec_jax.checkpoint.save import save_checkpoint
-from qspec_jax.loading.resolve import open_source
+from qspec_jax.weights.checkpoint import manifest, restore
+from qspec_jax.weights.checkpoint import save as save_module
+from qspec_jax.weights.checkpoint.manifest import FORMAT_VERSION
+from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.weights.checkpoint.save import save_checkpoint
+from qspec_jax.weights.resolve import open_source
 from tests import tiny
 
 DOWN = "layers.1.mlp.down.weight.packed"

@@ -14,10 +14,10 @@ from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate, 
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation_tables import ModelScore, plot_outliers
 from qspec_jax.layerwise import embed
-from qspec_jax.loading.decoder import load_layer
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.moments import channel_maxima
 from qspec_jax.quantization.calibration import advance, second_moments
+from qspec_jax.weights.fill import load_layer
 from tests import tiny
 
 TEXT = np.random.default_rng(3).integers(3, 96, 70).tolist()

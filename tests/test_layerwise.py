@@ -13,17 +13,17 @@ import pytest
 import qspec_jax
 from pallas_kernels import dequantize
 from qspec_jax import QuantConfig, layerwise, quantize, recipe_files, recipes
-from qspec_jax.checkpoint.restore import open_checkpoint
 from qspec_jax.device import memory
 from qspec_jax.errors import CheckpointError
-from qspec_jax.loading.decoder import load_layer
-from qspec_jax.loading.parameters import TensorEntry
-from qspec_jax.loading.resolve import open_source
 from qspec_jax.model.parameters import linear_inputs
 from qspec_jax.model.precision import Precision
 from qspec_jax.quantization.calibration import advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.tokenizer.tokenizer import load_tokenizer
+from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from qspec_jax.weights.fill import load_layer
+from qspec_jax.weights.resolve import open_source
+from qspec_jax.weights.source import TensorEntry
+from qspec_jax.weights.tokenizers import load_tokenizer
 from qspec_jax.work_folder import WorkFolder, fingerprint
 from tests import tiny
 from tests.loading import tiny_checkpoints

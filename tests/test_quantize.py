@@ -17,10 +17,10 @@ from flax import nnx
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize, recipe_files, recipes
-from qspec_jax.checkpoint.restore import open_checkpoint
 from qspec_jax.device import memory
 from qspec_jax.errors import RequantizationWarning
-from qspec_jax.tokenizer.tokenizer import load_tokenizer
+from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.golden import make_demo
 from tests.loading import tiny_checkpoints
 

@@ -14,6 +14,8 @@ ROOMS = """
 pallas_kernels            qspec_jax.errors
 qspec_jax.device          qspec_jax.tokenizer
 qspec_jax.model
+qspec_jax.quantization
+qspec_jax.weights
 """
 LEVELS = [line.split() for line in ROOMS.strip().splitlines()]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

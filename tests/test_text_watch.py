@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from qspec_jax.tokenizer.tokenizer import load_tokenizer
 from qspec_jax.tokenizer.watch import TextWatch
+from qspec_jax.weights.tokenizers import load_tokenizer
 
 TEXT = "One fish.\n\nTwo fish: 🐟🐟, red fish!\nEND of it."
 

@@ -9,7 +9,8 @@ import pytest
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
 from qspec_jax.loading.load import while_it_opens
-from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.tokenizers import load_tokenizer
 
 TEXTS = [
     "Hello, world!",

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.tokenizer.backend import PlainBackend
 from qspec_jax.tokenizer.chat_template import is_plain, render
-from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.test_tokenizer import (
     CHAT_TEMPLATE,
     TEXTS,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qspec_jax.engine import LanguageModel
-from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.parameters import TensorEntry
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.source import TensorEntry
 
 BASE_HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -120,7 +120,7 @@ def chosen_model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path 
         return name, PRESETS[name], None
     if arguments.preset is not None or arguments.asymmetric:
         raise UsageError("--preset and --asymmetric choose synthetic weights; leave them out with --model")
-    from qspec_jax.loading.resolve import open_source, resolve_model
+    from qspec_jax.weights.resolve import open_source, resolve_model
 
     path = resolve_model(arguments.model)
     return path.name, open_source(path).config, path

@@ -11,7 +11,7 @@ from pathlib import Path
 from pallas_kernels import check_group_size
 from qspec_jax.bench.presets import PRESETS, MatmulShape, distinct, linear_shapes
 from qspec_jax.errors import UsageError
-from qspec_jax.loading.resolve import open_source, resolve_model
+from qspec_jax.weights.resolve import open_source, resolve_model
 
 WHOLE_ROW = "row"
 _GROUP_SIZES = ("32", "64", "128", WHOLE_ROW)

@@ -8,21 +8,20 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
-from qspec_jax.checkpoint.manifest import is_checkpoint
-from qspec_jax.checkpoint.restore import open_checkpoint, restore_decoder
-from qspec_jax.checkpoint.save import save_checkpoint
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.engine import LanguageModel
-from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.resolve import open_source, resolve_model
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.programs import Programs
-from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.checkpoint.manifest import is_checkpoint
+from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.weights.checkpoint.save import save_checkpoint
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
 
 def load(
@@ -129,11 +128,6 @@ def save(
         recipe=recipe or {"name": "unknown"},
         overwrite=overwrite,
     )
-
-
-def open_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
-    return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)
 
 
 def while_it_opens(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qspec_jax.loading.parameters import CheckpointSource, TensorEntry
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.quantization.rotation import (
@@ -20,6 +19,7 @@ from qspec_jax.quantization.rotation import (
     rotated_config,
     unrotated_config,
 )
+from qspec_jax.weights.source import CheckpointSource, TensorEntry
 
 
 @dataclasses.dataclass(frozen=True)

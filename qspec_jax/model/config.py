@@ -19,7 +19,7 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
     "Qwen3ForCausalLM": "Qwen3",
 }
-SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # their options: loading/quantized_layouts.py
+SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # options: weights/huggingface/layouts.py
 _ARCHITECTURE_OF_MODEL_TYPE = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

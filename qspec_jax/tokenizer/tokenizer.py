@@ -10,11 +10,10 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.errors import UsageError
-from qspec_jax.tokenizer.backend import PlainBackend, open_directory
+from qspec_jax.tokenizer.backend import PlainBackend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -174,29 +173,3 @@ class StreamDecoder:
         rest = self._tokenizer.decode(self._context + self._pending)[self._num_emitted :]
         self._pending, self._context, self._num_emitted = [], [], 0
         return rest
-
-
-def load_tokenizer(path: str | os.PathLike[str], *, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
-    """Loads the tokenizer of a local model.
-
-    Args:
-        path: a Hugging Face directory, or a GGUF file. Of the latter, a ``tokenizer.json`` in the same
-            directory is preferred to the vocabulary inside the file.
-        eos_token_ids: ending tokens known from elsewhere.
-
-    Raises:
-        CheckpointError: there is no tokenizer, or it is damaged.
-        UnsupportedModelError: a GGUF file's vocabulary is of a kind that is not supported.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return Tokenizer(open_directory(path), eos_token_ids=eos_token_ids)
-    from qspec_jax.loading.gguf import GGUFFile
-
-    file = GGUFFile.open(path)
-    ending = (*file.eos_token_ids, *eos_token_ids)
-    if (path.parent / "tokenizer.json").exists():
-        return Tokenizer(open_directory(path.parent), eos_token_ids=ending)
-    from qspec_jax.loading.gguf_tokenizer import build_tokenizer
-
-    return Tokenizer(build_tokenizer(file), eos_token_ids=ending)

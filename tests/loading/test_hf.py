@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.parameters import CheckpointSource
-from qspec_jax.loading.resolve import open_source
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.weights.resolve import open_source
+from qspec_jax.weights.source import CheckpointSource
 from tests.loading.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 CANONICAL = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from qspec_jax.errors import CheckpointError
-from qspec_jax.loading.parameters import FoundTensor, TensorEntry, check_entries
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.weights.source import FoundTensor, TensorEntry, check_entries
 from tests.loading.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,

@@ -11,9 +11,10 @@ import pytest
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.engine import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
-from qspec_jax.loading.decoder import load_decoder, weight_formats
-from qspec_jax.loading.parameters import FourBitFormat, QuantizedTensor
-from qspec_jax.loading.prequantized import (
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.precision import Precision
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.huggingface.unpack import (
     Unpacked,
     check_group_index,
     quantized_tensor,
@@ -22,9 +23,8 @@ from qspec_jax.loading.prequantized import (
     unpack_gptq,
     unpack_qspec,
 )
-from qspec_jax.loading.resolve import open_source
-from qspec_jax.model.config import QuantConfig
-from qspec_jax.model.precision import Precision
+from qspec_jax.weights.resolve import open_source
+from qspec_jax.weights.source import FourBitFormat, QuantizedTensor
 from tests.loading import prequantized_packers as packers
 from tests.loading.prequantized_packers import CASES, random_weight, tiny_checkpoint
 from tests.loading.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.decoder import load_decoder
-from qspec_jax.loading.resolve import open_source
+from qspec_jax.weights.fill import load_decoder
+from qspec_jax.weights.resolve import open_source
 from tests.loading import prequantized_packers as packers
 from tests.loading.prequantized_packers import CASES, tiny_checkpoint
 from tests.loading.tiny_checkpoints import HIDDEN, MLP

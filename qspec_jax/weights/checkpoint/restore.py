@@ -20,13 +20,14 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from qspec_jax.checkpoint.arrays import dtype_fits, expected_shapes, fill, group_of
-from qspec_jax.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
-from qspec_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.checkpoint.arrays import dtype_fits, expected_shapes, fill, group_of
+from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
+from qspec_jax.weights.tokenizers import load_tokenizer
 
 _SMALL_BYTES = 1 << 20
 _MAX_LISTED = 8

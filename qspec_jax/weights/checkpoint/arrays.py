@@ -21,10 +21,10 @@ from jaxtyping import Array
 
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.arrays.weight import order_bytes
-from qspec_jax.checkpoint.manifest import ArrayRecord
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
+from qspec_jax.weights.checkpoint.manifest import ArrayRecord
 
 MODEL_GROUP = "model"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")

@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pallas_kernels import QuantizedWeight
-from qspec_jax.checkpoint.arrays import group_names, stored_arrays
-from qspec_jax.checkpoint.manifest import (
+from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
+from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
     FILE_NAME,
     ArrayRecord,
@@ -30,11 +35,6 @@ from qspec_jax.checkpoint.manifest import (
     is_checkpoint,
     read_content,
 )
-from qspec_jax.errors import CheckpointError, UsageError
-from qspec_jax.model.config import QuantConfig
-from qspec_jax.model.decoder import Decoder, num_bytes
-from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import linear_inputs
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.gguf import GGUFFile
 from qspec_jax.tokenizer.backend import PlainBackend
+from qspec_jax.weights.gguf.file import GGUFFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading.parameters import (
+from qspec_jax.model.config import ModelConfig, RopeScaling
+from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.weights.source import (
     FoundTensor,
     FourBitFormat,
     QuantizedTensor,
@@ -28,8 +30,6 @@ from qspec_jax.loading.parameters import (
     canonical_name,
     check_entries,
 )
-from qspec_jax.model.config import ModelConfig, RopeScaling
-from qspec_jax.model.parameters import expected_parameters
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -135,7 +135,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFSource:
 
 
 def _parse(path: Path) -> GGUFFile:
-    from qspec_jax.loading.gguf_reader import Reader
+    from qspec_jax.weights.gguf.reader import Reader
 
     try:
         with path.open("rb") as stream:

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
-from qspec_jax.loading.parameters import QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor
 
 # Nibble i of an AWQ word is column (0, 2, 4, 6, 1, 3, 5, 7)[i]; column c is therefore this nibble.
 _AWQ_NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]

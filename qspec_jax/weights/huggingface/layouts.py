@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from qspec_jax.errors import UnsupportedModelError
-from qspec_jax.loading import prequantized
-from qspec_jax.loading.parameters import FoundTensor, FourBitFormat, QuantizedTensor, StoredTensor, TensorEntry
-from qspec_jax.loading.prequantized import Unpacked
 from qspec_jax.model.config import ModelConfig, quantization_config
 from qspec_jax.model.parameters import ParameterSpec, expected_parameters
+from qspec_jax.weights.huggingface import unpack as prequantized
+from qspec_jax.weights.huggingface.unpack import Unpacked
+from qspec_jax.weights.source import FoundTensor, FourBitFormat, QuantizedTensor, StoredTensor, TensorEntry
 
 GROUP_SIZES = (32, 64, 128)
 _ONLINE_HADAMARD = (

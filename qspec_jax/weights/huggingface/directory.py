@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
-from qspec_jax.loading import quantized_layouts
-from qspec_jax.loading.parameters import FoundTensor, StoredTensor, TensorEntry, canonical_name, check_entries
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.weights.huggingface import layouts as quantized_layouts
+from qspec_jax.weights.source import FoundTensor, StoredTensor, TensorEntry, canonical_name, check_entries
 
 _NAMES = {
     r"model\.embed_tokens\.weight": r"embedding.weight",

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import unpack_codes
-from qspec_jax.checkpoint.arrays import group_of
-from qspec_jax.checkpoint.restore import Checkpoint
-from qspec_jax.loading.parameters import FourBitFormat, QuantizedTensor, TensorEntry
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import PART_OF, ParameterSpec, expected_parameters
+from qspec_jax.weights.checkpoint.arrays import group_of
+from qspec_jax.weights.checkpoint.restore import Checkpoint
+from qspec_jax.weights.source import FourBitFormat, QuantizedTensor, TensorEntry
 
 
 @dataclasses.dataclass(frozen=True)

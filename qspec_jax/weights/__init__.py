@@ -1,0 +1,1 @@
+"""Files to tensors under canonical names, into a decoder, and into checkpoints of this library."""

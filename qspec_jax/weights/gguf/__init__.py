@@ -1,0 +1,1 @@
+"""GGUF files (llama.cpp): tensors, metadata, and the tokenizer inside."""
