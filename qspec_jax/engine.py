@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qspec_jax.errors import UsageError
+from qspec_jax.intake import check_length, failure, is_conversation, listed, require_some, sampling_of_each
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.precision import Precision
 from qspec_jax.pipeline import Pipeline, result_of, statistics
 from qspec_jax.programs import Programs, fitting_slots
-from qspec_jax.requests import (
-    Prompt,
-    Request,
-    check_length,
-    failure,
-    is_conversation,
-    listed,
-    require_some,
-    sampling_of_each,
-)
+from qspec_jax.requests import Prompt, Request
 from qspec_jax.results import GenerationResult
 from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from qspec_jax.scheduler import Scheduler

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.command import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
+from qspec_jax.intake import require_some
 from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
-from qspec_jax.requests import Prompt, require_some
+from qspec_jax.requests import Prompt
 from qspec_jax.results import GenerationResult
 from qspec_jax.sampling_params import SamplingParams
 
