@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
+from qspec_jax.decoding.program_store import ProgramStore
 from qspec_jax.device.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
-from qspec_jax.program_store import ProgramStore
 
 
 def exit_code(

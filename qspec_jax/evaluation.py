@@ -18,11 +18,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from qspec_jax.engine import LanguageModel
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
-from qspec_jax.results import GenerationResult
-from qspec_jax.speculative import DecodingPlan
 
 Logits = Callable[[Int32[Array, "1 T"]], Float32[Array, "1 T V"]]
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.command import exit_code, keep_compiled_programs, say
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.intake import require_some
+from qspec_jax.engine.requests import Prompt
+from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
-from qspec_jax.intake import require_some
 from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
-from qspec_jax.requests import Prompt
-from qspec_jax.results import GenerationResult
-from qspec_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from qspec_jax.engine import LanguageModel
-    from qspec_jax.pipeline import Pipeline
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.engine.pipeline import Pipeline
 
 _WHOLE_ROW = "row"
 _MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float", "lookup", "lookup-qspec")

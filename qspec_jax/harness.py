@@ -26,10 +26,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import qspec_jax
-from qspec_jax.engine import LanguageModel
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
-from qspec_jax.speculative import DecodingPlan
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.requests import Prompt
+from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
-from qspec_jax.requests import Prompt
-from qspec_jax.results import GenerationResult
-from qspec_jax.sampling_params import SamplingParams
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 LINE_OPTIONS = ("max_new_tokens", "chat", *_SAMPLING)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import qspec_jax
-from qspec_jax.programs import Shape
-from qspec_jax.scheduler import Scheduler
+from qspec_jax.decoding.pieces import Shape
+from qspec_jax.engine.scheduler import Scheduler
 from tests.golden import make_demo
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_a_shared_system_prompt_changes_no_token(model, mode, sampling):
 
 @pytest.mark.parametrize("repeats", [10, 45], ids=["one_piece", "two_pieces"])
 def test_a_reused_system_prompt_has_the_bits_that_its_row_would_have_computed(model, repeats):
-    requests = [model.request(one, max_new_tokens=16) for one in conversations(repeats)[:4]]
+    requests = [model.intake.request(one, max_new_tokens=16) for one in conversations(repeats)[:4]]
 
     def run(some):
         """What each row holds, by prompt, and how many tokens were reused."""

@@ -243,7 +243,7 @@ def test_arrays_are_split_over_devices_as_they_are_restored(saved):
     code = f"""
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from qspec_jax.checkpoint import open_checkpoint, restore_decoder
+from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 mesh = jax.make_mesh((2,), ("model",))
 def rule(name, shape):
     rows = {{"packed": -2, "scale": -1, "offset": -1}}.get(name.rsplit(".", 1)[-1])

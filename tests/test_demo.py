@@ -100,7 +100,7 @@ def test_a_system_prompt_is_read_once_for_all_conversations(model):
         return token_ids(batch.results()), batch.totals.reused_prompt_tokens
 
     alone = [served([one]) for one in conversations]
-    shared = model.request(conversations[0]).prefix_length
+    shared = model.intake.request(conversations[0]).prefix_length
     assert shared > 100
     assert served(conversations) == ([ids for (ids,), _ in alone], 2 * shared)
     assert {reused for _, reused in alone} == {0}

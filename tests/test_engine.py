@@ -10,12 +10,12 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import QuantizedWeight
-from qspec_jax import engine, speculative
+from qspec_jax.decoding import plan, speculative
+from qspec_jax.decoding.pieces import Shape
 from qspec_jax.device import memory
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.precision import Precision
-from qspec_jax.programs import Shape
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -251,7 +251,7 @@ def test_the_default_draft_is_w4a8_where_int4_is_not_faster(model):
 def test_the_default_draft_follows_the_compute_capability(monkeypatch, capability, expected):
     device = type("Device", (), {"platform": "gpu", "compute_capability": capability})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert engine.default_draft_precision().value == expected
+    assert plan.default_draft_precision().value == expected
 
 
 def test_unknown_kernels_and_dtypes_are_refused_before_anything_is_read():

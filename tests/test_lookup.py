@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from qspec_jax import SamplingParams
-from qspec_jax.lookup import look_up, write
+from qspec_jax.decoding.lookup import look_up, write
 from tests import tiny
 
 PROMPTS = [[5, 6, 7] * 6, [30, 31, 32, 33, 34], list(range(40, 60)) * 2, [8]]

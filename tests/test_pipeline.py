@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
-from qspec_jax.scheduler import Scheduler
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [30, 31], [60] * 9, [8], [11, 12, 13]]

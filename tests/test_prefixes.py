@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from qspec_jax import SamplingParams, programs, requests
-from qspec_jax.prefixes import HeldPieces
-from qspec_jax.requests import Request
-from qspec_jax.sampling_params import SamplingFeatures
-from qspec_jax.scheduler import Scheduler
+from qspec_jax import SamplingParams
+from qspec_jax.decoding import pieces
+from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.engine import requests
+from qspec_jax.engine.prefixes import HeldPieces
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
 from tests import tiny
 
 ROWS, SLOTS = 3, 128
@@ -29,7 +31,7 @@ SAMPLING = [
 
 @pytest.fixture(autouse=True)
 def _narrow_pieces(monkeypatch):
-    monkeypatch.setattr(programs, "PIECE_WIDTHS", (8, 16))
+    monkeypatch.setattr(pieces, "PIECE_WIDTHS", (8, 16))
     monkeypatch.setattr(requests, "LEAST_SAVED", 8)
 
 

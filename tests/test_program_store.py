@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from qspec_jax import command, program_store
+import pallas_kernels
+import qspec_jax
+from qspec_jax import command
 from qspec_jax.command import keep_compiled_programs
-from qspec_jax.engine import LanguageModel
-from qspec_jax.program_store import ProgramStore, program_keys
+from qspec_jax.decoding import program_store
+from qspec_jax.decoding.program_store import ProgramStore, program_keys
+from qspec_jax.engine.language_model import LanguageModel
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +29,8 @@ GENERATE = """
 import sys
 from pathlib import Path
 import jax
-from qspec_jax.program_store import ProgramStore
-from qspec_jax.programs import Programs
+from qspec_jax.decoding.program_store import ProgramStore
+from qspec_jax.decoding.programs import Programs
 from tests import tiny
 lowered = []
 for name in ("lower_fill", "lower_loop"):
@@ -155,15 +159,17 @@ def test_the_surroundings_change_the_key(monkeypatch):
 
 
 def test_every_source_file_is_in_the_key(tmp_path, monkeypatch):
-    for package in ("qspec_jax", "pallas_kernels"):
-        (tmp_path / package / "inner").mkdir(parents=True)
-    monkeypatch.setattr(program_store, "__file__", str(tmp_path / "qspec_jax" / "program_store.py"))
-    monkeypatch.setattr(program_store.pallas_kernels, "__file__", str(tmp_path / "pallas_kernels" / "__init__.py"))
+    originals = program_store._packages()
+    assert originals == tuple(Path(package.__file__).parent for package in (qspec_jax, pallas_kernels))
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in originals]
+    monkeypatch.setattr(program_store, "_packages", lambda: copies)
     digests = [program_store._source.__wrapped__()]
-    for file, text in [("qspec_jax/a.py", "x"), ("qspec_jax/a.py", "y"), ("pallas_kernels/inner/tiles.json", "{}")]:
-        (tmp_path / file).write_text(text)
+    files = [file for folder in copies for file in folder.rglob("*") if file.suffix in (".py", ".json")]
+    assert len(files) > 100
+    for file in files:
+        file.write_bytes(file.read_bytes() + b"\n")
         digests.append(program_store._source.__wrapped__())
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == len(files) + 1
 
 
 def test_a_decoder_with_code_of_somebody_else_has_no_key():

@@ -12,12 +12,12 @@ from flax import nnx
 
 from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
-from qspec_jax import programs
+from qspec_jax.decoding import pieces, programs
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear
 from qspec_jax.model.precision import Precision
-from qspec_jax.speculative import DecodingPlan
 from tests import tiny
 
 PLAIN = DecodingPlan(Precision.W4A16)
@@ -108,7 +108,7 @@ def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, ea
         return original(linear, x, precision=precision)
 
     monkeypatch.setattr(Linear, "partial_sums", watched)
-    model, shape = programs.Programs(tiny.decoder(scan_layers=False)), programs.Shape(rows=1, slots=64)
+    model, shape = programs.Programs(tiny.decoder(scan_layers=False)), pieces.Shape(rows=1, slots=64)
     state = jax.eval_shape(lambda: model.idle_state(shape))
     lowerings = [
         (early, lambda: model.lower_loop(PLAIN, shape)),
@@ -141,7 +141,7 @@ def test_looking_seldom_whether_to_go_on_changes_no_result(monkeypatch, mode):
 def test_cycles_are_run_in_whole_rounds_and_counted(monkeypatch):
     monkeypatch.setattr(programs, "cycles_per_check", lambda plan: 4)
     model = tiny.language_model()
-    shape = programs.Shape(rows=2, slots=64)
+    shape = pieces.Shape(rows=2, slots=64)
     model.programs.compile(PLAIN, shape, [])
     idle, none_retired = model.programs.idle_state(shape), np.zeros(2, bool)
     state, report = model.programs.loop(PLAIN, shape, idle, none_retired, max_cycles=6, until_finished=2)

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 import qspec_jax
 from qspec_jax import generate
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
-from qspec_jax.programs import Programs
 from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from tests.loading import tiny_checkpoints
 

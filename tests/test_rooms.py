@@ -14,8 +14,9 @@ ROOMS = """
 pallas_kernels            qspec_jax.errors
 qspec_jax.device          qspec_jax.tokenizer
 qspec_jax.model
-qspec_jax.quantization
+qspec_jax.quantization    qspec_jax.decoding
 qspec_jax.weights
+qspec_jax.engine
 """
 LEVELS = [line.split() for line in ROOMS.strip().splitlines()]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

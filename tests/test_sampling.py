@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from jax.scipy.special import gammaincc
 
-from qspec_jax import ModelConfig, SamplingParams, UsageError, speculative
+from qspec_jax import ModelConfig, SamplingParams, UsageError
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.sampling import Sampler, _let_through, choose
 from qspec_jax.model.precision import Precision
-from qspec_jax.sampling import Sampler, _let_through, choose
 from tests import tiny
 
 NUM_DRAWS = 20_000

@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from qspec_jax import SamplingParams, programs
+from qspec_jax import SamplingParams
+from qspec_jax.decoding import pieces, programs
+from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.programs import Programs, Report
+from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.model.precision import Precision
-from qspec_jax.programs import Programs, Report, Shape
-from qspec_jax.requests import Request
-from qspec_jax.scheduler import Scheduler
-from qspec_jax.speculative import DecodingPlan
 from tests import tiny
 
 WIDTHS = (8, 16)  # of pieces here: a prompt of more than 16 tokens enters in several
@@ -48,7 +51,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def _narrow_pieces(monkeypatch):
-    monkeypatch.setattr(programs, "PIECE_WIDTHS", WIDTHS)
+    monkeypatch.setattr(pieces, "PIECE_WIDTHS", WIDTHS)
 
 
 def run(model, wanted, *, rows, order=None, mode="qspec", max_cycles=None):
@@ -66,7 +69,7 @@ def run(model, wanted, *, rows, order=None, mode="qspec", max_cycles=None):
 def alone(model):
     """What each request yields with the batch to itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "PIECE_WIDTHS", WIDTHS)
+        patch.setattr(pieces, "PIECE_WIDTHS", WIDTHS)
         wanted = requests(18)
         yielded, _ = run(model, wanted, rows=1)
         assert any(1 < len(ids) < request.max_new_tokens for ids, request in zip(yielded, wanted, strict=True))
@@ -84,7 +87,7 @@ def test_a_request_yields_the_same_in_any_order_and_row_and_among_any_neighbours
 
 
 def test_a_prompt_in_pieces_yields_what_it_yields_at_once(model, alone, monkeypatch):
-    monkeypatch.setattr(programs, "PIECE_WIDTHS", (64,))
+    monkeypatch.setattr(pieces, "PIECE_WIDTHS", (64,))
     assert run(model, requests(18), rows=3)[0] == alone
 
 
@@ -113,7 +116,7 @@ def test_a_feature_that_only_a_later_request_needs_changes_no_earlier_one(model,
     scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, slots=SLOTS)
     sequences = [scheduler.add(wanted[0])]
     scheduler.advance(1)
-    assert scheduler.shape.features == programs.SamplingFeatures()
+    assert scheduler.shape.features == SamplingFeatures()
     sequences += [scheduler.add(request) for request in wanted[1:]]
     while scheduler.busy:
         scheduler.advance()
@@ -276,5 +279,5 @@ def test_an_error_of_what_comes_next_loses_nothing_of_the_chunk_before_it():
 
 def test_shapes_of_other_features_are_other_programs(model):
     plan = model.plan(draft="w4a8")
-    greedy, drawing = Shape(3, SLOTS), Shape(3, SLOTS, programs.SamplingFeatures(draws=True))
+    greedy, drawing = Shape(3, SLOTS), Shape(3, SLOTS, SamplingFeatures(draws=True))
     assert programs._loop_key(plan, greedy) != programs._loop_key(plan, drawing)

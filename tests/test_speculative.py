@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax import speculative
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
+from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
+from qspec_jax.decoding.state import DecodeState
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.precision import Precision
-from qspec_jax.sampling import NO_TOKEN, Sampler
-from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
-from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState
 from tests import tiny
 
 RAGGED_PROMPTS = [[5, 6, 7], list(range(10, 43)), [90], [11, 12, 13, 14, 15, 16, 17]]

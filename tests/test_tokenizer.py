@@ -7,8 +7,8 @@ from concurrent.futures import Future
 import gguf
 import pytest
 
+from qspec_jax.engine.load import while_it_opens
 from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
-from qspec_jax.loading.load import while_it_opens
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qspec_jax import SamplingParams, UsageError
+from qspec_jax.decoding.sampling import Sampler, choose
+from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.model.precision import Precision
-from qspec_jax.sampling import Sampler, choose
-from qspec_jax.sampling_params import SamplingFeatures
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]

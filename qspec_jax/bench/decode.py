@@ -23,7 +23,7 @@ from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode_measure import Measurement
-    from qspec_jax.engine import LanguageModel
+    from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.evaluation import DraftScore
 
 _DEFAULT_MODES = "w4a16,w4a8,w4a4,qspec"

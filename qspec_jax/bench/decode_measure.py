@@ -1,6 +1,6 @@
 """Times of decode steps and of the parts of a QSpec cycle, each in a loop on the device as generation runs them.
 
-The loop is :func:`qspec_jax.speculative.generate` itself, compiled as for generation and with its cache donated, with
+The loop is ``decoding.speculative.generate`` itself, compiled as for generation and with its cache donated, with
 a part in place of the cycle. Times are of the wall clock, around one dispatch of many repetitions.
 """
 
@@ -20,12 +20,12 @@ from qspec_jax.bench.decode_parts import Part, PartName, Setting, context_state
 from qspec_jax.bench.speedup import Speculation
 from qspec_jax.bench.timing import kernel_clock_works, recorded_kernels
 from qspec_jax.command import say
+from qspec_jax.decoding.programs import cycles_per_check
+from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.memory import explain_out_of_memory
-from qspec_jax.engine import LanguageModel
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation import DraftScore
-from qspec_jax.programs import cycles_per_check
-from qspec_jax.state import DecodeState
 
 Status = Literal["ok", "unsupported", "failed"]
 _DISPATCH_S = 0.25  # that a timed dispatch should last, so that what it costs itself does not count
@@ -113,7 +113,7 @@ def measure_parts(
         parts: what to repeat.
         setting: what is in the cache.
         repeats: timed dispatches, of which the median counts.
-        repetitions: of the part in a dispatch, rounded up to a multiple of :func:`qspec_jax.programs.cycles_per_check`;
+        repetitions: of the part in a dispatch, rounded up to a multiple of ``cycles_per_check``;
             None for as many as make it last a quarter of a second.
     """
     for part in parts:

@@ -1,6 +1,6 @@
 """What the decode benchmark repeats: a plain step, a draft step, a verification, a whole cycle; and the bytes of each.
 
-The functions are those of :mod:`qspec_jax.speculative`. After each repetition the cache is rolled back to the context,
+The functions are those of ``decoding.speculative``. After each repetition the cache is rolled back to the context,
 so that all repetitions cost the same and no sequence finishes.
 """
 
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import QuantizedWeight
-from qspec_jax import speculative
 from qspec_jax.bench.synthetic import random_normal
-from qspec_jax.engine import LanguageModel
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.pieces import fitting_slots
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.state import DecodeState
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear, activation_quantization
 from qspec_jax.model.precision import Precision
-from qspec_jax.programs import fitting_slots
-from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState
 
 PartName = Literal["step", "draft", "verify", "cycle"]
 

@@ -14,7 +14,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 
 if TYPE_CHECKING:
-    from qspec_jax.engine import LanguageModel
+    from qspec_jax.engine.language_model import LanguageModel
 
 NEW_TOKENS = 64  # per prompt, to measure acceptance
 _PROMPTS = (
@@ -81,7 +81,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     options.check_matplotlib(arguments.plot)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
-    from qspec_jax.engine import DRAFTS, MODES
+    from qspec_jax.decoding.plan import DRAFTS, MODES
     from qspec_jax.model.placement import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)
@@ -174,7 +174,7 @@ def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[st
 
 
 def _check_context(request: Request) -> None:
-    from qspec_jax.speculative import MAX_DRAFT_LENGTH
+    from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 
     if request.longest_draft > MAX_DRAFT_LENGTH:
         raise UsageError(f"--draft-length {request.longest_draft} must be at most {MAX_DRAFT_LENGTH}")
@@ -190,7 +190,7 @@ def fitting_prompts(model: LanguageModel, request: Request) -> Sequence[str]:
     """The prompts, checked before hours of measuring; none for a model without a tokenizer."""
     if not request.prompts or model.tokenizer is None:
         return ()
-    _, token_ids = model.encode_prompts(request.prompts)
+    _, token_ids = model.intake.encode_prompts(request.prompts)
     longest, limit = max(map(len, token_ids)), request.config.max_position_embeddings
     if longest + NEW_TOKENS > limit:
         raise UsageError(

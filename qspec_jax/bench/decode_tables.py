@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.bench.speedup import ACCEPTANCES, Speculation, acceptance_for, expected_tokens
+from qspec_jax.bench.speedup import ACCEPTANCES, Speculation
+from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode_measure import Measurement

@@ -15,30 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
+
 if TYPE_CHECKING:
     from qspec_jax.evaluation import DraftScore
 
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-_BISECTIONS = 60
-
-
-def expected_tokens(acceptance: float, draft_length: int) -> float:
-    """Tokens that a cycle yields: ``1 + alpha + ... + alpha^gamma``."""
-    return sum(acceptance**position for position in range(draft_length + 1))
-
-
-def acceptance_for(tokens: float, draft_length: int) -> float | None:
-    """The acceptance at which a cycle yields so many tokens; None where no acceptance does.
-
-    Acceptance 0 yields the one token that a cycle always yields.
-    """
-    if tokens > draft_length + 1:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_tokens(middle, draft_length) < tokens else (low, middle)
-    return high
 
 
 @dataclasses.dataclass(frozen=True)

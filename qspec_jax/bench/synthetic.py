@@ -20,7 +20,7 @@ from jaxtyping import Array
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench.operands import random_weight
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
-from qspec_jax.engine import LanguageModel
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.placement import decoder_options, kernels_in_use

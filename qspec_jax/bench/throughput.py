@@ -23,10 +23,10 @@ from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.bench.throughput_measure import ThroughputRun
-    from qspec_jax.engine import LanguageModel
-    from qspec_jax.requests import Request
-    from qspec_jax.results import GenerationResult
-    from qspec_jax.speculative import DecodingPlan
+    from qspec_jax.decoding.plan import DecodingPlan
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.engine.requests import Request
+    from qspec_jax.engine.results import GenerationResult
 
 _CHUNK_S, _CHUNK_S_AT_A_RATE = 0.5, 0.05
 _CHARACTERS_PER_TOKEN = 4  # of English, about; for models without a tokenizer
@@ -111,7 +111,7 @@ def _read(arguments: argparse.Namespace) -> tuple[DecodeRequest, list[int]]:
     for name in ("rate", "chunk"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
-    from qspec_jax.engine import LOOKUP_MODES, MODES
+    from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
     from qspec_jax.model.placement import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)
@@ -161,7 +161,7 @@ def _measure(
     arguments: argparse.Namespace,
 ):
     from qspec_jax.bench.throughput_measure import measure_throughput
-    from qspec_jax.programs import fitting_slots
+    from qspec_jax.decoding.pieces import fitting_slots
 
     chunk_s = arguments.chunk or (_CHUNK_S if arguments.rate is None else _CHUNK_S_AT_A_RATE)
     for mode in modes:
@@ -185,7 +185,7 @@ def fitting_requests(
     model: LanguageModel, plan: DecodingPlan, conversations: Sequence[Conversation], arguments: argparse.Namespace
 ) -> list[Request]:
     """The first conversations whose prompts are short enough, as requests."""
-    from qspec_jax.requests import Request
+    from qspec_jax.engine.requests import Request
 
     limit, found, noise = arguments.max_prompt_tokens, [], random.Random(0)
     systems = [_noise_tokens(noise, model, arguments.system_tokens) for _ in range(arguments.system_prompts)]

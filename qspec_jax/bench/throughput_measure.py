@@ -1,6 +1,6 @@
 """Requests that arrive at a batch, and what came of them: tokens per second, waiting, latencies, occupancy.
 
-The batch is the one that generates (:class:`qspec_jax.scheduler.Scheduler`). Times are of the clock on the wall, as the
+The batch is the one that generates (``engine.scheduler.Scheduler``). Times are of the clock on the wall, as the
 host sees tokens: at the end of a chunk. The tokens of a chunk count as evenly spread over the time since the last ones.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from qspec_jax.engine import LanguageModel
-from qspec_jax.programs import Shape
-from qspec_jax.requests import Request
-from qspec_jax.running import RunningSequence
-from qspec_jax.scheduler import Scheduler
-from qspec_jax.speculative import DecodingPlan
+from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.engine.sequence import RunningSequence
 
 _WARM_UP_TOKENS = 8
 _PERCENTILES = (50, 90, 99)

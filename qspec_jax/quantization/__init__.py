@@ -1,5 +1,1 @@
-"""Ways to turn float weights into 4-bit ones."""
-
-from qspec_jax.quantization.rtn import quantize_rtn
-
-__all__ = ["quantize_rtn"]
+"""Ways to turn float weights into 4-bit ones: pure functions from arrays to arrays."""

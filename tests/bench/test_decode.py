@@ -20,10 +20,10 @@ from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.decode_measure import Measurement, by_kernel, measure_parts, speculations
 from qspec_jax.bench.decode_parts import Part, Setting, context_state, decoding_parts, pass_bytes
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.evaluation import DraftScore
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.precision import Precision
-from qspec_jax.programs import Programs
 from tests import tiny
 from tests.loading import tiny_checkpoints
 

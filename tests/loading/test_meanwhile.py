@@ -7,8 +7,8 @@ import threading
 import pytest
 
 import qspec_jax
-from qspec_jax.loading import load as loading
-from qspec_jax.programs import Programs
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.engine import load as loading
 from tests import tiny
 
 PROMPTS, OPTIONS = [[5, 6, 7], [8]], {"max_new_tokens": 6}

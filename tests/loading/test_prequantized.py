@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes
-from qspec_jax.engine import LanguageModel
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.precision import Precision

@@ -1,7 +1,7 @@
 """What changes from cycle to cycle, and what enters it: the rows of a running batch, and prompts on their way in.
 
 A *row* is a place of the batch: one sequence in one row of the cache (the command line says slot). Rows are
-independent. One whose sequence has finished is idle until :func:`qspec_jax.speculative.fill` puts another prompt into
+independent. One whose sequence has finished is idle until ``fill`` (``speculative.py``) puts another prompt into
 it. Of what it holds then only the keys and values of its prompt matter, where another one begins alike.
 """
 
@@ -17,11 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
+from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
+from qspec_jax.decoding.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
 from qspec_jax.model.cache import KVCache
-from qspec_jax.sampling import NO_TOKEN, Sampler
-from qspec_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
-
-MAX_DRAFT_LENGTH = 16
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays

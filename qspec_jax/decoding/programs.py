@@ -15,7 +15,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,39 +25,19 @@ from jaxtyping import Array, Bool, Int32
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.float_matmul.reference import MAX_ROWS
-from qspec_jax import speculative
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.pieces import Shape, empty_pieces
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
+from qspec_jax.decoding.sampling import Sampler
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.state import DecodeState, PromptPiece, TokenScores
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import _linears, add_group_sums, lay_out
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.precision import Precision
-from qspec_jax.program_store import ProgramStore, passed_over, program_keys
-from qspec_jax.sampling import NO_TOKEN, Sampler
-from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
-from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState, PromptPiece, TokenScores
-
-# A piece of a prompt is padded to the next of these widths; a longer prompt is read in pieces of the last.
-PIECE_WIDTHS = (32, 64, 128, 256, 512)
-# Caches are rounded up to multiples of 64: nearby lengths share a program.
-_SLOT_MULTIPLE = 64
-
-
-class Shape(NamedTuple):
-    """What the programs of a batch are compiled for, besides their plan.
-
-    Attributes:
-        rows: sequences that run together.
-        slots: cache positions of each.
-        features: what their sampling needs.
-        lookup: drafts are looked up in the texts.
-    """
-
-    rows: int
-    slots: int
-    features: SamplingFeatures = SamplingFeatures()
-    lookup: bool = False
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -83,16 +63,6 @@ class Report:
     def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
         """Of a state after some cycles."""
         return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles, state.scores)
-
-
-def fitting_slots(num_tokens: int) -> int:
-    """Cache positions for ``num_tokens``, rounded up so that nearby numbers share a program."""
-    return -(-num_tokens // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
-
-
-def piece_width(num_tokens: int) -> int:
-    """What a piece of a prompt is padded to."""
-    return next(width for width in PIECE_WIDTHS if width >= num_tokens)
 
 
 class Programs:
@@ -339,26 +309,6 @@ def cycles_per_check(plan: DecodingPlan) -> int:
     if jax.default_backend() != "gpu":
         return 1
     return 4 if plan.draft is None else 2
-
-
-def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
-    """The fields of as many pieces as a filling program takes, but for the sampler, as NumPy arrays to be set."""
-    # Copies: the device waits for these, and NumPy takes longer to fill arrays.
-    return {name: None if field is None else field.copy() for name, field in _no_pieces(shape, width).items()}
-
-
-@functools.cache
-def _no_pieces(shape: Shape, width: int) -> dict[str, Any]:
-    rows = (shape.rows,)
-    return {
-        "tokens": np.zeros((*rows, width), np.int32),
-        "num_tokens": np.ones(rows, np.int32),
-        "start": np.zeros(rows, np.int32),
-        "last": np.zeros(rows, bool),
-        "max_new_tokens": np.ones(rows, np.int32),
-        "stop_tokens": np.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32),
-        "prompt": np.zeros((*rows, shape.slots), np.int32) if shape.features.penalises else None,
-    }
 
 
 def _fill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:

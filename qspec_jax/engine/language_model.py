@@ -6,36 +6,30 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-
+from qspec_jax.decoding.pieces import fitting_slots
+from qspec_jax.decoding.plan import DecodingPlan, plan_of
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.intake import Intake, check_length, listed, require_some, sampling_of_each
+from qspec_jax.engine.outcome import result_of, statistics
+from qspec_jax.engine.pipeline import Pipeline
+from qspec_jax.engine.requests import Prompt, Request
+from qspec_jax.engine.results import GenerationResult
+from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
-from qspec_jax.intake import check_length, failure, is_conversation, listed, require_some, sampling_of_each
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.precision import Precision
-from qspec_jax.pipeline import Pipeline, result_of, statistics
-from qspec_jax.programs import Programs, fitting_slots
-from qspec_jax.requests import Prompt, Request
-from qspec_jax.results import GenerationResult
-from qspec_jax.sampling_params import MAX_STOP_TOKENS, SamplingParams
-from qspec_jax.scheduler import Scheduler
-from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import MAX_DRAFT_LENGTH
-from qspec_jax.tokenizer.watch import TextWatch
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
 
-MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
-LOOKUP_MODES = ("lookup", "lookup-qspec")
-DRAFTS = ("auto", "w4a4", "w4a8")
 _PIPELINE_SLOTS = 4096  # cache positions of a pipeline that is not told how many
 
 
 class LanguageModel:
     """A decoder, its tokenizer and its compiled programs. Made by :func:`qspec_jax.load`.
 
-    Everything that generates runs the same loop over the same kind of batch (:mod:`qspec_jax.scheduler`): a list of
+    Everything that generates runs the same loop over the same kind of batch (``engine.scheduler``): a list of
     prompts, a pipeline, and a stream, which is a batch of one a few cycles at a time.
 
     Attributes:
@@ -71,6 +65,11 @@ class LanguageModel:
         return self.decoder.config
 
     @property
+    def intake(self) -> Intake:
+        """What checks and tokenises requests."""
+        return Intake(self.config, self.tokenizer, self.stop_tokens, self.name)
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
         return self.programs.num_compilations
@@ -86,22 +85,7 @@ class LanguageModel:
         Raises:
             UsageError: an unknown mode or draft, a draft length below 1, or a 4-bit mode of a float model.
         """
-        if mode not in (*MODES, *LOOKUP_MODES):
-            raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES))}")
-        if draft not in DRAFTS:
-            raise UsageError(f"draft={draft!r} is unknown; use one of {', '.join(DRAFTS)}")
-        if mode != "float" and self.quantization is None:
-            raise UsageError(
-                f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'"
-            )
-        if mode not in ("qspec", *LOOKUP_MODES):
-            return DecodingPlan(verify=Precision(mode))
-        if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
-            raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
-        if mode == "lookup":
-            return DecodingPlan(Precision.W4A16, None, draft_length, lookup=True)
-        draft_precision = default_draft_precision() if draft == "auto" else Precision(draft)
-        return DecodingPlan(Precision.W4A16, draft_precision, draft_length, lookup=mode == "lookup-qspec")
+        return plan_of(mode, draft=draft, draft_length=draft_length, quantized=self.quantization is not None)
 
     def generate(
         self,
@@ -211,7 +195,15 @@ class LanguageModel:
     ) -> Pipeline:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
-        return Pipeline(self, plan, batch_size=batch_size, slots=slots, on_event=on_event)
+        return Pipeline(
+            self.intake,
+            self.programs,
+            plan,
+            kernels=self.kernels,
+            batch_size=batch_size,
+            slots=slots,
+            on_event=on_event,
+        )
 
     def stream(
         self,
@@ -230,11 +222,11 @@ class LanguageModel:
         """Generates for one prompt and yields pieces of text as they come, then the result.
 
         Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two pieces, or
-        :func:`qspec_jax.programs.cycles_per_check` if that is more. A piece never ends inside a character.
+        :func:`qspec_jax.decoding.programs.cycles_per_check` if that is more. A piece never ends inside a character.
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
-        request = self.request(prompt, what="prompt 1", sampling=sampling, **options)
+        request = self.intake.request(prompt, what="prompt 1", sampling=sampling, **options)
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
         slots = max_seq_len or fitting_slots(len(request.token_ids) + request.max_new_tokens)
@@ -244,7 +236,7 @@ class LanguageModel:
     def _stream(
         self, request: Request, plan: DecodingPlan, scheduler: Scheduler, cycles_per_step: int
     ) -> Iterator[str | GenerationResult]:
-        watch = request.watch or self._watch(request.sampling)
+        watch = request.watch or self.intake.watch(request.sampling)
         sequence, shown = scheduler.add(dataclasses.replace(request, watch=watch)), 0
         assert sequence.watch is not None
         while not sequence.finished:
@@ -253,101 +245,8 @@ class LanguageModel:
             if end > shown:
                 yield sequence.watch.text[shown:end]
                 shown = end
-        yield result_of(self, sequence, plan, scheduler.totals)
-
-    def request(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: Any = 128,
-        sampling: SamplingParams | Mapping[str, Any] | None = None,
-        chat: bool | None = None,
-        max_seq_len: int | None = None,
-        what: str = "the prompt",
-    ) -> Request:
-        """Checks what is asked for one prompt; arguments as in :meth:`generate`.
-
-        Raises:
-            UsageError: the prompt is empty, needs a tokenizer or template that is missing, or does not fit, or an
-                option makes no sense. ``what`` names the prompt.
-        """
-        text, token_ids = self._tokens_of(prompt, chat, what)
-        sampling = sampling if isinstance(sampling, SamplingParams) else SamplingParams.of(sampling or {})
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *sampling.stop_token_ids]))
-        if len(stop_tokens) > MAX_STOP_TOKENS:
-            raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
-        if outside := [token for token in sampling.logit_bias if not 0 <= token < self.config.vocab_size]:
-            raise UsageError(f"logit_bias has token {outside[0]}; use 0..{self.config.vocab_size - 1}")
-        check_length(
-            len(token_ids), max_new_tokens, max_seq_len=max_seq_len, context=self.config.max_position_embeddings
-        )
-        watch = self._watch(sampling) if sampling.stop else None
-        sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
-        messages: Any = prompt
-        # Whoever has tokenised a conversation has a tokenizer.
-        prefix_length = self._require_tokenizer().system_length(messages, token_ids) if is_conversation(prompt) else 0
-        return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch, prefix_length=prefix_length)
+        yield result_of(sequence, plan, scheduler.totals, tokenizer=self.tokenizer, kernels=self.kernels)
 
     def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:
-        """As :meth:`request`, but an error becomes the result of the request."""
-        try:
-            return self.request(prompt, **options)
-        except UsageError as error:
-            return failure(prompt, error, statistics(self, plan))
-
-    def encode_prompts(
-        self, prompts: Prompt | Sequence[Prompt], *, chat: bool | None = None
-    ) -> tuple[list[str | None], list[list[int]]]:
-        """Texts (None for a prompt given otherwise) and token ids of prompts.
-
-        Raises:
-            UsageError: there is no prompt, one is empty, or it needs a tokenizer or template that is missing.
-        """
-        pairs = [self._tokens_of(prompt, chat, f"prompt {index}") for index, prompt in enumerate(listed(prompts), 1)]
-        return [text for text, _ in pairs], [token_ids for _, token_ids in pairs]
-
-    def _tokens_of(self, prompt: Prompt, chat: bool | None, what: str) -> tuple[str | None, list[int]]:
-        text = prompt if isinstance(prompt, str) else None
-        others: Any = prompt
-        if text is not None:
-            ids = self._encode(text, chat) if text.strip() else []
-        elif is_conversation(prompt):
-            ids = self._require_tokenizer().apply_chat(list(others))
-        else:
-            ids = [int(token) for token in others]
-        if not ids:
-            raise UsageError(f"{what} is empty; give it some text")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise UsageError(f"{what} has a token id outside 0..{self.config.vocab_size - 1}")
-        return text, ids
-
-    def _encode(self, text: str, chat: bool | None) -> list[int]:
-        tokenizer = self._require_tokenizer()
-        if chat and not tokenizer.has_chat_template:
-            raise UsageError(f"{self.name} has no chat template; use chat=False (--no-chat)")
-        if chat or (chat is None and tokenizer.has_chat_template):
-            return tokenizer.apply_chat([{"role": "user", "content": text}])
-        return tokenizer.encode(text)
-
-    def _watch(self, sampling: SamplingParams) -> Callable[[], TextWatch]:
-        """Makes what follows the text of a sequence."""
-        tokenizer = self._require_tokenizer()
-        return lambda: TextWatch(tokenizer.stream_decoder(), sampling.stop, min_new_tokens=sampling.min_new_tokens)
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UsageError(f"{self.name} was made without a tokenizer; give prompts as token ids")
-        return self.tokenizer
-
-
-def default_draft_precision() -> Precision:
-    """W4A8 where int4 has no faster arithmetic than int8, W4A4 where it has: NVIDIA Turing to Ada."""
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-    if capability is not None and "." in str(capability):
-        major, minor = (int(part) for part in str(capability).split("."))
-        if (7, 5) <= (major, minor) < (9, 0):
-            return Precision.W4A4
-    return Precision.W4A8
+        """As :meth:`Intake.request`, but an error becomes the result of the request."""
+        return self.intake.attempt(prompt, statistics(plan, kernels=self.kernels), **options)

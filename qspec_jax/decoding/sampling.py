@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from qspec_jax.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
+from qspec_jax.decoding.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 
 NO_TOKEN = -1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from qspec_jax.results import RunTotals
+from qspec_jax.engine.results import RunTotals
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ Whole pieces are reused, not blocks of a few tokens as in vLLM (PagedAttention, 
 SGLang (RadixAttention, Zheng et al., 2024). On an accelerator the keys and values of a token depend, in their last
 bits, on the width of the piece it is read in and on where that begins. With the same tokens in the same pieces they are
 those that the row would have computed, bit for bit, so that a result does not depend on who was there before. For the
-same reason pieces are cut by what the request says of itself (:meth:`qspec_jax.requests.Request.pieces`), never by what
+same reason pieces are cut by what the request says of itself (:meth:`Request.pieces`), never by what
 others turn out to have in common with it, and the keys and values of generated tokens, which were verified a few at a
 time, are not reused.
 """

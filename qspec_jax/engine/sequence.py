@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from qspec_jax.requests import Request
-from qspec_jax.sampling import NO_TOKEN
-from qspec_jax.state import TokenScores
+from qspec_jax.decoding.sampling import NO_TOKEN
+from qspec_jax.decoding.state import TokenScores
+from qspec_jax.engine.requests import Request
 
 
 class RunningSequence:
@@ -45,7 +45,7 @@ class RunningSequence:
         return self.num_read < len(self.pieces)
 
     def seconds(self) -> dict[str, float]:
-        """The times of :class:`qspec_jax.results.GenerationStats`, as far as they are known."""
+        """The times of :class:`qspec_jax.engine.results.GenerationStats`, as far as they are known."""
         if self.entered_s is None:
             return {}
         times = {"waited_s": self.entered_s - self.added_s}

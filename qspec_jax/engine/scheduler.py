@@ -4,7 +4,7 @@ The device is asked for two things, by turns. A *filling* dispatch puts pieces o
 cycles in the generation loop until enough rows are idle, or for about ``chunk_s`` seconds. Between them the host takes
 out what has finished and lets in what waits, in order. A prompt longer than a piece enters piece by piece, with short
 chunks between, so that the others go on meanwhile; pieces that a row holds already are not read again
-(:mod:`qspec_jax.prefixes`).
+(:mod:`qspec_jax.engine.prefixes`).
 
 While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
 its own dispatches chunks, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
@@ -22,15 +22,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from qspec_jax.prefixes import Filling, HeldPieces
-from qspec_jax.programs import Programs, Report, Shape, empty_pieces, piece_width
-from qspec_jax.requests import Request
-from qspec_jax.results import RunTotals
-from qspec_jax.running import RunningSequence
-from qspec_jax.sampling import Sampler
-from qspec_jax.sampling_params import SamplingFeatures
-from qspec_jax.speculative import DecodingPlan
-from qspec_jax.state import DecodeState, PromptPiece
+from qspec_jax.decoding.pieces import Shape, empty_pieces, piece_width
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.programs import Programs, Report
+from qspec_jax.decoding.sampling import Sampler
+from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.decoding.state import DecodeState, PromptPiece
+from qspec_jax.engine.prefixes import Filling, HeldPieces
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.results import RunTotals
+from qspec_jax.engine.sequence import RunningSequence
 
 _CHUNK_S = 0.5
 _FILLING_CHUNK_S = 0.05  # of the chunks between the pieces of a long prompt

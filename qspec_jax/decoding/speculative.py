@@ -14,9 +14,9 @@ one more, the last, that is not in it yet:
 
 A request with *typical acceptance* gives that up: where ``d_i`` is likely enough, it is ``t_i``.
 
-Drafts may come from the text itself instead (:mod:`qspec_jax.lookup`). Plain decoding is the same loop with
+Drafts may come from the text itself instead (:mod:`qspec_jax.decoding.lookup`). Plain decoding is the same loop with
 ``draft_length = 0``. Sampling is the same cycle as well: draft and verification choose with the same noise (see
-:mod:`qspec_jax.sampling`).
+:mod:`qspec_jax.decoding.sampling`).
 """
 
 from __future__ import annotations
@@ -29,48 +29,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qspec_jax.lookup import look_up, write
+from qspec_jax.decoding.lookup import look_up, write
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.sampling import Sampler, choose
+from qspec_jax.decoding.state import DecodeState, PromptPiece, TokenScores
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.precision import Precision
-from qspec_jax.sampling import Sampler, choose
-from qspec_jax.state import MAX_DRAFT_LENGTH, DecodeState, PromptPiece, TokenScores
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingPlan:
-    """What one cycle does; static under jit.
-
-    Attributes:
-        verify: the precision whose output is produced.
-        draft: the precision of the drafts; None where the model makes none.
-        draft_length: gamma, drafts per cycle; 0 for plain decoding.
-        lookup: drafts are taken from the sequence's own text where it has them; those of ``draft``, if any, are made
-            where it has not.
-    """
-
-    verify: Precision
-    draft: Precision | None = None
-    draft_length: int = 0
-    lookup: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.draft is None and not self.lookup) != (self.draft_length == 0):
-            raise ValueError("a plan has a draft precision or lookup if, and only if, its draft_length is positive")
-        if self.draft_length > MAX_DRAFT_LENGTH:
-            raise ValueError(f"draft_length={self.draft_length} is more than {MAX_DRAFT_LENGTH}")
-
-    @property
-    def mode(self) -> str:
-        """The name of its kind."""
-        if self.draft is not None:
-            return "lookup-qspec" if self.lookup else "qspec"
-        return "lookup" if self.lookup else self.verify.value
-
-    @property
-    def draft_source(self) -> str | None:
-        """Where drafts come from: a precision, or the text itself; None for plain decoding."""
-        return self.draft.value if self.draft is not None else "lookup" if self.lookup else None
 
 
 def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: DecodingPlan) -> DecodeState:
@@ -129,7 +94,7 @@ def fill(
 ) -> DecodeState:
     """Puts the first ``count`` of ``P`` pieces of prompts into ``rows``, while the other rows stay as they are.
 
-    ``sources`` are the rows that hold what the prompts begin with, up to these pieces; see :mod:`qspec_jax.prefixes`.
+    ``sources`` are the rows that hold what the prompts begin with, up to these pieces; see ``engine.prefixes``.
     One after the other, each as a batch of one: what a prompt yields cannot depend on what enters beside it.
     """
 

@@ -3,7 +3,7 @@
 JAX's own cache (``device/compilation_cache.py``) looks a program up by its lowered form, and to trace and lower all
 layers of a decoder takes longer than anything else at a start. Here a program is looked up by its ingredients:
 
-- the program: its plan, shape and width, which are all that the functions of :mod:`qspec_jax.programs` close over;
+- the program: its plan, shape and width, which are all that the functions of ``programs.py`` close over;
 - the decoder: its Flax graph with every static attribute (config, quantisation, kernels, dtype), the structure of its
   arrays (layouts among them), and shape, dtype, layout and device of each;
 - the source: the text of every ``.py`` and ``.json`` file of ``qspec_jax`` and ``pallas_kernels``;
@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.resources
 import os
 import pickle
 import sys
@@ -41,7 +42,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxlib import version as jaxlib_version
 from jaxlib import xla_client
 
-import pallas_kernels
 from qspec_jax.model.decoder import Decoder
 
 _OWN_PACKAGES = ("qspec_jax", "flax")
@@ -166,10 +166,15 @@ def _versions() -> str:
     return repr((sys.version, jax.__version__, jaxlib_version.__version__, flax.__version__, np.__version__, compilers))
 
 
+def _packages() -> tuple[Path, ...]:
+    """The folders of both packages as a whole, wherever in them this file lies."""
+    return tuple(Path(str(importlib.resources.files(package))) for package in ("qspec_jax", "pallas_kernels"))
+
+
 @functools.cache
 def _source() -> str:
     digest = hashlib.sha256()
-    for package in (Path(__file__).parent, Path(pallas_kernels.__file__).parent):
+    for package in _packages():
         for file in sorted(package.rglob("*")):
             if file.suffix in (".py", ".json"):
                 data = file.read_bytes()

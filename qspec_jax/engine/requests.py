@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qspec_jax import programs
-from qspec_jax.prefixes import Piece
-from qspec_jax.sampling_params import SamplingParams
+from qspec_jax.decoding import pieces
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.prefixes import Piece
 from qspec_jax.tokenizer.watch import TextWatch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -43,20 +43,20 @@ class Request:
     def pieces(self) -> list[Piece]:
         """Start and tokens of each piece of the prompt, as long as can be from the beginning and from a cut on.
 
-        A cut after the prefix makes all of it a piece or some, which rows may share (:mod:`qspec_jax.prefixes`).
+        A cut after the prefix makes all of it a piece or some, which rows may share (:mod:`qspec_jax.engine.prefixes`).
         """
-        longest, end = programs.PIECE_WIDTHS[-1], len(self.token_ids)
+        longest, end = pieces.PIECE_WIDTHS[-1], len(self.token_ids)
         cut = self.prefix_length if self._is_cut() else 0
         starts = [*range(0, cut, longest), *range(cut, end, longest), end]
         return [(start, tuple(self.token_ids[start:stop])) for start, stop in itertools.pairwise(starts)]
 
     def _is_cut(self) -> bool:
-        longest, rest = programs.PIECE_WIDTHS[-1], len(self.token_ids) - self.prefix_length
+        longest, rest = pieces.PIECE_WIDTHS[-1], len(self.token_ids) - self.prefix_length
         # Whole pieces of the prefix may be shared without a cut.
         return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
 
     def put_piece(self, fields: Mapping[str, Any], place: int, piece: Piece) -> None:
-        """Sets the fields of a piece at a place among those of :func:`qspec_jax.programs.empty_pieces`."""
+        """Sets the fields of a piece at a place among those of :func:`qspec_jax.decoding.pieces.empty_pieces`."""
         (start, tokens), stop_tokens = piece, self.sampling.stop_token_ids
         fields["tokens"][place, : len(tokens)] = tokens
         fields["num_tokens"][place], fields["start"][place] = len(tokens), start
@@ -68,10 +68,10 @@ class Request:
 
     def widths(self) -> set[int]:
         """What its pieces are padded to."""
-        return {programs.piece_width(len(tokens)) for _, tokens in self.pieces()}
+        return {pieces.piece_width(len(tokens)) for _, tokens in self.pieces()}
 
 
 def _padded(num_tokens: int) -> int:
     """The widths of all pieces of a text."""
-    whole, rest = divmod(num_tokens, programs.PIECE_WIDTHS[-1])
-    return whole * programs.PIECE_WIDTHS[-1] + (programs.piece_width(rest) if rest else 0)
+    whole, rest = divmod(num_tokens, pieces.PIECE_WIDTHS[-1])
+    return whole * pieces.PIECE_WIDTHS[-1] + (pieces.piece_width(rest) if rest else 0)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
-
-from qspec_jax.progress import progress_bar
-from qspec_jax.requests import Prompt, Request
-from qspec_jax.results import FinishReason, GenerationResult, GenerationStats, RunTotals
-from qspec_jax.running import RunningSequence
-from qspec_jax.sampling_params import SamplingParams
-from qspec_jax.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from qspec_jax.engine import LanguageModel
-    from qspec_jax.speculative import DecodingPlan
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.intake import Intake
+from qspec_jax.engine.outcome import result_of, statistics
+from qspec_jax.engine.progress import progress_bar
+from qspec_jax.engine.requests import Prompt, Request
+from qspec_jax.engine.results import GenerationResult, RunTotals
+from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.engine.sequence import RunningSequence
 
 
 @dataclasses.dataclass
@@ -38,17 +36,19 @@ class Pipeline:
 
     def __init__(
         self,
-        model: LanguageModel,
+        intake: Intake,
+        programs: Programs,
         plan: DecodingPlan,
         *,
+        kernels: str,
         batch_size: int,
         slots: int,
         on_event: Callable[[str], None] | None,
     ):
         """See :meth:`LanguageModel.pipeline`."""
-        self.max_seq_len = min(slots, model.config.max_position_embeddings)
-        self._model, self._plan = model, plan
-        self._make_scheduler = lambda: Scheduler(model.programs, plan, rows=batch_size, slots=slots, on_event=on_event)
+        self.max_seq_len = min(slots, intake.config.max_position_embeddings)
+        self._intake, self._plan, self._kernels = intake, plan, kernels
+        self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, slots=slots, on_event=on_event)
         self._scheduler = self._make_scheduler()
         self._entries: collections.deque[_Entry] = collections.deque()
 
@@ -77,7 +77,8 @@ class Pipeline:
             sampling: how tokens are drawn: parameters, or a mapping of some of them.
         """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "chat": chat}
-        self.add(self._model.attempt(prompt, self._plan, max_seq_len=self.max_seq_len, **options))
+        stats = statistics(self._plan, kernels=self._kernels)
+        self.add(self._intake.attempt(prompt, stats, max_seq_len=self.max_seq_len, **options))
 
     def add(self, request: Request | GenerationResult) -> None:
         """Queues a request that was checked, or the result of one that failed."""
@@ -133,7 +134,7 @@ class Pipeline:
         """
         for entry in self._entries:
             if entry.sequence is not None and entry.result is None:
-                entry.result = result_of(self._model, entry.sequence, self._plan, self.totals)
+                entry.result = self._result_of(entry.sequence)
         # The interruption may have come between a dispatch and the note of its result.
         totals, self._scheduler = self.totals, self._make_scheduler()
         self._scheduler.totals = totals
@@ -145,45 +146,7 @@ class Pipeline:
         self._scheduler.advance()
         for entry in self._entries:
             if entry.result is None and entry.sequence is not None and entry.sequence.finished:
-                entry.result = result_of(self._model, entry.sequence, self._plan, self.totals)
+                entry.result = self._result_of(entry.sequence)
 
-
-def result_of(
-    model: LanguageModel, sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals
-) -> GenerationResult:
-    """What a sequence has yielded; it was ``interrupted`` if it is not finished."""
-    sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
-    stopped = sequence.watch is not None and sequence.watch.stopped
-    reason: FinishReason = "length"
-    if not sequence.finished:
-        reason = "interrupted"
-    elif stopped or token_ids[-1] in sampling.stop_token_ids:
-        reason = "stop"
-    text = model.tokenizer.decode(token_ids) if model.tokenizer else ""
-    return GenerationResult(
-        prompt=sequence.request.prompt,
-        prompt_token_ids=list(sequence.request.token_ids),
-        text=sequence.watch.text if sequence.watch is not None and stopped else text,
-        token_ids=token_ids,
-        finish_reason=reason,
-        stats=dataclasses.replace(statistics(model, plan, sequence), compile_s=totals.compile_s),
-        logprobs=None if sampling.logprobs is None else sequence.logprobs,
-        top_logprobs=sequence.top_logprobs if sampling.logprobs else None,
-    )
-
-
-def statistics(model: LanguageModel, plan: DecodingPlan, sequence: RunningSequence | None = None) -> GenerationStats:
-    """Figures of a sequence, or of one that never ran."""
-    lengths = [] if sequence is None else sequence.accepted_lengths
-    seconds = {"prefill_s": 0.0, "decode_s": 0.0} | ({} if sequence is None else sequence.seconds())
-    return GenerationStats(
-        mode=plan.mode,
-        draft=plan.draft_source,
-        draft_length=plan.draft_length,
-        accepted_lengths=tuple([*lengths, *[0] * (plan.draft_length + 1)][: plan.draft_length + 1]),
-        num_tokens=0 if sequence is None else len(sequence.token_ids),
-        compile_s=0.0,
-        device=jax.devices()[0].device_kind,
-        kernels=model.kernels,
-        **seconds,
-    )
+    def _result_of(self, sequence: RunningSequence) -> GenerationResult:
+        return result_of(sequence, self._plan, self.totals, tokenizer=self._intake.tokenizer, kernels=self._kernels)

@@ -1,0 +1,1 @@
+"""The algorithm on the device: draft, verify, accept; sampling; compiled programs."""

@@ -1,0 +1,1 @@
+"""Requests in, results out: the host that keeps a batch busy."""

@@ -1,0 +1,61 @@
+"""What a sequence has yielded, as a result for the user."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.requests import Prompt
+from qspec_jax.engine.results import FinishReason, GenerationResult, GenerationStats, RunTotals
+from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.errors import UsageError
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+
+
+def result_of(
+    sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals, *, tokenizer: Tokenizer | None, kernels: str
+) -> GenerationResult:
+    """What a sequence has yielded; it was ``interrupted`` if it is not finished."""
+    sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
+    stopped = sequence.watch is not None and sequence.watch.stopped
+    reason: FinishReason = "length"
+    if not sequence.finished:
+        reason = "interrupted"
+    elif stopped or token_ids[-1] in sampling.stop_token_ids:
+        reason = "stop"
+    text = tokenizer.decode(token_ids) if tokenizer else ""
+    return GenerationResult(
+        prompt=sequence.request.prompt,
+        prompt_token_ids=list(sequence.request.token_ids),
+        text=sequence.watch.text if sequence.watch is not None and stopped else text,
+        token_ids=token_ids,
+        finish_reason=reason,
+        stats=dataclasses.replace(statistics(plan, sequence, kernels=kernels), compile_s=totals.compile_s),
+        logprobs=None if sampling.logprobs is None else sequence.logprobs,
+        top_logprobs=sequence.top_logprobs if sampling.logprobs else None,
+    )
+
+
+def statistics(plan: DecodingPlan, sequence: RunningSequence | None = None, *, kernels: str) -> GenerationStats:
+    """Figures of a sequence, or of one that never ran."""
+    lengths = [] if sequence is None else sequence.accepted_lengths
+    seconds = {"prefill_s": 0.0, "decode_s": 0.0} | ({} if sequence is None else sequence.seconds())
+    return GenerationStats(
+        mode=plan.mode,
+        draft=plan.draft_source,
+        draft_length=plan.draft_length,
+        accepted_lengths=tuple([*lengths, *[0] * (plan.draft_length + 1)][: plan.draft_length + 1]),
+        num_tokens=0 if sequence is None else len(sequence.token_ids),
+        compile_s=0.0,
+        device=jax.devices()[0].device_kind,
+        kernels=kernels,
+        **seconds,
+    )
+
+
+def failure(prompt: Prompt, error: UsageError, stats: GenerationStats) -> GenerationResult:
+    """The result of a request that cannot be served."""
+    text = prompt if isinstance(prompt, str) else None
+    return GenerationResult(text, [], "", [], "error", stats, error=str(error))
