@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qspec_jax.command import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.prompt_files import read_prompt_file
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
-from qspec_jax.generate import read_prompt_file
 
 if TYPE_CHECKING:
-    from qspec_jax.evaluation_tables import ModelScore
+    from qspec_jax.evaluation.scores import ModelScore
 
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 DRAFTS = ("w4a8", "w4a4")
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
     say("starting ...")
     keep_compiled_programs()
-    from qspec_jax import evaluation_tables as tables
+    from qspec_jax.evaluation import tables
 
     scores = [_score(name, arguments, request) for name in arguments.model or [None]]
     if arguments.json:
@@ -114,8 +114,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
 
 def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -> ModelScore:
     import qspec_jax
-    from qspec_jax.evaluation import score_drafts, score_text
-    from qspec_jax.evaluation_tables import ModelScore
+    from qspec_jax.evaluation.scores import ModelScore, score_drafts, score_text
 
     quantization: Any = "auto"
     if arguments.group_size is not None:
@@ -158,7 +157,7 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
 
 
 def _tables(scores: Sequence[ModelScore]) -> list[str]:
-    from qspec_jax.evaluation_tables import comparison_table, draft_table, text_table
+    from qspec_jax.evaluation.tables import comparison_table, draft_table, text_table
 
     if len(scores) > 1:
         return [comparison_table(scores)]
@@ -168,8 +167,8 @@ def _tables(scores: Sequence[ModelScore]) -> list[str]:
 def _plot_outliers(arguments: argparse.Namespace, request: _Request) -> None:
     import numpy as np
 
-    from qspec_jax.evaluation_tables import plot_outliers
-    from qspec_jax.moments import channel_maxima
+    from qspec_jax.evaluation.tables import plot_outliers
+    from qspec_jax.recipes.moments import channel_maxima
     from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
     maxima = []

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.command import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
-from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
 
 if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
@@ -227,11 +227,6 @@ def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
     if len(lines) == 1 and isinstance(lines[0].prompt, str) and not lines[0].prompt.strip():
         raise UsageError("prompt 1 is empty; give it some text")
     return [dataclasses.replace(line, sample=sample) for line in lines for sample in range(arguments.num_samples)]
-
-
-def read_prompt_file(path: Path) -> list[Any]:
-    """The prompts of a file; see :func:`qspec_jax.prompt_files.read_prompt_lines`."""
-    return [line.prompt for line in read_prompt_lines(path)]
 
 
 def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:

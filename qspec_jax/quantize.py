@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qspec_jax.command import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 
 if TYPE_CHECKING:
-    from qspec_jax.recipes import Conversion, RecipeOptions
+    from qspec_jax.recipes.catalogue import Conversion, RecipeOptions
 
 _SECONDS_BETWEEN_LINES = 30
 _INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    from qspec_jax.recipe_files import read_recipe
-    from qspec_jax.recipes import Progress, convert
+    from qspec_jax.recipes.catalogue import Progress
+    from qspec_jax.recipes.convert import convert
+    from qspec_jax.recipes.files import read_recipe
 
     recipe, options = read_recipe(arguments.recipe)
     keep_compiled_programs()
@@ -100,7 +101,7 @@ def summary(conversion: Conversion) -> str:
 
 def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
     """The options with what the command line says in their place."""
-    from qspec_jax.recipe_files import parse_group_size
+    from qspec_jax.recipes.files import parse_group_size
 
     quantization = options.quantization
     if arguments.group_size is not None:

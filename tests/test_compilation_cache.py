@@ -13,7 +13,7 @@ import pytest
 
 from qspec_jax import CheckpointError, enable_compilation_cache, load
 from qspec_jax.bench import __main__ as bench
-from qspec_jax.command import keep_compiled_programs
+from qspec_jax.commands.run import keep_compiled_programs
 from qspec_jax.device import compilation_cache
 
 ROOT = Path(__file__).parents[1]

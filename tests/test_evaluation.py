@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import qspec_jax
-from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate, evaluation
+from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
 from qspec_jax.errors import UsageError
-from qspec_jax.evaluation_tables import ModelScore, plot_outliers
-from qspec_jax.layerwise import embed
+from qspec_jax.evaluation import scores as evaluation
+from qspec_jax.evaluation.scores import ModelScore
+from qspec_jax.evaluation.tables import plot_outliers
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.moments import channel_maxima
-from qspec_jax.quantization.calibration import advance, second_moments
+from qspec_jax.recipes.layerwise import embed
+from qspec_jax.recipes.moments import channel_maxima
+from qspec_jax.recipes.observe import advance, second_moments
 from qspec_jax.weights.fill import load_layer
 from tests import tiny
 

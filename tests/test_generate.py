@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import qspec_jax
 from qspec_jax import generate
-from qspec_jax.command import say
+from qspec_jax.commands import prompt_files
+from qspec_jax.commands.run import say
 from tests.loading import tiny_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +196,7 @@ def test_a_prompt_file_line_that_is_not_an_object_with_a_prompt_is_named(capsys,
 def test_a_text_file_has_a_prompt_per_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("first\n\n  \nsecond {line}\n{third\n")
-    assert generate.read_prompt_file(path) == ["first", "second {line}", "{third"]
+    assert prompt_files.read_prompt_file(path) == ["first", "second {line}", "{third"]
 
 
 @pytest.mark.parametrize("damage", ["missing shard", "truncated", "wrong dtype"])

@@ -39,7 +39,7 @@ def language_model():
 
 @pytest.fixture(scope="module")
 def harness(language_model):
-    from qspec_jax.harness import HarnessModel
+    from qspec_jax.evaluation.harness_model import HarnessModel
 
     return HarnessModel(language_model, max_length=CONTEXT, batch_size=2)
 
@@ -89,7 +89,7 @@ def test_a_rolling_likelihood_predicts_every_token_once_with_as_much_context_as_
 
 
 def test_generation_ends_before_a_stop_string_and_drafts_change_nothing(language_model, harness):
-    from qspec_jax.harness import HarnessModel
+    from qspec_jax.evaluation.harness_model import HarnessModel
 
     def answers(model, *contexts, until=()):
         settings = {"until": list(until), "max_gen_toks": 12}

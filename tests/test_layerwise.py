@@ -12,19 +12,22 @@ import pytest
 
 import qspec_jax
 from pallas_kernels import dequantize
-from qspec_jax import QuantConfig, layerwise, quantize, recipe_files, recipes
+from qspec_jax import QuantConfig, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.parameters import linear_inputs
 from qspec_jax.model.precision import Precision
-from qspec_jax.quantization.calibration import advance, linear_of, second_moments, token_windows
 from qspec_jax.quantization.rtn import quantize_rtn
+from qspec_jax.recipes import convert, layerwise
+from qspec_jax.recipes import files as recipe_files
+from qspec_jax.recipes.observe import advance, linear_of, second_moments
+from qspec_jax.recipes.text import token_windows
+from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.fill import load_layer
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import TensorEntry
 from qspec_jax.weights.tokenizers import load_tokenizer
-from qspec_jax.work_folder import WorkFolder, fingerprint
 from tests import tiny
 from tests.loading import tiny_checkpoints
 from tests.test_quantize import run, write_gguf
@@ -218,7 +221,7 @@ def test_too_little_text_says_how_much_there_is(capsys, tmp_path, model, text):
 
 def test_what_cannot_fit_is_refused_with_numbers(capsys, tmp_path, model, options, monkeypatch):
     needed = layerwise.calibration_bytes(open_source(model).config, (4, 256))
-    monkeypatch.setattr(recipes, "check_memory", lambda *_, **__: None)
+    monkeypatch.setattr(convert, "check_memory", lambda *_, **__: None)
     monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
     monkeypatch.setattr(layerwise, "load_layer", lambda *_: pytest.fail("began to quantise"))
     code, _, err = run(capsys, model, tmp_path / "out", *options)

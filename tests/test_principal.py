@@ -10,10 +10,10 @@ import pytest
 from qspec_jax import ActivationQuantization, QuantConfig, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import OutOfMemoryError, UsageError
-from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.model.precision import Precision
-from qspec_jax.moments import measure_moments
 from qspec_jax.quantization.principal import principal_config, principal_rotation, salience_order
+from qspec_jax.recipes.moments import measure_moments
+from qspec_jax.recipes.rotated import rotate_source
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.source import TensorEntry
 from tests import tiny

@@ -15,8 +15,8 @@ import pytest
 
 import pallas_kernels
 import qspec_jax
-from qspec_jax import command
-from qspec_jax.command import keep_compiled_programs
+from qspec_jax.commands import run as command
+from qspec_jax.commands.run import keep_compiled_programs
 from qspec_jax.decoding import program_store
 from qspec_jax.decoding.program_store import ProgramStore, program_keys
 from qspec_jax.engine.language_model import LanguageModel

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 import qspec_jax
 from qspec_jax import generate
+from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
-from qspec_jax.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from tests.loading import tiny_checkpoints
 
 ROOT = Path(__file__).parents[1]

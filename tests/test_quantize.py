@@ -16,9 +16,12 @@ import pytest
 from flax import nnx
 
 import qspec_jax
-from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize, recipe_files, recipes
+from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import RequantizationWarning
+from qspec_jax.recipes import catalogue as recipes
+from qspec_jax.recipes import convert
+from qspec_jax.recipes import files as recipe_files
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.golden import make_demo
@@ -131,11 +134,11 @@ def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):
 
 
 def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_file, monkeypatch):
-    opened = recipes.open_source(four_bit_file)
+    opened = convert.open_source(four_bit_file)
     name = "layers.0.mlp.down.weight"
     entry = recipes._as_floats(opened.entries[name])
     mixed = recipes._FloatSource(opened.config, opened.path, {**opened.entries, name: entry})
-    monkeypatch.setattr(recipes, "open_source", lambda _: mixed)
+    monkeypatch.setattr(convert, "open_source", lambda _: mixed)
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
     assert code == 0
     assert "warning: 1 of 14 linears are not in 4 bits yet and are rounded to nearest" in err
@@ -235,7 +238,7 @@ def test_a_recipe_file_that_is_wrong_says_where(tmp_path, text, message):
     ],
 )
 def test_an_unknown_recipe_exits_with_2_before_anything_is_read(capsys, tmp_path, monkeypatch, recipe, message):
-    monkeypatch.setattr(recipes, "resolve_model", lambda _: pytest.fail("looked for a model"))
+    monkeypatch.setattr(convert, "resolve_model", lambda _: pytest.fail("looked for a model"))
     code, out, err = run(capsys, "default", tmp_path / "out", "--recipe", recipe)
     assert (code, out) == (2, "")
     assert message in err

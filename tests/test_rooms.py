@@ -1,6 +1,9 @@
 """Imports point one way: a room may import the rooms of the lines above it, and itself; files of a room, no circle."""
 
+from __future__ import annotations
+
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,54 +19,83 @@ qspec_jax.device          qspec_jax.tokenizer
 qspec_jax.model
 qspec_jax.quantization    qspec_jax.decoding
 qspec_jax.weights
-qspec_jax.engine
-"""
+qspec_jax.recipes         qspec_jax.engine
+qspec_jax.__init__        qspec_jax.commands
+qspec_jax.evaluation
+qspec_jax.generate        qspec_jax.quantize        qspec_jax.evaluate    qspec_jax.harness    qspec_jax.texts    qspec_jax.bench
+"""  # noqa: E501 - a room a column
 LEVELS = [line.split() for line in ROOMS.strip().splitlines()]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     paths = [path for package in ("pallas_kernels", "qspec_jax") for path in (ROOT / package).rglob("*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
-def room(module: str) -> str | None:
-    """The longest line of ROOMS that a module is in."""
+def room(module: str) -> str:
+    """The longest name in ROOMS that a module is in."""
     parts = module.split(".")
     for end in range(len(parts), 0, -1):
         if (name := ".".join(parts[:end])) in LEVEL:
             return name
-    return None  # not moved into a room yet
+    raise AssertionError(f"{module} is in no room: add its folder to ROOMS")
 
 
-def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of the house that a module imports, within functions and for type checkers too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(module: str, source: str) -> Iterator[str]:
+    """The modules of the house that a source imports, within functions and for type checkers too."""
+    for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports name the whole path"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            for found in (name, f"{name}.__init__", name.rpartition(".")[0], f"{name.rpartition('.')[0]}.__init__"):
-                if found in known and found != module:
+            parent = name.rpartition(".")[0]
+            for found in (name, f"{name}.__init__", parent, f"{parent}.__init__"):
+                if found in modules() and found != module:
                     yield found
                     break
 
 
+def wrong_imports(module: str, source: str) -> list[str]:
+    here = room(module)
+    return [
+        f"{module} imports {other}: {here} may not know {room(other)}"
+        for other in imports(module, source)
+        if room(other) != here and LEVEL[room(other)] >= LEVEL[here]
+    ]
+
+
 @pytest.mark.parametrize("module", modules())
 def test_a_room_imports_only_rooms_above_it_in_the_list(module):
-    known, here = modules(), room(module)
-    for other in imports(module, known[module], known):
-        there = room(other)
-        if here is None or there is None:
-            continue
-        assert there == here or LEVEL[there] < LEVEL[here], f"{module} imports {other}: {here} may not know {there}"
+    assert wrong_imports(module, modules()[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("qspec_jax.model.linear", "from qspec_jax.engine.load import load"),
+        ("qspec_jax.model.linear", "def f():\n    import qspec_jax.decoding.plan"),
+        ("pallas_kernels.arrays.weight", "if TYPE_CHECKING:\n    from qspec_jax import errors"),
+        ("qspec_jax.decoding.plan", "from qspec_jax.quantization import rtn"),
+        ("qspec_jax.engine.pipeline", "import qspec_jax"),
+        ("qspec_jax.generate", "from qspec_jax.evaluate import main"),
+    ],
+)
+def test_a_wrong_import_is_found_wherever_it_stands(module, source):
+    assert len(wrong_imports(module, source)) == 1
 
 
 def test_no_file_imports_itself_through_others():
-    known = modules()
-    graph = {
-        module: {other for other in imports(module, path, known) if room(other)}
-        for module, path in known.items()
-        if room(module)
-    }
+    graph = {module: set(imports(module, path.read_text(encoding="utf-8"))) for module, path in modules().items()}
     graphlib.TopologicalSorter(graph).prepare()  # names the circle if there is one
+
+
+def test_a_file_at_the_root_is_a_command_and_a_folder_says_what_it_is():
+    root = {path.stem for path in (ROOT / "qspec_jax").glob("*.py")}
+    assert root == {"__init__", "errors", "evaluate", "generate", "harness", "quantize", "texts"}
+    for path in (ROOT / "qspec_jax").rglob("*/__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert len(body) == 1, f"{path} holds more than its docstring"
+        assert isinstance(body[0], ast.Expr), path

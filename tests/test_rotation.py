@@ -13,11 +13,11 @@ import pytest
 
 import pallas_kernels
 from qspec_jax.errors import UsageError
-from qspec_jax.loading.rotated import rotate_source
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.precision import Precision
 from qspec_jax.quantization.rotation import random_orthogonal, random_rotation, rotated_config
+from qspec_jax.recipes.rotated import rotate_source
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.source import TensorEntry
 from tests import tiny

@@ -9,6 +9,7 @@ import types
 import pytest
 
 from qspec_jax import texts
+from qspec_jax.evaluation import sharegpt
 
 
 def conversation(*turns, first="human"):
@@ -19,7 +20,7 @@ def conversation(*turns, first="human"):
 def test_a_file_that_ends_in_the_middle_is_read_as_far_as_it_goes():
     whole = [conversation("a question", "an answer"), conversation(), conversation("an answer first", first="gpt")]
     text = json.dumps(whole, indent=1)[:-2] + ", " + json.dumps(conversation("never ended"))[:-9]
-    assert list(texts.conversations(text)) == [
+    assert list(sharegpt.conversations(text)) == [
         ("a question\n\nan answer", "a question"),
         ("", ""),
         ("an answer first", ""),

@@ -17,8 +17,11 @@ from collections.abc import Sequence
 
 import jax
 
-from qspec_jax.bench import decode, kernels, throughput, tune
-from qspec_jax.command import exit_code
+from qspec_jax.bench.decode import command as decode
+from qspec_jax.bench.kernels import command as kernels
+from qspec_jax.bench.throughput import command as throughput
+from qspec_jax.bench.tune import command as tune
+from qspec_jax.commands.run import exit_code
 
 COMMANDS = (kernels, decode, throughput, tune)
 

@@ -7,18 +7,16 @@ memory holds the model and the random bits of one array. What it generates is no
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight
-from qspec_jax.bench.operands import random_weight
+from qspec_jax.bench.random_arrays import random_normal, random_weight
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
@@ -95,9 +93,3 @@ def _random_like(key: Array, like: Any, *, kind: str) -> Any:
         return jnp.ones(like.shape, like.dtype)
     deviation = 0.02 if kind == "bias" else 1 / math.sqrt(like.shape[-1])
     return random_normal(key, like.shape, like.dtype, deviation)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "deviation"))
-def random_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike, deviation: float) -> Array:
-    """Normal numbers of any dtype, made on the device."""
-    return (jax.random.normal(key, shape) * deviation).astype(dtype)

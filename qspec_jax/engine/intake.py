@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from qspec_jax.engine.outcome import failure
@@ -12,8 +12,10 @@ from qspec_jax.engine.requests import Prompt, Request
 from qspec_jax.engine.results import GenerationResult, GenerationStats
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.tokenizer.watch import TextWatch
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 
 def is_conversation(prompt: Prompt | Sequence[Prompt]) -> bool:

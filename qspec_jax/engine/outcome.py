@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -11,7 +12,9 @@ from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import FinishReason, GenerationResult, GenerationStats, RunTotals
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.errors import UsageError
-from qspec_jax.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 
 def result_of(

@@ -15,13 +15,16 @@ import pytest
 from flax import nnx
 
 import pallas_kernels
-from qspec_jax.bench import decode, decode_measure, decode_request, timing
+from qspec_jax.bench import timing
 from qspec_jax.bench.__main__ import main
-from qspec_jax.bench.decode_measure import Measurement, by_kernel, measure_parts, speculations
-from qspec_jax.bench.decode_parts import Part, Setting, context_state, decoding_parts, pass_bytes
+from qspec_jax.bench.decode import command as decode
+from qspec_jax.bench.decode import measure as decode_measure
+from qspec_jax.bench.decode import request as decode_request
+from qspec_jax.bench.decode.measure import Measurement, by_kernel, measure_parts, speculations
+from qspec_jax.bench.decode.parts import Part, Setting, context_state, decoding_parts, pass_bytes
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.decoding.programs import Programs
-from qspec_jax.evaluation import DraftScore
+from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.precision import Precision
 from tests import tiny
@@ -37,7 +40,7 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a 
 @pytest.fixture(autouse=True)
 def known_device(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
-    monkeypatch.setattr("qspec_jax.bench.roofline.measure_copy", lambda *, repeats: 2.0)
+    monkeypatch.setattr("qspec_jax.bench.kernels.ceilings.measure_copy", lambda *, repeats: 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +311,7 @@ def test_the_acceptance_of_a_real_model_is_marked(tmp_path, capsys, monkeypatch)
         asked.update(options, prompts=prompts)
         return [SCORE]
 
-    monkeypatch.setattr("qspec_jax.evaluation.score_drafts", score_drafts)
+    monkeypatch.setattr("qspec_jax.evaluation.scores.score_drafts", score_drafts)
     out_path = tmp_path / "out.json"
     small = [argument for argument in SMALL if argument not in ("--preset", "tiny")]
     drafts = ("--mode", "qspec", "--draft", "w4a8", "--draft-length", "2")

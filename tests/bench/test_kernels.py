@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import available_implementations
-from qspec_jax.bench import kernels, operands, options, timing
+from qspec_jax.bench import options, timing
 from qspec_jax.bench.__main__ import main
-from qspec_jax.bench.measure import Measurement
-from qspec_jax.bench.roofline import Ceilings, plot_roofline
+from qspec_jax.bench.kernels import command as kernels
+from qspec_jax.bench.kernels import operands
+from qspec_jax.bench.kernels.ceilings import Ceilings
+from qspec_jax.bench.kernels.measure import Measurement
+from qspec_jax.bench.kernels.plot import plot_roofline
 from qspec_jax.errors import QSpecError, UsageError
 
 CEILINGS = Ceilings(copy_tb_per_s=2.0, bf16_top_per_s=500.0, int8_top_per_s=1000.0)
@@ -22,7 +25,7 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a 
 
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch):
-    monkeypatch.setattr("qspec_jax.bench.roofline.measure_ceilings", lambda *, repeats: CEILINGS)
+    monkeypatch.setattr("qspec_jax.bench.kernels.ceilings.measure_ceilings", lambda *, repeats: CEILINGS)
 
 
 def measured(tmp_path, *arguments):

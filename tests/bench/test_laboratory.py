@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.backends.triton.tiles import TileConfig
-from qspec_jax.bench import laboratory as module
-from qspec_jax.bench.laboratory import TritonLaboratory
-from qspec_jax.bench.tile_space import Problem
+from qspec_jax.bench.tune import laboratory as module
+from qspec_jax.bench.tune.laboratory import TritonLaboratory
+from qspec_jax.bench.tune.tile_space import Problem
 
 TILES = TileConfig(16, 32, 32, 1, 4, 3)
 OTHER_ORDER = TileConfig(16, 32, 32, 4, 4, 3)

@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.backends.triton.tiles import TileConfig
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS, takes_wgmma
-from qspec_jax.bench.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
-from qspec_jax.bench.tile_space import Problem, TileSpace, neighbours, order_of
+from qspec_jax.bench.tune.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
+from qspec_jax.bench.tune.tile_space import Problem, TileSpace, neighbours, order_of
 
 PROBLEM = Problem("w4a8", 256, 64, 128, True)
 SPACE = TileSpace(PROBLEM)

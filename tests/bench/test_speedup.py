@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qspec_jax.bench.speedup import Speculation, plot_speedup
+from qspec_jax.bench.decode.plot import plot_speedup
+from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
-from qspec_jax.evaluation import DraftScore
+from qspec_jax.evaluation.scores import DraftScore
 
 SPECULATION = Speculation("w4a8", 3, 16, 512, plain_ms=4.0, draft_ms=3.0, verify_ms=5.0, cycle_ms=15.0)
 SCORE = DraftScore("w4a8", 3, 8, 512, 0.8, 3.4, (0.9, 0.8, 0.7), 8)

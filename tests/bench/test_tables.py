@@ -19,10 +19,10 @@ from pallas_kernels.backends.triton.tuning import (
     TuningTable,
     TuningTableError,
 )
-from qspec_jax.bench import tune
 from qspec_jax.bench.__main__ import main
-from qspec_jax.bench.tables import open_table, write_table
-from qspec_jax.bench.tile_space import TileSpace
+from qspec_jax.bench.tune import command as tune
+from qspec_jax.bench.tune.tables import open_table, write_table
+from qspec_jax.bench.tune.tile_space import TileSpace
 from qspec_jax.errors import QSpecError, UsageError
 from tests.bench.test_search import FakeLaboratory
 

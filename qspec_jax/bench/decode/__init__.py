@@ -1,0 +1,1 @@
+"""``bench decode``: steps, drafts, verifications and cycles in the generation loop."""

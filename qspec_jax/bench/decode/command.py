@@ -1,0 +1,175 @@
+"""``python -m qspec_jax.bench decode``: what a decode step and a QSpec cycle take, and what speculation can gain.
+
+Parses and prints; :mod:`qspec_jax.bench.decode.measure` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qspec_jax.bench import options
+from qspec_jax.bench.decode.plot import plot_speedup
+from qspec_jax.bench.decode.request import NEW_TOKENS, Request, fitting_prompts, read_request
+from qspec_jax.bench.decode.speedup import Speculation
+from qspec_jax.bench.decode.tables import breakdown_table, model_line, speculation_table, table_head, table_row
+from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands.run import say
+from qspec_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from qspec_jax.bench.decode.measure import Measurement
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.evaluation.scores import DraftScore
+
+_DEFAULT_MODES = "w4a16,w4a8,w4a4,qspec"
+_DESCRIPTION = """
+Milliseconds of a plain step at each precision, of a draft step, of the verification of a draft and of a whole QSpec
+cycle, each repeated by the generation loop on the device at a fixed context; their bytes against the copy bandwidth
+measured in the same run; and the speed-up over plain W4A16 decoding by acceptance. Weights are synthetic unless a model
+is given, whose acceptance is then measured as well.
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Adds the parser of this command."""
+    parser = commands.add_parser("decode", help="time decode steps and QSpec cycles", description=_DESCRIPTION)
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help=f"shape of a model with synthetic weights: {', '.join(PRESETS)}")
+    add("--model", metavar="CHECKPOINT", help="a real model instead, as in generate")
+    add("--batch", default="1", metavar="B,...", help="sequences (default: 1)")
+    add("--context", default="512", metavar="N,...", help="tokens in the cache of each (default: 512)")
+    modes = f"{_DEFAULT_MODES.replace(',', ', ')}, and float: weights in floating point (default: all but float)"
+    add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
+    add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
+    add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")
+    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
+    group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
+    add("--group-size", choices=("32", "64", "128", options.WHOLE_ROW), help=group)
+    add("--asymmetric", action="store_true", help="synthetic weights with zero points (default: symmetric)")
+    hadamard = f"synthetic weights of a rotated model: values of each transform before down, or {options.WHOLE_ROW}"
+    add("--hadamard-block", metavar="SIZE", help=hadamard)
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--prompt-file", type=Path, metavar="FILE", help="prompts to measure the acceptance of a model with")
+    add("--repeats", type=int, default=5, metavar="N", help="timed dispatches, of which the median counts (default: 5)")
+    add("--steps", type=int, metavar="N", help="repetitions in a dispatch (default: a quarter of a second of them)")
+    add("--breakdown", action="store_true", help="print the kernels of every plain step; needs CUPTI")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--plot", type=Path, metavar="FILE.png", help="draw speed-up over acceptance; needs matplotlib")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if something failed."""
+    request = read_request(arguments)
+    from qspec_jax.bench.environment import environment, header
+    from qspec_jax.bench.kernels.ceilings import measure_copy
+    from qspec_jax.bench.timing import WALL_NOTICE, kernel_clock_works
+
+    if arguments.breakdown and not kernel_clock_works():
+        raise UsageError("--breakdown needs an NVIDIA GPU whose profiler (CUPTI) works; leave it out")
+    facts = environment(arguments.argv)
+    print(header(facts))
+    if not kernel_clock_works():
+        print(f"{WALL_NOTICE}; idle: -")
+    say("copy bandwidth ...")
+    report = _Report(arguments, facts, request, measure_copy(repeats=arguments.repeats))
+    four_bit = [mode for mode in request.modes if mode != "float"]
+    if four_bit:
+        measure(request, four_bit, report)
+    if "float" in request.modes:
+        gc.collect()  # the other model, whose modules refer to each other
+        measure(request, ["float"], report)
+    if report.speculations:
+        print(speculation_table(report.speculations), flush=True)
+    if arguments.plot:
+        title = f"{request.name}, {facts['device']}, jax {facts['jax']}"
+        plot_speedup(arguments.plot, report.speculations, title=title)
+    return report.complain()
+
+
+def measure(request: Request, modes: Sequence[str], report: _Report) -> None:
+    """Loads the model that the modes need, and measures every batch and context."""
+    from qspec_jax.bench.decode.measure import measure_parts
+    from qspec_jax.bench.decode.parts import Setting, decoding_parts
+    from qspec_jax.evaluation.scores import score_drafts
+
+    say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
+    model = request.load(floating_point="float" in modes)
+    parts = decoding_parts(model, modes, drafts=request.drafts, draft_lengths=request.draft_lengths)
+    drafts = list(dict.fromkeys(part.draft.value for part in parts if part.draft is not None))
+    prompts = fitting_prompts(model, request) if drafts else []
+    report.begin(model, synthetic=request.path is None)
+    for batch in request.batches:
+        for context in request.contexts:
+            setting = Setting.create(batch=batch, context=context, longest_draft=request.longest_draft)
+            for one in measure_parts(model, parts, setting, repeats=report.repeats, repetitions=report.steps):
+                report.add(one)
+    if prompts:
+        say(f"acceptance on {len(prompts)} prompts ...")
+        lengths = request.draft_lengths
+        scores = score_drafts(model, prompts, drafts=drafts, draft_lengths=lengths, max_new_tokens=NEW_TOKENS)
+        report.accept(scores)
+
+
+class _Report:
+    """Prints rows as they come, and rewrites the JSON each time, so that a killed run leaves what it measured."""
+
+    def __init__(self, arguments: argparse.Namespace, facts: Mapping[str, Any], request: Request, copy: float):
+        self.path: Path | None = arguments.json
+        self.breakdown: bool = arguments.breakdown
+        self.repeats: int = arguments.repeats
+        self.steps: int | None = arguments.steps
+        self.facts, self.request, self.copy_tb_per_s = facts, request, copy
+        self.models: list[dict[str, Any]] = []
+        self.measurements: list[Measurement] = []
+        self.accepted: dict[tuple[str, int], DraftScore] = {}
+        self.speculations: list[Speculation] = []
+
+    def begin(self, model: LanguageModel, *, synthetic: bool) -> None:
+        from qspec_jax.bench.models import describe_model
+
+        self.models.append(describe_model(model, synthetic=synthetic))
+        print(model_line(self.models[-1], self.copy_tb_per_s))
+        print(table_head(), flush=True)
+
+    def add(self, one: Measurement) -> None:
+        self.measurements.append(one)
+        print(table_row(one, self.copy_tb_per_s), flush=True)
+        if self.breakdown and one.part == "step":
+            print(breakdown_table(one), flush=True)
+        self._update()
+
+    def accept(self, scores: Sequence[DraftScore]) -> None:
+        self.accepted = {(score.draft, score.draft_length): score for score in scores}
+        self._update()
+
+    def complain(self) -> int:
+        """Names what was refused, once per reason, and what failed; the exit code."""
+        for reason in dict.fromkeys(one.reason for one in self.measurements if one.status == "unsupported"):
+            say(f"-: {reason}")
+        failed = [one for one in self.measurements if one.status == "failed"]
+        for one in failed:
+            say(f"failed: {one.part} {one.precision} batch {one.batch} context {one.context}: {one.reason}")
+        return 1 if failed else 0
+
+    def _update(self) -> None:
+        from qspec_jax.bench.decode.measure import speculations
+
+        self.speculations = speculations(self.measurements, self.accepted)
+        if self.path is not None:
+            report = {
+                "environment": self.facts,
+                "config": dataclasses.asdict(self.request.config),
+                "models": self.models,
+                "copy_tb_per_s": self.copy_tb_per_s,
+                "measurements": [one.to_dict(self.copy_tb_per_s) for one in self.measurements],
+                "speculation": [one.to_dict() for one in self.speculations],
+            }
+            self.path.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")

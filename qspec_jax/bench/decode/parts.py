@@ -1,0 +1,196 @@
+"""What the decode benchmark repeats: a plain step, a draft step, a verification, a whole cycle; and the bytes of each.
+
+The functions are those of ``decoding.speculative``. After each repetition the cache is rolled back to the context,
+so that all repetitions cost the same and no sequence finishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from qspec_jax.bench.models import quantized_weights
+from qspec_jax.bench.random_arrays import random_normal
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.pieces import fitting_slots
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.state import DecodeState
+from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.model.cache import KVCache
+from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.linear import activation_quantization
+from qspec_jax.model.precision import Precision
+
+PartName = Literal["step", "draft", "verify", "cycle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is in the cache: ``batch`` sequences of ``context`` tokens, in ``slots`` positions each."""
+
+    batch: int
+    context: int
+    slots: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, context {self.context}"
+
+    @classmethod
+    def create(cls, *, batch: int, context: int, longest_draft: int) -> Setting:
+        """With the slots that generation would use to go on by one cycle."""
+        return cls(batch, context, fitting_slots(context + longest_draft + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something that a generation repeats.
+
+    Attributes:
+        name: ``step`` is plain decoding of one token; ``draft``, ``verify`` and ``cycle`` are QSpec's, a draft being
+            one of the ``draft_length`` that are made in a row.
+        plan: precisions and draft length. Verification does not depend on the precision of the drafts.
+    """
+
+    name: PartName
+    plan: DecodingPlan
+
+    @property
+    def precision(self) -> Precision:
+        """Of the part, the accurate one for a cycle."""
+        return self.plan.draft if self.name == "draft" and self.plan.draft else self.plan.verify
+
+    @property
+    def draft(self) -> Precision | None:
+        """Of the drafts that the part makes."""
+        return None if self.name == "verify" else self.plan.draft
+
+    def __str__(self) -> str:
+        drafts = f"{self.plan.draft_length} {self.draft.value} drafts" if self.draft else ""
+        tokens = f"{self.plan.draft_length + 1} tokens" if self.name == "verify" else ""
+        return ", ".join(filter(None, (f"{self.name} {self.precision.value}", drafts, tokens)))
+
+    @property
+    def steps_per_repetition(self) -> int:
+        """Draft steps that a repetition makes, otherwise 1."""
+        return self.plan.draft_length if self.name == "draft" else 1
+
+    def advance(self, model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
+        """Runs the part once, and rolls the state back to the context."""
+        after = _RUN[self.name](model, state, plan=plan)
+        return dataclasses.replace(
+            after,
+            cache=after.cache.with_lengths(state.cache.lengths),
+            num_tokens=state.num_tokens,
+            finished=state.finished,
+        )
+
+    def num_bytes(self, model: LanguageModel, setting: Setting) -> dict[str, int]:
+        """Bytes that a step of the part must move, by what they are; see :func:`pass_bytes`."""
+        plan = self.plan
+        widths = {"verify": plan.draft_length + 1, "cycle": plan.draft_length + 1}
+        parts = [pass_bytes(model, self.precision, setting, new_tokens=widths.get(self.name, 1))]
+        if self.name == "cycle" and plan.draft is not None:
+            parts += [pass_bytes(model, plan.draft, setting, new_tokens=1)] * plan.draft_length
+        return {kind: sum(one[kind] for one in parts) for kind in parts[0]}
+
+
+def decoding_parts(
+    model: LanguageModel, modes: Sequence[str], *, drafts: Sequence[str] = (), draft_lengths: Sequence[int] = ()
+) -> list[Part]:
+    """The parts of some modes of :meth:`LanguageModel.plan`: with ``qspec`` all that it is made of and compared with.
+
+    Raises:
+        UsageError: as :meth:`LanguageModel.plan`.
+    """
+    plain = [mode for mode in modes if mode != "qspec"]
+    if len(plain) == len(modes):
+        return [Part("step", model.plan(mode)) for mode in plain]
+    steps = [Part("step", model.plan(mode)) for mode in dict.fromkeys(["w4a16", *plain])]
+    plans = [model.plan(draft=draft, draft_length=length) for length in draft_lengths for draft in drafts]
+    plans = list(dict.fromkeys(plans))
+    verifications = {plan.draft_length: Part("verify", plan) for plan in plans}
+    return [
+        *steps,
+        *(Part("draft", plan) for plan in plans),
+        *verifications.values(),
+        *(Part("cycle", plan) for plan in plans),
+    ]
+
+
+def pass_bytes(model: LanguageModel, precision: Precision, setting: Setting, *, new_tokens: int) -> dict[str, int]:
+    """Bytes that one pass over the model must move, by what they are.
+
+    Weights (codes, scales and all else of the layers) and LM head once, the rows of the embedding, and the keys and
+    values of the context (within the sliding window) and of the new tokens. Activations and logits do not count.
+    """
+    decoder, config = model.decoder, model.config
+    embedding = decoder.embedding.get_value()
+    head_bytes = (embedding if decoder.lm_head is None else decoder.lm_head.get_value()).nbytes
+    outside = embedding.nbytes + (0 if decoder.lm_head is None else head_bytes)
+    unread = 0 if _reads_group_sums(model, precision) else _group_sum_bytes(decoder)
+    one_slot = jax.eval_shape(lambda: decoder.create_cache(batch=1, slots=1)).layers
+    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_slot))
+    seen = min(setting.context, config.sliding_window or setting.context)
+    return {
+        "weights": model.nbytes - outside - unread,
+        "lm_head": head_bytes,
+        "embedding": setting.batch * new_tokens * config.hidden_size * embedding.dtype.itemsize,
+        "cache": setting.batch * (seen + new_tokens) * slot_bytes,
+    }
+
+
+def context_state(model: LanguageModel, setting: Setting) -> DecodeState:
+    """Unfinished sequences of ``context`` tokens, with random keys, values and last token."""
+    rows = (setting.batch,)
+    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, slots=setting.slots))
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + len(jax.tree.leaves(empty.layers))))
+    layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
+    cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32))
+    return jax.tree.map(
+        jnp.asarray,
+        dataclasses.replace(
+            DecodeState.idle(cache),
+            last_token=jax.random.randint(next(keys), rows, 0, model.config.vocab_size, jnp.int32),
+            num_tokens=jnp.ones(rows, jnp.int32),
+            max_new_tokens=jnp.full(rows, setting.slots, jnp.int32),
+            finished=jnp.zeros(rows, bool),
+        ),
+    )
+
+
+def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
+    assert plan.draft is not None
+    tokens, cache = speculative.draft(
+        model, state.last_token, state.cache, precision=plan.draft, draft_length=plan.draft_length
+    )
+    return dataclasses.replace(state, cache=cache, last_token=tokens[:, -1])
+
+
+def _verification(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
+    draft_tokens = jnp.repeat(state.last_token[:, None], plan.draft_length, axis=1)
+    tokens, _, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, precision=plan.verify)
+    # Of all of them, or XLA would compute the logits of one.
+    return dataclasses.replace(state, cache=cache, last_token=tokens.max(axis=1))
+
+
+_RUN: dict[PartName, Callable[..., DecodeState]] = {
+    "step": speculative.cycle,
+    "draft": _drafts,
+    "verify": _verification,
+    "cycle": speculative.cycle,
+}
+
+
+def _reads_group_sums(model: LanguageModel, precision: Precision) -> bool:
+    if model.quantization is None or precision not in (Precision.W4A4, Precision.W4A8):
+        return False
+    return not activation_quantization(model.quantization, precision).symmetric
+
+
+def _group_sum_bytes(decoder: Decoder) -> int:
+    sums = [weight.group_sum for weight in quantized_weights(decoder)]
+    return sum(array.nbytes for array in sums if array is not None)

@@ -1,0 +1,1 @@
+"""``bench kernels``: single operations by the GPU's own clock."""

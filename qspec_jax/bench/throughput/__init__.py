@@ -1,0 +1,1 @@
+"""``bench throughput``: prompts of people, served by number of rows and mode."""

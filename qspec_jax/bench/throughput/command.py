@@ -1,0 +1,257 @@
+"""``python -m qspec_jax.bench throughput``: what a batch that requests enter and leave serves per second.
+
+Parses and prints; :mod:`qspec_jax.bench.throughput.measure` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qspec_jax.bench import options
+from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization
+from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands.run import say
+from qspec_jax.errors import UsageError
+from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
+
+if TYPE_CHECKING:
+    from qspec_jax.bench.throughput.measure import ThroughputRun
+    from qspec_jax.decoding.plan import DecodingPlan
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.engine.requests import Request
+    from qspec_jax.engine.results import GenerationResult
+
+_CHUNK_S, _CHUNK_S_AT_A_RATE = 0.5, 0.05
+_CHARACTERS_PER_TOKEN = 4  # of English, about; for models without a tokenizer
+_DESCRIPTION = f"""
+Tokens per second over all requests and of each, time to the first token, inter-token latency, acceptance, occupancy and
+the share of the time that the device waits for the host, for every mode and number of slots. Prompts are first turns of
+ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer there has, up to --max-new-tokens, or
+fewer where a real model stops. Synthetic weights read noise of the same lengths (a token for four characters), and
+their drafts are accepted as noise is: that says nothing about a real model. The share of the prompts' tokens that were
+reused is that of system prompts: conversations have them in --prompt-file, noise with --system-tokens.
+"""
+_COLUMNS = "{:<12} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8}" + " {:>7}" * 4 + " {:>6} {:>6} {:>5} {:>7} {:>6} {:>6} {:>8}"
+
+
+def add_command(commands: Any) -> None:
+    """Adds the parser of this command."""
+    parser = commands.add_parser("throughput", help="serve many requests at once", description=_DESCRIPTION)
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help=f"shape of a model with synthetic weights: {', '.join(PRESETS)}")
+    add("--model", metavar="CHECKPOINT", help="a real model instead, as in generate")
+    add("--slots", default="8", metavar="N,...", help="requests that run together (default: 8)")
+    add("--mode", default="w4a16,qspec", metavar="MODE,...", help="as in generate (default: w4a16,qspec)")
+    add("--draft", choices=("auto", "w4a4", "w4a8"), default="auto", help="precision of drafts (default: auto)")
+    add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+    add("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
+    add("--prompt-file", type=Path, metavar="FILE", help="other prompts than those of ShareGPT, as in generate")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="at most, per request (default: 256)")
+    add("--max-prompt-tokens", type=int, default=1024, metavar="N", help="longer prompts are left out (default: 1024)")
+    add("--system-tokens", type=int, default=0, metavar="N", help="noise in front of noise prompts (default: 0)")
+    add("--system-prompts", type=int, default=1, metavar="N", help="different ones of these, by turns (default: 1)")
+    add("--rate", type=float, metavar="R", help="requests per second, Poisson (default: all at once)")
+    chunk = f"that the device runs before the host looks (default: {_CHUNK_S}, at a rate {_CHUNK_S_AT_A_RATE})"
+    add("--chunk", type=float, metavar="SECONDS", help=chunk)
+    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
+    add("--group-size", choices=("32", "64", "128", options.WHOLE_ROW), help="inputs per weight scale, as in decode")
+    add("--asymmetric", action="store_true", help="synthetic weights with zero points (default: symmetric)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--plot", type=Path, metavar="FILE.png", help="draw tokens/s over slots; needs matplotlib")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints."""
+    request, all_modes, rows = _read(arguments)
+    from qspec_jax.bench.environment import environment, header
+    from qspec_jax.bench.models import describe_model
+
+    facts = environment(arguments.argv)
+    print(header(facts))
+    conversations = _conversations(arguments)
+    runs: list[ThroughputRun] = []
+    report: dict[str, Any] = {"environment": facts, "models": [], "runs": []}
+    four_bit = [mode for mode in all_modes if mode != "float"]
+    for modes in filter(None, (four_bit, [mode for mode in all_modes if mode == "float"])):
+        say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
+        model = request.load(floating_point=modes == ["float"])
+        report["models"].append(describe_model(model, synthetic=request.path is None))
+        weights = "synthetic weights" if request.path is None else "its own weights"
+        print(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
+        print(table_head(), flush=True)
+        for one in _measure(model, modes, rows, conversations, arguments):
+            runs.append(one)
+            print(table_row(one), flush=True)
+            report["runs"].append(one.to_dict())
+            if arguments.json is not None:
+                arguments.json.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")
+    if arguments.plot is not None:
+        plot_throughput(arguments.plot, runs, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
+    return 0
+
+
+def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], list[int]]:
+    """Checks everything that can be wrong before a weight is made or a program compiled."""
+    options.check_writable(arguments.json, option="--json")
+    options.check_writable(arguments.plot, option="--plot")
+    options.check_matplotlib(arguments.plot)
+    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length", "system_prompts"):
+        options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
+    options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
+    for name in ("rate", "chunk"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UsageError(f"--{name} {value} must be more than 0")
+    from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
+    from qspec_jax.model.placement import decoder_options
+
+    decoder_options(arguments.kernels, arguments.dtype)
+    name, config, path = chosen_model(arguments)
+    if arguments.system_tokens and path is not None:
+        raise UsageError("--system-tokens is for --preset; give a --model conversations with system messages instead")
+    longest_prompt = arguments.system_tokens + arguments.max_prompt_tokens
+    if longest_prompt + arguments.max_new_tokens > config.max_position_embeddings:
+        raise UsageError(
+            f"--max-prompt-tokens {arguments.max_prompt_tokens}, --system-tokens {arguments.system_tokens} and "
+            f"--max-new-tokens {arguments.max_new_tokens} do not fit the context of {name}, "
+            f"{config.max_position_embeddings}; lower one of them"
+        )
+    request = ModelRequest(
+        name=name,
+        config=config,
+        path=path,
+        quantization=chosen_quantization(arguments, config),
+        dtype=arguments.dtype,
+        kernels=arguments.kernels,
+    )
+    modes = options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES))
+    return request, modes, options.parse_numbers(arguments.slots, option="--slots")
+
+
+def _conversations(arguments: argparse.Namespace) -> list[Conversation]:
+    if arguments.prompt_file is None:
+        return sharegpt(2 * arguments.num_prompts)  # some are too long
+    from qspec_jax.commands.prompt_files import read_prompt_file
+
+    prompts = read_prompt_file(arguments.prompt_file)
+    if not prompts:
+        raise UsageError(f"--prompt-file {arguments.prompt_file} has no prompt")
+    return [Conversation(prompt) for prompt in prompts]
+
+
+def _measure(
+    model: LanguageModel,
+    modes: Sequence[str],
+    rows: Sequence[int],
+    conversations: Sequence[Conversation],
+    arguments: argparse.Namespace,
+):
+    from qspec_jax.bench.throughput.measure import measure_throughput
+    from qspec_jax.decoding.pieces import fitting_slots
+
+    chunk_s = arguments.chunk or (_CHUNK_S if arguments.rate is None else _CHUNK_S_AT_A_RATE)
+    for mode in modes:
+        plan = model.plan(mode, draft=arguments.draft, draft_length=arguments.draft_length)
+        requests = fitting_requests(model, plan, conversations, arguments)
+        longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+        for count in rows:
+            say(f"{mode}, {count} slots, {len(requests)} requests ...")
+            yield measure_throughput(
+                model,
+                plan,
+                requests,
+                rows=count,
+                slots=fitting_slots(longest),
+                chunk_s=chunk_s,
+                rate=arguments.rate,
+            )
+
+
+def fitting_requests(
+    model: LanguageModel, plan: DecodingPlan, conversations: Sequence[Conversation], arguments: argparse.Namespace
+) -> list[Request]:
+    """The first conversations whose prompts are short enough, as requests."""
+    from qspec_jax.engine.requests import Request
+
+    limit, found, noise = arguments.max_prompt_tokens, [], random.Random(0)
+    systems = [_noise_tokens(noise, model, arguments.system_tokens) for _ in range(arguments.system_prompts)]
+    for one in conversations:
+        prompt, answer_tokens = one.prompt, arguments.max_new_tokens
+        if model.tokenizer is None:
+            length = len(str(prompt)) // _CHARACTERS_PER_TOKEN + 1
+            prompt = _noise_tokens(noise, model, min(length, limit + 1))
+            answer_tokens = arguments.max_new_tokens if one.answer is None else len(one.answer) // _CHARACTERS_PER_TOKEN
+        elif one.answer is not None:
+            answer_tokens = len(model.tokenizer.encode(one.answer))
+        new_tokens = max(1, min(arguments.max_new_tokens, answer_tokens))
+        request: Request | GenerationResult = model.attempt(prompt, plan, max_new_tokens=new_tokens)
+        if isinstance(request, Request) and len(request.token_ids) <= limit:
+            system = systems[len(found) % len(systems)]
+            prefix_length = request.prefix_length + len(system)
+            token_ids = [*system, *request.token_ids]
+            found.append(dataclasses.replace(request, token_ids=token_ids, prefix_length=prefix_length))
+        if len(found) == arguments.num_prompts:
+            break
+    if not found:
+        raise UsageError(f"no prompt has at most --max-prompt-tokens {limit}; raise it")
+    return found
+
+
+def _noise_tokens(noise: random.Random, model: LanguageModel, length: int) -> list[int]:
+    return [noise.randrange(model.config.vocab_size) for _ in range(length)]
+
+
+def table_head() -> str:
+    """The names of the columns."""
+    return _COLUMNS.format(
+        *("mode", "drafts", "gamma", "slots", "rate", "tokens/s", "per req.", "TTFT50", "TTFT99", "ITL50", "ITL99"),
+        *("accept", "occup.", "gap", "prefill", "reused", "sec.", "compile s"),
+    )
+
+
+def table_row(one: ThroughputRun) -> str:
+    """A run as a line: tokens per second in total and of the median request, latencies in milliseconds."""
+    speeds, first, between = one.request_tokens_per_s, one.first_token_s, one.inter_token_s
+    return _COLUMNS.format(
+        *(one.mode, one.draft or "-", one.draft_length or "-", one.rows, _number(one.rate, ".3g")),
+        *(f"{one.tokens_per_s:.1f}", _number(speeds.get("p50"), ".1f")),
+        *(_milliseconds(first, "p50"), _milliseconds(first, "p99")),
+        *(_milliseconds(between, "p50"), _milliseconds(between, "p99")),
+        *(_number(one.acceptance_rate, ".2f"), _number(one.occupancy, ".0%"), f"{one.gap_share:.1%}"),
+        *(f"{one.prefill_share:.0%}", f"{one.num_reused_tokens / one.num_prompt_tokens:.0%}"),
+        *(f"{one.seconds:.1f}", f"{one.compile_s:.1f}"),
+    )
+
+
+def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) -> None:
+    """Draws tokens per second over slots, a line per mode, into a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for mode in dict.fromkeys(one.mode for one in runs):
+        points = sorted((one.rows, one.tokens_per_s) for one in runs if one.mode == mode)
+        axes.plot([rows for rows, _ in points], [speed for _, speed in points], marker="o", label=mode)
+    axes.set(xlabel="slots", ylabel="tokens per second, all requests")
+    axes.set_title(title, fontsize="small")
+    axes.grid(visible=True, alpha=0.2)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _milliseconds(percentiles: dict[str, float], name: str) -> str:
+    return _number(1e3 * percentiles[name] if name in percentiles else None, ".0f")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

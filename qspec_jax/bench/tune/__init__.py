@@ -1,0 +1,1 @@
+"""``bench tune``: the fastest Triton tiles among those that are right."""

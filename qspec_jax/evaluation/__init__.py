@@ -1,0 +1,1 @@
+"""How good a model is: scores of texts and drafts, lm-eval, conversations to ask."""

@@ -1,0 +1,211 @@
+"""How good a quantised model is, and how often its drafts are right.
+
+Text: perplexity of every precision, and against a baseline (the same checkpoint in floating point) the share of
+positions where both choose the same token, and the Kullback-Leibler divergence ``KL(baseline || model)`` in nats per
+token. Drafts: for a draft precision and length, how many of the drafts a verification accepts, in all and by their
+place in the draft.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.engine.results import GenerationResult
+from qspec_jax.errors import UsageError
+from qspec_jax.model.precision import Precision
+
+Logits = Callable[[Int32[Array, "1 T"]], Float32[Array, "1 T V"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+    """Figures of one precision over a text.
+
+    Attributes:
+        name: ``baseline``, or a precision.
+        num_tokens: predicted tokens.
+        perplexity: ``exp`` of the mean negative log-likelihood of a token.
+        agreement: share of positions where the most likely token is the baseline's; None for the baseline.
+        kl: ``KL(baseline || model)``, nats per token; None for the baseline.
+    """
+
+    name: str
+    num_tokens: int
+    perplexity: float
+    agreement: float | None
+    kl: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftScore:
+    """Figures of one draft precision and length over some prompts.
+
+    Attributes:
+        draft: precision of the drafts.
+        draft_length: drafts per cycle.
+        num_prompts, num_tokens: prompts, and tokens generated for them.
+        acceptance_rate: accepted over drafted tokens.
+        tokens_per_cycle: accepted drafts and the token after them.
+        acceptance_by_position: share of cycles in which the first, second, ... draft was accepted.
+        identical: prompts whose tokens are those of plain W4A16 decoding.
+    """
+
+    draft: str
+    draft_length: int
+    num_prompts: int
+    num_tokens: int
+    acceptance_rate: float
+    tokens_per_cycle: float
+    acceptance_by_position: tuple[float, ...]
+    identical: int
+
+
+def score_text(
+    model: LanguageModel,
+    token_ids: Sequence[int],
+    *,
+    precisions: Sequence[Precision],
+    baseline: LanguageModel | None = None,
+    context: int = 512,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[TextScore]:
+    """Scores a text in windows of ``context`` tokens that do not overlap.
+
+    Args:
+        model: with 4-bit weights.
+        token_ids: the text, at least two tokens.
+        precisions: of ``model``.
+        baseline: the model to compare with at ``Precision.FLOAT``; None compares with ``model`` at W4A16.
+        context: tokens per window; a last window of less than two tokens is left out.
+        progress: wraps the iteration over windows.
+
+    Returns:
+        the baseline's score, then one per precision.
+
+    Raises:
+        UsageError: the text or the context is too short, or a precision does not fit the model.
+    """
+    if context < 2 or len(token_ids) < 2:
+        raise UsageError(f"a text of {len(token_ids)} tokens in windows of {context}: both must be at least 2")
+    reference = (
+        logits_function(model, Precision.W4A16) if baseline is None else logits_function(baseline, Precision.FLOAT)
+    )
+    functions = {precision: logits_function(model, precision) for precision in precisions}
+    totals = {name: np.zeros(4) for name in ("baseline", *functions)}
+    windows = list(_windows(token_ids, context))
+    for start in progress(range(len(windows))):
+        tokens = jnp.asarray(windows[start], jnp.int32)[None]
+        expected = reference(tokens)
+        totals["baseline"] += np.asarray(_compare(expected, expected, tokens))
+        for precision, function in functions.items():
+            totals[precision] += np.asarray(_compare(function(tokens), expected, tokens))
+    first, *others = totals.values()
+    return [_text_score("baseline", first, compared=False)] + [
+        _text_score(precision.value, total, compared=True) for precision, total in zip(functions, others, strict=True)
+    ]
+
+
+def logits_function(model: LanguageModel, precision: Precision) -> Logits:
+    """A compiled ``tokens [1, T] -> logits [1, T, V]`` at a precision."""
+    if precision is not Precision.FLOAT and model.quantization is None:
+        raise UsageError(f"precision {precision.value} needs 4-bit weights; load the model with a QuantConfig")
+    model.programs.prepare(DecodingPlan(verify=precision))
+    graph, state = nnx.split(model.decoder)
+
+    @jax.jit
+    def logits(state: nnx.State, tokens: Array) -> Array:
+        decoder = nnx.merge(graph, state)
+        cache = decoder.create_cache(batch=1, slots=tokens.shape[1])
+        return decoder(tokens, cache, precision=precision)[0]
+
+    return lambda tokens: logits(state, tokens)
+
+
+def score_drafts(
+    model: LanguageModel,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    drafts: Sequence[str],
+    draft_lengths: Sequence[int],
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    progress: Callable[[Iterable[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
+) -> list[DraftScore]:
+    """Generates for the prompts with every draft precision and length.
+
+    Raises:
+        UsageError: as :meth:`LanguageModel.generate`.
+    """
+    generate = functools.partial(model.generate, list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size)
+    plain = generate(mode="w4a16")
+    pairs = [(draft, length) for draft in drafts for length in draft_lengths]
+    return [_draft_score(generate(draft=draft, draft_length=length), plain) for draft, length in progress(pairs)]
+
+
+def _draft_score(results: list[GenerationResult], plain: list[GenerationResult]) -> DraftScore:
+    stats = [result.stats for result in results]
+    cycles = max(1, sum(s.cycles for s in stats))
+    accepted = sum(s.accepted for s in stats)
+    lengths = np.sum([s.accepted_lengths for s in stats], axis=0)  # cycles by number of accepted drafts
+    at_least = np.cumsum(lengths[::-1])[::-1] / cycles
+    return DraftScore(
+        draft=str(stats[0].draft),
+        draft_length=stats[0].draft_length,
+        num_prompts=len(results),
+        num_tokens=sum(s.num_tokens for s in stats),
+        acceptance_rate=accepted / max(1, sum(s.drafted for s in stats)),
+        tokens_per_cycle=1 + accepted / cycles,
+        acceptance_by_position=tuple(at_least[1:].tolist()),
+        identical=sum(a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)),
+    )
+
+
+def _windows(token_ids: Sequence[int], context: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(token_ids), context):
+        window = token_ids[start : start + context]
+        if len(window) >= 2:
+            yield window
+
+
+@jax.jit
+def _compare(
+    logits: Float32[Array, "1 T V"], expected: Float32[Array, "1 T V"], tokens: Int32[Array, "1 T"]
+) -> Float32[Array, " 4"]:
+    """Sums over the predicted tokens: their number, negative log-likelihood, divergence, agreement."""
+    log_p = jax.nn.log_softmax(logits[0, :-1])
+    log_expected = jax.nn.log_softmax(expected[0, :-1])
+    likelihood = jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=1)
+    divergence = jnp.sum(jnp.exp(log_expected) * (log_expected - log_p))
+    agreement = jnp.sum(jnp.argmax(log_p, axis=1) == jnp.argmax(log_expected, axis=1))
+    count = jnp.float32(log_p.shape[0])
+    return jnp.stack([count, -likelihood.sum(), divergence, agreement.astype(jnp.float32)])
+
+
+def _text_score(name: str, total: np.ndarray, *, compared: bool) -> TextScore:
+    count, nll, divergence, agreement = total.tolist()
+    return TextScore(
+        name=name,
+        num_tokens=int(count),
+        perplexity=float(np.exp(nll / count)),
+        agreement=agreement / count if compared else None,
+        kl=divergence / count if compared else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelScore:
+    """All that was found out about one model; ``name`` is what the user called it."""
+
+    name: str
+    text: list[TextScore]
+    drafts: list[DraftScore]

@@ -1,0 +1,93 @@
+"""Scores as tables for the eye, and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qspec_jax.evaluation.scores import DraftScore, ModelScore, TextScore
+
+
+def text_table(scores: Sequence[TextScore]) -> str:
+    """One line per precision; empty without scores."""
+    if not scores:
+        return ""
+    lines = [f"{'text':10}{'tokens':>8}{'perplexity':>12}{'agreement':>11}{'KL, nats':>10}"]
+    for score in scores:
+        compared = f"{'-':>11}{'-':>10}"
+        if score.agreement is not None and score.kl is not None:
+            divergence = round(score.kl, 5) + 0.0  # no minus before a zero
+            compared = f"{score.agreement:>11.4f}{divergence:>10.5f}"
+        lines.append(f"{score.name:10}{score.num_tokens:>8}{score.perplexity:>12.3f}{compared}")
+    return "\n".join(lines)
+
+
+def draft_table(scores: Sequence[DraftScore]) -> str:
+    """One line per draft precision and length; empty without scores."""
+    if not scores:
+        return ""
+    lines = [f"{'draft':7}{'length':>7}{'accepted':>10}{'tokens/cycle':>14}{'identical':>11}  accepted by position"]
+    for score in scores:
+        by_position = " ".join(f"{share:.2f}" for share in score.acceptance_by_position)
+        identical = f"{score.identical}/{score.num_prompts}"
+        lines.append(
+            f"{score.draft:7}{score.draft_length:>7}{score.acceptance_rate:>10.3f}{score.tokens_per_cycle:>14.2f}"
+            f"{identical:>11}  {by_position}"
+        )
+    return "\n".join(lines)
+
+
+def comparison_table(models: Sequence[ModelScore]) -> str:
+    """One line per model: perplexity and KL of W4A16, and of each draft acceptance and tokens per cycle."""
+    width = max(len(model.name) for model in models) + 2
+    drafts = [(score.draft, score.draft_length) for score in models[0].drafts]
+    headings = "".join(f"{f'{draft}, {length}':>14}" for draft, length in drafts)
+    lines = [f"{'model':{width}}{'perplexity':>10}{'KL, nats':>10}{headings}"]
+    for model in models:
+        score = next((score for score in model.text if score.name == "w4a16"), None)
+        text = f"{'-':>10}{'-':>10}"
+        if score is not None and score.kl is not None:
+            text = f"{score.perplexity:>10.3f}{round(score.kl, 5) + 0.0:>10.5f}"
+        cells = "".join(f"{f'{s.acceptance_rate:.3f} {s.tokens_per_cycle:.2f}':>14}" for s in model.drafts)
+        lines.append(f"{model.name:{width}}{text}{cells}")
+    return "\n".join(lines)
+
+
+def plot_acceptance(models: Sequence[ModelScore], path: Path) -> None:
+    """Acceptance by position, one line per model, draft precision and length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for model in models:
+        for score in model.drafts:
+            positions = range(1, score.draft_length + 1)
+            label = f"{score.draft}, drafts of {score.draft_length}"
+            label = label if len(models) == 1 else f"{model.name}: {label}"
+            axes.plot(positions, score.acceptance_by_position, marker="o", label=label)
+    axes.set(xlabel="place in the draft", ylabel="share of cycles in which it is accepted", ylim=(0, 1))
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path)
+
+
+def plot_outliers(maxima: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+    """The largest magnitude of each channel in each layer, as one picture per model on a common logarithmic scale.
+
+    Args:
+        maxima: names, and ``[L, K]`` maxima.
+        path: of the file.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 2.2 * len(maxima)), layout="constrained")
+    norm = LogNorm(max(min(a.min() for _, a in maxima), 1e-2), max(a.max() for _, a in maxima))
+    pictures = np.atleast_1d(figure.subplots(len(maxima), sharex=True))
+    for axes, (name, values) in zip(pictures, maxima, strict=True):
+        image = axes.imshow(values, norm=norm, aspect="auto", interpolation="nearest")
+        axes.set(title=name, ylabel="layer")
+    pictures[-1].set(xlabel="channel")
+    figure.colorbar(image, ax=list(pictures), label="largest magnitude")
+    figure.savefig(path)

@@ -1,0 +1,130 @@
+"""A model in, a 4-bit checkpoint out: opens a source, runs a recipe on it, writes what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from qspec_jax.device.memory import check_memory
+from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
+from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.recipes.catalogue import WHOLE_ROW, Conversion, Progress, Recipe, RecipeOptions
+from qspec_jax.recipes.layerwise import open_calibration
+from qspec_jax.recipes.work_folder import remove_work_folders
+from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
+from qspec_jax.weights.fill import weight_formats
+from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer, resolve_model
+from qspec_jax.weights.source import CheckpointSource
+
+# Float32 copies of the largest tensor that reading and rounding it take beside the finished model.
+_WORKING_COPIES = 4
+
+
+def convert(
+    model: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    options: RecipeOptions,
+    overwrite: bool = False,
+    progress: Progress = Progress(),  # noqa: B008 - frozen
+) -> Conversion:
+    """Quantises a model and writes it as a checkpoint.
+
+    Args:
+        model: what :func:`qspec_jax.load` takes.
+        path: of the checkpoint.
+        recipe: how.
+        options: of the recipe.
+        overwrite: replace a checkpoint at ``path``.
+        progress: who hears of it.
+
+    Raises:
+        UsageError: an argument makes no sense for this model.
+        CheckpointError, UnsupportedModelError: the model cannot be read, or the checkpoint not be written.
+        OutOfMemoryError: it cannot fit into memory; said before it is tried.
+    """
+    start = time.perf_counter()
+    _check_calibration(recipe, options)
+    source_path = resolve_model(model)
+    source = open_source(source_path)
+    estimate = _estimate(source, recipe.config(source.config), options)
+    check_destination(path, estimate.finished, overwrite=overwrite)
+    check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
+    needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
+    progress.say(f"{source_path.name}: {needed}")
+    tokenizer = open_tokenizer(source_path)
+    bytes_before = model_bytes(source_path)
+    if recipe.calibrate is not None:
+        assert options.calibration is not None
+        calibration = open_calibration(
+            source,
+            tokenizer,
+            options.calibration,
+            num_tokens=options.calibration_tokens,
+            output=Path(path),
+            settings=recorded(recipe, options),
+        )
+        source = recipe.calibrate(source, options, calibration, progress)
+    decoder = recipe.quantize(source, options, progress)
+    manifest = save_checkpoint(
+        path,
+        decoder,
+        tokenizer=tokenizer,
+        quantization=options.quantization,
+        recipe=recorded(recipe, options),
+        overwrite=overwrite,
+        progress=lambda groups: progress.bar(groups, "writing"),
+    )
+    remove_work_folders(Path(path))
+    return Conversion(Path(path), bytes_before, manifest.num_bytes, time.perf_counter() - start)
+
+
+def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
+    """The recipe and its settings as JSON values; the draft activations are recorded elsewhere."""
+    quantization = options.quantization
+    settings = {
+        "name": recipe.name,
+        "group_size": quantization.group_size or WHOLE_ROW,
+        "symmetric": quantization.symmetric,
+        "dtype": options.dtype,
+    }
+    if options.calibration is not None:
+        settings |= {"calibration": options.calibration.name, "calibration_tokens": options.calibration_tokens}
+    return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """Bytes of the finished arrays, and at the peak of making them."""
+
+    finished: int
+    peak: int
+
+
+def _estimate(source: CheckpointSource, config: ModelConfig, options: RecipeOptions) -> _Estimate:
+    formats = weight_formats(source, options.quantization)
+    decoder = abstract_decoder(
+        config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
+    )
+    finished = num_bytes(decoder)
+    largest = max(math.prod(spec.shape) for spec in expected_parameters(config).values())
+    return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
+
+
+def _check_calibration(recipe: Recipe, options: RecipeOptions) -> None:
+    if recipe.calibrate is not None and options.calibration is None:
+        raise UsageError(
+            f"recipe {recipe.name} runs the model on text, and none is given; use --calibration FILE (a text, or JSONL "
+            'with {"prompt": TEXT} on each line)'
+        )
+    if recipe.calibrate is None and options.calibration is not None:
+        raise UsageError(f"recipe {recipe.name} reads no calibration text; leave out --calibration, or use gptq")

@@ -1,0 +1,112 @@
+"""Recipe files, and group sizes as they and the options of commands write them.
+
+A recipe file (TOML) names a recipe and holds options::
+
+    recipe = "rtn"
+    group_size = 64           # 32, 64, 128 or "row"
+    symmetric = true
+    dtype = "float32"         # of what is not quantised
+    calibration = "text.txt"  # of gptq, with calibration_tokens = 65536; relative to the recipe file
+
+    [w4a4]                    # activations of W4A4 drafts; [w4a8] likewise
+    group_size = 64
+    symmetric = false
+    clip_ratio = 0.95
+    outlier_groups = 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ActivationQuantization
+from qspec_jax.recipes.catalogue import RECIPES, WHOLE_ROW, Recipe, RecipeOptions
+
+
+def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
+    """The recipe that ``text`` names, or that the file ``text`` describes.
+
+    Raises:
+        UsageError: there is no such recipe, or the file is not understood.
+    """
+    if text in RECIPES:
+        return RECIPES[text], RecipeOptions(RECIPES[text].quantization)
+    path = Path(text)
+    if path.suffix != ".toml":
+        raise UsageError(f"recipe {text!r} is unknown; use {', '.join(RECIPES)}, or the path of a .toml file")
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return _parse_recipe(fields, path.parent)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _parse_recipe(fields: Mapping[str, Any], folder: Path) -> tuple[Recipe, RecipeOptions]:
+    kinds = {"recipe": str, "group_size": (int, str), "symmetric": bool, "dtype": str, "w4a4": dict, "w4a8": dict}
+    kinds |= {"calibration": str, "calibration_tokens": int}
+    _check_fields(fields, kinds, "the recipe")
+    if fields.get("recipe") not in RECIPES:
+        given = repr(fields["recipe"]) if "recipe" in fields else "none"
+        raise UsageError(f'recipe is {given}; write recipe = "NAME" with one of {", ".join(RECIPES)}')
+    recipe = RECIPES[fields["recipe"]]
+    changes: dict[str, Any] = {key: fields[key] for key in ("group_size", "symmetric") if key in fields}
+    if "group_size" in changes:
+        changes["group_size"] = parse_group_size(changes["group_size"])
+    for precision in ("w4a4", "w4a8"):
+        if precision in fields:
+            default = getattr(recipe.quantization, precision)
+            changes[precision] = _parse_activations(fields[precision], default, f"[{precision}]")
+    others: dict[str, Any] = {key: fields[key] for key in ("dtype", "calibration_tokens") if key in fields}
+    if "calibration" in fields:
+        others["calibration"] = folder / fields["calibration"]
+    return recipe, RecipeOptions(dataclasses.replace(recipe.quantization, **changes), **others)
+
+
+def _parse_activations(
+    fields: Mapping[str, Any], default: ActivationQuantization, where: str
+) -> ActivationQuantization:
+    kinds = {"group_size": (int, str), "symmetric": bool, "clip_ratio": (float, int), "outlier_groups": int}
+    _check_fields(fields, kinds, where)
+    changes = dict(fields)
+    if "group_size" in changes:
+        changes["group_size"] = parse_group_size(changes["group_size"])
+    if "clip_ratio" in changes:
+        changes["clip_ratio"] = float(changes["clip_ratio"])
+    try:
+        return dataclasses.replace(default, **changes)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    if unknown := [key for key in fields if key not in kinds]:
+        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; known: {', '.join(kinds)}")
+    for key, value in fields.items():
+        allowed = kinds[key] if isinstance(kinds[key], tuple) else (kinds[key],)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise UsageError(f"{where}: {key} = {value!r} must be of type {names}")
+
+
+def parse_group_size(value: int | str) -> int | None:
+    """A group size as recipes and options write it: a number, or ``row`` for the whole row.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value == WHOLE_ROW:
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"group_size={value!r} is not supported; use a number or {WHOLE_ROW!r}") from error

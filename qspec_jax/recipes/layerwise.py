@@ -1,0 +1,197 @@
+"""Quantises a model layer by layer on calibration text, in the memory of one layer, and keeps what is finished.
+
+Each linear is rounded by GPTQ against the inputs it will have: those that the layers before it, and the linears before
+it in its own layer, give once they are rounded. Every finished layer is a file in a work folder, whose name is keyed
+by all that its bytes depend on; a run that was interrupted finds them and goes on after the last one.
+
+The result is a checkpoint source like the one that was given, except that its linears are 4-bit codes already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from pallas_kernels import QuantizedWeight, dequantize
+from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.model.blocks import DecoderLayer
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
+from qspec_jax.quantization.gptq import gptq
+from qspec_jax.recipes.observe import MAX_BATCH, advance, linear_of, second_moments
+from qspec_jax.recipes.text import CONTEXT, token_windows
+from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
+from qspec_jax.weights.fill import load_layer
+from qspec_jax.weights.source import CheckpointSource, FourBitFormat, TensorEntry
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
+
+# Float32 arrays of the shape of a Hessian, and of a linear, that rounding the linear takes.
+_HESSIAN_COPIES = 6
+_WEIGHT_COPIES = 5
+_PROGRAM_BYTES = 1 << 29  # what compiling takes, measured on a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseSource:
+    """A source whose linears are read from a work folder."""
+
+    config: ModelConfig
+    path: Path
+    entries: Mapping[str, TensorEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A text to run a model on.
+
+    Attributes:
+        tokens: ``[windows, T]`` int32.
+        work: keeps finished layers, for a run that is interrupted.
+    """
+
+    tokens: np.ndarray
+    work: WorkFolder
+
+
+def open_calibration(
+    source: CheckpointSource,
+    tokenizer: Tokenizer | None,
+    text: Path,
+    *,
+    num_tokens: int,
+    output: Path,
+    settings: Mapping[str, Any],
+) -> Calibration:
+    """Reads a calibration text.
+
+    Args:
+        source: the model.
+        tokenizer: of the model.
+        text: a file as in :func:`token_windows`.
+        num_tokens: how much of it.
+        output: the checkpoint that is to be written.
+        settings: JSON values on which the finished layers depend.
+
+    Raises:
+        UsageError: the text cannot be read or is too short, or there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise UsageError(f"{source.path.name} has no tokenizer, without which calibration text cannot be read")
+    context = min(CONTEXT, source.config.max_position_embeddings)
+    tokens = token_windows(text, tokenizer, num_tokens=num_tokens, context=context)
+    return Calibration(tokens, WorkFolder(output, fingerprint(source, tokens, settings)))
+
+
+def quantize_layers(
+    source: CheckpointSource,
+    calibration: Calibration,
+    *,
+    quantization: QuantConfig,
+    bar: Callable[[Iterable[int], str], Iterable[int]] = lambda items, _: items,
+) -> LayerwiseSource:
+    """Rounds every linear of a model by GPTQ, or takes it from the work folder.
+
+    Args:
+        source: the model, in floats or in 4 bits.
+        calibration: text, and finished layers.
+        quantization: the grid.
+        bar: wraps the iteration over layers.
+
+    Raises:
+        UsageError: a token is not of this model.
+        CheckpointError: a tensor cannot be read, a layer not be written, or activations are not finite.
+        OutOfMemoryError: a layer does not fit; raised beforehand where that can be told.
+    """
+    config, tokens, work = source.config, calibration.tokens, calibration.work
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise UsageError(f"calibration token {tokens.max()} is not among the {config.vocab_size} of the model")
+    what = f"calibrating {source.path.name} on {tokens.size} tokens"
+    check_memory(calibration_bytes(config, tokens.shape), what=f"the largest layer and its Hessians, for {what},")
+    finished = LayerwiseSource(config, source.path, {**source.entries, **_entries(config, quantization, work)})
+    with explain_out_of_memory(f"while {what}"):
+        streams = embed(source, tokens)
+        for index in bar(range(config.num_layers), "calibrating"):
+            if not work.has(index):
+                layer = load_layer(source, index)
+                work.write(index, _quantize_layer(layer, streams, quantization, f"layer {index}"))
+            if index + 1 < config.num_layers:
+                streams = advance(load_layer(finished, index), streams)
+    return finished
+
+
+def calibration_bytes(config: ModelConfig, windows: tuple[int, ...]) -> int:
+    """Bytes at the peak of :func:`quantize_layers`, for ``[windows, T]`` tokens."""
+    num_windows, context = windows
+    shapes = [spec.shape for name, spec in expected_parameters(config).items() if name.startswith("layers.0.")]
+    layer = sum(math.prod(shape) for shape in shapes)
+    rounding = max(
+        _HESSIAN_COPIES * num_inputs**2 + _WEIGHT_COPIES * _num_outputs(config, linear) * num_inputs
+        for linear, num_inputs in linear_inputs(config).items()
+    )
+    streams = 2 * num_windows * context * config.hidden_size
+    batch = MAX_BATCH * context * (4 * config.intermediate_size + 4 * config.hidden_size + config.num_heads * context)
+    embedding = 2 * config.vocab_size * config.hidden_size
+    return _PROGRAM_BYTES + 4 * max(embedding + streams, layer + streams + max(rounding, batch))
+
+
+def _num_outputs(config: ModelConfig, linear: str) -> int:
+    if linear in part_sizes(config):
+        return sum(part_sizes(config)[linear])
+    return config.hidden_size
+
+
+def embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
+    """The residual streams in front of the first layer, in equal batches."""
+    embedding = source.entries["embedding.weight"].read()
+    assert isinstance(embedding, np.ndarray)
+    batches = np.split(tokens, len(tokens) // math.gcd(len(tokens), MAX_BATCH))
+    return [jnp.asarray(embedding[batch].astype(np.float32)) for batch in batches]
+
+
+def _quantize_layer(
+    layer: DecoderLayer, streams: list[Array], quantization: QuantConfig, where: str
+) -> dict[str, QuantizedWeight]:
+    """The linears of a layer in the order in which they run, each after those before it were rounded."""
+    rounded = {}
+    for name in linear_inputs(layer.attention.config):
+        hessian = second_moments(layer, streams, name)
+        if not bool(jnp.isfinite(hessian).all()):
+            raise CheckpointError(
+                f"the inputs of {where} {name} are not finite on the calibration text; the weights of the model are "
+                "damaged, or too large for float32"
+            )
+        linear = linear_of(layer, name)
+        rounded[name] = gptq(
+            linear.weight.get_value(),
+            hessian,
+            group_size=quantization.group_size,
+            symmetric=quantization.symmetric,
+        )
+        linear.weight.set_value(dequantize(rounded[name]))
+    return rounded
+
+
+def _entries(config: ModelConfig, quantization: QuantConfig, work: WorkFolder) -> dict[str, TensorEntry]:
+    """The linears as they will be read from the work folder."""
+    entries = {}
+    for name, spec in expected_parameters(config).items():
+        if spec.kind != "linear":
+            continue
+        _, index, path = name.removesuffix(".weight").split(".", 2)
+        linear, part = PART_OF.get(path, (path, 0))
+        first = sum(part_sizes(config)[linear][:part]) if linear in part_sizes(config) else 0
+        rows = slice(first, first + spec.shape[0])
+        four_bit = FourBitFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
+        entries[name] = TensorEntry(spec.shape, functools.partial(work.read, int(index), linear, rows), four_bit)
+    return entries

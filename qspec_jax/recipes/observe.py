@@ -1,0 +1,128 @@
+"""What calibration needs: text as windows of tokens, and the second moments of what each linear of a layer reads.
+
+A layer is run as it is, over all windows at once, from empty caches. To see the inputs of one of its linears, that
+module is replaced, while the layer is traced, by one that hands on what it is given; XLA leaves out what comes after.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import PartialSums, value_of
+from qspec_jax.model import rope
+from qspec_jax.model.blocks import DecoderLayer, ResidualStream, TokenContext
+from qspec_jax.model.cache import LayerCache
+from qspec_jax.model.linear import Linear
+from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.precision import Precision
+
+if TYPE_CHECKING:
+    pass
+
+MAX_BATCH = 8  # windows that run together
+
+
+def advance(layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]]) -> list[Array]:
+    """The residual streams, which are all there is between two layers, after a float32 layer."""
+    graph, state = nnx.split(layer)
+    with jax.default_matmul_precision("highest"):
+        return [_advance(graph, state, stream) for stream in streams]
+
+
+def second_moments(
+    layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
+) -> Float32[Array, "K K"]:
+    """Mean of ``x x^T`` over the inputs ``x`` that a linear of a float32 layer reads.
+
+    Args:
+        layer: of a model.
+        streams: the residual streams before it.
+        linear: a key of ``linear_inputs``.
+    """
+    graph, state = nnx.split(layer)
+    num_inputs = linear_inputs(layer.attention.config)[linear]
+    total = jnp.zeros((num_inputs, num_inputs), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        for stream in streams:
+            total = _accumulate(graph, state, stream, total, linear=linear)
+    return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
+
+
+def largest_inputs(
+    layer: DecoderLayer, streams: Sequence[Float32[Array, "B T D"]], linear: str
+) -> Float32[np.ndarray, " K"]:
+    """The largest magnitude of each input that a linear of a float32 layer reads; arguments as ``second_moments``."""
+    graph, state = nnx.split(layer)
+    with jax.default_matmul_precision("highest"):
+        return np.max([_largest(graph, state, stream, linear=linear) for stream in streams], axis=0)
+
+
+def linear_of(layer: DecoderLayer, linear: str) -> Linear:
+    """A linear of a layer, by a key of ``linear_inputs``."""
+    block, name = linear.split(".")
+    return getattr(getattr(layer, block), name)
+
+
+class _Observed(nnx.Module):
+    """A linear whose inputs somebody else sees too."""
+
+    def __init__(self, linear: Linear, observe: Callable[[Array], None]) -> None:
+        self.linear = linear
+        self.kernels = linear.kernels
+        self.observe = observe
+
+    def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
+        return value_of(self.partial_sums(x, precision=precision))
+
+    def partial_sums(
+        self, x: Float[Array, "*batch K"], *, precision: Precision
+    ) -> Float[Array, "*batch N"] | PartialSums:
+        self.observe(x)
+        return self.linear.partial_sums(x, precision=precision)
+
+    def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
+        return self.linear.input_quantization(precision)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
+    return _run(nnx.merge(graph, state), stream).value()
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="linear", donate_argnums=3)
+def _accumulate(graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str) -> Array:
+    inputs = _inputs(nnx.merge(graph, state), stream, linear)
+    return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="linear")
+def _largest(graph: nnx.GraphDef, state: nnx.State, stream: Array, *, linear: str) -> Array:
+    return jnp.abs(_inputs(nnx.merge(graph, state), stream, linear)).max((0, 1))
+
+
+def _inputs(layer: DecoderLayer, stream: Array, linear: str) -> Float32[Array, "B T K"]:
+    seen: list[Array] = []
+    block, name = linear.split(".")
+    setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
+    _run(layer, stream)
+    (inputs,) = seen
+    return inputs
+
+
+def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream:
+    config = layer.attention.config
+    batch, num_tokens, _ = stream.shape
+    positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
+    lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
+    context = TokenContext(lengths, rope.rotation(positions, rope.inverse_frequencies(config)))
+    empty = jnp.zeros((batch, num_tokens, config.num_kv_heads, config.head_dim), jnp.float32)
+    stream_after, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, precision=Precision.FLOAT)
+    return stream_after
