@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,15 @@ TOKENS = jnp.asarray(golden.TOKENS, jnp.int32)
 
 def logits_of(decoder, tokens, precision, *, slots=64):
     return decoder(tokens, decoder.create_cache(batch=tokens.shape[0], slots=slots), precision=precision)[0]
+
+
+_unused_slots = itertools.count(1000)
+
+
+def trace(decoder, precision):
+    """Runs the decoder's Python alone, for a cache as long as no other: nothing is found that was traced before."""
+    slots = next(_unused_slots)
+    jax.eval_shape(lambda: logits_of(decoder, TOKENS, precision, slots=slots))
 
 
 def assert_agree(a, b, precision):
@@ -94,11 +104,10 @@ def test_unrolled_layers_that_are_alike_are_traced_once(monkeypatch):
     """Once as the first layer, which has nothing to add to the residual stream, and once for all others."""
     traced, call = [], DecoderLayer.__call__
     monkeypatch.setattr(DecoderLayer, "__call__", lambda self, *a, **k: traced.append(1) or call(self, *a, **k))
-    jax.clear_caches()
     config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "num_hidden_layers": 4})
     decoder = tiny.decoder(config, scan_layers=False)
     for precision in (Precision.W4A16, Precision.W4A8):
-        logits_of(decoder, TOKENS, precision)
+        trace(decoder, precision)
     assert len(traced) == 4
 
 
@@ -148,8 +157,7 @@ def test_what_feeds_a_linear_is_computed_in_the_form_its_precision_wants(monkeyp
         monkeypatch.setattr(pallas_kernels, name, functools.partial(count, name, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(scan_layers=False)
     add_group_sums(decoder)
-    jax.clear_caches()  # or the layers of another test would do
-    logits_of(decoder, TOKENS, precision)
+    trace(decoder, precision)
     assert calls == expected
 
 
@@ -168,8 +176,7 @@ def test_a_blocks_result_is_added_by_the_norm_after_it(monkeypatch, precision, o
         monkeypatch.setattr(pallas_kernels, name, functools.partial(record, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(scan_layers=False)
     add_group_sums(decoder)
-    jax.clear_caches()  # or the layers of another test would do
-    logits_of(decoder, TOKENS, precision)
+    trace(decoder, precision)
     assert with_update == [False, True, True, True, True]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 
 import jax
@@ -98,6 +99,9 @@ def test_kernels_start_early_on_hopper_from_jax_0_12_on(monkeypatch, backend, ve
     assert early_launch.is_supported() is supported
 
 
+_unused_slots = itertools.count(1000)
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, early):
     monkeypatch.setattr(programs, "launches_early", lambda decoder, plan, rows: early)
@@ -108,18 +112,17 @@ def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, ea
         return original(linear, x, precision=precision)
 
     monkeypatch.setattr(Linear, "partial_sums", watched)
-    model, shape = programs.Programs(tiny.decoder(scan_layers=False)), pieces.Shape(rows=1, slots=64)
-    state = jax.eval_shape(lambda: model.idle_state(shape))
+    model = programs.Programs(tiny.decoder(scan_layers=False))
     lowerings = [
-        (early, lambda: model.lower_loop(PLAIN, shape)),
-        (early, lambda: model.lower_repetition(PLAIN, state)),
-        (False, lambda: model.lower_fill(PLAIN, shape, 32)),
+        (early, lambda shape: model.lower_loop(PLAIN, shape)),
+        (early, lambda shape: model.lower_repetition(PLAIN, jax.eval_shape(lambda: model.idle_state(shape)))),
+        (False, lambda shape: model.lower_fill(PLAIN, shape, 32)),
     ]
     for expected, lower in lowerings:
         traced.clear()
-        jax.clear_caches()  # layers that are alike are traced once
+        shape = pieces.Shape(rows=1, slots=next(_unused_slots))  # layers that are alike are traced once
         with early_launch.early_launch(not expected):  # what the caller traces is not ours
-            lower()
+            lower(shape)
         assert set(traced) == {expected}
     assert not early_launch.is_enabled()
 
