@@ -1,4 +1,9 @@
-"""Checks that hold for every test: annotations are enforced, dtypes never promote silently."""
+"""Checks that hold for every test: annotations are enforced, dtypes never promote silently.
+
+Most tests compile at XLA's lowest level of optimisation, where compiling takes half as long: they ask what is computed,
+not how fast. Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers,
+and compile as users do. ``QSPEC_JAX_THOROUGH=1`` compiles everything so.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,8 @@ jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartyp
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def strict_dtype_promotion():
@@ -27,6 +34,16 @@ def compile_each_program_once(tmp_path_factory):
     """Tests make the same small models again and again, and compiling is most of what that takes."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Sets how hard XLA compiles, before the test's fixtures do: what shares a fixture should be marked alike."""
+    quickly = jax.default_backend() == "cpu" and not THOROUGH and item.get_closest_marker("contract") is None
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # what is compiled the other way
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for commands that the test starts
 
 
 @pytest.fixture(scope="session")

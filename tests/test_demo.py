@@ -12,6 +12,7 @@ from qspec_jax import ActivationQuantization, QuantConfig, SamplingParams
 from tests.golden import make_demo
 
 pytestmark = [
+    pytest.mark.contract,
     pytest.mark.demo,
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="token identity in float32 is a contract of the CPU"),
 ]

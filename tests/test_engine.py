@@ -61,6 +61,7 @@ def is_weight(leaf):
     return isinstance(leaf, QuantizedWeight)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("options", [{"mode": "w4a16"}, {"draft": "w4a8"}, {"draft": "w4a4"}])
 def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, options):
     analysis = compiled_loop(wide_model, **options)
@@ -71,12 +72,14 @@ def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, opti
     assert analysis.temp_size_in_bytes < float_bytes(wide_model) / 4
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("compiled", [compiled_loop, compiled_fill])
 def test_the_programs_work_in_the_buffers_they_are_given(wide_model, compiled):
     cache = wide_model.decoder.create_cache(batch=2, slots=SHAPE.slots)
     assert compiled(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
 
 
+@pytest.mark.contract
 def test_filling_a_row_copies_that_row_alone():
     """With many rows, what is needed besides the buffers given is far less than the cache."""
     model = tiny.language_model()

@@ -45,6 +45,7 @@ def assert_agree(a, b, precision):
         assert float(np.median(np.abs(np.asarray(a) - np.asarray(b)))) < 2e-4
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_float_logits_equal_the_recorded_ones_of_transformers(family):
     decoder = tiny.decoder(ModelConfig.from_hf(tiny.hf_config(family)), quantization=None)

@@ -18,6 +18,8 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from tests import tiny
 
+pytestmark = pytest.mark.contract
+
 ROWS, SLOTS = 3, 128
 PREFIX, OTHER = [*range(40, 70)], [*range(20, 82)]  # of 30 tokens, two pieces, and of 62, four
 SAMPLING = [

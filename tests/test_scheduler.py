@@ -21,6 +21,8 @@ from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
+pytestmark = pytest.mark.contract
+
 WIDTHS = (8, 16)  # of pieces here: a prompt of more than 16 tokens enters in several
 SLOTS = 128
 SAMPLING = [

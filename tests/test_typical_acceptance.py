@@ -15,6 +15,8 @@ from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
+pytestmark = pytest.mark.contract
+
 PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]
 NUM_TOKENS = 33  # the first, and eight cycles of three drafts and the token after them
 ALL_DRAFTS = 1e-30  # accepts every draft that is not ruled out
