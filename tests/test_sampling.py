@@ -220,56 +220,81 @@ def model():
     return tiny.language_model()
 
 
+EVERYTHING = SamplingParams(temperature=1.0, top_k=3, frequency_penalty=0.1, logit_bias={1: 0.1})
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """Generates with one set of programs, whatever the options: beside the prompts runs one that needs everything."""
+
+    def generate(prompts, each, **options):
+        each = [each] * len(prompts) if isinstance(each, SamplingParams) else each
+        options = {"max_new_tokens": 24, "max_seq_len": 64, "batch_size": 4, **options}
+        return model.generate([*prompts, [1]], sampling=[*each, EVERYTHING], **options)[:-1]
+
+    return generate
+
+
 def token_ids(results):
     return [result.token_ids for result in results]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", ["temperature", "top_k_top_p_min_p", "all"])
-def test_a_seed_gives_the_same_text_with_and_without_drafts(model, name):
-    sampling = SamplingParams(**OPTIONS[name], seed=3)
-    plain = token_ids(model.generate(PROMPTS, mode="w4a16", max_new_tokens=24, sampling=sampling))
-    results = model.generate(PROMPTS, draft="w4a4", draft_length=3, max_new_tokens=24, sampling=sampling)
+def test_a_seed_gives_the_same_text_with_and_without_drafts(run, name):
+    each = [SamplingParams(**OPTIONS[name], seed=seed) for seed in (3, 4, 5)]
+    plain = token_ids(run(PROMPTS, each, mode="w4a16"))
+    results = run(PROMPTS, each, draft="w4a4", draft_length=3)
     assert token_ids(results) == plain
     assert 0 < sum(result.stats.accepted for result in results) < sum(result.stats.drafted for result in results)
 
 
-def test_drafts_draw_with_the_noise_of_the_verification(model):
+@pytest.mark.contract
+def test_drafts_draw_with_the_noise_of_the_verification(run):
     """With noise of their own the text would be the same, but most drafts would be wrong."""
-    prompts = PROMPTS * 8
-    sampling = SamplingParams(temperature=1.0)
-    results = model.generate(prompts, draft="w4a8", max_new_tokens=24, batch_size=len(prompts), sampling=sampling)
+    each = [SamplingParams(temperature=1.0, seed=seed) for seed in range(24)]
+    results = run(PROMPTS * 8, each, draft="w4a8")
     accepted, drafted = (sum(getattr(r.stats, name) for r in results) for name in ("accepted", "drafted"))
     assert accepted > 0.8 * drafted
 
 
-def test_drafts_are_penalised_for_the_drafts_before_them(model):
+@pytest.mark.contract
+def test_drafts_are_penalised_for_the_drafts_before_them(run):
     """Biases and penalties leave one text, in which two tokens take turns: what knows of all before is right."""
     sampling = SamplingParams(frequency_penalty=100.0, logit_bias={10: 1e4, 11: 1e4 - 50})
-    results = model.generate(PROMPTS, draft="w4a8", max_new_tokens=17, sampling=sampling)
+    results = run(PROMPTS, sampling, draft="w4a8", max_new_tokens=17)
     assert token_ids(results) == [[10, 11] * 8 + [10]] * len(PROMPTS)
     assert all(result.stats.acceptance_rate == 1 for result in results)
 
 
-def test_a_request_is_the_same_alone_and_among_others(model):
+@pytest.mark.contract
+def test_a_request_is_the_same_alone_and_among_others(model, run):
+    """Alone with programs that have no sampler, or less of one, and are of another shape."""
     each = [SamplingParams(), WARM, SamplingParams(temperature=1.2, top_k=9, frequency_penalty=0.5, seed=1)]
-    together = token_ids(model.generate(PROMPTS, max_new_tokens=16, sampling=each))
-    turned = token_ids(model.generate(PROMPTS[::-1], max_new_tokens=16, sampling=each[::-1]))
+    together = token_ids(run(PROMPTS, each, draft="w4a8"))
+    turned = token_ids(run(PROMPTS[::-1], each[::-1], draft="w4a8"))
     assert together == turned[::-1]
-    assert together[0] == model.generate(PROMPTS, max_new_tokens=16)[0].token_ids  # greedy, without a sampler
-    assert together[1] == model.generate([PROMPTS[1]], max_new_tokens=16, sampling=[WARM])[0].token_ids
+    assert together[0] == model.generate(PROMPTS, draft="w4a8", max_new_tokens=24)[0].token_ids
+    assert together[1] == model.generate([PROMPTS[1]], draft="w4a8", max_new_tokens=24, sampling=[WARM])[0].token_ids
 
 
+@pytest.mark.contract
 def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
-    texts = token_ids(model.generate([PROMPTS[0]] * 3, max_new_tokens=16, sampling=WARM))
-    assert len({tuple(text) for text in texts}) == 3
-    third = dataclasses.replace(WARM, seed=WARM.seed + 2)
-    assert model.generate(PROMPTS[0:1], max_new_tokens=16, sampling=third)[0].token_ids == texts[2]
+    """One for all that needs everything shares the programs of the other tests."""
+    one_for_all = dataclasses.replace(EVERYTHING, top_k=20, seed=7)
+    options = {"draft": "w4a8", "max_new_tokens": 16, "max_seq_len": 64, "batch_size": 4}
+    texts = token_ids(model.generate([PROMPTS[0]] * 4, sampling=one_for_all, **options))
+    assert len({tuple(text) for text in texts}) == 4
+    third = dataclasses.replace(one_for_all, seed=9)
+    assert token_ids(model.generate([PROMPTS[0]] * 4, sampling=third, **options))[:2] == texts[2:]
 
 
+@pytest.mark.contract
 def test_greedy_requests_run_the_program_without_a_sampler(model):
-    greedy = token_ids(model.generate(PROMPTS, max_new_tokens=8))
+    options = {"draft": "w4a8", "max_new_tokens": 8}
+    greedy = token_ids(model.generate(PROMPTS, **options))
     programs = len(model.programs)
-    assert token_ids(model.generate(PROMPTS, max_new_tokens=8, sampling=SamplingParams(top_k=3, seed=9))) == greedy
+    assert token_ids(model.generate(PROMPTS, sampling=SamplingParams(top_k=3, seed=9), **options)) == greedy
     assert len(model.programs) == programs
 
 

@@ -19,8 +19,11 @@ from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
+pytestmark = pytest.mark.contract
+
 RAGGED_PROMPTS = [[5, 6, 7], list(range(10, 43)), [90], [11, 12, 13, 14, 15, 16, 17]]
 NUM_TOKENS = 40
+SLOTS = 128  # what the longest prompt and its new tokens fit: tests of fewer tokens share programs with the others
 COARSE = ActivationQuantization(group_size=None, symmetric=True)
 
 
@@ -54,9 +57,8 @@ def test_unrolled_layers_give_the_same_tokens(plain):
 
 
 def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
-    alone = [
-        model.generate([prompt], draft="w4a4", max_new_tokens=NUM_TOKENS)[0].token_ids for prompt in RAGGED_PROMPTS
-    ]
+    options = {"draft": "w4a4", "max_new_tokens": NUM_TOKENS, "max_seq_len": SLOTS}
+    alone = [model.generate([prompt], **options)[0].token_ids for prompt in RAGGED_PROMPTS]
     assert alone == plain
 
 
@@ -120,14 +122,19 @@ def test_the_cache_after_each_cycle_is_that_of_w4a16(draft):
     lengths = jnp.asarray([3, 4], jnp.int32)
     state = prefilled(decoder, plan, prompts, lengths)
     step = jax.jit(lambda state: speculative.cycle(decoder, state, plan=plan))
+
+    @jax.jit
+    def cache_of(text):
+        return decoder(text, decoder.create_cache(batch=1, slots=48), precision=Precision.W4A16)[1]
+
     for _ in range(4):
         state = step(state)
         for row in range(2):
             generated = state.tokens[row, : int(state.num_tokens[row])]
             text = jnp.concatenate([prompts[row, : lengths[row]], generated])[None]
             assert int(state.cache.lengths[row]) == text.shape[1] - 1
-            _, fresh = decoder(text[:, :-1], decoder.create_cache(batch=1, slots=48), precision=Precision.W4A16)
             valid = slice(0, text.shape[1] - 1)
+            fresh = cache_of(jnp.pad(text[:, valid], ((0, 0), (0, 48 - valid.stop))))  # what follows changes nothing
             for ours, expected in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(fresh.layers), strict=True):
                 np.testing.assert_allclose(ours[:, row, valid], expected[:, 0, valid], atol=1e-4)
     assert int(state.accepted_lengths[:, :3].sum()) > 0  # some drafts were rejected
@@ -209,28 +216,29 @@ def test_emit_tells_penalties_and_history_the_tokens_it_keeps():
     assert after.history[0].tolist() == [9] * 8 + [21, 22, 22] + [9]
 
 
-def test_each_sequence_stops_at_its_own_stop_token(model, plain):
+def test_each_sequence_stops_at_its_own_stop_token(model, plain, monkeypatch):
     """The stop token is taken from the middle of one output; each output is cut where it first has it."""
     stop = plain[0][10]
-    stopping = tiny.language_model()
-    stopping.stop_tokens = (stop,)
+    monkeypatch.setattr(model, "stop_tokens", (stop,))
     expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in plain]
     assert len({len(ids) for ids in expected}) > 1
     for mode in ("w4a16", "qspec"):
-        results = stopping.generate(RAGGED_PROMPTS, mode=mode, draft="w4a8", max_new_tokens=NUM_TOKENS)
+        results = model.generate(RAGGED_PROMPTS, mode=mode, draft="w4a8", max_new_tokens=NUM_TOKENS)
         assert token_ids(results) == expected
         assert [r.finish_reason for r in results] == ["stop" if stop in ids else "length" for ids in plain]
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 6])
 def test_exactly_max_new_tokens_are_generated(model, plain, max_new_tokens):
-    results = model.generate(RAGGED_PROMPTS, draft="w4a8", draft_length=3, max_new_tokens=max_new_tokens)
+    limits = {"max_new_tokens": max_new_tokens, "max_seq_len": SLOTS}
+    results = model.generate(RAGGED_PROMPTS, draft="w4a8", draft_length=3, **limits)
     assert token_ids(results) == [ids[:max_new_tokens] for ids in plain]
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w4a4"])
 def test_plain_decoding_is_the_loop_without_a_draft(model, mode):
-    stats = [r.stats for r in model.generate(RAGGED_PROMPTS, mode=mode, max_new_tokens=9)]
+    results = model.generate(RAGGED_PROMPTS, mode=mode, max_new_tokens=9, max_seq_len=SLOTS)
+    stats = [result.stats for result in results]
     assert all((s.cycles, s.drafted, s.accepted, s.num_tokens) == (8, 0, 0, 9) for s in stats)
     assert all(s.acceptance_rate is None and s.tokens_per_cycle == 1 for s in stats)
 
