@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 from typing import Any
+
+AFTER = 1_000_000
 
 
 def _imports() -> None:
@@ -29,15 +31,32 @@ def _save(source: Path, path: Path) -> None:
     save.save_checkpoint(path, decoder, tokenizer=None, quantization=quantization, overwrite=True)
 
 
-def overwrite_forever(sources: list[Path], path: Path, ready: Any) -> None:
-    """Writes one checkpoint after the other to ``path`` until killed; first sends the seconds that a write takes."""
-    for _ in range(2):
-        start = time.perf_counter()
-        _save(sources[0], path.parent / "warm-up")
-    ready.send(time.perf_counter() - start)
-    while True:
-        for source in sources:
-            _save(source, path)
+def die_at_event(source: Path, path: Path, event: int | None, sender: Any) -> None:
+    """Overwrites a checkpoint and is killed as it opens, makes, lists, renames or removes a file for the n-th time.
+
+    Orbax' threads write on meanwhile, and what they are at is left half done. Counted are files beside and below
+    ``path``, once its own folder is made; from ``AFTER`` on those behind the replacement of the manifest. Without an
+    event it is not killed, and sends how many there are before that.
+    """
+    count, before = 0, 0
+
+    def watch(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count, before
+        if not (name == "open" or name.startswith(("os.", "shutil."))) or not arguments:
+            return
+        if not isinstance(arguments[0], str | os.PathLike) or path.parent not in Path(arguments[0]).parents:
+            return
+        count += count > 0 or (name == "os.mkdir" and f".writing-{os.getpid()}-" in str(arguments[0]))
+        if count == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "os.rename" and Path(arguments[1]) == path / FILE_NAME:
+            count, before = AFTER - 1, count
+
+    from qspec_jax.checkpoint.manifest import FILE_NAME
+
+    sys.addaudithook(watch)
+    _save(source, path)
+    sender.send(before)
 
 
 def die_at_step(source: Path, path: Path, step: int) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -52,26 +50,33 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_killed_at_random_moments_twenty_times(processes, sources, tmp_path):
+def test_killed_at_moments_spread_over_a_write(processes, sources, tmp_path):
     originals = [contents(source) for source in sources]
     assert not same(*originals)
     path = tmp_path / "checkpoint"
-    shutil.copytree(sources[0], path)
-    generator = random.Random(0)
-    found = []
-    for kill in range(NUM_KILLS):
-        receiver, sender = processes.Pipe(duplex=False)
-        writer = processes.Process(target=checkpoint_writer.overwrite_forever, args=(sources, path, sender))
+    receiver, sender = processes.Pipe(duplex=False)
+
+    def write(source, event=None):
+        writer = processes.Process(target=checkpoint_writer.die_at_event, args=(source, path, event, sender))
         writer.start()
-        assert receiver.poll(120), "the writer did not start"
-        seconds_per_write = receiver.recv()
-        time.sleep(3 * seconds_per_write * (kill + generator.random()) / NUM_KILLS)
-        writer.kill()
-        writer.join()
-        found.append([same(contents(path), original) for original in originals])
-        assert sum(found[-1]) == 1
-    assert any(first for first, _ in found)
-    assert any(second for _, second in found)
+        writer.join(120)
+        return writer.exitcode
+
+    def which():
+        (index,) = (index for index, original in enumerate(originals) if same(contents(path), original))
+        return index
+
+    shutil.copytree(sources[0], path)
+    assert write(sources[1]) == 0
+    num_events = receiver.recv() - 5  # a thread may do one more or less
+    assert num_events > 100
+    after = checkpoint_writer.AFTER
+    changed = []
+    for event in (*np.linspace(1, num_events, NUM_KILLS - 2).astype(int).tolist(), after, after + 1):
+        old = which()
+        assert write(sources[1 - old], event) == -signal.SIGKILL
+        changed.append(which() != old)
+    assert changed == [False] * (NUM_KILLS - 2) + [True] * 2
 
 
 @pytest.mark.parametrize(("overwrites", "step"), [(False, 1), (False, 2), (True, 1), (True, 2), (True, 3), (True, 4)])
