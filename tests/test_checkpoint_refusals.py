@@ -7,7 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 import qspec_jax
 from qspec_jax import CheckpointError, QuantConfig, UsageError
@@ -54,6 +57,15 @@ def flip_a_byte(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x10
     file.write_bytes(content)
+
+
+def assert_holds(path, decoder):
+    """The checkpoint restores to the very arrays of a decoder."""
+    restored = restore_decoder(open_checkpoint(path))
+    found, expected = (jax.tree.leaves_with_path(nnx.state(one)) for one in (restored, decoder))
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
 
 
 def refusal(path):
@@ -205,8 +217,8 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path, file):
 
 
 def test_an_empty_directory_may_be_written_to(tmp_path):
-    save_checkpoint(tmp_path, tiny.decoder(), tokenizer=None, quantization=QuantConfig())
-    restore_decoder(open_checkpoint(tmp_path))
+    save_checkpoint(tmp_path, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig())
+    assert_holds(tmp_path, tiny.decoder(seed=1))
 
 
 def test_overwriting_replaces_the_checkpoint_and_nothing_else(copy):
@@ -215,7 +227,7 @@ def test_overwriting_replaces_the_checkpoint_and_nothing_else(copy):
     written = save_checkpoint(copy, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig(), overwrite=True)
     assert {file.name for file in copy.iterdir()} == {"notes.txt", "data-mine", manifest.FILE_NAME, written.data}
     assert list(copy.parent.iterdir()) == [copy]
-    restore_decoder(open_checkpoint(copy))
+    assert_holds(copy, tiny.decoder(seed=1))
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(copy, monkeypatch):
@@ -226,7 +238,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(copy, monkey
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*: No space left on device"):
         save_checkpoint(copy, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig(), overwrite=True)
     assert list(copy.parent.iterdir()) == [copy]
-    restore_decoder(open_checkpoint(copy))
+    assert_holds(copy, tiny.decoder())
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path, monkeypatch):
