@@ -221,6 +221,40 @@ def test_a_prompt_that_fills_max_seq_len_exactly_works(model):
     assert long.token_ids == model.generate([[3] * 24], mode="w4a16", max_new_tokens=8)[0].token_ids
 
 
+class Letters:
+    """A tokenizer, and its decoder of a stream, in which a token is a letter."""
+
+    def stream_decoder(self):
+        return self
+
+    def decode(self, tokens):
+        return "".join(chr(ord("A") + token) for token in tokens)
+
+    push = decode
+
+    def finish(self):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("cycles_per_step", "expected"), [(1, [1] * 14), (5, [1, 5, 5, 3]), (13, [1, 13]), (100, [1, 13])]
+)
+def test_a_stream_yields_what_so_many_cycles_make(model, monkeypatch, cycles_per_step, expected):
+    """Behind the token that the prompt yields; a cycle without drafts makes one."""
+    ids = model.generate([[5, 6]], mode="w4a16", max_new_tokens=14)[0].token_ids
+    monkeypatch.setattr(model, "tokenizer", Letters())
+    options = {"mode": "w4a16", "max_new_tokens": 14, "chat": False}
+    *pieces, result = model.stream([5, 6], cycles_per_step=cycles_per_step, **options)
+    assert "".join(pieces) == result.text == Letters().decode(ids)
+    assert [len(piece) for piece in pieces] == expected
+
+
+def test_a_stream_without_cycles_between_its_pieces_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "tokenizer", Letters())
+    with pytest.raises(UsageError, match="cycles_per_step=0 must be at least 1"):
+        model.stream([5, 6], cycles_per_step=0)
+
+
 def test_what_does_not_fit_the_memory_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(OutOfMemoryError, match=r"the weights of tiny need 0\.00 GB .* use a smaller model"):
