@@ -32,8 +32,13 @@ def strict_dtype_promotion():
 @pytest.fixture(autouse=True, scope="session")
 def compile_each_program_once(tmp_path_factory):
     """Tests make the same small models again and again, and compiling is most of what that takes."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers
+        folder = folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Only a cache with a limit has a lock, without which a worker reads what another one has written half.
+    jax.config.update("jax_compilation_cache_max_size", 20_000_000_000)
 
 
 @pytest.hookimpl(tryfirst=True)
