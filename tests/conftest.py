@@ -1,4 +1,4 @@
-"""Checks that hold for every test: annotations are enforced, dtypes never promote silently.
+"""Checks that hold for every test: annotations are enforced, dtypes never promote silently, nothing grows too dear.
 
 Most tests compile at XLA's lowest level of optimisation, where compiling takes half as long: they ask what is computed,
 not how fast. Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers,
@@ -8,6 +8,8 @@ and compile as users do. ``QSPEC_JAX_THOROUGH=1`` compiles everything so.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 
 import jaxtyping
@@ -22,6 +24,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
+# CPU seconds of one test with the processes it starts, whatever else the machine does; more needs the mark "slow".
+MOST_SECONDS = 60
+# Peak of a process that runs tests on a CPU, whichever files it gets.
+MOST_BYTES = 3e9
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,6 +55,70 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()  # what is compiled the other way
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for commands that the test starts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Programs of one file are of little use to the next, and a worker would grow by all of them."""
+    before = _peak_bytes()
+    yield
+    jax.clear_caches()
+    peak = _peak_bytes()
+    if jax.default_backend() == "cpu" and before <= MOST_BYTES:
+        assert peak <= MOST_BYTES, f"tests of this file took {peak / 1e9:.1f} GB, {before / 1e9:.1f} GB before them"
+
+
+def _peak_bytes() -> int:
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of those it started that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    before = _cpu_seconds()
+    result = yield
+    seconds = _cpu_seconds() - before
+    if seconds > MOST_SECONDS and item.get_closest_marker("slow") is None:
+        pytest.fail(f"took {seconds:.0f} s of CPU time; make it cheaper, or mark it slow and say why", pytrace=False)
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak_bytes"] = _peak_bytes()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    _peaks[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak_bytes", 0)
+
+
+_peaks: dict[str, int] = {}
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    peaks = _peaks or {"this process": _peak_bytes()}
+    listed = ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in sorted(peaks.items()))
+    terminalreporter.write_line(f"peak memory: {listed}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """``-n`` alone gives a file's tests to one worker: they share fixtures and programs."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
