@@ -18,7 +18,7 @@ MOSAIC = "mosaic"
 # In the order in which None tries them, but for the matmuls of large weights (order_of_trial). Where JAX has no
 # Triton backend, Mosaic is the first that works.
 IMPLEMENTATIONS = (TRITON, MOSAIC, REFERENCE)
-# Inputs times outputs from which Mosaic is the faster one on Hopper, at any number of rows (docs/performance.md).
+# Inputs times outputs from which Mosaic is the faster one on Hopper, at any number of rows (docs/results.md).
 _LARGE_WEIGHT = 4_000_000
 
 # bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.

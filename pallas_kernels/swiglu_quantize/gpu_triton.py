@@ -24,7 +24,7 @@ from pallas_kernels.backends.triton import producers, registers
 from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.swiglu import gpu_triton as gating
 
-# Where the two are used. Compared with one program on an H100 with 14,336 values and one token (docs/performance.md).
+# Where the two are used. Compared with one program on an H100 with 14,336 values and one token (docs/lab-notebook/012).
 _LONG_TOKEN, _FEW_TOKENS = 4096, 64
 _STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "interpret")
 

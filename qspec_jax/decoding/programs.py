@@ -304,7 +304,7 @@ def cycles_per_check(plan: DecodingPlan) -> int:
     """Cycles that a loop runs between two looks at whether to go on.
 
     On a GPU the host waits for the device at each look, and queues kernels ahead between them. On an H100 a look costs
-    about 0.1 ms, and a step of an 8B model 2.6 ms (docs/performance.md).
+    about 0.1 ms, and a step of an 8B model 2.6 ms (docs/results.md).
     """
     if jax.default_backend() != "gpu":
         return 1

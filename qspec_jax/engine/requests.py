@@ -16,7 +16,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""
 
 # A prompt is cut after its prefix where what is left is read in pieces narrower by so many tokens: a GPU reads that
-# many in little more time than one (docs/performance.md), and the cut costs a piece where nobody shares the prefix.
+# many in little more time than one (docs/results.md), and the cut costs a piece where nobody shares the prefix.
 LEAST_SAVED = 64
 
 

@@ -28,7 +28,7 @@ from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.precision import Precision
 from tests import tiny
-from tests.loading import tiny_checkpoints
+from tests.weights import tiny_checkpoints
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())
 SETTING = Setting.create(batch=2, context=20, longest_draft=3)

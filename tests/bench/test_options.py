@@ -14,8 +14,8 @@ from qspec_jax.bench import options
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS, MatmulShape, linear_shapes
 from qspec_jax.model.config import ModelConfig
-from tests.loading import tiny_checkpoints
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
+from tests.weights import tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,9 +25,9 @@ from qspec_jax.recipes import files as recipe_files
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.golden import make_demo
-from tests.loading import tiny_checkpoints
+from tests.weights import tiny_checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
 VOCABULARY = {
     "tokenizer.ggml.model": "gpt2",

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.loading.tiny_checkpoints import hf_config, hf_tensors, write_hf
+from tests.weights.tiny_checkpoints import hf_config, hf_tensors, write_hf
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # order_map of AutoAWQ's WQLinear_GEMM.from_linear
 

@@ -6,7 +6,7 @@ import pytest
 from qspec_jax.errors import CheckpointError
 from qspec_jax.weights import resolve
 from qspec_jax.weights.resolve import open_source, resolve_model
-from tests.loading.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
+from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
 
 
 @pytest.fixture

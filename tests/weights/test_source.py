@@ -9,7 +9,7 @@ from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.source import FoundTensor, TensorEntry, check_entries
-from tests.loading.tiny_checkpoints import (
+from tests.weights.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,
     HEADS,

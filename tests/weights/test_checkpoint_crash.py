@@ -13,7 +13,8 @@ from qspec_jax.model.config import QuantConfig
 from qspec_jax.weights.checkpoint.arrays import group_names
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.checkpoint.save import save_checkpoint
-from tests import checkpoint_writer, tiny
+from tests import tiny
+from tests.weights import checkpoint_writer
 
 NUM_KILLS = 20
 
@@ -32,7 +33,7 @@ def sources(tmp_path_factory):
 def processes():
     """Starts processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint_writer"])
+    context.set_forkserver_preload(["tests.weights.checkpoint_writer"])
     return context
 
 

@@ -14,7 +14,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.gguf.file import open_gguf
 from tests import tiny
-from tests.loading import tiny_checkpoints
+from tests.weights import tiny_checkpoints
 
 
 def load(source, quantization, *, scan_layers):

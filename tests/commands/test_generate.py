@@ -17,9 +17,9 @@ import qspec_jax
 from qspec_jax import generate
 from qspec_jax.commands import prompt_files
 from qspec_jax.commands.run import say
-from tests.loading import tiny_checkpoints
+from tests.weights import tiny_checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
     *("error", "waited_s", "logprobs", "top_logprobs"),

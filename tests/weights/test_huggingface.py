@@ -13,7 +13,7 @@ from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import CheckpointSource
-from tests.loading.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
+from tests.weights.tiny_checkpoints import ARCHITECTURES, hf_config, hf_tensors, write_hf
 
 CANONICAL = {
     "model.embed_tokens.weight": "embedding.weight",

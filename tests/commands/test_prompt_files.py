@@ -19,9 +19,9 @@ from qspec_jax import generate
 from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
-from tests.loading import tiny_checkpoints
+from tests.weights import tiny_checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 400
 DEFAULTS = {"max_new_tokens": 8, "chat": None, "seed": 0}
 TIMES = {"waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s"}

@@ -16,7 +16,7 @@ from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands.run import keep_compiled_programs
 from qspec_jax.device import compilation_cache
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",

@@ -15,7 +15,7 @@ from qspec_jax.model.config import ModelConfig, RopeScaling
 from qspec_jax.weights.gguf.file import GGUFFile
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import CheckpointSource, FourBitFormat, QuantizedTensor
-from tests.loading.tiny_checkpoints import (
+from tests.weights.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,
     HEADS,

@@ -17,7 +17,7 @@ from qspec_jax.tokenizer.backend import PlainBackend
 from qspec_jax.tokenizer.chat_template import is_plain, render
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
-from tests.test_tokenizer import (
+from tests.tokenizer.test_tokenizer import (
     CHAT_TEMPLATE,
     TEXTS,
     conversation,
@@ -25,7 +25,7 @@ from tests.test_tokenizer import (
     sentencepiece_path,  # noqa: F401  (a fixture)
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPECIAL_TEXTS = [
     "<|im_start|>user\nHi<|im_end|>\n",
     "a <|endoftext|> b<|im_end|>  <|im_end|>",

@@ -29,8 +29,8 @@ from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import TensorEntry
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests import tiny
-from tests.loading import tiny_checkpoints
-from tests.test_quantize import run, write_gguf
+from tests.commands.test_quantize import run, write_gguf
+from tests.weights import tiny_checkpoints
 
 TOKENS = np.random.default_rng(0).integers(0, 40, (4, 32)).astype(np.int32)
 

@@ -22,7 +22,7 @@ from qspec_jax.decoding.program_store import ProgramStore, program_keys
 from qspec_jax.engine.language_model import LanguageModel
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = ("loop", "plan", "shape")
 # As a command does, in another process: prints what is generated, compiled and lowered.
 GENERATE = """

@@ -7,9 +7,9 @@ import pytest
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.weights.fill import load_decoder
 from qspec_jax.weights.resolve import open_source
-from tests.loading import prequantized_packers as packers
-from tests.loading.prequantized_packers import CASES, tiny_checkpoint
-from tests.loading.tiny_checkpoints import HIDDEN, MLP
+from tests.weights import prequantized_packers as packers
+from tests.weights.prequantized_packers import CASES, tiny_checkpoint
+from tests.weights.tiny_checkpoints import HIDDEN, MLP
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -25,9 +25,9 @@ from qspec_jax.weights.huggingface.unpack import (
 )
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import FourBitFormat, QuantizedTensor
-from tests.loading import prequantized_packers as packers
-from tests.loading.prequantized_packers import CASES, random_weight, tiny_checkpoint
-from tests.loading.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf
+from tests.weights import prequantized_packers as packers
+from tests.weights.prequantized_packers import CASES, random_weight, tiny_checkpoint
+from tests.weights.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -28,7 +28,7 @@ from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decode
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAMILIES = ["llama3_rope_scaling", "llama_with_biases", "smollm2_tied", "mistral_sliding_window", "qwen3_qk_norm"]
 CONFIGS = {
     "default": QuantConfig(),

@@ -17,8 +17,8 @@ from qspec_jax.recipes.rotated import rotate_source
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.source import TensorEntry
 from tests import tiny
-from tests.test_layerwise import model, options, text  # noqa: F401 - fixtures
-from tests.test_rotation import decoder_of, logits_of, tiny_config, with_outliers
+from tests.quantization.test_rotation import decoder_of, logits_of, tiny_config, with_outliers
+from tests.recipes.test_layerwise import model, options, text  # noqa: F401 - fixtures
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (4, 64)).astype(np.int32)
 
