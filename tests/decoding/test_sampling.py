@@ -1,6 +1,6 @@
 """Sampling draws from the right distribution, and speculation changes none of its tokens.
 
-``QSPEC_JAX_THOROUGH=1 python -m pytest tests/decoding/test_sampling.py -rP`` shows the p-values of the chi-square tests, and
+``QSPEC_JAX_THOROUGH=1 pytest tests/decoding/test_sampling.py -rP`` shows the p-values of the chi-square tests, and
 runs those of the loop with every option and seed instead of some.
 """
 
