@@ -258,7 +258,7 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
         group_size = None if arguments.group_size == _WHOLE_ROW else int(arguments.group_size)
         quantization = qspec_jax.QuantConfig(group_size=group_size)
 
-    def compile_meanwhile(model: LanguageModel) -> None:
+    def compile_ahead(model: LanguageModel) -> None:
         model.programs.store = store
         start(model).compile()
         say(f"programs took {model.programs.compile_s:.1f} s")
@@ -269,7 +269,7 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         progress=sys.stderr.isatty(),
-        meanwhile=compile_meanwhile,
+        compile_ahead=compile_ahead,
     )
     model.programs.store = store
     return model

@@ -77,9 +77,9 @@ def test_even_drafts_that_are_rarely_right_change_nothing(demo_gguf, plain):
 
 
 def test_streamed_pieces_join_to_the_text(model, plain):
-    *pieces, result = model.stream(make_demo.prompts()[0], draft="w4a8", max_new_tokens=NUM_TOKENS)
-    assert len(pieces) > 5
-    assert "".join(pieces) == result.text == plain[0].text
+    *chunks, result = model.stream(make_demo.prompts()[0], draft="w4a8", max_new_tokens=NUM_TOKENS)
+    assert len(chunks) > 5
+    assert "".join(chunks) == result.text == plain[0].text
     assert result.token_ids == plain[0].token_ids
 
 
@@ -113,7 +113,7 @@ def test_a_stop_string_ends_generated_and_streamed_text_alike(model, plain):
     expected = text[: text.index(stop)]
     options = {"draft": "w4a8", "max_new_tokens": NUM_TOKENS, "sampling": SamplingParams(stop=(stop,))}
     result = model.generate(make_demo.prompts()[:1], **options)[0]
-    *pieces, streamed = model.stream(make_demo.prompts()[0], **options)
-    assert result.text == streamed.text == "".join(pieces) == expected
+    *chunks, streamed = model.stream(make_demo.prompts()[0], **options)
+    assert result.text == streamed.text == "".join(chunks) == expected
     assert result.token_ids == streamed.token_ids == plain[0].token_ids[: len(result.token_ids)]
     assert result.finish_reason == "stop"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 MAX_DRAFT_LENGTH = 16
 
@@ -18,6 +17,8 @@ DRAFTS = ("auto", "w4a4", "w4a8")
 
 def default_draft_precision() -> Precision:
     """W4A8 where int4 has no faster arithmetic than int8, W4A4 where it has: NVIDIA Turing to Ada."""
+    import jax  # the names above are for commands, which parse without it
+
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is not None and "." in str(capability):
@@ -28,39 +29,72 @@ def default_draft_precision() -> Precision:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Drafts from the sequence's own text, which cost nothing (``lookup.py``).
+
+    Attributes:
+        otherwise: the view that drafts where the text offers nothing; None to verify any tokens there.
+    """
+
+    otherwise: View | None = None
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class DecodingPlan:
     """What one cycle does; static under jit.
 
     Attributes:
-        verify: the precision whose output is produced.
-        draft: the precision of the drafts; None where the model makes none.
+        verify: the target: the view whose output is produced.
+        draft: where drafts come from: a view of the same model, or the text; None for plain decoding.
         draft_length: gamma, drafts per cycle; 0 for plain decoding.
-        lookup: drafts are taken from the sequence's own text where it has them; those of ``draft``, if any, are made
-            where it has not.
     """
 
-    verify: Precision
-    draft: Precision | None = None
-    draft_length: int = 0
-    lookup: bool = False
+    verify: View
+    draft: View | Lookup | None
+    draft_length: int
 
-    def __post_init__(self) -> None:
-        if (self.draft is None and not self.lookup) != (self.draft_length == 0):
-            raise ValueError("a plan has a draft precision or lookup if, and only if, its draft_length is positive")
-        if self.draft_length > MAX_DRAFT_LENGTH:
-            raise ValueError(f"draft_length={self.draft_length} is more than {MAX_DRAFT_LENGTH}")
+    def __init__(
+        self, verify: View | Precision, draft: View | Precision | Lookup | None = None, draft_length: int = 0
+    ) -> None:
+        """Takes a precision for the view that it names.
+
+        Raises:
+            ValueError: there are drafts without a length or the other way round, or too many.
+        """
+        if (draft is None) != (draft_length == 0):
+            raise ValueError("a plan says where drafts come from if, and only if, its draft_length is positive")
+        if draft_length > MAX_DRAFT_LENGTH:
+            raise ValueError(f"draft_length={draft_length} is more than {MAX_DRAFT_LENGTH}")
+        object.__setattr__(self, "verify", View.of(verify))
+        object.__setattr__(self, "draft", View.of(draft) if isinstance(draft, View | Precision) else draft)
+        object.__setattr__(self, "draft_length", draft_length)
+
+    @property
+    def lookup(self) -> bool:
+        """Whether drafts are looked up in the text."""
+        return isinstance(self.draft, Lookup)
+
+    @property
+    def draft_view(self) -> View | None:
+        """The view of the drafts that the model makes; None where it makes none."""
+        return self.draft.otherwise if isinstance(self.draft, Lookup) else self.draft
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All views that its passes read."""
+        return (self.verify,) if self.draft_view is None else (self.verify, self.draft_view)
 
     @property
     def mode(self) -> str:
         """The name of its kind."""
-        if self.draft is not None:
+        if self.draft_view is not None:
             return "lookup-qspec" if self.lookup else "qspec"
-        return "lookup" if self.lookup else self.verify.value
+        return "lookup" if self.lookup else self.verify.name
 
     @property
     def draft_source(self) -> str | None:
-        """Where drafts come from: a precision, or the text itself; None for plain decoding."""
-        return self.draft.value if self.draft is not None else "lookup" if self.lookup else None
+        """Where drafts come from: a view, or the text itself; None for plain decoding."""
+        return self.draft_view.name if self.draft_view is not None else "lookup" if self.lookup else None
 
 
 def plan_of(mode: str, *, draft: str = "auto", draft_length: int = 3, quantized: bool = True) -> DecodingPlan:
@@ -82,10 +116,10 @@ def plan_of(mode: str, *, draft: str = "auto", draft_length: int = 3, quantized:
     if mode != "float" and not quantized:
         raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
     if mode not in ("qspec", *LOOKUP_MODES):
-        return DecodingPlan(verify=Precision(mode))
+        return DecodingPlan(Precision(mode))
     if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
         raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
     if mode == "lookup":
-        return DecodingPlan(Precision.W4A16, None, draft_length, lookup=True)
-    draft_precision = default_draft_precision() if draft == "auto" else Precision(draft)
-    return DecodingPlan(Precision.W4A16, draft_precision, draft_length, lookup=mode == "lookup-qspec")
+        return DecodingPlan(Precision.W4A16, Lookup(), draft_length)
+    view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
+    return DecodingPlan(Precision.W4A16, Lookup(view) if mode == "lookup-qspec" else view, draft_length)

@@ -1,9 +1,9 @@
-"""The compiled programs of a decoder: one that fills rows with prompts, and the generation loop.
+"""The compiled programs of a decoder: one that reads prompts into rows (prefill), and the generation loop.
 
 The decoder is split into its graph and its arrays once; the arrays are the programs' first argument, so
 that every program reads the same ones. Programs are compiled ahead of their first call: compile time is
-known and never hides in another figure. A batch needs one loop, and one filling program for each width of a piece of
-a prompt, of which there are ``len(PIECE_WIDTHS)``: whatever prompts come, no more are compiled.
+known and never hides in another figure. A batch needs one loop, and one prefill program for each width of a chunk of
+a prompt, of which there are ``len(CHUNK_WIDTHS)``: whatever prompts come, no more are compiled.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding import speculative
-from qspec_jax.decoding.pieces import Shape, empty_pieces
+from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.state import DecodeState, PromptPiece, TokenScores
+from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.layouts import _linears, add_group_sums, lay_out
+from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.precision import Precision
 
@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         tokens, num_tokens, finished, accepted_lengths: of the state.
-        cycles: run by the dispatch; 0 of a filling one.
+        cycles: run by the dispatch; 0 of a prefill.
         scores: of the tokens, where somebody asks.
     """
 
@@ -112,19 +112,19 @@ class Programs:
         *,
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Compiles the loop, and the filling programs of some widths, that are neither there yet nor in the store.
+        """Compiles the loop, and the prefill programs of some widths, that are neither there yet nor in the store.
 
         Raises:
             OutOfMemoryError: the cache does not fit the device.
             UsageError: the kernels asked for by name do not serve this model.
         """
-        fills = {_fill_key(plan, shape, width): width for width in widths}
-        if self.compiled.keys() >= {*fills, _loop_key(plan, shape)} and shape in self._fitting:
+        prefills = {_prefill_key(plan, shape, width): width for width in widths}
+        if self.compiled.keys() >= {*prefills, _loop_key(plan, shape)} and shape in self._fitting:
             return
-        wanted = {key: functools.partial(self.lower_fill, plan, shape, width) for key, width in fills.items()}
+        wanted = {key: functools.partial(self.lower_prefill, plan, shape, width) for key, width in prefills.items()}
         wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
-        self.prepare(plan)
-        self.check_cache(rows=shape.rows, slots=shape.slots)
+        self.lay_out_weights(plan)
+        self.check_cache(rows=shape.rows, capacity=shape.capacity)
         self._fitting.add(shape)
         began = time.perf_counter()
         missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
@@ -159,20 +159,20 @@ class Programs:
                 self.store.save(keys[name], program)
         return compiled
 
-    def fill(
+    def prefill(
         self,
         plan: DecodingPlan,
         shape: Shape,
         state: DecodeState,
-        pieces: PromptPiece,
+        chunks: PromptChunk,
         rows: np.ndarray,
         sources: np.ndarray,
         count: int,
     ) -> tuple[DecodeState, Report]:
-        """Puts the first ``count`` pieces into their rows; see :func:`speculative.fill`. The state is used up."""
-        program = self.compiled[_fill_key(plan, shape, pieces.tokens.shape[1])]
+        """Reads the first ``count`` chunks into their rows (``speculative.prefill_rows``). The state is used up."""
+        program = self.compiled[_prefill_key(plan, shape, chunks.tokens.shape[1])]
         with explain_out_of_memory("while generating"):
-            return program(self.leaves, state, pieces, rows, sources, np.int32(count))
+            return program(self.leaves, state, chunks, rows, sources, np.int32(count))
 
     def loop(
         self,
@@ -192,21 +192,23 @@ class Programs:
         with explain_out_of_memory("while generating"):
             return program(self.leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
 
-    def prepare(self, plan: DecodingPlan) -> None:
-        """Gives the weights the layout and the group sums that the precisions of a plan need, the first time."""
-        precisions = [one for one in (plan.verify, plan.draft) if one is not None]
-        if lay_out(self.decoder, precisions):
+    def lay_out_weights(self, plan: DecodingPlan) -> None:
+        """Rewrites weights so that the kernels of a plan can read them; drops compiled programs if any weight changed.
+
+        Weights get the order of codes that all views of the plan read, and the sums of their groups where a view
+        quantises activations with a zero point. Neither is ever undone: plans that alternate keep their programs.
+        """
+        changed = lay_out(self.decoder, plan.views)
+        quantization = linears(self.decoder)[0].quantization
+        recipes = [] if quantization is None else [activation_quantization(quantization, view) for view in plan.views]
+        if any(recipe is not None and not recipe.symmetric for recipe in recipes):
+            changed |= add_group_sums(self.decoder)
+        if changed:
             self._split()
-        quantization = _linears(self.decoder)[0].quantization
-        for precision in (plan.draft, plan.verify):
-            if quantization is None or precision not in (Precision.W4A4, Precision.W4A8):
-                continue
-            if not activation_quantization(quantization, precision).symmetric and add_group_sums(self.decoder):
-                self._split()
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        cache = self.decoder.create_cache(batch=shape.rows, slots=shape.slots)
+        cache = self.decoder.create_cache(batch=shape.rows, capacity=shape.capacity)
         return self.with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
 
     def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
@@ -214,22 +216,22 @@ class Programs:
         sampler = Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features, state.sampler)
         scores = state.scores
         if shape.features.scores and scores is None:
-            scores = TokenScores.zeros(shape.rows, shape.slots)
+            scores = TokenScores.zeros(shape.rows, shape.capacity)
         return dataclasses.replace(state, sampler=sampler, scores=scores)
 
-    def lower_fill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
-        """Lowers the program that fills rows with pieces of a width; its state is donated."""
+    def lower_prefill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
+        """Lowers the program that reads chunks of a width into rows; its state is donated."""
 
-        def fill(leaves, state, pieces, rows, sources, count):
-            state = speculative.fill(self._merge(leaves), state, pieces, rows, sources, count, plan=plan)
+        def prefill(leaves, state, chunks, rows, sources, count):
+            state = speculative.prefill_rows(self._merge(leaves), state, chunks, rows, sources, count, plan=plan)
             return state, Report.of(state, count * 0)
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
-        pieces = PromptPiece(**empty_pieces(shape, width), sampler=sampler)
+        chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
-            return jax.jit(fill, donate_argnums=1).lower(self.leaves, state, pieces, rows, rows, np.int32(0))
+            return jax.jit(prefill, donate_argnums=1).lower(self.leaves, state, chunks, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -262,11 +264,11 @@ class Programs:
         with early_launch.early_launch(launches_early(self.decoder, plan, len(state.last_token))):
             return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
 
-    def check_cache(self, *, rows: int, slots: int) -> None:
+    def check_cache(self, *, rows: int, capacity: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
-        cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, slots=slots))
+        cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, capacity=capacity))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        check_memory(needed, what=f"the caches of {rows} sequences of {slots} tokens")
+        check_memory(needed, what=f"the caches of {rows} sequences of {capacity} tokens")
 
 
 def _described(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -284,7 +286,7 @@ def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[
 
 
 def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
-    """Whether the kernels of a loop, behind ``prepare``, may start early (``pallas_kernels.backends.early_launch``).
+    """Whether the kernels of a loop may start early (``backends/early_launch.py``); ask after ``lay_out_weights``.
 
     They may where every weight is one of the loop's arguments, Mosaic multiplies all of them, and XLA has nothing to do
     between a kernel that signals and the matmul behind it: no matmul in floating point, no padding of rows, no sums of
@@ -292,11 +294,11 @@ def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
     """
     if decoder.scan_layers or decoder.config.qk_norm or not early_launch.is_supported():
         return False
-    if not {plan.verify, plan.draft} <= {Precision.W4A16, Precision.W4A8, None}:
+    if not {view.precision for view in plan.views} <= {Precision.W4A16, Precision.W4A8}:
         return False
     if any(n > MAX_ROWS or (n > 8 and n % 8) for n in (rows, rows * (plan.draft_length + 1))):
         return False
-    weights = [linear.weight.get_value() for linear in _linears(decoder)]
+    weights = [linear.weight.get_value() for linear in linears(decoder)]
     return all(isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA and w.symmetric for w in weights)
 
 
@@ -308,11 +310,11 @@ def cycles_per_check(plan: DecodingPlan) -> int:
     """
     if jax.default_backend() != "gpu":
         return 1
-    return 4 if plan.draft is None else 2
+    return 4 if plan.draft_view is None else 2
 
 
-def _fill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:
-    return "fill", plan.verify, shape, width
+def _prefill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:
+    return "prefill", plan.verify, shape, width
 
 
 def _loop_key(plan: DecodingPlan, shape: Shape) -> tuple[Any, ...]:

@@ -1,16 +1,15 @@
-"""Self-speculative decoding with two precisions: one cycle of QSpec, and the loop over cycles.
+"""Self-speculative decoding with two views of one model: one cycle of QSpec, and the loop over cycles.
 
 Algorithm (QSpec, Zhao et al., EMNLP 2025, section 3; greedy form). With ``n`` tokens in the cache and
 one more, the last, that is not in it yet:
 
-1. *draft*: starting from the last token, decode ``draft_length`` tokens ``d_1 .. d_gamma`` at the cheap
-   precision. Their keys and values go into slots ``n .. n + gamma - 1``, provisionally.
-2. *verify*: run the last token and all drafts in one pass at the accurate precision. It rewrites slots
+1. *draft*: starting from the last token, decode ``draft_length`` tokens ``d_1 .. d_gamma`` by the cheap
+   view. Their keys and values go into positions ``n .. n + gamma - 1``, provisionally.
+2. *verify*: run the last token and all drafts in one pass by the target view. It rewrites positions
    ``n .. n + gamma``, so that no entry of the draft survives, and yields the tokens ``t_1 .. t_{gamma+1}``
-   that the accurate precision would have chosen after each of them.
+   that the target would have chosen after each of them.
 3. *accept*: keep drafts up to the first ``d_i != t_i``; ``t`` supplies the token after them, so a cycle
-   yields between 1 and ``gamma + 1`` tokens, all chosen by the accurate precision. Rejection only
-   shortens the cache.
+   yields between 1 and ``gamma + 1`` tokens, all chosen by the target. Rejection only shortens the cache.
 
 A request with *typical acceptance* gives that up: where ``d_i`` is likely enough, it is ``t_i``.
 
@@ -32,31 +31,31 @@ from jaxtyping import Array, Bool, Float32, Int32
 from qspec_jax.decoding.lookup import look_up, write
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import Sampler, choose
-from qspec_jax.decoding.state import DecodeState, PromptPiece, TokenScores
+from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 
-def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: DecodingPlan) -> DecodeState:
-    """Runs a piece of a prompt in every row at the verify precision; the last one chooses the first new token.
+def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: DecodingPlan) -> DecodeState:
+    """Runs a chunk of a prompt in every row by the target view; the last one chooses the first new token.
 
     Args:
         model: the decoder.
-        state: rows that have read the pieces before: of the same prompt, or of one that begins alike.
-        piece: one for each row.
-        plan: precisions.
+        state: rows that have read the chunks before: of the same prompt, or of one that begins alike.
+        chunk: one for each row.
+        plan: says by which view.
     """
-    batch = piece.tokens.shape[0]
+    batch = chunk.tokens.shape[0]
     logits, cache = model(
-        piece.tokens,
-        state.cache.with_lengths(piece.start),
+        chunk.tokens,
+        state.cache.with_lengths(chunk.start),
         precision=plan.verify,
-        logits_at=piece.num_tokens - 1,
+        logits_at=chunk.num_tokens - 1,
     )
-    sampler, end = piece.sampler, piece.start + piece.num_tokens
-    if sampler is not None and piece.prompt is not None:
-        sampler = sampler.for_prompts(piece.prompt, end, logits.shape[-1])
+    sampler, end = chunk.sampler, chunk.start + chunk.num_tokens
+    if sampler is not None and chunk.prompt is not None:
+        sampler = sampler.for_prompts(chunk.prompt, end, logits.shape[-1])
     first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
     first, scores = first_tokens[:, 0], state.scores
     if scores is not None:
@@ -64,42 +63,42 @@ def prefill(model: Decoder, state: DecodeState, piece: PromptPiece, *, plan: Dec
         scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
     history = state.history
     if history is not None:
-        index = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)
-        history = write(history, piece.start, piece.tokens, index < piece.num_tokens[:, None])
-        history = write(history, end, first_tokens, piece.last[:, None])
+        index = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
+        history = write(history, chunk.start, chunk.tokens, index < chunk.num_tokens[:, None])
+        history = write(history, end, first_tokens, chunk.last[:, None])
     return DecodeState(
         cache=cache.with_lengths(end),
         last_token=first,
         tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
-        num_tokens=piece.last.astype(jnp.int32),
-        max_new_tokens=piece.max_new_tokens,
-        stop_tokens=piece.stop_tokens,
-        finished=~piece.last | is_stop(first_tokens, piece.stop_tokens)[:, 0] | (piece.max_new_tokens <= 1),
+        num_tokens=chunk.last.astype(jnp.int32),
+        max_new_tokens=chunk.max_new_tokens,
+        stop_tokens=chunk.stop_tokens,
+        finished=~chunk.last | is_stop(first_tokens, chunk.stop_tokens)[:, 0] | (chunk.max_new_tokens <= 1),
         accepted_lengths=jnp.zeros_like(state.accepted_lengths),
-        sampler=None if sampler is None else sampler.after(first_tokens, piece.last[:, None]),
+        sampler=None if sampler is None else sampler.after(first_tokens, chunk.last[:, None]),
         scores=scores,
         history=history,
     )
 
 
-def fill(
+def prefill_rows(
     model: Decoder,
     state: DecodeState,
-    pieces: PromptPiece,
+    chunks: PromptChunk,
     rows: Int32[Array, " P"],
     sources: Int32[Array, " P"],
     count: Int32[Array, ""],
     *,
     plan: DecodingPlan,
 ) -> DecodeState:
-    """Puts the first ``count`` of ``P`` pieces of prompts into ``rows``, while the other rows stay as they are.
+    """Reads the first ``count`` of ``P`` chunks of prompts into ``rows``, while the other rows stay as they are.
 
-    ``sources`` are the rows that hold what the prompts begin with, up to these pieces; see ``engine.prefixes``.
+    ``sources`` are the rows that hold what the prompts begin with, up to these chunks; see ``engine.prefixes``.
     One after the other, each as a batch of one: what a prompt yields cannot depend on what enters beside it.
     """
 
     def enter(index: Array, state: DecodeState) -> DecodeState:
-        entered = prefill(model, state.row(sources[index]), pieces.row(index), plan=plan)
+        entered = prefill(model, state.row(sources[index]), chunks.row(index), plan=plan)
         return state.with_row(rows[index], entered)
 
     return lax.fori_loop(0, count, enter, state)
@@ -110,16 +109,16 @@ def draft(
     last_token: Int32[Array, " B"],
     cache: KVCache,
     *,
-    precision: Precision,
+    view: View,
     draft_length: int,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
 ) -> tuple[Int32[Array, "B gamma"], KVCache]:
-    """Decodes ``draft_length`` tokens one by one at the cheap precision; ``first`` is the place of the first one."""
+    """Decodes ``draft_length`` tokens one by one by the cheap view; ``first`` is the place of the first one."""
 
     def step(carry: tuple[Array, KVCache, Sampler | None], index: Array):
         token, cache, sampler = carry
-        logits, cache = model(token[:, None], cache, precision=precision)
+        logits, cache = model(token[:, None], cache, precision=view)
         tokens = choose(logits, sampler, first=None if first is None else first + index)
         if sampler is not None:
             sampler = sampler.after(tokens, jnp.ones(tokens.shape, bool))
@@ -133,28 +132,29 @@ def draft(
 def propose(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> tuple[Int32[Array, "B gamma"], KVCache]:
     """The drafts of a cycle, from where the plan says, and the cache with what making them wrote."""
 
-    def made(cache: KVCache) -> tuple[Array, KVCache]:
-        if plan.draft is None:
+    def draft_by_model(cache: KVCache) -> tuple[Array, KVCache]:
+        if plan.draft_view is None:
             return jnp.zeros((cache.lengths.shape[0], plan.draft_length), jnp.int32), cache
         return draft(
             model,
             state.last_token,
             cache,
-            precision=plan.draft,
+            view=plan.draft_view,
             draft_length=plan.draft_length,
             sampler=state.sampler,
             first=state.num_tokens,
         )
 
     if state.history is None or not plan.lookup:
-        return made(state.cache)
+        return draft_by_model(state.cache)
     found, tokens = look_up(state.history, state.cache.lengths, draft_length=plan.draft_length)
-    if plan.draft is None:
+    if plan.draft_view is None:
         return tokens, state.cache
-    # The model drafts for all rows or for none.
-    idle = jax.tree.map(jnp.zeros_like, tokens)
-    made_tokens, cache = lax.cond((found | state.finished).all(), lambda cache: (idle, cache), made, state.cache)
-    return jnp.where(found[:, None], tokens, made_tokens), cache.with_lengths(state.cache.lengths)
+    # The model drafts for all rows or for none: a pass costs the same for one row as for all of them.
+    no_drafts = jax.tree.map(jnp.zeros_like, tokens)
+    nobody_needs_it = (found | state.finished).all()
+    drafted, cache = lax.cond(nobody_needs_it, lambda cache: (no_drafts, cache), draft_by_model, state.cache)
+    return jnp.where(found[:, None], tokens, drafted), cache.with_lengths(state.cache.lengths)
 
 
 def verify(
@@ -163,16 +163,16 @@ def verify(
     draft_tokens: Int32[Array, "B gamma"],
     cache: KVCache,
     *,
-    precision: Precision,
+    view: View,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
 ) -> tuple[Int32[Array, "B gamma_plus_1"], Float32[Array, "B gamma_plus_1 V"], KVCache]:
-    """The tokens the accurate precision chooses after the last token and after each draft, and its logits.
+    """The tokens the target chooses after the last token and after each draft, and its logits.
 
     ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten.
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
-    logits, cache = model(tokens, cache, precision=precision)
+    logits, cache = model(tokens, cache, precision=view)
     return choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache
 
 
@@ -183,7 +183,16 @@ def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B
 
 
 def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
-    """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens."""
+    """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens.
+
+    What a cycle keeps true, of each row::
+
+        before              [ t t t t t t ]          every token but the newest is in the cache; its length is `start`
+        draft writes        [ t t t t t t n d d ]    gamma provisional entries: the newest token, gamma - 1 drafts
+        with_lengths(start) [ t t t t t t|. . . ]    forgets them; what lies beyond the length is never read
+        verify writes       [ t t t t t t N D D D ]  the same places and one more, as the target computes them
+        after, 2 kept       [ t t t t t t N D|. . ]  the new length is `start` + tokens kept: again all but the newest
+    """
     start = state.cache.lengths
     with jax.named_scope("draft"):
         draft_tokens, cache = propose(model, state, plan=plan)
@@ -194,7 +203,7 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
             state.last_token,
             draft_tokens,
             cache,
-            precision=plan.verify,
+            view=plan.verify,
             sampler=state.sampler,
             first=state.num_tokens,
         )
@@ -220,15 +229,24 @@ def emit(
     index = jnp.arange(width, dtype=jnp.int32)
     stops = is_stop(target_tokens, state.stop_tokens)
     stops_seen = jnp.cumsum(stops.astype(jnp.int32), axis=1)
+    # Kept are the accepted drafts and the token after them, ...
+    accepted = index <= num_accepted[:, None]
+    # ... up to the first stop token and with it, ...
     up_to_stop = (stops_seen == 0) | (stops & (stops_seen == 1))
+    # ... as many as the request asks for, and nothing in rows that had finished before.
     room = state.max_new_tokens - state.num_tokens
-    kept = (index <= num_accepted[:, None]) & up_to_stop & (index < room[:, None]) & ~state.finished[:, None]
-    num_kept = kept.astype(jnp.int32).sum(axis=1)
     active = ~state.finished
+    #   target_tokens  5  8  </s>  2      num_accepted = 3: all four are the target's own choice
+    #   stops          0  0   1    0
+    #   kept           1  1   1    0      with room for three or more; with room for two: 1 1 0 0
+    kept = accepted & up_to_stop & (index < room[:, None]) & active[:, None]
+    num_kept = kept.astype(jnp.int32).sum(axis=1)
+    # An active row counts one cycle under the number of its accepted drafts, kept or not.
     lengths = jnp.arange(state.accepted_lengths.shape[1], dtype=jnp.int32)
     counted = (active[:, None] & (lengths == num_accepted[:, None])).astype(jnp.int32)
 
     rows = jnp.arange(batch)[:, None]
+    # What is not kept goes to a column that does not exist, where `mode="drop"` drops it.
     columns = jnp.where(kept, state.num_tokens[:, None] + index, state.tokens.shape[1])
     newest = jnp.take_along_axis(target_tokens, jnp.maximum(num_kept - 1, 0)[:, None], axis=1)[:, 0]
     return dataclasses.replace(
@@ -262,7 +280,7 @@ def generate(
         state: where to go on.
         max_cycles: at most so many, rounded up to a multiple of ``cycles_per_check``.
         until_finished: as soon as so many rows are finished or idle; None for all.
-        plan: precisions and draft length.
+        plan: where drafts come from, and how many.
         cycles_per_check: cycles between two looks at whether to go on; a GPU's host waits for each look. Those after
             the last sequence has finished change nothing.
         advance: ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.

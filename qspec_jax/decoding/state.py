@@ -1,8 +1,9 @@
 """What changes from cycle to cycle, and what enters it: the rows of a running batch, and prompts on their way in.
 
-A *row* is a place of the batch: one sequence in one row of the cache (the command line says slot). Rows are
-independent. One whose sequence has finished is idle until ``fill`` (``speculative.py``) puts another prompt into
-it. Of what it holds then only the keys and values of its prompt matter, where another one begins alike.
+A *row* is a place of the batch: one sequence in one row of the cache Rows are
+independent. A row whose sequence has finished is idle until ``prefill_rows`` (``speculative.py``) reads another prompt
+into it. An idle row still holds the keys and values of its last prompt. They are used where another prompt begins
+alike: the row is copied instead of reading that beginning again (``engine/prefixes.py``).
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ class DecodeState:
         return cls(
             cache=cache,
             last_token=zeros(),
-            tokens=zeros(cache.slots),
+            tokens=zeros(cache.capacity),
             num_tokens=zeros(),
             max_new_tokens=zeros(),
             stop_tokens=zeros(MAX_STOP_TOKENS) + np.int32(NO_TOKEN),
             finished=zeros() == 0,
             accepted_lengths=zeros(MAX_DRAFT_LENGTH + 1),
-            history=zeros(cache.slots) if lookup else None,
+            history=zeros(cache.capacity) if lookup else None,
         )
 
     def row(self, index: Int32[Array, ""]) -> DecodeState:
@@ -134,14 +135,14 @@ class DecodeState:
 @typing.no_type_check  # as above
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptPiece:
-    """A piece of a prompt for each of some rows, and the options of their sequences.
+class PromptChunk:
+    """A chunk of a prompt for each of some rows, and the options of their sequences.
 
     Attributes:
         tokens: ``[B, T]`` int32, padded on the right.
-        num_tokens: ``[B]`` int32, valid tokens of the piece, at least 1.
-        start: ``[B]`` int32, tokens of the prompt before this piece.
-        last: ``[B]`` bool, the prompt ends with this piece.
+        num_tokens: ``[B]`` int32, valid tokens of the chunk, at least 1.
+        start: ``[B]`` int32, tokens of the prompt before this chunk.
+        last: ``[B]`` bool, the prompt ends with this chunk.
         max_new_tokens, stop_tokens: as in the state.
         sampler: as in the state, but for what it knows of tokens.
         prompt: ``[B, S]`` int32, the prompt from its beginning, padded on the right; None where nothing penalises.
@@ -156,6 +157,6 @@ class PromptPiece:
     sampler: Sampler | None = None
     prompt: Int32[Array, "B S"] | None = None
 
-    def row(self, index: Int32[Array, ""]) -> PromptPiece:
-        """The piece of one row."""
+    def row(self, index: Int32[Array, ""]) -> PromptChunk:
+        """The chunk of one row."""
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), self)

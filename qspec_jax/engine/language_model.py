@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.decoding.pieces import fitting_slots
+from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import DecodingPlan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ from qspec_jax.model.decoder import Decoder
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
 
-_PIPELINE_SLOTS = 4096  # cache positions of a pipeline that is not told how many
+_PIPELINE_CAPACITY = 4096  # cache positions of a pipeline that is not told how many
 
 
 class LanguageModel:
@@ -159,8 +159,8 @@ class LanguageModel:
         """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all."""
         served = [request for request in requests if isinstance(request, Request)]
         longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
-        rows, slots = min(batch_size, max(1, len(served))), max_seq_len or fitting_slots(longest)
-        pipeline = self._pipeline(plan, batch_size=rows, slots=slots, on_event=on_event)
+        rows, capacity = min(batch_size, max(1, len(served))), max_seq_len or fitting_capacity(longest)
+        pipeline = self._pipeline(plan, batch_size=rows, capacity=capacity, on_event=on_event)
         for request in requests[first:]:
             pipeline.add(request)
         return pipeline
@@ -187,11 +187,11 @@ class LanguageModel:
         """
         context = self.config.max_position_embeddings
         check_length(1, 0, max_seq_len=max_seq_len, context=context)
-        slots = max_seq_len or min(context, _PIPELINE_SLOTS)
-        return self._pipeline(plan or self.plan(), batch_size=batch_size, slots=slots, on_event=on_event)
+        capacity = max_seq_len or min(context, _PIPELINE_CAPACITY)
+        return self._pipeline(plan or self.plan(), batch_size=batch_size, capacity=capacity, on_event=on_event)
 
     def _pipeline(
-        self, plan: DecodingPlan, *, batch_size: int, slots: int, on_event: Callable[[str], None] | None
+        self, plan: DecodingPlan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
     ) -> Pipeline:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
@@ -201,7 +201,7 @@ class LanguageModel:
             plan,
             kernels=self.kernels,
             batch_size=batch_size,
-            slots=slots,
+            capacity=capacity,
             on_event=on_event,
         )
 
@@ -229,8 +229,8 @@ class LanguageModel:
         request = self.intake.request(prompt, what="prompt 1", sampling=sampling, **options)
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
-        slots = max_seq_len or fitting_slots(len(request.token_ids) + request.max_new_tokens)
-        scheduler = Scheduler(self.programs, plan, rows=1, slots=slots, on_event=on_event)
+        capacity = max_seq_len or fitting_capacity(len(request.token_ids) + request.max_new_tokens)
+        scheduler = Scheduler(self.programs, plan, rows=1, capacity=capacity, on_event=on_event)
         return self._stream(request, plan, scheduler, cycles_per_step)
 
     def _stream(

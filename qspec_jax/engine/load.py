@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
@@ -24,6 +27,51 @@ from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model whose list of tensors is checked, and of which nothing else has been read yet.
+
+    Attributes:
+        name: of its file or directory.
+        config: what it computes.
+        quantization: how draft activations are quantised; None for floating-point weights.
+        formats: of each linear; None for floating-point weights.
+        tokenizer: reads its tokenizer.
+        read: reads its weights into a decoder; takes ``progress`` and what :func:`decoder_options` returns.
+    """
+
+    name: str
+    config: ModelConfig
+    quantization: QuantConfig | None
+    formats: Mapping[str, WeightFormat] | None
+    tokenizer: Callable[[], Tokenizer | None]
+    read: Callable[..., Decoder]
+
+
+def open_model(path: Path, quantization: QuantConfig | Literal["auto"] | None) -> OpenedModel:
+    """Opens what ``resolve_model`` found: a checkpoint of this library, or a model in another format.
+
+    Args:
+        path: of the model.
+        quantization: as in :func:`load`.
+
+    Raises:
+        UsageError: the weights cannot be stored so.
+        CheckpointError, UnsupportedModelError: the model cannot be opened.
+    """
+    if is_checkpoint(path) and quantization is not None:
+        checkpoint = open_checkpoint(path)
+        manifest = checkpoint.manifest
+        chosen = manifest.quantization if quantization == "auto" else quantization
+        read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
+        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
+    source = open_source(path)
+    chosen = QuantConfig() if quantization == "auto" else quantization
+    formats = weight_formats(source, chosen)
+    read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
+    return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
+
+
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -31,7 +79,7 @@ def load(
     dtype: str | None = None,
     kernels: str = "auto",
     progress: bool = False,
-    meanwhile: Callable[[LanguageModel], None] | None = None,
+    compile_ahead: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
     """Loads a model onto the default device, quantising it tensor by tensor.
 
@@ -50,9 +98,10 @@ def load(
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
         progress: show a bar on the standard error stream.
-        meanwhile: called in a thread, while the weights are read, with a model that has only their shapes. What it
-            compiles (:meth:`Pipeline.compile`) the loaded model has, too; what goes wrong there comes to nothing.
-            JAX's settings of the calling thread (``with jax.default_matmul_precision(...)``) do not hold in it.
+        compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
+            compiles (:meth:`Pipeline.compile`) the loaded model has, too. An error in it is ignored: programs are then
+            compiled at their first use. JAX's settings of the calling thread (``with
+            jax.default_matmul_precision(...)``) do not hold in it.
 
     Returns:
         a model ready to :meth:`~qspec_jax.LanguageModel.generate`.
@@ -64,41 +113,38 @@ def load(
     placement = decoder_options(kernels, dtype)
     with contextlib.suppress(OSError):
         enable_compilation_cache()
-    path = resolve_model(model)
-    shown = _progress_bar(f"loading {path.name}") if progress else iter
-    read: Callable[..., Decoder]
-    if is_checkpoint(path) and quantization is not None:
-        checkpoint = open_checkpoint(path)
-        config, formats = checkpoint.manifest.model, checkpoint.manifest.formats
-        quantization = checkpoint.manifest.quantization if quantization == "auto" else quantization
-        open_its_tokenizer, read = checkpoint.tokenizer, functools.partial(restore_decoder, checkpoint)
-    else:
-        source = open_source(path)
-        quantization = QuantConfig() if quantization == "auto" else quantization
-        config, formats = source.config, weight_formats(source, quantization)
-        open_its_tokenizer = functools.partial(open_tokenizer, path)
-        read = functools.partial(load_decoder, source, formats=formats)
-
-    def model_of(decoder: Decoder, tokenizer: Tokenizer | None) -> LanguageModel:
-        in_use = kernels_in_use(decoder, kernels)
-        return LanguageModel(decoder, tokenizer, quantization=quantization, kernels=in_use, name=path.name)
-
-    def ahead(tokenizer: Future[Tokenizer | None]) -> Programs | None:
-        if meanwhile is None:
-            return None
-        shell = abstract_decoder(config, quantization=quantization, formats=formats, **placement)
-        meanwhile(model := model_of(shell, tokenizer.result()))
-        return model.programs
-
+    opened = open_model(resolve_model(model), quantization)
+    shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        tokenizer = pool.submit(open_its_tokenizer)
-        compiled = pool.submit(ahead, tokenizer)
-        decoder = read(quantization=quantization, progress=while_it_opens(tokenizer, shown), **placement)
-    loaded = model_of(decoder, tokenizer.result())
-    if compiled.exception() is None and (programs := compiled.result()) is not None:
-        loaded.programs.adopt(programs)
+        tokenizer = pool.submit(opened.tokenizer)
+        programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, kernels, placement)
+        decoder = opened.read(progress=ending_with(tokenizer, shown), **placement)
+    loaded = _assemble(opened, decoder, tokenizer.result(), kernels)
+    if programs.exception() is None and (compiled := programs.result()) is not None:
+        loaded.programs.adopt(compiled)
     return loaded
+
+
+def _assemble(opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str) -> LanguageModel:
+    """A model around a decoder, which may have shapes alone."""
+    in_use = kernels_in_use(decoder, kernels)
+    return LanguageModel(decoder, tokenizer, quantization=opened.quantization, kernels=in_use, name=opened.name)
+
+
+def _programs_ahead(
+    compile_ahead: Callable[[LanguageModel], None] | None,
+    opened: OpenedModel,
+    tokenizer: Future[Tokenizer | None],
+    kernels: str,
+    placement: Mapping[str, Any],
+) -> Programs | None:
+    """The programs that ``compile_ahead`` compiles for a model of shapes."""
+    if compile_ahead is None:
+        return None
+    shell = abstract_decoder(opened.config, quantization=opened.quantization, formats=opened.formats, **placement)
+    compile_ahead(model := _assemble(opened, shell, tokenizer.result(), kernels))
+    return model.programs
 
 
 def save(
@@ -130,7 +176,7 @@ def save(
     )
 
 
-def while_it_opens(
+def ending_with(
     tokenizer: Future[Tokenizer | None], progress: Callable[[Iterable], Iterable]
 ) -> Callable[[Iterable], Iterable]:
     """``progress`` over the tensors, which ends with the tokenizer's error, if it has one, before the next tensor."""

@@ -42,13 +42,13 @@ class Pipeline:
         *,
         kernels: str,
         batch_size: int,
-        slots: int,
+        capacity: int,
         on_event: Callable[[str], None] | None,
     ):
         """See :meth:`LanguageModel.pipeline`."""
-        self.max_seq_len = min(slots, intake.config.max_position_embeddings)
+        self.max_seq_len = min(capacity, intake.config.max_position_embeddings)
         self._intake, self._plan, self._kernels = intake, plan, kernels
-        self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, slots=slots, on_event=on_event)
+        self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, capacity=capacity, on_event=on_event)
         self._scheduler = self._make_scheduler()
         self._entries: collections.deque[_Entry] = collections.deque()
 

@@ -1,14 +1,14 @@
 """Prompts that begin alike: what one row of the cache holds is not computed again for another.
 
-A prompt is read in pieces. Whoever begins with the same pieces as a prompt that some row still holds, running or
+A prompt is read in chunks. Whoever begins with the same chunks as a prompt that some row still holds, running or
 finished, enters as a copy of that row and reads the rest. The rows are the store: there is no other memory, no program
-besides the filling ones, and the copy is the one that filling makes of a row in any case.
+besides the prefill ones, and the copy is the one that a prefill makes of a row in any case.
 
-Whole pieces are reused, not blocks of a few tokens as in vLLM (PagedAttention, Kwon et al., 2023) or single ones as in
+Whole chunks are reused, not blocks of a few tokens as in vLLM (PagedAttention, Kwon et al., 2023) or single ones as in
 SGLang (RadixAttention, Zheng et al., 2024). On an accelerator the keys and values of a token depend, in their last
-bits, on the width of the piece it is read in and on where that begins. With the same tokens in the same pieces they are
+bits, on the width of the chunk it is read in and on where that begins. With the same tokens in the same chunks they are
 those that the row would have computed, bit for bit, so that a result does not depend on who was there before. For the
-same reason pieces are cut by what the request says of itself (:meth:`Request.pieces`), never by what
+same reason chunks are cut by what the request says of itself (:meth:`Request.chunks`), never by what
 others turn out to have in common with it, and the keys and values of generated tokens, which were verified a few at a
 time, are not reused.
 """
@@ -18,17 +18,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-Piece = tuple[int, Sequence[int]]
-"""Tokens of a prompt before a piece of it, and those of the piece."""
+Chunk = tuple[int, Sequence[int]]
+"""Tokens of a prompt before a chunk of it, and those of the chunk."""
 
 
-class Filling(NamedTuple):
+class NextChunk(NamedTuple):
     """What a row reads next.
 
     Attributes:
         row: that reads.
         source: the row that holds what the prompt begins with; ``row`` itself if that does.
-        index: of the piece, after those that ``source`` holds.
+        index: of the chunk, after those that ``source`` holds.
     """
 
     row: int
@@ -36,59 +36,59 @@ class Filling(NamedTuple):
     index: int
 
 
-class HeldPieces:
-    """The pieces that each row holds of the last prompt that it read: those before its end are never overwritten."""
+class HeldChunks:
+    """The chunks that each row holds of the last prompt that it read: those before its end are never overwritten."""
 
     def __init__(self, rows: int):
-        self._held: list[Sequence[Piece]] = [[] for _ in range(rows)]
+        self._held: list[Sequence[Chunk]] = [[] for _ in range(rows)]
 
-    def note(self, row: int, pieces: Sequence[Piece]) -> None:
-        """A row is asked to read the last of some pieces, after which it holds all of them."""
-        self._held[row] = pieces
+    def note(self, row: int, chunks: Sequence[Chunk]) -> None:
+        """A row is asked to read the last of some chunks, after which it holds all of them."""
+        self._held[row] = chunks
 
-    def room_for(self, pieces: Sequence[Piece], idle: Iterable[int]) -> int:
+    def room_for(self, chunks: Sequence[Chunk], idle: Iterable[int]) -> int:
         """The idle row that is best for a prompt: which holds most of what it begins with, else holds least."""
-        return min(idle, key=lambda row: (-self._in_common(row, pieces), sum(len(ids) for _, ids in self._held[row])))
+        return min(idle, key=lambda row: (-self._in_common(row, chunks), sum(len(ids) for _, ids in self._held[row])))
 
-    def plan(self, reading: Mapping[int, Sequence[Piece]]) -> tuple[list[Filling], list[int]]:
+    def plan(self, reading: Mapping[int, Sequence[Chunk]]) -> tuple[list[NextChunk], list[int]]:
         """What some rows read next, in any order or at once.
 
         Args:
-            reading: all pieces of the prompt of each row.
+            reading: all chunks of the prompt of each row.
 
         Returns:
             at least one of them, and the rows that have to wait for it: others read what they hold, or are about to
             write what they begin with.
         """
-        fillings: list[Filling] = []
+        next_chunks: list[NextChunk] = []
         later, sources, written = [], set(), {}
-        for row, pieces in reading.items():
-            source, index = self._best_source(row, pieces)
-            up_to = pieces[: index + 1]
-            shared = index + 1 < len(pieces) and up_to in written.values()
+        for row, chunks in reading.items():
+            source, index = self._best_source(row, chunks)
+            up_to = chunks[: index + 1]
+            shared = index + 1 < len(chunks) and up_to in written.values()
             if shared or row in sources or source in written:
                 later.append(row)
                 continue
-            fillings.append(Filling(row, source, index))
+            next_chunks.append(NextChunk(row, source, index))
             sources.add(source)
             written[row] = up_to
-        return fillings, later
+        return next_chunks, later
 
-    def _best_source(self, row: int, pieces: Sequence[Piece]) -> tuple[int, int]:
-        """The row that holds most of the pieces, by preference the one that reads them, and how many."""
-        source, most = row, self._in_common(row, pieces)
+    def _best_source(self, row: int, chunks: Sequence[Chunk]) -> tuple[int, int]:
+        """The row that holds most of the chunks, by preference the one that reads them, and how many."""
+        source, most = row, self._in_common(row, chunks)
         for other in range(len(self._held)):
-            if most + 1 == len(pieces):
+            if most + 1 == len(chunks):
                 break
-            if (count := self._in_common(other, pieces)) > most:
+            if (count := self._in_common(other, chunks)) > most:
                 source, most = other, count
         return source, most
 
-    def _in_common(self, row: int, pieces: Sequence[Piece]) -> int:
-        """How many pieces of a prompt a row holds, but for the last one, from which the first new token comes."""
+    def _in_common(self, row: int, chunks: Sequence[Chunk]) -> int:
+        """How many chunks of a prompt a row holds, but for the last one, from which the first new token comes."""
         count = 0
-        for held, piece in zip(self._held[row], pieces[:-1], strict=False):
-            if held != piece:
+        for held, chunk in zip(self._held[row], chunks[:-1], strict=False):
+            if held != chunk:
                 break
             count += 1
         return count

@@ -7,16 +7,16 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qspec_jax.decoding import pieces
+from qspec_jax.decoding import chunks
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.prefixes import Piece
+from qspec_jax.engine.prefixes import Chunk
 from qspec_jax.tokenizer.watch import TextWatch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""
 
-# A prompt is cut after its prefix where what is left is read in pieces narrower by so many tokens: a GPU reads that
-# many in little more time than one (docs/results.md), and the cut costs a piece where nobody shares the prefix.
+# A prompt is cut after its prefix where what is left is read in chunks narrower by so many tokens: a GPU reads that
+# many in little more time than one (docs/results.md), and the cut costs a chunk where nobody shares the prefix.
 LEAST_SAVED = 64
 
 
@@ -40,24 +40,24 @@ class Request:
     watch: Callable[[], TextWatch] | None = None
     prefix_length: int = 0
 
-    def pieces(self) -> list[Piece]:
-        """Start and tokens of each piece of the prompt, as long as can be from the beginning and from a cut on.
+    def chunks(self) -> list[Chunk]:
+        """Start and tokens of each chunk of the prompt, as long as can be from the beginning and from a cut on.
 
-        A cut after the prefix makes all of it a piece or some, which rows may share (:mod:`qspec_jax.engine.prefixes`).
+        A cut after the prefix makes all of it a chunk or some, which rows may share (:mod:`qspec_jax.engine.prefixes`).
         """
-        longest, end = pieces.PIECE_WIDTHS[-1], len(self.token_ids)
+        longest, end = chunks.CHUNK_WIDTHS[-1], len(self.token_ids)
         cut = self.prefix_length if self._is_cut() else 0
         starts = [*range(0, cut, longest), *range(cut, end, longest), end]
         return [(start, tuple(self.token_ids[start:stop])) for start, stop in itertools.pairwise(starts)]
 
     def _is_cut(self) -> bool:
-        longest, rest = pieces.PIECE_WIDTHS[-1], len(self.token_ids) - self.prefix_length
-        # Whole pieces of the prefix may be shared without a cut.
+        longest, rest = chunks.CHUNK_WIDTHS[-1], len(self.token_ids) - self.prefix_length
+        # Whole chunks of the prefix may be shared without a cut.
         return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
 
-    def put_piece(self, fields: Mapping[str, Any], place: int, piece: Piece) -> None:
-        """Sets the fields of a piece at a place among those of :func:`qspec_jax.decoding.pieces.empty_pieces`."""
-        (start, tokens), stop_tokens = piece, self.sampling.stop_token_ids
+    def put_chunk(self, fields: Mapping[str, Any], place: int, chunk: Chunk) -> None:
+        """Sets the fields of a chunk at a place among those of :func:`qspec_jax.decoding.chunks.empty_chunks`."""
+        (start, tokens), stop_tokens = chunk, self.sampling.stop_token_ids
         fields["tokens"][place, : len(tokens)] = tokens
         fields["num_tokens"][place], fields["start"][place] = len(tokens), start
         fields["last"][place] = start + len(tokens) == len(self.token_ids)
@@ -67,11 +67,11 @@ class Request:
             fields["prompt"][place, : len(self.token_ids)] = self.token_ids
 
     def widths(self) -> set[int]:
-        """What its pieces are padded to."""
-        return {pieces.piece_width(len(tokens)) for _, tokens in self.pieces()}
+        """What its chunks are padded to."""
+        return {chunks.chunk_width(len(tokens)) for _, tokens in self.chunks()}
 
 
 def _padded(num_tokens: int) -> int:
-    """The widths of all pieces of a text."""
-    whole, rest = divmod(num_tokens, pieces.PIECE_WIDTHS[-1])
-    return whole * pieces.PIECE_WIDTHS[-1] + (pieces.piece_width(rest) if rest else 0)
+    """The widths of all chunks of a text."""
+    whole, rest = divmod(num_tokens, chunks.CHUNK_WIDTHS[-1])
+    return whole * chunks.CHUNK_WIDTHS[-1] + (chunks.chunk_width(rest) if rest else 0)

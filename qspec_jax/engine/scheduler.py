@@ -1,13 +1,13 @@
 """Continuous batching: which sequence is in which row, and what the device does next.
 
-The device is asked for two things, by turns. A *filling* dispatch puts pieces of prompts into idle rows; a *chunk* runs
-cycles in the generation loop until enough rows are idle, or for about ``chunk_s`` seconds. Between them the host takes
-out what has finished and lets in what waits, in order. A prompt longer than a piece enters piece by piece, with short
-chunks between, so that the others go on meanwhile; pieces that a row holds already are not read again
+The device is asked for two things, by turns. A *prefill* reads chunks of prompts into idle rows; a *burst* runs
+cycles in the generation loop until enough rows are idle, or for about ``burst_s`` seconds. Between them the host takes
+out what has finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk, with short
+bursts between, so that the others go on meanwhile; chunks that a row holds already are not read again
 (:mod:`qspec_jax.engine.prefixes`).
 
-While a chunk runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
-its own dispatches chunks, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
+While a burst runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
+its own dispatches bursts, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
 any of this: rows are independent, and so are cycles.
 """
 
@@ -22,22 +22,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from qspec_jax.decoding.pieces import Shape, empty_pieces, piece_width
+from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.decoding.state import DecodeState, PromptPiece
-from qspec_jax.engine.prefixes import Filling, HeldPieces
+from qspec_jax.decoding.state import DecodeState, PromptChunk
+from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.sequence import RunningSequence
 
-_CHUNK_S = 0.5
-_FILLING_CHUNK_S = 0.05  # of the chunks between the pieces of a long prompt
-_FIRST_CYCLES = 4  # of a chunk before the time of a cycle is known
+_BURST_S = 0.5
+_PREFILL_BURST_S = 0.05  # of the bursts between the chunks of a long prompt
+_FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
 _MAX_CYCLES = 4096
-# With others waiting, a chunk ends when this share of the rows has finished in it.
+# With others waiting, a burst ends when this share of the rows has finished in it.
 _REFILL_SHARE = 1 / 16
 
 
@@ -78,33 +78,33 @@ class Scheduler:
         plan: DecodingPlan,
         *,
         rows: int,
-        slots: int,
-        chunk_s: float = _CHUNK_S,
+        capacity: int,
+        burst_s: float = _BURST_S,
         on_event: Callable[[str], None] | None = None,
     ):
         """Makes a batch; compiling and allocating wait for the first request.
 
         Args:
             programs: of the model.
-            plan: precisions and draft length.
+            plan: what a cycle does.
             rows: sequences that run together.
-            slots: cache positions of each.
-            chunk_s: about how long a chunk lasts, and thus how long a result or an interruption may have to wait.
+            capacity: cache positions of each.
+            burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
         """
-        self.shape = Shape(rows, slots, lookup=plan.lookup)
+        self.shape = Shape(rows, capacity, lookup=plan.lookup)
         self.totals = RunTotals(rows=rows)
-        self._programs, self._plan, self._chunk_s = programs, plan, chunk_s
+        self._programs, self._plan, self._burst_s = programs, plan, burst_s
         self._on_event = on_event or (lambda _: None)
         self._waiting: collections.deque[RunningSequence] = collections.deque()
         self._rows: list[RunningSequence | None] = [None] * rows
-        self._held = HeldPieces(rows)
+        self._held = HeldChunks(rows)
         self._widths: set[int] = set()
         self._features = SamplingFeatures()
         self._state: DecodeState | None = None
         self._retired = np.zeros((rows,), bool)
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
-        self._flight: Future[tuple[DecodeState, Report]] | None = None  # the chunk under way, which has the state
+        self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
         self._clock = _Clock()
 
@@ -124,15 +124,15 @@ class Scheduler:
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
         sequence.finished = True
-        sequence.pieces = []
+        sequence.chunks = []
         if sequence in self._waiting:
             self._waiting.remove(sequence)
 
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
-        """Waits for the chunk under way, and dispatches what comes next.
+        """Waits for the burst under way, and dispatches what comes next.
 
         Args:
-            max_cycles: of the next chunk; None for about ``chunk_s`` seconds of them.
+            max_cycles: of the next burst; None for about ``burst_s`` seconds of them.
 
         Returns:
             the sequences that have new tokens or are finished.
@@ -165,18 +165,18 @@ class Scheduler:
             return []
         changed = []
         self._let_in()
-        fills = self._fill()
+        prefills = self._prefill()
         if self._decoding():
             self._dispatch(max_cycles)
-        for count, (report, filled) in enumerate(fills, 1):
-            report = jax.device_get(report)  # an index into it would wait for the chunk that has been dispatched
-            changed += self._receive(report, filled)
-            self._free(filled, report.finished)
-            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(fills))
+        for count, (report, read) in enumerate(prefills, 1):
+            report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
+            changed += self._receive(report, read)
+            self._free(read, report.finished)
+            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(prefills))
         return changed
 
     def _count(self, cycles: int, seconds: float) -> None:
-        """Notes how long the cycles of a chunk took."""
+        """Notes how long the cycles of a burst took."""
         if cycles:
             self._cycle_s = seconds / cycles
         self.totals.decode_s += seconds
@@ -230,56 +230,58 @@ class Scheduler:
         idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
         while idle and self._waiting:
             entering = self._waiting.popleft()
-            row = self._held.room_for(entering.pieces, sorted(idle))
+            row = self._held.room_for(entering.chunks, sorted(idle))
             idle.remove(row)
             self._rows[row], entering.entered_s = entering, time.perf_counter()
 
-    def _fill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
-        """Dispatches a piece for each row that still reads its prompt; the reports, and who has read it."""
-        reading = {row: one.pieces for row, one in enumerate(self._rows) if one is not None and one.reading}
+    def _prefill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
+        """Dispatches a chunk for each row that still reads its prompt; the reports, and who has read it."""
+        reading = {row: one.chunks for row, one in enumerate(self._rows) if one is not None and one.reading}
         reports = []
         while reading:
-            fillings, later = self._held.plan(reading)
-            by_width: dict[int, list[Filling]] = {}
-            for one in fillings:
-                by_width.setdefault(piece_width(len(reading[one.row][one.index][1])), []).append(one)
-            reports += [self._dispatch_pieces(width, some) for width, some in sorted(by_width.items())]
+            next_chunks, later = self._held.plan(reading)
+            by_width: dict[int, list[NextChunk]] = {}
+            for one in next_chunks:
+                by_width.setdefault(chunk_width(len(reading[one.row][one.index][1])), []).append(one)
+            reports += [self._dispatch_chunks(width, some) for width, some in sorted(by_width.items())]
             reading = {row: reading[row] for row in later}
         return reports
 
-    def _dispatch_pieces(self, width: int, fillings: Sequence[Filling]) -> tuple[Report, dict[int, RunningSequence]]:
-        """Dispatches pieces of a width; the report, and who has read the prompt with them, by row."""
-        pieces = self._pieces(width, fillings)
+    def _dispatch_chunks(
+        self, width: int, next_chunks: Sequence[NextChunk]
+    ) -> tuple[Report, dict[int, RunningSequence]]:
+        """Dispatches chunks of a width; the report, and who has read the prompt with them, by row."""
+        chunks = self._chunks(width, next_chunks)
         rows, sources = np.zeros((2, self.shape.rows), np.int32)
-        for place, one in enumerate(fillings):
+        for place, one in enumerate(next_chunks):
             rows[place], sources[place] = one.row, one.source
         assert self._state is not None
         self.totals.gap_s += self._clock.dispatching()
-        self._state, report = self._programs.fill(
-            self._plan, self.shape, self._state, pieces, rows, sources, count=len(fillings)
+        self._state, report = self._programs.prefill(
+            self._plan, self.shape, self._state, chunks, rows, sources, count=len(next_chunks)
         )
-        self._retired[rows[: len(fillings)]] = False
+        self._retired[rows[: len(next_chunks)]] = False
         decoding = self._decoding()
-        return report, {one.row: decoding[one.row] for one in fillings if one.row in decoding}
+        return report, {one.row: decoding[one.row] for one in next_chunks if one.row in decoding}
 
-    def _pieces(self, width: int, fillings: Sequence[Filling]) -> PromptPiece:
+    def _chunks(self, width: int, next_chunks: Sequence[NextChunk]) -> PromptChunk:
         """Pieces of a width, which count as read from now on."""
-        pieces = empty_pieces(self.shape, width)
+        chunks = empty_chunks(self.shape, width)
         sampling = []
-        for place, (row, _, index) in enumerate(fillings):
+        for place, (row, _, index) in enumerate(next_chunks):
             sequence = self._rows[row]
             assert sequence is not None
-            self.totals.reused_prompt_tokens += sum(len(ids) for _, ids in sequence.pieces[sequence.num_read : index])
-            self.totals.computed_prompt_tokens += len(sequence.pieces[index][1])
+            self.totals.reused_prompt_tokens += sum(len(ids) for _, ids in sequence.chunks[sequence.num_read : index])
+            self.totals.computed_prompt_tokens += len(sequence.chunks[index][1])
             sequence.num_read = index + 1
-            self._held.note(row, sequence.pieces[: index + 1])
-            sequence.request.put_piece(pieces, place, sequence.pieces[index])
+            self._held.note(row, sequence.chunks[: index + 1])
+            sequence.request.put_chunk(chunks, place, sequence.chunks[index])
             sampling.append(sequence.request.sampling)
-        sampling += sampling[:1] * (self.shape.rows - len(fillings))
-        return PromptPiece(**pieces, sampler=Sampler.create(sampling, self.shape.features))
+        sampling += sampling[:1] * (self.shape.rows - len(next_chunks))
+        return PromptChunk(**chunks, sampler=Sampler.create(sampling, self.shape.features))
 
     def _dispatch(self, max_cycles: int | None) -> None:
-        """Dispatches a chunk."""
+        """Dispatches a burst."""
         rows, active = self.shape.rows, len(self._decoding())
         until = rows
         if self._waiting or any(self._reading(row) for row in range(rows)):
@@ -298,11 +300,11 @@ class Scheduler:
         self._retired = np.zeros((rows,), bool)
 
     def _fitting_cycles(self) -> int:
-        """Cycles of the next chunk."""
+        """Cycles of the next burst."""
         if self._cycle_s is None:
             return _FIRST_CYCLES
-        filling = any(self._reading(row) for row in range(self.shape.rows))
-        seconds = _FILLING_CHUNK_S if filling else self._chunk_s
+        prefilling = any(self._reading(row) for row in range(self.shape.rows))
+        seconds = _PREFILL_BURST_S if prefilling else self._burst_s
         return max(1, min(_MAX_CYCLES, round(seconds / self._cycle_s)))
 
     def _reading(self, row: int) -> bool:

@@ -22,7 +22,7 @@ class RunningSequence:
         arrivals: when new tokens came, and how many.
         watch: the text, if the request asks for it.
         logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
-        pieces, num_read: of its prompt, and how many of them its row holds.
+        chunks, num_read: of its prompt, and how many of them its row holds.
     """
 
     def __init__(self, request: Request):
@@ -36,13 +36,13 @@ class RunningSequence:
         self.watch = None if request.watch is None else request.watch()
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
-        self.pieces = request.pieces()
+        self.chunks = request.chunks()
         self.num_read = 0
 
     @property
     def reading(self) -> bool:
-        """Whether pieces of its prompt are left."""
-        return self.num_read < len(self.pieces)
+        """Whether chunks of its prompt are left."""
+        return self.num_read < len(self.chunks)
 
     def seconds(self) -> dict[str, float]:
         """The times of :class:`qspec_jax.engine.results.GenerationStats`, as far as they are known."""

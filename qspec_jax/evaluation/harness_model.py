@@ -20,6 +20,7 @@ from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
@@ -161,15 +162,15 @@ class HarnessModel(TemplateLM):
         return answers
 
 
-def _scores_function(model: LanguageModel, precision: Precision) -> Scores:
+def _scores_function(model: LanguageModel, precision: Precision | View) -> Scores:
     """A compiled ``tokens [B, T] -> (log-likelihoods, is greedy) [B, T - 1]``."""
-    model.programs.prepare(DecodingPlan(verify=precision))
+    model.programs.lay_out_weights(DecodingPlan(precision))
     graph, state = nnx.split(model.decoder)
 
     @jax.jit
     def scores(state: nnx.State, tokens: Array) -> tuple[Array, Array]:
         decoder = nnx.merge(graph, state)
-        cache = decoder.create_cache(batch=tokens.shape[0], slots=tokens.shape[1])
+        cache = decoder.create_cache(batch=tokens.shape[0], capacity=tokens.shape[1])
         logits = decoder(tokens, cache, precision=precision)[0][:, :-1]
         chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == tokens[:, 1:]

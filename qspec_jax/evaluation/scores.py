@@ -119,13 +119,13 @@ def logits_function(model: LanguageModel, precision: Precision) -> Logits:
     """A compiled ``tokens [1, T] -> logits [1, T, V]`` at a precision."""
     if precision is not Precision.FLOAT and model.quantization is None:
         raise UsageError(f"precision {precision.value} needs 4-bit weights; load the model with a QuantConfig")
-    model.programs.prepare(DecodingPlan(verify=precision))
+    model.programs.lay_out_weights(DecodingPlan(precision))
     graph, state = nnx.split(model.decoder)
 
     @jax.jit
     def logits(state: nnx.State, tokens: Array) -> Array:
         decoder = nnx.merge(graph, state)
-        cache = decoder.create_cache(batch=1, slots=tokens.shape[1])
+        cache = decoder.create_cache(batch=1, capacity=tokens.shape[1])
         return decoder(tokens, cache, precision=precision)[0]
 
     return lambda tokens: logits(state, tokens)

@@ -19,7 +19,7 @@ from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import Linear, WeightFormat, other_kernels
 from qspec_jax.model.parameters import linear_inputs
-from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 
 class TokenContext(NamedTuple):
@@ -97,11 +97,11 @@ class Attention(nnx.Module):
         cache: LayerCache,
         context: TokenContext,
         *,
-        precision: Precision,
+        view: View,
     ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache]:
         config, lengths = self.config, context.lengths
         batch, new_tokens, _ = context.rotations[0].shape
-        qkv = self.qkv.partial_sums(x, precision=precision).reshape(batch, new_tokens, -1, config.head_dim)
+        qkv = self.qkv.partial_sums(x, view=view).reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
             qkv = self._normalise_queries_and_keys(value_of(qkv))
         with jax.named_scope("cache_write"):
@@ -112,10 +112,10 @@ class Attention(nnx.Module):
         kernels = self.kernels if new_tokens <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
         with jax.named_scope("attention"):
             mixed = pallas_kernels.decode_attention(
-                query, keys, values, lengths, window=config.sliding_window, implementation=kernels
+                query, keys, values, lengths, window=view.window(config.sliding_window), implementation=kernels
             )
         mixed = mixed.reshape(batch, new_tokens, -1)
-        return self.output.partial_sums(mixed, precision=precision), LayerCache(keys, values)
+        return self.output.partial_sums(mixed, view=view), LayerCache(keys, values)
 
     def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
         """Qwen3's norm of each head, before rotation."""
@@ -137,16 +137,14 @@ class MLP(nnx.Module):
         self.down_hadamard = down_hadamard
 
     def __call__(
-        self, x: Float[Array, "B T D"] | QuantizedActivation, *, precision: Precision
+        self, x: Float[Array, "B T D"] | QuantizedActivation, *, view: View
     ) -> Float[Array, "B T D"] | PartialSums:
-        gate_up = self.gate_up(x, precision=precision)
-        return self.down.partial_sums(self._gated(gate_up, precision), precision=precision)
+        gate_up = self.gate_up(x, view=view)
+        return self.down.partial_sums(self._gated(gate_up, view), view=view)
 
-    def _gated(
-        self, gate_up: Float[Array, "B T two_F"], precision: Precision
-    ) -> Float[Array, "B T F"] | QuantizedActivation:
+    def _gated(self, gate_up: Float[Array, "B T two_F"], view: View) -> Float[Array, "B T F"] | QuantizedActivation:
         """The inputs of ``down``, as integers where it reads integers."""
-        quantization = self.down.input_quantization(precision)
+        quantization = self.down.input_quantization(view)
         if self.down_hadamard is None:
             if quantization is None:
                 return pallas_kernels.swiglu(gate_up, implementation=other_kernels(self.down.kernels))
@@ -161,7 +159,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual.
 
-    Norms and ``silu(gate) * up`` are computed in the form that the linear after them reads at the precision.
+    Norms and ``silu(gate) * up`` are computed in the form that the linear after them reads.
     """
 
     def __init__(
@@ -206,10 +204,10 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, precision: Precision
+        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, view: View
     ) -> tuple[ResidualStream, LayerCache]:
-        x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(precision))
-        attended, cache = self.attention(y, cache, context, precision=precision)
+        x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(view))
+        attended, cache = self.attention(y, cache, context, view=view)
         stream = ResidualStream(x, attended)
-        x, y = self.mlp_norm.of_stream(stream, quantization=self.mlp.gate_up.input_quantization(precision))
-        return ResidualStream(x, self.mlp(y, precision=precision)), cache
+        x, y = self.mlp_norm.of_stream(stream, quantization=self.mlp.gate_up.input_quantization(view))
+        return ResidualStream(x, self.mlp(y, view=view)), cache

@@ -1,8 +1,8 @@
 """The key/value cache that draft and verify share.
 
-Each sequence owns ``S`` slots; slot ``p`` holds the keys and values of the token at position ``p``, and
-``lengths`` says how many slots are valid. Writing (``pallas_kernels.rotate_and_write``) is by position: a
-draft writes its entries provisionally, verification writes the same slots again, and a rejected token
+Each sequence has a row of ``S`` positions, its capacity. Position ``p`` holds keys and values of the token there,
+and ``lengths`` says how many positions are valid. Writing (``pallas_kernels.rotate_and_write``) is by position: a
+draft writes its entries provisionally, verification writes the same positions again, and a rejected token
 is forgotten by a shorter length. Nothing is ever copied or cleared.
 """
 
@@ -38,16 +38,16 @@ class KVCache:
 
     Attributes:
         layers: one ``LayerCache`` per layer, or a single one whose arrays have a leading ``L`` axis.
-        lengths: ``[B]`` int32, valid slots of each sequence.
+        lengths: ``[B]`` int32, valid positions of each sequence.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
     lengths: Int32[Array, " B"]
 
     @classmethod
-    def create(cls, config: ModelConfig, *, batch: int, slots: int, dtype: DTypeLike, stacked: bool) -> KVCache:
-        """An empty cache of ``slots`` positions for each of ``batch`` sequences."""
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    def create(cls, config: ModelConfig, *, batch: int, capacity: int, dtype: DTypeLike, stacked: bool) -> KVCache:
+        """An empty cache of ``capacity`` positions for each of ``batch`` sequences."""
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
         def layer(leading: tuple[int, ...]) -> LayerCache:
             return LayerCache(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
@@ -72,7 +72,7 @@ class KVCache:
         return isinstance(self.layers, LayerCache)
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         """Positions each sequence can hold."""
         first = self.layers if isinstance(self.layers, LayerCache) else self.layers[0]
         return first.keys.shape[-3]
@@ -82,5 +82,5 @@ class KVCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
     def with_lengths(self, lengths: Int32[Array, " B"]) -> KVCache:
-        """The same slots with other lengths: rolls back (or, after a ragged write, fixes) each sequence."""
+        """The same entries with other lengths: rolls back (or, after a ragged write, fixes) each sequence."""
         return dataclasses.replace(self, lengths=lengths)

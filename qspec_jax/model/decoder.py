@@ -32,6 +32,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import linear_inputs
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 
 class Decoder(nnx.Module):
@@ -82,16 +83,16 @@ class Decoder(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
-    def create_cache(self, *, batch: int, slots: int) -> KVCache:
-        """An empty cache arranged as this model's layers are."""
-        return KVCache.create(self.config, batch=batch, slots=slots, dtype=self.dtype, stacked=self.scan_layers)
+    def create_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """An empty cache of ``capacity`` positions for each of ``batch`` sequences, arranged as the layers are."""
+        return KVCache.create(self.config, batch=batch, capacity=capacity, dtype=self.dtype, stacked=self.scan_layers)
 
     def __call__(
         self,
         tokens: Int32[Array, "B T"],
         cache: KVCache,
         *,
-        precision: Precision,
+        precision: Precision | View,
         logits_at: Int32[Array, " B"] | None = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
         """Runs ``T`` new tokens of each sequence, the first of which takes position ``cache.lengths``.
@@ -99,15 +100,15 @@ class Decoder(nnx.Module):
         Args:
             tokens: the new tokens. Sequences with fewer than ``T`` are padded on the right; the caller
                 then corrects the lengths (``cache.with_lengths``).
-            cache: its slots ``lengths .. lengths + T - 1`` are overwritten.
-            precision: of every linear; static.
+            cache: its positions ``lengths .. lengths + T - 1`` are overwritten.
+            precision: what the pass reads: one of the usual precisions, or any view; static.
             logits_at: index into ``T`` of the one token per sequence whose logits are wanted.
 
         Returns:
             float32 logits (``T_out = T``, or 1 with ``logits_at``), and the cache with ``lengths + T``.
         """
         with _exact_float32(self.dtype):
-            stream, cache = self._hidden(tokens, cache, precision=precision)
+            stream, cache = self._hidden(tokens, cache, view=View.of(precision))
             if logits_at is not None:
                 stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
@@ -116,9 +117,7 @@ class Decoder(nnx.Module):
                 assert isinstance(y, jax.Array)
                 return pallas_kernels.float_matmul(y, head.get_value(), implementation=self.head_kernels), cache
 
-    def _hidden(
-        self, tokens: Int32[Array, "B T"], cache: KVCache, *, precision: Precision
-    ) -> tuple[ResidualStream, KVCache]:
+    def _hidden(self, tokens: Int32[Array, "B T"], cache: KVCache, *, view: View) -> tuple[ResidualStream, KVCache]:
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
@@ -127,18 +126,18 @@ class Decoder(nnx.Module):
         )
         stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))
         if isinstance(cache.layers, LayerCache):
-            stream, layers = self._scan(stream, cache.layers, context, precision=precision)
+            stream, layers = self._scan(stream, cache.layers, context, view=view)
         else:
             written = []
             for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
                 graph, parameters = nnx.split(layer)
-                stream, layer_cache = _run_layer(graph, parameters, stream, layer_cache, context, precision)
+                stream, layer_cache = _run_layer(graph, parameters, stream, layer_cache, context, view)
                 written.append(layer_cache)
             layers = tuple(written)
         return stream, KVCache(layers, cache.lengths + new_tokens)
 
     def _scan(
-        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, precision: Precision
+        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, view: View
     ) -> tuple[ResidualStream, LayerCache]:
         graph, parameters = nnx.split(self.layers[0])
 
@@ -148,7 +147,7 @@ class Decoder(nnx.Module):
             index, layer_parameters = inputs
             layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
             layer = nnx.merge(graph, layer_parameters)
-            stream, layer_cache = layer(ResidualStream(x), layer_cache, context, precision=precision)
+            stream, layer_cache = layer(ResidualStream(x), layer_cache, context, view=view)
             stacked = jax.tree.map(
                 lambda all_layers, one: lax.dynamic_update_index_in_dim(all_layers, one, index, 0), stacked, layer_cache
             )
@@ -167,9 +166,9 @@ def _run_layer(
     stream: ResidualStream,
     cache: LayerCache,
     context: TokenContext,
-    precision: Precision,
+    view: View,
 ) -> tuple[ResidualStream, LayerCache]:
-    return nnx.merge(graph, parameters)(stream, cache, context, precision=precision)
+    return nnx.merge(graph, parameters)(stream, cache, context, view=view)
 
 
 def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:

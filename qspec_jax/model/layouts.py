@@ -1,4 +1,4 @@
-"""The order in memory of a decoder's 4-bit weights, as a set of precisions needs it."""
+"""The order in memory of a decoder's 4-bit weights, as a set of views needs it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from flax import nnx
 from pallas_kernels import with_group_sums
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear
-from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 _with_group_sums = jax.jit(with_group_sums, static_argnums=1)
 
 
-def lay_out(decoder: Decoder, precisions: Sequence[Precision]) -> bool:
-    """Lays every 4-bit linear out for kernels that serve the precisions; True if any was not."""
-    return sum(linear.lay_out_for(precisions) for linear in _linears(decoder)) > 0
+def lay_out(decoder: Decoder, views: Sequence[View]) -> bool:
+    """Lays every 4-bit linear out for kernels that serve the views; True if any was not."""
+    return sum(linear.lay_out_for(views) for linear in linears(decoder)) > 0
 
 
-def _linears(decoder: Decoder) -> list[Linear]:
+def linears(decoder: Decoder) -> list[Linear]:
+    """All linears of a decoder, layer by layer."""
     return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 

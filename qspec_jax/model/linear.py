@@ -1,7 +1,7 @@
-"""The linear layer: the one place where ``Precision`` decides what is computed.
+"""The linear layer: the one place where a view decides which matmul runs.
 
-A weight is either a float array ``[N, K]`` or a ``QuantizedWeight``. Every precision reads the same
-arrays; only the treatment of the activations and the kernel differ. A draft precision wants its inputs as
+A weight is either a float array ``[N, K]`` or a ``QuantizedWeight``. Every view reads the same
+arrays; only the treatment of the activations and the kernel differ. A draft usually wants its inputs as
 integers, and from the kernel that computes them: whoever computes them asks ``Linear.input_quantization``.
 """
 
@@ -24,6 +24,7 @@ from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class WeightFormat:
     symmetric: bool
 
 
-def activation_quantization(quantization: QuantConfig, precision: Precision) -> ActivationQuantization:
-    """The recipe for the activations of a draft precision."""
-    return quantization.w4a4 if precision is Precision.W4A4 else quantization.w4a8
+def activation_quantization(quantization: QuantConfig, view: View) -> ActivationQuantization | None:
+    """How a view makes activations integers; None where it reads them as floats."""
+    return {4: quantization.w4a4, 8: quantization.w4a8, None: None}[view.activation_bits]
 
 
 def other_kernels(kernels: str | None) -> str | None:
@@ -44,8 +45,9 @@ def other_kernels(kernels: str | None) -> str | None:
     return None if kernels == MOSAIC else kernels
 
 
-# On the GPUs that have a layout of their own; a plan with another draft has the weights laid out anew.
-_USUAL_PRECISIONS = (Precision.W4A16, Precision.W4A8)
+# A new weight gets the order of codes that the kernels of these read fastest. A plan with another draft has the weights
+# laid out anew (``layouts.py``).
+_USUAL_VIEWS = (View.of(Precision.W4A16), View.of(Precision.W4A8))
 
 
 class Linear(nnx.Module):
@@ -71,47 +73,45 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         weight = _empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
         if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
-            weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_PRECISIONS))
+            weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_VIEWS))
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
-    def __call__(
-        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, precision: Precision
-    ) -> Float[Array, "*batch N"]:
+    def __call__(self, x: Float[Array, "*batch K"] | QuantizedActivation, *, view: View) -> Float[Array, "*batch N"]:
         """``x @ weight.T + bias``.
 
         Args:
-            x: floats, which are quantised here where the precision reads integers; or those integers.
-            precision: what is computed.
+            x: floats, which are quantised here where the view reads integers; or those integers.
+            view: what is read of weight and activations.
 
         Raises:
-            UsageError: a 4-bit precision is asked of a floating-point weight.
+            UsageError: 4 bits are asked of a floating-point weight.
         """
-        return value_of(self.partial_sums(x, precision=precision))
+        return value_of(self.partial_sums(x, view=view))
 
     def partial_sums(
-        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, precision: Precision
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, view: View
     ) -> Float[Array, "*batch N"] | PartialSums:
         """The same for a reader that adds what the kernel leaves to add, if it leaves any."""
-        settings = self.input_quantization(precision)
+        settings = self.input_quantization(view)
         if settings is not None and not isinstance(x, QuantizedActivation):
             x = pallas_kernels.quantize_activations(x, **settings)
-        y = self._product(x, precision)
+        y = self._product(x, view)
         return y if self.bias is None else value_of(y) + self.bias.get_value()
 
-    def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
-        """How the inputs that ``precision`` reads are made integers: keyword arguments of ``quantize_activations``.
+    def input_quantization(self, view: View) -> dict[str, Any] | None:
+        """How the inputs that a view reads are made integers: keyword arguments of ``quantize_activations``.
 
         None where it reads floating point.
         """
         weight = self.weight.get_value()
-        recipe = self._recipe(weight, precision)
+        recipe = self._recipe(weight, view)
         if recipe is None:
             return None
         assert isinstance(weight, QuantizedWeight)
         num_groups = weight.num_inputs // (recipe.group_size or weight.num_inputs)
         return {
-            "bits": precision.activation_bits,
+            "bits": view.activation_bits,
             "group_size": recipe.group_size,
             "symmetric": recipe.symmetric,
             "clip_ratio": recipe.clip_ratio,
@@ -120,50 +120,58 @@ class Linear(nnx.Module):
             "implementation": other_kernels(self.kernels),
         }
 
-    def lay_out_for(self, precisions: Iterable[Precision]) -> bool:
-        """Gives up a layout whose kernels do not serve all of the precisions; True if that changed the weight."""
+    def lay_out_for(self, views: Iterable[View]) -> bool:
+        """Rewrites the weight as PLANES if a kernel of the views cannot read its order; True if that changed it.
+
+        PLANES is the order that every kernel but Mosaic reads. A weight never goes back to its first order: that would
+        mean to compile every program again whenever two plans alternate.
+        """
         weight = self.weight.get_value()
         if not isinstance(weight, QuantizedWeight) or weight.layout is Layout.PLANES:
-            return False  # which serves all of them, and for good: plans that alternate keep their programs
-        layout = self._layout_for(weight, precisions)
+            return False
+        layout = self._layout_for(weight, views)
         if layout is weight.layout:
             return False
         self.weight.set_value(_with_layout(weight, layout))
         return True
 
-    def _layout_for(self, weight: QuantizedWeight, precisions: Iterable[Precision]) -> Layout:
-        """Kernels asked for by name are those of W4A16, and say themselves what they cannot serve."""
+    def _layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
+        """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.
+
+        With ``kernels`` asked for by name, the order is that of their W4A16 matmul. A draft that these kernels cannot
+        serve then says so itself, when it is called.
+        """
         layouts = {pallas_kernels.best_layout(weight, self.dtype, implementation=self.kernels)}
-        for precision in precisions if self.kernels is None else ():
-            if (settings := self._recipe(weight, precision)) is not None:
+        for view in views if self.kernels is None else ():
+            if (settings := self._recipe(weight, view)) is not None:
                 num_groups = weight.num_inputs // (settings.group_size or weight.num_inputs)
                 layouts.add(
                     pallas_kernels.best_layout_for_codes(weight, symmetric=settings.symmetric, num_groups=num_groups)
                 )
         return Layout.PLANES if Layout.PLANES in layouts else layouts.pop()
 
-    def _recipe(self, weight: Array | QuantizedWeight, precision: Precision) -> ActivationQuantization | None:
+    def _recipe(self, weight: Array | QuantizedWeight, view: View) -> ActivationQuantization | None:
         """How activations are made integers; None where floating point is read."""
-        if precision.activation_bits is None or not isinstance(weight, QuantizedWeight):
+        if view.activation_bits is None or not isinstance(weight, QuantizedWeight):
             return None
         assert self.quantization is not None
-        return activation_quantization(self.quantization, precision)
+        return activation_quantization(self.quantization, view)
 
     def _product(
-        self, x: Float[Array, "*batch K"] | QuantizedActivation, precision: Precision
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, view: View
     ) -> Float[Array, "*batch N"] | PartialSums:
-        """``x @ weight.T`` of inputs in the form that the precision reads."""
+        """``x @ weight.T`` of inputs in the form that the view reads."""
         weight = self.weight.get_value()
         if isinstance(x, QuantizedActivation):
             assert isinstance(weight, QuantizedWeight)
             return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
         if isinstance(weight, QuantizedWeight):
-            if precision is Precision.W4A16:
+            if view.weight_bits is not None:
                 return pallas_kernels.w4a16_partial_sums(x, weight, implementation=self.kernels)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
-        elif precision is not Precision.FLOAT:
+        elif view.weight_bits is not None:
             raise UsageError(
-                f"precision {precision.value} needs 4-bit weights; this model was loaded in floating point"
+                f"precision {view.precision.value} needs 4-bit weights; this model was loaded in floating point"
             )
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)

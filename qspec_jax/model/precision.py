@@ -1,6 +1,6 @@
-"""The axis legend, and the precision a call runs at.
+"""The axis legend, and the names of the four usual precisions.
 
-Axes: ``B`` sequences of the batch, ``T`` tokens of this call, ``S`` cache slots, ``L`` layers, ``H``
+Axes: ``B`` sequences of the batch, ``T`` tokens of this call, ``S`` positions of the cache, ``L`` layers, ``H``
 query heads, ``KH`` key/value heads, ``HD`` head dimension, ``D`` hidden size, ``F`` MLP size, ``V``
 vocabulary, ``K`` inputs and ``N`` outputs of a linear, ``G`` groups along ``K``.
 """
@@ -11,9 +11,9 @@ import enum
 
 
 class Precision(enum.Enum):
-    """How the linears of one call are computed. The weights in memory are the same for all of them.
+    """How the linears of one pass are computed. The weights in memory are the same for all of them.
 
-    A precision is data of the call, never of the model: it is passed as a keyword, static under jit.
+    Each names a view (``view.py``), which also says what else a pass reads.
     """
 
     W4A4 = "w4a4"
@@ -24,8 +24,3 @@ class Precision(enum.Enum):
     """4-bit weights dequantised on the fly, activations untouched: the verify precision."""
     FLOAT = "float"
     """Floating-point weights, or the same 4-bit weights dequantised and multiplied in float32."""
-
-    @property
-    def activation_bits(self) -> int | None:
-        """Bits of an integer activation, or None where activations stay in floating point."""
-        return {Precision.W4A4: 4, Precision.W4A8: 8}.get(self)

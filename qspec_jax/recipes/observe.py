@@ -23,6 +23,7 @@ from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.linear import Linear
 from qspec_jax.model.parameters import linear_inputs
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 if TYPE_CHECKING:
     pass
@@ -79,17 +80,15 @@ class _Observed(nnx.Module):
         self.kernels = linear.kernels
         self.observe = observe
 
-    def __call__(self, x: Float[Array, "*batch K"], *, precision: Precision) -> Float[Array, "*batch N"]:
-        return value_of(self.partial_sums(x, precision=precision))
+    def __call__(self, x: Float[Array, "*batch K"], *, view: View) -> Float[Array, "*batch N"]:
+        return value_of(self.partial_sums(x, view=view))
 
-    def partial_sums(
-        self, x: Float[Array, "*batch K"], *, precision: Precision
-    ) -> Float[Array, "*batch N"] | PartialSums:
+    def partial_sums(self, x: Float[Array, "*batch K"], *, view: View) -> Float[Array, "*batch N"] | PartialSums:
         self.observe(x)
-        return self.linear.partial_sums(x, precision=precision)
+        return self.linear.partial_sums(x, view=view)
 
-    def input_quantization(self, precision: Precision) -> dict[str, Any] | None:
-        return self.linear.input_quantization(precision)
+    def input_quantization(self, view: View) -> dict[str, Any] | None:
+        return self.linear.input_quantization(view)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,5 +123,5 @@ def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream
     lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
     context = TokenContext(lengths, rope.rotation(positions, rope.inverse_frequencies(config)))
     empty = jnp.zeros((batch, num_tokens, config.num_kv_heads, config.head_dim), jnp.float32)
-    stream_after, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, precision=Precision.FLOAT)
+    stream_after, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, view=View.of(Precision.FLOAT))
     return stream_after

@@ -77,7 +77,7 @@ def test_every_part_is_measured_and_its_figures_fit_together(tmp_path, capsys):
         ("cycle", "w4a16", "w4a8", 2),
     ]
     for one in found:
-        assert (one["status"], one["batch"], one["context"], one["slots"]) == ("ok", 2, 20, 64)
+        assert (one["status"], one["batch"], one["context"], one["capacity"]) == ("ok", 2, 20, 64)
         assert one["milliseconds"] == statistics.median(one["runs_ms"])
         assert (len(one["runs_ms"]), one["repetitions"]) == (3, 2)
         assert one["compile_s"] > 0
@@ -106,7 +106,7 @@ def test_every_part_is_measured_and_its_figures_fit_together(tmp_path, capsys):
 
 
 def test_bytes_are_those_of_the_arrays_and_the_cache_that_a_pass_reads(model):
-    model.programs.prepare(model.plan(draft="w4a4"))
+    model.programs.lay_out_weights(model.plan(draft="w4a4"))
     arrays = jax.tree.leaves_with_path(nnx.state(model.decoder))
     names = [(jax.tree_util.keystr(path), array.nbytes) for path, array in arrays]
     layers = sum(size for name, size in names if "embedding" not in name and "lm_head" not in name)
@@ -180,7 +180,7 @@ def test_what_does_not_run_is_a_dash_with_the_reason(tmp_path, capsys, monkeypat
 
 
 def four_measurements():
-    setting = {"batch": 1, "context": 20, "slots": 64}
+    setting = {"batch": 1, "context": 20, "capacity": 64}
     return [
         Measurement("step", "w4a16", None, 0, milliseconds=4.0, **setting),
         Measurement("draft", "w4a8", "w4a8", 2, milliseconds=3.0, **setting),

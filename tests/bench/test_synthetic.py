@@ -56,7 +56,7 @@ def test_every_array_is_as_declared_and_the_logits_are_finite(case):
         (path, a.shape, a.dtype) for path, a in leaves(declared)
     ]
     precision = Precision.FLOAT if quantization is None else Precision.W4A16
-    cache = model.decoder.create_cache(batch=2, slots=8)
+    cache = model.decoder.create_cache(batch=2, capacity=8)
     tokens = jnp.array([[1, 2, 3], [4, 5, 6]], jnp.int32)
     logits, _ = jax.jit(lambda tokens, cache: model.decoder(tokens, cache, precision=precision))(tokens, cache)
     assert np.isfinite(logits).all()

@@ -58,8 +58,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(capsys):
 
 
 def test_a_start_says_how_long_programs_took_to_compile_or_to_find(demo_model, monkeypatch, capsys):
-    def load(*_, meanwhile, **__):
-        meanwhile(demo_model)
+    def load(*_, compile_ahead, **__):
+        compile_ahead(demo_model)
         return demo_model
 
     monkeypatch.setattr(qspec_jax, "load", load)

@@ -33,7 +33,7 @@ from qspec_jax.decoding.program_store import ProgramStore
 from qspec_jax.decoding.programs import Programs
 from tests import tiny
 lowered = []
-for name in ("lower_fill", "lower_loop"):
+for name in ("lower_prefill", "lower_loop"):
     lower = getattr(Programs, name)
     setattr(Programs, name, lambda *args, lower=lower: lowered.append(1) or lower(*args))
 model = tiny.language_model()

@@ -13,7 +13,7 @@ from flax import nnx
 
 from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
-from qspec_jax.decoding import pieces, programs
+from qspec_jax.decoding import chunks, programs
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
@@ -107,20 +107,20 @@ def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, ea
     monkeypatch.setattr(programs, "launches_early", lambda decoder, plan, rows: early)
     traced, original = [], Linear.partial_sums
 
-    def watched(linear, x, *, precision):
+    def watched(linear, x, *, view):
         traced.append(early_launch.is_enabled())
-        return original(linear, x, precision=precision)
+        return original(linear, x, view=view)
 
     monkeypatch.setattr(Linear, "partial_sums", watched)
     model = programs.Programs(tiny.decoder(scan_layers=False))
     lowerings = [
         (early, lambda shape: model.lower_loop(PLAIN, shape)),
         (early, lambda shape: model.lower_repetition(PLAIN, jax.eval_shape(lambda: model.idle_state(shape)))),
-        (False, lambda shape: model.lower_fill(PLAIN, shape, 32)),
+        (False, lambda shape: model.lower_prefill(PLAIN, shape, 32)),
     ]
     for expected, lower in lowerings:
         traced.clear()
-        shape = pieces.Shape(rows=1, slots=next(_unused_slots))  # layers that are alike are traced once
+        shape = chunks.Shape(rows=1, capacity=next(_unused_slots))  # layers that are alike are traced once
         with early_launch.early_launch(not expected):  # what the caller traces is not ours
             lower(shape)
         assert set(traced) == {expected}
@@ -144,7 +144,7 @@ def test_looking_seldom_whether_to_go_on_changes_no_result(monkeypatch, mode):
 def test_cycles_are_run_in_whole_rounds_and_counted(monkeypatch):
     monkeypatch.setattr(programs, "cycles_per_check", lambda plan: 4)
     model = tiny.language_model()
-    shape = pieces.Shape(rows=2, slots=64)
+    shape = chunks.Shape(rows=2, capacity=64)
     model.programs.compile(PLAIN, shape, [])
     idle, none_retired = model.programs.idle_state(shape), np.zeros(2, bool)
     state, report = model.programs.loop(PLAIN, shape, idle, none_retired, max_cycles=6, until_finished=2)

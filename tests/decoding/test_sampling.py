@@ -164,7 +164,7 @@ def enumerable_model():
     texts = list(itertools.product(range(5), repeat=3))
     prompt = [1, 2]
     tokens = jnp.asarray([[*prompt, *text] for text in texts], jnp.int32)
-    cache = model.decoder.create_cache(batch=len(texts), slots=8)
+    cache = model.decoder.create_cache(batch=len(texts), capacity=8)
     logits, _ = model.decoder(tokens, cache, precision=Precision.W4A16)
     return model, prompt, texts, np.asarray(logits)
 

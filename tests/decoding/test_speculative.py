@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 
 from qspec_jax.decoding import speculative
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import DecodingPlan, Lookup
 from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 from tests import tiny
 
 pytestmark = pytest.mark.contract
 
 RAGGED_PROMPTS = [[5, 6, 7], list(range(10, 43)), [90], [11, 12, 13, 14, 15, 16, 17]]
 NUM_TOKENS = 40
-SLOTS = 128  # what the longest prompt and its new tokens fit: tests of fewer tokens share programs with the others
+CAPACITY = 128  # what the longest prompt and its new tokens fit: tests of fewer tokens share programs with the others
 COARSE = ActivationQuantization(group_size=None, symmetric=True)
 
 
@@ -57,7 +58,7 @@ def test_unrolled_layers_give_the_same_tokens(plain):
 
 
 def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
-    options = {"draft": "w4a4", "max_new_tokens": NUM_TOKENS, "max_seq_len": SLOTS}
+    options = {"draft": "w4a4", "max_new_tokens": NUM_TOKENS, "max_seq_len": CAPACITY}
     alone = [model.generate([prompt], **options)[0].token_ids for prompt in RAGGED_PROMPTS]
     assert alone == plain
 
@@ -79,18 +80,18 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
     expected = token_ids(model.generate(prompts, mode="w4a16", max_new_tokens=NUM_TOKENS, batch_size=24))
     assert token_ids(model.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) == expected
 
-    def verify_without_overwriting(model, last_token, draft_tokens, cache, *, precision, **sampling):
+    def verify_without_overwriting(model, last_token, draft_tokens, cache, *, view, **sampling):
         tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
-        logits, written = model(tokens, cache, precision=precision)
-        # Keep the draft's entries: only the slot of the last draft is new.
+        logits, written = model(tokens, cache, precision=view)
+        # Keep the draft's entries: only the position of the last draft is new.
         layers = jax.tree.map(lambda old, new: restore(old, new, cache.lengths, tokens.shape[1] - 1), cache, written)
         return speculative.choose(logits), logits, dataclasses.replace(layers, lengths=written.lengths)
 
     def restore(old, new, lengths, count):
         if old.ndim < 5:
             return new
-        slots = jnp.arange(old.shape[-3])
-        drafted = (slots >= lengths[:, None]) & (slots < lengths[:, None] + count)
+        positions = jnp.arange(old.shape[-3])
+        drafted = (positions >= lengths[:, None]) & (positions < lengths[:, None] + count)
         return jnp.where(drafted[:, :, None, None], old, new)
 
     monkeypatch.setattr(speculative, "verify", verify_without_overwriting)
@@ -98,10 +99,10 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
     assert token_ids(stale.generate(prompts, draft="w4a4", max_new_tokens=NUM_TOKENS, batch_size=24)) != expected
 
 
-def prefilled(decoder, plan, prompts, lengths, *, slots=48, max_new_tokens=32):
+def prefilled(decoder, plan, prompts, lengths, *, capacity=48, max_new_tokens=32):
     """The state after the prompts, without stop tokens."""
     rows = prompts.shape[:1]
-    piece = speculative.PromptPiece(
+    chunk = speculative.PromptChunk(
         tokens=prompts,
         num_tokens=lengths,
         start=jnp.zeros(rows, jnp.int32),
@@ -109,8 +110,8 @@ def prefilled(decoder, plan, prompts, lengths, *, slots=48, max_new_tokens=32):
         max_new_tokens=jnp.full(rows, max_new_tokens, jnp.int32),
         stop_tokens=jnp.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
     )
-    idle = DecodeState.idle(decoder.create_cache(batch=rows[0], slots=slots))
-    return speculative.prefill(decoder, jax.tree.map(jnp.asarray, idle), piece, plan=plan)
+    idle = DecodeState.idle(decoder.create_cache(batch=rows[0], capacity=capacity))
+    return speculative.prefill(decoder, jax.tree.map(jnp.asarray, idle), chunk, plan=plan)
 
 
 @pytest.mark.parametrize("draft", [Precision.W4A4, Precision.W4A8])
@@ -125,7 +126,7 @@ def test_the_cache_after_each_cycle_is_that_of_w4a16(draft):
 
     @jax.jit
     def cache_of(text):
-        return decoder(text, decoder.create_cache(batch=1, slots=48), precision=Precision.W4A16)[1]
+        return decoder(text, decoder.create_cache(batch=1, capacity=48), precision=Precision.W4A16)[1]
 
     for _ in range(4):
         state = step(state)
@@ -158,7 +159,7 @@ def emitted(target_tokens, num_accepted, *, room=10, stop_tokens=(), finished=Fa
     one = jnp.ones((1,), jnp.int32)
     decoder = tiny.decoder(quantization=None)
     state = dataclasses.replace(
-        jax.tree.map(jnp.asarray, DecodeState.idle(decoder.create_cache(batch=1, slots=12))),
+        jax.tree.map(jnp.asarray, DecodeState.idle(decoder.create_cache(batch=1, capacity=12))),
         last_token=one,
         tokens=jnp.zeros((1, 12), jnp.int32).at[0, 0].set(1),
         num_tokens=one,
@@ -230,21 +231,46 @@ def test_each_sequence_stops_at_its_own_stop_token(model, plain, monkeypatch):
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 6])
 def test_exactly_max_new_tokens_are_generated(model, plain, max_new_tokens):
-    limits = {"max_new_tokens": max_new_tokens, "max_seq_len": SLOTS}
+    limits = {"max_new_tokens": max_new_tokens, "max_seq_len": CAPACITY}
     results = model.generate(RAGGED_PROMPTS, draft="w4a8", draft_length=3, **limits)
     assert token_ids(results) == [ids[:max_new_tokens] for ids in plain]
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w4a4"])
 def test_plain_decoding_is_the_loop_without_a_draft(model, mode):
-    results = model.generate(RAGGED_PROMPTS, mode=mode, max_new_tokens=9, max_seq_len=SLOTS)
+    results = model.generate(RAGGED_PROMPTS, mode=mode, max_new_tokens=9, max_seq_len=CAPACITY)
     stats = [result.stats for result in results]
     assert all((s.cycles, s.drafted, s.accepted, s.num_tokens) == (8, 0, 0, 9) for s in stats)
     assert all(s.acceptance_rate is None and s.tokens_per_cycle == 1 for s in stats)
 
 
-def test_a_plan_has_a_draft_precision_exactly_if_it_drafts():
-    with pytest.raises(ValueError, match="draft precision"):
+def test_a_plan_says_where_drafts_come_from_exactly_if_it_drafts():
+    with pytest.raises(ValueError, match="where drafts come from"):
         DecodingPlan(Precision.W4A16, draft_length=3)
-    with pytest.raises(ValueError, match="draft precision"):
+    with pytest.raises(ValueError, match="where drafts come from"):
         DecodingPlan(Precision.W4A16, Precision.W4A8)
+
+
+def test_drafts_that_read_a_window_of_the_cache_change_what_is_accepted_and_nothing_else(model, plain):
+    accepted = {}
+    for window in (None, 64, 2, 1):
+        plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_window=window), 3)
+        batch = model.pipeline(plan, batch_size=len(RAGGED_PROMPTS), max_seq_len=CAPACITY)
+        for prompt in RAGGED_PROMPTS:
+            batch.submit(prompt, max_new_tokens=NUM_TOKENS)
+        results = list(batch.results())
+        assert token_ids(results) == plain
+        accepted[window] = sum(result.stats.accepted for result in results)
+        assert {result.stats.draft for result in results} == {plan.draft_source}
+    assert accepted[1] <= accepted[2] < accepted[64] <= accepted[None]
+
+
+def test_a_plan_takes_a_precision_for_the_view_that_it_names():
+    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
+    assert plan == DecodingPlan(View(), View(activation_bits=8), 3)
+    assert (plan.mode, plan.draft_source, plan.views) == ("qspec", "w4a8", (View(), View(activation_bits=8)))
+    looked_up = DecodingPlan(Precision.W4A16, Lookup(View.of(Precision.W4A4)), 3)
+    assert (looked_up.mode, looked_up.draft_source, looked_up.lookup) == ("lookup-qspec", "w4a4", True)
+    nothing_else = DecodingPlan(Precision.W4A16, Lookup(), 3)
+    assert (nothing_else.mode, nothing_else.draft_source, nothing_else.draft_view) == ("lookup", "lookup", None)
+    assert dataclasses.replace(plan, draft_length=5).draft_length == 5

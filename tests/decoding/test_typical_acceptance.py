@@ -55,7 +55,7 @@ def verified(model):
 
     @jax.jit
     def logits(text):
-        cache = model.decoder.create_cache(batch=1, slots=64)
+        cache = model.decoder.create_cache(batch=1, capacity=64)
         return model.decoder(text, cache, precision=Precision.W4A16)[0][0]
 
     def of(prompt, ids):

@@ -44,7 +44,7 @@ def test_log_probabilities_are_those_of_the_verify_precision(model, run, greedy)
     assert [result.token_ids for result in results] == [result.token_ids for result in greedy]
     for prompt, result in zip(PROMPTS, results, strict=True):
         text = jnp.asarray([[*prompt, *result.token_ids]], jnp.int32)
-        cache = model.decoder.create_cache(batch=1, slots=text.shape[1])
+        cache = model.decoder.create_cache(batch=1, capacity=text.shape[1])
         logits, _ = model.decoder(text, cache, precision=Precision.W4A16)
         expected = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1]))
         np.testing.assert_allclose(result.logprobs, expected[range(16), result.token_ids], atol=1e-4)

@@ -11,11 +11,12 @@ import pytest
 import qspec_jax
 from pallas_kernels import QuantizedWeight
 from qspec_jax.decoding import plan, speculative
-from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.device import memory
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -33,19 +34,19 @@ def wide_model():
     return tiny.language_model(dataclasses.replace(config, num_layers=6))
 
 
-SHAPE = Shape(rows=2, slots=64)
+SHAPE = Shape(rows=2, capacity=64)
 
 
 def compiled_loop(model, **options):
     plan = model.plan(**options)
-    model.programs.prepare(plan)
+    model.programs.lay_out_weights(plan)
     return model.programs.lower_loop(plan, SHAPE).compile().memory_analysis()
 
 
 def compiled_fill(model, **options):
     plan = model.plan(**options)
-    model.programs.prepare(plan)
-    return model.programs.lower_fill(plan, SHAPE, 32).compile().memory_analysis()
+    model.programs.lay_out_weights(plan)
+    return model.programs.lower_prefill(plan, SHAPE, 32).compile().memory_analysis()
 
 
 def float_bytes(model):
@@ -65,7 +66,7 @@ def is_weight(leaf):
 @pytest.mark.parametrize("options", [{"mode": "w4a16"}, {"draft": "w4a8"}, {"draft": "w4a4"}])
 def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, options):
     analysis = compiled_loop(wide_model, **options)
-    cache = wide_model.decoder.create_cache(batch=2, slots=SHAPE.slots)
+    cache = wide_model.decoder.create_cache(batch=2, capacity=SHAPE.capacity)
     assert float_bytes(wide_model) > 4 * wide_model.nbytes / 2
     assert analysis.argument_size_in_bytes < wide_model.nbytes + cache.nbytes + 4096
     # One layer dequantised at a time at most, of six.
@@ -75,7 +76,7 @@ def test_weights_are_handed_to_the_program_once_and_stay_packed(wide_model, opti
 @pytest.mark.contract
 @pytest.mark.parametrize("compiled", [compiled_loop, compiled_fill])
 def test_the_programs_work_in_the_buffers_they_are_given(wide_model, compiled):
-    cache = wide_model.decoder.create_cache(batch=2, slots=SHAPE.slots)
+    cache = wide_model.decoder.create_cache(batch=2, capacity=SHAPE.capacity)
     assert compiled(wide_model, draft="w4a8").alias_size_in_bytes >= cache.nbytes
 
 
@@ -83,9 +84,9 @@ def test_the_programs_work_in_the_buffers_they_are_given(wide_model, compiled):
 def test_filling_a_row_copies_that_row_alone():
     """With many rows, what is needed besides the buffers given is far less than the cache."""
     model = tiny.language_model()
-    shape = Shape(rows=64, slots=512)
-    analysis = model.programs.lower_fill(model.plan("w4a16"), shape, 32).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < model.decoder.create_cache(batch=64, slots=512).nbytes / 8
+    shape = Shape(rows=64, capacity=512)
+    analysis = model.programs.lower_prefill(model.plan("w4a16"), shape, 32).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < model.decoder.create_cache(batch=64, capacity=512).nbytes / 8
 
 
 def test_draft_and_verify_read_the_same_arrays(model):
@@ -279,7 +280,7 @@ def test_group_sums_exist_only_once_an_asymmetric_draft_needs_them():
 
 
 def test_the_default_draft_is_w4a8_where_int4_is_not_faster(model):
-    assert jax.default_backend() != "cpu" or model.plan().draft is Precision.W4A8
+    assert jax.default_backend() != "cpu" or model.plan().draft == View.of(Precision.W4A8)
 
 
 @pytest.mark.parametrize(

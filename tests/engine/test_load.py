@@ -39,11 +39,11 @@ def token_ids(model):
     return [result.token_ids for result in pipeline.results()]
 
 
-def test_what_was_compiled_meanwhile_is_not_compiled_again(saved):
+def test_what_was_compiled_ahead_is_not_compiled_again(saved):
     expected = token_ids(load(saved))
-    model = load(saved, meanwhile=compile_for_prompts)
+    model = load(saved, compile_ahead=compile_for_prompts)
     compiled = model.num_compilations
-    assert compiled == 2  # the loop, and one width of filling
+    assert compiled == 2  # the loop, and one width of prefill
     assert token_ids(model) == expected
     assert model.num_compilations == compiled
 
@@ -58,27 +58,27 @@ def test_compiling_does_not_wait_for_the_weights_nor_they_for_it(saved, monkeypa
         assert compiling.wait(60)
         return restore(*arguments, **options)
 
-    def compile_meanwhile(model):
+    def compile_beside(model):
         compiling.set()
         assert reading.wait(60)
         compile_for_prompts(model)
 
     monkeypatch.setattr(loading, "restore_decoder", read)
-    assert load(saved, meanwhile=compile_meanwhile).num_compilations == 2
+    assert load(saved, compile_ahead=compile_beside).num_compilations == 2
 
 
-def test_what_fails_meanwhile_comes_to_nothing(saved):
+def test_an_error_of_what_compiles_ahead_is_ignored(saved):
     def fail(model):
         raise RuntimeError("not now")
 
-    model = load(saved, meanwhile=fail)
+    model = load(saved, compile_ahead=fail)
     assert model.num_compilations == 0
     assert len(token_ids(model)) == len(PROMPTS)
 
 
 def test_programs_of_another_decoder_are_not_adopted(saved):
     shapes = []
-    load(saved, meanwhile=lambda model: shapes.append((compile_for_prompts(model), model)[1]))
+    load(saved, compile_ahead=lambda model: shapes.append((compile_for_prompts(model), model)[1]))
     ((other),) = shapes
     same, longer = load(saved), tiny.language_model(dtype="bfloat16")
     same.programs.adopt(other.programs)
@@ -87,9 +87,9 @@ def test_programs_of_another_decoder_are_not_adopted(saved):
 
 
 def test_a_cache_that_fitted_without_weights_is_looked_at_again_with_them(saved, monkeypatch):
-    model = load(saved, meanwhile=compile_for_prompts)
+    model = load(saved, compile_ahead=compile_for_prompts)
     checked = []
     monkeypatch.setattr(Programs, "check_cache", lambda self, **sizes: checked.append(sizes))
     token_ids(model)
     token_ids(model)
-    assert checked == [{"rows": 2, "slots": 64}]
+    assert checked == [{"rows": 2, "capacity": 64}]

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from qspec_jax import SamplingParams
-from qspec_jax.decoding import pieces
+from qspec_jax.decoding import chunks
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.engine import requests
-from qspec_jax.engine.prefixes import HeldPieces
+from qspec_jax.engine.prefixes import HeldChunks
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from tests import tiny
 
 pytestmark = pytest.mark.contract
 
-ROWS, SLOTS = 3, 128
-PREFIX, OTHER = [*range(40, 70)], [*range(20, 82)]  # of 30 tokens, two pieces, and of 62, four
+ROWS, CAPACITY = 3, 128
+PREFIX, OTHER = [*range(40, 70)], [*range(20, 82)]  # of 30 tokens, two chunks, and of 62, four
 SAMPLING = [
     SamplingParams(),
     SamplingParams(temperature=0.9, seed=5),
@@ -32,8 +32,8 @@ SAMPLING = [
 
 
 @pytest.fixture(autouse=True)
-def _narrow_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_WIDTHS", (8, 16))
+def _narrow_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (8, 16))
     monkeypatch.setattr(requests, "LEAST_SAVED", 8)
 
 
@@ -52,7 +52,7 @@ def asked(index, prefix, *, length=None, new_tokens=None):
 
 def scheduler_of(model, mode="qspec"):
     """The same programs for all."""
-    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=ROWS, slots=SLOTS)
+    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=ROWS, capacity=CAPACITY)
     scheduler._features = SamplingFeatures.of(SAMPLING)
     return scheduler
 
@@ -69,7 +69,7 @@ def alone(model, wanted, mode="qspec"):
     """What each yields where nothing is reused."""
     scheduler, yielded = scheduler_of(model, mode), []
     for one in wanted:
-        scheduler._held = HeldPieces(ROWS)
+        scheduler._held = HeldChunks(ROWS)
         yielded += finish(scheduler, [one])
     assert scheduler.totals.reused_prompt_tokens == 0
     return yielded
@@ -84,8 +84,8 @@ def test_a_shared_prefix_is_read_once_and_changes_no_token(model, mode):
     assert totals.reused_prompt_tokens == 11 * len(PREFIX)
     assert totals.computed_prompt_tokens == sum(len(one.token_ids) for one in wanted) - 11 * len(PREFIX)
     if scheduler._state.history is not None:
-        for row, pieces in zip(np.asarray(scheduler._state.history), scheduler._held._held, strict=True):
-            prompt = [token for _, tokens in pieces for token in tokens]
+        for row, chunks in zip(np.asarray(scheduler._state.history), scheduler._held._held, strict=True):
+            prompt = [token for _, tokens in chunks for token in tokens]
             assert row[: len(prompt)].tolist() == prompt
 
 
@@ -111,7 +111,7 @@ def test_the_cache_has_the_bits_that_it_would_have_without_reuse():
 
     def run(order):
         """The tokens of each request, and the bits of its row."""
-        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=ROWS, slots=SLOTS)
+        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=ROWS, capacity=CAPACITY)
         tokens = finish(scheduler, [wanted[index] for index in order])
         layers = jax.tree.map(lambda a: np.asarray(a).view(np.uint16), scheduler._state.cache.layers)
         ends = [len(wanted[index].token_ids) + len(ids) - 1 for index, ids in zip(order, tokens, strict=True)]
@@ -167,7 +167,7 @@ def test_a_cancelled_holder_still_holds_what_it_has_read(model):
     cancelled = scheduler.add(wanted[0])
     scheduler.advance(1)
     scheduler.advance(1)
-    assert cancelled.num_read == 2 < len(cancelled.pieces)
+    assert cancelled.num_read == 2 < len(cancelled.chunks)
     scheduler.cancel(cancelled)
     assert finish(scheduler, wanted[1:]) == alone(model, wanted[1:])
     assert scheduler.totals.reused_prompt_tokens == 32 + 62
@@ -204,8 +204,8 @@ def test_long_common_beginnings_are_shared_without_a_word(model):
     ("length", "prefix_length", "starts"),
     [
         (40, 0, [0, 16, 32]),
-        (40, 30, [0, 16, 30]),  # two pieces of 16 and one of 8 become one of 16
-        (40, 32, [0, 16, 32]),  # whole pieces need no cut
+        (40, 30, [0, 16, 30]),  # two chunks of 16 and one of 8 become one of 16
+        (40, 32, [0, 16, 32]),  # whole chunks need no cut
         (46, 33, [0, 16, 32]),  # nor is one made where no width is saved
         (46, 46, [0, 16, 32]),
         (13, 12, [0, 12]),
@@ -213,9 +213,9 @@ def test_long_common_beginnings_are_shared_without_a_word(model):
 )
 def test_where_a_prompt_is_cut_depends_on_itself_alone(length, prefix_length, starts):
     request = Request(list(range(length)), 1, SamplingParams(), prefix_length=prefix_length)
-    pieces = request.pieces()
-    assert [start for start, _ in pieces] == starts
-    assert [token for _, tokens in pieces for token in tokens] == list(range(length))
+    chunks = request.chunks()
+    assert [start for start, _ in chunks] == starts
+    assert [token for _, tokens in chunks for token in tokens] == list(range(length))
 
 
 def test_a_short_prefix_makes_no_second_piece(monkeypatch):
@@ -223,7 +223,7 @@ def test_a_short_prefix_makes_no_second_piece(monkeypatch):
 
     def cut(prefix_length, rest):
         request = Request([1] * (prefix_length + rest), 1, SamplingParams(), prefix_length=prefix_length)
-        return [len(tokens) for _, tokens in request.pieces()]
+        return [len(tokens) for _, tokens in request.chunks()]
 
     assert cut(20, 30) == [50]
     assert cut(100, 150) == [250]
@@ -233,39 +233,39 @@ def test_a_short_prefix_makes_no_second_piece(monkeypatch):
 
 
 class Rows:
-    """What a device would hold: of each row, the tokens by position and the pieces they were read in."""
+    """What a device would hold: of each row, the tokens by position and the chunks they were read in."""
 
     def __init__(self, count):
         self.rows = [[] for _ in range(count)]
 
-    def read(self, filling, pieces):
-        """Reads a piece, of the same prompt's beginning or else wrongly."""
-        start, tokens = pieces[filling.index]
-        held = [entry for entry in self.rows[filling.source] if entry[0] < start]
+    def read(self, following, chunks):
+        """Reads a chunk, of the same prompt's beginning or else wrongly."""
+        start, tokens = chunks[following.index]
+        held = [entry for entry in self.rows[following.source] if entry[0] < start]
         assert held == [
-            (at + place, at, token) for at, piece in pieces[: filling.index] for place, token in enumerate(piece)
+            (at + place, at, token) for at, chunk in chunks[: following.index] for place, token in enumerate(chunk)
         ]
-        self.rows[filling.row] = held + [(start + place, start, token) for place, token in enumerate(tokens)]
+        self.rows[following.row] = held + [(start + place, start, token) for place, token in enumerate(tokens)]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_reads_from_one_that_holds_its_beginning_whatever_is_done_first(seed):
     rng = random.Random(seed)
     count = rng.choice((1, 2, 5))
-    device, held, prompts, num_read = Rows(count), HeldPieces(count), {}, {}
+    device, held, prompts, num_read = Rows(count), HeldChunks(count), {}, {}
     for _ in range(200):
-        prompts = {row: pieces for row, pieces in prompts.items() if rng.random() < 0.7}  # some end, or are cancelled
+        prompts = {row: chunks for row, chunks in prompts.items() if rng.random() < 0.7}  # some end, or are cancelled
         while len(prompts) < count and rng.random() < 0.7:
-            pieces = [(3 * place, [rng.randrange(2)] * 3) for place in range(rng.randrange(1, 5))]
-            row = held.room_for(pieces, [row for row in range(count) if row not in prompts])
-            prompts[row], num_read[row] = pieces, 0
-        left = {row: pieces for row, pieces in prompts.items() if num_read[row] < len(pieces)}
+            chunks = [(3 * place, [rng.randrange(2)] * 3) for place in range(rng.randrange(1, 5))]
+            row = held.room_for(chunks, [row for row in range(count) if row not in prompts])
+            prompts[row], num_read[row] = chunks, 0
+        left = {row: chunks for row, chunks in prompts.items() if num_read[row] < len(chunks)}
         while left:
-            fillings, later = held.plan(left)
-            assert sorted([*later, *(one.row for one in fillings)]) == sorted(left)
-            assert fillings
-            rng.shuffle(fillings)
-            for one in fillings:
+            next_chunks, later = held.plan(left)
+            assert sorted([*later, *(one.row for one in next_chunks)]) == sorted(left)
+            assert next_chunks
+            rng.shuffle(next_chunks)
+            for one in next_chunks:
                 assert num_read[one.row] <= one.index
                 device.read(one, left[one.row])
                 held.note(one.row, left[one.row][: one.index + 1])
@@ -274,13 +274,13 @@ def test_a_row_reads_from_one_that_holds_its_beginning_whatever_is_done_first(se
 
 
 def test_of_rows_that_begin_alike_one_reads_and_the_others_follow():
-    held = HeldPieces(4)
+    held = HeldChunks(4)
     common = [(0, [1, 2]), (2, [3, 4])]
     reading = {row: [*common, (4, [row])] for row in range(3)}
-    fillings, later = held.plan(reading)
-    assert (fillings, later) == ([(0, 0, 0)], [1, 2])
+    next_chunks, later = held.plan(reading)
+    assert (next_chunks, later) == ([(0, 0, 0)], [1, 2])
     held.note(0, common[:1])
-    fillings, later = held.plan({row: reading[row] for row in later})
-    assert (fillings, later) == ([(1, 0, 1)], [2])
+    next_chunks, later = held.plan({row: reading[row] for row in later})
+    assert (next_chunks, later) == ([(1, 0, 1)], [2])
     held.note(1, common)
     assert held.plan({2: reading[2]}) == ([(2, 1, 2)], [])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qspec_jax import SamplingParams
-from qspec_jax.decoding import pieces, programs
-from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding import chunks, programs
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling_params import SamplingFeatures
@@ -23,8 +23,8 @@ from tests import tiny
 
 pytestmark = pytest.mark.contract
 
-WIDTHS = (8, 16)  # of pieces here: a prompt of more than 16 tokens enters in several
-SLOTS = 128
+WIDTHS = (8, 16)  # of chunks here: a prompt of more than 16 tokens enters in several
+CAPACITY = 128
 SAMPLING = [
     SamplingParams(),
     SamplingParams(temperature=0.9, seed=5),
@@ -52,13 +52,13 @@ def model():
 
 
 @pytest.fixture(autouse=True)
-def _narrow_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_WIDTHS", WIDTHS)
+def _narrow_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", WIDTHS)
 
 
 def run(model, wanted, *, rows, order=None, mode="qspec", max_cycles=None):
     """The tokens of each request."""
-    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=rows, slots=SLOTS)
+    scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=rows, capacity=CAPACITY)
     order = range(len(wanted)) if order is None else order
     sequences = {index: scheduler.add(wanted[index]) for index in order}
     while scheduler.busy:
@@ -71,7 +71,7 @@ def run(model, wanted, *, rows, order=None, mode="qspec", max_cycles=None):
 def alone(model):
     """What each request yields with the batch to itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_WIDTHS", WIDTHS)
+        patch.setattr(chunks, "CHUNK_WIDTHS", WIDTHS)
         wanted = requests(18)
         yielded, _ = run(model, wanted, rows=1)
         assert any(1 < len(ids) < request.max_new_tokens for ids, request in zip(yielded, wanted, strict=True))
@@ -89,7 +89,7 @@ def test_a_request_yields_the_same_in_any_order_and_row_and_among_any_neighbours
 
 
 def test_a_prompt_in_pieces_yields_what_it_yields_at_once(model, alone, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_WIDTHS", (64,))
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (64,))
     assert run(model, requests(18), rows=3)[0] == alone
 
 
@@ -115,7 +115,7 @@ def test_the_number_of_compilations_stays_constant(model, alone):
 
 def test_a_feature_that_only_a_later_request_needs_changes_no_earlier_one(model, alone):
     wanted = requests(18)
-    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, slots=SLOTS)
+    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, capacity=CAPACITY)
     sequences = [scheduler.add(wanted[0])]
     scheduler.advance(1)
     assert scheduler.shape.features == SamplingFeatures()
@@ -127,7 +127,7 @@ def test_a_feature_that_only_a_later_request_needs_changes_no_earlier_one(model,
 
 def test_a_cancelled_sequence_makes_room_and_changes_no_other(model, alone):
     wanted = requests(18)
-    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, slots=SLOTS)
+    scheduler = Scheduler(model.programs, model.plan(draft="w4a8"), rows=3, capacity=CAPACITY)
     sequences = [scheduler.add(request) for request in wanted]
     longest = max(range(3), key=lambda index: wanted[index].max_new_tokens)
     for _ in range(4):
@@ -183,12 +183,12 @@ class FakePrograms(Programs):
         arrays = tokens, self.counts.copy(), self.left <= 0, lengths
         return "state", Report(*map(OnDevice, arrays), np.int32(cycles))
 
-    def fill(self, plan, shape, state, pieces, rows, sources, count):
-        for piece, row in enumerate(rows[:count]):
-            last = pieces.last[piece]
-            self.left[row] = pieces.max_new_tokens[piece] - 1 if last else 0
+    def prefill(self, plan, shape, state, chunks, rows, sources, count):
+        for chunk, row in enumerate(rows[:count]):
+            last = chunks.last[chunk]
+            self.left[row] = chunks.max_new_tokens[chunk] - 1 if last else 0
             self.counts[row] = int(last)
-        self.log.append(("fill", pieces.tokens.shape[1], rows[:count].tolist()))
+        self.log.append(("prefill", chunks.tokens.shape[1], rows[:count].tolist()))
         return self._report(0)
 
     def loop(self, plan, shape, state, retired, *, max_cycles, until_finished):
@@ -205,7 +205,7 @@ class FakePrograms(Programs):
 
 def fake_run(wanted, *, rows):
     fake = FakePrograms(rows)
-    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, slots=64)
+    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, capacity=64)
     sequences = [scheduler.add(Request([1] * length, new, SamplingParams())) for length, new in wanted]
     while scheduler.busy:
         scheduler.advance(4)
@@ -215,20 +215,20 @@ def fake_run(wanted, *, rows):
 
 def test_a_row_is_filled_again_as_soon_as_it_is_idle():
     log = fake_run([(3, 2), (3, 9), (3, 5)], rows=2)
-    assert log[:4] == [("fill", 8, [0, 1]), ("loop", 1), ("fill", 8, [0]), ("loop", 2)]
+    assert log[:4] == [("prefill", 8, [0, 1]), ("loop", 1), ("prefill", 8, [0]), ("loop", 2)]
 
 
 def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
     log = fake_run([(3, 20), (40, 2)], rows=2)
     assert log[:7] == [
-        *(("fill", 8, [0]), ("fill", 16, [1]), ("loop", 2)),
-        *(("fill", 16, [1]), ("loop", 2)),
-        *(("fill", 8, [1]), ("loop", 2)),
+        *(("prefill", 8, [0]), ("prefill", 16, [1]), ("loop", 2)),
+        *(("prefill", 16, [1]), ("loop", 2)),
+        *(("prefill", 8, [1]), ("loop", 2)),
     ]
 
 
 def test_a_request_of_one_token_needs_no_cycle():
-    assert fake_run([(3, 1)] * 5, rows=2).count(("fill", 8, [0, 1])) == 2
+    assert fake_run([(3, 1)] * 5, rows=2).count(("prefill", 8, [0, 1])) == 2
 
 
 def test_the_first_token_of_a_prompt_does_not_wait_for_the_chunk_after_it():
@@ -240,7 +240,7 @@ def test_the_first_token_of_a_prompt_does_not_wait_for_the_chunk_after_it():
             was_free.append(may_end.wait(timeout=10))
             return super().loop(*arguments, **limits)
 
-    scheduler = Scheduler(SlowPrograms(1), DecodingPlan(Precision.W4A16), rows=1, slots=64)
+    scheduler = Scheduler(SlowPrograms(1), DecodingPlan(Precision.W4A16), rows=1, capacity=64)
     sequence = scheduler.add(Request([1, 2], 3, SamplingParams()))
     assert scheduler.advance() == [sequence]
     assert len(sequence.token_ids) == 1
@@ -256,7 +256,7 @@ def test_an_error_of_a_chunk_reaches_who_waits_for_it():
         def loop(self, *arguments, **limits):
             raise OutOfMemoryError("full")
 
-    scheduler = Scheduler(FailingPrograms(1), DecodingPlan(Precision.W4A16), rows=1, slots=64)
+    scheduler = Scheduler(FailingPrograms(1), DecodingPlan(Precision.W4A16), rows=1, capacity=64)
     scheduler.add(Request([1, 2], 3, SamplingParams()))
     scheduler.advance()
     with pytest.raises(OutOfMemoryError, match="full"):
@@ -265,12 +265,12 @@ def test_an_error_of_a_chunk_reaches_who_waits_for_it():
 
 def test_an_error_of_what_comes_next_loses_nothing_of_the_chunk_before_it():
     class FailingPrograms(FakePrograms):
-        def fill(self, plan, shape, state, pieces, rows, sources, count):
+        def prefill(self, plan, shape, state, chunks, rows, sources, count):
             if self.log:
                 raise KeyboardInterrupt
-            return super().fill(plan, shape, state, pieces, rows, sources, count)
+            return super().prefill(plan, shape, state, chunks, rows, sources, count)
 
-    scheduler = Scheduler(FailingPrograms(2), DecodingPlan(Precision.W4A16), rows=2, slots=64)
+    scheduler = Scheduler(FailingPrograms(2), DecodingPlan(Precision.W4A16), rows=2, capacity=64)
     short, long, _ = (scheduler.add(Request([1, 2], new, SamplingParams())) for new in (2, 9, 5))
     scheduler.advance()
     with pytest.raises(KeyboardInterrupt):  # while the third takes the row of the first
@@ -281,5 +281,5 @@ def test_an_error_of_what_comes_next_loses_nothing_of_the_chunk_before_it():
 
 def test_shapes_of_other_features_are_other_programs(model):
     plan = model.plan(draft="w4a8")
-    greedy, drawing = Shape(3, SLOTS), Shape(3, SLOTS, SamplingFeatures(draws=True))
+    greedy, drawing = Shape(3, CAPACITY), Shape(3, CAPACITY, SamplingFeatures(draws=True))
     assert programs._loop_key(plan, greedy) != programs._loop_key(plan, drawing)

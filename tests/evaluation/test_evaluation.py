@@ -47,7 +47,7 @@ def test_perplexity_is_that_of_the_logits_in_windows(baseline, text_scores):
     nll, count = 0.0, 0
     for start in (0, 32, 64):
         window = jnp.asarray(TEXT[start : start + 32], jnp.int32)
-        cache = baseline.decoder.create_cache(batch=1, slots=32)
+        cache = baseline.decoder.create_cache(batch=1, capacity=32)
         logits = np.asarray(baseline.decoder(window[None], cache, precision=Precision.FLOAT)[0][0], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         nll -= sum(log_p[i, window[i + 1]] for i in range(len(window) - 1))

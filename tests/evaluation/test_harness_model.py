@@ -52,7 +52,7 @@ def instances(kind, *arguments):
 
 def predictions(model, tokens):
     """``[T, V]`` log-probabilities after each token, at W4A16."""
-    cache = model.decoder.create_cache(batch=1, slots=len(tokens))
+    cache = model.decoder.create_cache(batch=1, capacity=len(tokens))
     logits = model.decoder(jnp.asarray([tokens], jnp.int32), cache, precision=Precision.W4A16)[0][0]
     exact = np.asarray(logits, np.float64)
     return exact - np.log(np.exp(exact).sum(-1, keepdims=True))

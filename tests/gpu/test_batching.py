@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qspec_jax
-from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.engine.scheduler import Scheduler
 from tests.golden import make_demo
 
@@ -65,13 +65,13 @@ def test_a_shared_system_prompt_changes_no_token(model, mode, sampling):
         assert served(model, prompts, rows=rows, **options) == [ids for (ids,) in alone]
 
 
-@pytest.mark.parametrize("repeats", [10, 45], ids=["one_piece", "two_pieces"])
+@pytest.mark.parametrize("repeats", [10, 45], ids=["one_piece", "two_chunks"])
 def test_a_reused_system_prompt_has_the_bits_that_its_row_would_have_computed(model, repeats):
     requests = [model.intake.request(one, max_new_tokens=16) for one in conversations(repeats)[:4]]
 
     def run(some):
         """What each row holds, by prompt, and how many tokens were reused."""
-        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, slots=1024)
+        scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, capacity=1024)
         sequences = [scheduler.add(request) for request in some]
         while scheduler.busy:
             scheduler.advance()
@@ -93,12 +93,12 @@ def test_a_reused_system_prompt_has_the_bits_that_its_row_would_have_computed(mo
 
 
 def test_filling_a_row_from_another_one_copies_that_row_alone(model):
-    """What filling needs besides the buffers given does not grow with the number of rows, as the cache does."""
+    """What following needs besides the buffers given does not grow with the number of rows, as the cache does."""
     plan = model.plan("w4a16")
-    model.programs.prepare(plan)
+    model.programs.lay_out_weights(plan)
 
     def fill(rows):
-        analysis = model.programs.lower_fill(plan, Shape(rows, slots=1024), 32).compile().memory_analysis()
+        analysis = model.programs.lower_prefill(plan, Shape(rows, capacity=1024), 32).compile().memory_analysis()
         return analysis.temp_size_in_bytes, analysis.alias_size_in_bytes
 
     (few, smaller_cache), (many, larger_cache) = fill(4), fill(32)

@@ -25,7 +25,7 @@ TOKENS = jnp.asarray(golden.TOKENS, jnp.int32)
 
 
 def logits_of(decoder, tokens, precision, *, slots=64):
-    return decoder(tokens, decoder.create_cache(batch=tokens.shape[0], slots=slots), precision=precision)[0]
+    return decoder(tokens, decoder.create_cache(batch=tokens.shape[0], capacity=slots), precision=precision)[0]
 
 
 _unused_slots = itertools.count(1000)
@@ -71,7 +71,7 @@ def test_prefill_equals_token_by_token_decoding(precision):
     decoder = tiny.decoder()
     add_group_sums(decoder)
     at_once = logits_of(decoder, TOKENS, precision)
-    cache, one_by_one = decoder.create_cache(batch=2, slots=64), []
+    cache, one_by_one = decoder.create_cache(batch=2, capacity=64), []
     step = jax.jit(lambda token, cache: decoder(token, cache, precision=precision))
     for index in range(TOKENS.shape[1]):
         logits, cache = step(TOKENS[:, index : index + 1], cache)
@@ -83,7 +83,7 @@ def test_prefill_equals_token_by_token_decoding(precision):
 def test_sequences_of_different_lengths_do_not_influence_each_other():
     decoder = tiny.decoder()
     lengths = jnp.asarray([40, 7], jnp.int32)
-    cache = decoder.create_cache(batch=2, slots=64)
+    cache = decoder.create_cache(batch=2, capacity=64)
     last, cache = decoder(TOKENS, cache, precision=Precision.W4A16, logits_at=lengths - 1)
     following, _ = decoder(TOKENS[:, :3], cache.with_lengths(lengths), precision=Precision.W4A16)
     for row, length in enumerate(lengths.tolist()):

@@ -49,7 +49,7 @@ def decoder_of(source, quantization=None, *, scan_layers=True):
 def logits_of(decoder, precision=Precision.FLOAT):
     # One program is compiled sooner than its operations one by one.
     run = jax.jit(lambda tokens, cache: decoder(tokens, cache, precision=precision)[0])
-    return np.asarray(run(TOKENS, decoder.create_cache(batch=2, slots=16)))
+    return np.asarray(run(TOKENS, decoder.create_cache(batch=2, capacity=16)))
 
 
 _unused_slots = itertools.count(1000)
@@ -58,7 +58,7 @@ _unused_slots = itertools.count(1000)
 def trace(decoder, precision):
     """Runs the decoder's Python alone, for a cache as long as no other: nothing is found that was traced before."""
     slots = next(_unused_slots)
-    jax.eval_shape(lambda: decoder(TOKENS, decoder.create_cache(batch=2, slots=slots), precision=precision)[0])
+    jax.eval_shape(lambda: decoder(TOKENS, decoder.create_cache(batch=2, capacity=slots), precision=precision)[0])
 
 
 def with_outliers(source):

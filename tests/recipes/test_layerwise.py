@@ -102,7 +102,7 @@ def test_rotation_and_gptq_together_are_closer_to_the_float_model_than_rotation_
     def logits(path, **settings):
         decoder = qspec_jax.load(path, kernels="reference", dtype="float32", **settings).decoder
         precision = Precision.FLOAT if settings else Precision.W4A16
-        return decoder(tokens, decoder.create_cache(batch=len(tokens), slots=256), precision=precision)[0]
+        return decoder(tokens, decoder.create_cache(batch=len(tokens), capacity=256), precision=precision)[0]
 
     exact, errors = logits(model, quantization=None), {}
     for recipe, arguments in (("quarot-gptq", options[2:]), ("quarot-rtn", ())):

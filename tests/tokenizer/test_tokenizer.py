@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import gguf
 import pytest
 
-from qspec_jax.engine.load import while_it_opens
+from qspec_jax.engine.load import ending_with
 from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
@@ -328,7 +328,7 @@ def test_a_damaged_tokenizer_file(hf_directory):
 
 def test_no_more_tensors_are_read_for_a_tokenizer_that_cannot_be_opened():
     opening: Future[Tokenizer | None] = Future()
-    tensors = iter(while_it_opens(opening, iter)(["first", "second", "third"]))
+    tensors = iter(ending_with(opening, iter)(["first", "second", "third"]))
     assert next(tensors) == "first"
     opening.set_exception(CheckpointError("damaged"))
     with pytest.raises(CheckpointError, match="damaged"):

@@ -23,6 +23,7 @@ from pallas_kernels import Layout, QuantizedWeight, dequantize
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
 from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
+from qspec_jax.model.view import View
 from qspec_jax.weights.checkpoint import arrays
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
@@ -45,6 +46,9 @@ def saved(tmp_path_factory):
     return path
 
 
+W4A16, W4A8, W4A4 = (View.of(one) for one in (Precision.W4A16, Precision.W4A8, Precision.W4A4))
+
+
 def assert_identical(one, other):
     """The same graph, and the same bits and dtypes."""
     (graph, state), (other_graph, other_state) = nnx.split(one), nnx.split(other)
@@ -56,7 +60,7 @@ def assert_identical(one, other):
 
 def logits(decoder, precision):
     tokens = jnp.asarray([[1, 5, 9, 40], [2, 3, 7, 11]], jnp.int32)
-    return decoder(tokens, decoder.create_cache(batch=2, slots=8), precision=precision)[0]
+    return decoder(tokens, decoder.create_cache(batch=2, capacity=8), precision=precision)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,17 +171,17 @@ def test_a_draft_that_a_layout_does_not_serve_has_the_weights_laid_out_anew(wgmm
     add_group_sums(decoder)
     down = decoder.layers[0].mlp.down
     expected = {precision: logits(decoder, precision) for precision in (Precision.W4A16, Precision.W4A4)}
-    assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))
+    assert not lay_out(decoder, (W4A16, W4A8))
     assert down.weight.get_value().layout is Layout.WGMMA
     assert kernels_in_use(decoder, "reference") == "mosaic, reference"
     values = dequantize(down.weight.get_value())
-    assert lay_out(decoder, (Precision.W4A16, Precision.W4A4))
+    assert lay_out(decoder, (W4A16, W4A4))
     assert down.weight.get_value().layout is Layout.PLANES
     assert np.array_equal(dequantize(down.weight.get_value()), values)
     assert kernels_in_use(decoder, "reference") == "reference"
     for precision, out in expected.items():  # a program per layout, which XLA may add up in an order of its own
         np.testing.assert_allclose(logits(decoder, precision), out, rtol=0, atol=1e-4)
-    assert not lay_out(decoder, (Precision.W4A16, Precision.W4A8))  # nor back, which would compile anew each time
+    assert not lay_out(decoder, (W4A16, W4A8))  # nor back, which would compile anew each time
 
 
 def test_wide_scales_stay_wide_in_either_arrangement(tmp_path):

@@ -40,7 +40,7 @@ def loaded(source, quantization=QuantConfig(), **options):  # noqa: B008 - froze
 
 def logits(decoder, precision):
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) * 3
-    return np.asarray(decoder(tokens, decoder.create_cache(batch=2, slots=8), precision=precision)[0])
+    return np.asarray(decoder(tokens, decoder.create_cache(batch=2, capacity=8), precision=precision)[0])
 
 
 def as_read_by_kernels(tensor: QuantizedTensor) -> np.ndarray:

@@ -103,7 +103,7 @@ def measure(request: Request, modes: Sequence[str], report: _Report) -> None:
     say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
     model = request.load(floating_point="float" in modes)
     parts = decoding_parts(model, modes, drafts=request.drafts, draft_lengths=request.draft_lengths)
-    drafts = list(dict.fromkeys(part.draft.value for part in parts if part.draft is not None))
+    drafts = list(dict.fromkeys(part.draft.name for part in parts if part.draft is not None))
     prompts = fitting_prompts(model, request) if drafts else []
     report.begin(model, synthetic=request.path is None)
     for batch in request.batches:

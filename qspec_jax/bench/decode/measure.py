@@ -40,7 +40,7 @@ class Measurement:
     Attributes:
         part: name, see :class:`Part`.
         precision, draft, draft_length: of its plan; ``draft`` is None where nothing is drafted.
-        batch, context, slots: the setting.
+        batch, context, capacity: the setting.
         status, reason: ``unsupported`` is what kernels asked for by name refuse, ``failed`` what does not compile or
             run.
         milliseconds: of a step: the median of ``runs_ms``.
@@ -58,7 +58,7 @@ class Measurement:
     draft_length: int
     batch: int
     context: int
-    slots: int
+    capacity: int
     status: Status = "ok"
     reason: str | None = None
     milliseconds: float | None = None
@@ -117,7 +117,7 @@ def measure_parts(
             None for as many as make it last a quarter of a second.
     """
     for part in parts:
-        model.programs.prepare(part.plan)
+        model.programs.lay_out_weights(part.plan)
     loops: dict[Part, _Loop | Measurement] = {}
     for part in sorted(parts, key=lambda part: part.name != "cycle"):
         say(f"compiling {part}, {setting} ...")
@@ -141,7 +141,7 @@ class _Loop:
 
     @classmethod
     def compile(cls, model: LanguageModel, part: Part, setting: Setting) -> _Loop:
-        model.programs.check_cache(rows=setting.batch, slots=setting.slots)
+        model.programs.check_cache(rows=setting.batch, capacity=setting.capacity)
         shapes = jax.eval_shape(lambda: context_state(model, setting))
         began = time.perf_counter()
         program = model.programs.lower_repetition(part.plan, shapes, advance=part.advance).compile()
@@ -241,5 +241,5 @@ def _attempt(task: Callable[[], Any], part: Part, setting: Setting) -> Any:
 
 
 def _subject(part: Part, setting: Setting) -> Measurement:
-    draft = None if part.draft is None else part.draft.value
-    return Measurement(part.name, part.precision.value, draft, part.plan.draft_length, **dataclasses.asdict(setting))
+    draft = None if part.draft is None else part.draft.name
+    return Measurement(part.name, part.view.name, draft, part.plan.draft_length, **dataclasses.asdict(setting))

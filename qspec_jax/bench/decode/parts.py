@@ -16,33 +16,33 @@ import jax.numpy as jnp
 from qspec_jax.bench.models import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
 from qspec_jax.decoding import speculative
-from qspec_jax.decoding.pieces import fitting_slots
+from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import activation_quantization
-from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 PartName = Literal["step", "draft", "verify", "cycle"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is in the cache: ``batch`` sequences of ``context`` tokens, in ``slots`` positions each."""
+    """What is in the cache: ``batch`` sequences of ``context`` tokens, with room for ``capacity`` positions each."""
 
     batch: int
     context: int
-    slots: int
+    capacity: int
 
     def __str__(self) -> str:
         return f"batch {self.batch}, context {self.context}"
 
     @classmethod
     def create(cls, *, batch: int, context: int, longest_draft: int) -> Setting:
-        """With the slots that generation would use to go on by one cycle."""
-        return cls(batch, context, fitting_slots(context + longest_draft + 1))
+        """With the capacity that generation would use to go on by one cycle."""
+        return cls(batch, context, fitting_capacity(context + longest_draft + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +52,26 @@ class Part:
     Attributes:
         name: ``step`` is plain decoding of one token; ``draft``, ``verify`` and ``cycle`` are QSpec's, a draft being
             one of the ``draft_length`` that are made in a row.
-        plan: precisions and draft length. Verification does not depend on the precision of the drafts.
+        plan: views and draft length. Verification does not depend on the view of the drafts.
     """
 
     name: PartName
     plan: DecodingPlan
 
     @property
-    def precision(self) -> Precision:
-        """Of the part, the accurate one for a cycle."""
-        return self.plan.draft if self.name == "draft" and self.plan.draft else self.plan.verify
+    def view(self) -> View:
+        """What the part reads; for a cycle what its verification does."""
+        return self.plan.draft_view if self.name == "draft" and self.plan.draft_view else self.plan.verify
 
     @property
-    def draft(self) -> Precision | None:
-        """Of the drafts that the part makes."""
-        return None if self.name == "verify" else self.plan.draft
+    def draft(self) -> View | None:
+        """What the drafts that the part makes read."""
+        return None if self.name == "verify" else self.plan.draft_view
 
     def __str__(self) -> str:
-        drafts = f"{self.plan.draft_length} {self.draft.value} drafts" if self.draft else ""
+        drafts = f"{self.plan.draft_length} {self.draft.name} drafts" if self.draft else ""
         tokens = f"{self.plan.draft_length + 1} tokens" if self.name == "verify" else ""
-        return ", ".join(filter(None, (f"{self.name} {self.precision.value}", drafts, tokens)))
+        return ", ".join(filter(None, (f"{self.name} {self.view.name}", drafts, tokens)))
 
     @property
     def steps_per_repetition(self) -> int:
@@ -92,9 +92,9 @@ class Part:
         """Bytes that a step of the part must move, by what they are; see :func:`pass_bytes`."""
         plan = self.plan
         widths = {"verify": plan.draft_length + 1, "cycle": plan.draft_length + 1}
-        parts = [pass_bytes(model, self.precision, setting, new_tokens=widths.get(self.name, 1))]
-        if self.name == "cycle" and plan.draft is not None:
-            parts += [pass_bytes(model, plan.draft, setting, new_tokens=1)] * plan.draft_length
+        parts = [pass_bytes(model, self.view, setting, new_tokens=widths.get(self.name, 1))]
+        if self.name == "cycle" and plan.draft_view is not None:
+            parts += [pass_bytes(model, plan.draft_view, setting, new_tokens=1)] * plan.draft_length
         return {kind: sum(one[kind] for one in parts) for kind in parts[0]}
 
 
@@ -121,32 +121,32 @@ def decoding_parts(
     ]
 
 
-def pass_bytes(model: LanguageModel, precision: Precision, setting: Setting, *, new_tokens: int) -> dict[str, int]:
+def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens: int) -> dict[str, int]:
     """Bytes that one pass over the model must move, by what they are.
 
     Weights (codes, scales and all else of the layers) and LM head once, the rows of the embedding, and the keys and
-    values of the context (within the sliding window) and of the new tokens. Activations and logits do not count.
+    values of the context (within the window, if any) and of the new tokens. Activations and logits do not count.
     """
     decoder, config = model.decoder, model.config
     embedding = decoder.embedding.get_value()
     head_bytes = (embedding if decoder.lm_head is None else decoder.lm_head.get_value()).nbytes
     outside = embedding.nbytes + (0 if decoder.lm_head is None else head_bytes)
-    unread = 0 if _reads_group_sums(model, precision) else _group_sum_bytes(decoder)
-    one_slot = jax.eval_shape(lambda: decoder.create_cache(batch=1, slots=1)).layers
-    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_slot))
-    seen = min(setting.context, config.sliding_window or setting.context)
+    unread = 0 if _reads_group_sums(model, view) else _group_sum_bytes(decoder)
+    one_position = jax.eval_shape(lambda: decoder.create_cache(batch=1, capacity=1)).layers
+    position_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_position))
+    seen = min(setting.context, view.window(config.sliding_window) or setting.context)
     return {
         "weights": model.nbytes - outside - unread,
         "lm_head": head_bytes,
         "embedding": setting.batch * new_tokens * config.hidden_size * embedding.dtype.itemsize,
-        "cache": setting.batch * (seen + new_tokens) * slot_bytes,
+        "cache": setting.batch * (seen + new_tokens) * position_bytes,
     }
 
 
 def context_state(model: LanguageModel, setting: Setting) -> DecodeState:
     """Unfinished sequences of ``context`` tokens, with random keys, values and last token."""
     rows = (setting.batch,)
-    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, slots=setting.slots))
+    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, capacity=setting.capacity))
     keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + len(jax.tree.leaves(empty.layers))))
     layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
     cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32))
@@ -156,23 +156,23 @@ def context_state(model: LanguageModel, setting: Setting) -> DecodeState:
             DecodeState.idle(cache),
             last_token=jax.random.randint(next(keys), rows, 0, model.config.vocab_size, jnp.int32),
             num_tokens=jnp.ones(rows, jnp.int32),
-            max_new_tokens=jnp.full(rows, setting.slots, jnp.int32),
+            max_new_tokens=jnp.full(rows, setting.capacity, jnp.int32),
             finished=jnp.zeros(rows, bool),
         ),
     )
 
 
 def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
-    assert plan.draft is not None
+    assert plan.draft_view is not None
     tokens, cache = speculative.draft(
-        model, state.last_token, state.cache, precision=plan.draft, draft_length=plan.draft_length
+        model, state.last_token, state.cache, view=plan.draft_view, draft_length=plan.draft_length
     )
     return dataclasses.replace(state, cache=cache, last_token=tokens[:, -1])
 
 
 def _verification(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
     draft_tokens = jnp.repeat(state.last_token[:, None], plan.draft_length, axis=1)
-    tokens, _, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, precision=plan.verify)
+    tokens, _, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, view=plan.verify)
     # Of all of them, or XLA would compute the logits of one.
     return dataclasses.replace(state, cache=cache, last_token=tokens.max(axis=1))
 
@@ -185,10 +185,9 @@ _RUN: dict[PartName, Callable[..., DecodeState]] = {
 }
 
 
-def _reads_group_sums(model: LanguageModel, precision: Precision) -> bool:
-    if model.quantization is None or precision not in (Precision.W4A4, Precision.W4A8):
-        return False
-    return not activation_quantization(model.quantization, precision).symmetric
+def _reads_group_sums(model: LanguageModel, view: View) -> bool:
+    recipe = None if model.quantization is None else activation_quantization(model.quantization, view)
+    return recipe is not None and not recipe.symmetric
 
 
 def _group_sum_bytes(decoder: Decoder) -> int:

@@ -155,7 +155,7 @@ def _measure(
     arguments: argparse.Namespace,
 ):
     from qspec_jax.bench.throughput.measure import measure_throughput
-    from qspec_jax.decoding.pieces import fitting_slots
+    from qspec_jax.decoding.chunks import fitting_capacity
 
     chunk_s = arguments.chunk or (_CHUNK_S if arguments.rate is None else _CHUNK_S_AT_A_RATE)
     for mode in modes:
@@ -169,8 +169,8 @@ def _measure(
                 plan,
                 requests,
                 rows=count,
-                slots=fitting_slots(longest),
-                chunk_s=chunk_s,
+                capacity=fitting_capacity(longest),
+                burst_s=chunk_s,
                 rate=arguments.rate,
             )
 

@@ -1,7 +1,7 @@
 """Requests that arrive at a batch, and what came of them: tokens per second, waiting, latencies, occupancy.
 
 The batch is the one that generates (``engine.scheduler.Scheduler``). Times are of the clock on the wall, as the
-host sees tokens: at the end of a chunk. The tokens of a chunk count as evenly spread over the time since the last ones.
+host sees tokens: at the end of a burst. The tokens of a burst count as evenly spread over the time since the last ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qspec_jax.decoding.pieces import Shape
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.requests import Request
@@ -86,8 +86,8 @@ def measure_throughput(
     requests: Sequence[Request],
     *,
     rows: int,
-    slots: int,
-    chunk_s: float,
+    capacity: int,
+    burst_s: float,
     rate: float | None = None,
     seed: int = 0,
 ) -> ThroughputRun:
@@ -95,18 +95,18 @@ def measure_throughput(
 
     Args:
         model: synthetic or real.
-        plan: precisions and draft length.
+        plan: what a cycle does.
         requests: in the order of arrival.
         rows: sequences that run together.
-        slots: cache positions of each.
-        chunk_s: about how long the device runs before the host looks at what there is.
+        capacity: cache positions of each.
+        burst_s: about how long the device runs before the host looks at what there is.
         rate: requests per second, at random (Poisson) intervals; None for all at once.
         seed: of the intervals.
     """
-    options: dict[str, Any] = {"rows": rows, "slots": slots, "chunk_s": chunk_s}
+    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
-    model.programs.compile(plan, Shape(rows, slots, lookup=plan.lookup), widths)
+    model.programs.compile(plan, Shape(rows, capacity, lookup=plan.lookup), widths)
     first = _warm_up(requests)
     _serve(Scheduler(model.programs, plan, **options), first, arrivals(len(first), None))
     compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
@@ -166,7 +166,7 @@ def inter_token_seconds(times: Sequence[tuple[float, int]]) -> list[float]:
 
 
 def _warm_up(requests: Sequence[Request]) -> list[Request]:
-    """A short request for each width of a piece, so that every program runs once."""
+    """A short request for each width of a chunk, so that every program runs once."""
     by_width = {frozenset(request.widths()): request for request in requests}
     return [
         dataclasses.replace(request, max_new_tokens=min(_WARM_UP_TOKENS, request.max_new_tokens))

@@ -1,4 +1,4 @@
-"""Prompts in pieces of few widths, and the shapes that the programs of a batch are compiled for."""
+"""Prompts in chunks of few widths, and the shapes that the programs of a batch are compiled for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures
 
-# A piece of a prompt is padded to the next of these widths; a longer prompt is read in pieces of the last.
-PIECE_WIDTHS = (32, 64, 128, 256, 512)
+# A chunk of a prompt is padded to the next of these widths; a longer prompt is read in chunks of the last.
+CHUNK_WIDTHS = (32, 64, 128, 256, 512)
 # Caches are rounded up to multiples of 64: nearby lengths share a program.
-_SLOT_MULTIPLE = 64
+_CAPACITY_MULTIPLE = 64
 
 
 class Shape(NamedTuple):
@@ -21,35 +21,35 @@ class Shape(NamedTuple):
 
     Attributes:
         rows: sequences that run together.
-        slots: cache positions of each.
+        capacity: cache positions of each.
         features: what their sampling needs.
         lookup: drafts are looked up in the texts.
     """
 
     rows: int
-    slots: int
+    capacity: int
     features: SamplingFeatures = SamplingFeatures()
     lookup: bool = False
 
 
-def fitting_slots(num_tokens: int) -> int:
+def fitting_capacity(num_tokens: int) -> int:
     """Cache positions for ``num_tokens``, rounded up so that nearby numbers share a program."""
-    return -(-num_tokens // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+    return -(-num_tokens // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
 
-def piece_width(num_tokens: int) -> int:
-    """What a piece of a prompt is padded to."""
-    return next(width for width in PIECE_WIDTHS if width >= num_tokens)
+def chunk_width(num_tokens: int) -> int:
+    """What a chunk of a prompt is padded to."""
+    return next(width for width in CHUNK_WIDTHS if width >= num_tokens)
 
 
-def empty_pieces(shape: Shape, width: int) -> dict[str, Any]:
-    """The fields of as many pieces as a filling program takes, but for the sampler, as NumPy arrays to be set."""
+def empty_chunks(shape: Shape, width: int) -> dict[str, Any]:
+    """The fields of as many chunks as a prefill program takes, but for the sampler, as NumPy arrays to be set."""
     # Copies: the device waits for these, and NumPy takes longer to fill arrays.
-    return {name: None if field is None else field.copy() for name, field in _no_pieces(shape, width).items()}
+    return {name: None if field is None else field.copy() for name, field in _no_chunks(shape, width).items()}
 
 
 @functools.cache
-def _no_pieces(shape: Shape, width: int) -> dict[str, Any]:
+def _no_chunks(shape: Shape, width: int) -> dict[str, Any]:
     rows = (shape.rows,)
     return {
         "tokens": np.zeros((*rows, width), np.int32),
@@ -58,5 +58,5 @@ def _no_pieces(shape: Shape, width: int) -> dict[str, Any]:
         "last": np.zeros(rows, bool),
         "max_new_tokens": np.ones(rows, np.int32),
         "stop_tokens": np.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32),
-        "prompt": np.zeros((*rows, shape.slots), np.int32) if shape.features.penalises else None,
+        "prompt": np.zeros((*rows, shape.capacity), np.int32) if shape.features.penalises else None,
     }

@@ -1,0 +1,62 @@
+"""What a pass reads: the views that there are, and that readers keep to them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qspec_jax.errors import UsageError
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
+from tests import tiny
+
+TOKENS = jnp.asarray([[1, 5, 9, 40, 7, 3, 11, 2]], jnp.int32)
+
+
+def logits(decoder, view, tokens=TOKENS):
+    return decoder(tokens, decoder.create_cache(batch=len(tokens), capacity=16), precision=view)[0]
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_a_precision_names_a_view_and_the_view_its_precision(precision):
+    view = View.of(precision)
+    assert View.of(view) is view
+    assert (view.precision, view.name) == (precision, precision.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_bits": 8}, "weight_bits=8 is not supported; use 4 or None"),
+        ({"activation_bits": 16}, "activation_bits=16 is not supported; use 4 or 8 or None"),
+        ({"head_bits": 4}, "head_bits=4 is not supported; use None"),
+        ({"weight_bits": None, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),
+        ({"cache_window": 0}, "cache_window=0 must be at least 1"),
+    ],
+)
+def test_a_view_that_is_not_there_is_refused_with_those_that_are(options, message):
+    with pytest.raises(UsageError, match=message):
+        View(**options)
+
+
+def test_the_narrower_window_counts():
+    assert View().window(None) is None
+    assert View().window(7) == 7
+    assert View(cache_window=5).window(None) == View(cache_window=5).window(7) == 5
+    assert View(cache_window=9).window(7) == 7
+    assert View(activation_bits=8, cache_window=9).name == "w4a8/9"
+
+
+def test_a_window_of_the_cache_is_read_as_that_of_a_model_is():
+    windowed = ModelConfig.from_hf(
+        {**tiny.BASE_HF_CONFIG, "architectures": ["MistralForCausalLM"], "sliding_window": 3}
+    )
+    expected = logits(tiny.decoder(windowed), Precision.W4A16)
+    found = logits(tiny.decoder(), View(cache_window=3))
+    assert np.array_equal(found, expected)
+    everything = logits(tiny.decoder(), Precision.W4A16)
+    assert np.array_equal(found[:, :3], everything[:, :3])
+    assert not np.allclose(found[:, 3:], everything[:, 3:], atol=1e-3)
+    assert np.array_equal(logits(tiny.decoder(), View(cache_window=8)), everything)
