@@ -2,11 +2,14 @@
 
 Most tests compile at XLA's lowest level of optimisation, where compiling takes half as long: they ask what is computed,
 not how fast. Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers,
-and compile as users do. ``QSPEC_JAX_THOROUGH=1`` compiles everything so.
+and compile as users do. So do tests of the demo model, which computes for longer than it compiles, and with
+``QSPEC_JAX_THOROUGH=1`` all others.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 import time
@@ -16,6 +19,8 @@ import jaxtyping
 
 # Neither tests nor the commands that they start read or write the user's compilation cache.
 os.environ["QSPEC_JAX_CACHE"] = "off"
+# Threads of torch and NumPy wait for each other by spinning, which costs most where every core has a worker already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before the packages are imported, so that every annotated function checks shapes and dtypes.
 jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartype")
@@ -50,7 +55,8 @@ def compile_each_program_once(tmp_path_factory):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Sets how hard XLA compiles, before the test's fixtures do: what shares a fixture should be marked alike."""
-    quickly = jax.default_backend() == "cpu" and not THOROUGH and item.get_closest_marker("contract") is None
+    fully = THOROUGH or item.get_closest_marker("contract") or "demo_gguf" in getattr(item, "fixturenames", ())
+    quickly = jax.default_backend() == "cpu" and not fully
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()  # what is compiled the other way
@@ -63,6 +69,10 @@ def forget_programs():
     before = _peak_bytes()
     yield
     jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        # A third of what a worker holds is what XLA has freed, and the C library keeps.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     peak = _peak_bytes()
     if jax.default_backend() == "cpu" and before <= MOST_BYTES:
         assert peak <= MOST_BYTES, f"tests of this file took {peak / 1e9:.1f} GB, {before / 1e9:.1f} GB before them"
@@ -111,6 +121,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(f"peak memory: {listed}")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that take longest, those of the demo model and of contracts: so workers end together."""
+    demo = {item.path for item in items if "demo_gguf" in getattr(item, "fixturenames", ())}
+    contract = {item.path for item in items if item.get_closest_marker("contract")}
+    items.sort(key=lambda item: (item.path not in demo, item.path not in contract))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """``-n`` alone gives a file's tests to one worker: they share fixtures and programs."""
@@ -118,6 +136,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
 
 
