@@ -1,8 +1,8 @@
 """Quantised matmuls and what stands between them, for JAX: the operations as plain functions, and the arrays they read.
 
-Each operation has a folder: ``reference.py`` is its specification in ``jax.numpy`` and
-``gpu_triton.py`` its Pallas Triton kernel for NVIDIA GPUs. ``implementation=None`` picks the best one
-that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of models.
+Each operation has a folder: ``reference.py`` is its specification in ``jax.numpy``, and each of its other
+implementations a file, as ``gpu_triton.py`` with the Pallas Triton kernel for NVIDIA GPUs. ``implementation=None``
+picks the best one that works; see :mod:`pallas_kernels.dispatch`. This package knows nothing of models.
 """
 
 from pallas_kernels.arrays.activation import QuantizedActivation, dequantize_activation

@@ -3,11 +3,16 @@
 Every operation of this package takes ``implementation``. A name runs that implementation or raises;
 None takes the first one of :data:`IMPLEMENTATIONS` that works for the platform and the shapes, and
 always finds one because the reference is plain ``jax.numpy``.
+
+What a backend needs of the machine is a row of :data:`BACKENDS`; which backends an operation has is the dictionary
+of its :class:`Implementations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +20,34 @@ import jax
 REFERENCE = "reference"
 TRITON = "triton"
 MOSAIC = "mosaic"
-# In the order in which None tries them, but for the matmuls of large weights (order_of_trial). Where JAX has no
-# Triton backend, Mosaic is the first that works.
-IMPLEMENTATIONS = (TRITON, MOSAIC, REFERENCE)
 # Inputs times outputs from which Mosaic is the faster one on Hopper, at any number of rows (docs/results.md).
 _LARGE_WEIGHT = 4_000_000
 
-# bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.
-_COMPUTE_CAPABILITIES = {TRITON: ((8, 0), None, "8.0 or newer"), MOSAIC: ((9, 0), (10, 0), "9.x (Hopper)")}
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What the kernels of a backend need of the machine, whatever their shapes.
+
+    Attributes:
+        platforms: those that it runs on, as JAX names them.
+        device: what they have, in words: ``"an NVIDIA GPU"``.
+        compute_capability: of an NVIDIA GPU: the first that will do, the first beyond that will not (or None), and
+            both in words. None where the platform is all that matters.
+    """
+
+    platforms: tuple[str, ...]
+    device: str
+    compute_capability: tuple[tuple[int, int], tuple[int, int] | None, str] | None = None
+
+
+# In the order in which None tries them, but for the matmuls of large weights (order_of_trial). Where JAX has no
+# Triton backend, Mosaic is the first that works.
+BACKENDS = {
+    # bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.
+    TRITON: Backend(("gpu", "cuda"), "an NVIDIA GPU", ((8, 0), None, "8.0 or newer")),
+    MOSAIC: Backend(("gpu", "cuda"), "an NVIDIA GPU", ((9, 0), (10, 0), "9.x (Hopper)")),
+}
+IMPLEMENTATIONS = (*BACKENDS, REFERENCE)
 
 
 def available_implementations(platform: str | None = None) -> tuple[str, ...]:
@@ -33,9 +58,9 @@ def available_implementations(platform: str | None = None) -> tuple[str, ...]:
             uses by default, whose device is then examined too.
 
     Returns:
-        Names of :data:`IMPLEMENTATIONS`. A shape may still rule one out for a single call.
+        Names of :data:`IMPLEMENTATIONS`. An operation or a shape may still rule one out for a single call.
     """
-    return tuple(name for name in IMPLEMENTATIONS if _platform_obstacle(name, platform) is None)
+    return tuple(name for name in _names() if _platform_obstacle(name, platform) is None)
 
 
 def order_of_trial(num_outputs: int, num_inputs: int) -> tuple[str, ...]:
@@ -43,81 +68,104 @@ def order_of_trial(num_outputs: int, num_inputs: int) -> tuple[str, ...]:
 
     It depends on the weight alone, so that a row has the same bits however many rows are beside it.
     """
-    large = num_outputs * num_inputs >= _LARGE_WEIGHT
-    return (MOSAIC, TRITON, REFERENCE) if large else IMPLEMENTATIONS
+    names = _names()
+    if num_outputs * num_inputs < _LARGE_WEIGHT:
+        return names
+    return (MOSAIC, *[name for name in names if name != MOSAIC])
 
 
-def select_implementation(
-    op: str,
-    implementation: str | None,
-    *,
-    triton_obstacle: Callable[[], str | None],
-    mosaic_obstacle: Callable[[], str | None] | None = None,
-    order: tuple[str, ...] = IMPLEMENTATIONS,
-) -> str:
-    """Resolves the ``implementation`` argument of an operation.
+class Implementations:
+    """The implementations of an operation, by name; each is a file of the operation's folder::
 
-    Args:
-        op: name of the operation, for messages.
-        implementation: a name of :data:`IMPLEMENTATIONS`, or None for the best one that works.
-        triton_obstacle: called only where Triton could run; says why the Triton kernel cannot serve
-            these shapes and dtypes, or returns None. An ImportError, of a JAX that lacks the backend or has
-            another interface, is an obstacle too.
-        mosaic_obstacle: the same of Mosaic GPU; None if the operation has no such kernel.
-        order: in which None tries them.
+        _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic"})
 
-    Returns:
-        The name of the implementation to call.
+    A file has the operation's functions, which take what those of ``reference.py`` take, and ``obstacle(...)``, which
+    takes what decides whether they can: it says why they cannot, as the end of a sentence, or returns None.
+    ``reference.py`` itself needs no entry and no ``obstacle``, for it serves every call.
 
-    Raises:
-        ValueError: ``implementation`` is not a known name.
-        NotImplementedError: the named implementation does not work on this platform or these shapes.
+    A file is imported where its platform is there, by the first call that asks for it, and not with this package: what
+    it imports of Pallas may be missing from a JAX. Python keeps modules, so that later calls only look them up.
+
+    Attributes:
+        op: the operation's name, which its folder has too.
+        modules: from names of :data:`IMPLEMENTATIONS` to modules, as one imports them.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{op}: unknown implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}, or None"
-        )
-    obstacles = {
-        MOSAIC: mosaic_obstacle or (lambda: "does not exist for this operation"),
-        TRITON: triton_obstacle,
-        REFERENCE: lambda: None,
-    }
-    for name in order if implementation is None else (implementation,):
-        obstacle = _platform_obstacle(name, None) or _told_or_import_error(obstacles[name])
-        if obstacle is None:
-            return name
-    raise NotImplementedError(f"{op}: implementation '{implementation}' {obstacle}; use '{REFERENCE}' or None")
+
+    def __init__(self, package: str, files: Mapping[str, str]):
+        """The files of ``package``, the ``__name__`` of the operation's ``__init__``, by names of :data:`BACKENDS`."""
+        self.op = package.rpartition(".")[2]
+        self.modules = {name: f"{package}.{file}" for name, file in {**files, REFERENCE: "reference"}.items()}
+
+    def select(
+        self,
+        implementation: str | None,
+        obstacle: Callable[[Any], str | None],
+        *,
+        order: tuple[str, ...] | None = None,
+    ) -> Any:
+        """Resolves the ``implementation`` argument of a call.
+
+        Args:
+            implementation: a name of :data:`IMPLEMENTATIONS`, or None for the best one that works.
+            obstacle: asks a module for its ``obstacle`` to this call; asked only of those whose platform is there.
+                An ImportError, of a JAX that lacks the backend or has another interface, is an obstacle too.
+            order: in which None tries them; None is that of :data:`IMPLEMENTATIONS`.
+
+        Returns:
+            The module whose function to call.
+
+        Raises:
+            ValueError: ``implementation`` is not a known name.
+            NotImplementedError: the named implementation does not exist for this operation, or does not work on this
+                platform or these shapes.
+        """
+        if implementation is None:
+            names = order or _names()
+        elif implementation in _names():
+            names = (implementation,)
+        else:
+            known = ", ".join(_names())
+            raise ValueError(f"{self.op}: unknown implementation {implementation!r}; use one of {known}, or None")
+        told = None
+        for name in names:
+            told = _platform_obstacle(name, None)
+            if told is None:
+                module, told = self._examined(name, obstacle)
+                if told is None:
+                    return module
+        raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
+
+    def _examined(self, name: str, obstacle: Callable[[Any], str | None]) -> tuple[Any, str | None]:
+        """The module of a name, and its obstacle to a call."""
+        if name not in self.modules:
+            return None, "does not exist for this operation"
+        try:
+            module = importlib.import_module(self.modules[name])
+            return module, None if name == REFERENCE else obstacle(module)
+        except ImportError as error:
+            return None, f"cannot be imported: {error}"
 
 
-def would_select(name: str, op: str, implementation: str | None, **choice: Any) -> bool:
-    """Whether :func:`select_implementation` resolves to ``name``; not where it refuses what was asked for by name."""
-    try:
-        return select_implementation(op, implementation, **choice) == name
-    except NotImplementedError:
-        return False
-
-
-def _told_or_import_error(obstacle: Callable[[], str | None]) -> str | None:
-    try:
-        return obstacle()
-    except ImportError as error:
-        return f"cannot be imported: {error}"
+def _names() -> tuple[str, ...]:
+    """Those of the table as it is now, to which who tries a backend may have added."""
+    return (*BACKENDS, REFERENCE)
 
 
 def _platform_obstacle(name: str, platform: str | None) -> str | None:
     """Why an implementation cannot run on a platform, as the end of a sentence; None if it can."""
     if name == REFERENCE:
         return None
+    backend = BACKENDS[name]
     where = platform or jax.default_backend()
-    if where not in ("gpu", "cuda"):
-        return f"needs an NVIDIA GPU; this is {where}"
-    if platform is not None:
+    if where not in backend.platforms:
+        return f"needs {backend.device}; this is {where}"
+    if platform is not None or backend.compute_capability is None:
         return None
     device = jax.devices()[0]
     if "rocm" in device.client.platform_version.lower():
-        return "needs an NVIDIA GPU; this is an AMD GPU"
+        return f"needs {backend.device}; this is an AMD GPU"
     capability = tuple(int(part) for part in device.compute_capability.split("."))
-    first, end, wanted = _COMPUTE_CAPABILITIES[name]
+    first, end, wanted = backend.compute_capability
     if capability < first or (end is not None and capability >= end):
-        return f"needs an NVIDIA GPU of compute capability {wanted}; this one has {device.compute_capability}"
+        return f"needs {backend.device} of compute capability {wanted}; this one has {device.compute_capability}"
     return None

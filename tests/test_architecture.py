@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -31,19 +32,47 @@ def test_the_kernels_know_nothing_of_models():
         ), path
 
 
-def test_gpu_backends_are_imported_by_their_own_files_only():
+def is_of_a_backend(path: Path) -> bool:
+    """``gpu_*.py`` and ``tpu.py`` of an operation, and what those of one compiler share, in ``backends/``."""
+    return "backends" in path.parts or path.name == "tpu.py" or path.name.startswith("gpu_")
+
+
+def test_backends_are_imported_by_their_own_files_only():
     for path in [*modules_of("pallas_kernels"), *modules_of("qspec_jax")]:
-        if "backends" not in path.parts and path.name not in ("gpu_triton.py", "gpu_mosaic.py"):
+        if not is_of_a_backend(path):
             names = imported_modules(path)
             assert not any("pallas" in name and name.startswith("jax") for name in names), path
 
 
+def test_each_file_of_a_backend_is_an_implementation_of_its_operation():
+    """It has an entry in the operation's dictionary, ``obstacle``, and the functions of the reference by name."""
+    operations = [path.parent for path in modules_of("pallas_kernels") if path.name == "reference.py"]
+    assert operations
+    for folder in operations:
+        package = importlib.import_module(f"pallas_kernels.{folder.name}")
+        files = {path.stem for path in folder.glob("*.py") if is_of_a_backend(path)}
+        assert package._IMPLEMENTATIONS.op == folder.name
+        assert {name.rpartition(".")[2] for name in package._IMPLEMENTATIONS.modules.values()} == {*files, "reference"}
+        functions = {folder.name, f"add_{folder.name}"} & names_defined(folder / "reference.py")
+        for file in files:
+            assert {*functions, "obstacle"} <= names_defined(folder / f"{file}.py"), (folder, file)
+
+
+def names_defined(path: Path) -> set[str]:
+    """Functions of a module, and other names that it assigns; read, not imported, as a JAX may lack the backend."""
+    body = ast.parse(path.read_text()).body
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    assigned = {target.id for target in targets if isinstance(target, ast.Name)}
+    return assigned | {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def test_importing_does_no_work():
-    """No backend is initialised, no tokenizer library loaded."""
+    """No backend is initialised, no tokenizer library loaded, no kernel of a GPU or TPU read."""
     code = (
         "import sys, qspec_jax, pallas_kernels, jax\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend was initialised'\n"
         "assert not {'transformers', 'torch', 'orbax', 'tensorstore'} & set(sys.modules)\n"
+        "assert not any(name.startswith('jax.experimental.pallas') for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

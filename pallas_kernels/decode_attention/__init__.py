@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "decode_attention"
+# A file has decode_attention and obstacle(num_tokens, head_dim).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -23,8 +24,9 @@ def decode_attention(
 ) -> Float[Array, "B T H HD"]:
     """Attends from ``T`` new tokens to the slots up to their own; the equations stand in the reference.
 
-    The Triton kernel reads the slots that are seen and no others. There, the bits of a token's result depend on
-    nothing but its query and the keys and values it sees: not on ``T``, on the other sequences, or on ``S``.
+    The Triton kernel serves up to ``MAX_DECODE_TOKENS`` tokens, and reads the slots that are seen and no others. There,
+    the bits of a token's result depend on nothing but its query and the keys and values it sees: not on ``T``, on the
+    other sequences, or on ``S``.
 
     Args:
         query: ``[B, T, H, HD]`` float32, bfloat16 or float16, rotated.
@@ -32,8 +34,7 @@ def decode_attention(
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` sees slots up to
             ``lengths + t``, or the last one.
         window: slots a token sees, its own included; None for all.
-        implementation: ``"reference"``, ``"triton"`` (up to ``MAX_DECODE_TOKENS`` tokens), or None for the best
-            that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[B, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
@@ -44,11 +45,9 @@ def decode_attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     _check(query, keys, values, window)
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(query.shape[1], query.shape[3])
-    )
-    attend = _triton().decode_attention if chosen == dispatch.TRITON else reference.decode_attention
-    return attend(query, keys, values, lengths, window=window)
+    _, num_tokens, _, head_dim = query.shape
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
+    return chosen.decode_attention(query, keys, values, lengths, window=window)
 
 
 def _check(query: Array, keys: Array, values: Array, window: int | None) -> None:
@@ -65,9 +64,3 @@ def _check(query: Array, keys: Array, values: Array, window: int | None) -> None
         raise ValueError(f"{_OP}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")
     if window is not None and window < 1:
         raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")
-
-
-def _triton():
-    from pallas_kernels.decode_attention import gpu_triton  # imported only where it can run
-
-    return gpu_triton

@@ -7,10 +7,11 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import dispatch
-from pallas_kernels.float_matmul import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "float_matmul"
+# A file has float_matmul and obstacle(num_rows, dtype).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -25,7 +26,7 @@ def float_matmul(
     Args:
         x: ``[..., K]`` float32, bfloat16 or float16.
         weight: ``[N, K]`` in the dtype of ``x``.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[..., N]`` float32.
@@ -44,15 +45,5 @@ def float_matmul(
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     num_rows = math.prod(x.shape[:-1])
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(num_rows, x.dtype)
-    )
-    if chosen == dispatch.TRITON:
-        return _triton().float_matmul(x, weight)
-    return reference.float_matmul(x, weight)
-
-
-def _triton():
-    from pallas_kernels.float_matmul import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_rows, x.dtype))
+    return chosen.float_matmul(x, weight)

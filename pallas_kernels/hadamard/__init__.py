@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.hadamard import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.hadamard.matrices import core_order
 
 _OP = "hadamard"
+# A file has hadamard and obstacle(num_inputs).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -21,7 +22,7 @@ def hadamard(x: Float[Array, "*batch K"], *, implementation: str | None = None) 
 
     Args:
         x: ``[..., K]`` float32, bfloat16 or float16.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         The transform in the dtype of ``x``, computed in float32.
@@ -34,13 +35,5 @@ def hadamard(x: Float[Array, "*batch K"], *, implementation: str | None = None) 
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     core_order(x.shape[-1])
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1])
-    )
-    return _triton().hadamard(x) if chosen == dispatch.TRITON else reference.hadamard(x)
-
-
-def _triton():
-    from pallas_kernels.hadamard import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(x.shape[-1]))
+    return chosen.hadamard(x)

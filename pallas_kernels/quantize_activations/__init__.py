@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import WGMMA_CODES, Layout, check_group_size
-from pallas_kernels.quantize_activations import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "quantize_activations"
+# A file has quantize_activations and obstacle(num_inputs, group_size, outlier_groups).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -38,7 +39,7 @@ def quantize_activations(
         clip_ratio: in (0, 1], shrinks the range, and codes beyond it saturate.
         outlier_groups: groups of each token, those with the widest range, that take 8 bits instead of ``bits``.
         layout: the order of the codes, that of the weight they are to meet.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``.
@@ -59,14 +60,10 @@ def quantize_activations(
         outlier_groups=outlier_groups,
         layout=layout,
     )
-    chosen = dispatch.select_implementation(
-        _OP,
-        implementation,
-        triton_obstacle=lambda: _triton().obstacle(x.shape[-1], settings["group_size"], outlier_groups),
+    chosen = _IMPLEMENTATIONS.select(
+        implementation, lambda module: module.obstacle(x.shape[-1], settings["group_size"], outlier_groups)
     )
-    if chosen == dispatch.TRITON:
-        return _triton().quantize_activations(x, **settings)
-    return reference.quantize_activations(x, **settings)
+    return chosen.quantize_activations(x, **settings)
 
 
 def checked_settings(
@@ -107,9 +104,3 @@ def checked_settings(
         "outlier_groups": outlier_groups,
         "layout": layout,
     }
-
-
-def _triton():
-    from pallas_kernels.quantize_activations import gpu_triton  # imported only where it can run
-
-    return gpu_triton

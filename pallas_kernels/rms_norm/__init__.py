@@ -7,11 +7,12 @@ from typing import overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.arrays.partial_sums import PartialSums, value_of
-from pallas_kernels.rms_norm import reference
+from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "rms_norm"
+# A file has rms_norm, add_rms_norm and obstacle(num_inputs).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -52,7 +53,7 @@ def rms_norm(
         gain: ``[K]`` in the dtype of ``x``.
         epsilon: added to the mean of squares; positive.
         update: ``[..., K]`` in the dtype of ``x``, or its partial sums; what is normalised is then ``x + update``.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         The norm in the dtype of ``x``; with ``update`` the pair of ``x + update`` and its norm.
@@ -65,15 +66,10 @@ def rms_norm(
     check_operands(_OP, x, gain, update, epsilon)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1])
-    )
-    implementing = _triton() if chosen == dispatch.TRITON else reference
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(x.shape[-1]))
     if update is None:
-        return implementing.rms_norm(x, gain, epsilon=epsilon)
-    if chosen == dispatch.TRITON:
-        return _triton().add_rms_norm(x, update, gain, epsilon=epsilon)
-    return reference.add_rms_norm(x, value_of(update), gain, epsilon=epsilon)
+        return chosen.rms_norm(x, gain, epsilon=epsilon)
+    return chosen.add_rms_norm(x, update, gain, epsilon=epsilon)
 
 
 def check_operands(op: str, x: Array, gain: Array, update: Array | PartialSums | None, epsilon: float) -> None:
@@ -86,9 +82,3 @@ def check_operands(op: str, x: Array, gain: Array, update: Array | PartialSums |
         raise ValueError(f"{op}: update is {update.dtype} {update.shape}; use {x.dtype} {x.shape}, as x is")
     if not epsilon > 0:
         raise ValueError(f"{op}: epsilon={epsilon}; use a positive number, or a token of zeros divides by zero")
-
-
-def _triton():
-    from pallas_kernels.rms_norm import gpu_triton  # imported only where it can run
-
-    return gpu_triton

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
+
 
 def rms_norm(x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: float) -> Float[Array, "*batch K"]:
     """``y`` without an update."""
@@ -22,8 +24,12 @@ def rms_norm(x: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: 
 
 
 def add_rms_norm(
-    x: Float[Array, "*batch K"], update: Float[Array, "*batch K"], gain: Float[Array, " K"], *, epsilon: float
+    x: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
+    gain: Float[Array, " K"],
+    *,
+    epsilon: float,
 ) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]]:
     """``s`` and ``y``."""
-    total = x + update
+    total = x + value_of(update)
     return total, rms_norm(total, gain, epsilon=epsilon)

@@ -6,15 +6,16 @@ from typing import overload
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.activation import QuantizedActivation
-from pallas_kernels.arrays.partial_sums import PartialSums, value_of
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.rms_norm import check_operands
-from pallas_kernels.rms_norm_quantize import reference
 
 _OP = "rms_norm_quantize"
+# A file has rms_norm_quantize, add_rms_norm_quantize and obstacle(num_inputs, group_size).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
 @overload
@@ -73,7 +74,7 @@ def rms_norm_quantize(
         epsilon: added to the mean of squares; positive.
         update: ``[..., K]`` in the dtype of ``x``, or its partial sums; what is normalised is then ``x + update``.
         bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``; with ``update`` the pair
@@ -96,18 +97,9 @@ def rms_norm_quantize(
         layout=layout,
     )
     check_operands(_OP, x, gain, update, epsilon)
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(x.shape[-1], settings["group_size"])
+    chosen = _IMPLEMENTATIONS.select(
+        implementation, lambda module: module.obstacle(x.shape[-1], settings["group_size"])
     )
-    implementing = _triton() if chosen == dispatch.TRITON else reference
     if update is None:
-        return implementing.rms_norm_quantize(x, gain, epsilon=epsilon, **settings)
-    if chosen == dispatch.TRITON:
-        return _triton().add_rms_norm_quantize(x, update, gain, epsilon=epsilon, **settings)
-    return reference.add_rms_norm_quantize(x, value_of(update), gain, epsilon=epsilon, **settings)
-
-
-def _triton():
-    from pallas_kernels.rms_norm_quantize import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+        return chosen.rms_norm_quantize(x, gain, epsilon=epsilon, **settings)
+    return chosen.add_rms_norm_quantize(x, update, gain, epsilon=epsilon, **settings)

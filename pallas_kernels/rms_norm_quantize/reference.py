@@ -13,6 +13,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.quantize_activations import reference
 from pallas_kernels.rms_norm import reference as norm
 
@@ -26,7 +27,7 @@ def rms_norm_quantize(
 
 def add_rms_norm_quantize(
     x: Float[Array, "*batch K"],
-    update: Float[Array, "*batch K"],
+    update: Float[Array, "*batch K"] | PartialSums,
     gain: Float[Array, " K"],
     *,
     epsilon: float,

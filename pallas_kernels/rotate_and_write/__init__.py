@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.partial_sums import PartialSums
-from pallas_kernels.rotate_and_write import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "rotate_and_write"
+# A file has rotate_and_write and obstacle().
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -35,7 +36,7 @@ def rotate_and_write(
         keys, values: ``[B, S, KH, HD]`` in the dtype of ``qkv``.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` takes slot ``lengths + t``. One
             past the last slot is dropped.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         The rotated queries ``[B, T, H, HD]``, and the caches with the new entries.
@@ -45,9 +46,8 @@ def rotate_and_write(
         NotImplementedError: the named implementation cannot serve this call.
     """
     _check(qkv, cosine, sine, keys, values)
-    chosen = dispatch.select_implementation(_OP, implementation, triton_obstacle=lambda: _triton().obstacle())
-    run = _triton().rotate_and_write if chosen == dispatch.TRITON else reference.rotate_and_write
-    return run(qkv, cosine, sine, keys, values, lengths)
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle())
+    return chosen.rotate_and_write(qkv, cosine, sine, keys, values, lengths)
 
 
 def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, values: Array) -> None:
@@ -66,9 +66,3 @@ def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, va
         raise ValueError(
             f"{_OP}: cosine is {cosine.shape} and sine {sine.shape} for HD={head_dim}; use [B, T, HD / 2] for both"
         )
-
-
-def _triton():
-    from pallas_kernels.rotate_and_write import gpu_triton  # imported only where it can run
-
-    return gpu_triton

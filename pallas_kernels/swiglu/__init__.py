@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.swiglu import reference
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "swiglu"
+# A file has swiglu and obstacle().
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -17,7 +18,7 @@ def swiglu(gate_up: Float[Array, "*batch two_K"], *, implementation: str | None 
 
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[..., K]`` in the dtype of ``gate_up``.
@@ -31,17 +32,5 @@ def swiglu(gate_up: Float[Array, "*batch two_K"], *, implementation: str | None 
         raise ValueError(f"{_OP}: gate_up is {gate_up.dtype}; use float32, bfloat16 or float16")
     if gate_up.shape[-1] % 2:
         raise ValueError(f"{_OP}: gate_up has a last axis of {gate_up.shape[-1]}; use 2 * K, the gate and then up")
-    chosen = dispatch.select_implementation(_OP, implementation, triton_obstacle=_triton_obstacle)
-    implementing = _triton() if chosen == dispatch.TRITON else reference
-    return implementing.swiglu(gate_up)
-
-
-def _triton_obstacle() -> None:
-    """The kernel serves every shape; its import is what may fail."""
-    _triton()
-
-
-def _triton():
-    from pallas_kernels.swiglu import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle())
+    return chosen.swiglu(gate_up)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.hadamard.matrices import core_order
-from pallas_kernels.swiglu_hadamard import reference
 
 _OP = "swiglu_hadamard"
+# A file has swiglu_hadamard and obstacle(num_inputs, block).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -21,7 +22,7 @@ def swiglu_hadamard(
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
         block: consecutive values that are transformed together; None for all K.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[..., K]`` in the dtype of ``gate_up``.
@@ -34,11 +35,8 @@ def swiglu_hadamard(
     if gate_up.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: gate_up is {gate_up.dtype}; use float32, bfloat16 or float16")
     num_inputs, block = checked_sizes(_OP, gate_up, block)
-    chosen = dispatch.select_implementation(
-        _OP, implementation, triton_obstacle=lambda: _triton().obstacle(num_inputs, block)
-    )
-    implementing = _triton() if chosen == dispatch.TRITON else reference
-    return implementing.swiglu_hadamard(gate_up, block=block)
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_inputs, block))
+    return chosen.swiglu_hadamard(gate_up, block=block)
 
 
 def checked_sizes(op: str, gate_up: Float[Array, "*batch two_K"], block: int | None) -> tuple[int, int]:
@@ -55,9 +53,3 @@ def checked_sizes(op: str, gate_up: Float[Array, "*batch two_K"], block: int | N
         raise ValueError(f"{op}: block={block} does not divide K={num_inputs}; use a divisor, or None for all of them")
     core_order(block)
     return num_inputs, block
-
-
-def _triton():
-    from pallas_kernels.swiglu_hadamard import gpu_triton  # imported only where it can run
-
-    return gpu_triton

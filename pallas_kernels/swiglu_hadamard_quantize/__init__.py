@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import Layout
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.swiglu_hadamard import checked_sizes
-from pallas_kernels.swiglu_hadamard_quantize import reference
 
 _OP = "swiglu_hadamard_quantize"
+# A file has swiglu_hadamard_quantize and obstacle(num_inputs, block, group_size, outlier_groups).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
 def swiglu_hadamard_quantize(
@@ -32,7 +33,7 @@ def swiglu_hadamard_quantize(
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
         block: consecutive values that are transformed together; None for all K.
         bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``.
@@ -54,16 +55,7 @@ def swiglu_hadamard_quantize(
         outlier_groups=outlier_groups,
         layout=layout,
     )
-    chosen = dispatch.select_implementation(
-        _OP,
-        implementation,
-        triton_obstacle=lambda: _triton().obstacle(num_inputs, block, settings["group_size"], outlier_groups),
+    chosen = _IMPLEMENTATIONS.select(
+        implementation, lambda module: module.obstacle(num_inputs, block, settings["group_size"], outlier_groups)
     )
-    implementing = _triton() if chosen == dispatch.TRITON else reference
-    return implementing.swiglu_hadamard_quantize(gate_up, block=block, **settings)
-
-
-def _triton():
-    from pallas_kernels.swiglu_hadamard_quantize import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+    return chosen.swiglu_hadamard_quantize(gate_up, block=block, **settings)

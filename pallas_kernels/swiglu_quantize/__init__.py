@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import Layout
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
-from pallas_kernels.swiglu_quantize import reference
 
 _OP = "swiglu_quantize"
+# A file has swiglu_quantize and obstacle(num_inputs, group_size, outlier_groups).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
 def swiglu_quantize(
@@ -29,7 +30,7 @@ def swiglu_quantize(
     Args:
         gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
         bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
-        implementation: ``"reference"``, ``"triton"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         int8 codes ``[..., K]`` and float32 scales (and offsets) ``[..., K / group_size]``.
@@ -53,17 +54,7 @@ def swiglu_quantize(
         outlier_groups=outlier_groups,
         layout=layout,
     )
-    chosen = dispatch.select_implementation(
-        _OP,
-        implementation,
-        triton_obstacle=lambda: _triton().obstacle(num_inputs, settings["group_size"], outlier_groups),
+    chosen = _IMPLEMENTATIONS.select(
+        implementation, lambda module: module.obstacle(num_inputs, settings["group_size"], outlier_groups)
     )
-    if chosen == dispatch.TRITON:
-        return _triton().swiglu_quantize(gate_up, **settings)
-    return reference.swiglu_quantize(gate_up, **settings)
-
-
-def _triton():
-    from pallas_kernels.swiglu_quantize import gpu_triton  # imported only where it can run
-
-    return gpu_triton
+    return chosen.swiglu_quantize(gate_up, **settings)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
-from pallas_kernels.w4a16_matmul import reference
+from pallas_kernels.dispatch import MOSAIC, TRITON, Implementations, order_of_trial
 
 _OP = "w4a16_matmul"
+# A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
+# reads. The reference reads all, and names that of checkpoints.
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -25,7 +27,7 @@ def w4a16_matmul(
     Args:
         x: ``[..., K]`` float32, bfloat16 or float16.
         weight: a ``[N, K]`` weight, without leading axes.
-        implementation: ``"reference"``, ``"triton"``, ``"mosaic"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -45,18 +47,12 @@ def w4a16_partial_sums(
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
-    chosen = dispatch.select_implementation(
-        _OP,
+    chosen = _IMPLEMENTATIONS.select(
         implementation,
-        triton_obstacle=lambda: _triton().obstacle(x.dtype, weight),
-        mosaic_obstacle=lambda: _mosaic().obstacle(x.dtype, weight),
-        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+        lambda module: module.obstacle(x.dtype, weight),
+        order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
-    if chosen == dispatch.MOSAIC:
-        return _mosaic().w4a16_matmul(x, weight)
-    if chosen == dispatch.TRITON:
-        return _triton().w4a16_matmul(x, weight)
-    return reference.w4a16_matmul(x, weight)
+    return chosen.w4a16_matmul(x, weight)
 
 
 def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, implementation: str | None = None) -> Layout:
@@ -67,25 +63,12 @@ def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, impleme
     Raises:
         ValueError: the name of the implementation is unknown.
     """
-    planes = dataclasses.replace(weight, layout=Layout.PLANES)
-    reads_wgmma = dispatch.would_select(
-        dispatch.MOSAIC,
-        _OP,
-        implementation,
-        triton_obstacle=lambda: _triton().obstacle(jnp.dtype(dtype), planes),
-        mosaic_obstacle=lambda: _mosaic().obstacle_in_any_layout(jnp.dtype(dtype), planes),
-        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
-    )
-    return Layout.WGMMA if reads_wgmma else Layout.PLANES
-
-
-def _triton():
-    from pallas_kernels.w4a16_matmul import gpu_triton  # imported only where it can run
-
-    return gpu_triton
-
-
-def _mosaic():
-    from pallas_kernels.w4a16_matmul import gpu_mosaic
-
-    return gpu_mosaic
+    try:
+        chosen = _IMPLEMENTATIONS.select(
+            implementation,
+            lambda module: module.obstacle(jnp.dtype(dtype), dataclasses.replace(weight, layout=module.LAYOUT)),
+            order=order_of_trial(weight.num_outputs, weight.num_inputs),
+        )
+    except NotImplementedError:
+        return Layout.PLANES
+    return chosen.LAYOUT

@@ -24,6 +24,8 @@ from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, vector
 
+LAYOUT = Layout.WGMMA
+
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
 # ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.
 _DECODE = """{{.reg .b32 even, odd, magic, centre; mov.b32 magic, {magic}; mov.b32 centre, {centre};
@@ -46,14 +48,9 @@ _WORDS = plgpu.ShapeDtypeStruct((lanes.ROWS, 16), jnp.int32, layout=lanes.WGMMA)
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
-    return obstacle_in_any_layout(dtype, weight) or layout_obstacle(weight.layout, Layout.WGMMA)
-
-
-def obstacle_in_any_layout(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
-    """The same of a weight that may be laid out anew."""
     if jnp.dtype(dtype) not in _KINDS:
         return f"needs bfloat16 or float16 rows; these are {dtype}"
-    return hopper.obstacle(weight)
+    return hopper.obstacle(weight) or layout_obstacle(weight.layout, LAYOUT)
 
 
 def w4a16_matmul(

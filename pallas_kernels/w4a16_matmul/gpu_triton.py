@@ -26,12 +26,14 @@ from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, Quantized
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
+LAYOUT = Layout.PLANES
+
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
     del dtype  # all three of the public function work
     sizes = weight.num_outputs, weight.num_inputs, weight.group_size
-    return tiles.matmul_obstacle(*sizes) or layout_obstacle(weight.layout, Layout.PLANES)
+    return tiles.matmul_obstacle(*sizes) or layout_obstacle(weight.layout, LAYOUT)
 
 
 def w4a16_matmul(

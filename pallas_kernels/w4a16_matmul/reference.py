@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.arrays.weight import QuantizedWeight, dequantize_planes
+from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize_planes
+
+LAYOUT = Layout.PLANES  # of checkpoints; it reads any
 
 
 def w4a16_matmul(x: Float[Array, "*batch K"], weight: QuantizedWeight) -> Float[Array, "*batch N"]:

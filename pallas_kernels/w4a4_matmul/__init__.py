@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
-from pallas_kernels.w4a4_matmul import reference
+from pallas_kernels.dispatch import MOSAIC, TRITON, Implementations, order_of_trial
 
 _OP = "w4a4_matmul"
+# A file has w4a4_matmul, which may leave PartialSums, obstacle(x, weight), and LAYOUT, that of the weights it
+# reads. The reference reads all, and names that of checkpoints.
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic"})
 
 
 def w4a4_matmul(
@@ -30,7 +32,7 @@ def w4a4_matmul(
         x: ``[..., K]`` activations in 4 or 8 bits.
         weight: a ``[N, K]`` weight, without leading axes.
         dtype: floating-point dtype of the result; sums are float32 or int32 until the end.
-        implementation: ``"reference"``, ``"triton"``, ``"mosaic"``, or None for the best that works.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
         ``[..., N]`` in ``dtype``.
@@ -49,18 +51,12 @@ def w4a4_partial_sums(
     """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.num_inputs, op=_OP)
     _check_groupings(x, weight)
-    chosen = dispatch.select_implementation(
-        _OP,
+    chosen = _IMPLEMENTATIONS.select(
         implementation,
-        triton_obstacle=lambda: _triton().obstacle(x, weight),
-        mosaic_obstacle=lambda: _mosaic().obstacle(x, weight),
-        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
+        lambda module: module.obstacle(x, weight),
+        order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
-    if chosen == dispatch.MOSAIC:
-        return _mosaic().w4a4_matmul(x, weight, dtype=dtype)
-    if chosen == dispatch.TRITON:
-        return _triton().w4a4_matmul(x, weight, dtype=dtype)
-    return reference.w4a4_matmul(x, weight, dtype=dtype)
+    return chosen.w4a4_matmul(x, weight, dtype=dtype)
 
 
 def best_layout_for_codes(
@@ -81,16 +77,15 @@ def best_layout_for_codes(
     codes: Any = jax.ShapeDtypeStruct((1, weight.num_inputs), jnp.int8)
     per_group: Any = jax.ShapeDtypeStruct((1, num_groups), jnp.float32)
     x = QuantizedActivation(codes, per_group, None if symmetric else per_group, bits=8)
-    planes, wgmma = (dataclasses.replace(weight, layout=layout) for layout in (Layout.PLANES, Layout.WGMMA))
-    reads_wgmma = dispatch.would_select(
-        dispatch.MOSAIC,
-        _OP,
-        implementation,
-        triton_obstacle=lambda: _triton().obstacle(x, planes),
-        mosaic_obstacle=lambda: _mosaic().obstacle(x, wgmma),
-        order=dispatch.order_of_trial(weight.num_outputs, weight.num_inputs),
-    )
-    return Layout.WGMMA if reads_wgmma else Layout.PLANES
+    try:
+        chosen = _IMPLEMENTATIONS.select(
+            implementation,
+            lambda module: module.obstacle(x, dataclasses.replace(weight, layout=module.LAYOUT)),
+            order=order_of_trial(weight.num_outputs, weight.num_inputs),
+        )
+    except NotImplementedError:
+        return Layout.PLANES
+    return chosen.LAYOUT
 
 
 def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
@@ -113,15 +108,3 @@ def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
             f"or of a multiple; weight.group_sum has {weight.group_sum.shape[0]}: "
             f"call with_group_sums(weight, {x.group_size})"
         )
-
-
-def _triton():
-    from pallas_kernels.w4a4_matmul import gpu_triton  # imported only where it can run
-
-    return gpu_triton
-
-
-def _mosaic():
-    from pallas_kernels.w4a4_matmul import gpu_mosaic
-
-    return gpu_mosaic

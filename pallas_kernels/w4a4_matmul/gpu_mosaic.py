@@ -32,6 +32,7 @@ from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import arith, assembly, ir, llvm, plgpu
 
+LAYOUT = Layout.WGMMA
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
 _DECODE = (
@@ -46,7 +47,7 @@ def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
         return "needs symmetric activations with one scale per token"
     if weight.group_size % lanes.TILE:
         return f"needs groups of a multiple of {lanes.TILE}, or the whole row; this is {weight.group_size}"
-    return hopper.obstacle(weight) or layout_obstacle(weight.layout, Layout.WGMMA)
+    return hopper.obstacle(weight) or layout_obstacle(weight.layout, LAYOUT)
 
 
 def w4a4_matmul(

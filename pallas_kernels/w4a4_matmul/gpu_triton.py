@@ -22,13 +22,15 @@ from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, layout_obstacle
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 
+LAYOUT = Layout.PLANES
+
 
 def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
     return (
         tiles.matmul_obstacle(weight.num_outputs, weight.num_inputs, weight.group_size, x.group_size)
-        or layout_obstacle(weight.layout, Layout.PLANES)
-        or layout_obstacle(x.layout, Layout.PLANES, what="activations")
+        or layout_obstacle(weight.layout, LAYOUT)
+        or layout_obstacle(x.layout, LAYOUT, what="activations")
     )
 
 

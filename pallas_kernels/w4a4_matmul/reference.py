@@ -11,8 +11,10 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation, dequantize_activation
-from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.arrays.weight import Layout, QuantizedWeight
 from pallas_kernels.w4a16_matmul import reference
+
+LAYOUT = Layout.PLANES  # of checkpoints; it reads any
 
 
 def w4a4_matmul(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -60,6 +61,11 @@ def laid_out(weight, implementation: str, dtype=jnp.bfloat16):
     return with_layout(weight, best_layout(weight, dtype, implementation=implementation))
 
 
+def mosaic_obstacle(dtype, weight) -> str | None:
+    """Of the Mosaic kernel to a weight in the layout that it reads."""
+    return w4a16_mosaic.obstacle(jnp.dtype(dtype), dataclasses.replace(weight, layout=w4a16_mosaic.LAYOUT))
+
+
 def skip_unless_served(implementation: str, obstacle) -> None:
     """Skips what the Mosaic kernels do not serve: that they say so is tested without a GPU."""
     if implementation == "mosaic" and (told := obstacle()):
@@ -74,7 +80,7 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     if dtype != jnp.bfloat16 and n > 6144:
         pytest.skip("one dtype is enough at the largest shape")
     weight = laid_out(random_weight(n, k, group_size, symmetric=symmetric), implementation, dtype)
-    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle_in_any_layout(jnp.dtype(dtype), weight))
+    skip_unless_served(implementation, lambda: mosaic_obstacle(dtype, weight))
     x = random_rows(max(ROWS), k, dtype=dtype)
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     bound = 2e-6 if dtype == jnp.float32 else MOSAIC_BFLOAT16_BOUND if implementation == "mosaic" else BFLOAT16_BOUND
@@ -141,7 +147,7 @@ def test_a_prefill_of_more_rows_is_right(implementation, shape):
     k, n, group_size, symmetric = shape
     weight = laid_out(random_weight(n, k, group_size, symmetric=symmetric), implementation)
     x = random_rows(517, k, dtype=jnp.bfloat16)
-    skip_unless_served(implementation, lambda: w4a16_mosaic.obstacle_in_any_layout(x.dtype, weight))
+    skip_unless_served(implementation, lambda: mosaic_obstacle(x.dtype, weight))
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     out = w4a16_matmul(x, weight, implementation=implementation)
     assert relative_error(out.astype(jnp.float32), expected) < MOSAIC_BFLOAT16_BOUND
@@ -161,7 +167,7 @@ def test_a_float32_prefill_is_right():
 
 def test_none_takes_triton_where_mosaic_fits_too():
     weight, x = random_weight(128, 512, 128, symmetric=True), random_rows(4, 512, dtype=jnp.bfloat16)
-    assert w4a16_mosaic.obstacle_in_any_layout(x.dtype, weight) is None
+    assert mosaic_obstacle(x.dtype, weight) is None
     assert best_layout(weight, x.dtype) is Layout.PLANES
     assert best_layout(weight, x.dtype, implementation="mosaic") is Layout.WGMMA
     np.testing.assert_array_equal(w4a16_matmul(x, weight), w4a16_matmul(x, weight, implementation="triton"))

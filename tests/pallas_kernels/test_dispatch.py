@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from pallas_kernels import (
     swiglu_quantize,
     w4a4_matmul,
     w4a16_matmul,
+    with_layout,
 )
-from pallas_kernels.dispatch import IMPLEMENTATIONS, order_of_trial, select_implementation
+from pallas_kernels.dispatch import BACKENDS, IMPLEMENTATIONS, Backend, Implementations, order_of_trial
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a CPU answers")
@@ -104,39 +105,115 @@ def any_platform(monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch._platform_obstacle", lambda name, platform: None)
 
 
-def test_an_obstacle_in_the_shapes_is_told_only_where_the_platform_fits(any_platform):
-    unfit = lambda: "needs N to be a multiple of 16; this is 24"  # noqa: E731
-    assert select_implementation("op", None, triton_obstacle=lambda: None) == "triton"
-    assert select_implementation("op", None, triton_obstacle=unfit) == "reference"
+def fits():
+    return None
+
+
+def unfit():
+    return "needs N to be a multiple of 16; this is 24"
+
+
+@pytest.fixture
+def op_with(monkeypatch):
+    """Makes an operation of modules by name, each an ``obstacle``, or None for one that cannot be imported."""
+
+    def make(**obstacles):
+        for name, obstacle in {**obstacles, "reference": fits}.items():
+            module = None if obstacle is None else SimpleNamespace(name=name, obstacle=obstacle)
+            monkeypatch.setitem(sys.modules, f"pallas_kernels.op.{name}", module)
+        implementations = Implementations("pallas_kernels.op", {name: name for name in obstacles})
+        return lambda name, **options: implementations.select(name, lambda module: module.obstacle(), **options).name
+
+    return make
+
+
+def test_an_obstacle_in_the_shapes_is_told_only_where_the_platform_fits(any_platform, op_with):
+    assert op_with(triton=fits)(None) == "triton"
+    select = op_with(triton=unfit)
+    assert select(None) == "reference"
     with pytest.raises(NotImplementedError, match=r"op: implementation 'triton' needs N .* 24; use 'reference'"):
-        select_implementation("op", "triton", triton_obstacle=unfit)
+        select("triton")
 
 
-def no_backend():
-    raise ImportError("no such backend")
-
-
-def test_triton_is_first_and_mosaic_where_triton_cannot_serve_or_be_imported(any_platform):
-    fits, unfit = lambda: None, lambda: "needs something else"
-    assert select_implementation("op", None, triton_obstacle=fits, mosaic_obstacle=fits) == "triton"
-    assert select_implementation("op", "mosaic", triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
-    assert select_implementation("op", None, triton_obstacle=unfit, mosaic_obstacle=fits) == "mosaic"
-    assert select_implementation("op", None, triton_obstacle=no_backend, mosaic_obstacle=fits) == "mosaic"
-    assert select_implementation("op", None, triton_obstacle=no_backend, mosaic_obstacle=no_backend) == "reference"
+def test_triton_is_first_and_mosaic_where_triton_cannot_serve_or_be_imported(any_platform, op_with):
+    both = op_with(triton=fits, mosaic=fits)
+    assert (both(None), both("mosaic"), both("reference")) == ("triton", "mosaic", "reference")
+    assert op_with(triton=unfit, mosaic=fits)(None) == "mosaic"
+    assert op_with(triton=None, mosaic=fits)(None) == "mosaic"
+    assert op_with(triton=None, mosaic=None)(None) == "reference"
     with pytest.raises(NotImplementedError, match="op: implementation 'mosaic' does not exist for this operation"):
-        select_implementation("op", "mosaic", triton_obstacle=fits)
+        op_with(triton=fits)("mosaic")
 
 
-def test_a_large_weight_takes_mosaic_first_and_whoever_serves_it_else(any_platform):
+def test_a_large_weight_takes_mosaic_first_and_whoever_serves_it_else(any_platform, op_with):
     large = order_of_trial(4096, 4096)
     assert (order_of_trial(3072, 576)[0], large[0]) == ("triton", "mosaic")
     assert sorted(large) == sorted(IMPLEMENTATIONS)
-    fits, unfit = lambda: None, lambda: "needs something else"
-    select = functools.partial(select_implementation, "op", None, order=large)
-    assert select(triton_obstacle=fits, mosaic_obstacle=fits) == "mosaic"
-    assert select(triton_obstacle=fits, mosaic_obstacle=unfit) == "triton"
-    assert select(triton_obstacle=fits, mosaic_obstacle=no_backend) == "triton"
-    assert select_implementation("op", "triton", triton_obstacle=fits, mosaic_obstacle=fits, order=large) == "triton"
+    assert op_with(triton=fits, mosaic=unfit)(None, order=large) == "triton"
+    assert op_with(triton=fits, mosaic=None)(None, order=large) == "triton"
+    both = op_with(triton=fits, mosaic=fits)
+    assert (both(None, order=large), both("triton", order=large)) == ("mosaic", "triton")
+
+
+@on_cpu
+def test_a_new_backend_is_a_row_of_the_table_a_file_and_an_entry(monkeypatch):
+    """The row is once for all operations; no other function needs to know the name."""
+    file = SimpleNamespace(
+        LAYOUT=Layout.WGMMA,
+        obstacle=lambda dtype, weight: None if weight.layout is Layout.WGMMA else "needs tiles",
+        w4a16_matmul=lambda x, weight: jnp.full((*x.shape[:-1], weight.num_outputs), 7, x.dtype),
+    )
+    monkeypatch.setitem(sys.modules, "pallas_kernels.w4a16_matmul.tpu", file)
+    implementations = sys.modules["pallas_kernels.w4a16_matmul"]._IMPLEMENTATIONS
+    monkeypatch.setitem(implementations.modules, "tpu", "pallas_kernels.w4a16_matmul.tpu")
+    monkeypatch.setitem(BACKENDS, "tpu", Backend(("tpu",), "a TPU"))
+    weight, x = random_weight(64, 256, 64, symmetric=True), random_rows(2, 256)
+
+    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'tpu' needs a TPU; this is cpu; use"):
+        w4a16_matmul(x, weight, implementation="tpu")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; use one of triton, mosaic, tpu, reference"):
+        w4a16_matmul(x, weight, implementation="cuda")
+    assert available_implementations("tpu") == ("tpu", "reference")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'tpu' needs tiles; use 'reference'"):
+        w4a16_matmul(x, weight, implementation="tpu")
+    assert best_layout(weight, x.dtype) is best_layout(weight, x.dtype, implementation="tpu") is Layout.WGMMA
+    tiled = with_layout(weight, Layout.WGMMA)
+    assert w4a16_matmul(x, tiled).tolist() == w4a16_matmul(x, tiled, implementation="tpu").tolist() == [[7] * 64] * 2
+    with pytest.raises(NotImplementedError, match="rms_norm: implementation 'tpu' does not exist for this operation"):
+        rms_norm(x, x[0], epsilon=1e-5, implementation="tpu")
+    np.testing.assert_array_equal(
+        rms_norm(x, x[0], epsilon=1e-5), rms_norm(x, x[0], epsilon=1e-5, implementation="reference")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "told"),
+    [
+        ("triton", "7.5", "needs an NVIDIA GPU of compute capability 8.0 or newer; this one has 7.5"),
+        ("triton", "8.0", None),
+        ("triton", "12.0", None),
+        ("mosaic", "8.9", "needs an NVIDIA GPU of compute capability 9.x (Hopper); this one has 8.9"),
+        ("mosaic", "9.0", None),
+        ("mosaic", "10.0", "needs an NVIDIA GPU of compute capability 9.x (Hopper); this one has 10.0"),
+        ("triton", "rocm", "needs an NVIDIA GPU; this is an AMD GPU"),
+    ],
+)
+def test_a_device_is_examined_by_its_compute_capability(monkeypatch, op_with, name, capability, told):
+    version = "rocm 60300" if capability == "rocm" else "cuda 13000"
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    select = op_with(**{name: fits})
+    assert (name in available_implementations()) == (told is None)
+    assert select(None) == ("reference" if told else name)
+    if told is None:
+        assert select(name) == name
+        return
+    with pytest.raises(NotImplementedError) as error:
+        select(name)
+    assert str(error.value) == f"op: implementation '{name}' {told}; use 'reference' or None"
 
 
 @on_cpu
@@ -145,7 +222,6 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypa
     weight, x = random_weight(64, 256, 64, symmetric=True), random_rows(2, 256)
     for name in ("gpu_triton", "gpu_mosaic"):
         monkeypatch.setitem(sys.modules, f"pallas_kernels.w4a16_matmul.{name}", None)
-        monkeypatch.delattr(sys.modules["pallas_kernels.w4a16_matmul"], name, raising=False)
     expected = w4a16_matmul(x, weight, implementation="reference")
     np.testing.assert_array_equal(w4a16_matmul(x, weight), expected)
     with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'mosaic' cannot be imported"):
