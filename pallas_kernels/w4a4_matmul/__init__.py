@@ -1,4 +1,4 @@
-"""Integer matmul: 4- or 8-bit activations times packed 4-bit weights (W4A4 and W4A8)."""
+"""Integer matmul, W4A8 and W4A4: activations in 8 or 4 bits times packed 4-bit weights."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu
 def w4a4_matmul(
     x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
 ) -> Float[Array, "*batch N"]:
-    """``dequantize_activation(x) @ dequantize(weight).T`` from sums of products of integers.
+    """Integer matmul, W4A8 and W4A4: ``x.bits`` says which.
 
+    It is ``dequantize_activation(x) @ dequantize(weight).T`` from sums of products of integers.
     Activations may be grouped finer than the weight, like it, or coarser. Asymmetric ones need
     ``weight.group_sum`` over groups no coarser than theirs.
 

@@ -64,7 +64,7 @@ def w4a4_matmul(
     if config is None:
         config = default_config(codes.shape[0], weight)
     arrays = codes, scale, weight.packed, weight.scale, weight.offset
-    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), early=early_launch.is_enabled(), config=config)
+    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), bits=x.bits, early=early_launch.is_enabled(), config=config)
     return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
 
 
@@ -79,7 +79,7 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
+@functools.partial(jax.jit, static_argnames=("dtype", "bits", "early", "config"))
 def _matmul(
     codes: Array,
     x_scale: Array,
@@ -88,6 +88,7 @@ def _matmul(
     offset: Array | None,
     *,
     dtype: DTypeLike,
+    bits: int,
     early: bool,
     config: hopper.MosaicConfig,
 ) -> Array | PartialSums:
@@ -112,7 +113,7 @@ def _matmul(
         problem=problem,
         config=config,
         early=early,
-        name="w4a4",
+        name=f"w4a{bits}",  # as profiles show it
         groups_in_tiles=scale.shape[0] > 1,
     )
 

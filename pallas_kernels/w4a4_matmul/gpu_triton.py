@@ -52,13 +52,21 @@ def w4a4_matmul(
     return outputs.reshape(*batch, weight.num_outputs)
 
 
-def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight) -> tiles.TileConfig:
+def tuned_op(x: QuantizedActivation) -> str | None:
+    """The operation (``tuning.OPS``) under which tuning tables have such activations, or None where they have none.
+
+    Their scales decide, for they are what the kernel's loop differs by; ``x.bits`` do not, since codes of 4 bits take
+    a byte too: ``"w4a8"`` are symmetric activations with one group, that is one scale per token, and ``"w4a4"`` are
+    asymmetric ones in groups of 32.
+    """
     if x.symmetric and x.num_groups == 1:
-        tuned = tuning.tuned_config("w4a8", num_rows, weight)
-    elif not x.symmetric and x.group_size == 32:
-        tuned = tuning.tuned_config("w4a4", num_rows, weight)
-    else:
-        tuned = None
+        return "w4a8"
+    return "w4a4" if not x.symmetric and x.group_size == 32 else None
+
+
+def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight) -> tiles.TileConfig:
+    op = tuned_op(x)
+    tuned = None if op is None else tuning.tuned_config(op, num_rows, weight)
     if tuned is not None:
         return tuned
     run = tiles.scale_run(weight.num_inputs, weight.group_size, x.group_size)
@@ -102,7 +110,7 @@ def _matmul(
         config=config,
         out_dtype=dtype,
         interpret=interpret,
-        name="w4a4",
+        name=f"w4a{x.bits}",  # as profiles show it
     )
 
 

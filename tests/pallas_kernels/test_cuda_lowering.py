@@ -93,6 +93,28 @@ def test_w4a4_lowers(shape, grouped, x_symmetric):
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_triton.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
 
+def quantized_rows(k: int, group_size: int, symmetric: bool, bits: int) -> QuantizedActivation:
+    per_group = array(4, k // group_size, dtype=jnp.float32)
+    return QuantizedActivation(array(4, k, dtype=jnp.int8), per_group, None if symmetric else per_group, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_name_of_an_integer_kernel_says_the_bits_of_its_activations(bits):
+    """Profiles show it; the two draft precisions would else be one kernel there."""
+    x, weight = quantized_rows(576, 576, True, bits), abstract_weight(*SHAPES[0])
+    program = cuda_program(lambda x, w: w4a4_triton.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+    assert f'name = "w4a{bits}"' in program
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "op"),
+    [(576, True, "w4a8"), (32, False, "w4a4"), (32, True, None), (576, False, None), (64, False, None)],
+)
+def test_the_tuning_tables_know_activations_by_their_scales(group_size, symmetric, op, bits):
+    assert w4a4_triton.tuned_op(quantized_rows(576, group_size, symmetric, bits)) == op
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(
     ("k", "group_size", "outlier_groups"),

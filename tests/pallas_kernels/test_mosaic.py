@@ -42,6 +42,15 @@ def test_w4a8_lowers(shape, num_rows):
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_name_of_an_integer_kernel_says_the_bits_of_its_activations(bits):
+    weight = abstract_weight(*SHAPES[0], Layout.WGMMA)
+    codes, scale = array(4, SHAPES[0][0], dtype=jnp.int8), array(4, 1, dtype=jnp.float32)
+    x = QuantizedActivation(codes, scale, None, bits=bits)
+    program = cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+    assert f"w4a{bits}_mosaic_gpu" in program
+
+
 @pytest.mark.parametrize("num_rows", [1, 256])
 @pytest.mark.parametrize("shape", [SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], ids=str)
 def test_a_weight_is_read_before_the_kernel_before_has_ended_only_where_kernels_may_start_early(shape, num_rows):
