@@ -12,7 +12,13 @@ with a single group, per-channel weights.
 Two codes share a byte in *planes*: byte ``[n, j]`` holds the code of input ``j`` in its low nibble and
 that of input ``j + K/2`` in its high nibble. A tile of bytes is thus two tiles of consecutive inputs,
 whatever the tile's width, so no kernel has to interleave nibbles and one packing serves every block
-size. :class:`Layout` says in which order the bytes of a row lie.
+size. A row of ``K = 8`` inputs::
+
+    byte            0   1   2   3
+    low nibble      0   1   2   3       input of the code: the low plane
+    high nibble     4   5   6   7       the high plane
+
+:class:`Layout` says in which order the bytes of a row lie.
 """
 
 from __future__ import annotations
@@ -47,6 +53,18 @@ class Layout(enum.Enum):
             ``wgmma`` wants of it, instruction by instruction. The 8-bit instruction takes the same bytes as its inputs
             ``16 i + 4 t + 2 e + h``, so activation codes lie in that order: in each run of 16, code ``2 j + h`` is
             that of input ``8 h + j``.
+
+    A run of 128 bytes of ``WGMMA``, by the bytes of ``PLANES`` that it holds. Four bytes are a word in a register of a
+    thread: of each plane, what one 16-bit instruction wants of this thread, two pairs of neighbouring inputs::
+
+                    thread 0            thread 1            thread 2            thread 3
+        word 0        0   8   1   9       2  10   3  11       4  12   5  13       6  14   7  15
+        word 1       16  24  17  25      18  26  19  27      20  28  21  29      22  30  23  31
+        ...
+        word 7      112 120 113 121     114 122 115 123     116 124 117 125     118 126 119 127
+
+    In memory thread follows thread: bytes 0 to 31 are the column of thread 0, bytes 32 to 63 that of thread 1. The
+    8-bit instruction takes word by word across the threads, so ``0 8 1 9 2 10 3 11 ...``, as activation codes lie.
     """
 
     PLANES = "planes"

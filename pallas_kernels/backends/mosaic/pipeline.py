@@ -1,4 +1,31 @@
-"""The pipeline of the Mosaic GPU matmuls: one warpgroup copies tiles, the others compute; see ``gpu_mosaic``."""
+"""The pipeline of the Mosaic GPU matmuls: one warpgroup copies tiles, the others compute; see ``gpu_mosaic``.
+
+Tiles go through a ring of ``S = num_stages`` slots in shared memory, tile ``t`` through slot ``t % S``. Of a slot two
+barriers are told: ``full`` (it may be read) and ``empty`` (it may be written). The way of tile ``t``::
+
+    copying     wait empty ── start the copies ──▶ on to the next slot
+                     ▲               │
+                     │               │ each copy arrives at full when its bytes are there
+                     │               ▼
+    computing        │           wait full ── decode, multiply, ... ──▶ first product of tile t + 1;
+                     │                                                  all before it are done
+                     │                                                          │
+                     └─────────── every computing warpgroup arrives at empty ───┘
+
+A product runs on while the next piece is decoded, so that the end of a tile's last product is known only after the next
+tile's first one was issued. A slot is released that late, and one tile less than ``S`` is in flight. With ``S = 3``::
+
+    step of the copying warpgroup       0       1       2       3       4
+    slot                                0       1       2       0       1
+    waits for the first product of      -       -     tile 0  tile 1  tile 2
+    which says that this was read       -       -     nothing tile 0  tile 1
+
+The first product of tile 0 releases the slot before slot 0, which is the last one and holds nothing yet. To leave that
+out would take a condition around an arrival; instead the copying warpgroup waits for it (step 2 above).
+
+Rows may have a ring of their own (``x_slots``) where a tile of them is too large to have many in flight: it works
+alike, with pieces of 128 bytes in place of tiles, and the barriers ``rows_full`` and ``rows_empty``.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +119,7 @@ def _scratch(
     x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
     x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
     group_shape = (stages, slices, problem.scale_planes, problem.groups_per_tile)
-    copies = 1 + len(by_group) + (0 if x_slots else 2)
+    copies = 1 + len(by_group) + (0 if x_slots else 2)  # into a slot: the weight, each array by group, rows per plane
     scratch = {
         "rows": plgpu.SMEM(x_shape, problem.x_dtype, transforms=x_transforms),
         "weight": plgpu.SMEM((stages, slices, config.block_n, TILE), jnp.uint8, transforms=WEIGHT_TRANSFORMS),
@@ -100,13 +127,16 @@ def _scratch(
             plgpu.SMEM((*group_shape, config.block_n if of_outputs else config.block_m), dtype)
             for dtype, of_outputs in by_group
         ],
+        # A slot has a tile for each slice of the sum: a warpgroup waits for its own only, ...
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages * slices),
+        # ... but the slot is filled as a whole, once all warpgroups have read theirs.
         "empty": plgpu.Barrier(num_arrivals=config.num_warpgroups, num_barriers=stages),
     }
     if x_slots:
         scratch["rows_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=x_slots)
         scratch["rows_empty"] = plgpu.Barrier(num_arrivals=config.num_warpgroups, num_barriers=x_slots)
     if slices > 1:
+        # The first warpgroup of each column adds the products of the others: none for itself.
         scratch["partial"] = plgpu.SMEM((config.warpgroups_n, slices - 1, ROWS * config.block_m), jnp.float32)
         scratch["partial_full"] = plgpu.Barrier(num_arrivals=config.warpgroups_n * (slices - 1))
     if alone:
@@ -138,9 +168,11 @@ class _Program:
 
         @pl.when(warpgroup == config.num_warpgroups)
         def _copy():
+            # Who copies needs few registers, and leaves its share to those who hold accumulators.
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
             first = self.copy_first_tiles() if self.early else 0
+            # No slice of a program has more tiles than its first. Who reads the last copies waits for them, not this.
             lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
 
         @pl.when(warpgroup < config.num_warpgroups)
@@ -149,6 +181,7 @@ class _Program:
                 plgpu.set_max_registers(config.registers[1], action="increase")
             if self.early:
                 plgpu.griddepcontrol_wait()  # factors are read, and results written, by these warpgroups
+            # Warpgroups are numbered by column of 64 outputs first, then by slice of the sum.
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
             product = consume(Pipeline(self, column, in_program))
@@ -180,27 +213,32 @@ class _Program:
         The kernel before this one, which computes the rows, may still run.
         """
         config = self.config
+        # All slots but the last, for which copy_tiles would wait; and no step in which a slice has no tile left.
         steps = min(config.num_stages - 1, self.problem.num_tiles // config.slices)
         tiles = [(jnp.int32(step), part) for step in range(steps) for part in range(config.warpgroups_k)]
         for step, part in tiles:
             self.copy_weight(step, part, self.tile_of(step, part))  # a step's slot is its number
-        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_wait()  # the kernel before this one has ended, and its results may be read
         for step, part in tiles:
             self.copy_rows(step, step, part, self.tile_of(step, part))
         return steps
 
     def tile_of(self, step: jax.Array | int, part: int) -> jax.Array:
         """The tile that a slice of this program takes in a step."""
+        # All slices take a tile by turns. With two programs of two slices each: step 0 is tiles 0 and 1 in the first
+        # program, 2 and 3 in the second; step 1 is tiles 4 and 5, 6 and 7.
         return (step * self.config.split + lax.axis_index("split")) * self.config.warpgroups_k + part
 
     def copy_tiles(self, step: jax.Array, _: None) -> None:
         """Fills the next slot: a tile for each slice of this program that has one left."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
         slot = lax.rem(step, config.num_stages)
-        # A slot is released with the first product of the next tile: the last one once before it is ever filled.
+        # A slot is released with the first product of the next tile: the last one once before it is ever filled. So
+        # from there on each step waits for exactly one release of its slot.
         pl.when(step >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
         for part in range(config.warpgroups_k):
             tile = self.tile_of(step, part)
+            # In the last step a slice may have no tile left. Its warpgroups take a step less and await nothing.
             copy = functools.partial(self.copy_tile, step, slot, part, tile)
             copy() if num_tiles % config.slices == 0 else pl.when(tile < num_tiles)(copy)
 
@@ -230,6 +268,7 @@ class _Program:
     def copy_groups(self, slot: jax.Array, part: int, tile: jax.Array, which: slice, columns: Any) -> None:
         """The groups of a tile of some of the arrays by group: ``columns`` of them."""
         problem = self.problem
+        # A plane's part of a tile lies within a group or spans whole ones; a copy takes those of both planes.
         group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
         groups = pl.ds(group, problem.groups_per_tile)
         # None have a place where only ``whole_row`` is wanted of them.
@@ -246,12 +285,13 @@ class _Program:
         pieces = self.problem.pieces
         for index in range(2 * pieces):
             part, plane = divmod(index, 2)
-            count = step * 2 * pieces + index
+            count = step * 2 * pieces + index  # of the pieces so far; Tile.multiply counts alike
             slot = lax.rem(count, x_slots)
 
             def wait(slot=slot):
                 plgpu.barrier_wait(scratch["rows_empty"].at[slot])
 
+            # As for tiles: a piece is released with the product of the next one, the last slot once while empty.
             pl.when(count >= x_slots - 1)(wait)
             inputs = self.inputs(plane, tile * TILE + part * piece, piece)
             block = self.rows.at[pl.ds(self.first_row, self.config.block_m), inputs]
@@ -264,6 +304,7 @@ class _Program:
         out = self.out.at[lax.axis_index("split"), rows, pl.ds(self.first_column + column * ROWS, ROWS)]
         # Rows of this block that exist, where there may be fewer than its height.
         num_rows = None if self.problem.m % config.block_m == 0 else self.problem.m - self.first_row
+        # Before any addition, so that a slice's part has the bits that it has in a program of its own.
         for factor in self.factors:
             product = scaled_rows(product, factor.at[rows], num_rows=num_rows)
         write = functools.partial(store, out=out, num_outputs=self.problem.n, num_rows=num_rows)
@@ -274,11 +315,12 @@ class _Program:
         @pl.when(in_program > 0)
         def _hand_over():
             spill(product, partial.at[column, in_program - 1])
-            plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)  # there is one sum per program: the barrier is never used again
 
         @pl.when(in_program == 0)
         def _add_up():
             plgpu.barrier_wait(full)
+            # The tree over the slices of a program; what reads the result goes on with it over programs.
             others = [unspill(partial.at[column, i], config.block_m) for i in range(config.warpgroups_k - 1)]
             write(tree_sum([product, *others]))
 
@@ -317,17 +359,19 @@ class Tile:
             self._multiply(self._rows.at[plane, :, pl.ds(part * self._problem.piece, self._problem.piece)], issue)
         else:
             full, empty = self._ring
+            # The pieces of all tiles in one row, in the order in which copy_rows_in_pieces sends them.
             count = self._step * 2 * self._problem.pieces + index
             slot, before = (lax.rem(count + lag, full.shape[0]) for lag in (0, full.shape[0] - 1))
             plgpu.barrier_wait(full.at[slot])
             self._multiply(self._rows.at[slot], issue)
             plgpu.barrier_arrive(empty.at[before])
+        # The wait in the first product of this tile was for the last one of the tile before: all of that has been read.
         if index == 0:
             self._release_before()
 
     def _multiply(self, rows: Ref, issue: Callable[[Ref], None]) -> None:
         issue(rows.T)
-        plgpu.wgmma_wait(1)
+        plgpu.wgmma_wait(1)  # all but the newest product are done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +398,7 @@ class Pipeline:
         num_columns, by_group = self._program.num_columns, scratch["by_group"]
 
         def step(index, carry):
+            # The slot before is (index - 1) modulo the stages, written so that it is never negative.
             slot, before = (lax.rem(index + lag, config.num_stages) for lag in (0, config.num_stages - 1))
             plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
             tile = Tile(
