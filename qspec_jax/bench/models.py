@@ -104,9 +104,10 @@ def rotated(name: str, config: ModelConfig, text: str, path: Path | None) -> tup
 def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
     """How the weights are to be stored; None for what the model brings."""
     from pallas_kernels import check_group_size
-    from qspec_jax.model.parameters import linear_inputs
+    from qspec_jax.model.parameters import layer_anatomy
 
-    inputs, text = linear_inputs(config), arguments.group_size
+    text = arguments.group_size
+    inputs = {path: linear.num_inputs for path, linear in layer_anatomy(config).linears.items()}
     if arguments.model is not None and text is None:
         return None
     if text is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 
 PRESETS = {
     "llama-2-7b": ModelConfig(
@@ -76,14 +76,9 @@ class MatmulShape:
 
 
 def linear_shapes(config: ModelConfig, *, prefix: str = "") -> list[MatmulShape]:
-    """The four linears of a layer as they run: query, key and value are one, and so are gate and up."""
-    outputs = {
-        "attention.qkv": sum(config.qkv_sizes),
-        "attention.output": config.hidden_size,
-        "mlp.gate_up": 2 * config.intermediate_size,
-        "mlp.down": config.hidden_size,
-    }
-    return [MatmulShape(k, outputs[name], f"{prefix}{name}") for name, k in linear_inputs(config).items()]
+    """The linears of a layer as they run: query, key and value are one, and so are gate and up."""
+    linears = layer_anatomy(config).linears
+    return [MatmulShape(linear.num_inputs, linear.num_outputs, f"{prefix}{path}") for path, linear in linears.items()]
 
 
 def distinct(shapes: list[MatmulShape]) -> list[MatmulShape]:

@@ -18,7 +18,7 @@ from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import Linear, WeightFormat, other_kernels
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.view import View
 
 
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         *,
         output: Linear,
         qkv: Linear,
-        head_norm: Callable[[], RMSNorm],
+        norm: Callable[[str], RMSNorm],
         kernels: str | None,
     ):
         self.config = config
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         self.qkv = qkv
         self.output = output
         if config.qk_norm:
-            self.query_norm, self.key_norm = head_norm(), head_norm()
+            self.query_norm, self.key_norm = norm("attention.query_norm"), norm("attention.key_norm")
 
     def __call__(
         self,
@@ -172,35 +172,34 @@ class DecoderLayer(nnx.Module):
         dtype: DTypeLike,
         layers: tuple[int, ...] = (),
     ):
-        def linear(name: str, num_outputs: int, bias: bool) -> Linear:
+        anatomy = layer_anatomy(config)
+
+        def linear(path: str) -> Linear:
+            spec = anatomy.linears[path]
             return Linear(
-                linear_inputs(config)[name],
-                num_outputs,
-                bias=bias,
-                weight_format=formats[name],
+                spec.num_inputs,
+                spec.num_outputs,
+                bias=spec.bias,
+                weight_format=formats[path],
                 quantization=quantization,
                 kernels=kernels,
                 dtype=dtype,
                 layers=layers,
             )
 
-        def norm(size: int) -> RMSNorm:
+        def norm(path: str) -> RMSNorm:
+            size = anatomy.norms[path]
             return RMSNorm(size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype, layers=layers)
 
-        hidden, mlp_size = config.hidden_size, config.intermediate_size
-        self.attention_norm = norm(hidden)
+        self.attention_norm = norm("attention_norm")
         self.attention = Attention(
-            config,
-            qkv=linear("attention.qkv", sum(config.qkv_sizes), config.qkv_bias),
-            output=linear("attention.output", hidden, config.output_bias),
-            head_norm=lambda: norm(config.head_dim),
-            kernels=kernels,
+            config, qkv=linear("attention.qkv"), output=linear("attention.output"), norm=norm, kernels=kernels
         )
-        self.mlp_norm = norm(hidden)
+        self.mlp_norm = norm("mlp_norm")
         self.mlp = MLP(
-            gate_up=linear("mlp.gate_up", 2 * mlp_size, config.mlp_bias),
-            down=linear("mlp.down", hidden, config.mlp_bias),
-            down_hadamard=(config.hadamard_block or mlp_size) if config.down_hadamard else None,
+            gate_up=linear("mlp.gate_up"),
+            down=linear("mlp.down"),
+            down_hadamard=(config.hadamard_block or config.intermediate_size) if config.down_hadamard else None,
         )
 
     def __call__(

@@ -30,7 +30,7 @@ from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenC
 from qspec_jax.model.cache import KVCache, LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         Args:
             config: shape and options.
             quantization: how weights are stored and draft activations quantised; None for float weights.
-            formats: the storage of single linears (keys of :func:`linear_inputs`) where it is not that of
+            formats: the storage of single linears (by path in their layer) where it is not that of
                 ``quantization``.
             kernels: implementation name for the operations of ``pallas_kernels``, None for the best that works.
             dtype: of embedding, norms, biases, LM head, cache and activations.
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
         # Kernels of another name do not serve every dtype and number of rows of an LM head.
         self.head_kernels = REFERENCE if kernels == REFERENCE else None
         default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
-        complete = {name: (formats or {}).get(name, default) for name in linear_inputs(config)}
+        complete = {name: (formats or {}).get(name, default) for name in layer_anatomy(config).linears}
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List(

@@ -1,25 +1,89 @@
-"""The parameters of a decoder under their canonical names: unfused, independent of any file format."""
+"""The anatomy of a decoder: which linears and norms a layer has, and which parameters follow from that.
+
+It is stated here and nowhere else. Modules are built, tensors are put into their places, checkpoints are named and
+models are rotated by what :func:`layer_anatomy` says. Names are *canonical*: one for each projection, whatever shares
+an array, and independent of any file format.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from qspec_jax.model.config import ModelConfig
 
-# Of the projections that share an array, the module that holds it and the place among its parts.
-PART_OF = {
-    "attention.query": ("attention.qkv", 0),
-    "attention.key": ("attention.qkv", 1),
-    "attention.value": ("attention.qkv", 2),
-    "mlp.gate": ("mlp.gate_up", 0),
-    "mlp.up": ("mlp.gate_up", 1),
-}
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """One linear of a layer: projections of the same inputs, whose rows follow each other in one array.
+
+    Attributes:
+        parts: canonical name of each projection to its outputs, in the order of rows.
+        num_inputs: of all of them.
+        bias: whether they add one.
+        norm_before: the norm whose result they read; None where they read something else.
+        writes_stream: what they give is added to the residual stream.
+    """
+
+    parts: Mapping[str, int]
+    num_inputs: int
+    bias: bool
+    norm_before: str | None = None
+    writes_stream: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the array."""
+        return sum(self.parts.values())
 
 
-def part_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Output rows of each part of the modules that hold several projections."""
-    return {"attention.qkv": config.qkv_sizes, "mlp.gate_up": (config.intermediate_size,) * 2}
+class LayerAnatomy(NamedTuple):
+    """What a layer is made of, by the path of each module in the layer.
+
+    Attributes:
+        linears: in the order in which they run.
+        stream_norms: sizes of the norms of the residual stream.
+        head_norms: sizes of the norms of single heads.
+    """
+
+    linears: Mapping[str, LinearSpec]
+    stream_norms: Mapping[str, int]
+    head_norms: Mapping[str, int]
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Sizes of all norms."""
+        return {**self.stream_norms, **self.head_norms}
+
+
+@functools.cache
+def layer_anatomy(config: ModelConfig) -> LayerAnatomy:
+    """What every layer of the model that ``config`` describes is made of."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key, value = config.qkv_sizes
+    linears = {
+        "attention.qkv": LinearSpec(
+            parts={"attention.query": query, "attention.key": key, "attention.value": value},
+            num_inputs=hidden,
+            bias=config.qkv_bias,
+            norm_before="attention_norm",
+        ),
+        "attention.output": LinearSpec(
+            parts={"attention.output": hidden}, num_inputs=query, bias=config.output_bias, writes_stream=True
+        ),
+        "mlp.gate_up": LinearSpec(
+            parts={"mlp.gate": mlp, "mlp.up": mlp}, num_inputs=hidden, bias=config.mlp_bias, norm_before="mlp_norm"
+        ),
+        "mlp.down": LinearSpec(parts={"mlp.down": hidden}, num_inputs=mlp, bias=config.mlp_bias, writes_stream=True),
+    }
+    heads = ("attention.query_norm", "attention.key_norm") if config.qk_norm else ()
+    return LayerAnatomy(
+        linears,
+        stream_norms={"attention_norm": hidden, "mlp_norm": hidden},
+        head_norms=dict.fromkeys(heads, config.head_dim),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,53 +94,82 @@ class ParameterSpec:
         name: canonical name.
         shape: of the float parameter; a linear is ``[N, K]``, outputs first.
         kind: only a ``linear`` is ever quantised. The LM head counts as an ``embedding``.
+        module: that holds it, by its path in the layer or, outside of layers, in the decoder.
+        layer: that it is in, None if in none.
+        first_row: where it starts in the array of ``module``.
+        norm_before: of a weight, canonical name of the gain that is multiplied into what it reads.
+        stream: whether it reads the residual stream or is added to it, None for neither.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["linear", "embedding", "norm", "bias"]
+    module: str
+    layer: int | None = None
+    first_row: int = 0
+    norm_before: str | None = None
+    stream: Literal["reads", "writes"] | None = None
+
+    @property
+    def part(self) -> str:
+        """What it is a weight or bias of, by canonical name in its layer: ``attention.query``, ``embedding``."""
+        return self.name.removeprefix(f"layers.{self.layer}.").rpartition(".")[0]
+
+    @property
+    def array(self) -> str:
+        """Path of the array that holds it, as that of ``module``."""
+        if self.kind == "embedding":  # an array of the decoder itself
+            return self.module
+        return f"{self.module}.{self.name.rpartition('.')[2]}"
+
+    @property
+    def path(self) -> str:
+        """Of that array in a decoder whose layers are unrolled: ``layers.3.attention.qkv.weight``."""
+        return self.array if self.layer is None else f"layers.{self.layer}.{self.array}"
+
+    @property
+    def rows(self) -> slice:
+        """Where it is in that array."""
+        return slice(self.first_row, self.first_row + self.shape[0])
 
 
 def expected_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
     """Every parameter of the model that ``config`` describes, by canonical name."""
-    vocabulary, hidden = config.vocab_size, config.hidden_size
-    specs = [ParameterSpec("embedding.weight", (vocabulary, hidden), "embedding")]
+    hidden, matrix = config.hidden_size, (config.vocab_size, config.hidden_size)
+    specs = [ParameterSpec("embedding.weight", matrix, "embedding", "embedding", stream="writes")]
     for layer in range(config.num_layers):
-        specs += _layer_parameters(config, f"layers.{layer}")
-    specs.append(ParameterSpec("final_norm.weight", (hidden,), "norm"))
+        specs += layer_parameters(config, layer)
+    final = ParameterSpec("final_norm.weight", (hidden,), "norm", "final_norm", stream="reads")
+    specs.append(final)
     if not config.tie_word_embeddings:
-        specs.append(ParameterSpec("lm_head.weight", (vocabulary, hidden), "embedding"))
+        head = ParameterSpec("lm_head.weight", matrix, "embedding", "lm_head", norm_before=final.name, stream="reads")
+        specs.append(head)
     return {spec.name: spec for spec in specs}
 
 
-def _layer_parameters(config: ModelConfig, prefix: str) -> list[ParameterSpec]:
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    query, key, value = config.qkv_sizes
-    linears = [
-        ("attention.query", query, hidden, config.qkv_bias),
-        ("attention.key", key, hidden, config.qkv_bias),
-        ("attention.value", value, hidden, config.qkv_bias),
-        ("attention.output", hidden, query, config.output_bias),
-        ("mlp.gate", mlp, hidden, config.mlp_bias),
-        ("mlp.up", mlp, hidden, config.mlp_bias),
-        ("mlp.down", hidden, mlp, config.mlp_bias),
-    ]
-    norms = [("attention_norm", hidden), ("mlp_norm", hidden)]
-    if config.qk_norm:
-        norms += [("attention.query_norm", config.head_dim), ("attention.key_norm", config.head_dim)]
-    specs = [ParameterSpec(f"{prefix}.{name}.weight", (size,), "norm") for name, size in norms]
-    for name, outputs, inputs, bias in linears:
-        specs.append(ParameterSpec(f"{prefix}.{name}.weight", (outputs, inputs), "linear"))
-        if bias:
-            specs.append(ParameterSpec(f"{prefix}.{name}.bias", (outputs,), "bias"))
+def layer_parameters(config: ModelConfig, layer: int) -> list[ParameterSpec]:
+    """Those of one layer."""
+    anatomy = layer_anatomy(config)
+    specs = [_norm(layer, path, size, stream="reads") for path, size in anatomy.stream_norms.items()]
+    specs += [_norm(layer, path, size, stream=None) for path, size in anatomy.head_norms.items()]
+    for path, linear in anatomy.linears.items():
+        specs += _parameters_of(linear, path, layer)
     return specs
 
 
-def linear_inputs(config: ModelConfig) -> dict[str, int]:
-    """Inputs of each linear of a layer, by its path in the layer."""
-    return {
-        "attention.qkv": config.hidden_size,
-        "attention.output": config.qkv_sizes[0],
-        "mlp.gate_up": config.hidden_size,
-        "mlp.down": config.intermediate_size,
-    }
+def _norm(layer: int, path: str, size: int, *, stream: Literal["reads"] | None) -> ParameterSpec:
+    return ParameterSpec(f"layers.{layer}.{path}.weight", (size,), "norm", path, layer, stream=stream)
+
+
+def _parameters_of(linear: LinearSpec, path: str, layer: int) -> Iterator[ParameterSpec]:
+    """Weight and bias of each part of a linear."""
+    gain = None if linear.norm_before is None else f"layers.{layer}.{linear.norm_before}.weight"
+    reads, writes = (None if gain is None else "reads"), ("writes" if linear.writes_stream else None)
+    first_row = 0
+    for part, num_outputs in linear.parts.items():
+        name, place = f"layers.{layer}.{part}", {"module": path, "layer": layer, "first_row": first_row}
+        shape = (num_outputs, linear.num_inputs)
+        yield ParameterSpec(f"{name}.weight", shape, "linear", norm_before=gain, stream=reads or writes, **place)
+        if linear.bias:
+            yield ParameterSpec(f"{name}.bias", (num_outputs,), "bias", stream=writes, **place)
+        first_row += num_outputs

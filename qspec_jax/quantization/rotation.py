@@ -13,7 +13,7 @@ The network stays the same function, but for rounding:
 R is a Hadamard matrix with random signs in QuaRot; :mod:`.principal` makes matrices from calibration text, with which
 the channels of the MLP are reordered too. QuaRot's online transform across heads is left out: in a simulation of
 SmolLM2-135M, W4A4 drafts diverge no less from W4A16 with it (0.067 nats per token) than with the rotation of each head
-alone (0.065). Pure functions of one tensor at a time, under the names of ``loading.parameters``.
+alone (0.065). Pure functions of one tensor at a time, under the names of ``model.parameters``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,9 @@ from pallas_kernels.hadamard.matrices import core_order, kronecker_factors
 from pallas_kernels.hadamard.reference import multiply_kronecker
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import ParameterSpec
 
 _BLOCK_VALUES = 1 << 25  # of a large tensor that are rotated at once, to bound the memory that takes
-_NORM_BEFORE = {
-    "attention.query": "attention_norm",
-    "attention.key": "attention_norm",
-    "attention.value": "attention_norm",
-    "mlp.gate": "mlp_norm",
-    "mlp.up": "mlp_norm",
-    "lm_head": "final_norm",
-}
-_WRITES_STREAM = ("attention.output", "mlp.down")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,16 +121,8 @@ def random_orthogonal(size: int, generator: np.random.Generator) -> OrthogonalMa
     return OrthogonalMatrix(signs, _normalised(factors))
 
 
-def gain_folded_into(name: str) -> str | None:
-    """Name of the norm's gain that moves into the tensor ``name``; None if there is none."""
-    module = _module(name)
-    if module not in _NORM_BEFORE or not name.endswith(".weight"):
-        return None
-    return name.removesuffix(f"{module}.weight") + f"{_NORM_BEFORE[module]}.weight"
-
-
 def rotate_parameter(
-    name: str,
+    spec: ParameterSpec,
     tensor: Float[np.ndarray, "*shape"],
     rotation: Rotation,
     *,
@@ -147,34 +131,43 @@ def rotate_parameter(
     """One tensor of the rotated model.
 
     Args:
-        name: its canonical name.
+        spec: what it is in the rotated model.
         tensor: of the model as it was; for ``lm_head.weight`` the embedding if the two were tied.
         rotation: of the model.
-        gain: the tensor that :func:`gain_folded_into` names; None if gains are not folded.
+        gain: the tensor that ``spec.norm_before`` names; None if gains are not folded.
     """
-    module, tensor = _module(name), tensor.astype(np.float32)
-    if module in _NORM_BEFORE.values():
+    tensor = tensor.astype(np.float32)
+    if spec.kind == "norm":
+        if spec.stream is None:
+            return tensor
         return np.ones(tensor.shape, np.float32) if rotation.fold_gains else rotation.stream(tensor)
-    if not name.endswith(".bias"):
-        tensor = _rotate_inputs(name, tensor, rotation, gain)
-    if module == "attention.value":
-        return _per_head(tensor.T, rotation.values[_layer(name)]).T
-    if module in ("mlp.gate", "mlp.up") and rotation.mlp_orders is not None:
-        return tensor[rotation.mlp_orders[_layer(name)]]
-    return rotation.stream(tensor.T).T if module in _WRITES_STREAM else tensor
+    if gain is not None:
+        tensor = tensor * gain.astype(np.float32)
+    if spec.kind == "embedding":
+        return rotation.stream(tensor)  # [V, D], whether it writes the stream or reads it
+    if spec.kind == "linear":
+        tensor = _rotate_inputs(spec, tensor, rotation)
+    return _rotate_outputs(spec, tensor, rotation)
 
 
-def _rotate_inputs(name: str, tensor: np.ndarray, rotation: Rotation, gain: np.ndarray | None) -> np.ndarray:
-    module = _module(name)
-    if module == "embedding" or module in _NORM_BEFORE:
-        return rotation.stream(tensor if gain is None else tensor * gain.astype(np.float32))
-    if module == "attention.output":
-        return _per_head(tensor, rotation.values[_layer(name)])
-    if module == "mlp.down":
+def _rotate_inputs(spec: ParameterSpec, tensor: np.ndarray, rotation: Rotation) -> np.ndarray:
+    if spec.stream == "reads":
+        return rotation.stream(tensor)
+    if spec.part == "attention.output":
+        return _per_head(tensor, rotation.values[_layer(spec)])
+    if spec.part == "mlp.down":
         if rotation.mlp_orders is not None:
-            tensor = tensor[:, rotation.mlp_orders[_layer(name)]]
+            tensor = tensor[:, rotation.mlp_orders[_layer(spec)]]
         return _by_blocks(lambda rows: hadamard_of_blocks(rows, rotation), tensor)
     return tensor
+
+
+def _rotate_outputs(spec: ParameterSpec, tensor: np.ndarray, rotation: Rotation) -> np.ndarray:
+    if spec.part == "attention.value":
+        return _per_head(tensor.T, rotation.values[_layer(spec)]).T
+    if spec.part in ("mlp.gate", "mlp.up") and rotation.mlp_orders is not None:
+        return tensor[rotation.mlp_orders[_layer(spec)]]
+    return rotation.stream(tensor.T).T if spec.stream == "writes" else tensor
 
 
 def hadamard_of_blocks(x: Float[Array, "*batch F"], rotation: Rotation) -> Float[Array, "*batch F"]:
@@ -214,11 +207,6 @@ def _normalised(factors: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     return tuple((factor / math.sqrt(len(factor))).astype(np.float32) for factor in factors)
 
 
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
-
-
-def _module(name: str) -> str:
-    """``layers.3.mlp.down.weight`` is of ``mlp.down``, ``embedding.weight`` of ``embedding``."""
-    path = name.rsplit(".", 1)[0]
-    return path.split(".", 2)[2] if path.startswith("layers.") else path
+def _layer(spec: ParameterSpec) -> int:
+    assert spec.layer is not None, spec.name
+    return spec.layer

@@ -25,7 +25,7 @@ from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
+from qspec_jax.model.parameters import expected_parameters, layer_anatomy, layer_parameters
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.recipes.observe import MAX_BATCH, advance, linear_of, second_moments
 from qspec_jax.recipes.text import CONTEXT, token_windows
@@ -133,22 +133,15 @@ def quantize_layers(
 def calibration_bytes(config: ModelConfig, windows: tuple[int, ...]) -> int:
     """Bytes at the peak of :func:`quantize_layers`, for ``[windows, T]`` tokens."""
     num_windows, context = windows
-    shapes = [spec.shape for name, spec in expected_parameters(config).items() if name.startswith("layers.0.")]
-    layer = sum(math.prod(shape) for shape in shapes)
+    layer = sum(math.prod(spec.shape) for spec in layer_parameters(config, 0))
     rounding = max(
-        _HESSIAN_COPIES * num_inputs**2 + _WEIGHT_COPIES * _num_outputs(config, linear) * num_inputs
-        for linear, num_inputs in linear_inputs(config).items()
+        _HESSIAN_COPIES * linear.num_inputs**2 + _WEIGHT_COPIES * linear.num_outputs * linear.num_inputs
+        for linear in layer_anatomy(config).linears.values()
     )
     streams = 2 * num_windows * context * config.hidden_size
     batch = MAX_BATCH * context * (4 * config.intermediate_size + 4 * config.hidden_size + config.num_heads * context)
     embedding = 2 * config.vocab_size * config.hidden_size
     return _PROGRAM_BYTES + 4 * max(embedding + streams, layer + streams + max(rounding, batch))
-
-
-def _num_outputs(config: ModelConfig, linear: str) -> int:
-    if linear in part_sizes(config):
-        return sum(part_sizes(config)[linear])
-    return config.hidden_size
 
 
 def embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
@@ -164,7 +157,7 @@ def _quantize_layer(
 ) -> dict[str, QuantizedWeight]:
     """The linears of a layer in the order in which they run, each after those before it were rounded."""
     rounded = {}
-    for name in linear_inputs(layer.attention.config):
+    for name in layer_anatomy(layer.attention.config).linears:
         hessian = second_moments(layer, streams, name)
         if not bool(jnp.isfinite(hessian).all()):
             raise CheckpointError(
@@ -186,12 +179,8 @@ def _entries(config: ModelConfig, quantization: QuantConfig, work: WorkFolder) -
     """The linears as they will be read from the work folder."""
     entries = {}
     for name, spec in expected_parameters(config).items():
-        if spec.kind != "linear":
-            continue
-        _, index, path = name.removesuffix(".weight").split(".", 2)
-        linear, part = PART_OF.get(path, (path, 0))
-        first = sum(part_sizes(config)[linear][:part]) if linear in part_sizes(config) else 0
-        rows = slice(first, first + spec.shape[0])
-        four_bit = FourBitFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
-        entries[name] = TensorEntry(spec.shape, functools.partial(work.read, int(index), linear, rows), four_bit)
+        if spec.kind == "linear" and spec.layer is not None:  # as every linear is
+            four_bit = FourBitFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
+            read = functools.partial(work.read, spec.layer, spec.module, spec.rows)
+            entries[name] = TensorEntry(spec.shape, read, four_bit)
     return entries

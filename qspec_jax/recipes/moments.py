@@ -13,6 +13,7 @@ from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.quantization.principal import ActivationMoments
 from qspec_jax.recipes.layerwise import calibration_bytes, embed
 from qspec_jax.recipes.observe import advance, largest_inputs, linear_of, second_moments
@@ -20,7 +21,6 @@ from qspec_jax.weights.fill import load_layer
 from qspec_jax.weights.source import CheckpointSource
 
 MAX_WINDOWS = 16  # of the text; more change the moments little
-_NORM_OF = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm"}
 
 
 def measure_moments(
@@ -54,8 +54,8 @@ def measure_moments(
             if fold_gains:
                 _fold_gains(layer)
             moment = functools.partial(_moment, layer, streams, where=f"layer {index}")
-            for name in _NORM_OF:
-                found = moment(name).astype(np.float64)
+            for path in _norms_before(config):
+                found = moment(path).astype(np.float64)
                 stream += found / np.trace(found)
             values.append(_by_kv_head(moment("attention.output"), config))
             mlp.append(np.diag(moment("mlp.down")).astype(np.float64))
@@ -67,7 +67,7 @@ def measure_moments(
 def channel_maxima(
     source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"], linear: str
 ) -> Float32[np.ndarray, "L K"]:
-    """The largest magnitude of each input of a linear (a key of ``linear_inputs``) in each layer.
+    """The largest magnitude of each input of a linear (by its path) in each layer.
 
     Raises:
         CheckpointError: a tensor cannot be read.
@@ -90,9 +90,15 @@ def _moment(layer: DecoderLayer, streams: list, linear: str, *, where: str) -> n
     return moment
 
 
+def _norms_before(config: ModelConfig) -> dict[str, str]:
+    """The linears of a layer that read the residual stream, and the norm that each reads it through."""
+    linears = layer_anatomy(config).linears.items()
+    return {path: linear.norm_before for path, linear in linears if linear.norm_before is not None}
+
+
 def _fold_gains(layer: DecoderLayer) -> None:
-    for name, norm_name in _NORM_OF.items():
-        norm, weight = getattr(layer, norm_name), linear_of(layer, name).weight
+    for path, norm_path in _norms_before(layer.attention.config).items():
+        norm, weight = getattr(layer, norm_path), linear_of(layer, path).weight
         weight.set_value(weight.get_value() * norm.weight.get_value())
         norm.weight.set_value(jnp.ones_like(norm.weight.get_value()))
 

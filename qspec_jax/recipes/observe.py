@@ -21,7 +21,7 @@ from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, TokenContext
 from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.linear import Linear
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
@@ -46,10 +46,10 @@ def second_moments(
     Args:
         layer: of a model.
         streams: the residual streams before it.
-        linear: a key of ``linear_inputs``.
+        linear: by its path in the layer.
     """
     graph, state = nnx.split(layer)
-    num_inputs = linear_inputs(layer.attention.config)[linear]
+    num_inputs = layer_anatomy(layer.attention.config).linears[linear].num_inputs
     total = jnp.zeros((num_inputs, num_inputs), jnp.float32)
     with jax.default_matmul_precision("highest"):
         for stream in streams:
@@ -67,7 +67,7 @@ def largest_inputs(
 
 
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
-    """A linear of a layer, by a key of ``linear_inputs``."""
+    """A linear of a layer, by its path in the layer."""
     block, name = linear.split(".")
     return getattr(getattr(layer, block), name)
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.parameters import ParameterSpec, expected_parameters
 from qspec_jax.quantization.rotation import (
     Rotation,
-    gain_folded_into,
     random_rotation,
     rotate_parameter,
     rotated_config,
@@ -46,16 +45,16 @@ def rotate_source(source: CheckpointSource, rotation: Rotation | None = None) ->
     if rotation.fold_gains:
         config = rotated_config(config, hadamard_block=rotation.hadamard_block)
     entries = {}
-    for name in expected_parameters(config):
+    for name, spec in expected_parameters(config).items():
         entry = source.entries[name if name in source.entries else "embedding.weight"]  # a head that was tied
-        gain = gain_folded_into(name) if rotation.fold_gains else None
-        read = functools.partial(_read, name, entry, rotation, None if gain is None else source.entries[gain])
+        gain = spec.norm_before if rotation.fold_gains else None
+        read = functools.partial(_read, spec, entry, rotation, None if gain is None else source.entries[gain])
         entries[name] = dataclasses.replace(entry, read=read)
     return RotatedSource(config, source.path, entries)
 
 
-def _read(name: str, entry: TensorEntry, rotation: Rotation, gain: TensorEntry | None) -> np.ndarray:
+def _read(spec: ParameterSpec, entry: TensorEntry, rotation: Rotation, gain: TensorEntry | None) -> np.ndarray:
     tensor, gain_tensor = entry.read(), None if gain is None else gain.read()
     assert isinstance(tensor, np.ndarray)
     assert gain_tensor is None or isinstance(gain_tensor, np.ndarray)
-    return rotate_parameter(name, tensor, rotation, gain=gain_tensor)
+    return rotate_parameter(spec, tensor, rotation, gain=gain_tensor)

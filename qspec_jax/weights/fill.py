@@ -9,7 +9,7 @@ finished model plus the largest tensor.
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -30,12 +30,9 @@ from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import PART_OF, expected_parameters, linear_inputs, part_sizes
+from qspec_jax.model.parameters import ParameterSpec, expected_parameters, layer_anatomy, layer_parameters
 from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.weights.source import CheckpointSource, QuantizedTensor, TensorEntry
-
-_LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
-_GLOBAL_NAME = re.compile(r"(embedding|lm_head|final_norm)\.weight")
 
 
 class _Place(NamedTuple):
@@ -87,7 +84,7 @@ def load_decoder(
     )
     needed = num_bytes(decoder)
     check_memory(needed, what=f"the weights of {source.path.name}")
-    places = {name: _place(decoder, source.config, name) for name in source.entries}
+    places = {name: _place(decoder, spec) for name, spec in expected_parameters(source.config).items()}
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {needed / 1e9:.2f} GB"):
         _fill(places, source.entries, progress)
         return jax.block_until_ready(decoder)
@@ -113,12 +110,14 @@ def load_layer(source: CheckpointSource, index: int) -> DecoderLayer:
         CheckpointError: a tensor cannot be read.
     """
     config = source.config
-    formats = dict.fromkeys(linear_inputs(config))
+    formats = dict.fromkeys(layer_anatomy(config).linears)
     layer = nnx.eval_shape(
         lambda: DecoderLayer(config, formats=formats, quantization=None, kernels=REFERENCE, dtype=jnp.float32)
     )
-    entries = {name: entry for name, entry in source.entries.items() if name.startswith(f"layers.{index}.")}
-    _fill({name: _place_in_layer(layer, config, name) for name in entries}, entries, iter)
+    specs = layer_parameters(config, index)
+    _fill(
+        {spec.name: _Place(_at(layer, spec.array), spec.first_row, layer=None) for spec in specs}, source.entries, iter
+    )
     return layer
 
 
@@ -149,12 +148,10 @@ def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -
     if quantization is None:
         return None
     default = WeightFormat(quantization.group_size, quantization.symmetric)
-    imported: dict[str, set[WeightFormat]] = {name: set() for name in linear_inputs(source.config)}
-    for name, entry in source.entries.items():
-        matched = _LAYER_NAME.fullmatch(name)
-        if entry.four_bit is not None and matched:
-            module, _ = PART_OF.get(matched[2], (matched[2], 0))
-            imported[module].add(WeightFormat(entry.four_bit.group_size, entry.four_bit.symmetric))
+    imported: dict[str, set[WeightFormat]] = {path: set() for path in layer_anatomy(source.config).linears}
+    for name, spec in expected_parameters(source.config).items():
+        if spec.kind == "linear" and (four_bit := source.entries[name].four_bit) is not None:
+            imported[spec.module].add(WeightFormat(four_bit.group_size, four_bit.symmetric))
     formats = {name: _joint_format(found) or default for name, found in imported.items()}
     _check_group_sizes(source.config, formats)
     return formats
@@ -162,7 +159,7 @@ def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -
 
 def _check_group_sizes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
     for name, weight_format in formats.items():
-        num_inputs = linear_inputs(config)[name]
+        num_inputs = layer_anatomy(config).linears[name].num_inputs
         try:
             check_group_size(num_inputs, weight_format.group_size or num_inputs, what=name)
         except ValueError as error:
@@ -178,28 +175,18 @@ def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:
     return WeightFormat(sizes.pop(), all(weight_format.symmetric for weight_format in formats))
 
 
-def _place(decoder: Decoder, config: ModelConfig, name: str) -> _Place:
-    if matched := _GLOBAL_NAME.fullmatch(name):
-        module = getattr(decoder, matched[1])
-        return _Place(module.weight if matched[1] == "final_norm" else module, row=0, layer=None)
-    matched = _LAYER_NAME.fullmatch(name)
-    assert matched is not None, name
-    layer = int(matched[1])
+def _place(decoder: Decoder, spec: ParameterSpec) -> _Place:
+    if spec.layer is None:
+        return _Place(_at(decoder, spec.array), spec.first_row, layer=None)
     if decoder.scan_layers:
-        return _place_in_layer(decoder.layers[0], config, name)._replace(layer=layer)
-    return _place_in_layer(decoder.layers[layer], config, name)
+        return _Place(_at(decoder.layers[0], spec.array), spec.first_row, spec.layer)
+    return _Place(_at(decoder.layers[spec.layer], spec.array), spec.first_row, layer=None)
 
 
-def _place_in_layer(layer: DecoderLayer, config: ModelConfig, name: str) -> _Place:
-    """The place of a tensor of a layer in the one module that is, or stands for, that layer."""
-    matched = _LAYER_NAME.fullmatch(name)
-    assert matched is not None, name
-    path, part = PART_OF.get(matched[2], (matched[2], 0))
-    module: Any = layer
-    for attribute in path.split("."):
-        module = getattr(module, attribute)
-    row = sum(part_sizes(config)[path][:part]) if path in part_sizes(config) else 0
-    return _Place(getattr(module, matched[3]), row, layer=None)
+def _at(module: nnx.Module, path: str) -> nnx.Param:
+    found = functools.reduce(getattr, path.split("."), module)
+    assert isinstance(found, nnx.Param), path
+    return found
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:

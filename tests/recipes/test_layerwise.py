@@ -15,7 +15,7 @@ from pallas_kernels import dequantize
 from qspec_jax import QuantConfig, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import CheckpointError
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.recipes import convert, layerwise
@@ -77,7 +77,7 @@ def test_the_checkpoint_is_closer_to_the_float_model_than_by_rounding_to_nearest
 
     def rounded(index):
         layer = load_layer(source, index)
-        for name in linear_inputs(source.config):
+        for name in layer_anatomy(source.config).linears:
             weight = linear_of(layer, name).weight
             weight.set_value(dequantize(quantize_rtn(weight.get_value(), group_size=32)))
         return layer

@@ -15,7 +15,7 @@ import numpy as np
 from qspec_jax.errors import CheckpointError, QSpecError
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 
 FILE_NAME = "qspec.json"
 DATA_PREFIX = "data-"
@@ -169,7 +169,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if outside := [name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"files are outside of the checkpoint: {outside[0]}")
     config = ModelConfig(**model)
-    if content["formats"].keys() != linear_inputs(config).keys():
+    if content["formats"].keys() != layer_anatomy(config).linears.keys():
         raise ValueError(f"formats are of {', '.join(content['formats'])}, not of the linears of a layer")
     return Manifest(
         model=config,

@@ -22,7 +22,7 @@ from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import linear_inputs
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
@@ -136,7 +136,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
     """The format of each linear of a layer, from the weights themselves."""
     formats = {}
-    for name in linear_inputs(decoder.config):
+    for name in layer_anatomy(decoder.config).linears:
         block, linear = name.split(".")
         weight = getattr(getattr(decoder.layers[0], block), linear).weight.get_value()
         if not isinstance(weight, QuantizedWeight):

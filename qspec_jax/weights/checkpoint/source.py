@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels import unpack_codes
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.model.parameters import PART_OF, ParameterSpec, expected_parameters
+from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
 from qspec_jax.weights.source import FourBitFormat, QuantizedTensor, TensorEntry
@@ -31,32 +31,16 @@ def open_saved_source(checkpoint: Checkpoint) -> SavedSource:
     """The tensors of an opened checkpoint. A layer is read when the first of its tensors is."""
     config = checkpoint.manifest.model
     read_group = functools.lru_cache(maxsize=1)(checkpoint.read_group)
-    next_row: dict[str, int] = {}
     entries = {}
-    for spec in expected_parameters(config).values():
-        stored, linear = _stored_name(spec)
-        row = next_row.get(stored, 0)
-        rows = slice(row, row + spec.shape[0])
-        next_row[stored] = rows.stop
+    for name, spec in expected_parameters(config).items():
         if spec.kind == "linear":
-            weight_format = checkpoint.manifest.formats[linear]
+            weight_format = checkpoint.manifest.formats[spec.module]
             four_bit = FourBitFormat(weight_format.group_size or spec.shape[1], weight_format.symmetric)
-            entries[spec.name] = TensorEntry(
-                spec.shape, functools.partial(_read_codes, read_group, stored, rows), four_bit
-            )
+            read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
+            entries[name] = TensorEntry(spec.shape, read, four_bit)
         else:
-            entries[spec.name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, stored, rows))
+            entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
     return SavedSource(config, checkpoint.path, entries)
-
-
-def _stored_name(spec: ParameterSpec) -> tuple[str, str]:
-    """Name of the stored array that holds a tensor, and of the module in its layer that it belongs to."""
-    if not spec.name.startswith("layers."):
-        return spec.name if spec.name.startswith("final_norm") else spec.name.removesuffix(".weight"), ""
-    layers, layer, path = spec.name.split(".", 2)
-    module, kind = path.rsplit(".", 1)
-    module, _ = PART_OF.get(module, (module, 0))
-    return f"{layers}.{layer}.{module}.{kind}", module
 
 
 def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
