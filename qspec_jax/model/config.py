@@ -13,18 +13,37 @@ from typing import Any, Literal
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
 
-SUPPORTED_ARCHITECTURES = {
-    "LlamaForCausalLM": "Llama 2, 3, 3.1+, SmolLM2",
-    "MistralForCausalLM": "Mistral",
-    "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
-    "Qwen3ForCausalLM": "Qwen3",
-}
 SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # options: weights/huggingface/layouts.py
-_ARCHITECTURE_OF_MODEL_TYPE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a ``config.json`` of an architecture is read; the defaults are those of Llama.
+
+    Attributes:
+        models: that are of it, for people.
+        model_type: names it where ``architectures`` is missing.
+        biases: of attention. ``configured``: ``attention_bias`` is for all projections. ``qkv``: query, key and value
+            have one and the output has none, whatever the config says.
+        qk_norm: queries and keys are normalised, head by head.
+        head_dim: where the config has none; None for ``hidden_size / num_attention_heads``.
+        sliding_window: the config's entry is ``ignored``, ``used`` if it is there, or ``optional``: used in the layers
+            that ``use_sliding_window`` and its companions say.
+    """
+
+    models: str
+    model_type: str
+    biases: Literal["configured", "qkv"] = "configured"
+    qk_norm: bool = False
+    head_dim: int | None = None
+    sliding_window: Literal["ignored", "used", "optional"] = "ignored"
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("Llama 2, 3, 3.1+, SmolLM2", "llama"),
+    "MistralForCausalLM": Family("Mistral", "mistral", sliding_window="used"),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", biases="qkv", sliding_window="optional"),
+    "Qwen3ForCausalLM": Family("Qwen3", "qwen3", qk_norm=True, head_dim=128, sliding_window="optional"),
 }
 
 
@@ -102,14 +121,13 @@ class ModelConfig:
             UnsupportedModelError: the architecture or one of its options is not supported; the message
                 names those that are, or a required entry is missing.
         """
-        architecture = _architecture(config)
+        family = _family(config)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in required if not isinstance(config.get(key), int)]:
             raise UnsupportedModelError(f"config.json: missing or not an integer: {', '.join(missing)}")
         _refuse_unsupported_options(config)
         rope_theta, rope_scaling = _rope(config)
         num_heads = config["num_attention_heads"]
-        qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
         attention_bias = bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")
         return cls(
@@ -119,15 +137,15 @@ class ModelConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim") or (128 if qwen3 else config["hidden_size"] // num_heads),
+            head_dim=config.get("head_dim") or family.head_dim or config["hidden_size"] // num_heads,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            sliding_window=_sliding_window(config, architecture),
-            qkv_bias=attention_bias or qwen2,
-            output_bias=attention_bias and not qwen2,
+            sliding_window=_sliding_window(config, family),
+            qkv_bias=attention_bias or family.biases == "qkv",
+            output_bias=attention_bias and family.biases == "configured",
             mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=qwen3,
+            qk_norm=family.qk_norm,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
             bos_token_id=config.get("bos_token_id"),
@@ -135,15 +153,15 @@ class ModelConfig:
         )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    named = list(config.get("architectures") or [])
-    if not named and config.get("model_type") in _ARCHITECTURE_OF_MODEL_TYPE:
-        named = [_ARCHITECTURE_OF_MODEL_TYPE[config["model_type"]]]
+def _family(config: Mapping[str, Any]) -> Family:
+    named, model_type = list(config.get("architectures") or []), config.get("model_type")
+    if not named:
+        named = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     for name in named:
-        if name in SUPPORTED_ARCHITECTURES:
-            return name
-    supported = ", ".join(f"{name} ({models})" for name, models in SUPPORTED_ARCHITECTURES.items())
-    given = ", ".join(named) or str(config.get("model_type") or "nothing")
+        if name in FAMILIES:
+            return FAMILIES[name]
+    supported = ", ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
+    given = ", ".join(named) or str(model_type or "nothing")
     raise UnsupportedModelError(f"config.json names {given}, which is not supported; supported: {supported}")
 
 
@@ -193,11 +211,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return float(theta), RopeScaling("llama3", original_max_position_embeddings=original, **numbers)
 
 
-def _sliding_window(config: Mapping[str, Any], architecture: str) -> int | None:
+def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
     window = config.get("sliding_window")
-    if window is None or architecture == "LlamaForCausalLM":
+    if window is None or family.sliding_window == "ignored":
         return None
-    if architecture.startswith("Qwen"):
+    if family.sliding_window == "optional":
         if not config.get("use_sliding_window", False):
             return None
         num_full = config.get("max_window_layers", 28)  # without layer_types, the first ones

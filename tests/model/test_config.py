@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
-from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.model.config import FAMILIES, ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from tests import tiny
+from tests.weights import tiny_checkpoints
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,6 +79,12 @@ def test_qwen3_has_head_norms_and_its_own_head_size():
 
 def test_the_model_type_stands_in_for_a_missing_architecture():
     assert ModelConfig.from_hf({**BASE, "architectures": None, "model_type": "qwen3"}).qk_norm
+
+
+def test_every_family_is_tested_against_transformers_and_in_files():
+    recorded = {name for changes in tiny.FAMILIES.values() for name in changes.get("architectures", ())}
+    assert recorded | {"LlamaForCausalLM"} == set(FAMILIES) == set(tiny_checkpoints.ARCHITECTURES)
+    assert len({family.model_type for family in FAMILIES.values()}) == len(FAMILIES)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, ()), (3, (3,)), ([3, 4], (3, 4))])
