@@ -1,10 +1,9 @@
-"""Tiny models with deterministic random weights, as checkpoint sources held in memory."""
+"""Tiny models with deterministic random weights, as sources held in memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.fill import load_decoder, weight_formats
-from qspec_jax.weights.source import TensorEntry
+from qspec_jax.weights.source import Source, TensorEntry
 
 BASE_HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,22 +74,13 @@ def weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return made
 
 
-@dataclasses.dataclass(frozen=True)
-class MemorySource:
-    """A checkpoint source over arrays in memory."""
-
-    config: ModelConfig
-    entries: Mapping[str, TensorEntry]
-    path: Path = Path("tiny")
-
-
-def source(config: ModelConfig, seed: int = 0) -> MemorySource:
-    """The tiny weights of ``config`` as a checkpoint."""
+def source(config: ModelConfig, seed: int = 0) -> Source:
+    """The tiny weights of ``config``, in memory."""
     entries = {
         name: TensorEntry(array.shape, functools.partial(np.copy, array))
         for name, array in weights(config, seed).items()
     }
-    return MemorySource(config, entries)
+    return Source(config, Path("tiny"), entries, expected_parameters(config))
 
 
 def decoder(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -21,7 +21,6 @@ from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.model.placement import DTYPES
 from qspec_jax.quantization.principal import (
     GROUP,
@@ -35,7 +34,7 @@ from qspec_jax.recipes.layerwise import Calibration, calibration_bytes, quantize
 from qspec_jax.recipes.moments import measure_moments
 from qspec_jax.recipes.rotated import rotate_source
 from qspec_jax.weights.fill import load_decoder, weight_formats
-from qspec_jax.weights.source import CheckpointSource, QuantizedTensor, TensorEntry
+from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 WHOLE_ROW = "row"
 
@@ -84,8 +83,8 @@ class Recipe:
     """
 
     name: str
-    quantize: Callable[[CheckpointSource, RecipeOptions, Progress], Decoder]
-    calibrate: Callable[[CheckpointSource, RecipeOptions, Calibration, Progress], CheckpointSource] | None = None
+    quantize: Callable[[Source, RecipeOptions, Progress], Decoder]
+    calibrate: Callable[[Source, RecipeOptions, Calibration, Progress], Source] | None = None
     config: Callable[[ModelConfig], ModelConfig] = lambda config: config
     quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
 
@@ -100,13 +99,13 @@ class Conversion:
     seconds: float
 
 
-def _four_bit_linears(source: CheckpointSource) -> tuple[int, int]:
+def _four_bit_linears(source: Source) -> tuple[int, int]:
     """How many linears of a source are 4-bit codes, and how many there are."""
-    linears = [name for name, spec in expected_parameters(source.config).items() if spec.kind == "linear"]
+    linears = [name for name, spec in source.specs.items() if spec.kind == "linear"]
     return sum(source.entries[name].four_bit is not None for name in linears), len(linears)
 
 
-def _keep(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+def _keep(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
     kept, total = _four_bit_linears(source)
     if not kept:
         raise UsageError(
@@ -117,7 +116,7 @@ def _keep(source: CheckpointSource, options: RecipeOptions, progress: Progress) 
     return _load(source, options, progress)
 
 
-def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+def _load(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
     # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
     return load_decoder(
         source,
@@ -130,22 +129,21 @@ def _load(source: CheckpointSource, options: RecipeOptions, progress: Progress) 
     )
 
 
-def _round_to_nearest(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+def _round_to_nearest(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
     return _load(_float_source(source, progress), options, progress)
 
 
-def _rotate_and_round(source: CheckpointSource, options: RecipeOptions, progress: Progress) -> Decoder:
+def _rotate_and_round(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
     return _load(rotate_source(_float_source(source, progress)), options, progress)
 
 
-def _float_source(source: CheckpointSource, progress: Progress) -> CheckpointSource:
+def _float_source(source: Source, progress: Progress) -> Source:
     """The source with all its tensors read as floats; says so if some are 4-bit codes."""
     _warn_of_rounding_again(source, progress)
-    entries = {name: _as_floats(entry) for name, entry in source.entries.items()}
-    return _FloatSource(source.config, source.path, entries)
+    return dataclasses.replace(source, entries={name: _as_floats(entry) for name, entry in source.entries.items()})
 
 
-def _warn_of_rounding_again(source: CheckpointSource, progress: Progress) -> None:
+def _warn_of_rounding_again(source: Source, progress: Progress) -> None:
     requantised, total = _four_bit_linears(source)
     if requantised:
         progress.say(
@@ -154,9 +152,7 @@ def _warn_of_rounding_again(source: CheckpointSource, progress: Progress) -> Non
         )
 
 
-def _gptq(
-    source: CheckpointSource, options: RecipeOptions, calibration: Calibration, progress: Progress
-) -> CheckpointSource:
+def _gptq(source: Source, options: RecipeOptions, calibration: Calibration, progress: Progress) -> Source:
     _warn_of_rounding_again(source, progress)
     needed = calibration_bytes(source.config, calibration.tokens.shape)
     progress.say(f"calibration: {calibration.tokens.size} tokens, about {needed / 1e9:.2f} GB of memory")
@@ -165,21 +161,19 @@ def _gptq(
     return quantize_layers(source, calibration, quantization=options.quantization, bar=progress.bar)
 
 
-def _rotate_and_gptq(
-    source: CheckpointSource, options: RecipeOptions, calibration: Calibration, progress: Progress
-) -> CheckpointSource:
+def _rotate_and_gptq(source: Source, options: RecipeOptions, calibration: Calibration, progress: Progress) -> Source:
     return _gptq(rotate_source(_float_source(source, progress)), options, calibration, progress)
 
 
 def _turn_and_gptq(
-    source: CheckpointSource,
+    source: Source,
     options: RecipeOptions,
     calibration: Calibration,
     progress: Progress,
     *,
     rotation_of: Callable[[ActivationMoments], Rotation],
     fold_gains: bool,
-) -> CheckpointSource:
+) -> Source:
     floats = _float_source(source, progress)
     moments = measure_moments(floats, calibration.tokens, fold_gains=fold_gains, bar=progress.bar)
     return _gptq(rotate_source(floats, rotation_of(moments)), options, calibration, progress)
@@ -205,15 +199,6 @@ RECIPES = {
         Recipe("resq", _load, _principal_and_gptq, principal_config, _OF_PRINCIPAL_AXES),
     )
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _FloatSource:
-    """A source whose tensors are all read as floats."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
 
 
 def _as_floats(entry: TensorEntry) -> TensorEntry:

@@ -15,14 +15,13 @@ from qspec_jax.device.memory import check_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
-from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.recipes.catalogue import WHOLE_ROW, Conversion, Progress, Recipe, RecipeOptions
 from qspec_jax.recipes.layerwise import open_calibration
 from qspec_jax.recipes.work_folder import remove_work_folders
 from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.weights.fill import weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer, resolve_model
-from qspec_jax.weights.source import CheckpointSource
+from qspec_jax.weights.source import Source
 
 # Float32 copies of the largest tensor that reading and rounding it take beside the finished model.
 _WORKING_COPIES = 4
@@ -110,13 +109,13 @@ class _Estimate:
     peak: int
 
 
-def _estimate(source: CheckpointSource, config: ModelConfig, options: RecipeOptions) -> _Estimate:
+def _estimate(source: Source, config: ModelConfig, options: RecipeOptions) -> _Estimate:
     formats = weight_formats(source, options.quantization)
     decoder = abstract_decoder(
         config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
     )
     finished = num_bytes(decoder)
-    largest = max(math.prod(spec.shape) for spec in expected_parameters(config).values())
+    largest = max(math.prod(spec.shape) for spec in source.specs.values())
     return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
 
 

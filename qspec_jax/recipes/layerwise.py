@@ -25,13 +25,14 @@ from qspec_jax.device.memory import check_memory, explain_out_of_memory
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.parameters import expected_parameters, layer_anatomy, layer_parameters
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import layer_anatomy, layer_parameters
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.recipes.observe import MAX_BATCH, advance, linear_of, second_moments
 from qspec_jax.recipes.text import CONTEXT, token_windows
 from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
 from qspec_jax.weights.fill import load_layer
-from qspec_jax.weights.source import CheckpointSource, FourBitFormat, TensorEntry
+from qspec_jax.weights.source import Source, TensorEntry
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -40,15 +41,6 @@ if TYPE_CHECKING:
 _HESSIAN_COPIES = 6
 _WEIGHT_COPIES = 5
 _PROGRAM_BYTES = 1 << 29  # what compiling takes, measured on a CPU
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerwiseSource:
-    """A source whose linears are read from a work folder."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Calibration:
 
 
 def open_calibration(
-    source: CheckpointSource,
+    source: Source,
     tokenizer: Tokenizer | None,
     text: Path,
     *,
@@ -94,12 +86,12 @@ def open_calibration(
 
 
 def quantize_layers(
-    source: CheckpointSource,
+    source: Source,
     calibration: Calibration,
     *,
     quantization: QuantConfig,
     bar: Callable[[Iterable[int], str], Iterable[int]] = lambda items, _: items,
-) -> LayerwiseSource:
+) -> Source:
     """Rounds every linear of a model by GPTQ, or takes it from the work folder.
 
     Args:
@@ -118,7 +110,7 @@ def quantize_layers(
         raise UsageError(f"calibration token {tokens.max()} is not among the {config.vocab_size} of the model")
     what = f"calibrating {source.path.name} on {tokens.size} tokens"
     check_memory(calibration_bytes(config, tokens.shape), what=f"the largest layer and its Hessians, for {what},")
-    finished = LayerwiseSource(config, source.path, {**source.entries, **_entries(config, quantization, work)})
+    finished = dataclasses.replace(source, entries={**source.entries, **_entries(source, quantization, work)})
     with explain_out_of_memory(f"while {what}"):
         streams = embed(source, tokens)
         for index in bar(range(config.num_layers), "calibrating"):
@@ -144,7 +136,7 @@ def calibration_bytes(config: ModelConfig, windows: tuple[int, ...]) -> int:
     return _PROGRAM_BYTES + 4 * max(embedding + streams, layer + streams + max(rounding, batch))
 
 
-def embed(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
+def embed(source: Source, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
     """The residual streams in front of the first layer, in equal batches."""
     embedding = source.entries["embedding.weight"].read()
     assert isinstance(embedding, np.ndarray)
@@ -175,12 +167,12 @@ def _quantize_layer(
     return rounded
 
 
-def _entries(config: ModelConfig, quantization: QuantConfig, work: WorkFolder) -> dict[str, TensorEntry]:
+def _entries(source: Source, quantization: QuantConfig, work: WorkFolder) -> dict[str, TensorEntry]:
     """The linears as they will be read from the work folder."""
     entries = {}
-    for name, spec in expected_parameters(config).items():
+    for name, spec in source.specs.items():
         if spec.kind == "linear" and spec.layer is not None:  # as every linear is
-            four_bit = FourBitFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
+            four_bit = WeightFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
             read = functools.partial(work.read, spec.layer, spec.module, spec.rows)
             entries[name] = TensorEntry(spec.shape, read, four_bit)
     return entries

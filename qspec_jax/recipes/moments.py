@@ -18,13 +18,13 @@ from qspec_jax.quantization.principal import ActivationMoments
 from qspec_jax.recipes.layerwise import calibration_bytes, embed
 from qspec_jax.recipes.observe import advance, largest_inputs, linear_of, second_moments
 from qspec_jax.weights.fill import load_layer
-from qspec_jax.weights.source import CheckpointSource
+from qspec_jax.weights.source import Source
 
 MAX_WINDOWS = 16  # of the text; more change the moments little
 
 
 def measure_moments(
-    source: CheckpointSource,
+    source: Source,
     tokens: Int32[np.ndarray, "windows T"],
     *,
     fold_gains: bool,
@@ -64,9 +64,7 @@ def measure_moments(
     return ActivationMoments(stream, tuple(values), tuple(mlp))
 
 
-def channel_maxima(
-    source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"], linear: str
-) -> Float32[np.ndarray, "L K"]:
+def channel_maxima(source: Source, tokens: Int32[np.ndarray, "windows T"], linear: str) -> Float32[np.ndarray, "L K"]:
     """The largest magnitude of each input of a linear (by its path) in each layer.
 
     Raises:

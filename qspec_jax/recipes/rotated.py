@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import ParameterSpec, expected_parameters
 from qspec_jax.quantization.rotation import (
     Rotation,
@@ -18,19 +15,10 @@ from qspec_jax.quantization.rotation import (
     rotated_config,
     unrotated_config,
 )
-from qspec_jax.weights.source import CheckpointSource, TensorEntry
+from qspec_jax.weights.source import Source, TensorEntry
 
 
-@dataclasses.dataclass(frozen=True)
-class RotatedSource:
-    """A rotated model as a ``CheckpointSource``; its config is that of the rotated model."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
-
-
-def rotate_source(source: CheckpointSource, rotation: Rotation | None = None) -> RotatedSource:
+def rotate_source(source: Source, rotation: Rotation | None = None) -> Source:
     """The source with its model rotated (see :mod:`qspec_jax.quantization.rotation`), still read tensor by tensor.
 
     Args:
@@ -41,16 +29,17 @@ def rotate_source(source: CheckpointSource, rotation: Rotation | None = None) ->
         UsageError: the model is rotated already, or its MLP has a size without a Hadamard matrix.
     """
     rotation = random_rotation(source.config) if rotation is None else rotation
-    config = unrotated_config(source.config)
+    config, specs = unrotated_config(source.config), source.specs
     if rotation.fold_gains:
         config = rotated_config(config, hadamard_block=rotation.hadamard_block)
+        specs = expected_parameters(config)  # a head that was tied is one more
     entries = {}
-    for name, spec in expected_parameters(config).items():
-        entry = source.entries[name if name in source.entries else "embedding.weight"]  # a head that was tied
+    for name, spec in specs.items():
+        entry = source.entries[name if name in source.entries else "embedding.weight"]
         gain = spec.norm_before if rotation.fold_gains else None
         read = functools.partial(_read, spec, entry, rotation, None if gain is None else source.entries[gain])
         entries[name] = dataclasses.replace(entry, read=read)
-    return RotatedSource(config, source.path, entries)
+    return Source(config, source.path, entries, specs)
 
 
 def _read(spec: ParameterSpec, entry: TensorEntry, rotation: Rotation, gain: TensorEntry | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
 from qspec_jax.errors import CheckpointError
-from qspec_jax.weights.source import CheckpointSource, QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor, Source
 
 
 class WorkFolder:
@@ -91,7 +91,7 @@ def remove_work_folders(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(source: CheckpointSource, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:
+def fingerprint(source: Source, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:
     """A key of all that the layers of a run depend on: the model's files by name, size and time, text and settings."""
     files = [source.path] if source.path.is_file() else sorted(source.path.rglob("*"))
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

@@ -30,9 +30,9 @@ from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec, expected_parameters, layer_anatomy, layer_parameters
+from qspec_jax.model.parameters import ParameterSpec, layer_anatomy
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.weights.source import CheckpointSource, QuantizedTensor, TensorEntry
+from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 
 class _Place(NamedTuple):
@@ -44,7 +44,7 @@ class _Place(NamedTuple):
 
 
 def load_decoder(
-    source: CheckpointSource,
+    source: Source,
     *,
     quantization: QuantConfig | None,
     formats: Mapping[str, WeightFormat] | None,
@@ -84,7 +84,7 @@ def load_decoder(
     )
     needed = num_bytes(decoder)
     check_memory(needed, what=f"the weights of {source.path.name}")
-    places = {name: _place(decoder, spec) for name, spec in expected_parameters(source.config).items()}
+    places = {name: _place(decoder, spec) for name, spec in source.specs.items()}
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {needed / 1e9:.2f} GB"):
         _fill(places, source.entries, progress)
         return jax.block_until_ready(decoder)
@@ -103,7 +103,7 @@ def _fill(
             parameter.set_value(jax.tree.map(jax.device_put, parameter.get_value()))
 
 
-def load_layer(source: CheckpointSource, index: int) -> DecoderLayer:
+def load_layer(source: Source, index: int) -> DecoderLayer:
     """One layer of a checkpoint in float32, whatever it is in the file: 4-bit codes are dequantised.
 
     Raises:
@@ -114,17 +114,15 @@ def load_layer(source: CheckpointSource, index: int) -> DecoderLayer:
     layer = nnx.eval_shape(
         lambda: DecoderLayer(config, formats=formats, quantization=None, kernels=REFERENCE, dtype=jnp.float32)
     )
-    specs = layer_parameters(config, index)
-    _fill(
-        {spec.name: _Place(_at(layer, spec.array), spec.first_row, layer=None) for spec in specs}, source.entries, iter
-    )
+    specs = [spec for spec in source.specs.values() if spec.layer == index]
+    places = {spec.name: _Place(_at(layer, spec.array), spec.first_row, layer=None) for spec in specs}
+    _fill(places, source.entries, iter)
     return layer
 
 
-def _warn_of_requantization(source: CheckpointSource) -> None:
+def _warn_of_requantization(source: Source) -> None:
     """Warns once, naming the types, if linears of the checkpoint are quantised but their codes cannot be kept."""
-    specs = expected_parameters(source.config)
-    linears = [entry.requantized_from for name, entry in source.entries.items() if specs[name].kind == "linear"]
+    linears = [source.entries[name].requantized_from for name, spec in source.specs.items() if spec.kind == "linear"]
     if kinds := sorted({kind for kind in linears if kind is not None}):
         count = sum(kind is not None for kind in linears)
         warnings.warn(
@@ -136,7 +134,7 @@ def _warn_of_requantization(source: CheckpointSource) -> None:
         )
 
 
-def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:
+def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:
     """The format of each linear: that of its imported 4-bit parts if it has any, else the configured one.
 
     An array that several tensors share has one format. It is symmetric only if all its imported parts
@@ -149,9 +147,9 @@ def weight_formats(source: CheckpointSource, quantization: QuantConfig | None) -
         return None
     default = WeightFormat(quantization.group_size, quantization.symmetric)
     imported: dict[str, set[WeightFormat]] = {path: set() for path in layer_anatomy(source.config).linears}
-    for name, spec in expected_parameters(source.config).items():
+    for name, spec in source.specs.items():
         if spec.kind == "linear" and (four_bit := source.entries[name].four_bit) is not None:
-            imported[spec.module].add(WeightFormat(four_bit.group_size, four_bit.symmetric))
+            imported[spec.module].add(four_bit)
     formats = {name: _joint_format(found) or default for name, found in imported.items()}
     _check_group_sizes(source.config, formats)
     return formats

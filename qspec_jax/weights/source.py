@@ -1,8 +1,8 @@
-"""What a checkpoint must contain, under one set of names, and how a source of tensors looks.
+"""The tensors of a model on their way in: :class:`Source`, and the check that nothing is missing and everything fits.
 
-The names here are the canonical ones: unfused, independent of the file format. Each format maps its own
-names onto them with one table and reports everything that does not fit at once (:func:`check_entries`).
-This file reads no file and quantises nothing.
+Names are the canonical ones of :mod:`qspec_jax.model.parameters`. Each format maps its own names onto them with one
+table and reports everything that does not fit at once (:func:`check_entries`). This file reads no file and quantises
+nothing.
 """
 
 from __future__ import annotations
@@ -11,25 +11,17 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import ModelConfig
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import ParameterSpec
 
 MAX_LISTED = 8
 _PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype", "quantised parts")
-
-
-@dataclasses.dataclass(frozen=True)
-class FourBitFormat:
-    """How the codes of a tensor that is 4-bit in its file are scaled, known without reading it."""
-
-    group_size: int
-    symmetric: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,34 +47,34 @@ class TensorEntry:
         shape: of the float tensor.
         read: reads this one tensor now; float32, float16 or bfloat16, or the codes if it has ``four_bit``.
             Raises OSError or ValueError if the file has become unreadable.
-        four_bit: the format of the codes that ``read`` returns, None where it returns floats.
+        four_bit: the format of the codes that ``read`` returns, with a number for its group size; None where it
+            returns floats.
         requantized_from: the quantised type in the file that ``read`` turns into floats, None if there is none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray | QuantizedTensor]
-    four_bit: FourBitFormat | None = None
+    four_bit: WeightFormat | None = None
     requantized_from: str | None = None
 
 
-@runtime_checkable
-class CheckpointSource(Protocol):
-    """An opened checkpoint whose tensors are known to fit its config. None of them has been read yet.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that is opened: its tensors are known to fit its config, and none of them has been read yet.
+
+    Whatever was opened, and whatever a recipe makes of it before the tensors are read, is one of these.
 
     Attributes:
         config: of the model.
         path: the file or directory.
-        entries: canonical name to tensor, exactly the names of :func:`expected_parameters`.
+        entries: canonical name to tensor.
+        specs: what each of them is: :func:`expected_parameters` of ``config``, computed once when it was opened.
     """
 
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]: ...
+    config: ModelConfig
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    specs: Mapping[str, ParameterSpec]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,25 +126,26 @@ def canonical_name(source_name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def check_entries(config: ModelConfig, found: Iterable[FoundTensor], *, path: Path) -> dict[str, TensorEntry]:
-    """Checks that the tensors found are exactly those that ``config`` asks for.
+def check_entries(
+    expected: Mapping[str, ParameterSpec], found: Iterable[FoundTensor], *, path: Path
+) -> dict[str, TensorEntry]:
+    """Checks that the tensors found are exactly those of a model.
 
     Args:
-        config: of the model.
+        expected: :func:`expected_parameters` of its config.
         found: every tensor of the checkpoint but those known to be no parameters.
         path: of the checkpoint, for the message.
 
     Returns:
-        canonical name to entry, in the order of :func:`expected_parameters`.
+        canonical name to entry, in the order of ``expected``.
 
     Raises:
         CheckpointError: lists all unknown, missing, duplicate, misshapen and unreadable tensors at once.
     """
-    expected = expected_parameters(config)
     entries: dict[str, FoundTensor] = {}
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEM_KINDS}
     for tensor in found:
-        if tensor.name not in expected:
+        if tensor.name is None or tensor.name not in expected:
             problems["unknown"].append(tensor.source_name)
             continue
         if tensor.name in entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_fi
     opened = convert.open_source(four_bit_file)
     name = "layers.0.mlp.down.weight"
     entry = recipes._as_floats(opened.entries[name])
-    mixed = recipes._FloatSource(opened.config, opened.path, {**opened.entries, name: entry})
+    mixed = dataclasses.replace(opened, entries={**opened.entries, name: entry})
     monkeypatch.setattr(convert, "open_source", lambda _: mixed)
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
     assert code == 0

@@ -12,9 +12,10 @@ from gguf import GGMLQuantizationType
 from pallas_kernels.arrays.weight import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig, RopeScaling
-from qspec_jax.weights.gguf.file import GGUFFile
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.weights.gguf import file as gguf_file
 from qspec_jax.weights.resolve import open_source
-from qspec_jax.weights.source import CheckpointSource, FourBitFormat, QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor
 from tests.weights.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,
@@ -49,7 +50,6 @@ def test_float_tensors_equal_those_of_the_same_model_as_safetensors(tmp_path, ar
     tensors = hf_tensors(config)
     from_hf = open_source(write_hf(tmp_path / "hf", config, tensors))
     from_gguf = open_source(write_gguf(tmp_path / "model.gguf", config, gguf_tensors(config, tensors)))
-    assert isinstance(from_gguf, CheckpointSource)
     assert from_gguf.entries.keys() == from_hf.entries.keys()
     for name, entry in from_gguf.entries.items():
         assert entry.shape == from_hf.entries[name].shape
@@ -86,7 +86,7 @@ def test_4_bit_linears_are_bit_exact(llama, linear_type):
         raw = gguf.quants.quantize(tensors[f"blk.1.{name}.weight"], linear_type)
         expected = gguf.quants.dequantize(raw, linear_type)
         entry = source.entries[f"layers.1.attention.{module}.weight"]
-        assert entry.four_bit == FourBitFormat(32, symmetric)
+        assert entry.four_bit == WeightFormat(32, symmetric)
         floats = packed_floats(entry.read())
         np.testing.assert_array_equal(floats if heads is None else permute_rows(floats, heads), expected)
 
@@ -157,12 +157,17 @@ def test_demo_model_config(demo_gguf):
     assert (config.rope_theta, config.tie_word_embeddings, config.eos_token_ids) == (100000.0, True, (2,))
 
 
-def test_an_open_file_is_parsed_once(llama):
+def test_a_file_is_parsed_once_while_its_source_is_held(llama, monkeypatch):
+    """The tokenizer of the model is made of the same file."""
     config, tensors, path = llama
+    parsed, parse = [], gguf_file._parse
+    monkeypatch.setattr(gguf_file, "_parse", lambda path: parsed.append(path) or parse(path))
     source = open_source(write_gguf(path, config, tensors))
-    assert GGUFFile.open(path) is source.file
+    gguf_file.GGUFFile.open(path)
+    assert parsed == [source.path]
     write_gguf(path, config | {"rope_theta": 5.0}, tensors | {"output.weight": tensors["output.weight"] + 1})
-    assert GGUFFile.open(path) is not source.file
+    gguf_file.GGUFFile.open(path)
+    assert parsed == [source.path] * 2
 
 
 def llama3_divisors(factor: float, theta: float, *, low: float = 1.0, high: float = 4.0) -> np.ndarray:
@@ -265,7 +270,7 @@ def test_truncated_files(llama, fraction):
 def test_lists_of_numbers_are_read_with_their_types(llama):
     lists = {"a": [1, -2, 3], "b": [0.5, -1.0], "c": [True, False, True]}
     config, tensors, path = llama
-    metadata = GGUFFile.open(write_gguf(path, config, tensors, metadata=lists)).metadata
+    metadata = gguf_file.GGUFFile.open(write_gguf(path, config, tensors, metadata=lists)).metadata
     assert {name: metadata[name] for name in lists} == lists
     assert [type(value) for value in (metadata["a"][0], metadata["b"][0], metadata["c"][0])] == [int, float, bool]
 

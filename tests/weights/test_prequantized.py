@@ -12,6 +12,7 @@ from pallas_kernels import QuantizedWeight, dequantize, pack_codes
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
 from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.precision import Precision
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.huggingface.unpack import (
@@ -24,7 +25,7 @@ from qspec_jax.weights.huggingface.unpack import (
     unpack_qspec,
 )
 from qspec_jax.weights.resolve import open_source
-from qspec_jax.weights.source import FourBitFormat, QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor
 from tests.weights import prequantized_packers as packers
 from tests.weights.prequantized_packers import CASES, random_weight, tiny_checkpoint
 from tests.weights.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf
@@ -102,7 +103,7 @@ def test_a_loaded_model_holds_the_weights_that_its_file_means(tmp_path, case):
     checkpoint = tiny_checkpoint(CASES[case])
     source = open_source(checkpoint.write(tmp_path / "quantised"))
     four_bit = source.entries["layers.1.mlp.up.weight"].four_bit
-    assert four_bit == FourBitFormat(CASES[case].group_size or HIDDEN, CASES[case].symmetric)
+    assert four_bit == WeightFormat(CASES[case].group_size or HIDDEN, CASES[case].symmetric)
     decoder = loaded(source, scan_layers=False)
     weight = decoder.layers[1].mlp.gate_up.weight.get_value()
     np.testing.assert_array_equal(weight.packed.shape, (2 * MLP, HIDDEN // 2))

@@ -1,13 +1,20 @@
 """Which tensors a model has, and how a checkpoint that does not have them is reported."""
 
+import collections
+import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qspec_jax.errors import CheckpointError
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.weights.fill import load_decoder, load_layer, weight_formats
+from qspec_jax.weights.gguf import file as _gguf  # noqa: F401 - imported late, and counted
+from qspec_jax.weights.huggingface import directory as _directory  # noqa: F401
+from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import FoundTensor, TensorEntry, check_entries
 from tests.weights.tiny_checkpoints import (
     ARCHITECTURES,
@@ -17,9 +24,43 @@ from tests.weights.tiny_checkpoints import (
     KV_HEADS,
     MLP,
     VOCAB,
+    gguf_tensors,
     hf_config,
     hf_tensors,
+    write_gguf,
+    write_hf,
 )
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_opening_and_loading_lists_the_parameters_once_and_reads_the_config_once(tmp_path, monkeypatch, kind):
+    calls = collections.Counter()
+    for name, module in list(sys.modules.items()):  # in whichever file it is asked for
+        if name.startswith("qspec_jax.") and getattr(module, "expected_parameters", None) is expected_parameters:
+            monkeypatch.setattr(module, "expected_parameters", count(calls, "parameters", expected_parameters))
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: calls.update([path.name]) or read_text(path, **how))
+    config = hf_config()
+    if kind == "directory":
+        source = open_source(write_hf(tmp_path, config, hf_tensors(config)))
+    else:
+        tensors = gguf_tensors(config, hf_tensors(config))
+        source = open_source(write_gguf(tmp_path / "model.gguf", config, tensors))
+    load_decoder(
+        source,
+        quantization=QuantConfig(),
+        formats=weight_formats(source, QuantConfig()),
+        dtype=jnp.float32,
+        kernels="reference",
+        scan_layers=True,
+    )
+    load_layer(source, 0)
+    assert (calls["parameters"], calls["config.json"]) == (1, int(kind == "directory"))
+    assert source.specs == expected_parameters(source.config)
+
+
+def count(calls, what, function):
+    return lambda *arguments: calls.update([what]) or function(*arguments)
 
 
 def found(config: ModelConfig) -> list[FoundTensor]:
@@ -50,7 +91,7 @@ def test_names_shapes_and_kinds():
 
 def test_fitting_tensors_come_back_in_the_order_of_the_model():
     config = ModelConfig.from_hf(hf_config())
-    entries = check_entries(config, reversed(found(config)), path=Path("model"))
+    entries = check_entries(expected_parameters(config), reversed(found(config)), path=Path("model"))
     assert list(entries) == list(expected_parameters(config))
 
 
@@ -69,7 +110,7 @@ def test_all_problems_are_listed_at_once():
         FoundTensor("file.layer9", "layers.9.mlp.up.weight", TensorEntry((MLP, HIDDEN), read)),
     ]
     with pytest.raises(CheckpointError) as caught:
-        check_entries(config, [*tensors.values(), *extra], path=Path("some/model"))
+        check_entries(expected_parameters(config), [*tensors.values(), *extra], path=Path("some/model"))
     message = str(caught.value)
     assert message.startswith("some/model: ")
     assert "unknown (2): file.adapter, file.layer9" in message
@@ -82,5 +123,5 @@ def test_all_problems_are_listed_at_once():
 def test_long_lists_are_cut_with_a_count():
     config = ModelConfig.from_hf(hf_config())
     with pytest.raises(CheckpointError, match=r"missing \(\d+\): .*, and \d+ more") as caught:
-        check_entries(config, [], path=Path("model"))
+        check_entries(expected_parameters(config), [], path=Path("model"))
     assert len(str(caught.value)) < 1000

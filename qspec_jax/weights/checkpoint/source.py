@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import unpack_codes
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
-from qspec_jax.weights.source import FourBitFormat, QuantizedTensor, TensorEntry
+from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedSource:
-    """A checkpoint as a ``CheckpointSource`` whose linears are 4-bit codes."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
-
-
-def open_saved_source(checkpoint: Checkpoint) -> SavedSource:
+def open_saved_source(checkpoint: Checkpoint) -> Source:
     """The tensors of an opened checkpoint. A layer is read when the first of its tensors is."""
-    config = checkpoint.manifest.model
+    specs = expected_parameters(checkpoint.manifest.model)
     read_group = functools.lru_cache(maxsize=1)(checkpoint.read_group)
     entries = {}
-    for name, spec in expected_parameters(config).items():
+    for name, spec in specs.items():
         if spec.kind == "linear":
             weight_format = checkpoint.manifest.formats[spec.module]
-            four_bit = FourBitFormat(weight_format.group_size or spec.shape[1], weight_format.symmetric)
+            four_bit = WeightFormat(weight_format.group_size or spec.shape[1], weight_format.symmetric)
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
             entries[name] = TensorEntry(spec.shape, read, four_bit)
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
-    return SavedSource(config, checkpoint.path, entries)
+    return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
 
 
 def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:

@@ -21,11 +21,12 @@ import numpy as np
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig, RopeScaling
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import ParameterSpec, expected_parameters
 from qspec_jax.weights.source import (
     FoundTensor,
-    FourBitFormat,
     QuantizedTensor,
+    Source,
     TensorEntry,
     canonical_name,
     check_entries,
@@ -53,7 +54,7 @@ _NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"  # a table made from the config, not a parameter
 _GROUP_SIZE = 32
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_FOUR_BIT = {"Q4_0": FourBitFormat(_GROUP_SIZE, symmetric=True), "Q4_1": FourBitFormat(_GROUP_SIZE, symmetric=False)}
+_FOUR_BIT = {"Q4_0": WeightFormat(_GROUP_SIZE, symmetric=True), "Q4_1": WeightFormat(_GROUP_SIZE, symmetric=False)}
 
 _open_files: weakref.WeakValueDictionary[tuple[str, int, int], GGUFFile] = weakref.WeakValueDictionary()
 
@@ -112,17 +113,7 @@ class GGUFFile:
         return tuple(dict.fromkeys(self.metadata[key] for key in keys if key in self.metadata))
 
 
-@dataclasses.dataclass(frozen=True)
-class GGUFSource:
-    """A GGUF file as a ``CheckpointSource``."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
-    file: GGUFFile
-
-
-def open_gguf(path: str | os.PathLike[str]) -> GGUFSource:
+def open_gguf(path: str | os.PathLike[str]) -> Source:
     """Opens a GGUF file and checks that its tensors are those of its config.
 
     Raises:
@@ -131,7 +122,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFSource:
     """
     file = GGUFFile.open(path)
     config = read_config(file)
-    return GGUFSource(config, file.path, check_entries(config, _found_tensors(file, config), path=file.path), file)
+    specs = expected_parameters(config)
+    found = _found_tensors(file, config, specs)
+    return Source(config, file.path, check_entries(specs, found, path=file.path), specs)
 
 
 def _parse(path: Path) -> GGUFFile:
@@ -258,15 +251,15 @@ def _llama3_divisors(config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
     return 1.0 / ((1.0 - keep) / scaling.factor + keep)
 
 
-def _found_tensors(file: GGUFFile, config: ModelConfig) -> Iterable[FoundTensor]:
-    kinds = {name: spec.kind for name, spec in expected_parameters(config).items()}
+def _found_tensors(file: GGUFFile, config: ModelConfig, specs: Mapping[str, ParameterSpec]) -> Iterable[FoundTensor]:
+    linears = {name for name, spec in specs.items() if spec.kind == "linear"}
     for source_name, tensor in file.tensors.items():
         if source_name == _ROPE_FACTORS:
             continue
         name = canonical_name(source_name, _NAMES)
         order = _row_order(name or "", config) if file.architecture == "llama" else None
-        four_bit = _FOUR_BIT.get(tensor.tensor_type.name) if kinds.get(name or "") == "linear" else None
-        read = functools.partial(_read_codes if four_bit else _read_floats, tensor, rows=order)
+        four_bit = _FOUR_BIT.get(tensor.tensor_type.name) if name in linears else None
+        read = functools.partial(_read, file, source_name, rows=order, codes=four_bit is not None)
         problem = None if _can_dequantize(tensor.tensor_type) else f"is {tensor.tensor_type.name}, which cannot be read"
         quantized = four_bit is None and tensor.tensor_type.name not in _FLOAT_TYPES
         entry = TensorEntry(_shape(tensor), read, four_bit, tensor.tensor_type.name if quantized else None)
@@ -302,6 +295,12 @@ def _can_dequantize(tensor_type: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _read(file: GGUFFile, source_name: str, *, rows: np.ndarray | None, codes: bool) -> np.ndarray | QuantizedTensor:
+    """One tensor. A source that can read holds the file: its tokenizer, opened meanwhile, does not parse it again."""
+    tensor = file.tensors[source_name]
+    return _read_codes(tensor, rows=rows) if codes else _read_floats(tensor, rows=rows)
 
 
 def _read_floats(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> np.ndarray:

@@ -23,8 +23,9 @@ import numpy as np
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.huggingface import layouts as quantized_layouts
-from qspec_jax.weights.source import FoundTensor, StoredTensor, TensorEntry, canonical_name, check_entries
+from qspec_jax.weights.source import FoundTensor, Source, StoredTensor, TensorEntry, canonical_name, check_entries
 
 _NAMES = {
     r"model\.embed_tokens\.weight": r"embedding.weight",
@@ -54,16 +55,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class HuggingFaceSource:
-    """A Hugging Face directory as a ``CheckpointSource``."""
-
-    config: ModelConfig
-    path: Path
-    entries: Mapping[str, TensorEntry]
-
-
-def open_hf(path: str | os.PathLike[str]) -> HuggingFaceSource:
+def open_hf(path: str | os.PathLike[str]) -> Source:
     """Opens a directory and checks that its tensors are those of its config.
 
     Raises:
@@ -71,34 +63,30 @@ def open_hf(path: str | os.PathLike[str]) -> HuggingFaceSource:
         UnsupportedModelError: the architecture, or an option of it, is not supported.
     """
     path = Path(path)
-    config = read_config(path)
-    stored = [tensor for file in _weight_files(path) for tensor in _stored_tensors(file)]
-    try:
-        layout = quantized_layouts.read_layout(_read_json(path / "config.json"), stored)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{path}: {error}") from error
-    found = []
-    if layout is not None:
-        found, stored = quantized_layouts.found_linears(layout, stored, config, _canonical_name)
-    found += [_found_tensor(tensor) for tensor in stored if not _is_superfluous(tensor.name, config)]
-    if layout is not None:
-        found = quantized_layouts.completed(layout, found, config)
-    return HuggingFaceSource(config, path, check_entries(config, found, path=path))
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The config of the directory, with the end tokens that its ``generation_config.json`` adds.
-
-    Raises:
-        CheckpointError: a file is missing or is not JSON.
-        UnsupportedModelError: the architecture, or an option of it, is not supported.
-    """
     if not (path / "config.json").exists():
         raise CheckpointError(
             f"{path} has no config.json; give a Hugging Face directory (config.json and *.safetensors) or a GGUF file"
         )
+    config_json = _read_json(path / "config.json")
+    config = _model_config(path, config_json)
+    specs = expected_parameters(config)
+    stored = [tensor for file in _weight_files(path) for tensor in _stored_tensors(file)]
     try:
-        parsed = _read_json(path / "config.json")
+        layout = quantized_layouts.read_layout(config_json, stored)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    found = []
+    if layout is not None:
+        found, stored = quantized_layouts.found_linears(layout, stored, specs, _canonical_name)
+    found += [_found_tensor(tensor) for tensor in stored if not _is_superfluous(tensor.name, config)]
+    if layout is not None:
+        found = quantized_layouts.completed(layout, found, specs)
+    return Source(config, path, check_entries(specs, found, path=path), specs)
+
+
+def _model_config(path: Path, parsed: Mapping[str, Any]) -> ModelConfig:
+    """The config of the directory, with the end tokens that its ``generation_config.json`` adds."""
+    try:
         quantized_layouts.refuse_online_hadamard(parsed)
         config = ModelConfig.from_hf(parsed)
     except UnsupportedModelError as error:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from qspec_jax.errors import UnsupportedModelError
-from qspec_jax.model.config import ModelConfig, quantization_config
-from qspec_jax.model.parameters import ParameterSpec, expected_parameters
+from qspec_jax.model.config import quantization_config
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import ParameterSpec
 from qspec_jax.weights.huggingface import unpack as prequantized
 from qspec_jax.weights.huggingface.unpack import Unpacked
-from qspec_jax.weights.source import FoundTensor, FourBitFormat, QuantizedTensor, StoredTensor, TensorEntry
+from qspec_jax.weights.source import FoundTensor, QuantizedTensor, StoredTensor, TensorEntry
 
 GROUP_SIZES = (32, 64, 128)
 _ONLINE_HADAMARD = (
@@ -233,14 +234,17 @@ def _group_size(
 
 
 def found_linears(
-    layout: Layout, stored: Iterable[StoredTensor], config: ModelConfig, name_of: Callable[[str], str | None]
+    layout: Layout,
+    stored: Iterable[StoredTensor],
+    specs: Mapping[str, ParameterSpec],
+    name_of: Callable[[str], str | None],
 ) -> tuple[list[FoundTensor], list[StoredTensor]]:
     """Puts the tensors of quantised linears together.
 
     Args:
         layout: of the checkpoint.
         stored: all of its tensors.
-        config: of the model.
+        specs: the parameters of the model.
         name_of: the canonical name of a tensor of an unquantised checkpoint.
 
     Returns:
@@ -256,7 +260,6 @@ def found_linears(
             twice.append(FoundTensor(tensor.name, name_of(f"{module}.weight"), TensorEntry(tensor.shape, tensor.read)))
         else:
             modules[module][part] = tensor
-    specs = expected_parameters(config)
     linears = [_linear(layout, module, parts, specs, name_of) for module, parts in modules.items()]
     return linears + twice, others
 
@@ -274,7 +277,7 @@ def _linear(
     read = functools.partial(_read, layout, parts, keep_codes=spec is not None and spec.kind == "linear")
     if spec is None or len(spec.shape) != 2:
         return FoundTensor(source_name, None, TensorEntry((), read))
-    four_bit = FourBitFormat(layout.group_size or spec.shape[1], layout.symmetric) if spec.kind == "linear" else None
+    four_bit = WeightFormat(layout.group_size or spec.shape[1], layout.symmetric) if spec.kind == "linear" else None
     misfits = tuple(_misfits(layout, module, parts, spec.shape))
     return FoundTensor(source_name, name, TensorEntry(spec.shape, read, four_bit), misfits=misfits)
 
@@ -306,13 +309,12 @@ def _read(layout: Layout, parts: Mapping[str, StoredTensor], *, keep_codes: bool
     return tensor if keep_codes else prequantized.dequantized(tensor)
 
 
-def completed(layout: Layout, found: Iterable[FoundTensor], config: ModelConfig) -> list[FoundTensor]:
+def completed(layout: Layout, found: Iterable[FoundTensor], specs: Mapping[str, ParameterSpec]) -> list[FoundTensor]:
     """The parameters found, without those that a library adds to a model and with those that it folds away.
 
     AutoGPTQ gives every linear a bias, zero where the model has none. A file of the QSpec format has no norms: their
     gains are in the linears after them (``third-party/QuaRot/e2e/checkpoint_utils/quantize_llama_checkpoint.py``).
     """
-    specs = expected_parameters(config)
     found = [tensor for tensor in found if tensor.name in specs or not _is_zero_bias(tensor)]
     if layout.method != "qspec":
         return found
