@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.recipes.catalogue import RECIPES
 
 if TYPE_CHECKING:
-    from qspec_jax.recipes.catalogue import Conversion, RecipeOptions
+    from qspec_jax.recipes.convert import Conversion
+    from qspec_jax.recipes.steps import RecipeOptions
 
 _SECONDS_BETWEEN_LINES = 30
 _INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
@@ -37,11 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipe",
         required=True,
         metavar="NAME|FILE.toml",
-        help="keep: weights that are 4-bit already stay as they are; rtn: weights are rounded to nearest; "
-        "gptq: rounded so that later weights make up for the errors of earlier ones on calibration text; "
-        "quarot-rtn, quarot-gptq: the model is rotated (QuaRot) first; atom: channels are sorted by loudness first, "
-        "then gptq; resq: the model is rotated onto its principal axes first, then gptq; "
-        "or a file that names one of them and holds options",
+        help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+        + "; or a file that names one of them and holds options",
     )
     add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")
     either = parser.add_mutually_exclusive_group()
@@ -74,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    from qspec_jax.recipes.catalogue import Progress
     from qspec_jax.recipes.convert import convert
     from qspec_jax.recipes.files import read_recipe
+    from qspec_jax.recipes.steps import Progress
 
     recipe, options = read_recipe(arguments.recipe)
     keep_compiled_programs()

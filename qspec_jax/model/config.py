@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
 
+DTYPES = ("float32", "bfloat16")  # of what is not quantised
+WHOLE_ROW = "row"  # for people: the group size None
+ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
 SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # options: weights/huggingface/layouts.py
 
 
@@ -278,7 +281,7 @@ class QuantConfig:
 
     group_size: int | None = 32
     symmetric: bool = False
-    w4a4: ActivationQuantization = ActivationQuantization(group_size=32, symmetric=False, outlier_groups=1)
+    w4a4: ActivationQuantization = ActivationQuantization(ACTIVATION_GROUP, symmetric=False, outlier_groups=1)
     w4a8: ActivationQuantization = ActivationQuantization()
 
     def __post_init__(self) -> None:

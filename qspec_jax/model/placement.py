@@ -12,10 +12,9 @@ import pallas_kernels
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import DTYPES
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear
-
-DTYPES = ("float32", "bfloat16")
 
 
 def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:

@@ -23,10 +23,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from pallas_kernels.hadamard.matrices import hadamard_matrix
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.config import ACTIVATION_GROUP, ModelConfig
 from qspec_jax.quantization.rotation import OrthogonalMatrix, Rotation, rotated_config
-
-GROUP = 32  # of activations, whose channels are mixed with each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def principal_config(config: ModelConfig) -> ModelConfig:
 
 def _block(size: int) -> int:
     """Neighbours that are mixed: those of a group, or as many as divide ``size``; a power of two."""
-    return math.gcd(GROUP, size)
+    return math.gcd(ACTIVATION_GROUP, size)
 
 
 def _mixed_principal_axes(moment: Float64[np.ndarray, "n n"]) -> OrthogonalMatrix:

@@ -76,15 +76,10 @@ class Rotation:
     fold_gains: bool = True
 
 
-def unrotated_config(config: ModelConfig) -> ModelConfig:
-    """The config itself.
-
-    Raises:
-        UsageError: the model is rotated already.
-    """
+def require_unrotated(config: ModelConfig) -> None:
+    """Raises UsageError if the model is rotated already."""
     if config.down_hadamard:
         raise UsageError("this model is rotated already; use a recipe that does not rotate, rtn for example")
-    return config
 
 
 def rotated_config(config: ModelConfig, *, hadamard_block: int | None = None) -> ModelConfig:
@@ -93,7 +88,7 @@ def rotated_config(config: ModelConfig, *, hadamard_block: int | None = None) ->
     Raises:
         UsageError: the model is rotated already, or its MLP has a size without a Hadamard matrix.
     """
-    unrotated_config(config)
+    require_unrotated(config)
     try:
         core_order(hadamard_block or config.intermediate_size)
     except ValueError as error:

@@ -11,20 +11,32 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ModelConfig
-from qspec_jax.model.decoder import abstract_decoder, num_bytes
-from qspec_jax.recipes.catalogue import WHOLE_ROW, Conversion, Progress, Recipe, RecipeOptions
+from qspec_jax.model.config import WHOLE_ROW, ModelConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.recipes.catalogue import Recipe
 from qspec_jax.recipes.layerwise import open_calibration
+from qspec_jax.recipes.steps import Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.work_folder import remove_work_folders
 from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
-from qspec_jax.weights.fill import weight_formats
+from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer, resolve_model
 from qspec_jax.weights.source import Source
 
 # Float32 copies of the largest tensor that reading and rounding it take beside the finished model.
 _WORKING_COPIES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` did."""
+
+    path: Path
+    bytes_before: int
+    bytes_after: int
+    seconds: float
 
 
 def convert(
@@ -62,9 +74,10 @@ def convert(
     progress.say(f"{source_path.name}: {needed}")
     tokenizer = open_tokenizer(source_path)
     bytes_before = model_bytes(source_path)
-    if recipe.calibrate is not None:
+    context = RecipeContext(options, progress)
+    if recipe.needs_text:
         assert options.calibration is not None
-        calibration = open_calibration(
+        text = open_calibration(
             source,
             tokenizer,
             options.calibration,
@@ -72,8 +85,8 @@ def convert(
             output=Path(path),
             settings=recorded(recipe, options),
         )
-        source = recipe.calibrate(source, options, calibration, progress)
-    decoder = recipe.quantize(source, options, progress)
+        context = dataclasses.replace(context, text=text)
+    decoder = _load(recipe.apply(source, context), options, progress)
     manifest = save_checkpoint(
         path,
         decoder,
@@ -85,6 +98,19 @@ def convert(
     )
     remove_work_folders(Path(path))
     return Conversion(Path(path), bytes_before, manifest.num_bytes, time.perf_counter() - start)
+
+
+def _load(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
+    # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
+    return load_decoder(
+        source,
+        quantization=options.quantization,
+        formats=weight_formats(source, options.quantization),
+        dtype=jnp.dtype(options.dtype),
+        kernels=REFERENCE,
+        scan_layers=True,
+        progress=lambda tensors: progress.bar(tensors, "quantising"),
+    )
 
 
 def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
@@ -120,10 +146,10 @@ def _estimate(source: Source, config: ModelConfig, options: RecipeOptions) -> _E
 
 
 def _check_calibration(recipe: Recipe, options: RecipeOptions) -> None:
-    if recipe.calibrate is not None and options.calibration is None:
+    if recipe.needs_text and options.calibration is None:
         raise UsageError(
             f"recipe {recipe.name} runs the model on text, and none is given; use --calibration FILE (a text, or JSONL "
             'with {"prompt": TEXT} on each line)'
         )
-    if recipe.calibrate is None and options.calibration is not None:
+    if not recipe.needs_text and options.calibration is not None:
         raise UsageError(f"recipe {recipe.name} reads no calibration text; leave out --calibration, or use gptq")

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ActivationQuantization
-from qspec_jax.recipes.catalogue import RECIPES, WHOLE_ROW, Recipe, RecipeOptions
+from qspec_jax.model.config import WHOLE_ROW, ActivationQuantization
+from qspec_jax.recipes.catalogue import RECIPES, Recipe
+from qspec_jax.recipes.steps import RecipeOptions
 
 
 def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:

@@ -11,9 +11,9 @@ from qspec_jax.model.parameters import ParameterSpec, expected_parameters
 from qspec_jax.quantization.rotation import (
     Rotation,
     random_rotation,
+    require_unrotated,
     rotate_parameter,
     rotated_config,
-    unrotated_config,
 )
 from qspec_jax.weights.source import Source, TensorEntry
 
@@ -29,7 +29,8 @@ def rotate_source(source: Source, rotation: Rotation | None = None) -> Source:
         UsageError: the model is rotated already, or its MLP has a size without a Hadamard matrix.
     """
     rotation = random_rotation(source.config) if rotation is None else rotation
-    config, specs = unrotated_config(source.config), source.specs
+    require_unrotated(source.config)
+    config, specs = source.config, source.specs
     if rotation.fold_gains:
         config = rotated_config(config, hadamard_block=rotation.hadamard_block)
         specs = expected_parameters(config)  # a head that was tied is one more

@@ -20,9 +20,10 @@ import qspec_jax
 from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import RequantizationWarning
-from qspec_jax.recipes import catalogue as recipes
 from qspec_jax.recipes import convert
 from qspec_jax.recipes import files as recipe_files
+from qspec_jax.recipes.catalogue import RECIPES
+from qspec_jax.recipes.floats import float_entry
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.golden import make_demo
@@ -119,8 +120,8 @@ def test_warnings_of_loading_are_shown_as_lines(capsys, tmp_path, four_bit_file,
         warnings.warn("twice rounded", RequantizationWarning, stacklevel=1)
         return load_decoder(*arguments, **options)
 
-    load_decoder = recipes.load_decoder
-    monkeypatch.setattr(recipes, "load_decoder", load_with_warning)
+    load_decoder = convert.load_decoder
+    monkeypatch.setattr(convert, "load_decoder", load_with_warning)
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
     assert code == 0
     assert "\nwarning: twice rounded\n" in err
@@ -137,7 +138,7 @@ def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):
 def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_file, monkeypatch):
     opened = convert.open_source(four_bit_file)
     name = "layers.0.mlp.down.weight"
-    entry = recipes._as_floats(opened.entries[name])
+    entry = float_entry(opened.entries[name])
     mixed = dataclasses.replace(opened, entries={**opened.entries, name: entry})
     monkeypatch.setattr(convert, "open_source", lambda _: mixed)
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
@@ -245,6 +246,28 @@ def test_an_unknown_recipe_exits_with_2_before_anything_is_read(capsys, tmp_path
     assert message in err
 
 
+def test_help_and_documents_say_of_each_recipe_what_the_catalogue_says(capsys):
+    with pytest.raises(SystemExit):
+        quantize.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    documented = (ROOT / "docs" / "quantization.md").read_text()
+    rows = [f"| `{recipe.name}` | {recipe.summary} |" for recipe in RECIPES.values()]
+    assert "\n".join(rows) in documented
+    assert all(f"{recipe.name}: {recipe.summary}" in shown for recipe in RECIPES.values())
+
+
+def test_the_catalogue_is_read_without_jax():
+    """By ``--help``, for one. The package itself is stood in for: what its ``__init__`` imports is not asked here."""
+    code = (
+        "import sys, types\n"
+        "package = sys.modules['qspec_jax'] = types.ModuleType('qspec_jax')\n"
+        "package.__path__ = ['qspec_jax']\n"
+        "from qspec_jax.recipes.catalogue import RECIPES\n"
+        "assert RECIPES['resq'].needs_text and 'jax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize(
     "arguments", [["m"], ["m", "o"], ["m", "o", "--recipe", "rtn", "--symmetric", "--asymmetric"], ["m", "o", "--x"]]
 )
@@ -259,7 +282,7 @@ def test_what_is_at_the_destination_is_checked_before_the_work(capsys, tmp_path,
     assert run(capsys, four_bit_file, done, "--recipe", "keep")[0] == 0
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    monkeypatch.setattr(recipes, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
+    monkeypatch.setattr(convert, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
     code, _, err = run(capsys, four_bit_file, done, "--recipe", "keep")
     assert code == 2
     assert "is a checkpoint already; give another path, or --overwrite" in err
@@ -269,7 +292,7 @@ def test_what_is_at_the_destination_is_checked_before_the_work(capsys, tmp_path,
 
 
 def test_what_cannot_fit_is_refused_with_numbers_before_the_work(capsys, tmp_path, four_bit_file, monkeypatch):
-    monkeypatch.setattr(recipes, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
+    monkeypatch.setattr(convert, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available_bytes", lambda: 1000)
         code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
