@@ -1,14 +1,24 @@
-"""QSpec for JAX: 4-bit drafts verified at 16-bit activations, from one set of weights and one KV cache."""
+"""QSpec for JAX: 4-bit drafts verified at 16-bit activations, from one set of weights and one KV cache.
 
-from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.device.compilation_cache import enable_compilation_cache
-from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.engine.load import load, save
-from qspec_jax.engine.pipeline import Pipeline
-from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
-from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
-from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
-from qspec_jax.model.precision import Precision
+Importing the package imports nothing else of it, and no JAX, until one of its names is used (PEP 562): a command
+answers ``--help`` and wrong options at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qspec_jax.decoding.sampling_params import SamplingParams
+    from qspec_jax.device.compilation_cache import enable_compilation_cache
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.engine.load import load, save
+    from qspec_jax.engine.pipeline import Pipeline
+    from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
+    from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
+    from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
+    from qspec_jax.model.precision import Precision
 
 __version__ = "0.1.0"
 
@@ -32,3 +42,38 @@ __all__ = [
     "load",
     "save",
 ]
+
+# The module of each name, as the imports above have it.
+_MODULES = {
+    "ActivationQuantization": "qspec_jax.model.config",
+    "CheckpointError": "qspec_jax.errors",
+    "GenerationResult": "qspec_jax.engine.results",
+    "GenerationStats": "qspec_jax.engine.results",
+    "LanguageModel": "qspec_jax.engine.language_model",
+    "ModelConfig": "qspec_jax.model.config",
+    "OutOfMemoryError": "qspec_jax.errors",
+    "Pipeline": "qspec_jax.engine.pipeline",
+    "Precision": "qspec_jax.model.precision",
+    "QSpecError": "qspec_jax.errors",
+    "QuantConfig": "qspec_jax.model.config",
+    "RunTotals": "qspec_jax.engine.results",
+    "SamplingParams": "qspec_jax.decoding.sampling_params",
+    "UnsupportedModelError": "qspec_jax.errors",
+    "UsageError": "qspec_jax.errors",
+    "enable_compilation_cache": "qspec_jax.device.compilation_cache",
+    "load": "qspec_jax.engine.load",
+    "save": "qspec_jax.engine.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name on its first use; later ones find it in the module itself."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """What is here and what will be."""
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import qspec_jax
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,10 +70,27 @@ def names_defined(path: Path) -> set[str]:
     return assigned | {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
+def test_public_names_are_the_ones_that_type_checkers_see():
+    tree = ast.parse((ROOT / "qspec_jax" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == qspec_jax._MODULES
+    assert sorted(seen) == sorted(qspec_jax.__all__)
+    assert set(qspec_jax.__all__) <= set(dir(qspec_jax))
+    for name in qspec_jax.__all__:
+        assert getattr(qspec_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'qspec_jax' has no attribute 'Qspec'"):
+        qspec_jax.Qspec  # noqa: B018 - looked up, that is all
+
+
 def test_importing_does_no_work():
-    """No backend is initialised, no tokenizer library loaded, no kernel of a GPU or TPU read."""
+    """The package alone imports nothing; all of it initialises no backend, loads no tokenizer library and no kernel."""
     code = (
-        "import sys, qspec_jax, pallas_kernels, jax\n"
+        "import sys, qspec_jax\n"
+        "found = {'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)\n"
+        "assert qspec_jax.__version__ and not found, found\n"
+        "from qspec_jax import *\n"
+        "import pallas_kernels, jax\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend was initialised'\n"
         "assert not {'transformers', 'torch', 'orbax', 'tensorstore'} & set(sys.modules)\n"
