@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 from qspec_jax.errors import UsageError
+from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
     from qspec_jax.evaluation.scores import ModelScore
@@ -109,6 +110,8 @@ def _request(arguments: argparse.Namespace) -> _Request:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
     if arguments.plot is not None or arguments.outlier_plot is not None:
         _require_matplotlib()
+    for model in (*(arguments.model or ()), arguments.baseline):
+        check_model_name(model)
     return _Request(precisions, drafts, lengths, text, prompts)
 
 

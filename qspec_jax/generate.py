@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
+from qspec_jax.commands.prompt_files import Prompt, PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.intake import require_some
-from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
+from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_counts(arguments)
     lines = _read_prompts(arguments)
     defaults = _defaults(arguments)
+    check_model_name(arguments.model)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
     stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
@@ -155,6 +156,8 @@ def _start(
     first: int = 0,
 ) -> Pipeline:
     """A pipeline with the prompts from ``first`` on in it, and room for all."""
+    from qspec_jax.engine.intake import require_some
+
     plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
     length = {"max_seq_len": arguments.max_seq_len}
     requests = [
@@ -243,8 +246,8 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")
-    if arguments.draft_length > 16:
-        raise UsageError(f"--draft-length {arguments.draft_length} must be at most 16")
+    if arguments.draft_length > MAX_DRAFT_LENGTH:
+        raise UsageError(f"--draft-length {arguments.draft_length} must be at most {MAX_DRAFT_LENGTH}")
 
 
 def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:

@@ -5,8 +5,9 @@ Takes what ``lm_eval`` takes, for example::
     python -m qspec_jax.harness run --model qspec --model_args model=CHECKPOINT,mode=w4a16 --tasks piqa
 
 ``mode`` is a mode of ``generate``; ``qspec`` generates with drafts (``draft``, ``draft_length``), and its likelihoods
-are those of W4A16, which decides what it generates. Needs ``pip install 'qspec-jax[eval]'``; importing this module
-registers the class. Tasks come from the Hugging Face hub, unless they are local ones (``--include_path``).
+are those of W4A16, which decides what it generates. Needs ``pip install 'qspec-jax[eval]'``. Other programs register
+the class by importing :mod:`qspec_jax.evaluation.harness_model`. Tasks come from the Hugging Face hub, unless they are
+local ones (``--include_path``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 
 
 def main() -> None:
-    """Runs the command of lm-eval, which then knows the model class ``qspec``."""
+    """Runs the command of lm-eval, which knows the model class ``qspec`` and imports it once a model is asked for."""
+    import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry
 
-    from qspec_jax.evaluation import harness_model  # noqa: F401 - registers the class
-
+    if "qspec" not in model_registry:
+        model_registry.register("qspec", target="qspec_jax.evaluation.harness_model:HarnessModel")
     cli_evaluate()
 
 

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.model.config import parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES
+from qspec_jax.recipes.files import read_recipe
+from qspec_jax.recipes.steps import Progress, RecipeOptions
+from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
     from qspec_jax.recipes.convert import Conversion
-    from qspec_jax.recipes.steps import RecipeOptions
 
 _SECONDS_BETWEEN_LINES = 30
 _INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
@@ -73,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    from qspec_jax.recipes.convert import convert
-    from qspec_jax.recipes.files import read_recipe
-    from qspec_jax.recipes.steps import Progress
-
     recipe, options = read_recipe(arguments.recipe)
+    options = _override(options, arguments)
+    check_model_name(arguments.model)
+    from qspec_jax.recipes.convert import convert
+
     keep_compiled_programs()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model,
             arguments.output,
             recipe=recipe,
-            options=_override(options, arguments),
+            options=options,
             overwrite=arguments.overwrite,
             progress=Progress(_bar, say),
         )
@@ -100,8 +103,6 @@ def summary(conversion: Conversion) -> str:
 
 def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
     """The options with what the command line says in their place."""
-    from qspec_jax.recipes.files import parse_group_size
-
     quantization = options.quantization
     if arguments.group_size is not None:
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import nnx
-
-from pallas_kernels import QuantizedWeight
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.linear import Linear
+from qspec_jax.model.config import WHOLE_ROW, ModelConfig, QuantConfig, parse_group_size
+from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.weights.resolve import open_source, resolve_model
+
+if TYPE_CHECKING:
+    from qspec_jax.engine.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,62 +49,34 @@ class ModelRequest:
         return qspec_jax.load(self.path, quantization=given, **placement)
 
 
-def quantized_weights(decoder: Decoder) -> list[QuantizedWeight]:
-    """Those of all linears of a decoder."""
-    weights = [module.weight.get_value() for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
-    return [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-
-
-def describe_model(model: LanguageModel, *, synthetic: bool) -> dict[str, Any]:
-    """What is measured, JSON-serialisable; ``formats`` are those that its linears have."""
-    quantization, decoder = model.quantization, model.decoder
-    formats = {(weight.group_size, weight.symmetric) for weight in quantized_weights(decoder)}
-    return {
-        "name": model.name,
-        "weights": "synthetic" if synthetic else "loaded",
-        "formats": [{"group_size": size, "symmetric": symmetric} for size, symmetric in sorted(formats)],
-        "quantization": None if quantization is None else dataclasses.asdict(quantization),
-        "dtype": str(decoder.dtype),
-        "kernels": model.kernels,
-        "num_bytes": model.nbytes,
-    }
-
-
 def chosen_model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
     """Name, shape and path of the model asked for; there is no path to synthetic weights."""
     if arguments.model is None:
-        import jax
-
-        name = arguments.preset or ("llama-3-8b" if jax.default_backend() == "gpu" else "smollm2-135m")
+        name = arguments.preset or options.default_preset()
         if name not in PRESETS:
             raise UsageError(f"--preset {name} is unknown; use one of {', '.join(PRESETS)}, or --model CHECKPOINT")
         return name, PRESETS[name], None
     if arguments.preset is not None or arguments.asymmetric:
         raise UsageError("--preset and --asymmetric choose synthetic weights; leave them out with --model")
-    from qspec_jax.weights.resolve import open_source, resolve_model
-
     path = resolve_model(arguments.model)
     return path.name, open_source(path).config, path
 
 
 def rotated(name: str, config: ModelConfig, text: str, path: Path | None) -> tuple[str, ModelConfig]:
     """Name and shape of the model that a rotating recipe makes; random weights need no rotation."""
-    from qspec_jax.quantization.rotation import rotated_config
-
     if path is not None:
         raise UsageError("--hadamard-block is for synthetic weights; rotate a model with a recipe of quantize")
     size = config.intermediate_size
-    blocks = [size] if text == options.WHOLE_ROW else options.parse_numbers(text, option="--hadamard-block")
+    blocks = [size] if text == WHOLE_ROW else options.parse_numbers(text, option="--hadamard-block")
     if len(blocks) > 1 or size % blocks[0]:
-        raise UsageError(f"--hadamard-block {text}: use one divisor of the MLP's {size} values, or {options.WHOLE_ROW}")
+        raise UsageError(f"--hadamard-block {text}: use one divisor of the MLP's {size} values, or {WHOLE_ROW}")
+    from qspec_jax.quantization.rotation import rotated_config
+
     return f"{name} with transforms of {blocks[0]}", rotated_config(config, hadamard_block=blocks[0])
 
 
 def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> QuantConfig | None:
     """How the weights are to be stored; None for what the model brings."""
-    from pallas_kernels import check_group_size
-    from qspec_jax.model.parameters import layer_anatomy
-
     text = arguments.group_size
     inputs = {path: linear.num_inputs for path, linear in layer_anatomy(config).linears.items()}
     if arguments.model is not None and text is None:
@@ -114,10 +85,7 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
         fitting = (size for size in (128, 64, 32) if not any(k % size for k in inputs.values()))
         group_size = next(fitting, None)
     else:
-        group_size = None if text == options.WHOLE_ROW else int(text)
+        group_size = parse_group_size(text)
     for name, k in inputs.items():
-        try:
-            check_group_size(k, group_size or k, what=name)
-        except ValueError as error:
-            raise UsageError(f"--group-size {text}: {error}") from error
+        options.check_group_size(k, group_size, text=text, what=name)
     return QuantConfig(group_size=group_size, symmetric=arguments.model is None and not arguments.asymmetric)

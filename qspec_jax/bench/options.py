@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from pallas_kernels import check_group_size
 from qspec_jax.bench.presets import PRESETS, MatmulShape, distinct, linear_shapes
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import GROUP_SIZES, WHOLE_ROW, parse_group_size
 from qspec_jax.weights.resolve import open_source, resolve_model
 
-WHOLE_ROW = "row"
-_GROUP_SIZES = ("32", "64", "128", WHOLE_ROW)
+_GROUP_SIZES = (*map(str, GROUP_SIZES), WHOLE_ROW)
 _SHAPE = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
@@ -36,8 +35,19 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def selected_shapes(arguments: argparse.Namespace, *, default_preset: str) -> list[MatmulShape]:
+def default_preset() -> str:
+    """The one that suits this device."""
+    import jax
+
+    return "llama-3-8b" if jax.default_backend() == "gpu" else "smollm2-135m"
+
+
+def selected_shapes(arguments: argparse.Namespace, *, default: str | None = None) -> list[MatmulShape]:
     """The shapes of all presets, checkpoints and single shapes that were asked for, each once.
+
+    Args:
+        arguments: parsed.
+        default: the preset where none of them is given; None for that of the device.
 
     Raises:
         UsageError: a name is unknown or a shape cannot be read.
@@ -45,7 +55,7 @@ def selected_shapes(arguments: argparse.Namespace, *, default_preset: str) -> li
     """
     presets = arguments.preset
     if not (presets or arguments.model or arguments.shape):
-        presets = [default_preset]
+        presets = [default or default_preset()]
     shapes: list[MatmulShape] = []
     for name in presets:
         if name not in PRESETS:
@@ -87,13 +97,22 @@ def selected_group_sizes(arguments: argparse.Namespace, shape: MatmulShape) -> l
     for text in texts:
         if text not in _GROUP_SIZES:
             raise UsageError(f"--group-size {text} is not supported; use {', '.join(_GROUP_SIZES)}")
-        size = shape.k if text == WHOLE_ROW else int(text)
-        try:
-            check_group_size(shape.k, size, what=f"shape {shape}")
-        except ValueError as error:
-            raise UsageError(f"--group-size {text}: {error}") from error
-        sizes.append(size)
+        group_size = parse_group_size(text)
+        check_group_size(shape.k, group_size, text=text, what=f"shape {shape}")
+        sizes.append(group_size or shape.k)
     return list(dict.fromkeys(sizes))
+
+
+def check_group_size(k: int, group_size: int | None, *, text: str | None, what: str) -> None:
+    """Raises UsageError unless ``k`` inputs split into whole groups; None is one group of all."""
+    if k % 2 == 0 and k % (group_size or k) == 0:
+        return
+    import pallas_kernels
+
+    try:
+        pallas_kernels.check_group_size(k, group_size or k, what=what)
+    except ValueError as error:
+        raise UsageError(f"--group-size {text}: {error}") from error
 
 
 def parse_numbers(text: str, *, option: str) -> list[int]:

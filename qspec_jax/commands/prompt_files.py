@@ -12,16 +12,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation."""
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 LINE_OPTIONS = ("max_new_tokens", "chat", *_SAMPLING)

@@ -10,13 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from qspec_jax.decoding.program_store import ProgramStore
-from qspec_jax.device.compilation_cache import OFF, VARIABLE, enable_compilation_cache
 from qspec_jax.errors import QSpecError, UsageError
+
+if TYPE_CHECKING:
+    from qspec_jax.decoding.program_store import ProgramStore
 
 
 def exit_code(
@@ -62,6 +61,11 @@ def keep_compiled_programs() -> ProgramStore | None:
         a store beside the cache, for ``model.programs.store``; None if programs are not kept, or if JAX was configured
         to use a cache, which then has all of them.
     """
+    import jax
+
+    from qspec_jax.decoding.program_store import ProgramStore
+    from qspec_jax.device.compilation_cache import OFF, VARIABLE, enable_compilation_cache
+
     config: Any = jax.config
     configured = config.jax_compilation_cache_dir
     try:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from qspec_jax.errors import UnsupportedModelError, UsageError
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
+GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
 WHOLE_ROW = "row"  # for people: the group size None
 ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
 SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # options: weights/huggingface/layouts.py
@@ -285,5 +286,19 @@ class QuantConfig:
     w4a8: ActivationQuantization = ActivationQuantization()
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size not in (32, 64, 128):
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UsageError(f"group_size={self.group_size} is not supported; use 32, 64, 128 or None (whole row)")
+
+
+def parse_group_size(value: int | str) -> int | None:
+    """A group size as recipes and options write it: a number, or ``row`` for the whole row.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value == WHOLE_ROW:
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"group_size={value!r} is not supported; use a number or {WHOLE_ROW!r}") from error

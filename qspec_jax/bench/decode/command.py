@@ -133,7 +133,7 @@ class _Report:
         self.speculations: list[Speculation] = []
 
     def begin(self, model: LanguageModel, *, synthetic: bool) -> None:
-        from qspec_jax.bench.models import describe_model
+        from qspec_jax.bench.description import describe_model
 
         self.models.append(describe_model(model, synthetic=synthetic))
         print(model_line(self.models[-1], self.copy_tb_per_s))

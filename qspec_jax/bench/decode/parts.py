@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from qspec_jax.bench.models import quantized_weights
+from qspec_jax.bench.description import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization, rotated
+from qspec_jax.commands.prompt_files import read_prompt_file
+from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH, MODES
 from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,11 +59,17 @@ def read_request(arguments: argparse.Namespace) -> Request:
     options.check_matplotlib(arguments.plot)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
-    from qspec_jax.decoding.plan import DRAFTS, MODES
-    from qspec_jax.model.placement import decoder_options
-
-    decoder_options(arguments.kernels, arguments.dtype)
     modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
+    combined: dict[str, Any] = {
+        "batches": options.parse_numbers(arguments.batch, option="--batch"),
+        "contexts": options.parse_numbers(arguments.context, option="--context"),
+        "modes": modes,
+        "drafts": options.parse_names(arguments.draft, option="--draft", known=DRAFTS),
+        "draft_lengths": _draft_lengths(arguments, modes),
+        "prompts": _prompts(arguments, modes),
+    }
+    if arguments.plot and "qspec" not in modes:
+        raise UsageError("--plot draws the speed-up of speculation; add qspec to --mode, or leave --plot out")
     name, config, path = chosen_model(arguments)
     if arguments.hadamard_block is not None:
         name, config = rotated(name, config, arguments.hadamard_block, path)
@@ -72,17 +80,20 @@ def read_request(arguments: argparse.Namespace) -> Request:
         quantization=chosen_quantization(arguments, config),
         dtype=arguments.dtype,
         kernels=arguments.kernels,
-        batches=options.parse_numbers(arguments.batch, option="--batch"),
-        contexts=options.parse_numbers(arguments.context, option="--context"),
-        modes=modes,
-        drafts=options.parse_names(arguments.draft, option="--draft", known=DRAFTS),
-        draft_lengths=options.parse_numbers(arguments.draft_length, option="--draft-length"),
-        prompts=_prompts(arguments, modes),
+        **combined,
     )
-    if arguments.plot and "qspec" not in modes:
-        raise UsageError("--plot draws the speed-up of speculation; add qspec to --mode, or leave --plot out")
     _check_context(request)
+    from qspec_jax.model.placement import decoder_options
+
+    decoder_options(arguments.kernels, arguments.dtype)  # asks the device
     return request
+
+
+def _draft_lengths(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[int]:
+    lengths = options.parse_numbers(arguments.draft_length, option="--draft-length")
+    if "qspec" in modes and max(lengths) > MAX_DRAFT_LENGTH:
+        raise UsageError(f"--draft-length {max(lengths)} must be at most {MAX_DRAFT_LENGTH}")
+    return lengths
 
 
 def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[str]:
@@ -90,8 +101,6 @@ def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[st
         return _PROMPTS if arguments.model is not None else ()
     if arguments.model is None or "qspec" not in modes:
         raise UsageError("--prompt-file measures the acceptance of a real model; give --model, and qspec in --mode")
-    from qspec_jax.commands.prompt_files import read_prompt_file
-
     prompts = read_prompt_file(arguments.prompt_file)
     if not prompts:
         raise UsageError(f"--prompt-file {arguments.prompt_file} has no prompt")
@@ -99,10 +108,6 @@ def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[st
 
 
 def _check_context(request: Request) -> None:
-    from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
-
-    if request.longest_draft > MAX_DRAFT_LENGTH:
-        raise UsageError(f"--draft-length {request.longest_draft} must be at most {MAX_DRAFT_LENGTH}")
     limit, cycle = request.config.max_position_embeddings, request.longest_draft + 1
     if max(request.contexts) + cycle > limit:
         raise UsageError(

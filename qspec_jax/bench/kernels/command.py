@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
+from qspec_jax.bench.kernels.names import IMPLEMENTATIONS, OPS, TORCH
 from qspec_jax.commands.run import say
 
 if TYPE_CHECKING:
     from qspec_jax.bench.kernels.ceilings import Ceilings
-    from qspec_jax.bench.kernels.measure import Measurement, Plan
+    from qspec_jax.bench.kernels.measure import Measurement
 
 _DEFAULT_ROWS = "1,16,64,256"
 _DESCRIPTION = """
@@ -47,21 +48,16 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; 1 if a kernel failed or was wrong."""
-    options.check_writable(arguments.json, option="--json")
-    options.check_writable(arguments.plot, option="--plot")
-    options.check_matplotlib(arguments.plot)
-    import jax
-
+    asked = _read(arguments)
+    shapes = options.selected_shapes(arguments)
+    grouped = [(shape, options.selected_group_sizes(arguments, shape)) for shape in shapes]
     from qspec_jax.bench.environment import environment, header
     from qspec_jax.bench.kernels.ceilings import measure_ceilings
-    from qspec_jax.bench.kernels.measure import measure_all
+    from qspec_jax.bench.kernels.measure import Plan, measure_all
     from qspec_jax.bench.kernels.plot import plot_roofline
     from qspec_jax.bench.timing import WALL_NOTICE, kernel_clock_works
 
-    plan = _plan(arguments)
-    default_preset = "llama-3-8b" if jax.default_backend() == "gpu" else "smollm2-135m"
-    shapes = options.selected_shapes(arguments, default_preset=default_preset)
-    grouped = [(shape, options.selected_group_sizes(arguments, shape)) for shape in shapes]
+    plan = Plan(**{"implementations": _all_implementations(), **asked})
     facts = environment(arguments.argv)
     print(header(facts))
     if not kernel_clock_works():
@@ -82,25 +78,31 @@ def run(arguments: argparse.Namespace) -> int:
     return _complain(measurements)
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
+def _read(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ``measure.Plan`` that are asked for, checked without JAX."""
+    options.check_writable(arguments.json, option="--json")
+    options.check_writable(arguments.plot, option="--plot")
+    options.check_matplotlib(arguments.plot)
+    options.check_at_least(arguments.repeats, 1, option="--repeats")
+    asked: dict[str, Any] = {
+        "ops": list(OPS) if arguments.ops is None else options.parse_names(arguments.ops, option="--ops", known=OPS),
+        "rows": options.parse_numbers(arguments.rows, option="--rows"),
+        "symmetric": not arguments.asymmetric,
+        "repeats": arguments.repeats,
+    }
+    if arguments.implementations is not None:
+        asked["implementations"] = options.parse_names(
+            arguments.implementations, option="--implementations", known=IMPLEMENTATIONS
+        )
+    return asked
+
+
+def _all_implementations() -> list[str]:
+    """Those that work here."""
     import pallas_kernels
     from qspec_jax.bench.kernels import torch_int4
-    from qspec_jax.bench.kernels.measure import OPS, Plan
 
-    options.check_at_least(arguments.repeats, 1, option="--repeats")
-    if arguments.implementations is None:
-        implementations = list(pallas_kernels.available_implementations())
-        implementations += [torch_int4.NAME] * torch_int4.available()
-    else:
-        known = (*pallas_kernels.IMPLEMENTATIONS, torch_int4.NAME)
-        implementations = options.parse_names(arguments.implementations, option="--implementations", known=known)
-    return Plan(
-        ops=list(OPS) if arguments.ops is None else options.parse_names(arguments.ops, option="--ops", known=OPS),
-        implementations=implementations,
-        rows=options.parse_numbers(arguments.rows, option="--rows"),
-        symmetric=not arguments.asymmetric,
-        repeats=arguments.repeats,
-    )
+    return [*pallas_kernels.available_implementations(), *[TORCH] * torch_int4.available()]
 
 
 def ceilings_line(ceilings: Ceilings) -> str:

@@ -12,12 +12,12 @@ import jax
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench.kernels import operands, producers, torch_int4
 from qspec_jax.bench.kernels.ceilings import Ceilings
+from qspec_jax.bench.kernels.names import BASELINE, MATMULS, PRODUCERS, TORCH
 from qspec_jax.bench.kernels.operands import Workload
 from qspec_jax.bench.presets import MatmulShape
 from qspec_jax.bench.timing import Clock, compile_calls, run_in_threads, time_calls
 from qspec_jax.commands.run import say
 
-OPS = (*operands.MATMULS, operands.BASELINE, *producers.PRODUCERS)
 XLA = "xla"  # what multiplies the bfloat16 weights of the baseline
 _TORCH_BOUND = 1e-2  # it rounds scales and zero points to bfloat16 too
 Status = Literal["ok", "wrong", "unsupported", "failed"]
@@ -28,7 +28,7 @@ class Measurement:
     """One operation by one implementation on one shape.
 
     Attributes:
-        op, implementation: names; see :data:`OPS`.
+        op, implementation: names; see ``names.OPS``.
         k, n: inputs and outputs; ``n`` is None where there is no weight.
         group_size, symmetric: of the weight; None where there is none in 4 bits.
         rows: M.
@@ -89,8 +89,8 @@ class Plan:
     """What to measure.
 
     Attributes:
-        ops: some of :data:`OPS`.
-        implementations: of the library's operations; ``torch_int4.NAME`` adds torch's.
+        ops: some of ``names.OPS``.
+        implementations: of the library's operations; ``names.TORCH`` adds torch's.
         rows: values of M.
         symmetric: weights without zero points.
         repeats: timed runs, of which the median counts.
@@ -119,13 +119,13 @@ def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan)
     The profiler of torch keeps CUPTI to itself from its first use on.
     """
     for shape, group_sizes in shapes:
-        if operands.BASELINE in plan.ops:
+        if BASELINE in plan.ops:
             yield from _measure(_float_cases(shape, plan), plan, f"{shape} bf16")
-        for group_size in group_sizes if set(plan.ops) & set(operands.MATMULS) else ():
+        for group_size in group_sizes if set(plan.ops) & set(MATMULS) else ():
             yield from _measure_quantized(shape, group_size, plan)
     for k in dict.fromkeys(shape.k for shape, _ in shapes):
         yield from _measure_producers(k, plan)
-    if "w4a16" in plan.ops and torch_int4.NAME in plan.implementations:
+    if "w4a16" in plan.ops and TORCH in plan.implementations:
         for shape, group_sizes in shapes:
             for group_size in group_sizes:
                 yield from _measure_torch_int4(shape, group_size, plan)
@@ -133,7 +133,7 @@ def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan)
 
 def _measure_producers(k: int, plan: Plan) -> Iterator[Measurement]:
     cases: list[_Case] = []
-    for op in producers.PRODUCERS:
+    for op in PRODUCERS:
         if op not in plan.ops:
             continue
         subjects = [Measurement(op, name, k, None, None, None, rows) for rows in plan.rows for name in _library(plan)]
@@ -158,16 +158,14 @@ def _by_activation_groups(subjects: Sequence[Measurement]) -> tuple[list[Measure
 
 
 def _library(plan: Plan) -> list[str]:
-    return [name for name in plan.implementations if name != torch_int4.NAME]
+    return [name for name in plan.implementations if name != TORCH]
 
 
 def _float_cases(shape: MatmulShape, plan: Plan) -> list[_Case]:
     most_rows = operands.random_rows(max(plan.rows), shape.k)
     widest = operands.float_workload(most_rows, operands.float_weights(shape.k, shape.n))
     return [
-        _Case(
-            Measurement(operands.BASELINE, XLA, shape.k, shape.n, None, None, rows, shape.name), widest.of_first(rows)
-        )
+        _Case(Measurement(BASELINE, XLA, shape.k, shape.n, None, None, rows, shape.name), widest.of_first(rows))
         for rows in plan.rows
     ]
 
@@ -176,7 +174,7 @@ def _measure_quantized(shape: MatmulShape, group_size: int, plan: Plan) -> Itera
     """The 4-bit matmuls with one weight, all implementations of one M beside each other."""
     plain = operands.random_weights(shape.k, shape.n, group_size=group_size, symmetric=plan.symmetric)
     cases: list[_Case] = []
-    for op in operands.MATMULS:
+    for op in MATMULS:
         if op not in plan.ops:
             continue
         subjects = [
@@ -196,7 +194,7 @@ def _measure_torch_int4(shape: MatmulShape, group_size: int, plan: Plan) -> Iter
     for rows in plan.rows:
         workload = operands.matmul_workload("w4a16", operands.random_rows(rows, shape.k), weights)
         sizes = (shape.k, shape.n, group_size, plan.symmetric, rows, shape.name)
-        yield _measure_torch(Measurement("w4a16", torch_int4.NAME, *sizes), workload, plan)
+        yield _measure_torch(Measurement("w4a16", TORCH, *sizes), workload, plan)
 
 
 def _matmul_cases(subjects: Sequence[Measurement], weights: Sequence[QuantizedWeight]) -> list[_Case]:

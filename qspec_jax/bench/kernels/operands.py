@@ -33,8 +33,6 @@ from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.bench.random_arrays import random_weight
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 
-MATMULS = ("w4a16", "w4a8", "w4a4")
-BASELINE = "bf16"
 # Rounding the result to bfloat16 costs 1.7e-3, and as much again where weights are scaled before they are multiplied.
 RELATIVE_ERROR_BOUND = 5e-3
 
@@ -110,7 +108,7 @@ def cancelling(rows: Array) -> Array:
 
 
 def matmul_workload(op: str, x: Array, weights: Sequence[QuantizedWeight]) -> Workload:
-    """One of :data:`MATMULS` on rows ``x: [M, K]``."""
+    """One of ``names.MATMULS`` on rows ``x: [M, K]``."""
     num_operations = 2 * x.shape[0] * weights[0].num_inputs * weights[0].num_outputs
     if op == "w4a16":
         expected = jax.jit(lambda x, w: w4a16_matmul(x, w, implementation=REFERENCE))(x.astype(jnp.float32), weights[0])

@@ -54,11 +54,10 @@ _PRODUCERS = {
     "swiglu_hadamard_a8": _Producer(swiglu_hadamard_quantize, 2, _gate_and_rotate),
     "swiglu_hadamard_a4": _Producer(swiglu_hadamard_quantize, 2, _gate_and_rotate),
 }
-PRODUCERS = tuple(_PRODUCERS)
 
 
 def obstacle(op: str, k: int) -> str | None:
-    """Why one of :data:`PRODUCERS` has no result of ``k`` values; None if it has."""
+    """Why one of ``names.PRODUCERS`` has no result of ``k`` values; None if it has."""
     if quantizes(op):
         size = recipe(op)[1].group_size or k
         if k % size:
@@ -77,7 +76,7 @@ def quantizes(op: str) -> bool:
 
 
 def producer_workload(op: str, rows: int, k: int) -> Workload:
-    """One of :data:`PRODUCERS` that writes ``[rows, k]``; transforms are of all ``k`` values."""
+    """One of ``names.PRODUCERS`` that writes ``[rows, k]``; transforms are of all ``k`` values."""
     producer = _PRODUCERS[op]
     settings: dict[str, Any] = {}
     bound = RELATIVE_ERROR_BOUND

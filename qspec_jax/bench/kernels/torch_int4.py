@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
 
-NAME = "torch"
 _INNER_K_TILES = 8
 _GROUP_SIZES = (32, 64, 128, 256)
 

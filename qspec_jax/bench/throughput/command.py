@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.bench import options
 from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.commands.run import say
+from qspec_jax.decoding.plan import LOOKUP_MODES, MAX_DRAFT_LENGTH, MODES
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
 
@@ -72,8 +74,8 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
     request, all_modes, rows = _read(arguments)
+    from qspec_jax.bench.description import describe_model
     from qspec_jax.bench.environment import environment, header
-    from qspec_jax.bench.models import describe_model
 
     facts = environment(arguments.argv)
     print(header(facts))
@@ -106,14 +108,14 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     options.check_matplotlib(arguments.plot)
     for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length", "system_prompts"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
+    if arguments.draft_length > MAX_DRAFT_LENGTH:
+        raise UsageError(f"--draft-length {arguments.draft_length} must be at most {MAX_DRAFT_LENGTH}")
     options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
     for name in ("rate", "chunk"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
-    from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
-    from qspec_jax.model.placement import decoder_options
-
-    decoder_options(arguments.kernels, arguments.dtype)
+    modes = options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES))
+    rows = options.parse_numbers(arguments.slots, option="--slots")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
         raise UsageError("--system-tokens is for --preset; give a --model conversations with system messages instead")
@@ -132,15 +134,15 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
         dtype=arguments.dtype,
         kernels=arguments.kernels,
     )
-    modes = options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES))
-    return request, modes, options.parse_numbers(arguments.slots, option="--slots")
+    from qspec_jax.model.placement import decoder_options
+
+    decoder_options(arguments.kernels, arguments.dtype)  # asks the device
+    return request, modes, rows
 
 
 def _conversations(arguments: argparse.Namespace) -> list[Conversation]:
     if arguments.prompt_file is None:
         return sharegpt(2 * arguments.num_prompts)  # some are too long
-    from qspec_jax.commands.prompt_files import read_prompt_file
-
     prompts = read_prompt_file(arguments.prompt_file)
     if not prompts:
         raise UsageError(f"--prompt-file {arguments.prompt_file} has no prompt")

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_at_least(arguments.time_limit, 1, option="--time-limit")
     options.check_writable(arguments.output, option="--output")
     ops = options.parse_names(arguments.ops, option="--ops", known=("w4a16", "w4a8", "w4a4"))
-    shapes = options.selected_shapes(arguments, default_preset="llama-3-8b")
+    shapes = options.selected_shapes(arguments, default="llama-3-8b")
     grouped = [(shape, options.selected_group_sizes(arguments, shape)) for shape in shapes]
     _check_device()
     import jax

@@ -28,7 +28,7 @@ class Problem:
     """One entry of a tuning table: an operation and a weight.
 
     Attributes:
-        op: one of ``operands.MATMULS``.
+        op: one of ``names.MATMULS``.
         k, n, group_size, symmetric: of the weight; ``group_size`` is ``k`` where one scale covers the row.
     """
 
