@@ -6,6 +6,7 @@ Importing transformers opens thousands of files, seconds on a slow disk. What it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -115,11 +116,17 @@ def open_directory(path: Path) -> PlainBackend | PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face directory.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or it is Python that comes with the model.
     """
     try:
-        backend = _open_plain(path) or import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+        backend = _open_plain(path) or _open_in_transformers(path)
     except Exception as error:  # the libraries raise everything, down to bare Exceptions
+        if _names_own_code(path):
+            raise CheckpointError(
+                f"the tokenizer of {path} is a class of the model's own, and Python that comes with a model is not "
+                'run; if its tokenizer.json says all, write "tokenizer_class": "PreTrainedTokenizerFast" into '
+                "tokenizer_config.json"
+            ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"cannot load a tokenizer from {path}: {reason[0]}; the directory needs the model's tokenizer.json and "
@@ -128,6 +135,20 @@ def open_directory(path: Path) -> PlainBackend | PreTrainedTokenizerFast:
     if not isinstance(backend, PlainBackend) and not backend.is_fast:
         raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
     return backend
+
+
+def _open_in_transformers(path: Path) -> PreTrainedTokenizerFast:
+    # Left out, trust_remote_code is a question at the terminal, and "y" there runs Python that came with the model.
+    return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _names_own_code(path: Path) -> bool:
+    """Whether a file of the directory maps a class of transformers to code of the directory."""
+    for name in ("tokenizer_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((path / name).read_text(encoding="utf-8")).get("auto_map"):
+                return True
+    return False
 
 
 def _open_plain(path: Path) -> PlainBackend | None:

@@ -275,6 +275,25 @@ def test_damaged_files_of_a_checkpoint(checkpoint_tokenizer, tmp_path, name, con
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}])
+def test_python_that_comes_with_a_tokenizer_is_refused_without_a_question(
+    checkpoint_tokenizer, tmp_path, monkeypatch, config
+):
+    path, ran = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "own")), tmp_path / "ran"
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    change_json(path / "tokenizer_config.json", **own)
+    (path / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass OwnTokenizer: ...\n")
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(CheckpointError, match=r"Python that comes with a model is not run; .*PreTrainedTokenizerFast"):
+        load_tokenizer(path)
+    assert not ran.exists()
+    change_json(path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert load_tokenizer(path).encode("ab") == load_tokenizer(checkpoint_tokenizer).encode("ab")
+    assert not ran.exists()
+
+
 @pytest.mark.demo
 def test_generating_does_not_import_transformers(checkpoint_tokenizer):
     """Its thousands of files are most of a start on a slow disk. Nor does the tokenizer of a checkpoint."""
