@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qspec_jax.commands import options
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import UsageError
 from qspec_jax.weights.resolve import check_model_name
 
@@ -50,13 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--draft-lengths", default="1-7", metavar="N-M", help="default: 1-7; also 3 or 1,3,5")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    add("--group-size", choices=("32", "64", "128", "row"), help="as in generate")
-    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
+    options.add_dtype(parser)
+    options.add_group_size(parser, "as in generate")
+    options.add_kernels(parser)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw acceptance by position; needs matplotlib")
     add("--outlier-plot", type=Path, metavar="FILE.png", help="draw how loud the channels in front of the MLPs are")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_debug(parser)
     return parser
 
 
@@ -103,9 +105,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     prompts = [] if arguments.prompt_file is None else read_prompt_file(arguments.prompt_file)
     if text is None and not prompts:
         raise UsageError("there is nothing to evaluate; give --text FILE, --prompt-file FILE or both")
-    for option in ("max_tokens", "context", "max_new_tokens", "batch_size"):
-        if getattr(arguments, option) < 1:
-            raise UsageError(f"--{option.replace('_', '-')} {getattr(arguments, option)} must be at least 1")
+    options.check_positive(arguments, "max_tokens", "context", "max_new_tokens", "batch_size")
     if arguments.outlier_plot is not None and text is None:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
     if arguments.plot is not None or arguments.outlier_plot is not None:
@@ -119,11 +119,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     import qspec_jax
     from qspec_jax.evaluation.scores import ModelScore, score_drafts, score_text
 
-    quantization: Any = "auto"
-    if arguments.group_size is not None:
-        group_size = None if arguments.group_size == "row" else int(arguments.group_size)
-        quantization = qspec_jax.QuantConfig(group_size=group_size)
-    model = _load(name, arguments, quantization)
+    model = _load(name, arguments, options.quantization_of(arguments.group_size))
     text_scores, draft_scores = [], []
     if request.text is not None:
         text_scores = score_text(
@@ -197,8 +193,8 @@ def draft_lengths(text: str) -> list[int]:
         if not first.isdigit() or (last and not last.isdigit()):
             raise UsageError(f"--draft-lengths {text!r} is not like 1-7, 3 or 1,3,5")
         lengths += range(int(first), int(last or first) + 1)
-    if not lengths or min(lengths) < 1 or max(lengths) > 16:
-        raise UsageError(f"--draft-lengths {text!r}: lengths must be between 1 and 16")
+    if not lengths or min(lengths) < 1 or max(lengths) > MAX_DRAFT_LENGTH:
+        raise UsageError(f"--draft-lengths {text!r}: lengths must be between 1 and {MAX_DRAFT_LENGTH}")
     return lengths
 
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qspec_jax.commands import options
 from qspec_jax.commands.prompt_files import Prompt, PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
-from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
+from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.engine.pipeline import Pipeline
 
-_WHOLE_ROW = "row"
-_MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float", "lookup", "lookup-qspec")
 # The fields of `SamplingParams`: type, default, help.
 _SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 0.0, "divides the logits; 0 is greedy"),
@@ -55,20 +54,17 @@ def build_parser() -> argparse.ArgumentParser:
     lines = 'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id" and options of its own'
     add("--prompt-file", type=Path, metavar="FILE", help=lines)
     add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
-    add("--mode", choices=_MODES, default="qspec", help="default: qspec")
-    add("--draft", choices=("auto", "w4a4", "w4a8"), default="auto", help="draft precision (default: auto)")
-    add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+    add("--mode", choices=(*MODES, *LOOKUP_MODES), default="qspec", help="default: qspec")
+    options.add_draft(parser)
+    options.add_draft_length(parser)
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
     add("--max-seq-len", type=int, metavar="N", help="cache positions per sequence (default: as many as needed)")
-    slots = "prompts that run together; the next one enters as one is finished (default: 8)"
-    add("--slots", "--batch-size", type=int, default=8, metavar="N", help=slots)
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    add(
-        "--group-size",
-        choices=("32", "64", "128", _WHOLE_ROW),
-        help="inputs per weight scale where the checkpoint is not 4-bit already (default: 32)",
-    )
-    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
+    batch = "rows of the batch: prompts that run together; the next one enters as one is finished (default: 8)"
+    options.add_batch_size(parser, batch)
+    options.add_dtype(parser)
+    group = "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)"
+    options.add_group_size(parser, group)
+    options.add_kernels(parser)
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")
@@ -83,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--logprobs", type=int, metavar="N", help=logprobs)
     typical = "lossy: also accept drafts of this probability, less where many tokens are likely (default: off)"
     sampling.add_argument("--typical-acceptance", type=float, metavar="EPSILON", help=typical)
-    add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_debug(parser)
     return parser
 
 
@@ -102,10 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_to_file(arguments, lines, defaults)
     stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
     if stream and not arguments.json:
-        start_first = functools.partial(_start, lines=lines[:1], arguments=arguments, defaults=defaults, slots=1)
+        start_first = functools.partial(_start, lines=lines[:1], arguments=arguments, defaults=defaults, batch_size=1)
         _stream_text(_load(arguments, start_first), lines, arguments, defaults)
         return 0
-    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, slots=arguments.slots)
+    settings = {"lines": lines, "arguments": arguments, "defaults": defaults, "batch_size": arguments.batch_size}
+    start = functools.partial(_start, **settings)
     pipeline = start(_load(arguments, start))
     results = pipeline.collect(progress=sys.stderr.isatty())
     for line, result in zip(lines, results, strict=True):
@@ -130,8 +127,8 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
             say(f"{first} of {len(lines)} results are in {arguments.output} already")
         if first == len(lines):
             return 0
-        options = {"lines": lines, "arguments": arguments, "defaults": defaults, "slots": arguments.slots}
-        start = functools.partial(_start, **options, first=first)
+        given = {"lines": lines, "arguments": arguments, "defaults": defaults, "batch_size": arguments.batch_size}
+        start = functools.partial(_start, **given, first=first)
         pipeline = start(_load(arguments, start))
         results = []
         for line, result in zip(lines[first:], pipeline.results(progress=sys.stderr.isatty()), strict=True):
@@ -152,7 +149,7 @@ def _start(
     lines: list[PromptLine],
     arguments: argparse.Namespace,
     defaults: dict[str, Any],
-    slots: int,
+    batch_size: int,
     first: int = 0,
 ) -> Pipeline:
     """A pipeline with the prompts from ``first`` on in it, and room for all."""
@@ -166,8 +163,8 @@ def _start(
     ]
     if arguments.output is None:
         require_some(requests)
-    options: dict[str, Any] = {"batch_size": slots, "on_event": lambda event: say(f"{event} ...")}
-    return model.run(requests, plan, first=first, **options, **length)
+    settings: dict[str, Any] = {"batch_size": batch_size, "on_event": lambda event: say(f"{event} ...")}
+    return model.run(requests, plan, first=first, **settings, **length)
 
 
 def _complain(results: Sequence[GenerationResult], *, first: int = 0) -> int:
@@ -190,8 +187,8 @@ def _stream_text(
     for index, line in enumerate(lines):
         if len(lines) > 1:
             print(f"### {heading(line.prompt)}")
-        options = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
-        for piece in model.stream(line.prompt, **options):
+        asked = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
+        for piece in model.stream(line.prompt, **asked):
             if isinstance(piece, str):
                 print(piece, end="", flush=True)
             else:
@@ -242,12 +239,9 @@ def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     """Refuses what makes no sense for any model, before one is loaded."""
-    for option in ("draft_length", "max_new_tokens", "slots", "max_seq_len", "num_samples"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} {value} must be at least 1")
-    if arguments.draft_length > MAX_DRAFT_LENGTH:
-        raise UsageError(f"--draft-length {arguments.draft_length} must be at most {MAX_DRAFT_LENGTH}")
+    names = ("draft_length", "max_new_tokens", "batch_size", "max_seq_len", "num_samples")
+    options.check_positive(arguments, *names)
+    options.check_draft_length(arguments.draft_length)
 
 
 def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:
@@ -256,10 +250,7 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
     store = keep_compiled_programs()
     import qspec_jax
 
-    quantization: Any = None if arguments.mode == "float" else "auto"
-    if quantization and arguments.group_size is not None:
-        group_size = None if arguments.group_size == _WHOLE_ROW else int(arguments.group_size)
-        quantization = qspec_jax.QuantConfig(group_size=group_size)
+    quantization = None if arguments.mode == "float" else options.quantization_of(arguments.group_size)
 
     def compile_ahead(model: LanguageModel) -> None:
         model.programs.store = store

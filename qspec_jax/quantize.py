@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qspec_jax.commands import options
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 from qspec_jax.model.config import parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES
@@ -45,17 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
         + "; or a file that names one of them and holds options",
     )
-    add("--group-size", choices=("32", "64", "128", "row"), help="inputs per scale of rounded weights (default: 32)")
+    options.add_group_size(parser, "inputs per scale of rounded weights (default: 32)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
     either.add_argument(
         "--asymmetric", dest="symmetric", action="store_const", const=False, help="round with an offset (default)"
     )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)",
-    )
+    dtype = "of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)"
+    options.add_dtype(parser, dtype)
     add(
         "--outlier-groups",
         type=int,
@@ -65,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, metavar="FILE", help='text for gptq; JSONL with {"prompt": TEXT} if FILE.jsonl')
     add("--calibration-tokens", type=int, metavar="N", help="of that text (default: 65536)")
     add("--overwrite", action="store_true", help="replace a checkpoint at OUT once the new one is complete")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_debug(parser)
     return parser
 
 
@@ -76,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    recipe, options = read_recipe(arguments.recipe)
-    options = _override(options, arguments)
+    recipe, given = read_recipe(arguments.recipe)
+    recipe_options = _override(given, arguments)
     check_model_name(arguments.model)
     from qspec_jax.recipes.convert import convert
 
@@ -88,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model,
             arguments.output,
             recipe=recipe,
-            options=options,
+            options=recipe_options,
             overwrite=arguments.overwrite,
             progress=Progress(_bar, say),
         )
@@ -101,9 +99,9 @@ def summary(conversion: Conversion) -> str:
     return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
 
 
-def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+def _override(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
     """The options with what the command line says in their place."""
-    quantization = options.quantization
+    quantization = given.quantization
     if arguments.group_size is not None:
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
     if arguments.symmetric is not None:
@@ -112,12 +110,12 @@ def _override(options: RecipeOptions, arguments: argparse.Namespace) -> RecipeOp
         w4a4 = dataclasses.replace(quantization.w4a4, outlier_groups=arguments.outlier_groups)
         quantization = dataclasses.replace(quantization, w4a4=w4a4)
     return dataclasses.replace(
-        options,
+        given,
         quantization=quantization,
-        dtype=arguments.dtype or options.dtype,
-        calibration=arguments.calibration or options.calibration,
+        dtype=arguments.dtype or given.dtype,
+        calibration=arguments.calibration or given.calibration,
         calibration_tokens=(
-            options.calibration_tokens if arguments.calibration_tokens is None else arguments.calibration_tokens
+            given.calibration_tokens if arguments.calibration_tokens is None else arguments.calibration_tokens
         ),
     )
 

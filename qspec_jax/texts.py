@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+from qspec_jax.commands import options
 from qspec_jax.commands.run import exit_code
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="column of that dataset that holds the text (default: text)")
     add("--documents", type=int, default=4000, metavar="N", help="to read (default: 4000)")
     add("--prompts", type=int, default=24, metavar="N", help="to write, at most (default: 24)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_debug(parser)
     return parser
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from qspec_jax.bench.presets import PRESETS, MatmulShape, distinct, linear_shapes
+from qspec_jax.commands import options as shared
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import GROUP_SIZES, WHOLE_ROW, parse_group_size
+from qspec_jax.model.config import parse_group_size
 from qspec_jax.weights.resolve import open_source, resolve_model
 
-_GROUP_SIZES = (*map(str, GROUP_SIZES), WHOLE_ROW)
 _SHAPE = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
@@ -28,11 +28,11 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SIZE",
-        help=f"inputs per weight scale: {', '.join(_GROUP_SIZES)}; repeatable or with commas "
+        help=f"inputs per weight scale: {', '.join(shared.GROUP_SIZE_CHOICES)}; repeatable or with commas "
         "(default: the largest of 128, 64 and 32 that divides K)",
     )
-    add("--asymmetric", action="store_true", help="weights with zero points (default: symmetric)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    shared.add_asymmetric(parser, "weights with zero points (default: symmetric)")
+    shared.add_debug(parser)
 
 
 def default_preset() -> str:
@@ -95,8 +95,8 @@ def selected_group_sizes(arguments: argparse.Namespace, shape: MatmulShape) -> l
         return [next((size for size in (128, 64, 32) if shape.k % size == 0), shape.k)]
     sizes = []
     for text in texts:
-        if text not in _GROUP_SIZES:
-            raise UsageError(f"--group-size {text} is not supported; use {', '.join(_GROUP_SIZES)}")
+        if text not in shared.GROUP_SIZE_CHOICES:
+            raise UsageError(f"--group-size {text} is not supported; use {', '.join(shared.GROUP_SIZE_CHOICES)}")
         group_size = parse_group_size(text)
         check_group_size(shape.k, group_size, text=text, what=f"shape {shape}")
         sizes.append(group_size or shape.k)

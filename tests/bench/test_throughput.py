@@ -41,9 +41,10 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr("qspec_jax.load", refuse)
 
 
-def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, prompt_file):
+def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path, prompt_file):
     path, plot = tmp_path / "out.json", tmp_path / "out.png"
-    more = ("--slots", "3", "--prompt-file", prompt_file, "--rate", "1000", "--json", str(path), "--plot", str(plot))
+    size = ("--batch-size", "3", "--burst", "0.5")
+    more = (*size, "--prompt-file", prompt_file, "--rate", "1000", "--json", str(path), "--plot", str(plot))
     system = ("--system-tokens", "100", "--system-prompts", "2")
     assert main([*SMALL, *more, *system]) == 0
     report = json.loads(path.read_text())
@@ -63,7 +64,7 @@ def test_every_mode_and_number_of_slots_is_a_row_and_an_entry(capsys, tmp_path, 
     assert [one["acceptance_rate"] is None for one in runs] == [True, False]
     lines = capsys.readouterr().out.splitlines()
     assert "tiny, synthetic weights" in lines[2]
-    assert lines[3].split()[:6] == ["mode", "drafts", "gamma", "slots", "rate", "tokens/s"]
+    assert lines[3].split()[:6] == ["mode", "drafts", "gamma", "batch", "rate", "tokens/s"]
     assert [line.split()[:4] for line in lines[4:6]] == [["w4a16", "-", "-", "3"], ["qspec", "w4a8", "3", "3"]]
     assert {line.split()[-3] for line in lines[4:6]} == {f"{1000 / runs[0]['num_prompt_tokens']:.0%}"}
     assert plot.stat().st_size > 1000
@@ -114,7 +115,9 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--slots", "0"], "--slots 0 cannot be read"),
+        (["--batch-size", "0"], "--batch-size 0 cannot be read"),
+        (["--slots", "0"], "--batch-size 0 cannot be read"),
+        (["--chunk", "0"], "--burst 0.0 must be more than 0"),
         (["--mode", "w4a2"], "--mode w4a2 is unknown"),
         (["--rate", "0"], "--rate 0.0 must be more than 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.bench import options
 from qspec_jax.bench.decode.plot import plot_speedup
 from qspec_jax.bench.decode.request import NEW_TOKENS, Request, fitting_prompts, read_request
 from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.decode.tables import breakdown_table, model_line, speculation_table, table_head, table_row
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands import options as shared
 from qspec_jax.commands.run import say
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import WHOLE_ROW
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode.measure import Measurement
@@ -40,28 +41,26 @@ def add_command(commands: Any) -> None:
     """Adds the parser of this command."""
     parser = commands.add_parser("decode", help="time decode steps and QSpec cycles", description=_DESCRIPTION)
     add = parser.add_argument
-    add("--preset", metavar="NAME", help=f"shape of a model with synthetic weights: {', '.join(PRESETS)}")
-    add("--model", metavar="CHECKPOINT", help="a real model instead, as in generate")
+    shared.add_preset(parser, PRESETS)
     add("--batch", default="1", metavar="B,...", help="sequences (default: 1)")
     add("--context", default="512", metavar="N,...", help="tokens in the cache of each (default: 512)")
     modes = f"{_DEFAULT_MODES.replace(',', ', ')}, and float: weights in floating point (default: all but float)"
     add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
     add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")
-    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
+    shared.add_kernels(parser)
     group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
-    add("--group-size", choices=("32", "64", "128", options.WHOLE_ROW), help=group)
-    add("--asymmetric", action="store_true", help="synthetic weights with zero points (default: symmetric)")
-    hadamard = f"synthetic weights of a rotated model: values of each transform before down, or {options.WHOLE_ROW}"
+    shared.add_group_size(parser, group)
+    shared.add_asymmetric(parser)
+    hadamard = f"synthetic weights of a rotated model: values of each transform before down, or {WHOLE_ROW}"
     add("--hadamard-block", metavar="SIZE", help=hadamard)
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
+    shared.add_dtype(parser)
     add("--prompt-file", type=Path, metavar="FILE", help="prompts to measure the acceptance of a model with")
     add("--repeats", type=int, default=5, metavar="N", help="timed dispatches, of which the median counts (default: 5)")
     add("--steps", type=int, metavar="N", help="repetitions in a dispatch (default: a quarter of a second of them)")
     add("--breakdown", action="store_true", help="print the kernels of every plain step; needs CUPTI")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw speed-up over acceptance; needs matplotlib")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    shared.add_report(parser, "speed-up over acceptance")
+    shared.add_debug(parser)
     parser.set_defaults(run=run)
 
 

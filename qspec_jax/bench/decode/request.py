@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization, rotated
+from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH, MODES
+from qspec_jax.decoding.plan import DRAFTS, MODES
 from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
 
 def _draft_lengths(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[int]:
     lengths = options.parse_numbers(arguments.draft_length, option="--draft-length")
-    if "qspec" in modes and max(lengths) > MAX_DRAFT_LENGTH:
-        raise UsageError(f"--draft-length {max(lengths)} must be at most {MAX_DRAFT_LENGTH}")
+    if "qspec" in modes:
+        shared.check_draft_length(max(lengths))
     return lengths
 
 

@@ -9,11 +9,11 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.kernels.names import IMPLEMENTATIONS, OPS, TORCH
+from qspec_jax.commands import options as shared
 from qspec_jax.commands.run import say
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def add_command(commands: Any) -> None:
     add("--ops", metavar="OP,...", help="some of the operations above (default: all)")
     add("--implementations", metavar="NAME,...", help="default: all that work here, and torch where it has CUDA")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts (default: 5)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the roofline; needs matplotlib")
+    shared.add_report(parser, "the roofline")
     parser.set_defaults(run=run)
 
 

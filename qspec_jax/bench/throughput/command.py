@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.bench import options
 from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.commands.run import say
-from qspec_jax.decoding.plan import LOOKUP_MODES, MAX_DRAFT_LENGTH, MODES
+from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
 
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from qspec_jax.engine.requests import Request
     from qspec_jax.engine.results import GenerationResult
 
-_CHUNK_S, _CHUNK_S_AT_A_RATE = 0.5, 0.05
+_BURST_S, _BURST_S_AT_A_RATE = 0.5, 0.05
 _CHARACTERS_PER_TOKEN = 4  # of English, about; for models without a tokenizer
 _DESCRIPTION = f"""
 Tokens per second over all requests and of each, time to the first token, inter-token latency, acceptance, occupancy and
-the share of the time that the device waits for the host, for every mode and number of slots. Prompts are first turns of
-ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer there has, up to --max-new-tokens, or
+the share of the time that the device waits for the host, for every mode and size of the batch. Prompts are first turns
+of ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer there has, up to --max-new-tokens, or
 fewer where a real model stops. Synthetic weights read noise of the same lengths (a token for four characters), and
 their drafts are accepted as noise is: that says nothing about a real model. The share of the prompts' tokens that were
 reused is that of system prompts: conversations have them in --prompt-file, noise with --system-tokens.
@@ -46,12 +47,11 @@ def add_command(commands: Any) -> None:
     """Adds the parser of this command."""
     parser = commands.add_parser("throughput", help="serve many requests at once", description=_DESCRIPTION)
     add = parser.add_argument
-    add("--preset", metavar="NAME", help=f"shape of a model with synthetic weights: {', '.join(PRESETS)}")
-    add("--model", metavar="CHECKPOINT", help="a real model instead, as in generate")
-    add("--slots", default="8", metavar="N,...", help="requests that run together (default: 8)")
+    shared.add_preset(parser, PRESETS)
+    shared.add_batch_size(parser, "rows of the batch: requests that run together (default: 8)", several=True)
     add("--mode", default="w4a16,qspec", metavar="MODE,...", help="as in generate (default: w4a16,qspec)")
-    add("--draft", choices=("auto", "w4a4", "w4a8"), default="auto", help="precision of drafts (default: auto)")
-    add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+    shared.add_draft(parser)
+    shared.add_draft_length(parser)
     add("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
     add("--prompt-file", type=Path, metavar="FILE", help="other prompts than those of ShareGPT, as in generate")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="at most, per request (default: 256)")
@@ -59,15 +59,14 @@ def add_command(commands: Any) -> None:
     add("--system-tokens", type=int, default=0, metavar="N", help="noise in front of noise prompts (default: 0)")
     add("--system-prompts", type=int, default=1, metavar="N", help="different ones of these, by turns (default: 1)")
     add("--rate", type=float, metavar="R", help="requests per second, Poisson (default: all at once)")
-    chunk = f"that the device runs before the host looks (default: {_CHUNK_S}, at a rate {_CHUNK_S_AT_A_RATE})"
-    add("--chunk", type=float, metavar="SECONDS", help=chunk)
-    add("--kernels", choices=("auto", "reference", "triton", "mosaic"), default="auto", help="default: auto")
-    add("--group-size", choices=("32", "64", "128", options.WHOLE_ROW), help="inputs per weight scale, as in decode")
-    add("--asymmetric", action="store_true", help="synthetic weights with zero points (default: symmetric)")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw tokens/s over slots; needs matplotlib")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    burst = f"that the device runs before the host looks (default: {_BURST_S}, at a rate {_BURST_S_AT_A_RATE})"
+    add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
+    shared.add_kernels(parser)
+    shared.add_group_size(parser, "inputs per weight scale, as in decode")
+    shared.add_asymmetric(parser)
+    shared.add_dtype(parser)
+    shared.add_report(parser, "tokens/s over the size of the batch")
+    shared.add_debug(parser)
     parser.set_defaults(run=run)
 
 
@@ -108,14 +107,13 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     options.check_matplotlib(arguments.plot)
     for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length", "system_prompts"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
-    if arguments.draft_length > MAX_DRAFT_LENGTH:
-        raise UsageError(f"--draft-length {arguments.draft_length} must be at most {MAX_DRAFT_LENGTH}")
+    shared.check_draft_length(arguments.draft_length)
     options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
-    for name in ("rate", "chunk"):
+    for name in ("rate", "burst"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
     modes = options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES))
-    rows = options.parse_numbers(arguments.slots, option="--slots")
+    rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
         raise UsageError("--system-tokens is for --preset; give a --model conversations with system messages instead")
@@ -159,20 +157,20 @@ def _measure(
     from qspec_jax.bench.throughput.measure import measure_throughput
     from qspec_jax.decoding.chunks import fitting_capacity
 
-    chunk_s = arguments.chunk or (_CHUNK_S if arguments.rate is None else _CHUNK_S_AT_A_RATE)
+    burst_s = arguments.burst or (_BURST_S if arguments.rate is None else _BURST_S_AT_A_RATE)
     for mode in modes:
         plan = model.plan(mode, draft=arguments.draft, draft_length=arguments.draft_length)
         requests = fitting_requests(model, plan, conversations, arguments)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         for count in rows:
-            say(f"{mode}, {count} slots, {len(requests)} requests ...")
+            say(f"{mode}, batch of {count}, {len(requests)} requests ...")
             yield measure_throughput(
                 model,
                 plan,
                 requests,
                 rows=count,
                 capacity=fitting_capacity(longest),
-                burst_s=chunk_s,
+                burst_s=burst_s,
                 rate=arguments.rate,
             )
 
@@ -214,7 +212,7 @@ def _noise_tokens(noise: random.Random, model: LanguageModel, length: int) -> li
 def table_head() -> str:
     """The names of the columns."""
     return _COLUMNS.format(
-        *("mode", "drafts", "gamma", "slots", "rate", "tokens/s", "per req.", "TTFT50", "TTFT99", "ITL50", "ITL99"),
+        *("mode", "drafts", "gamma", "batch", "rate", "tokens/s", "per req.", "TTFT50", "TTFT99", "ITL50", "ITL99"),
         *("accept", "occup.", "gap", "prefill", "reused", "sec.", "compile s"),
     )
 
@@ -234,7 +232,7 @@ def table_row(one: ThroughputRun) -> str:
 
 
 def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) -> None:
-    """Draws tokens per second over slots, a line per mode, into a file."""
+    """Draws tokens per second over the size of the batch, a line per mode, into a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -244,7 +242,7 @@ def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) ->
     for mode in dict.fromkeys(one.mode for one in runs):
         points = sorted((one.rows, one.tokens_per_s) for one in runs if one.mode == mode)
         axes.plot([rows for rows, _ in points], [speed for _, speed in points], marker="o", label=mode)
-    axes.set(xlabel="slots", ylabel="tokens per second, all requests")
+    axes.set(xlabel="batch size", ylabel="tokens per second, all requests")
     axes.set_title(title, fontsize="small")
     axes.grid(visible=True, alpha=0.2)
     axes.legend(fontsize="small")

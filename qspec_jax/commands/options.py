@@ -1,0 +1,98 @@
+"""Options that several commands have: their spelling, choices and defaults, written once.
+
+What their help says differs where a command uses them differently. Imports no JAX: commands answer ``--help`` at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH
+from qspec_jax.errors import UsageError
+from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
+
+KERNELS = ("auto", "reference", "triton", "mosaic")
+GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
+_DTYPE_HELP = "default: float32 on the CPU, bfloat16 elsewhere"
+
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") -> None:
+    """``--draft``."""
+    parser.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
+
+
+def add_draft_length(parser: Parser) -> None:
+    """``--draft-length``; see :func:`check_draft_length`."""
+    parser.add_argument("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+
+
+def add_group_size(parser: Parser, text: str) -> None:
+    """``--group-size``; see :func:`quantization_of`."""
+    parser.add_argument("--group-size", choices=GROUP_SIZE_CHOICES, help=text)
+
+
+def add_kernels(parser: Parser) -> None:
+    """``--kernels``."""
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="default: auto")
+
+
+def add_dtype(parser: Parser, text: str = _DTYPE_HELP) -> None:
+    """``--dtype``."""
+    parser.add_argument("--dtype", choices=DTYPES, help=text)
+
+
+def add_batch_size(parser: Parser, text: str, *, several: bool = False) -> None:
+    """``--batch-size``, for which ``--slots`` is the older word: a number, or text with ``several`` of them."""
+    given: dict[str, Any] = {"default": "8", "metavar": "N,..."} if several else {"type": int, "default": 8}
+    parser.add_argument("--batch-size", "--slots", **{"metavar": "N", **given}, help=text)
+
+
+def add_preset(parser: Parser, presets: Any) -> None:
+    """``--preset`` and ``--model`` of benchmarks of one model."""
+    text = f"shape of a model with synthetic weights: {', '.join(presets)}"
+    parser.add_argument("--preset", metavar="NAME", help=text)
+    parser.add_argument("--model", metavar="CHECKPOINT", help="a real model instead, as in generate")
+
+
+def add_asymmetric(parser: Parser, text: str = "synthetic weights with zero points (default: symmetric)") -> None:
+    """``--asymmetric`` of benchmarks."""
+    parser.add_argument("--asymmetric", action="store_true", help=text)
+
+
+def add_report(parser: Parser, plot: str) -> None:
+    """``--json`` and ``--plot`` of benchmarks."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}; needs matplotlib")
+
+
+def add_debug(parser: Parser) -> None:
+    """``--debug``; see :func:`qspec_jax.commands.run.exit_code`."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def option_of(name: str) -> str:
+    """The spelling of an attribute of the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError for a whole number below 1; None is one that was not given."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{option_of(name)} {value} must be at least 1")
+
+
+def check_draft_length(length: int) -> None:
+    """Raises UsageError for more drafts than a cycle may have."""
+    if length > MAX_DRAFT_LENGTH:
+        raise UsageError(f"--draft-length {length} must be at most {MAX_DRAFT_LENGTH}")
+
+
+def quantization_of(group_size: str | None) -> Any:
+    """``quantization`` of :func:`qspec_jax.load` for a ``--group-size``."""
+    return "auto" if group_size is None else QuantConfig(group_size=parse_group_size(group_size))
