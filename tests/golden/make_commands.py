@@ -1,0 +1,88 @@
+"""``python -m tests.golden.make_commands``: writes ``docs/commands.md`` from the commands' own parsers.
+
+What argparse itself prints differs between versions of Python, so the tables are made from the parsers' actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from qspec_jax import evaluate, generate, quantize, texts
+from qspec_jax.bench import __main__ as bench
+
+PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
+_HEAD = """\
+# Commands
+
+Every command is a module: `python -m qspec_jax.NAME`. This page is printed from the commands' parsers.
+
+- Results go to the standard output or into a file. Everything else goes to the standard error stream.
+- Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
+- An error is one line. With `--debug` it is a traceback.
+- `--help` and wrong options are answered before JAX is imported.
+"""
+_ABOUT = {
+    "python -m qspec_jax.generate": "Generates text. Give `--prompt`, `--prompt-file` or both. "
+    "With `--output`, a run that was interrupted goes on where it was.",
+    "python -m qspec_jax.quantize": "Writes a model as a 4-bit checkpoint. Every command takes the checkpoint as a "
+    "model. [Quantisation](quantization.md) compares the recipes.",
+    "python -m qspec_jax.evaluate": "Scores a text at every precision, and drafts on prompts. "
+    "Give `--text`, `--prompt-file` or both.",
+    "python -m qspec_jax.texts": "Writes text to calibrate and to evaluate on: `calibration.txt`, `held-out.txt` and "
+    "`prompts.jsonl`. They share no document.",
+    "python -m qspec_jax.bench kernels": "Times the kernels alone, against the device's measured ceilings.",
+    "python -m qspec_jax.bench decode": "Times decode steps and QSpec cycles. Weights are synthetic unless `--model` "
+    "names a real model.",
+    "python -m qspec_jax.bench throughput": "Serves many requests, and counts tokens per second and latencies. "
+    "Acceptance says something about real models only.",
+    "python -m qspec_jax.bench tune": "Finds the fastest tiles of the Triton matmuls, and writes their table. It needs "
+    "an NVIDIA GPU.",
+}
+_HARNESS = """\
+## python -m qspec_jax.harness
+
+Hands over to lm-eval, which then knows the model class `qspec`. It needs `pip install 'qspec-jax[eval]'`.
+Its options are those of `lm_eval`:
+
+```
+python -m qspec_jax.harness run --model qspec --model_args model=CHECKPOINT,mode=w4a16 --tasks piqa
+```
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parsers = [module.build_parser() for module in (generate, quantize, evaluate, texts)]
+    sections = [section(parser) for parser in parsers]
+    return "\n".join([_HEAD, *sections, _HARNESS, *(section(parser) for parser in bench_parsers())])
+
+
+def bench_parsers() -> Iterator[argparse.ArgumentParser]:
+    """Those of the commands of ``bench``."""
+    for action in bench.build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+def section(parser: argparse.ArgumentParser) -> str:
+    """A heading, what the command is for, and a table of its options."""
+    lines = [f"## {parser.prog}", "", _ABOUT[parser.prog], "", "| option | what |", "| --- | --- |"]
+    lines += [row(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    return "\n".join([*lines, ""])
+
+
+def row(action: argparse.Action) -> str:
+    """An option with its other spellings and its values, and its help."""
+    values = action.metavar or ("" if action.nargs == 0 else action.dest.upper())
+    if action.choices is not None:
+        values = "{" + ",".join(map(str, action.choices)) + "}"
+    names = [f"`{' '.join(filter(None, (name, str(values))))}`" for name in action.option_strings] or [f"`{values}`"]
+    needed = " **Required.**" if action.required and action.option_strings else ""
+    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    return f"| {', '.join(names)} | {text}{needed} |".replace("NAME|FILE", r"NAME\|FILE")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
