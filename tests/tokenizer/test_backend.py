@@ -300,7 +300,7 @@ def test_generating_does_not_import_transformers(checkpoint_tokenizer):
     code = (
         "import sys\n"
         "from qspec_jax.generate import main\n"
-        "from qspec_jax.tokenizer.tokenizer import load_tokenizer\n"
+        "from qspec_jax.weights.tokenizers import load_tokenizer\n"
         "load_tokenizer(sys.argv[1]).apply_chat([{'role': 'user', 'content': 'Hi'}])\n"
         "assert main(['--prompt', 'What is a cache?', '--max-new-tokens', '2', '--mode', 'w4a16']) == 0\n"
         "assert not {'transformers', 'torch', 'orbax', 'huggingface_hub'} & set(sys.modules)\n"
