@@ -60,17 +60,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     options.check_matplotlib(arguments.plot)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
-    modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
-    combined: dict[str, Any] = {
-        "batches": options.parse_numbers(arguments.batch, option="--batch"),
-        "contexts": options.parse_numbers(arguments.context, option="--context"),
-        "modes": modes,
-        "drafts": options.parse_names(arguments.draft, option="--draft", known=DRAFTS),
-        "draft_lengths": _draft_lengths(arguments, modes),
-        "prompts": _prompts(arguments, modes),
-    }
-    if arguments.plot and "qspec" not in modes:
-        raise UsageError("--plot draws the speed-up of speculation; add qspec to --mode, or leave --plot out")
+    combined = _combinations(arguments)
     name, config, path = chosen_model(arguments)
     if arguments.hadamard_block is not None:
         name, config = rotated(name, config, arguments.hadamard_block, path)
@@ -88,6 +78,22 @@ def read_request(arguments: argparse.Namespace) -> Request:
 
     decoder_options(arguments.kernels, arguments.dtype)  # asks the device
     return request
+
+
+def _combinations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that say what to combine, and its prompts."""
+    modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
+    combined = {
+        "batches": options.parse_numbers(arguments.batch, option="--batch"),
+        "contexts": options.parse_numbers(arguments.context, option="--context"),
+        "modes": modes,
+        "drafts": options.parse_names(arguments.draft, option="--draft", known=DRAFTS),
+        "draft_lengths": _draft_lengths(arguments, modes),
+        "prompts": _prompts(arguments, modes),
+    }
+    if arguments.plot and "qspec" not in modes:
+        raise UsageError("--plot draws the speed-up of speculation; add qspec to --mode, or leave --plot out")
+    return combined
 
 
 def _draft_lengths(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[int]:
