@@ -68,10 +68,6 @@ class KVCache:
         return KVCache(layers, lax.dynamic_update_slice_in_dim(self.lengths, row.lengths, index, 0))
 
     @property
-    def stacked(self) -> bool:
-        return isinstance(self.layers, LayerCache)
-
-    @property
     def capacity(self) -> int:
         """Positions each sequence can hold."""
         first = self.layers if isinstance(self.layers, LayerCache) else self.layers[0]

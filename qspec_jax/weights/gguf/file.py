@@ -23,6 +23,7 @@ from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig, RopeScaling
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec, expected_parameters
+from qspec_jax.model.rope import llama3_multipliers
 from qspec_jax.weights.source import (
     FoundTensor,
     QuantizedTensor,
@@ -233,22 +234,14 @@ def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
     if np.allclose(divisors, 1.0, rtol=0, atol=1e-5):
         return config.rope_scaling
     scaling = RopeScaling("llama3", factor=float(divisors.max()))
-    expected = _llama3_divisors(config, scaling)
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    expected = 1.0 / llama3_multipliers(frequencies, scaling)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
         raise UnsupportedModelError(
             f"{file.path}: the rotary factors in {_ROPE_FACTORS} are not those of Llama 3.1 to 3.3; "
             "use the model's safetensors checkpoint, whose config.json names its scaling"
         )
     return scaling
-
-
-def _llama3_divisors(config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
-    """Divisor of every rotary frequency, ``[HD/2]`` float64."""
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    turns = scaling.original_max_position_embeddings * config.rope_theta**-exponents / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - keep) / scaling.factor + keep)
 
 
 def _found_tensors(file: GGUFFile, config: ModelConfig, specs: Mapping[str, ParameterSpec]) -> Iterable[FoundTensor]:
