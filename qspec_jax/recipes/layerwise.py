@@ -4,7 +4,7 @@ Each linear is rounded by GPTQ against the inputs it will have: those that the l
 it in its own layer, give once they are rounded. Every finished layer is a file in a work folder, whose name is keyed
 by all that its bytes depend on; a run that was interrupted finds them and goes on after the last one.
 
-The result is a checkpoint source like the one that was given, except that its linears are 4-bit codes already.
+The result is a source like the one that was given, except that its linears are 4-bit codes already.
 """
 
 from __future__ import annotations

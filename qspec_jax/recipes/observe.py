@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,6 @@ from qspec_jax.model.linear import Linear
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
-
-if TYPE_CHECKING:
-    pass
 
 MAX_BATCH = 8  # windows that run together
 
@@ -68,8 +65,7 @@ def largest_inputs(
 
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
     """A linear of a layer, by its path in the layer."""
-    block, name = linear.split(".")
-    return getattr(getattr(layer, block), name)
+    return functools.reduce(getattr, linear.split("."), layer)
 
 
 class _Observed(nnx.Module):
@@ -109,8 +105,8 @@ def _largest(graph: nnx.GraphDef, state: nnx.State, stream: Array, *, linear: st
 
 def _inputs(layer: DecoderLayer, stream: Array, linear: str) -> Float32[Array, "B T K"]:
     seen: list[Array] = []
-    block, name = linear.split(".")
-    setattr(getattr(layer, block), name, _Observed(linear_of(layer, linear), seen.append))
+    *blocks, name = linear.split(".")
+    setattr(functools.reduce(getattr, blocks, layer), name, _Observed(linear_of(layer, linear), seen.append))
     _run(layer, stream)
     (inputs,) = seen
     return inputs

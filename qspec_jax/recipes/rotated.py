@@ -1,4 +1,4 @@
-"""A checkpoint source seen through a rotation: each tensor is rotated when it is read."""
+"""A source seen through a rotation: each tensor is rotated when it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fills a decoder from a checkpoint source, one tensor at a time.
+"""Fills a decoder from a source, one tensor at a time.
 
 Each tensor is read, quantised and written into its place in host memory, and each array goes to the device
 once it is complete: nothing is compiled but the quantisation itself. Tensors that share an array (query, key

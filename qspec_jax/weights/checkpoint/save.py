@@ -9,6 +9,7 @@ was killed left behind is removed by the next one that writes there. Two at once
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
-from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.linear import Linear, WeightFormat
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
@@ -137,8 +138,8 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
     """The format of each linear of a layer, from the weights themselves."""
     formats = {}
     for name in layer_anatomy(decoder.config).linears:
-        block, linear = name.split(".")
-        weight = getattr(getattr(decoder.layers[0], block), linear).weight.get_value()
+        linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
+        weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight):
             raise UsageError(f"only 4-bit weights are saved, and {name} is floating point; load with a QuantConfig")
         formats[name] = WeightFormat(weight.group_size, weight.symmetric)

@@ -1,4 +1,4 @@
-"""Opens a GGUF file (llama.cpp) as a checkpoint source.
+"""Opens a GGUF file (llama.cpp) as a source of tensors.
 
 Q4_0 and Q4_1 linears keep their codes and scales bit for bit; every other tensor is dequantised to
 float32 when it is read, and a linear among them (K-quants, Q8_0) is then rounded a second time: its entry says from
