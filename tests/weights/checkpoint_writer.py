@@ -52,7 +52,7 @@ def die_at_event(source: Path, path: Path, event: int | None, sender: Any) -> No
         if name == "os.rename" and Path(arguments[1]) == path / FILE_NAME:
             count, before = AFTER - 1, count
 
-    from qspec_jax.checkpoint.manifest import FILE_NAME
+    from qspec_jax.weights.checkpoint.manifest import FILE_NAME
 
     sys.addaudithook(watch)
     _save(source, path)
