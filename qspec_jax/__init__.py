@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qspec_jax.decoding.plan import DecodingPlan, Lookup
     from qspec_jax.decoding.sampling_params import SamplingParams
     from qspec_jax.device.compilation_cache import enable_compilation_cache
     from qspec_jax.engine.language_model import LanguageModel
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
     from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
     from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
     from qspec_jax.model.precision import Precision
+    from qspec_jax.model.view import View
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationQuantization",
     "CheckpointError",
+    "DecodingPlan",
     "GenerationResult",
     "GenerationStats",
     "LanguageModel",
+    "Lookup",
     "ModelConfig",
     "OutOfMemoryError",
     "Pipeline",
@@ -38,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModelError",
     "UsageError",
+    "View",
     "enable_compilation_cache",
     "load",
     "save",
@@ -47,9 +52,11 @@ __all__ = [
 _MODULES = {
     "ActivationQuantization": "qspec_jax.model.config",
     "CheckpointError": "qspec_jax.errors",
+    "DecodingPlan": "qspec_jax.decoding.plan",
     "GenerationResult": "qspec_jax.engine.results",
     "GenerationStats": "qspec_jax.engine.results",
     "LanguageModel": "qspec_jax.engine.language_model",
+    "Lookup": "qspec_jax.decoding.plan",
     "ModelConfig": "qspec_jax.model.config",
     "OutOfMemoryError": "qspec_jax.errors",
     "Pipeline": "qspec_jax.engine.pipeline",
@@ -60,6 +67,7 @@ _MODULES = {
     "SamplingParams": "qspec_jax.decoding.sampling_params",
     "UnsupportedModelError": "qspec_jax.errors",
     "UsageError": "qspec_jax.errors",
+    "View": "qspec_jax.model.view",
     "enable_compilation_cache": "qspec_jax.device.compilation_cache",
     "load": "qspec_jax.engine.load",
     "save": "qspec_jax.engine.load",

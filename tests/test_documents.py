@@ -258,12 +258,12 @@ def load():
     def load_once(*arguments, **options):
         given = signature.bind(*arguments, **options)
         given.apply_defaults()
-        ahead = [given.arguments.pop(name, None) for name in ("meanwhile", "compile_ahead")]
+        ahead = [given.arguments.pop(name, None) for name in ("compile_ahead",)]
         key = (resolve_model(given.arguments["model"]).resolve(), *map(str, given.arguments.values()))
         if key not in loaded:
             loaded[key] = model = original(*arguments, **options)
             if model.quantization is not None:  # sums that W4A4 drafts need, before programs without them are compiled
-                model.programs.prepare(model.plan(draft="w4a4"))
+                model.programs.lay_out_weights(model.plan(draft="w4a4"))
         elif function := next(filter(None, ahead), None):
             function(loaded[key])
         return loaded[key]

@@ -1,8 +1,7 @@
 """A plan that no mode has: drafts at the verify precision. It shows the most that a draft length can yield."""
 
 import qspec_jax
-from qspec_jax import Precision
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax import DecodingPlan, Precision
 
 PROMPTS = ["Why is the sky blue?", "Name three fruits."]
 

@@ -27,6 +27,7 @@ from qspec_jax.decoding.programs import Programs
 from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 from tests import tiny
 from tests.weights import tiny_checkpoints
 
@@ -115,11 +116,11 @@ def test_bytes_are_those_of_the_arrays_and_the_cache_that_a_pass_reads(model):
     slot = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     table = CONFIG.vocab_size * CONFIG.hidden_size * 4
     row = CONFIG.hidden_size * 4
-    step = pass_bytes(model, Precision.W4A16, SETTING, new_tokens=1)
+    step = pass_bytes(model, View.of(Precision.W4A16), SETTING, new_tokens=1)
     assert step == {"weights": layers - sums, "lm_head": table, "embedding": 2 * row, "cache": 2 * 21 * slot}
-    draft = pass_bytes(model, Precision.W4A4, SETTING, new_tokens=1)
+    draft = pass_bytes(model, View.of(Precision.W4A4), SETTING, new_tokens=1)
     assert draft["weights"] == layers
-    verify = pass_bytes(model, Precision.W4A16, SETTING, new_tokens=4)
+    verify = pass_bytes(model, View.of(Precision.W4A16), SETTING, new_tokens=4)
     assert (verify["embedding"], verify["cache"]) == (2 * 4 * row, 2 * 24 * slot)
     cycle = Part("cycle", model.plan(draft="w4a4", draft_length=3)).num_bytes(model, SETTING)
     assert cycle == {kind: verify[kind] + 3 * draft[kind] for kind in verify}
@@ -127,7 +128,7 @@ def test_bytes_are_those_of_the_arrays_and_the_cache_that_a_pass_reads(model):
 
 def test_a_sliding_window_bounds_the_cache_that_is_read():
     windowed = tiny.language_model(dataclasses.replace(CONFIG, sliding_window=5, tie_word_embeddings=True))
-    found = pass_bytes(windowed, Precision.W4A8, SETTING, new_tokens=1)
+    found = pass_bytes(windowed, View.of(Precision.W4A8), SETTING, new_tokens=1)
     slot = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     assert found["cache"] == 2 * (5 + 1) * slot
     table = CONFIG.vocab_size * CONFIG.hidden_size * 4
