@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingParams
 from qspec_jax.engine.outcome import failure
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 
-def is_conversation(prompt: Prompt | Sequence[Prompt]) -> bool:
+def is_conversation(prompt: Prompt | Sequence[Prompt]) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether a prompt is a list of messages."""
     return not isinstance(prompt, str) and bool(prompt) and all(isinstance(one, Mapping) for one in prompt)
 
@@ -133,9 +133,9 @@ class Intake:
         )
         watch = self.watch(sampling) if sampling.stop else None
         sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
-        messages: Any = prompt
-        # Whoever has tokenised a conversation has a tokenizer.
-        prefix_length = self._require_tokenizer().system_length(messages, token_ids) if is_conversation(prompt) else 0
+        prefix_length = 0
+        if is_conversation(prompt):  # whoever has tokenised one has a tokenizer
+            prefix_length = self._require_tokenizer().system_length(prompt, token_ids)
         return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch, prefix_length=prefix_length)
 
     def attempt(self, prompt: Prompt, stats: GenerationStats, **options: Any) -> Request | GenerationResult:
@@ -158,13 +158,13 @@ class Intake:
 
     def _tokens_of(self, prompt: Prompt, chat: bool | None, what: str) -> tuple[str | None, list[int]]:
         text = prompt if isinstance(prompt, str) else None
-        others: Any = prompt
         if text is not None:
             ids = self._encode(text, chat) if text.strip() else []
         elif is_conversation(prompt):
-            ids = self._require_tokenizer().apply_chat(list(others))
+            ids = self._require_tokenizer().apply_chat(list(prompt))
         else:
-            ids = [int(token) for token in others]
+            token_ids: Any = prompt  # whatever converts to integers: lists, NumPy arrays
+            ids = [int(token) for token in token_ids]
         if not ids:
             raise UsageError(f"{what} is empty; give it some text")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:

@@ -11,6 +11,13 @@ those that the row would have computed, bit for bit, so that a result does not d
 same reason chunks are cut by what the request says of itself (:meth:`Request.chunks`), never by what
 others turn out to have in common with it, and the keys and values of generated tokens, which were verified a few at a
 time, are not reused.
+
+Example, chunks of up to 512 tokens, a system prompt S of 600 (chunks S1 and S2) and questions a, b, c::
+
+    row 0 holds S1 S2 a      still decoding
+    row 1 holds S1 S2 b      finished: idle, and its entries are still there
+    S1 S2 c comes            enters row 1, which holds most of it; reads c alone
+    S1 d comes, row 2 idle   copies row 0 or 1 up to S1 as it enters row 2, then reads d
 """
 
 from __future__ import annotations
