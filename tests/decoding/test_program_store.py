@@ -15,10 +15,10 @@ import pytest
 
 import pallas_kernels
 import qspec_jax
-from qspec_jax.commands import run as command
 from qspec_jax.commands.run import keep_compiled_programs
 from qspec_jax.decoding import program_store
 from qspec_jax.decoding.program_store import ProgramStore, program_keys
+from qspec_jax.device import compilation_cache
 from qspec_jax.engine.language_model import LanguageModel
 from tests import tiny
 
@@ -107,7 +107,7 @@ def test_nothing_changes_without_a_store_or_with_one_that_cannot_be_written(tmp_
 def test_a_command_has_a_store_unless_jax_has_a_cache_of_its_own(tmp_path, monkeypatch, configured):
     config: Any = jax.config
     before = config.jax_compilation_cache_dir
-    monkeypatch.setattr(command, "enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr(compilation_cache, "enable_compilation_cache", lambda: tmp_path)
     config.update("jax_compilation_cache_dir", str(tmp_path) if configured else None)
     try:
         store = keep_compiled_programs()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench.decode.plot import plot_speedup
-from qspec_jax.bench.decode.request import NEW_TOKENS, Request, fitting_prompts, read_request
+from qspec_jax.bench.decode.request import NEW_TOKENS, DecodeRequest, fitting_prompts, read_request
 from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.decode.tables import breakdown_table, model_line, speculation_table, table_head, table_row
 from qspec_jax.bench.presets import PRESETS
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     return report.complain()
 
 
-def measure(request: Request, modes: Sequence[str], report: _Report) -> None:
+def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> None:
     """Loads the model that the modes need, and measures every batch and context."""
     from qspec_jax.bench.decode.measure import measure_parts
     from qspec_jax.bench.decode.parts import Setting, decoding_parts
@@ -120,7 +120,7 @@ def measure(request: Request, modes: Sequence[str], report: _Report) -> None:
 class _Report:
     """Prints rows as they come, and rewrites the JSON each time, so that a killed run leaves what it measured."""
 
-    def __init__(self, arguments: argparse.Namespace, facts: Mapping[str, Any], request: Request, copy: float):
+    def __init__(self, arguments: argparse.Namespace, facts: Mapping[str, Any], request: DecodeRequest, copy: float):
         self.path: Path | None = arguments.json
         self.breakdown: bool = arguments.breakdown
         self.repeats: int = arguments.repeats

@@ -27,7 +27,7 @@ _PROMPTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Request(ModelRequest):
+class DecodeRequest(ModelRequest):
     """What is asked for, checked.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request(ModelRequest):
         return max(self.draft_lengths) if "qspec" in self.modes else 0
 
 
-def read_request(arguments: argparse.Namespace) -> Request:
+def read_request(arguments: argparse.Namespace) -> DecodeRequest:
     """Checks everything that can be wrong before a weight is made or a program compiled.
 
     Raises:
@@ -64,7 +64,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     name, config, path = chosen_model(arguments)
     if arguments.hadamard_block is not None:
         name, config = rotated(name, config, arguments.hadamard_block, path)
-    request = Request(
+    request = DecodeRequest(
         name=name,
         config=config,
         path=path,
@@ -114,7 +114,7 @@ def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[st
     return prompts
 
 
-def _check_context(request: Request) -> None:
+def _check_context(request: DecodeRequest) -> None:
     limit, cycle = request.config.max_position_embeddings, request.longest_draft + 1
     if max(request.contexts) + cycle > limit:
         raise UsageError(
@@ -123,7 +123,7 @@ def _check_context(request: Request) -> None:
         )
 
 
-def fitting_prompts(model: LanguageModel, request: Request) -> Sequence[str]:
+def fitting_prompts(model: LanguageModel, request: DecodeRequest) -> Sequence[str]:
     """The prompts, checked before hours of measuring; none for a model without a tokenizer."""
     if not request.prompts or model.tokenizer is None:
         return ()

@@ -52,11 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     grouped = [(shape, options.selected_group_sizes(arguments, shape)) for shape in shapes]
     from qspec_jax.bench.environment import environment, header
     from qspec_jax.bench.kernels.ceilings import measure_ceilings
-    from qspec_jax.bench.kernels.measure import Plan, measure_all
+    from qspec_jax.bench.kernels.measure import MeasurementPlan, measure_all
     from qspec_jax.bench.kernels.plot import plot_roofline
     from qspec_jax.bench.timing import WALL_NOTICE, kernel_clock_works
 
-    plan = Plan(**{"implementations": _all_implementations(), **asked})
+    plan = MeasurementPlan(**{"implementations": _all_implementations(), **asked})
     facts = environment(arguments.argv)
     print(header(facts))
     if not kernel_clock_works():
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a ``measure.Plan`` that are asked for, checked without JAX."""
+    """The fields of a ``measure.MeasurementPlan`` that are asked for, checked without JAX."""
     options.check_writable(arguments.json, option="--json")
     options.check_writable(arguments.plot, option="--plot")
     options.check_matplotlib(arguments.plot)

@@ -85,7 +85,7 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """What to measure.
 
     Attributes:
@@ -113,7 +113,7 @@ class _Case:
         return compile_calls(function, self.workload.shared, self.workload.copies)
 
 
-def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan) -> Iterator[Measurement]:
+def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: MeasurementPlan) -> Iterator[Measurement]:
     """Measures shapes, each with its group sizes, then the producers of their distinct K, and torch last.
 
     The profiler of torch keeps CUPTI to itself from its first use on.
@@ -131,7 +131,7 @@ def measure_all(shapes: Sequence[tuple[MatmulShape, Sequence[int]]], plan: Plan)
                 yield from _measure_torch_int4(shape, group_size, plan)
 
 
-def _measure_producers(k: int, plan: Plan) -> Iterator[Measurement]:
+def _measure_producers(k: int, plan: MeasurementPlan) -> Iterator[Measurement]:
     cases: list[_Case] = []
     for op in PRODUCERS:
         if op not in plan.ops:
@@ -157,11 +157,11 @@ def _by_activation_groups(subjects: Sequence[Measurement]) -> tuple[list[Measure
     return possible, refused
 
 
-def _library(plan: Plan) -> list[str]:
+def _library(plan: MeasurementPlan) -> list[str]:
     return [name for name in plan.implementations if name != TORCH]
 
 
-def _float_cases(shape: MatmulShape, plan: Plan) -> list[_Case]:
+def _float_cases(shape: MatmulShape, plan: MeasurementPlan) -> list[_Case]:
     most_rows = operands.random_rows(max(plan.rows), shape.k)
     widest = operands.float_workload(most_rows, operands.float_weights(shape.k, shape.n))
     return [
@@ -170,7 +170,7 @@ def _float_cases(shape: MatmulShape, plan: Plan) -> list[_Case]:
     ]
 
 
-def _measure_quantized(shape: MatmulShape, group_size: int, plan: Plan) -> Iterator[Measurement]:
+def _measure_quantized(shape: MatmulShape, group_size: int, plan: MeasurementPlan) -> Iterator[Measurement]:
     """The 4-bit matmuls with one weight, all implementations of one M beside each other."""
     plain = operands.random_weights(shape.k, shape.n, group_size=group_size, symmetric=plan.symmetric)
     cases: list[_Case] = []
@@ -189,7 +189,7 @@ def _measure_quantized(shape: MatmulShape, group_size: int, plan: Plan) -> Itera
     yield from _measure(cases, plan, f"{shape} groups of {group_size}")
 
 
-def _measure_torch_int4(shape: MatmulShape, group_size: int, plan: Plan) -> Iterator[Measurement]:
+def _measure_torch_int4(shape: MatmulShape, group_size: int, plan: MeasurementPlan) -> Iterator[Measurement]:
     weights = operands.random_weights(shape.k, shape.n, group_size=group_size, symmetric=plan.symmetric)
     for rows in plan.rows:
         workload = operands.matmul_workload("w4a16", operands.random_rows(rows, shape.k), weights)
@@ -208,7 +208,7 @@ def _matmul_cases(subjects: Sequence[Measurement], weights: Sequence[QuantizedWe
     return [_Case(one, widest[laid_out[one.implementation][0].layout].of_first(one.rows)) for one in subjects]
 
 
-def _measure(cases: Sequence[_Case], plan: Plan, what: str) -> Iterator[Measurement]:
+def _measure(cases: Sequence[_Case], plan: MeasurementPlan, what: str) -> Iterator[Measurement]:
     """Compiles all cases, then times one after the other."""
     if not cases:
         return
@@ -256,7 +256,7 @@ def _without_time(subject: Measurement, error: Exception) -> Measurement:
     return dataclasses.replace(subject, status=status, reason=first_line)
 
 
-def _measure_torch(subject: Measurement, workload: Workload, plan: Plan) -> Measurement:
+def _measure_torch(subject: Measurement, workload: Workload, plan: MeasurementPlan) -> Measurement:
     """Torch's kernel is a yardstick: whatever goes wrong there is a reason to leave it out, not to stop."""
     try:
         out, microseconds = torch_int4.measure(workload.shared, workload.copies, repeats=plan.repeats)

@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class PackedFormat:
     """How a checkpoint stores its 4-bit linears.
 
     Attributes:
@@ -67,7 +67,7 @@ class Layout:
         return tuple(self.parts(_PER_WORD, _PER_WORD, 1))
 
 
-def read_layout(config: Mapping[str, Any], stored: Iterable[StoredTensor]) -> Layout | None:
+def read_layout(config: Mapping[str, Any], stored: Iterable[StoredTensor]) -> PackedFormat | None:
     """The layout of a checkpoint's linears; None if they are not quantised.
 
     Args:
@@ -106,7 +106,7 @@ def refuse_online_hadamard(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(_ONLINE_HADAMARD.format(f"config.json: {', '.join(rotated)}"))
 
 
-def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> Layout:
+def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
     stored = _one_of(settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"), problems)
     _one_of(settings, ("bits",), (4,), problems)
     _one_of(settings, ("pack_dtype",), ("int32",), problems)
@@ -129,10 +129,10 @@ def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> Layout:
             prequantized.check_group_index(stored_parts["g_idx"], group_size=group_size or len(stored_parts["g_idx"]))
         return prequantized.unpack_gptq(qweight, qzeros, scales, zeros_less_one=stored != "gptq_v2")
 
-    return Layout("gptq", "qweight", parts, unpack, group_size, symmetric=settings.get("sym") is True)
+    return PackedFormat("gptq", "qweight", parts, unpack, group_size, symmetric=settings.get("sym") is True)
 
 
-def _read_awq(settings: Mapping[str, Any], problems: list[str]) -> Layout:
+def _read_awq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
     for key in ("version", "format", "checkpoint_format"):
         _one_of(settings, (key,), ("gemm",), problems)
     _one_of(settings, ("backend",), ("auto", "autoawq"), problems)
@@ -149,10 +149,10 @@ def _read_awq(settings: Mapping[str, Any], problems: list[str]) -> Layout:
         return prequantized.unpack_awq(*(stored_parts[name] for name in ("qweight", "qzeros", "scales")))
 
     group_size = _group_size(settings, ("group_size", "q_group_size"), problems)
-    return Layout("awq", "qweight", parts, unpack, group_size, symmetric=False)
+    return PackedFormat("awq", "qweight", parts, unpack, group_size, symmetric=False)
 
 
-def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> Layout:
+def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
     _one_of(settings, ("format",), ("pack-quantized",), problems, required=True)
     for key in ("kv_cache_scheme", "transform_config"):
         if settings.get(key):
@@ -177,7 +177,7 @@ def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> Layout
         return found if symmetric else found | {"weight_zero_point": Part((n // _PER_WORD, groups), _INT32)}
 
     group_size = _compressed_group_size(weights, problems)
-    return Layout("compressed-tensors", "weight_packed", parts, _unpack_compressed, group_size, symmetric)
+    return PackedFormat("compressed-tensors", "weight_packed", parts, _unpack_compressed, group_size, symmetric)
 
 
 def _unpack_compressed(stored_parts: Mapping[str, np.ndarray]) -> Unpacked:
@@ -200,14 +200,14 @@ def _compressed_group_size(weights: Mapping[str, Any], problems: list[str]) -> i
     return _group_size(weights, ("group_size",), problems, required=True) if strategy == "group" else None
 
 
-def _qspec_layout() -> Layout:
+def _qspec_layout() -> PackedFormat:
     def parts(n: int, k: int, groups: int) -> dict[str, Part]:
         return {"weight": Part((n, k // 2), ("U8",)), "weight_scales": Part((n, groups), _FLOATS)}
 
     def unpack(stored_parts: Mapping[str, np.ndarray]) -> Unpacked:
         return prequantized.unpack_qspec(stored_parts["weight"], stored_parts["weight_scales"])
 
-    return Layout("qspec", "weight", parts, unpack, None, symmetric=True)
+    return PackedFormat("qspec", "weight", parts, unpack, None, symmetric=True)
 
 
 def _one_of(
@@ -234,7 +234,7 @@ def _group_size(
 
 
 def found_linears(
-    layout: Layout,
+    layout: PackedFormat,
     stored: Iterable[StoredTensor],
     specs: Mapping[str, ParameterSpec],
     name_of: Callable[[str], str | None],
@@ -265,7 +265,7 @@ def found_linears(
 
 
 def _linear(
-    layout: Layout,
+    layout: PackedFormat,
     module: str,
     parts: Mapping[str, StoredTensor],
     specs: Mapping[str, ParameterSpec],
@@ -282,7 +282,9 @@ def _linear(
     return FoundTensor(source_name, name, TensorEntry(spec.shape, read, four_bit), misfits=misfits)
 
 
-def _misfits(layout: Layout, module: str, parts: Mapping[str, StoredTensor], shape: tuple[int, ...]) -> Iterator[str]:
+def _misfits(
+    layout: PackedFormat, module: str, parts: Mapping[str, StoredTensor], shape: tuple[int, ...]
+) -> Iterator[str]:
     """What is wrong with the parts of a ``[N, K]`` linear, as far as their headers tell."""
     n, k = shape
     group_size = layout.group_size or k
@@ -303,13 +305,15 @@ def _misfits(layout: Layout, module: str, parts: Mapping[str, StoredTensor], sha
             yield f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected {wanted}"
 
 
-def _read(layout: Layout, parts: Mapping[str, StoredTensor], *, keep_codes: bool) -> np.ndarray | QuantizedTensor:
+def _read(layout: PackedFormat, parts: Mapping[str, StoredTensor], *, keep_codes: bool) -> np.ndarray | QuantizedTensor:
     unpacked = layout.unpack({name: tensor.read() for name, tensor in parts.items()})
     tensor = prequantized.quantized_tensor(unpacked, symmetric=layout.symmetric)
     return tensor if keep_codes else prequantized.dequantized(tensor)
 
 
-def completed(layout: Layout, found: Iterable[FoundTensor], specs: Mapping[str, ParameterSpec]) -> list[FoundTensor]:
+def completed(
+    layout: PackedFormat, found: Iterable[FoundTensor], specs: Mapping[str, ParameterSpec]
+) -> list[FoundTensor]:
     """The parameters found, without those that a library adds to a model and with those that it folds away.
 
     AutoGPTQ gives every linear a bias, zero where the model has none. A file of the QSpec format has no norms: their
