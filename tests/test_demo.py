@@ -14,6 +14,7 @@ from tests.golden import make_demo
 pytestmark = [
     pytest.mark.contract,
     pytest.mark.demo,
+    pytest.mark.slow,  # 30 to 50 s each on a quiet machine: 24 prompts of a real model
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="token identity in float32 is a contract of the CPU"),
 ]
 NUM_TOKENS = make_demo.NUM_TOKENS

@@ -23,6 +23,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 @pytest.mark.demo
 @pytest.mark.usefixtures("demo_gguf")
 @pytest.mark.filterwarnings("default")  # of the notebook machinery
+@pytest.mark.slow  # 45 s: a kernel of its own, and the demo model
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws(path):
     nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")

@@ -67,6 +67,7 @@ def without_times(path):
     ]
 
 
+@pytest.mark.slow  # 45 s: the command starts four times
 def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tiny_path, tmp_path):
     prompts = write_prompts(tmp_path / "in.jsonl", some_prompts(NUM_PROMPTS))
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
