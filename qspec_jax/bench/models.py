@@ -89,3 +89,19 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
     for name, k in inputs.items():
         options.check_group_size(k, group_size, text=text, what=name)
     return QuantConfig(group_size=group_size, symmetric=arguments.model is None and not arguments.asymmetric)
+
+
+def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, path: Path | None) -> dict[str, Any]:
+    """The fields of a :class:`ModelRequest` for the model of :func:`chosen_model`.
+
+    Raises:
+        UsageError: its linears cannot be stored as asked.
+    """
+    return {
+        "name": name,
+        "config": config,
+        "path": path,
+        "quantization": chosen_quantization(arguments, config),
+        "dtype": arguments.dtype,
+        "kernels": arguments.kernels,
+    }

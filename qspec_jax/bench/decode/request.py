@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
-from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization, rotated
+from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model, rotated
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import DRAFTS, MODES
@@ -64,15 +64,7 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
     name, config, path = chosen_model(arguments)
     if arguments.hadamard_block is not None:
         name, config = rotated(name, config, arguments.hadamard_block, path)
-    request = DecodeRequest(
-        name=name,
-        config=config,
-        path=path,
-        quantization=chosen_quantization(arguments, config),
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
-        **combined,
-    )
+    request = DecodeRequest(**asked_model(arguments, name, config, path), **combined)
     _check_context(request)
     from qspec_jax.model.placement import decoder_options
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
-from qspec_jax.bench.models import ModelRequest, chosen_model, chosen_quantization
+from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
@@ -124,14 +124,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
             f"--max-new-tokens {arguments.max_new_tokens} do not fit the context of {name}, "
             f"{config.max_position_embeddings}; lower one of them"
         )
-    request = ModelRequest(
-        name=name,
-        config=config,
-        path=path,
-        quantization=chosen_quantization(arguments, config),
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
-    )
+    request = ModelRequest(**asked_model(arguments, name, config, path))
     from qspec_jax.model.placement import decoder_options
 
     decoder_options(arguments.kernels, arguments.dtype)  # asks the device
