@@ -43,6 +43,9 @@ class Lookup:
 class DecodingPlan:
     """What one cycle does; static under jit.
 
+    Tokens equal those of plain decoding at targets that read activations as floats: those of all modes with drafts. A
+    target with integer activations (W4A8, W4A4) may choose other tokens than plain decoding at it: seen on a CPU.
+
     Attributes:
         verify: the target: the view whose output is produced.
         draft: where drafts come from: a view of the same model, or the text; None for plain decoding.
