@@ -17,7 +17,9 @@ from pallas_kernels.arrays.weight import (
     with_group_sums,
     with_layout,
 )
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.block_attention import block_attention, choose_blocks, least_blocks
+from pallas_kernels.block_attention.reference import EVERYTHING
+from pallas_kernels.decode_attention import decode_attention, decode_attention_with_masses
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul
@@ -34,6 +36,7 @@ from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_
 from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul, w4a16_partial_sums
 
 __all__ = [
+    "EVERYTHING",
     "IMPLEMENTATIONS",
     "MAX_DECODE_TOKENS",
     "Layout",
@@ -43,12 +46,16 @@ __all__ = [
     "available_implementations",
     "best_layout",
     "best_layout_for_codes",
+    "block_attention",
     "check_group_size",
+    "choose_blocks",
     "decode_attention",
+    "decode_attention_with_masses",
     "dequantize",
     "dequantize_activation",
     "float_matmul",
     "hadamard",
+    "least_blocks",
     "pack_codes",
     "quantize_activations",
     "rms_norm",

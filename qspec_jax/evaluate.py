@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
+    from qspec_jax.decoding.plan import DecodingPlan
     from qspec_jax.evaluation.scores import ModelScore
 
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
@@ -50,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=512, metavar="N", help="tokens per window of the text (default: 512)")
     add("--drafts", default=",".join(DRAFTS), metavar="P,...", help="default: %(default)s")
     add("--draft-lengths", default="1-7", metavar="N-M", help="default: 1-7; also 3 or 1,3,5")
+    contexts = "tokens of the cache that drafts read: full, auto or numbers (default: full)"
+    add("--draft-contexts", default="full", metavar="N,...", help=contexts)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
     options.add_dtype(parser)
@@ -93,14 +97,23 @@ class _Request:
     precisions: list[str]
     drafts: list[str]
     draft_lengths: list[int]
+    draft_contexts: list[str | int]
     text: str | None
     prompts: list[str]
+
+    def plans(self, model: Any) -> list[DecodingPlan]:
+        """All combinations of the drafts that are asked for."""
+        combined = itertools.product(self.drafts, self.draft_contexts, self.draft_lengths)
+        return [
+            model.plan(draft=draft, draft_context=context, draft_length=length) for draft, context, length in combined
+        ]
 
 
 def _request(arguments: argparse.Namespace) -> _Request:
     precisions = _names(arguments.precisions, PRECISIONS, "--precisions")
     drafts = _names(arguments.drafts, DRAFTS, "--drafts")
     lengths = draft_lengths(arguments.draft_lengths)
+    contexts = [options.parse_draft_context(text) for text in arguments.draft_contexts.split(",")]
     text = _read_text(arguments.text)
     prompts = [] if arguments.prompt_file is None else read_prompt_file(arguments.prompt_file)
     if text is None and not prompts:
@@ -112,7 +125,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
         _require_matplotlib()
     for model in (*(arguments.model or ()), arguments.baseline):
         check_model_name(model)
-    return _Request(precisions, drafts, lengths, text, prompts)
+    return _Request(precisions, drafts, lengths, contexts, text, prompts)
 
 
 def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -> ModelScore:
@@ -134,8 +147,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
         draft_scores = score_drafts(
             model,
             request.prompts,
-            drafts=request.drafts,
-            draft_lengths=request.draft_lengths,
+            request.plans(model),
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             progress=_progress("drafts"),

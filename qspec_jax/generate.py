@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=(*MODES, *LOOKUP_MODES), default="qspec", help="default: qspec")
     options.add_draft(parser)
     options.add_draft_length(parser)
+    options.add_draft_context(parser)
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
     add("--max-seq-len", type=int, metavar="N", help="cache positions per sequence (default: as many as needed)")
     batch = "rows of the batch: prompts that run together; the next one enters as one is finished (default: 8)"
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
-    names = ("model", "mode", "draft", "draft_length", "max_seq_len", "dtype", "group_size", "kernels")
+    names = ("model", "mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {name: getattr(arguments, name) for name in names}
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
     try:
@@ -155,7 +156,8 @@ def _start(
     """A pipeline with the prompts from ``first`` on in it, and room for all."""
     from qspec_jax.engine.intake import require_some
 
-    plan = model.plan(arguments.mode, draft=arguments.draft, draft_length=arguments.draft_length)
+    names = ("draft", "draft_length", "draft_context")
+    plan = model.plan(arguments.mode, **{name: getattr(arguments, name) for name in names})
     length = {"max_seq_len": arguments.max_seq_len}
     requests = [
         model.attempt(line.prompt, plan, what=f"prompt {index + 1}", **line.resolved(defaults, index), **length)
@@ -182,7 +184,7 @@ def _complain(results: Sequence[GenerationResult], *, first: int = 0) -> int:
 def _stream_text(
     model: LanguageModel, lines: list[PromptLine], arguments: argparse.Namespace, defaults: dict[str, Any]
 ) -> None:
-    names = ("mode", "draft", "draft_length", "max_seq_len")
+    names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     for index, line in enumerate(lines):
         if len(lines) > 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "decode_attention"
-# A file has decode_attention and obstacle(num_tokens, head_dim).
+# A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -44,23 +45,63 @@ def decode_attention(
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    _check(query, keys, values, window)
+    check_arrays(_OP, query, keys, values, window)
     _, num_tokens, _, head_dim = query.shape
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
     return chosen.decode_attention(query, keys, values, lengths, window=window)
 
 
-def _check(query: Array, keys: Array, values: Array, window: int | None) -> None:
+def decode_attention_with_masses(
+    query: Float[Array, "B T H HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
+    """As :func:`decode_attention`, bit for bit, and the share of the attention that each block of slots gets.
+
+    The Triton kernel sums the exponentials of a block while it has them: no key is read twice.
+
+    Args:
+        query, keys, values, lengths, window, implementation: as there.
+        block_size: slots of a block, a multiple of 16. The last one may be shorter.
+
+    Returns:
+        the attention, and masses ``[B, KH, NB]`` float32 with ``NB = ceil(S / block_size)``: the mean over the heads
+        of a group and the first tokens, as many of them as have 16 queries together; they add up to 1.
+
+    Raises:
+        ValueError: as there, or ``block_size`` is no multiple of 16.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    check_arrays(_OP, query, keys, values, window)
+    check_block_size(_OP, block_size)
+    _, num_tokens, _, head_dim = query.shape
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
+    return chosen.decode_attention_with_masses(query, keys, values, lengths, block_size=block_size, window=window)
+
+
+def check_block_size(op: str, block_size: int) -> None:
+    """Raises ValueError, in the name of an operation, for a block that is not made of the smallest ones."""
+    if block_size < 1 or block_size % BLOCK:
+        raise ValueError(f"{op}: block_size={block_size}; use a multiple of {BLOCK}")
+
+
+def check_arrays(op: str, query: Array, keys: Array, values: Array, window: int | None) -> None:
+    """Raises ValueError, in the name of an operation, for arguments that do not fit together."""
     batch, _, num_heads, head_dim = query.shape
     if query.dtype not in _DTYPES:
-        raise ValueError(f"{_OP}: query is {query.dtype}; use float32, bfloat16 or float16")
+        raise ValueError(f"{op}: query is {query.dtype}; use float32, bfloat16 or float16")
     if keys.dtype != query.dtype or values.dtype != query.dtype:
-        raise ValueError(f"{_OP}: keys are {keys.dtype} and values {values.dtype}; use {query.dtype}, as query has")
+        raise ValueError(f"{op}: keys are {keys.dtype} and values {values.dtype}; use {query.dtype}, as query has")
     if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (batch, head_dim):
         raise ValueError(
-            f"{_OP}: keys are {keys.shape} and values {values.shape}; use [{batch}, S, KH, {head_dim}] for both"
+            f"{op}: keys are {keys.shape} and values {values.shape}; use [{batch}, S, KH, {head_dim}] for both"
         )
     if num_heads % keys.shape[2]:
-        raise ValueError(f"{_OP}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")
+        raise ValueError(f"{op}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")
     if window is not None and window < 1:
-        raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")
+        raise ValueError(f"{op}: window={window}; use a positive number, or None to see all slots")

@@ -20,10 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.backends.triton import registers
-from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
+from pallas_kernels.decode_attention.reference import BLOCK, MAX_DECODE_TOKENS, weighed_tokens
 
 _ROWS = 16  # of a tile: the fewest that a tensor core takes
 _MAX_HEAD_DIM = 256
@@ -32,10 +32,11 @@ _SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
 _CHUNKS = 16  # the short ones, and those that are put together at a time
 _SHORT_SLOTS, _LONG_SLOTS = _CHUNKS * _SHORT_CHUNK, _CHUNKS * _LONG_CHUNK
 _TILE_BYTES = 16384  # of keys, and of values, that a program holds
+_WEIGHED = 64  # blocks of a program that weighs them
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
+class Problem:
     """What both kernels know of the call: sizes, and the window."""
 
     num_tokens: int
@@ -44,6 +45,17 @@ class _Problem:
     head_dim: int
     slots: int
     window: int | None
+    weigh_blocks: bool = False
+
+    @property
+    def weighed_rows(self) -> int:
+        """Rows of the tokens that weigh blocks, the first ones."""
+        return weighed_tokens(self.num_tokens, self.group) * self.group
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the smallest size, in all slots."""
+        return pl.cdiv(self.slots, BLOCK)
 
     @property
     def group(self) -> int:
@@ -100,22 +112,56 @@ def decode_attention(
     return _attend(query, keys, values, lengths, window=window, interpret=interpret)
 
 
-# A jit of its own, so that a program with many layers lowers the kernels once per shape.
+def decode_attention_with_masses(
+    query: Float[Array, "B T H HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int,
+    window: int | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
+    """See the public function."""
+    registers.ignore_triton_deprecation()
+    return _attend_and_weigh(query, keys, values, lengths, block_size=block_size, window=window, interpret=interpret)
+
+
+# Jits of their own, so that a program with many layers lowers the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("window", "interpret"))
 def _attend(query: Array, keys: Array, values: Array, lengths: Array, *, window: int | None, interpret: bool) -> Array:
+    problem = _problem_of(query, keys, window)
+    chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
+    [out] = _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret"))
+def _attend_and_weigh(
+    query: Array, keys: Array, values: Array, lengths: Array, *, block_size: int, window: int | None, interpret: bool
+) -> tuple[Array, Array]:
+    problem = dataclasses.replace(_problem_of(query, keys, window), weigh_blocks=True)
+    *chunks, block_sums = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
+    out, whole_sums = _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    masses = _weigh_blocks(lengths, whole_sums, block_sums, problem=problem, interpret=interpret)
+    together = block_size // BLOCK
+    masses = jnp.pad(masses, ((0, 0), (0, 0), (0, -masses.shape[2] % together)))
+    return out, masses.reshape(*masses.shape[:2], -1, together).sum(axis=-1)
+
+
+def _problem_of(query: Array, keys: Array, window: int | None) -> Problem:
     _, num_tokens, num_heads, head_dim = query.shape
     _, slots, num_kv_heads, _ = keys.shape
-    problem = _Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
-    chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
-    return _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    return Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
 
 
 def _attend_to_chunks(
-    query: Array, keys: Array, values: Array, lengths: Array, *, problem: _Problem, interpret: bool
-) -> tuple[Array, Array, Array]:
+    query: Array, keys: Array, values: Array, lengths: Array, *, problem: Problem, interpret: bool
+) -> tuple[Array, ...]:
     """Largest logits and sums ``[B, KH, chunks, rows]``, and weighted values ``[B, KH, chunks, rows, block_dim]``.
 
-    Chunks and rows that see nothing, or do not exist, are not written.
+    A problem that weighs blocks adds ``[B, KH, blocks, rows]``: logarithms of the sums of exponentials of a block.
+    Chunks, blocks and rows that see nothing, or do not exist, are not written.
     """
     batch, row_blocks = query.shape[0], problem.row_blocks
 
@@ -128,8 +174,30 @@ def _attend_to_chunks(
     cache_spec = pl.BlockSpec((None, problem.slots, None, problem.block_dim), cache_block)
     row_spec = pl.BlockSpec((None, None, None, _ROWS), block)
     wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
-    per_row = (batch, problem.num_kv_heads, problem.num_chunks, row_blocks * _ROWS)
-    maximum, total, mixed = pl.pallas_call(
+    num_rows = row_blocks * _ROWS
+    per_row = (batch, problem.num_kv_heads, problem.num_chunks, num_rows)
+    out_specs = [row_spec, row_spec, wide_spec]
+    out_shape = [
+        jax.ShapeDtypeStruct(per_row, jnp.float32),
+        jax.ShapeDtypeStruct(per_row, jnp.float32),
+        jax.ShapeDtypeStruct((*per_row, problem.block_dim), jnp.float32),
+    ]
+    if problem.weigh_blocks:
+        weighing = pl.cdiv(problem.weighed_rows, _ROWS)
+        sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * _ROWS)
+        out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+        out_specs.append(
+            pl.BlockSpec(
+                (None, None, problem.num_blocks, _ROWS),
+                lambda program, chunk, sequence: (
+                    sequence,
+                    lax.div(program, row_blocks),
+                    0,
+                    jnp.minimum(lax.rem(program, row_blocks), weighing - 1),
+                ),
+            )
+        )
+    return pl.pallas_call(
         functools.partial(_chunk_kernel, problem=problem),
         # Programs that read the same slots stand next to each other.
         grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
@@ -139,17 +207,12 @@ def _attend_to_chunks(
             cache_spec,
             cache_spec,
         ],
-        out_specs=[row_spec, row_spec, wide_spec],
-        out_shape=[
-            jax.ShapeDtypeStruct(per_row, jnp.float32),
-            jax.ShapeDtypeStruct(per_row, jnp.float32),
-            jax.ShapeDtypeStruct((*per_row, problem.block_dim), jnp.float32),
-        ],
+        out_specs=out_specs,
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
-        name="decode_attention_chunks",
+        name="decode_attention_chunks_and_blocks" if problem.weigh_blocks else "decode_attention_chunks",
     )(lengths, query, keys, values)
-    return maximum, total, mixed
 
 
 def _chunk_kernel(
@@ -160,8 +223,8 @@ def _chunk_kernel(
     maximum_ref,  # [16] f32
     total_ref,  # [16] f32
     mixed_ref,  # [16, block_dim] f32
-    *,
-    problem: _Problem,
+    *block_sums_ref,  # one [blocks, 16] f32, of a problem that weighs blocks
+    problem: Problem,
 ):
     program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
@@ -179,14 +242,16 @@ def _chunk_kernel(
     def _():
         attend_to_tile = functools.partial(
             _attend_to_tile,
-            query=_load_rows(query_ref, rows, exists, kv_head, problem),
+            query=load_rows(query_ref, rows, exists, kv_head, problem),
             positions=length + lax.div(rows, problem.group),
             cache_refs=(keys_ref, values_ref),
             bounds=(chunk_start, end),
             block_slots=block_slots,
+            sums_ref=block_sums_ref[0] if block_sums_ref else None,
+            weighs=row_block * _ROWS < problem.weighed_rows,
             problem=problem,
         )
-        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, _nothing((_ROWS,), problem))
+        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, nothing((_ROWS,), problem))
         for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
             plgpu.store(ref, result, mask=exists if result.ndim == 1 else _across(exists, result.shape))
 
@@ -200,7 +265,9 @@ def _attend_to_tile(
     cache_refs: tuple[registers.Ref, registers.Ref],
     bounds: tuple[Array, Array],  # where the chunk begins, and where no row sees any more
     block_slots: int,
-    problem: _Problem,
+    sums_ref: registers.Ref | None,
+    weighs: Array,
+    problem: Problem,
 ) -> tuple[Array, Array, Array]:
     maximum, total, mixed = carry
     chunk_start, end = bounds
@@ -209,11 +276,69 @@ def _attend_to_tile(
     shape = (_ROWS, block_slots)
     slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), _across(positions, shape)
     seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
-    logits = _dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-    maximum, kept, weights = _raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+    logits = dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
+    maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
     total = total * kept + jnp.sum(weights, axis=1)
-    mixed = mixed * kept[:, None] + _dot(weights.astype(values.dtype), values, contract=(1, 0))
+    mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
+    if sums_ref is not None:
+        raised = maximum
+
+        @pl.when(weighs)
+        def _():
+            sums = jnp.sum(weights.reshape(_ROWS, block_slots // BLOCK, BLOCK), axis=2)
+            shift = jnp.where(raised == -jnp.inf, 0.0, raised)
+            first = lax.div(start, BLOCK)
+            mask = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < problem.num_blocks
+            here = sums_ref.at[pl.ds(first, block_slots // BLOCK), :]
+            plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=mask)
+
     return maximum, total, mixed
+
+
+def _weigh_blocks(lengths: Array, whole_sums: Array, block_sums: Array, *, problem: Problem, interpret: bool) -> Array:
+    """The masses of all blocks ``[B, KH, blocks]`` float32, of the logarithms of sums; see the reference."""
+    batch, block_rows = lengths.shape[0], pl.next_power_of_2(problem.weighed_rows)
+
+    def whole(*sizes: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *sizes), lambda step, head, sequence: (sequence, head, *[0] * len(sizes)))
+
+    return pl.pallas_call(
+        functools.partial(_weigh_kernel, problem=problem),
+        grid=(pl.cdiv(problem.num_blocks, _WEIGHED), problem.num_kv_heads, batch),
+        in_specs=[
+            pl.BlockSpec((None,), lambda step, head, sequence: (sequence,)),
+            whole(block_rows),
+            whole(problem.num_blocks, block_rows),
+        ],
+        out_specs=pl.BlockSpec((None, None, _WEIGHED), lambda step, head, sequence: (sequence, head, step)),
+        out_shape=jax.ShapeDtypeStruct((batch, problem.num_kv_heads, problem.num_blocks), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="decode_attention_masses",
+    )(lengths, whole_sums, block_sums)
+
+
+def _weigh_kernel(
+    length_ref,  # [] int32
+    whole_ref,  # [block_rows] f32, logarithms of the sums over all slots
+    blocks_ref,  # [blocks, block_rows] f32, logarithms of the sums over a block
+    masses_ref,  # [_WEIGHED] f32
+    *,
+    problem: Problem,
+):
+    length, step = length_ref[...], pl.program_id(0)
+    shape = (_WEIGHED, whole_ref.shape[0])
+    blocks = step * _WEIGHED + lax.broadcasted_iota(jnp.int32, shape, 0)
+    exists = lax.broadcasted_iota(jnp.int32, shape, 1) < problem.weighed_rows
+    # Written are the blocks of which the first token sees the end, or the last one the beginning.
+    end = problem.end_of_seen(length + (problem.num_tokens - 1))
+    written = exists & (blocks * BLOCK < end) & ((blocks + 1) * BLOCK > problem.first_seen(length))
+    sums = plgpu.load(blocks_ref.at[pl.ds(step * _WEIGHED, _WEIGHED), :], mask=written, other=-jnp.inf)
+    rows = lax.broadcasted_iota(jnp.int32, whole_ref.shape, 0)
+    whole = plgpu.load(whole_ref, mask=rows < problem.weighed_rows, other=0.0)
+    masses = jnp.sum(jnp.exp(sums - whole[None, :]), axis=1) * jnp.float32(1 / problem.weighed_rows)
+    here = step * _WEIGHED + lax.broadcasted_iota(jnp.int32, (_WEIGHED,), 0)
+    plgpu.store(masses_ref, masses, mask=here < problem.num_blocks)
 
 
 def _join_chunks(
@@ -222,12 +347,26 @@ def _join_chunks(
     total: Array,
     mixed: Array,
     *,
-    problem: _Problem,
+    problem: Problem,
     dtype: DTypeLike,
     interpret: bool,
-) -> Array:
+) -> tuple[Array, ...]:
+    """The result, and of a problem that weighs blocks the logarithms of all sums ``[B, KH, rows]`` float32."""
     batch, shape = lengths.shape[0], (problem.num_tokens, problem.num_heads, problem.head_dim)
     group = problem.group
+    out_specs = [
+        pl.BlockSpec((None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0))
+    ]
+    out_shape = [jax.ShapeDtypeStruct((batch, *shape), dtype)]
+    if problem.weigh_blocks:
+        sums = (batch, problem.num_kv_heads, problem.row_blocks * _ROWS)
+        out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+        out_specs.append(
+            pl.BlockSpec(
+                (None, None, None),
+                lambda head, token, sequence: (sequence, lax.div(head, group), token * group + lax.rem(head, group)),
+            )
+        )
 
     def block(head, token, sequence):
         return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
@@ -242,10 +381,8 @@ def _join_chunks(
             chunk_spec,
             pl.BlockSpec((None, None, problem.num_chunks, None, problem.block_dim), lambda *ids: (*block(*ids), 0)),
         ],
-        out_specs=pl.BlockSpec(
-            (None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0)
-        ),
-        out_shape=jax.ShapeDtypeStruct((batch, *shape), dtype),
+        out_specs=out_specs,
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="decode_attention_join",
@@ -258,8 +395,8 @@ def _join_kernel(
     total_ref,  # [chunks] f32
     mixed_ref,  # [chunks, block_dim] f32
     out_ref,  # [block_dim]
-    *,
-    problem: _Problem,
+    *sum_ref,  # one [] f32, of a problem that weighs blocks
+    problem: Problem,
     interpret: bool,
 ):
     position = length_ref[...] + registers.start_next(pl.program_id(1), interpret=interpret)
@@ -275,17 +412,19 @@ def _join_kernel(
         maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
         totals = plgpu.load(total_ref.at[here], mask=seen, other=0.0)
         mixtures = plgpu.load(mixed_ref.at[here, :], mask=seen_wide, other=0.0)
-        maximum, kept, weights = _raise_maximum(maximum, maxima)
+        maximum, kept, weights = raise_maximum(maximum, maxima)
         total = total * kept + jnp.sum(weights * totals, axis=0)
         mixed = mixed * kept + jnp.sum(weights[:, None] * mixtures, axis=0)
         return maximum, total, mixed
 
     # One step for the short chunks, then as many as the token needs: the same program for any number of slots.
     num_steps = 1 + lax.div(jnp.maximum(end - _SHORT_SLOTS, 0) + (_LONG_SLOTS - 1), _LONG_SLOTS)
-    _, total, mixed = lax.fori_loop(0, num_steps, join, _nothing((), problem))
+    maximum, total, mixed = lax.fori_loop(0, num_steps, join, nothing((), problem))
     out = mixed / jnp.where(total > 0, total, 1.0)
     exists = lax.broadcasted_iota(jnp.int32, out.shape, 0) < problem.head_dim
     plgpu.store(out_ref, out.astype(out_ref.dtype), mask=exists)
+    if sum_ref:
+        sum_ref[0][...] = jnp.where(total > 0, maximum + jnp.log(total), 0.0)
 
 
 def _first_slot(chunk: Array) -> Array:
@@ -293,7 +432,7 @@ def _first_slot(chunk: Array) -> Array:
     return jnp.where(chunk < _CHUNKS, chunk * _SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
 
 
-def _load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: _Problem) -> Array:
+def load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: Problem) -> Array:
     """The queries of 16 rows ``[16, block_dim]``, with zeros where there are none."""
     shape = (_ROWS, problem.block_dim)
     rows, group = _across(rows, shape), problem.group
@@ -303,7 +442,7 @@ def _load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, p
     return plgpu.load(queries, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: _Problem) -> Array:
+def _load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: Problem) -> Array:
     """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
     shape = (block_slots, problem.block_dim)
     mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
@@ -312,13 +451,13 @@ def _load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, 
     return plgpu.load(ref.at[pl.ds(start, block_slots), :], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _nothing(shape: tuple[int, ...], problem: _Problem) -> tuple[Array, Array, Array]:
+def nothing(shape: tuple[int, ...], problem: Problem) -> tuple[Array, Array, Array]:
     """Largest logit, sum and weighted values of no slots."""
     zeros = jnp.zeros(shape, jnp.float32)
     return jnp.full(shape, -jnp.inf, jnp.float32), zeros, jnp.zeros((*shape, problem.block_dim), jnp.float32)
 
 
-def _raise_maximum(maximum: Array, logits: Array) -> tuple[Array, Array, Array]:
+def raise_maximum(maximum: Array, logits: Array) -> tuple[Array, Array, Array]:
     """The largest logit so far, the factor for what was summed before, and the weights of the new ``logits``."""
     raised = jnp.maximum(maximum, jnp.max(logits, axis=-1))
     shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
@@ -330,7 +469,7 @@ def _across(column: Array, shape: tuple[int, int]) -> Array:
     return jnp.broadcast_to(column[:, None], shape)
 
 
-def _dot(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
     """In float32; float32 operands are not rounded to tf32."""
     return lax.dot_general(
         a,

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH
+from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
 
@@ -28,6 +28,30 @@ def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") 
 def add_draft_length(parser: Parser) -> None:
     """``--draft-length``; see :func:`check_draft_length`."""
     parser.add_argument("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+
+
+def add_draft_context(parser: Parser) -> None:
+    """``--draft-context``."""
+    text = "tokens of the cache that a draft reads: full, auto (those that matter of a long text) or N (default: full)"
+    parser.add_argument("--draft-context", type=_draft_context, default="full", metavar="N", help=text)
+
+
+def _draft_context(text: str) -> str | int:
+    try:
+        return parse_draft_context(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_draft_context(text: str) -> str | int:
+    """``full``, ``auto`` or a number of tokens.
+
+    Raises:
+        UsageError: it is none of these, or too few tokens.
+    """
+    value = int(text) if text.strip().isascii() and text.strip().isdigit() else text.strip()
+    check_draft_context(value)
+    return value
 
 
 def add_group_size(parser: Parser, text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures
 
@@ -24,12 +25,19 @@ class Shape(NamedTuple):
         capacity: cache positions of each.
         features: what their sampling needs.
         lookup: drafts are looked up in the texts.
+        num_blocks: of the cache, that drafts read; 0 where they read all of it.
     """
 
     rows: int
     capacity: int
     features: SamplingFeatures = SamplingFeatures()
     lookup: bool = False
+    num_blocks: int = 0
+
+    @classmethod
+    def of(cls, plan: DecodingPlan, *, rows: int, capacity: int) -> Shape:
+        """What a plan needs, for the most likely tokens."""
+        return cls(rows, capacity, lookup=plan.lookup, num_blocks=plan.num_blocks)
 
 
 def fitting_capacity(num_tokens: int) -> int:

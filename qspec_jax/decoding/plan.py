@@ -6,13 +6,16 @@ import dataclasses
 
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
-from qspec_jax.model.view import View
+from qspec_jax.model.view import View, least_budget
 
 MAX_DRAFT_LENGTH = 16
 
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
 DRAFTS = ("auto", "w4a4", "w4a8")
+DRAFT_CONTEXTS = ("full", "auto")  # or a number of tokens
+DRAFT_BUDGET = 1024  # tokens that a draft reads of the cache with `auto`,
+FULL_BELOW = 2048  # and of shorter sequences all
 
 
 def default_draft_precision() -> Precision:
@@ -83,6 +86,23 @@ class DecodingPlan:
         return self.draft.otherwise if isinstance(self.draft, Lookup) else self.draft
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache that its drafts read; 0 where they read all of it."""
+        return 0 if self.draft_view is None else self.draft_view.num_blocks
+
+    @property
+    def weigh(self) -> int | None:
+        """Positions of the blocks that its verification weighs for the drafts; None where nobody asks."""
+        return None if self.draft_view is None or not self.num_blocks else self.draft_view.cache_block
+
+    def in_cache(self, capacity: int) -> DecodingPlan:
+        """The plan that does the same with caches of some positions: drafts read the whole of small ones."""
+        if self.draft_view is None:
+            return self
+        view = self.draft_view.in_cache(capacity)
+        return DecodingPlan(self.verify, Lookup(view) if self.lookup else view, self.draft_length)
+
+    @property
     def views(self) -> tuple[View, ...]:
         """All views that its passes read."""
         return (self.verify,) if self.draft_view is None else (self.verify, self.draft_view)
@@ -100,18 +120,29 @@ class DecodingPlan:
         return self.draft_view.name if self.draft_view is not None else "lookup" if self.lookup else None
 
 
-def plan_of(mode: str, *, draft: str = "auto", draft_length: int = 3, quantized: bool = True) -> DecodingPlan:
+def plan_of(
+    mode: str,
+    *,
+    draft: str = "auto",
+    draft_length: int = 3,
+    draft_context: str | int = "full",
+    quantized: bool = True,
+) -> DecodingPlan:
     """The plan of a mode.
 
     Args:
         mode: one of :data:`MODES` or :data:`LOOKUP_MODES`.
         draft: one of :data:`DRAFTS`.
         draft_length: drafts per cycle, where there are any.
+        draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
+            matter of a long text.
         quantized: whether the model has 4-bit weights.
 
     Raises:
-        UsageError: an unknown mode or draft, a draft length below 1, or a 4-bit mode of a float model.
+        UsageError: an unknown mode or draft, a draft length below 1, a draft context that is too small, or a 4-bit mode
+            of a float model.
     """
+    part = _part_of_cache(draft_context)
     if mode not in (*MODES, *LOOKUP_MODES):
         raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES))}")
     if draft not in DRAFTS:
@@ -125,4 +156,26 @@ def plan_of(mode: str, *, draft: str = "auto", draft_length: int = 3, quantized:
     if mode == "lookup":
         return DecodingPlan(Precision.W4A16, Lookup(), draft_length)
     view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
+    view = dataclasses.replace(view, **part)
     return DecodingPlan(Precision.W4A16, Lookup(view) if mode == "lookup-qspec" else view, draft_length)
+
+
+def _part_of_cache(draft_context: str | int) -> dict[str, int]:
+    """The fields of a view that say how much of the cache a draft reads."""
+    check_draft_context(draft_context)
+    if draft_context == "full":
+        return {}
+    if draft_context == "auto":
+        return {"cache_budget": DRAFT_BUDGET, "cache_full_below": FULL_BELOW}
+    assert isinstance(draft_context, int)
+    return {"cache_budget": draft_context}
+
+
+def check_draft_context(draft_context: str | int) -> None:
+    """Raises UsageError for what is neither a name of :data:`DRAFT_CONTEXTS` nor a number of tokens that will do."""
+    least = least_budget(View.cache_block)
+    is_number = isinstance(draft_context, int) and not isinstance(draft_context, bool)
+    if draft_context not in DRAFT_CONTEXTS and not (is_number and int(draft_context) >= least):
+        raise UsageError(
+            f"draft_context={draft_context!r}: use {', '.join(DRAFT_CONTEXTS)} or a number of tokens from {least} on"
+        )

@@ -208,7 +208,8 @@ class Programs:
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        cache = self.decoder.create_cache(batch=shape.rows, capacity=shape.capacity)
+        sizes = {"batch": shape.rows, "capacity": shape.capacity, "num_blocks": shape.num_blocks}
+        cache = self.decoder.create_cache(**sizes)
         return self.with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
 
     def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,15 @@ from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.view import View
+
+
+class Verification(NamedTuple):
+    """What a verification finds: the target's tokens and logits, the cache it wrote, what the blocks of it weighed."""
+
+    tokens: Int32[Array, "B gamma_plus_1"]
+    logits: Float32[Array, "B gamma_plus_1 V"]
+    cache: KVCache
+    masses: Float32[Array, "B L KH NB"] | None
 
 
 def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: DecodingPlan) -> DecodeState:
@@ -67,7 +77,8 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
         history = write(history, chunk.start, chunk.tokens, index < chunk.num_tokens[:, None])
         history = write(history, end, first_tokens, chunk.last[:, None])
     return DecodeState(
-        cache=cache.with_lengths(end),
+        # Nobody has weighed the blocks of this text yet: its first drafts read all of it.
+        cache=cache.with_lengths(end).with_everything_listed(),
         last_token=first,
         tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
         num_tokens=chunk.last.astype(jnp.int32),
@@ -164,16 +175,18 @@ def verify(
     cache: KVCache,
     *,
     view: View,
+    weigh: int | None = None,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
-) -> tuple[Int32[Array, "B gamma_plus_1"], Float32[Array, "B gamma_plus_1 V"], KVCache]:
-    """The tokens the target chooses after the last token and after each draft, and its logits.
+) -> Verification:
+    """The tokens the target chooses after the last token and after each draft.
 
-    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten.
+    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten. ``weigh`` is as in
+    :meth:`Decoder.run`.
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
-    logits, cache = model(tokens, cache, precision=view)
-    return choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache
+    logits, cache, masses = model.run(tokens, cache, precision=view, weigh=weigh)
+    return Verification(choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache, masses)
 
 
 def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
@@ -192,25 +205,33 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
         with_lengths(start) [ t t t t t t|. . . ]    forgets them; what lies beyond the length is never read
         verify writes       [ t t t t t t N D D D ]  the same places and one more, as the target computes them
         after, 2 kept       [ t t t t t t N D|. . ]  the new length is `start` + tokens kept: again all but the newest
+
+    Where drafts have a budget, the verification has also weighed the blocks of the cache. The heaviest are those that
+    the drafts of the next cycle read; the target always reads everything.
     """
     start = state.cache.lengths
     with jax.named_scope("draft"):
         draft_tokens, cache = propose(model, state, plan=plan)
     with jax.named_scope("verify"):
         cache = cache.with_lengths(start)
-        target_tokens, logits, cache = verify(
+        target_tokens, logits, cache, masses = verify(
             model,
             state.last_token,
             draft_tokens,
             cache,
             view=plan.verify,
+            weigh=plan.weigh,
             sampler=state.sampler,
             first=state.num_tokens,
         )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
         scores = None if state.scores is None else TokenScores.of(logits, target_tokens)
-        return emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, scores)
+        state = emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, scores)
+    if masses is None or plan.draft_view is None:
+        return state
+    with jax.named_scope("choose_blocks"):
+        return dataclasses.replace(state, cache=model.with_chosen_blocks(state.cache, masses, view=plan.draft_view))
 
 
 def emit(
@@ -300,6 +321,8 @@ def generate(
         return count + cycles_per_check, state
 
     count, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))
+    if plan.weigh is None:  # what was chosen before does not have the tokens of these cycles
+        state = dataclasses.replace(state, cache=state.cache.with_everything_listed())
     return state, count
 
 

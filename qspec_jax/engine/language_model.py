@@ -79,13 +79,17 @@ class LanguageModel:
         """Bytes of all parameters."""
         return sum(leaf.nbytes for leaf in self.programs.leaves)
 
-    def plan(self, mode: str = "qspec", *, draft: str = "auto", draft_length: int = 3) -> DecodingPlan:
-        """The precisions of a mode.
+    def plan(
+        self, mode: str = "qspec", *, draft: str = "auto", draft_length: int = 3, draft_context: str | int = "full"
+    ) -> DecodingPlan:
+        """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
 
         Raises:
-            UsageError: an unknown mode or draft, a draft length below 1, or a 4-bit mode of a float model.
+            UsageError: an unknown mode or draft, a draft length below 1, a draft context that is too small, or a 4-bit
+                mode of a float model.
         """
-        return plan_of(mode, draft=draft, draft_length=draft_length, quantized=self.quantization is not None)
+        options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
+        return plan_of(mode, **options, quantized=self.quantization is not None)
 
     def generate(
         self,
@@ -94,6 +98,7 @@ class LanguageModel:
         mode: str = "qspec",
         draft: str = "auto",
         draft_length: int = 3,
+        draft_context: str | int = "full",
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
@@ -111,6 +116,8 @@ class LanguageModel:
                 earlier in the text), or ``lookup-qspec`` (QSpec's drafts where there is no such thing).
             draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
             draft_length: drafts per cycle.
+            draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 1,024 that
+                matter of texts from 2,048 on, or a number of them. Tokens do not depend on it.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
@@ -130,7 +137,7 @@ class LanguageModel:
             UsageError: an argument makes no sense, or none of the prompts can be served.
             OutOfMemoryError: the cache does not fit the device.
         """
-        plan = self.plan(mode, draft=draft, draft_length=draft_length)
+        plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
         given = listed(prompts)
         if num_samples < 1:
             raise UsageError(f"num_samples={num_samples} must be at least 1")
@@ -198,7 +205,7 @@ class LanguageModel:
         return Pipeline(
             self.intake,
             self.programs,
-            plan,
+            plan.in_cache(capacity),
             kernels=self.kernels,
             batch_size=batch_size,
             capacity=capacity,
@@ -212,6 +219,7 @@ class LanguageModel:
         mode: str = "qspec",
         draft: str = "auto",
         draft_length: int = 3,
+        draft_context: str | int = "full",
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
@@ -224,12 +232,13 @@ class LanguageModel:
         Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two pieces, or
         :func:`qspec_jax.decoding.programs.cycles_per_check` if that is more. A piece never ends inside a character.
         """
-        plan = self.plan(mode, draft=draft, draft_length=draft_length)
+        plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         request = self.intake.request(prompt, what="prompt 1", sampling=sampling, **options)
         if cycles_per_step < 1:
             raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
         capacity = max_seq_len or fitting_capacity(len(request.token_ids) + request.max_new_tokens)
+        plan = plan.in_cache(capacity)
         scheduler = Scheduler(self.programs, plan, rows=1, capacity=capacity, on_event=on_event)
         return self._stream(request, plan, scheduler, cycles_per_step)
 

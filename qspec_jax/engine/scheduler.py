@@ -92,7 +92,7 @@ class Scheduler:
             burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
         """
-        self.shape = Shape(rows, capacity, lookup=plan.lookup)
+        self.shape = Shape.of(plan, rows=rows, capacity=capacity)
         self.totals = RunTotals(rows=rows)
         self._programs, self._plan, self._burst_s = programs, plan, burst_s
         self._on_event = on_event or (lambda _: None)

@@ -9,7 +9,6 @@ place in the draft.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -19,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
@@ -51,7 +51,7 @@ class DraftScore:
     """Figures of one draft precision and length over some prompts.
 
     Attributes:
-        draft: precision of the drafts.
+        draft: what the drafts read: a precision, and the part of the cache where it is not all.
         draft_length: drafts per cycle.
         num_prompts, num_tokens: prompts, and tokens generated for them.
         acceptance_rate: accepted over drafted tokens.
@@ -134,33 +134,36 @@ def logits_function(model: LanguageModel, precision: Precision) -> Logits:
 def score_drafts(
     model: LanguageModel,
     prompts: Sequence[str | Sequence[int]],
+    plans: Sequence[DecodingPlan],
     *,
-    drafts: Sequence[str],
-    draft_lengths: Sequence[int],
     max_new_tokens: int = 64,
     batch_size: int = 8,
-    progress: Callable[[Iterable[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
+    progress: Callable[[Iterable[DecodingPlan]], Iterable[DecodingPlan]] = iter,
 ) -> list[DraftScore]:
-    """Generates for the prompts with every draft precision and length.
+    """Generates for the prompts with every plan.
 
     Raises:
         UsageError: as :meth:`LanguageModel.generate`.
     """
-    generate = functools.partial(model.generate, list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size)
-    plain = generate(mode="w4a16")
-    pairs = [(draft, length) for draft in drafts for length in draft_lengths]
-    return [_draft_score(generate(draft=draft, draft_length=length), plain) for draft, length in progress(pairs)]
+
+    def generate(plan: DecodingPlan) -> list[GenerationResult]:
+        requests = [model.attempt(prompt, plan, max_new_tokens=max_new_tokens) for prompt in prompts]
+        require_some(requests)
+        return model.run(requests, plan, batch_size=batch_size).collect()
+
+    plain = generate(model.plan("w4a16"))
+    return [_draft_score(plan, generate(plan), plain) for plan in progress(plans)]
 
 
-def _draft_score(results: list[GenerationResult], plain: list[GenerationResult]) -> DraftScore:
+def _draft_score(plan: DecodingPlan, results: list[GenerationResult], plain: list[GenerationResult]) -> DraftScore:
     stats = [result.stats for result in results]
     cycles = max(1, sum(s.cycles for s in stats))
     accepted = sum(s.accepted for s in stats)
     lengths = np.sum([s.accepted_lengths for s in stats], axis=0)  # cycles by number of accepted drafts
     at_least = np.cumsum(lengths[::-1])[::-1] / cycles
     return DraftScore(
-        draft=str(stats[0].draft),
-        draft_length=stats[0].draft_length,
+        draft=str(plan.draft_source),
+        draft_length=plan.draft_length,
         num_prompts=len(results),
         num_tokens=sum(s.num_tokens for s in stats),
         acceptance_rate=accepted / max(1, sum(s.drafted for s in stats)),

@@ -27,6 +27,12 @@ class TokenContext(NamedTuple):
 
     lengths: Int32[Array, " B"]
     rotations: tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]
+    blocks: Int32[Array, "B L KH N"] | None = None  # that a view with a budget reads, of all layers
+    layer: Int32[Array, ""] | None = None  # which of them this is; None where there are no blocks
+
+    def of_layer(self, index: Int32[Array, ""]) -> TokenContext:
+        """What this layer needs to know."""
+        return self if self.blocks is None else self._replace(layer=index)
 
 
 class ResidualStream(NamedTuple):
@@ -98,7 +104,8 @@ class Attention(nnx.Module):
         context: TokenContext,
         *,
         view: View,
-    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache]:
+        weigh: int | None,
+    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache, Float32[Array, "B KH NB"] | None]:
         config, lengths = self.config, context.lengths
         batch, new_tokens, _ = context.rotations[0].shape
         qkv = self.qkv.partial_sums(x, view=view).reshape(batch, new_tokens, -1, config.head_dim)
@@ -108,14 +115,31 @@ class Attention(nnx.Module):
             query, keys, values = pallas_kernels.rotate_and_write(
                 qkv, *context.rotations, cache.keys, cache.values, lengths, implementation=self.kernels
             )
-        # A prefill is a large matrix product, which the reference leaves to XLA.
-        kernels = self.kernels if new_tokens <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
         with jax.named_scope("attention"):
-            mixed = pallas_kernels.decode_attention(
-                query, keys, values, lengths, window=view.window(config.sliding_window), implementation=kernels
-            )
+            mixed, masses = self._mix(query, LayerCache(keys, values), context, view=view, weigh=weigh)
         mixed = mixed.reshape(batch, new_tokens, -1)
-        return self.output.partial_sums(mixed, view=view), LayerCache(keys, values)
+        return self.output.partial_sums(mixed, view=view), LayerCache(keys, values), masses
+
+    def _mix(
+        self,
+        query: Float[Array, "B T H HD"],
+        cache: LayerCache,
+        context: TokenContext,
+        *,
+        view: View,
+        weigh: int | None,
+    ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"] | None]:
+        """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
+        # A prefill is a large matrix product, which the reference leaves to XLA.
+        kernels = self.kernels if query.shape[1] <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
+        arrays = query, cache.keys, cache.values, context.lengths
+        options: Any = {"window": view.window(self.config.sliding_window), "implementation": kernels}
+        if view.cache_budget is not None and context.blocks is not None and context.layer is not None:
+            table = context.blocks, context.layer
+            return pallas_kernels.block_attention(*arrays, *table, block_size=view.cache_block, **options), None
+        if weigh is not None:
+            return pallas_kernels.decode_attention_with_masses(*arrays, block_size=weigh, **options)
+        return pallas_kernels.decode_attention(*arrays, **options), None
 
     def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
         """Qwen3's norm of each head, before rotation."""
@@ -203,10 +227,10 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, view: View
-    ) -> tuple[ResidualStream, LayerCache]:
+        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, view: View, weigh: int | None = None
+    ) -> tuple[ResidualStream, LayerCache, Float32[Array, "B KH NB"] | None]:
         x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(view))
-        attended, cache = self.attention(y, cache, context, view=view)
+        attended, cache, masses = self.attention(y, cache, context, view=view, weigh=weigh)
         stream = ResidualStream(x, attended)
         x, y = self.mlp_norm.of_stream(stream, quantization=self.mlp.gate_up.input_quantization(view))
-        return ResidualStream(x, self.mlp(y, view=view)), cache
+        return ResidualStream(x, self.mlp(y, view=view)), cache, masses

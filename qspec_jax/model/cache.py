@@ -9,6 +9,7 @@ is forgotten by a shorter length. Nothing is ever copied or cleared.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Shaped
 
+from pallas_kernels import EVERYTHING
 from qspec_jax.model.config import ModelConfig
 
 
@@ -39,33 +41,53 @@ class KVCache:
     Attributes:
         layers: one ``LayerCache`` per layer, or a single one whose arrays have a leading ``L`` axis.
         lengths: ``[B]`` int32, valid positions of each sequence.
+        blocks: ``[B, L, KH, N]`` int32, the blocks of positions that a view with a budget reads, or ``EVERYTHING`` as
+            the first of them; None where no view has one. Whatever stands here, only drafts depend on it.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
     lengths: Int32[Array, " B"]
+    blocks: Int32[Array, "B L KH N"] | None = None
 
     @classmethod
-    def create(cls, config: ModelConfig, *, batch: int, capacity: int, dtype: DTypeLike, stacked: bool) -> KVCache:
-        """An empty cache of ``capacity`` positions for each of ``batch`` sequences."""
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike,
+        stacked: bool,
+        num_blocks: int = 0,
+    ) -> KVCache:
+        """An empty cache of ``capacity`` positions for each of ``batch`` sequences.
+
+        ``num_blocks`` are those that a view with a budget reads, 0 where there is no such view.
+        """
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
         def layer(leading: tuple[int, ...]) -> LayerCache:
             return LayerCache(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
 
         layers = layer((config.num_layers,)) if stacked else tuple(layer(()) for _ in range(config.num_layers))
-        return cls(layers, jnp.zeros((batch,), jnp.int32))
+        table = (batch, config.num_layers, config.num_kv_heads, num_blocks)
+        blocks = jnp.full(table, EVERYTHING, jnp.int32) if num_blocks else None
+        return cls(layers, jnp.zeros((batch,), jnp.int32), blocks)
 
     def row(self, index: Int32[Array, ""]) -> KVCache:
         """The cache of one sequence."""
         layers = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1, a.ndim - 4), self.layers)
-        return KVCache(layers, lax.dynamic_slice_in_dim(self.lengths, index, 1))
+        one = functools.partial(lax.dynamic_slice_in_dim, start_index=index, slice_size=1)
+        return KVCache(layers, one(self.lengths), None if self.blocks is None else one(self.blocks))
 
     def with_row(self, index: Int32[Array, ""], row: KVCache) -> KVCache:
         """The same cache with another sequence at ``index``."""
         layers = jax.tree.map(
             lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, a.ndim - 4), self.layers, row.layers
         )
-        return KVCache(layers, lax.dynamic_update_slice_in_dim(self.lengths, row.lengths, index, 0))
+        ours, theirs = ((cache.lengths, cache.blocks) for cache in (self, row))
+        lengths, blocks = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, 0), ours, theirs)
+        return KVCache(layers, lengths, blocks)
 
     @property
     def capacity(self) -> int:
@@ -80,3 +102,7 @@ class KVCache:
     def with_lengths(self, lengths: Int32[Array, " B"]) -> KVCache:
         """The same entries with other lengths: rolls back (or, after a ragged write, fixes) each sequence."""
         return dataclasses.replace(self, lengths=lengths)
+
+    def with_everything_listed(self) -> KVCache:
+        """The same cache, of which a view with a budget reads all: nobody knows which blocks matter."""
+        return dataclasses.replace(self, blocks=None if self.blocks is None else jnp.full_like(self.blocks, EVERYTHING))

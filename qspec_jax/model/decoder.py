@@ -13,6 +13,7 @@ dequantised ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -32,7 +33,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
-from qspec_jax.model.view import View
+from qspec_jax.model.view import AHEAD, RECENT, View
 
 
 class Decoder(nnx.Module):
@@ -83,9 +84,10 @@ class Decoder(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
-    def create_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """An empty cache of ``capacity`` positions for each of ``batch`` sequences, arranged as the layers are."""
-        return KVCache.create(self.config, batch=batch, capacity=capacity, dtype=self.dtype, stacked=self.scan_layers)
+    def create_cache(self, *, batch: int, capacity: int, num_blocks: int = 0) -> KVCache:
+        """An empty cache, arranged as the layers are; see :meth:`KVCache.create`."""
+        sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
+        return KVCache.create(self.config, **sizes, dtype=self.dtype, stacked=self.scan_layers)
 
     def __call__(
         self,
@@ -95,6 +97,19 @@ class Decoder(nnx.Module):
         precision: Precision | View,
         logits_at: Int32[Array, " B"] | None = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
+        """:meth:`run` without masses."""
+        logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at)
+        return logits, cache
+
+    def run(
+        self,
+        tokens: Int32[Array, "B T"],
+        cache: KVCache,
+        *,
+        precision: Precision | View,
+        logits_at: Int32[Array, " B"] | None = None,
+        weigh: int | None = None,
+    ) -> tuple[Float32[Array, "B T_out V"], KVCache, Float32[Array, "B L KH NB"] | None]:
         """Runs ``T`` new tokens of each sequence, the first of which takes position ``cache.lengths``.
 
         Args:
@@ -103,42 +118,67 @@ class Decoder(nnx.Module):
             cache: its positions ``lengths .. lengths + T - 1`` are overwritten.
             precision: what the pass reads: one of the usual precisions, or any view; static.
             logits_at: index into ``T`` of the one token per sequence whose logits are wanted.
+            weigh: positions of the blocks whose masses are wanted; static.
 
         Returns:
-            float32 logits (``T_out = T``, or 1 with ``logits_at``), and the cache with ``lengths + T``.
+            float32 logits (``T_out = T``, or 1 with ``logits_at``), the cache with ``lengths + T``, and the masses of
+            its blocks (``pallas_kernels.decode_attention_with_masses``) or None.
         """
         with _exact_float32(self.dtype):
-            stream, cache = self._hidden(tokens, cache, view=View.of(precision))
+            stream, cache, masses = self._hidden(tokens, cache, view=View.of(precision), weigh=weigh)
             if logits_at is not None:
                 stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
                 head = self.embedding if self.lm_head is None else self.lm_head
                 _, y = self.final_norm.of_stream(stream, quantization=None)
                 assert isinstance(y, jax.Array)
-                return pallas_kernels.float_matmul(y, head.get_value(), implementation=self.head_kernels), cache
+                logits = pallas_kernels.float_matmul(y, head.get_value(), implementation=self.head_kernels)
+                return logits, cache, masses
 
-    def _hidden(self, tokens: Int32[Array, "B T"], cache: KVCache, *, view: View) -> tuple[ResidualStream, KVCache]:
+    def with_chosen_blocks(self, cache: KVCache, masses: Float32[Array, "B L KH NB"], *, view: View) -> KVCache:
+        """The cache with the blocks that a view with a budget reads from now on, by the masses of :meth:`run`."""
+        blocks = pallas_kernels.choose_blocks(
+            masses,
+            cache.lengths,
+            num_blocks=view.num_blocks,
+            block_size=view.cache_block,
+            recent=RECENT,
+            ahead=AHEAD,
+            implementation=self.layers[0].attention.kernels,
+        )
+        if view.cache_full_below:
+            is_short = cache.lengths < view.cache_full_below
+            blocks = jnp.where(is_short[:, None, None, None], pallas_kernels.EVERYTHING, blocks)
+        return dataclasses.replace(cache, blocks=blocks)
+
+    def _hidden(
+        self, tokens: Int32[Array, "B T"], cache: KVCache, *, view: View, weigh: int | None
+    ) -> tuple[ResidualStream, KVCache, Float32[Array, "B L KH NB"] | None]:
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
             lengths=cache.lengths,
             rotations=rope.rotation(positions, rope.inverse_frequencies(self.config)),
+            blocks=None if view.cache_budget is None else cache.blocks,
         )
         stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))
         if isinstance(cache.layers, LayerCache):
-            stream, layers = self._scan(stream, cache.layers, context, view=view)
+            stream, layers, masses = self._scan(stream, cache.layers, context, view=view, weigh=weigh)
         else:
-            written = []
-            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            written, weighed = [], []
+            for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
                 graph, parameters = nnx.split(layer)
-                stream, layer_cache = _run_layer(graph, parameters, stream, layer_cache, context, view)
+                of_layer = context.of_layer(jnp.int32(index))
+                stream, layer_cache, masses = _run_layer(graph, parameters, stream, layer_cache, of_layer, view, weigh)
                 written.append(layer_cache)
+                weighed.append(masses)
             layers = tuple(written)
-        return stream, KVCache(layers, cache.lengths + new_tokens)
+            masses = None if weigh is None else jnp.stack(weighed, axis=1)
+        return stream, dataclasses.replace(cache, layers=layers, lengths=cache.lengths + new_tokens), masses
 
     def _scan(
-        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, view: View
-    ) -> tuple[ResidualStream, LayerCache]:
+        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, view: View, weigh: int | None
+    ) -> tuple[ResidualStream, LayerCache, Float32[Array, "B L KH NB"] | None]:
         graph, parameters = nnx.split(self.layers[0])
 
         # The cache travels in the carry and is updated in place; as a scan output it would be copied.
@@ -147,19 +187,21 @@ class Decoder(nnx.Module):
             index, layer_parameters = inputs
             layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
             layer = nnx.merge(graph, layer_parameters)
-            stream, layer_cache = layer(ResidualStream(x), layer_cache, context, view=view)
+            stream, layer_cache, masses = layer(
+                ResidualStream(x), layer_cache, context.of_layer(index), view=view, weigh=weigh
+            )
             stacked = jax.tree.map(
                 lambda all_layers, one: lax.dynamic_update_index_in_dim(all_layers, one, index, 0), stacked, layer_cache
             )
-            return (stream.value(), stacked), None
+            return (stream.value(), stacked), masses
 
-        indices = jnp.arange(self.config.num_layers)
-        (x, stacked), _ = lax.scan(one_layer, (stream.value(), stacked), (indices, parameters))
-        return ResidualStream(x), stacked
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, stacked), masses = lax.scan(one_layer, (stream.value(), stacked), (indices, parameters))
+        return ResidualStream(x), stacked, None if masses is None else jnp.moveaxis(masses, 0, 1)
 
 
 # A jit of its own, so that layers that are alike are traced and lowered once.
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     parameters: nnx.State,
@@ -167,8 +209,9 @@ def _run_layer(
     cache: LayerCache,
     context: TokenContext,
     view: View,
-) -> tuple[ResidualStream, LayerCache]:
-    return nnx.merge(graph, parameters)(stream, cache, context, view=view)
+    weigh: int | None,
+) -> tuple[ResidualStream, LayerCache, Float32[Array, "B KH NB"] | None]:
+    return nnx.merge(graph, parameters)(stream, cache, context, view=view, weigh=weigh)
 
 
 def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:

@@ -4,7 +4,8 @@ Draft and verification are passes over the same arrays: one packed copy of the w
 much of them they read, and a view says so. It is data of the call, never of the model: a keyword, static under jit.
 
 ``Precision`` names the four usual views. Another one is made by hand, and serves as the draft or the target of a
-``DecodingPlan``: ``View(activation_bits=8, cache_window=256)`` drafts in W4A8 from the newest 256 tokens.
+``DecodingPlan``: ``View(activation_bits=8, cache_budget=1024)`` drafts in W4A8 from the 1,024 tokens of the cache that
+the last verification weighed most, ``View(activation_bits=8, cache_window=256)`` from the newest 256.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import dataclasses
 
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
+
+RECENT = 64  # newest tokens that a view with a budget reads whatever they weigh
+AHEAD = 17  # positions that a cycle writes, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,10 @@ class View:
         head_bits: None for the LM head as it is stored. There is no other one yet.
         cache_window: newest positions that attention reads, the token's own included; None for all of them. A model
             with a sliding window reads no more than that in any case.
+        cache_budget: positions that attention reads in each layer and key/value head: the first block, the newest
+            tokens, and the blocks that weighed most in the last verification; None for all positions. For drafts.
+        cache_block: positions of a block, a multiple of 16.
+        cache_full_below: sequences of fewer tokens than this are read whole all the same.
 
     Raises:
         UsageError: there is no such view.
@@ -35,6 +43,9 @@ class View:
     activation_bits: int | None = None
     head_bits: int | None = None
     cache_window: int | None = None
+    cache_budget: int | None = None
+    cache_block: int = 16
+    cache_full_below: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight_bits", (4, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
@@ -44,6 +55,20 @@ class View:
             raise UsageError(f"view: activation_bits={self.activation_bits} needs weight_bits=4, for an integer matmul")
         if self.cache_window is not None and self.cache_window < 1:
             raise UsageError(f"view: cache_window={self.cache_window} must be at least 1, or None for all of the cache")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.cache_block < 16 or self.cache_block % 16:
+            raise UsageError(f"view: cache_block={self.cache_block} must be a multiple of 16")
+        if self.cache_budget is None:
+            return
+        if self.cache_window is not None:
+            raise UsageError("view: cache_window and cache_budget are two ways to read less of the cache; use one")
+        if self.cache_budget < (least := least_budget(self.cache_block)):
+            raise UsageError(
+                f"view: cache_budget={self.cache_budget} must be at least {least}: the first block of "
+                f"{self.cache_block} positions, the newest {RECENT} and those to come"
+            )
 
     @classmethod
     def of(cls, view: View | Precision) -> View:
@@ -58,13 +83,31 @@ class View:
 
     @property
     def name(self) -> str:
-        """For people: ``w4a8``, or ``w4a8/256`` with a window of 256 positions."""
-        window = "" if self.cache_window is None else f"/{self.cache_window}"
-        return f"{self.precision.value}{window}"
+        """For people: ``w4a8``; ``w4a8/256`` with a window of 256 positions, ``w4a8@1024`` with a budget of 1,024."""
+        part = "" if self.cache_window is None else f"/{self.cache_window}"
+        if self.cache_budget is not None:
+            part = f"@{self.cache_budget}"
+        return f"{self.precision.value}{part}"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the budget pays for; 0 where all of the cache is read."""
+        return 0 if self.cache_budget is None else self.cache_budget // self.cache_block
+
+    def in_cache(self, capacity: int) -> View:
+        """The view that reads the same of a cache of some positions: the whole of a small one needs no budget."""
+        if self.cache_budget is None or capacity > max(self.cache_budget, self.cache_full_below):
+            return self
+        return dataclasses.replace(self, cache_budget=None, cache_block=16, cache_full_below=0)
 
     def window(self, of_model: int | None) -> int | None:
         """Positions that attention reads in a model with a sliding window ``of_model``, or with none."""
         return min((size for size in (self.cache_window, of_model) if size is not None), default=None)
+
+
+def least_budget(block: int) -> int:
+    """The smallest budget of positions in blocks of this size."""
+    return block * (2 + -(-(RECENT + AHEAD - 1) // block))
 
 
 _OF_PRECISION = {

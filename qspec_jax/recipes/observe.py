@@ -119,5 +119,5 @@ def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream
     lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
     context = TokenContext(lengths, rope.rotation(positions, rope.inverse_frequencies(config)))
     empty = jnp.zeros((batch, num_tokens, config.num_kv_heads, config.head_dim), jnp.float32)
-    stream_after, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, view=View.of(Precision.FLOAT))
+    stream_after, _, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, view=View.of(Precision.FLOAT))
     return stream_after

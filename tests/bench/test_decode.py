@@ -308,8 +308,8 @@ def test_the_acceptance_of_a_real_model_is_marked(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(decode_measure, "measure_parts", lambda *arguments, **options: iter(four_measurements()))
     asked = {}
 
-    def score_drafts(model, prompts, **options):
-        asked.update(options, prompts=prompts)
+    def score_drafts(model, prompts, plans, **options):
+        asked.update(options, prompts=prompts, plans=[(plan.draft_source, plan.draft_length) for plan in plans])
         return [SCORE]
 
     monkeypatch.setattr("qspec_jax.evaluation.scores.score_drafts", score_drafts)
@@ -317,8 +317,7 @@ def test_the_acceptance_of_a_real_model_is_marked(tmp_path, capsys, monkeypatch)
     small = [argument for argument in SMALL if argument not in ("--preset", "tiny")]
     drafts = ("--mode", "qspec", "--draft", "w4a8", "--draft-length", "2")
     assert main([*small, "--model", str(path), *drafts, "--json", str(out_path)]) == 0
-    assert asked["drafts"] == ["w4a8"]
-    assert asked["draft_lengths"] == [2]
+    assert asked["plans"] == [("w4a8", 2)]
     assert asked["prompts"] == decode_request._PROMPTS
     report = json.loads(out_path.read_text())
     assert report["models"][0]["weights"] == "loaded"

@@ -205,8 +205,8 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch, first_see
         return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
 
     def verify_nothing(model, last_token, draft_tokens, cache, **settings):
-        tokens, logits, cache = verify(model, last_token, draft_tokens, cache, **settings)
-        return jnp.concatenate([draft_tokens, tokens[:, -1:]], axis=1), logits, cache
+        found = verify(model, last_token, draft_tokens, cache, **settings)
+        return found._replace(tokens=jnp.concatenate([draft_tokens, found.tokens[:, -1:]], axis=1))
 
     verify = speculative.verify
     monkeypatch.setattr(speculative, "verify", verify_nothing)

@@ -85,7 +85,8 @@ def test_surviving_draft_entries_would_be_noticed(monkeypatch):
         logits, written = model(tokens, cache, precision=view)
         # Keep the draft's entries: only the position of the last draft is new.
         layers = jax.tree.map(lambda old, new: restore(old, new, cache.lengths, tokens.shape[1] - 1), cache, written)
-        return speculative.choose(logits), logits, dataclasses.replace(layers, lengths=written.lengths)
+        cache = dataclasses.replace(layers, lengths=written.lengths)
+        return speculative.Verification(speculative.choose(logits), logits, cache, None)
 
     def restore(old, new, lengths, count):
         if old.ndim < 5:

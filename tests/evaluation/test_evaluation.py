@@ -77,7 +77,8 @@ def test_a_text_that_is_too_short_is_refused(model):
 
 
 def test_drafts_are_scored_by_length_and_position(model):
-    scores = evaluation.score_drafts(model, PROMPTS, drafts=["w4a8", "w4a4"], draft_lengths=[1, 3], max_new_tokens=24)
+    plans = [model.plan(draft=draft, draft_length=length) for draft in ("w4a8", "w4a4") for length in (1, 3)]
+    scores = evaluation.score_drafts(model, PROMPTS, plans, max_new_tokens=24)
     assert [(score.draft, score.draft_length) for score in scores] == [
         ("w4a8", 1),
         ("w4a8", 3),

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.backends.early_launch import early_launch
+from pallas_kernels.block_attention import gpu_triton as block_triton
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
@@ -294,6 +295,24 @@ def test_decode_attention_lowers_to_two_kernels(shape, dtype):
     assert attention_triton.obstacle(tokens, head_dim) is None
     attend = functools.partial(attention_triton.decode_attention, window=500)
     assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_weighing_choosing_and_reading_blocks_lower(shape):
+    tokens, heads, kv_heads, head_dim, slots = shape
+    query, cache = (
+        array(2, tokens, heads, head_dim, dtype=jnp.bfloat16),
+        array(2, slots, kv_heads, head_dim, dtype=jnp.bfloat16),
+    )
+    lengths, layer = array(2, dtype=jnp.int32), array(dtype=jnp.int32)
+    weigh = functools.partial(attention_triton.decode_attention_with_masses, block_size=16, window=None)
+    assert cuda_program(weigh, query, cache, cache, lengths).count(KERNEL_CALL) == 3
+    sizes = {"block_size": 16, "recent": 64, "ahead": 17}
+    choose = functools.partial(block_triton.choose_blocks, num_blocks=8, **sizes)
+    masses, table = array(2, 3, kv_heads, 100, dtype=jnp.float32), array(2, 3, kv_heads, 8, dtype=jnp.int32)
+    assert cuda_program(choose, masses, lengths).count(KERNEL_CALL) == 1
+    attend = functools.partial(block_triton.block_attention, block_size=16, window=500)
+    assert cuda_program(attend, query, cache, cache, lengths, table, layer).count(KERNEL_CALL) == 2
 
 
 @pytest.mark.parametrize("num_parts", [0, 4], ids=["qkv", "partial sums"])

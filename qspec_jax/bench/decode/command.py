@@ -48,6 +48,8 @@ def add_command(commands: Any) -> None:
     add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
     add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")
+    context = "tokens of the cache that drafts read: full, auto, or numbers, as in generate (default: full)"
+    add("--draft-context", default="full", metavar="N,...", help=context)
     shared.add_kernels(parser)
     group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
     shared.add_group_size(parser, group)
@@ -101,9 +103,15 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
 
     say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
     model = request.load(floating_point="float" in modes)
-    parts = decoding_parts(model, modes, drafts=request.drafts, draft_lengths=request.draft_lengths)
-    drafts = list(dict.fromkeys(part.draft.name for part in parts if part.draft is not None))
-    prompts = fitting_prompts(model, request) if drafts else []
+    parts = decoding_parts(
+        model,
+        modes,
+        drafts=request.drafts,
+        draft_lengths=request.draft_lengths,
+        draft_contexts=request.draft_contexts,
+    )
+    plans = [part.plan for part in parts if part.name == "cycle"]
+    prompts = fitting_prompts(model, request) if plans else []
     report.begin(model, synthetic=request.path is None)
     for batch in request.batches:
         for context in request.contexts:
@@ -112,9 +120,7 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
                 report.add(one)
     if prompts:
         say(f"acceptance on {len(prompts)} prompts ...")
-        lengths = request.draft_lengths
-        scores = score_drafts(model, prompts, drafts=drafts, draft_lengths=lengths, max_new_tokens=NEW_TOKENS)
-        report.accept(scores)
+        report.accept(score_drafts(model, prompts, plans, max_new_tokens=NEW_TOKENS))
 
 
 class _Report:

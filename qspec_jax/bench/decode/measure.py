@@ -116,6 +116,7 @@ def measure_parts(
         repetitions: of the part in a dispatch, rounded up to a multiple of ``cycles_per_check``;
             None for as many as make it last a quarter of a second.
     """
+    parts = list(dict.fromkeys(part.in_cache(setting.capacity) for part in parts))
     for part in parts:
         model.programs.lay_out_weights(part.plan)
     loops: dict[Part, _Loop | Measurement] = {}
@@ -142,13 +143,13 @@ class _Loop:
     @classmethod
     def compile(cls, model: LanguageModel, part: Part, setting: Setting) -> _Loop:
         model.programs.check_cache(rows=setting.batch, capacity=setting.capacity)
-        shapes = jax.eval_shape(lambda: context_state(model, setting))
+        shapes = jax.eval_shape(lambda: context_state(model, setting, num_blocks=part.plan.num_blocks))
         began = time.perf_counter()
         program = model.programs.lower_repetition(part.plan, shapes, advance=part.advance).compile()
         return cls(model, part, setting, program, time.perf_counter() - began)
 
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:
-        self._state = context_state(self.model, self.setting)
+        self._state = context_state(self.model, self.setting, num_blocks=self.part.plan.num_blocks)
         per_step_ms = 1e3 / self.part.steps_per_repetition
         together = cycles_per_check(self.part.plan)
         self._run(together)
@@ -203,7 +204,8 @@ def speculations(
         setting, length = (one.batch, one.context), one.draft_length
         plain = times.get(("step", one.precision, None, 0, *setting))
         draft = times.get(("draft", one.draft, one.draft, length, *setting))
-        verify = times.get(("verify", one.precision, None, length, *setting))
+        verifies = [times.get(("verify", one.precision, draft, length, *setting)) for draft in (one.draft, None)]
+        verify = next((milliseconds for milliseconds in verifies if milliseconds), None)
         if plain and draft and verify and one.milliseconds:
             score = accepted.get((one.draft, length))
             found.append(Speculation(one.draft, length, *setting, plain, draft, verify, one.milliseconds, score))

@@ -7,6 +7,7 @@ so that all repetitions cost the same and no sequence finishes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -65,12 +66,17 @@ class Part:
 
     @property
     def draft(self) -> View | None:
-        """What the drafts that the part makes read."""
-        return None if self.name == "verify" else self.plan.draft_view
+        """What the drafts read that the part makes, or for which it weighs the cache."""
+        return None if self.name == "verify" and self.plan.weigh is None else self.plan.draft_view
+
+    def in_cache(self, capacity: int) -> Part:
+        """The part with the plan that does the same with caches of some positions."""
+        return dataclasses.replace(self, plan=self.plan.in_cache(capacity))
 
     def __str__(self) -> str:
-        drafts = f"{self.plan.draft_length} {self.draft.name} drafts" if self.draft else ""
+        drafts = f"{self.plan.draft_length} {self.draft.name} drafts" if self.draft and self.name != "verify" else ""
         tokens = f"{self.plan.draft_length + 1} tokens" if self.name == "verify" else ""
+        tokens += f", weighing for {self.draft.name}" if self.name == "verify" and self.draft else ""
         return ", ".join(filter(None, (f"{self.name} {self.view.name}", drafts, tokens)))
 
     @property
@@ -99,7 +105,12 @@ class Part:
 
 
 def decoding_parts(
-    model: LanguageModel, modes: Sequence[str], *, drafts: Sequence[str] = (), draft_lengths: Sequence[int] = ()
+    model: LanguageModel,
+    modes: Sequence[str],
+    *,
+    drafts: Sequence[str] = (),
+    draft_lengths: Sequence[int] = (),
+    draft_contexts: Sequence[str | int] = ("full",),
 ) -> list[Part]:
     """The parts of some modes of :meth:`LanguageModel.plan`: with ``qspec`` all that it is made of and compared with.
 
@@ -110,9 +121,13 @@ def decoding_parts(
     if len(plain) == len(modes):
         return [Part("step", model.plan(mode)) for mode in plain]
     steps = [Part("step", model.plan(mode)) for mode in dict.fromkeys(["w4a16", *plain])]
-    plans = [model.plan(draft=draft, draft_length=length) for length in draft_lengths for draft in drafts]
+    plans = [
+        model.plan(draft=draft, draft_length=length, draft_context=context)
+        for context, length, draft in itertools.product(draft_contexts, draft_lengths, drafts)
+    ]
     plans = list(dict.fromkeys(plans))
-    verifications = {plan.draft_length: Part("verify", plan) for plan in plans}
+    # A verification depends on the drafts by their number, and by whether it weighs blocks for them.
+    verifications = {(plan.draft_length, plan.num_blocks): Part("verify", plan) for plan in plans}
     return [
         *steps,
         *(Part("draft", plan) for plan in plans),
@@ -125,7 +140,8 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     """Bytes that one pass over the model must move, by what they are.
 
     Weights (codes, scales and all else of the layers) and LM head once, the rows of the embedding, and the keys and
-    values of the context (within the window, if any) and of the new tokens. Activations and logits do not count.
+    values of the context (within the window or the budget, if any) and of the new tokens. Activations and logits do
+    not count.
     """
     decoder, config = model.decoder, model.config
     embedding = decoder.embedding.get_value()
@@ -134,7 +150,8 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     unread = 0 if _reads_group_sums(model, view) else _group_sum_bytes(decoder)
     one_position = jax.eval_shape(lambda: decoder.create_cache(batch=1, capacity=1)).layers
     position_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_position))
-    seen = min(setting.context, view.window(config.sliding_window) or setting.context)
+    limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
+    seen = min(limit for limit in limits if limit is not None)
     return {
         "weights": model.nbytes - outside - unread,
         "lm_head": head_bytes,
@@ -143,13 +160,20 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     }
 
 
-def context_state(model: LanguageModel, setting: Setting) -> DecodeState:
-    """Unfinished sequences of ``context`` tokens, with random keys, values and last token."""
-    rows = (setting.batch,)
-    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, capacity=setting.capacity))
-    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + len(jax.tree.leaves(empty.layers))))
+def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0) -> DecodeState:
+    """Unfinished sequences of ``context`` tokens, with random keys, values and last token.
+
+    Of ``num_blocks`` of the cache, which a view with a budget reads, the numbers are random as well, and ascending.
+    """
+    rows, sizes = (setting.batch,), {"capacity": setting.capacity, "num_blocks": num_blocks}
+    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, **sizes))
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 2 + len(jax.tree.leaves(empty.layers))))
     layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
-    cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32))
+    blocks = None
+    if empty.blocks is not None:
+        scores = jax.random.uniform(next(keys), (*empty.blocks.shape[:-1], setting.context // View.cache_block))
+        blocks = jnp.sort(jnp.argsort(scores, axis=-1)[..., :num_blocks].astype(jnp.int32), axis=-1)
+    cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32), blocks)
     return jax.tree.map(
         jnp.asarray,
         dataclasses.replace(
@@ -172,9 +196,12 @@ def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> Decode
 
 def _verification(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
     draft_tokens = jnp.repeat(state.last_token[:, None], plan.draft_length, axis=1)
-    tokens, _, cache = speculative.verify(model, state.last_token, draft_tokens, state.cache, view=plan.verify)
+    found = speculative.verify(model, state.last_token, draft_tokens, state.cache, view=plan.verify, weigh=plan.weigh)
+    cache = found.cache
+    if found.masses is not None and plan.draft_view is not None:
+        cache = model.with_chosen_blocks(cache.with_lengths(state.cache.lengths), found.masses, view=plan.draft_view)
     # Of all of them, or XLA would compute the logits of one.
-    return dataclasses.replace(state, cache=cache, last_token=tokens.max(axis=1))
+    return dataclasses.replace(state, cache=cache, last_token=found.tokens.max(axis=1))
 
 
 _RUN: dict[PartName, Callable[..., DecodeState]] = {

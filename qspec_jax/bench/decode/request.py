@@ -31,7 +31,7 @@ class DecodeRequest(ModelRequest):
     """What is asked for, checked.
 
     Attributes:
-        batches, contexts, modes, drafts, draft_lengths: what to combine.
+        batches, contexts, modes, drafts, draft_lengths, draft_contexts: what to combine.
         prompts: to measure acceptance with.
     """
 
@@ -40,6 +40,7 @@ class DecodeRequest(ModelRequest):
     modes: Sequence[str]
     drafts: Sequence[str]
     draft_lengths: Sequence[int]
+    draft_contexts: Sequence[str | int]
     prompts: Sequence[str]
 
     @property
@@ -81,6 +82,7 @@ def _combinations(arguments: argparse.Namespace) -> dict[str, Any]:
         "modes": modes,
         "drafts": options.parse_names(arguments.draft, option="--draft", known=DRAFTS),
         "draft_lengths": _draft_lengths(arguments, modes),
+        "draft_contexts": [shared.parse_draft_context(one) for one in options.split_list([arguments.draft_context])],
         "prompts": _prompts(arguments, modes),
     }
     if arguments.plot and "qspec" not in modes:

@@ -52,6 +52,7 @@ def add_command(commands: Any) -> None:
     add("--mode", default="w4a16,qspec", metavar="MODE,...", help="as in generate (default: w4a16,qspec)")
     shared.add_draft(parser)
     shared.add_draft_length(parser)
+    shared.add_draft_context(parser)
     add("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
     add("--prompt-file", type=Path, metavar="FILE", help="other prompts than those of ShareGPT, as in generate")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="at most, per request (default: 256)")
@@ -152,14 +153,15 @@ def _measure(
 
     burst_s = arguments.burst or (_BURST_S if arguments.rate is None else _BURST_S_AT_A_RATE)
     for mode in modes:
-        plan = model.plan(mode, draft=arguments.draft, draft_length=arguments.draft_length)
+        names = ("draft", "draft_length", "draft_context")
+        plan = model.plan(mode, **{name: getattr(arguments, name) for name in names})
         requests = fitting_requests(model, plan, conversations, arguments)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         for count in rows:
             say(f"{mode}, batch of {count}, {len(requests)} requests ...")
             yield measure_throughput(
                 model,
-                plan,
+                plan.in_cache(fitting_capacity(longest)),
                 requests,
                 rows=count,
                 capacity=fitting_capacity(longest),

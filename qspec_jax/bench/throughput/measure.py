@@ -106,7 +106,7 @@ def measure_throughput(
     options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
-    model.programs.compile(plan, Shape(rows, capacity, lookup=plan.lookup), widths)
+    model.programs.compile(plan, Shape.of(plan, rows=rows, capacity=capacity), widths)
     first = _warm_up(requests)
     _serve(Scheduler(model.programs, plan, **options), first, arrivals(len(first), None))
     compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
