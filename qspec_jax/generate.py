@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.commands import options
 from qspec_jax.commands.prompt_files import Prompt, PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
-from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
+from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     lines = 'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id" and options of its own'
     add("--prompt-file", type=Path, metavar="FILE", help=lines)
     add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
-    add("--mode", choices=(*MODES, *LOOKUP_MODES), default="qspec", help="default: qspec")
+    add("--mode", choices=(*MODES, *LOOKUP_MODES, AUTO), default="qspec", help="auto: the fastest (default: qspec)")
     options.add_draft(parser)
     options.add_draft_length(parser)
     options.add_draft_context(parser)
@@ -241,7 +241,7 @@ def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     """Refuses what makes no sense for any model, before one is loaded."""
-    names = ("draft_length", "max_new_tokens", "batch_size", "max_seq_len", "num_samples")
+    names = ("max_new_tokens", "batch_size", "max_seq_len", "num_samples")
     options.check_positive(arguments, *names)
     options.check_draft_length(arguments.draft_length)
 

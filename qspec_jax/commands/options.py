@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.decoding.plan import DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
+from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
 
@@ -27,13 +27,18 @@ def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") 
 
 def add_draft_length(parser: Parser) -> None:
     """``--draft-length``; see :func:`check_draft_length`."""
-    parser.add_argument("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
+    text = "drafts per cycle, or auto for the fastest with --mode qspec (default: 3)"
+    parser.add_argument("--draft-length", type=_draft_length, default=3, metavar="N", help=text)
+
+
+def _draft_length(text: str) -> int | str:
+    return AUTO if text == AUTO else int(text)
 
 
 def add_draft_context(parser: Parser) -> None:
     """``--draft-context``."""
-    text = "tokens of the cache that a draft reads: full, auto (those that matter of a long text) or N (default: full)"
-    parser.add_argument("--draft-context", type=_draft_context, default="full", metavar="N", help=text)
+    text = "tokens of the cache that a draft reads: full, auto (those that matter of a long text) or N (default: auto)"
+    parser.add_argument("--draft-context", type=_draft_context, default="auto", metavar="N", help=text)
 
 
 def _draft_context(text: str) -> str | int:
@@ -111,8 +116,12 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
             raise UsageError(f"{option_of(name)} {value} must be at least 1")
 
 
-def check_draft_length(length: int) -> None:
-    """Raises UsageError for more drafts than a cycle may have."""
+def check_draft_length(length: int | str) -> None:
+    """Raises UsageError for fewer or more drafts than a cycle may have."""
+    if isinstance(length, str):
+        return
+    if length < 1:
+        raise UsageError(f"--draft-length {length} must be at least 1")
     if length > MAX_DRAFT_LENGTH:
         raise UsageError(f"--draft-length {length} must be at most {MAX_DRAFT_LENGTH}")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import Plan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures
 
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     num_blocks: int = 0
 
     @classmethod
-    def of(cls, plan: DecodingPlan, *, rows: int, capacity: int) -> Shape:
+    def of(cls, plan: Plan, *, rows: int, capacity: int) -> Shape:
         """What a plan needs, for the most likely tokens."""
         return cls(rows, capacity, lookup=plan.lookup, num_blocks=plan.num_blocks)
 

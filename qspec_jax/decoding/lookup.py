@@ -43,6 +43,19 @@ def look_up(
     return best >= _SHORTEST, tokens
 
 
+def rewrite(
+    history: Int32[Array, "B S"],
+    newest: Int32[Array, " B"],
+    tokens: Int32[Array, "B capacity"],
+    num_tokens: Int32[Array, " B"],
+) -> Int32[Array, "B S"]:
+    """The history after cycles that did not keep it: the first ``num_tokens`` of ``tokens`` end at ``newest``."""
+    positions = jnp.arange(history.shape[1], dtype=jnp.int32)
+    index = positions - (newest - num_tokens + 1)[:, None]
+    written = (index >= 0) & (index < num_tokens[:, None])
+    return jnp.where(written, jnp.take_along_axis(tokens, jnp.clip(index, 0, tokens.shape[1] - 1), axis=1), history)
+
+
 def write(
     history: Int32[Array, "B S"], start: Int32[Array, " B"], tokens: Int32[Array, "B T"], exists: Bool[Array, "B T"]
 ) -> Int32[Array, "B S"]:

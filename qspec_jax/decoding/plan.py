@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
@@ -10,6 +12,9 @@ from qspec_jax.model.view import View, least_budget
 
 MAX_DRAFT_LENGTH = 16
 
+AUTO = "auto"  # a mode, and a draft length: the engine chooses
+AUTO_LENGTHS = (1, 2, 3, 5, 7)
+AUTO_LOOKUP_LENGTHS = (3, 7)
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
 DRAFTS = ("auto", "w4a4", "w4a8")
@@ -86,6 +91,11 @@ class DecodingPlan:
         return self.draft.otherwise if isinstance(self.draft, Lookup) else self.draft
 
     @property
+    def label(self) -> str:
+        """For people: ``w4a16``, ``lookup x3``, ``w4a8@1024 x5``."""
+        return self.mode if self.draft is None else f"{self.draft_source} x{self.draft_length}"
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the cache that its drafts read; 0 where they read all of it."""
         return 0 if self.draft_view is None else self.draft_view.num_blocks
@@ -114,28 +124,93 @@ class DecodingPlan:
             return "lookup-qspec" if self.lookup else "qspec"
         return "lookup" if self.lookup else self.verify.name
 
-    @property
+    @functools.cached_property
     def draft_source(self) -> str | None:
         """Where drafts come from: a view, or the text itself; None for plain decoding."""
         return self.draft_view.name if self.draft_view is not None else "lookup" if self.lookup else None
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoPlan:
+    """Plans of one target, of which the engine runs the fastest: it chooses anew between bursts of cycles.
+
+    Attributes:
+        mode: the name by which it was asked for.
+        choices: plain decoding first. Those with a budget have the same one.
+    """
+
+    mode: str
+    choices: tuple[DecodingPlan, ...]
+
+    def __post_init__(self) -> None:
+        if self.choices[0].draft is not None or len({plan.verify for plan in self.choices}) > 1:
+            raise ValueError("the choices of a plan have one target, and plain decoding comes first")
+        if len({plan.num_blocks for plan in self.choices} - {0}) > 1:
+            raise ValueError("the choices of a plan share one table of blocks, and so one budget")
+
+    @property
+    def verify(self) -> View:
+        """The target."""
+        return self.choices[0].verify
+
+    @property
+    def draft_length(self) -> int:
+        """Drafts of a cycle at most."""
+        return max(plan.draft_length for plan in self.choices)
+
+    @property
+    def draft_source(self) -> str | None:
+        """Where drafts come from: that is chosen."""
+        return "auto"
+
+    @property
+    def lookup(self) -> bool:
+        """Whether drafts may be looked up in the text."""
+        return any(plan.lookup for plan in self.choices)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache that drafts with a budget read; 0 where none has one."""
+        return max(plan.num_blocks for plan in self.choices)
+
+    def in_cache(self, capacity: int) -> AutoPlan:
+        """The plan that does the same with caches of some positions."""
+        choices = dict.fromkeys(plan.in_cache(capacity) for plan in self.choices)
+        return AutoPlan(self.mode, tuple(choices))
+
+
+Plan = DecodingPlan | AutoPlan
+
+
+def static(plan: Plan) -> DecodingPlan:
+    """A plan in which nothing is chosen.
+
+    Raises:
+        UsageError: it is a choice.
+    """
+    if isinstance(plan, AutoPlan):
+        raise UsageError(f"{plan.mode} chooses from several plans; name one of them: a mode and a draft length")
+    return plan
 
 
 def plan_of(
     mode: str,
     *,
     draft: str = "auto",
-    draft_length: int = 3,
-    draft_context: str | int = "full",
+    draft_length: int | str = 3,
+    draft_context: str | int = "auto",
     quantized: bool = True,
-) -> DecodingPlan:
+) -> Plan:
     """The plan of a mode.
 
     Args:
-        mode: one of :data:`MODES` or :data:`LOOKUP_MODES`.
+        mode: one of :data:`MODES`, :data:`LOOKUP_MODES` or ``auto``, which chooses between plain decoding, ``lookup``
+            and ``qspec`` with every length of :data:`AUTO_LENGTHS`.
         draft: one of :data:`DRAFTS`.
-        draft_length: drafts per cycle, where there are any.
+        draft_length: drafts per cycle, where there are any; in the mode ``qspec`` also ``auto``, which chooses between
+            :data:`AUTO_LENGTHS` and none.
         draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
-            matter of a long text.
+            matter of a long text where there is a kernel that reads no others.
         quantized: whether the model has 4-bit weights.
 
     Raises:
@@ -143,32 +218,55 @@ def plan_of(
             of a float model.
     """
     part = _part_of_cache(draft_context)
-    if mode not in (*MODES, *LOOKUP_MODES):
-        raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES))}")
+    if mode not in (*MODES, *LOOKUP_MODES, AUTO):
+        raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
     if draft not in DRAFTS:
         raise UsageError(f"draft={draft!r} is unknown; use one of {', '.join(DRAFTS)}")
     if mode != "float" and not quantized:
         raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
-    if mode not in ("qspec", *LOOKUP_MODES):
+    if mode not in ("qspec", *LOOKUP_MODES, AUTO):
         return DecodingPlan(Precision(mode))
-    if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
+    view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
+    views = list(dict.fromkeys((view, dataclasses.replace(view, **part))))
+    if mode == AUTO:
+        lookups = [DecodingPlan(Precision.W4A16, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]
+        return _chosen_of(mode, views, *lookups)
+    if draft_length == AUTO:
+        if mode != "qspec":
+            raise UsageError(
+                f"draft_length={AUTO!r} is of mode='qspec'; give mode={mode!r} a number, or use mode='auto'"
+            )
+        return _chosen_of(mode, views)
+    if not isinstance(draft_length, int) or not 1 <= draft_length <= MAX_DRAFT_LENGTH:
         raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
     if mode == "lookup":
         return DecodingPlan(Precision.W4A16, Lookup(), draft_length)
-    view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
-    view = dataclasses.replace(view, **part)
+    view = views[-1]
     return DecodingPlan(Precision.W4A16, Lookup(view) if mode == "lookup-qspec" else view, draft_length)
+
+
+def _chosen_of(mode: str, views: Sequence[View], *others: DecodingPlan) -> AutoPlan:
+    """A choice between plain decoding, drafts of some views in every length, and other plans."""
+    drafting = [DecodingPlan(Precision.W4A16, view, length) for view in views for length in AUTO_LENGTHS]
+    return AutoPlan(mode, (DecodingPlan(Precision.W4A16), *others, *drafting))
 
 
 def _part_of_cache(draft_context: str | int) -> dict[str, int]:
     """The fields of a view that say how much of the cache a draft reads."""
     check_draft_context(draft_context)
-    if draft_context == "full":
+    if draft_context == "full" or (draft_context == "auto" and not _reads_blocks_alone()):
         return {}
     if draft_context == "auto":
         return {"cache_budget": DRAFT_BUDGET, "cache_full_below": FULL_BELOW}
     assert isinstance(draft_context, int)
     return {"cache_budget": draft_context}
+
+
+def _reads_blocks_alone() -> bool:
+    """Whether the kernels of this device read the blocks of a budget and no others: the reference reads everything."""
+    import jax
+
+    return jax.default_backend() == "gpu"
 
 
 def check_draft_context(draft_context: str | int) -> None:

@@ -139,7 +139,7 @@ def _ingredients(decoder: Decoder) -> Mapping[str, Any] | None:
     found = {
         "graph": statics,
         "arrays": repr([_description(leaf) for leaf in leaves]),
-        "source": _source(),
+        "source": source_digest(),
         "versions": _versions(),
         "config": repr([(name, getattr(jax.config, name, value)) for name, value in sorted(jax.config.values.items())]),
         "mesh": repr(jax.sharding.get_abstract_mesh()),
@@ -172,7 +172,8 @@ def _packages() -> tuple[Path, ...]:
 
 
 @functools.cache
-def _source() -> str:
+def source_digest() -> str:
+    """A digest of the text of every source file and table of both packages."""
     digest = hashlib.sha256()
     for package in _packages():
         for file in sorted(package.rglob("*")):

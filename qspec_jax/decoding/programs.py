@@ -27,7 +27,8 @@ from pallas_kernels.backends import early_launch
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
+from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
@@ -74,6 +75,7 @@ class Programs:
         num_compilations: programs compiled so far; constant once all that a batch needs are there.
         compile_s: seconds that took, and those of reading programs from the store.
         store: where programs of other processes are found, None for nowhere.
+        costs: what cycles of this model take; kept beside the store, if there is one.
     """
 
     def __init__(self, decoder: Decoder):
@@ -81,8 +83,26 @@ class Programs:
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
+        self._costs: CostTable | None = None
         self._fitting: set[Shape] = set()  # whose caches were found to fit beside the weights
         self._split()
+
+    @property
+    def costs(self) -> CostTable:
+        """See the class; read when it is first asked for."""
+        if self._costs is None:
+            path = None if self.store is None else table_path(self.store.folder.parent / "costs", self.decoder)
+            self._costs = CostTable(PassBytes.of(self.decoder), path)
+        return self._costs
+
+    def save_costs(self) -> None:
+        """Writes what was measured, if anybody asked for costs."""
+        if self._costs is not None:
+            self._costs.save()
+
+    def has_loop(self, plan: DecodingPlan, shape: Shape) -> bool:
+        """Whether the loop of a plan is there."""
+        return _loop_key(plan, shape) in self.compiled
 
     def __len__(self) -> int:
         """Programs that are there."""
@@ -106,7 +126,7 @@ class Programs:
 
     def compile(
         self,
-        plan: DecodingPlan,
+        plan: Plan,
         shape: Shape,
         widths: Iterable[int],
         *,
@@ -114,16 +134,20 @@ class Programs:
     ) -> None:
         """Compiles the loop, and the prefill programs of some widths, that are neither there yet nor in the store.
 
+        Of a plan that chooses, the loops of all choices.
+
         Raises:
             OutOfMemoryError: the cache does not fit the device.
             UsageError: the kernels asked for by name do not serve this model.
         """
-        prefills = {_prefill_key(plan, shape, width): width for width in widths}
-        if self.compiled.keys() >= {*prefills, _loop_key(plan, shape)} and shape in self._fitting:
+        plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
+        prefills = {_prefill_key(plans[0], shape, width): width for width in widths}
+        if self.compiled.keys() >= {*prefills, *(_loop_key(one, shape) for one in plans)} and shape in self._fitting:
             return
-        wanted = {key: functools.partial(self.lower_prefill, plan, shape, width) for key, width in prefills.items()}
-        wanted[_loop_key(plan, shape)] = functools.partial(self.lower_loop, plan, shape)
-        self.lay_out_weights(plan)
+        wanted = {key: functools.partial(self.lower_prefill, plans[0], shape, width) for key, width in prefills.items()}
+        wanted |= {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
+        for one in plans:
+            self.lay_out_weights(one)
         self.check_cache(rows=shape.rows, capacity=shape.capacity)
         self._fitting.add(shape)
         began = time.perf_counter()

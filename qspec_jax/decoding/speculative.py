@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qspec_jax.decoding.lookup import look_up, write
+from qspec_jax.decoding.lookup import look_up, rewrite, write
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import Sampler, choose
 from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
@@ -77,8 +77,8 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
         history = write(history, chunk.start, chunk.tokens, index < chunk.num_tokens[:, None])
         history = write(history, end, first_tokens, chunk.last[:, None])
     return DecodeState(
-        # Nobody has weighed the blocks of this text yet: its first drafts read all of it.
-        cache=cache.with_lengths(end).with_everything_listed(),
+        # Nobody has weighed the blocks of this text yet: its first drafts read all of it, once it is there.
+        cache=cache.with_lengths(end).with_everything_listed(chunk.last),
         last_token=first,
         tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
         num_tokens=chunk.last.astype(jnp.int32),
@@ -310,6 +310,7 @@ def generate(
         the state after the cycles, and their number.
     """
     enough = state.finished.shape[0] if until_finished is None else until_finished
+    state, others = _needed(state, plan)
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         count, state = carry
@@ -321,9 +322,24 @@ def generate(
         return count + cycles_per_check, state
 
     count, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))
-    if plan.weigh is None:  # what was chosen before does not have the tokens of these cycles
-        state = dataclasses.replace(state, cache=state.cache.with_everything_listed())
-    return state, count
+    return _with_others(state, others), count
+
+
+def _needed(state: DecodeState, plan: DecodingPlan) -> tuple[DecodeState, DecodeState]:
+    """What the cycles of a plan read, and the state with what only those of other plans do: it costs them nothing."""
+    cache = state.cache if plan.weigh is not None else dataclasses.replace(state.cache, blocks=None)
+    return dataclasses.replace(state, cache=cache, history=state.history if plan.lookup else None), state
+
+
+def _with_others(state: DecodeState, others: DecodeState) -> DecodeState:
+    """The state after cycles, with what they did not need as the next ones of another plan may need it."""
+    if state.cache.blocks is None:  # what was chosen before does not have the tokens of these cycles
+        cache = dataclasses.replace(state.cache, blocks=others.cache.blocks).with_everything_listed()
+        state = dataclasses.replace(state, cache=cache)
+    if state.history is None and others.history is not None:
+        history = rewrite(others.history, state.cache.lengths, state.tokens, state.num_tokens)
+        state = dataclasses.replace(state, history=history)
+    return state
 
 
 def is_stop(tokens: Int32[Array, "B T"], stop_tokens: Int32[Array, "B stops"]) -> Bool[Array, "B T"]:

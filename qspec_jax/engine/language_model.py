@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.plan import DecodingPlan, plan_of
+from qspec_jax.decoding.plan import Plan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.intake import Intake, check_length, listed, require_some, sampling_of_each
@@ -80,8 +80,13 @@ class LanguageModel:
         return sum(leaf.nbytes for leaf in self.programs.leaves)
 
     def plan(
-        self, mode: str = "qspec", *, draft: str = "auto", draft_length: int = 3, draft_context: str | int = "full"
-    ) -> DecodingPlan:
+        self,
+        mode: str = "qspec",
+        *,
+        draft: str = "auto",
+        draft_length: int | str = 3,
+        draft_context: str | int = "auto",
+    ) -> Plan:
         """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
 
         Raises:
@@ -97,8 +102,8 @@ class LanguageModel:
         *,
         mode: str = "qspec",
         draft: str = "auto",
-        draft_length: int = 3,
-        draft_context: str | int = "full",
+        draft_length: int | str = 3,
+        draft_context: str | int = "auto",
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
@@ -113,11 +118,12 @@ class LanguageModel:
         Args:
             prompts: texts, lists of token ids, or conversations (lists of ``{"role": ..., "content": ...}``).
             mode: ``qspec``, plain decoding at a precision, ``lookup`` (drafts are what followed the newest tokens
-                earlier in the text), or ``lookup-qspec`` (QSpec's drafts where there is no such thing).
+                earlier in the text), ``lookup-qspec`` (QSpec's drafts where there is no such thing), or ``auto``: the
+                fastest of plain decoding, lookup and QSpec, as measured on the way.
             draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
-            draft_length: drafts per cycle.
+            draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
             draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 1,024 that
-                matter of texts from 2,048 on, or a number of them. Tokens do not depend on it.
+                matter of texts from 2,048 on (on a GPU), or a number of them. Tokens do not depend on it.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
@@ -156,7 +162,7 @@ class LanguageModel:
     def run(
         self,
         requests: Sequence[Request | GenerationResult],
-        plan: DecodingPlan,
+        plan: Plan,
         *,
         first: int = 0,
         batch_size: int = 8,
@@ -174,7 +180,7 @@ class LanguageModel:
 
     def pipeline(
         self,
-        plan: DecodingPlan | None = None,
+        plan: Plan | None = None,
         *,
         batch_size: int = 8,
         max_seq_len: int | None = None,
@@ -198,7 +204,7 @@ class LanguageModel:
         return self._pipeline(plan or self.plan(), batch_size=batch_size, capacity=capacity, on_event=on_event)
 
     def _pipeline(
-        self, plan: DecodingPlan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
+        self, plan: Plan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
     ) -> Pipeline:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} must be at least 1")
@@ -218,8 +224,8 @@ class LanguageModel:
         *,
         mode: str = "qspec",
         draft: str = "auto",
-        draft_length: int = 3,
-        draft_context: str | int = "full",
+        draft_length: int | str = 3,
+        draft_context: str | int = "auto",
         max_new_tokens: int = 128,
         chat: bool | None = None,
         max_seq_len: int | None = None,
@@ -243,7 +249,7 @@ class LanguageModel:
         return self._stream(request, plan, scheduler, cycles_per_step)
 
     def _stream(
-        self, request: Request, plan: DecodingPlan, scheduler: Scheduler, cycles_per_step: int
+        self, request: Request, plan: Plan, scheduler: Scheduler, cycles_per_step: int
     ) -> Iterator[str | GenerationResult]:
         watch = request.watch or self.intake.watch(request.sampling)
         sequence, shown = scheduler.add(dataclasses.replace(request, watch=watch)), 0
@@ -256,6 +262,6 @@ class LanguageModel:
                 shown = end
         yield result_of(sequence, plan, scheduler.totals, tokenizer=self.tokenizer, kernels=self.kernels)
 
-    def attempt(self, prompt: Prompt, plan: DecodingPlan, **options: Any) -> Request | GenerationResult:
+    def attempt(self, prompt: Prompt, plan: Plan, **options: Any) -> Request | GenerationResult:
         """As :meth:`Intake.request`, but an error becomes the result of the request."""
         return self.intake.attempt(prompt, statistics(plan, kernels=self.kernels), **options)

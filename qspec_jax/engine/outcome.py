@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import Plan
 from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import FinishReason, GenerationResult, GenerationStats, RunTotals
 from qspec_jax.engine.sequence import RunningSequence
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def result_of(
-    sequence: RunningSequence, plan: DecodingPlan, totals: RunTotals, *, tokenizer: Tokenizer | None, kernels: str
+    sequence: RunningSequence,
+    plan: Plan,
+    totals: RunTotals,
+    *,
+    tokenizer: Tokenizer | None,
+    kernels: str,
 ) -> GenerationResult:
     """What a sequence has yielded; it was ``interrupted`` if it is not finished."""
     sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
@@ -41,7 +46,7 @@ def result_of(
     )
 
 
-def statistics(plan: DecodingPlan, sequence: RunningSequence | None = None, *, kernels: str) -> GenerationStats:
+def statistics(plan: Plan, sequence: RunningSequence | None = None, *, kernels: str) -> GenerationStats:
     """Figures of a sequence, or of one that never ran."""
     lengths = [] if sequence is None else sequence.accepted_lengths
     seconds = {"prefill_s": 0.0, "decode_s": 0.0} | ({} if sequence is None else sequence.seconds())
@@ -51,6 +56,8 @@ def statistics(plan: DecodingPlan, sequence: RunningSequence | None = None, *, k
         draft_length=plan.draft_length,
         accepted_lengths=tuple([*lengths, *[0] * (plan.draft_length + 1)][: plan.draft_length + 1]),
         num_tokens=0 if sequence is None else len(sequence.token_ids),
+        drafted=0 if sequence is None else sum(n * one.draft_length for one, n in sequence.cycles_of.items()),
+        choices={} if sequence is None else {one.label: n for one, n in sequence.cycles_of.items()},
         compile_s=0.0,
         device=jax.devices()[0].device_kind,
         kernels=kernels,

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import Plan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.intake import Intake
@@ -38,7 +38,7 @@ class Pipeline:
         self,
         intake: Intake,
         programs: Programs,
-        plan: DecodingPlan,
+        plan: Plan,
         *,
         kernels: str,
         batch_size: int,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+from qspec_jax.decoding.plan import DecodingPlan
 
 FinishReason = Literal["stop", "length", "error", "interrupted"]
 
@@ -14,19 +16,21 @@ class GenerationStats:
     """Figures of one sequence. Its times are those of the clock on the wall, also while others were waited for.
 
     Attributes:
-        mode: ``qspec`` or the precision of plain decoding.
-        draft: precision of the drafts, None for plain decoding.
-        draft_length: drafts per cycle, 0 for plain decoding.
+        mode: ``auto``, ``qspec`` or the precision of plain decoding.
+        draft: what the drafts read, None for plain decoding; ``auto`` where that was chosen.
+        draft_length: drafts per cycle, 0 for plain decoding; the most of those to choose from.
         accepted_lengths: cycles run before the sequence finished, by how many drafts the verification agreed
             with (0 to ``draft_length``), including those of the last cycle beyond a stop token or the token
             limit; plain decoding has one token per cycle.
         num_tokens: tokens generated, the one from prefill included.
+        drafted: drafts made in its cycles.
         prefill_s: seconds from when it got a row of the batch to its first token, without compiling.
         decode_s: seconds from there to its end.
         compile_s: seconds spent compiling in this call so far; 0 once the shapes are known.
         device: kind of the device.
         kernels: implementation of the matmuls.
         waited_s: seconds before it got a row.
+        choices: cycles by the name of the plan that they ran.
     """
 
     mode: str
@@ -34,22 +38,19 @@ class GenerationStats:
     draft_length: int
     accepted_lengths: tuple[int, ...]
     num_tokens: int
+    drafted: int
     prefill_s: float
     decode_s: float
     compile_s: float
     device: str
     kernels: str
     waited_s: float = 0.0
+    choices: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def cycles(self) -> int:
         """Cycles run before the sequence finished."""
         return sum(self.accepted_lengths)
-
-    @property
-    def drafted(self) -> int:
-        """Drafts made in these cycles."""
-        return self.cycles * self.draft_length
 
     @property
     def accepted(self) -> int:
@@ -118,6 +119,7 @@ class GenerationResult:
             "drafted": stats.drafted,
             "accepted": stats.accepted,
             "accepted_lengths": list(stats.accepted_lengths),
+            "choices": dict(stats.choices),
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_cycle": stats.tokens_per_cycle,
             "waited_s": stats.waited_s,
@@ -131,6 +133,31 @@ class GenerationResult:
 
 
 @dataclasses.dataclass
+class PlanTotals:
+    """What a plan ran of a batch.
+
+    Attributes:
+        draft_length: of the plan.
+        bursts, cycles, seconds: of the device.
+        sequence_cycles, accepted: cycles of all sequences, and the drafts accepted in them.
+        why: it was chosen, the last time; empty where there was nothing to choose.
+    """
+
+    draft_length: int
+    bursts: int = 0
+    cycles: int = 0
+    seconds: float = 0.0
+    sequence_cycles: int = 0
+    accepted: int = 0
+    why: str = ""
+
+    @property
+    def tokens_per_cycle(self) -> float | None:
+        """What a cycle yields for a sequence; None without a cycle."""
+        return 1 + self.accepted / self.sequence_cycles if self.sequence_cycles else None
+
+
+@dataclasses.dataclass
 class RunTotals:
     """Figures of all sequences that ran through a batch together.
 
@@ -140,6 +167,7 @@ class RunTotals:
         tokens: generated ones.
         computed_prompt_tokens, reused_prompt_tokens: tokens of prompts that were read, and those that another prompt's
             row had already.
+        choices: what each plan ran, by its name.
         accepted_lengths: cycles of all sequences by number of accepted drafts.
         cycles: run by the device, each for all rows.
         prefill_s, decode_s: seconds that the device filled rows and ran cycles.
@@ -150,6 +178,7 @@ class RunTotals:
     rows: int
     requests: int = 0
     tokens: int = 0
+    choices: dict[str, PlanTotals] = dataclasses.field(default_factory=dict)
     computed_prompt_tokens: int = 0
     reused_prompt_tokens: int = 0
     accepted_lengths: list[int] = dataclasses.field(default_factory=list)
@@ -158,6 +187,23 @@ class RunTotals:
     decode_s: float = 0.0
     gap_s: float = 0.0
     compile_s: float = 0.0
+
+    def count_burst(
+        self, plan: DecodingPlan, cycles: int, seconds: float, histogram: Sequence[int], *, why: str
+    ) -> None:
+        """Adds a burst: cycles of the device, and those of sequences by number of accepted drafts."""
+        of_plan = self.choices.setdefault(plan.label, PlanTotals(plan.draft_length))
+        of_plan.bursts += 1
+        of_plan.cycles += cycles
+        of_plan.seconds += seconds
+        of_plan.sequence_cycles += sum(histogram)
+        of_plan.accepted += sum(length * count for length, count in enumerate(histogram))
+        of_plan.why = why or of_plan.why
+
+    @property
+    def drafted(self) -> int:
+        """Drafts of all sequences."""
+        return sum(one.sequence_cycles * one.draft_length for one in self.choices.values())
 
     def count_cycles(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Adds the cycles of a sequence since it was last looked at."""

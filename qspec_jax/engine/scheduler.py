@@ -9,6 +9,9 @@ bursts between, so that the others go on meanwhile; chunks that a row holds alre
 While a burst runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
 its own dispatches bursts, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
 any of this: rows are independent, and so are cycles.
+
+With an ``AutoPlan``, each burst may run another plan (:mod:`qspec_jax.engine.chooser`). All have the same target and
+read and write the same state, so that tokens do not depend on the choice. Another thread compiles what may be chosen.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import jax
 import numpy as np
 
 from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk
+from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import RunTotals
@@ -75,7 +79,7 @@ class Scheduler:
     def __init__(
         self,
         programs: Programs,
-        plan: DecodingPlan,
+        plan: Plan,
         *,
         rows: int,
         capacity: int,
@@ -86,7 +90,7 @@ class Scheduler:
 
         Args:
             programs: of the model.
-            plan: what a cycle does.
+            plan: what a cycle does, or what to choose from.
             rows: sequences that run together.
             capacity: cache positions of each.
             burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
@@ -94,7 +98,12 @@ class Scheduler:
         """
         self.shape = Shape.of(plan, rows=rows, capacity=capacity)
         self.totals = RunTotals(rows=rows)
-        self._programs, self._plan, self._burst_s = programs, plan, burst_s
+        self._programs, self._burst_s = programs, burst_s
+        # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
+        self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
+        self._chooser = self._make_chooser(plan) if isinstance(plan, AutoPlan) else None
+        self._compiler = ThreadPoolExecutor(1, "qspec_jax compile")
+        self._asked_for: dict[tuple[DecodingPlan, Shape], Future[None]] = {}
         self._on_event = on_event or (lambda _: None)
         self._waiting: collections.deque[RunningSequence] = collections.deque()
         self._rows: list[RunningSequence | None] = [None] * rows
@@ -106,7 +115,26 @@ class Scheduler:
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
+        self._why = ""  # the plan of the next burst was chosen
         self._clock = _Clock()
+
+    def _make_chooser(self, plan: AutoPlan) -> Chooser:
+        for one in plan.choices:
+            self._programs.lay_out_weights(one)  # now, since programs compiled before would be dropped
+        return Chooser(
+            plan.choices,
+            self._programs.costs,
+            rows=self.shape.rows,
+            burst_s=self._burst_s,
+            is_ready=lambda one: self._programs.has_loop(one, self.shape),
+            prepare=self._compile_beside,
+        )
+
+    def _compile_beside(self, plan: DecodingPlan) -> None:
+        """Compiles the loop of a plan while others run. One that does not compile is never ready."""
+        asked = plan, self.shape
+        if asked not in self._asked_for and all(other.done() for other in self._asked_for.values()):
+            self._asked_for[asked] = self._compiler.submit(self._programs.compile, *asked, ())
 
     @property
     def busy(self) -> bool:
@@ -145,8 +173,8 @@ class Scheduler:
         flight, self._flight = self._flight, None
         self._state, report = flight.result()
         running = self._decoding()
-        finished, cycles = jax.device_get((report.finished, report.cycles))
-        self._count(int(cycles), self._clock.landed())
+        finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
+        self._count(int(cycles), self._clock.landed(), running, lengths)
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
@@ -161,6 +189,7 @@ class Scheduler:
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
         """Dispatches what comes next; the sequences whose prompts have been read by it."""
         if not self.busy:
+            self._programs.save_costs()
             self._clock = _Clock()
             return []
         changed = []
@@ -175,12 +204,28 @@ class Scheduler:
             self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(prefills))
         return changed
 
-    def _count(self, cycles: int, seconds: float) -> None:
-        """Notes how long the cycles of a burst took."""
+    def _count(self, cycles: int, seconds: float, running: Mapping[int, RunningSequence], lengths: Any) -> None:
+        """Notes how long the cycles of a burst took, and how many drafts of each of its sequences were accepted."""
         if cycles:
             self._cycle_s = seconds / cycles
         self.totals.decode_s += seconds
         self.totals.cycles += cycles
+        new = np.zeros(self._plan.draft_length + 1, np.int64)
+        for row, sequence in running.items():
+            before = sequence.accepted_lengths or [0] * len(lengths[row])
+            gained = lengths[row][: len(new)] - np.asarray(before[: len(new)])
+            new += gained
+            sequence.count_cycles(self._plan, int(gained.sum()))
+        self.totals.count_burst(self._plan, cycles, seconds, new.tolist(), why=self._why)
+        if self._chooser is not None:
+            options = {"cycles": cycles, "seconds": seconds, "histogram": new.tolist(), "context": self._context()}
+            self._chooser.observe(self._plan, **options)
+
+    def _context(self) -> int:
+        """Tokens that a row holds, on average over those that decode."""
+        decoding = self._decoding().values()
+        tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
+        return round(tokens / max(1, len(decoding)))
 
     def _receive(self, report: Report, sequences: Mapping[int, RunningSequence]) -> list[RunningSequence]:
         """Gives the new tokens of some rows to their sequences, which have changed; the report is in host memory."""
@@ -213,7 +258,7 @@ class Scheduler:
         """
         wanted = self.shape._replace(features=self._features)
         compiled_s = self._programs.compile_s
-        self._programs.compile(self._plan, wanted, self._widths, on_event=self._on_event)
+        self._programs.compile(self._first_plan, wanted, self._widths, on_event=self._on_event)
         if seconds := self._programs.compile_s - compiled_s:
             self.totals.compile_s += seconds
             self._clock = _Clock()
@@ -233,6 +278,8 @@ class Scheduler:
             row = self._held.room_for(entering.chunks, sorted(idle))
             idle.remove(row)
             self._rows[row], entering.entered_s = entering, time.perf_counter()
+            if self._chooser is not None:
+                self._chooser.note_entered(1)
 
     def _prefill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
         """Dispatches a chunk for each row that still reads its prompt; the reports, and who has read it."""
@@ -258,7 +305,7 @@ class Scheduler:
         assert self._state is not None
         self.totals.gap_s += self._clock.dispatching()
         self._state, report = self._programs.prefill(
-            self._plan, self.shape, self._state, chunks, rows, sources, count=len(next_chunks)
+            self._first_plan, self.shape, self._state, chunks, rows, sources, count=len(next_chunks)
         )
         self._retired[rows[: len(next_chunks)]] = False
         decoding = self._decoding()
@@ -287,6 +334,12 @@ class Scheduler:
         if self._waiting or any(self._reading(row) for row in range(rows)):
             until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
         assert self._state is not None
+        cycles = self._fitting_cycles()
+        if self._chooser is not None:
+            burst = self._chooser.choose(context=self._context(), active=active)
+            self._plan, self._why = burst.plan, burst.why
+            cycles = burst.cycles or self._fitting_cycles(burst.cycle_s, burst.seconds)
+            max_cycles = None if max_cycles is None else min(cycles, max_cycles)
         self.totals.gap_s += self._clock.dispatching()
         self._flight = self._dispatcher.submit(
             self._programs.loop,
@@ -294,18 +347,19 @@ class Scheduler:
             self.shape,
             self._state,
             self._retired,
-            max_cycles=max_cycles or self._fitting_cycles(),
+            max_cycles=cycles if max_cycles is None else max_cycles,
             until_finished=until,
         )
         self._retired = np.zeros((rows,), bool)
 
-    def _fitting_cycles(self) -> int:
-        """Cycles of the next burst."""
-        if self._cycle_s is None:
+    def _fitting_cycles(self, cycle_s: float | None = None, seconds: float | None = None) -> int:
+        """Cycles of the next burst, of so many seconds each, that takes so many; None for what is usual."""
+        cycle_s = cycle_s or self._cycle_s
+        if cycle_s is None:
             return _FIRST_CYCLES
         prefilling = any(self._reading(row) for row in range(self.shape.rows))
-        seconds = _PREFILL_BURST_S if prefilling else self._burst_s
-        return max(1, min(_MAX_CYCLES, round(seconds / self._cycle_s)))
+        seconds = _PREFILL_BURST_S if prefilling else seconds or self._burst_s
+        return max(1, min(_MAX_CYCLES, round(seconds / cycle_s)))
 
     def _reading(self, row: int) -> bool:
         sequence = self._rows[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
 from qspec_jax.engine.requests import Request
@@ -17,6 +18,7 @@ class RunningSequence:
         request: what was asked for.
         token_ids: new tokens.
         accepted_lengths: cycles by number of accepted drafts.
+        cycles_of: the same by the plan that they ran.
         finished: no more tokens come.
         added_s, entered_s: when it was added, and when it got a row.
         arrivals: when new tokens came, and how many.
@@ -29,6 +31,7 @@ class RunningSequence:
         self.request = request
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
+        self.cycles_of: dict[DecodingPlan, int] = {}
         self.finished = False
         self.added_s = time.perf_counter()
         self.entered_s: float | None = None
@@ -53,6 +56,11 @@ class RunningSequence:
             (first_s, _), (last_s, _) = self.arrivals[0], self.arrivals[-1]
             times |= {"prefill_s": first_s - self.entered_s, "decode_s": last_s - first_s}
         return times
+
+    def count_cycles(self, plan: DecodingPlan, cycles: int) -> None:
+        """Notes cycles that it took part in."""
+        if cycles:
+            self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
 
     def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
         """Appends new tokens, up to the one with which a stop string ends the text."""

@@ -151,7 +151,7 @@ def score_drafts(
         require_some(requests)
         return model.run(requests, plan, batch_size=batch_size).collect()
 
-    plain = generate(model.plan("w4a16"))
+    plain = generate(DecodingPlan(Precision.W4A16))
     return [_draft_score(plan, generate(plan), plain) for plan in progress(plans)]
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from pallas_kernels import EVERYTHING
 from qspec_jax.model.config import ModelConfig
@@ -103,6 +103,13 @@ class KVCache:
         """The same entries with other lengths: rolls back (or, after a ragged write, fixes) each sequence."""
         return dataclasses.replace(self, lengths=lengths)
 
-    def with_everything_listed(self) -> KVCache:
-        """The same cache, of which a view with a budget reads all: nobody knows which blocks matter."""
-        return dataclasses.replace(self, blocks=None if self.blocks is None else jnp.full_like(self.blocks, EVERYTHING))
+    def with_everything_listed(self, rows: Bool[Array, " B"] | None = None) -> KVCache:
+        """The same cache, of which a view with a budget reads all: nobody knows which blocks matter.
+
+        Of all rows, or of some; the others list their first blocks.
+        """
+        if self.blocks is None:
+            return self
+        first = jnp.where(True if rows is None else rows[:, None, None, None], EVERYTHING, 0)
+        numbers = jnp.arange(self.blocks.shape[-1], dtype=jnp.int32)
+        return dataclasses.replace(self, blocks=jnp.broadcast_to(numbers + first, self.blocks.shape))

@@ -25,12 +25,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
 import pallas_kernels
+from pallas_kernels import value_of
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenContext
 from qspec_jax.model.cache import KVCache, LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.linear import WeightFormat, in_pieces
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import AHEAD, RECENT, View
@@ -132,8 +133,8 @@ class Decoder(nnx.Module):
                 head = self.embedding if self.lm_head is None else self.lm_head
                 _, y = self.final_norm.of_stream(stream, quantization=None)
                 assert isinstance(y, jax.Array)
-                logits = pallas_kernels.float_matmul(y, head.get_value(), implementation=self.head_kernels)
-                return logits, cache, masses
+                multiply = functools.partial(pallas_kernels.float_matmul, implementation=self.head_kernels)
+                return value_of(in_pieces(lambda rows: multiply(rows, head.get_value()), y)), cache, masses
 
     def with_chosen_blocks(self, cache: KVCache, masses: Float32[Array, "B L KH NB"], *, view: View) -> KVCache:
         """The cache with the blocks that a view with a budget reads from now on, by the masses of :meth:`run`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, value_of
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
+from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.precision import Precision
@@ -167,7 +168,8 @@ class Linear(nnx.Module):
             return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
         if isinstance(weight, QuantizedWeight):
             if view.weight_bits is not None:
-                return pallas_kernels.w4a16_partial_sums(x, weight, implementation=self.kernels)
+                product = functools.partial(pallas_kernels.w4a16_partial_sums, implementation=self.kernels)
+                return in_pieces(lambda rows: product(rows, weight), x)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif view.weight_bits is not None:
             raise UsageError(
@@ -175,6 +177,27 @@ class Linear(nnx.Module):
             )
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
+
+
+def in_pieces(
+    product: Callable[[Float[Array, "*batch K"]], Float[Array, "*batch N"] | PartialSums], x: Float[Array, "*batch K"]
+) -> Float[Array, "*batch N"] | PartialSums:
+    """The product of rows of new tokens, of no more rows at a time than have the same bits whatever is beside them.
+
+    Kernels promise that for ``MAX_ROWS`` rows; more are left to a library, whose sums depend on their number. A batch
+    of many sequences that verifies many tokens has more: they are multiplied in pieces of whole sequences. Prefill, of
+    one sequence at a time, is not.
+    """
+    if x.ndim != 3 or x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS or x.shape[0] * x.shape[1] <= MAX_ROWS:
+        return product(x)
+    batch = x.shape[0]
+    count = -(-batch // (MAX_ROWS // x.shape[1]))
+    size = -(-batch // count)
+    pieces = [product(x[start : start + size]) for start in range(0, batch, size)]
+    if len({len(piece.parts) if isinstance(piece, PartialSums) else 0 for piece in pieces}) > 1:
+        pieces = [value_of(piece) for piece in pieces]
+    # Partial sums have an axis of parts in front of that of the batch.
+    return jax.tree.map(lambda *some: jnp.concatenate(some, axis=-3), *pieces)
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)

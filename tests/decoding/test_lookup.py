@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from qspec_jax import SamplingParams
-from qspec_jax.decoding.lookup import look_up, write
+from qspec_jax.decoding.lookup import look_up, rewrite, write
 from tests import tiny
 
 pytestmark = pytest.mark.contract
@@ -63,6 +63,14 @@ def test_a_history_takes_the_tokens_that_exist():
         [1, 2, 0, 0, 0, 0],
         [0] * 5 + [4],
     ]
+
+
+def test_a_history_is_the_same_whether_cycles_keep_it_or_not():
+    """The text of a row ends at its newest token; of an idle one nothing is known to be new."""
+    history = jnp.asarray([[7, 8, 9, 0, 0, 0], [4, 5, 0, 0, 0, 0]], jnp.int32)
+    tokens = jnp.asarray([[1, 2, 0], [6, 0, 0]], jnp.int32)
+    newest, num_tokens = jnp.asarray([4, 1], jnp.int32), jnp.asarray([2, 0], jnp.int32)
+    assert rewrite(history, newest, tokens, num_tokens).tolist() == [[7, 8, 9, 1, 2, 0], [4, 5, 0, 0, 0, 0]]
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_the_surroundings_change_the_key(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
         keys.add(key())
-    for ingredient in ("_source", "_versions", "_platform"):
+    for ingredient in ("source_digest", "_versions", "_platform"):
         with monkeypatch.context() as patch:
             patch.setattr(program_store, ingredient, lambda: "another")
             keys.add(key())
@@ -163,12 +163,12 @@ def test_every_source_file_is_in_the_key(tmp_path, monkeypatch):
     assert originals == tuple(Path(package.__file__).parent for package in (qspec_jax, pallas_kernels))
     copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in originals]
     monkeypatch.setattr(program_store, "_packages", lambda: copies)
-    digests = [program_store._source.__wrapped__()]
+    digests = [program_store.source_digest.__wrapped__()]
     files = [file for folder in copies for file in folder.rglob("*") if file.suffix in (".py", ".json")]
     assert len(files) > 100
     for file in files:
         file.write_bytes(file.read_bytes() + b"\n")
-        digests.append(program_store._source.__wrapped__())
+        digests.append(program_store.source_digest.__wrapped__())
     assert len(set(digests)) == len(files) + 1
 
 

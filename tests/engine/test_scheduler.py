@@ -174,6 +174,9 @@ class FakePrograms(Programs):
     def compile(self, plan, shape, widths, *, on_event):
         pass
 
+    def save_costs(self):
+        pass
+
     def idle_state(self, shape):
         return "state"
 

@@ -18,7 +18,7 @@ from qspec_jax.bench.description import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import DecodingPlan, static
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
@@ -119,10 +119,10 @@ def decoding_parts(
     """
     plain = [mode for mode in modes if mode != "qspec"]
     if len(plain) == len(modes):
-        return [Part("step", model.plan(mode)) for mode in plain]
-    steps = [Part("step", model.plan(mode)) for mode in dict.fromkeys(["w4a16", *plain])]
+        return [Part("step", static(model.plan(mode))) for mode in plain]
+    steps = [Part("step", static(model.plan(mode))) for mode in dict.fromkeys(["w4a16", *plain])]
     plans = [
-        model.plan(draft=draft, draft_length=length, draft_context=context)
+        static(model.plan(draft=draft, draft_length=length, draft_context=context))
         for context, length, draft in itertools.product(draft_contexts, draft_lengths, drafts)
     ]
     plans = list(dict.fromkeys(plans))

@@ -19,13 +19,13 @@ from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.commands.run import say
-from qspec_jax.decoding.plan import LOOKUP_MODES, MODES
+from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
 
 if TYPE_CHECKING:
     from qspec_jax.bench.throughput.measure import ThroughputRun
-    from qspec_jax.decoding.plan import DecodingPlan
+    from qspec_jax.decoding.plan import Plan
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.engine.requests import Request
     from qspec_jax.engine.results import GenerationResult
@@ -106,14 +106,14 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     options.check_writable(arguments.json, option="--json")
     options.check_writable(arguments.plot, option="--plot")
     options.check_matplotlib(arguments.plot)
-    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "draft_length", "system_prompts"):
+    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "system_prompts"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
     shared.check_draft_length(arguments.draft_length)
     options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
     for name in ("rate", "burst"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UsageError(f"--{name} {value} must be more than 0")
-    modes = options.parse_names(arguments.mode, option="--mode", known=(*MODES, *LOOKUP_MODES))
+    modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
@@ -171,7 +171,7 @@ def _measure(
 
 
 def fitting_requests(
-    model: LanguageModel, plan: DecodingPlan, conversations: Sequence[Conversation], arguments: argparse.Namespace
+    model: LanguageModel, plan: Plan, conversations: Sequence[Conversation], arguments: argparse.Namespace
 ) -> list[Request]:
     """The first conversations whose prompts are short enough, as requests."""
     from qspec_jax.engine.requests import Request

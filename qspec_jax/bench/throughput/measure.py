@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qspec_jax.decoding.chunks import Shape
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import Plan
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -82,7 +82,7 @@ class ThroughputRun:
 
 def measure_throughput(
     model: LanguageModel,
-    plan: DecodingPlan,
+    plan: Plan,
     requests: Sequence[Request],
     *,
     rows: int,
@@ -116,8 +116,7 @@ def measure_throughput(
     sequences = _serve(scheduler, requests, arrivals(len(requests), rate, seed))
     seconds, totals = time.perf_counter() - began, scheduler.totals
     speeds = [_tokens_per_s(sequence) for sequence in sequences if len(sequence.token_ids) > 1]
-    drafted, busy_s = totals.sequence_cycles * plan.draft_length, max(totals.busy_s, 1e-9)
-    per_cycle = totals.tokens_per_cycle
+    busy_s, accepted = max(totals.busy_s, 1e-9), sum(one.accepted for one in totals.choices.values())
     return ThroughputRun(
         mode=plan.mode,
         draft=plan.draft_source,
@@ -132,8 +131,8 @@ def measure_throughput(
         request_tokens_per_s=_percentiles(speeds),
         first_token_s=_percentiles([one.arrivals[0][0] - one.added_s for one in sequences]),
         inter_token_s=_percentiles([gap for sequence in sequences for gap in inter_token_seconds(sequence.arrivals)]),
-        acceptance_rate=(per_cycle - 1) / plan.draft_length if drafted and per_cycle else None,
-        tokens_per_cycle=per_cycle,
+        acceptance_rate=accepted / totals.drafted if totals.drafted else None,
+        tokens_per_cycle=totals.tokens_per_cycle,
         occupancy=totals.occupancy,
         prefill_share=totals.prefill_s / busy_s,
         gap_share=totals.gap_s / busy_s,

@@ -1,0 +1,271 @@
+"""Which plan the next burst runs: the one with the most tokens per second, by what was measured.
+
+The rate of a plan is ``E / seconds``: tokens that a cycle yields a sequence, over the time of a cycle. ``E`` follows
+from the chance of each draft to be accepted once those before it are (:class:`Acceptance`), which plans of one source
+of drafts share whatever their length; seconds are those of :mod:`qspec_jax.decoding.costs`.
+
+A plan that was never tried here may be faster, and a text may change. So a plan that could win is tried now and then,
+in a burst of few cycles. What trials lose against the best plan is counted, and they may lose :data:`_MAX_LOSS` of the
+time: one that turns out to be slow is paid for by a long time without any. Plain decoding runs until another plan has
+been compiled, and wherever none is faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from qspec_jax.decoding.costs import CostTable
+from qspec_jax.decoding.plan import DecodingPlan
+
+_MAX_LOSS = 0.01  # of the time, spent on trials
+_BETTER = 1.02  # times faster than what runs, to take its place
+_PROMISING = 1.02  # times faster than what runs, to be worth a trial
+_UNCERTAIN = 0.97  # the same, where the time is known from another context
+_FIRST_LOSS_S = 0.1  # that trials may lose at the beginning
+_TRIAL_DRAFTS = 48  # sequences times cycles of a trial, about
+_TRIAL_CYCLES = range(2, 33)
+_FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
+_HOPE = 0.97  # acceptance of drafts that were never seen
+_LEARNING_BURST_S, _LEARNING_S = 0.1, 5.0  # bursts while there are plans to try, at the beginning
+
+
+@dataclasses.dataclass
+class Acceptance:
+    """How often drafts of one source are accepted, by their place: the newest cycles count most.
+
+    Attributes:
+        expected: by place, what texts before had; where there is none, less than the place before.
+        tried, accepted: by place, drafts whose predecessors were accepted, and those of them that were accepted too.
+        cycles: seen in all.
+    """
+
+    expected: Sequence[float] = ()
+    tried: list[float] = dataclasses.field(default_factory=list)
+    accepted: list[float] = dataclasses.field(default_factory=list)
+    cycles: int = 0
+
+    _MEMORY = 2000.0  # cycles of sequences that count
+    _WEIGHT = 2.0  # of what is expected, in drafts
+    _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
+
+    def observe(self, histogram: Sequence[int]) -> None:
+        """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
+        new, length = sum(histogram), len(histogram) - 1
+        if not new or not length:
+            return
+        kept = max(0.0, 1 - new / self._MEMORY)
+        missing = [0.0] * (length - len(self.tried))
+        self.tried = [kept * count for count in self.tried] + missing
+        self.accepted = [kept * count for count in self.accepted] + missing
+        reached = new
+        for place in range(length):
+            self.tried[place] += reached
+            reached -= histogram[place]
+            self.accepted[place] += reached
+        self.cycles += new
+
+    def tokens_per_cycle(self, draft_length: int, *, hope: float | None = None) -> float:
+        """``E`` of cycles of so many drafts; with ``hope``, where the next drafts are accepted at least that often."""
+        tokens = reaches = 1.0
+        for chance in self.profile(draft_length):
+            reaches *= chance if hope is None else max(hope, chance)
+            tokens += reaches
+        return tokens
+
+    def profile(self, draft_length: int) -> list[float]:
+        """The chance of each draft to be accepted once those before it are."""
+        chances: list[float] = []
+        for place in range(draft_length):
+            before = chances[-1] if chances else self._UNKNOWN
+            chance = self.expected[place] if place < len(self.expected) else before
+            if place < len(self.tried):
+                chance = (self.accepted[place] + self._WEIGHT * chance) / (self.tried[place] + self._WEIGHT)
+            chances.append(chance)
+        return chances
+
+
+@dataclasses.dataclass(frozen=True)
+class Burst:
+    """What to run next.
+
+    Attributes:
+        plan: whose cycles.
+        seconds: about how long; None for as long as is usual.
+        cycles: how many; None for those of ``seconds``.
+        why: for people.
+        cycle_s: about how long a cycle takes; None if nobody knows.
+    """
+
+    plan: DecodingPlan
+    seconds: float | None
+    cycles: int | None
+    why: str
+    cycle_s: float | None = None
+
+
+class Chooser:
+    """Chooses between plans from burst to burst.
+
+    Attributes:
+        acceptance: by source of drafts.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[DecodingPlan],
+        costs: CostTable,
+        *,
+        rows: int,
+        burst_s: float,
+        is_ready: Callable[[DecodingPlan], bool],
+        prepare: Callable[[DecodingPlan], None],
+    ):
+        """Starts with plain decoding.
+
+        Args:
+            plans: the first of them is plain decoding.
+            costs: what is known of them.
+            rows: of the batch.
+            burst_s: seconds of a burst when there is nothing to find out.
+            is_ready: whether a plan has been compiled.
+            prepare: asks for it to be; returns at once.
+        """
+        self.acceptance: dict[str | None, Acceptance] = {
+            plan.draft_source: Acceptance(costs.acceptance.get(plan.draft_source or "", ())) for plan in plans
+        }
+        self._plans, self._costs, self._rows, self._burst_s = plans, costs, rows, burst_s
+        self._is_ready, self._prepare = is_ready, prepare
+        self._current = plans[0]
+        self._warm: set[DecodingPlan] = set()  # those that have run once, as the first run loads a program
+        self._trial: DecodingPlan | None = None
+        self._elapsed_s = self._lost_s = 0.0
+        self._cycle = 0  # of all plans
+        # By source: when to hope again for more than was seen, and how long to wait after that.
+        self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
+        self._patience: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
+        self._entered = 0
+
+    def note_entered(self, count: int) -> None:
+        """Sequences have entered: their texts may be of another kind."""
+        self._entered += count
+        if self._entered >= self._rows:
+            self._entered = 0
+            self._patience = dict.fromkeys(self._patience, _FIRST_PATIENCE)
+            self._hope_at = {source: min(at, self._cycle + _FIRST_PATIENCE) for source, at in self._hope_at.items()}
+
+    def choose(self, *, context: int, active: int) -> Burst:
+        """What to run next, with so many tokens in each row and so many rows that are not idle."""
+        plain = self._plans[0]
+        seconds = self._known(context)
+        if plain not in seconds:  # everything else is compared with it
+            return Burst(plain, None, _TRIAL_CYCLES[0], "the time of a plain step is not known yet")
+        rates = {
+            plan: self._tokens(plan) / one
+            for plan, one in seconds.items()
+            if plan == plain or (self._is_ready(plan) and self._has_been_seen(plan))
+        }
+        best = max(rates, key=rates.__getitem__)
+        if rates[best] > rates.get(self._current, 0.0) * _BETTER:
+            self._current = best
+        candidate = wanted = self._candidate(seconds, rates[self._current], context)
+        if wanted is not None and not self._is_ready(wanted):
+            self._prepare(wanted)
+            candidate = self._candidate(seconds, rates[self._current], context, ready_only=True)
+        if candidate is not None and self._lost_s <= _FIRST_LOSS_S + _MAX_LOSS * self._elapsed_s:
+            cycles = min(max(_TRIAL_CYCLES[0], -(-_TRIAL_DRAFTS // max(1, active))), _TRIAL_CYCLES[-1])
+            if candidate not in self._warm:
+                cycles = _TRIAL_CYCLES[0]
+            self._trial = candidate
+            return Burst(candidate, None, cycles, "a trial")
+        self._trial = None
+        is_learning = wanted is not None and self._elapsed_s < _LEARNING_S
+        burst_s = min(_LEARNING_BURST_S, self._burst_s) if is_learning else self._burst_s
+        return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
+
+    def observe(
+        self, plan: DecodingPlan, *, cycles: int, seconds: float, histogram: Sequence[int], context: int
+    ) -> None:
+        """Takes a burst into account.
+
+        Args:
+            plan: that ran.
+            cycles: of the device.
+            seconds: of all of them.
+            histogram: cycles of sequences by their accepted drafts, 0 to ``draft_length`` of them.
+            context: tokens in each row, about.
+        """
+        self._cycle += cycles
+        acceptance = self.acceptance[plan.draft_source]
+        acceptance.observe(histogram[: plan.draft_length + 1])
+        if plan.draft_source is not None:
+            self._costs.acceptance[plan.draft_source] = acceptance.profile(len(acceptance.tried))
+        if not cycles:
+            return
+        first = plan not in self._warm
+        self._warm.add(plan)
+        self._elapsed_s += seconds
+        if not first:
+            self._costs.note(plan, seconds / cycles, rows=self._rows, context=context)
+        if plan == self._trial:
+            self._account(plan, cycles, seconds, context, first=first)
+
+    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, context: int, *, first: bool) -> None:
+        """Counts what a trial lost, and says when its source may be hoped for again."""
+        known = self._known(context)
+        if self._current in known and not first:  # the first run loads a program, which is paid once
+            rate = self._tokens(self._current) / known[self._current]
+            self._lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
+            source, worth = plan.draft_source, plan in known and self._tokens(plan) / known[plan] > rate
+            self._hope_at[source] = self._cycle + self._patience[source]
+            self._patience[source] = _FIRST_PATIENCE if worth else min(_LONGEST_PATIENCE, 4 * self._patience[source])
+
+    def _candidate(
+        self, seconds: dict[DecodingPlan, float], rate: float, context: int, *, ready_only: bool = False
+    ) -> DecodingPlan | None:
+        """The plan that could be the fastest of those that were not measured, or not for long."""
+        hoped = {}
+        for plan in self._plans:
+            if plan == self._current or (ready_only and not self._is_ready(plan)):
+                continue
+            acceptance = self.acceptance[plan.draft_source]
+            # The source of the drafts that run is seen all the time: nothing to hope for.
+            is_seen = self._current.draft_source == plan.draft_source
+            hopes = not self._has_been_seen(plan) or (not is_seen and self._cycle >= self._hope_at[plan.draft_source])
+            is_exact = self._costs.is_exact(plan, rows=self._rows, context=context)
+            if is_exact and not hopes and self._is_ready(plan):
+                continue
+            tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else None)
+            one = tokens / self._guess(plan, seconds, context)
+            if one > rate * (_UNCERTAIN if plan in seconds and not is_exact else _PROMISING):
+                hoped[plan] = one
+        return max(hoped, key=hoped.__getitem__, default=None)
+
+    def _has_been_seen(self, plan: DecodingPlan) -> bool:
+        acceptance = self.acceptance[plan.draft_source]
+        return bool(acceptance.cycles or acceptance.expected)
+
+    def _known(self, context: int) -> dict[DecodingPlan, float]:
+        found = {plan: self._costs.known(plan, rows=self._rows, context=context) for plan in self._plans}
+        return {plan: one for plan, one in found.items() if one is not None}
+
+    def _guess(self, plan: DecodingPlan, seconds: dict[DecodingPlan, float], context: int) -> float:
+        if plan in seconds:
+            return seconds[plan]
+        return self._costs.guess(plan, seconds, rows=self._rows, context=context)
+
+    def _tokens(self, plan: DecodingPlan) -> float:
+        return self.acceptance[plan.draft_source].tokens_per_cycle(plan.draft_length)
+
+    def _reason(self, rates: dict[DecodingPlan, float], seconds: dict[DecodingPlan, float]) -> str:
+        """Why the plan that runs was chosen."""
+        plan, plain = self._current, self._plans[0]
+        if plan == plain:
+            others = {other: rate for other, rate in rates.items() if other != plain}
+            if not others:
+                return "nothing else has been measured"
+            best = max(others, key=others.__getitem__)
+            return f"{best.label} would be {others[best] * seconds[plain]:.2f} times plain decoding"
+        ratio = rates.get(plan, 0.0) * seconds[plain]
+        tokens = self._tokens(plan)
+        return f"{ratio:.2f} times plain decoding: {tokens:.2f} tokens in {1e3 * seconds[plan]:.2f} ms"

@@ -1,0 +1,202 @@
+"""The choice between plans, on a device that is simulated: it never loses much, and finds what wins."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qspec_jax.decoding.costs import CostTable, PassBytes
+from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup, plan_of, static
+from qspec_jax.engine.chooser import Acceptance, Chooser
+from qspec_jax.errors import UsageError
+from qspec_jax.model.view import View
+
+FULL, BUDGET = View(activation_bits=8), View(activation_bits=8, cache_budget=1024, cache_full_below=2048)
+PLAIN = DecodingPlan(View())
+LOOKUPS = tuple(DecodingPlan(View(), Lookup(), length) for length in (3, 7))
+DRAFTING = tuple(DecodingPlan(View(), view, length) for view in (FULL, BUDGET) for length in AUTO_LENGTHS)
+PLANS = (PLAIN, *LOOKUPS, *DRAFTING)
+# Bytes of an 8B model and of a position of its cache, bytes per second of its kernels, seconds of a step besides.
+BYTES, BANDWIDTH, STEP_S = PassBytes(5_600_000_000, 131_072), 2.4e12, 2e-4
+WHILE_S = 25.0
+
+
+class Device:
+    """What a GPU takes for a cycle: the bytes, and arithmetic of the rows that are verified."""
+
+    def __init__(self, *, rows: int, context: int, acceptance: dict[str, float], compile_s: float = 8.0):
+        self.rows, self.context, self.acceptance, self.compile_s = rows, context, acceptance, compile_s
+        self.now_s = 0.0
+        self.ready_s = {PLAIN: 0.0}
+        self.random = np.random.default_rng(0)
+        self.seconds: dict[DecodingPlan, float] = {}
+
+    def cycle_s(self, plan: DecodingPlan) -> float:
+        verified = BYTES.of_cycle(PLAIN, rows=self.rows, context=self.context) / BANDWIDTH + STEP_S
+        verified += self.rows * plan.draft_length * 2.2e-5
+        if plan.draft_view is None:
+            return verified
+        drafted = BYTES.of_cycle(plan, rows=self.rows, context=self.context)
+        drafted -= BYTES.of_cycle(PLAIN, rows=self.rows, context=self.context)
+        return verified + drafted / BANDWIDTH + plan.draft_length * STEP_S
+
+    def tokens(self, plan: DecodingPlan) -> float:
+        return sum(self.acceptance.get(str(plan.draft_source), 0) ** place for place in range(plan.draft_length + 1))
+
+    def rate(self, plan: DecodingPlan) -> float:
+        return self.tokens(plan) / self.cycle_s(plan)
+
+    def prepare(self, plan: DecodingPlan) -> None:
+        self.ready_s.setdefault(plan, max(self.now_s, *self.ready_s.values()) + self.compile_s)
+
+    def is_ready(self, plan: DecodingPlan) -> bool:
+        return self.ready_s.get(plan, float("inf")) <= self.now_s
+
+    def histogram(self, plan: DecodingPlan, cycles: int) -> list[int]:
+        chance, length = self.acceptance.get(str(plan.draft_source), 0.0), plan.draft_length
+        shares = [chance**place * (1 - chance) for place in range(length)] + [chance**length]
+        return self.random.multinomial(cycles * self.rows, shares).tolist()
+
+    def run(self, chooser: Chooser, seconds: float) -> float:
+        """Tokens of a sequence in so many seconds."""
+        tokens, end_s = 0.0, self.now_s + seconds
+        while self.now_s < end_s:
+            burst = chooser.choose(context=self.context, active=self.rows)
+            assert self.is_ready(burst.plan)
+            cycles = burst.cycles or max(1, round((burst.seconds or 0.5) / self.cycle_s(burst.plan)))
+            first = burst.plan not in self.seconds
+            took = cycles * self.cycle_s(burst.plan) * self.random.uniform(0.99, 1.01) + 0.05 * first
+            counts = self.histogram(burst.plan, cycles)
+            tokens += sum((length + 1) * count for length, count in enumerate(counts)) / self.rows
+            self.now_s += took
+            self.seconds[burst.plan] = self.seconds.get(burst.plan, 0) + took
+            chooser.observe(burst.plan, cycles=cycles, seconds=took, histogram=counts, context=self.context)
+        return tokens
+
+
+def chooser_on(device: Device, costs: CostTable) -> Chooser:
+    options = {"rows": device.rows, "burst_s": 0.5, "is_ready": device.is_ready, "prepare": device.prepare}
+    return Chooser(PLANS, costs, **options)
+
+
+@pytest.mark.parametrize("accepted", ["everywhere", "nowhere", "by lookup"])
+@pytest.mark.parametrize(("rows", "context"), [(1, 512), (16, 8192), (64, 8192)])
+def test_it_finds_what_wins_and_never_loses_much(rows, context, accepted):
+    chances = {
+        "everywhere": {"w4a8": 0.97, "w4a8@1024": 0.95, "lookup": 0.2},
+        "nowhere": {"w4a8": 0.5, "w4a8@1024": 0.3, "lookup": 0.05},
+        "by lookup": {"w4a8": 0.9, "w4a8@1024": 0.8, "lookup": 0.85},
+    }[accepted]
+    costs = CostTable(BYTES)
+    device = Device(rows=rows, context=context, acceptance=chances)
+    best = max(map(device.rate, PLANS))
+    tokens = device.run(chooser_on(device, costs), WHILE_S)
+    assert tokens > 0.97 * WHILE_S * device.rate(PLAIN)
+    # Once everything has been compiled.
+    again = Device(rows=rows, context=context, acceptance=chances, compile_s=0.0)
+    tokens = again.run(chooser_on(again, costs), WHILE_S / 2)
+    assert tokens > 0.97 * WHILE_S / 2 * best
+
+
+def test_where_nothing_can_win_nothing_else_is_compiled():
+    """Drafts that read as many bytes as a plain step, of a batch in which looking up costs as much as it brings."""
+    device = Device(rows=16, context=512, acceptance={"w4a8": 0.99, "w4a8@1024": 0.99, "lookup": 0.0})
+    device.run(chooser_on(device, CostTable(BYTES)), WHILE_S)
+    assert set(device.ready_s) <= {PLAIN, *LOOKUPS}
+    assert device.seconds[PLAIN] > 0.98 * WHILE_S
+
+
+def test_it_changes_its_mind_when_the_text_does():
+    chances = {"w4a8": 0.9, "w4a8@1024": 0.95, "lookup": 0.1}
+    device = Device(rows=16, context=8192, acceptance=chances)
+    chooser = chooser_on(device, CostTable(BYTES))
+    device.run(chooser, WHILE_S)
+    assert chooser.choose(context=8192, active=16).plan.draft_source == "w4a8@1024"
+    chances["w4a8@1024"] = 0.1
+    device.run(chooser, 10)
+    assert chooser._current == PLAIN
+    chances["w4a8@1024"] = 0.95
+    device.run(chooser, WHILE_S)
+    assert chooser._current.draft_source == "w4a8@1024"
+
+
+def test_a_reason_is_given():
+    device = Device(rows=16, context=8192, acceptance={"w4a8": 0.9, "w4a8@1024": 0.95, "lookup": 0.1})
+    chooser = chooser_on(device, CostTable(BYTES))
+    assert "not known yet" in chooser.choose(context=8192, active=16).why
+    device.run(chooser, WHILE_S)
+    assert "times plain decoding: " in chooser.choose(context=8192, active=16).why
+
+
+def test_acceptance_is_counted_by_place():
+    seen = Acceptance()
+    seen.observe([100, 50, 250])  # cycles with none, one and two drafts accepted
+    assert seen.tried == [400, 300]
+    assert seen.accepted == [300, 250]
+    assert seen.profile(2) == pytest.approx([300 / 400, 250 / 300], abs=0.01)
+    assert seen.tokens_per_cycle(2) == pytest.approx(1 + 3 / 4 + 3 / 4 * 5 / 6, abs=0.01)
+    assert seen.tokens_per_cycle(1, hope=1.0) == 2
+    before = seen.profile(1)[0]
+    seen.observe([1000, 0, 0])
+    assert seen.profile(1)[0] < before / 2
+    seen.observe([7])  # plain cycles say nothing
+    assert seen.cycles == 1400
+
+
+def test_costs_tell_those_of_other_contexts_and_plans():
+    costs = CostTable(BYTES)
+    draft, longer = DRAFTING[-2], DRAFTING[-1]
+    costs.note(PLAIN, 0.010, rows=16, context=8192)
+    assert costs.known(PLAIN, rows=16, context=8192) == pytest.approx(0.010)
+    at_4096 = costs.known(PLAIN, rows=16, context=4096)
+    expected = 0.010 * BYTES.of_cycle(PLAIN, rows=16, context=4096) / BYTES.of_cycle(PLAIN, rows=16, context=8192)
+    assert at_4096 == pytest.approx(expected)
+    assert costs.known(PLAIN, rows=8, context=8192) is costs.known(PLAIN, rows=16, context=128) is None
+    assert not costs.is_exact(PLAIN, rows=16, context=4096)
+    by_bytes = costs.guess(draft, {PLAIN: 0.010}, rows=16, context=8192)
+    assert 0.01 < by_bytes < 0.01 * (draft.draft_length + 1)
+    by_length = costs.guess(longer, {PLAIN: 0.010, draft: 0.020}, rows=16, context=8192)
+    assert by_length == pytest.approx(0.010 + 0.010 * longer.draft_length / draft.draft_length)
+
+
+def test_costs_are_kept(tmp_path):
+    path = tmp_path / "costs" / "table.json"
+    costs = CostTable(BYTES, path)
+    costs.save()
+    assert not path.exists()  # nothing was measured
+    costs.note(PLAIN, 0.010, rows=16, context=8192)
+    costs.acceptance["w4a8"] = [0.9, 0.8]
+    costs.save()
+    assert [file.name for file in path.parent.iterdir()] == ["table.json"]
+    read = CostTable(BYTES, path)
+    assert read.known(PLAIN, rows=16, context=8192) == pytest.approx(0.010)
+    assert read.acceptance == {"w4a8": [0.9, 0.8]}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"seconds": {"x": 3}, "acceptance": {}})])
+def test_a_damaged_table_is_as_good_as_none(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    assert CostTable(BYTES, path).known(PLAIN, rows=1, context=64) is None
+
+
+def test_what_there_is_to_choose_from():
+    auto = plan_of("auto", draft="w4a8", draft_context=1024)
+    assert isinstance(auto, AutoPlan)
+    assert (auto.choices[0], auto.mode, auto.draft_source, auto.draft_length) == (PLAIN, "auto", "auto", 7)
+    assert (auto.lookup, auto.num_blocks, len(auto.choices)) == (True, 64, 13)
+    in_small_caches = auto.in_cache(1024)
+    assert (in_small_caches.num_blocks, len(in_small_caches.choices)) == (0, 8)
+    lengths = plan_of("qspec", draft="w4a8", draft_length="auto", draft_context="full")
+    assert [plan.draft_length for plan in lengths.choices] == [0, *AUTO_LENGTHS]
+    assert (lengths.mode, lengths.lookup) == ("qspec", False)
+    with pytest.raises(UsageError, match="give mode='lookup' a number"):
+        plan_of("lookup", draft_length="auto")
+    with pytest.raises(UsageError, match="auto chooses from several plans"):
+        static(auto)
+    with pytest.raises(ValueError, match="plain decoding comes first"):
+        AutoPlan("auto", DRAFTING)
+    with pytest.raises(ValueError, match="so one budget"):
+        AutoPlan("auto", (PLAIN, DRAFTING[-1], DecodingPlan(View(), View(activation_bits=8, cache_budget=512), 3)))
