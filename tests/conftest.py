@@ -27,6 +27,7 @@ jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartyp
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import lru_cache  # noqa: E402
 
 THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
 # CPU seconds of one test with the processes it starts, whatever else the machine does; more needs the mark "slow".
@@ -48,8 +49,13 @@ def compile_each_program_once(tmp_path_factory):
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # Only a cache with a limit has a lock, without which a worker reads what another one has written half.
+    # Only a cache with a limit has a lock, without which a worker reads what another one has written half. To keep the
+    # limit, which tests stay far below, JAX reads when each entry was used last before it writes the next one.
     jax.config.update("jax_compilation_cache_max_size", 20_000_000_000)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(lru_cache.LRUCache, "_evict_if_needed", lambda self, **_: None, raising=False)
+    yield
+    patch.undo()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -120,6 +126,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
     peaks = _peaks or {"this process": _peak_bytes()}
     listed = ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in sorted(peaks.items()))
     terminalreporter.write_line(f"peak memory: {listed}")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: looking through all of it at each collection of garbage takes a while."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
