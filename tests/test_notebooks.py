@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # What the cell tagged "parameters" sets for a reader, and a test for itself: fewer programs of fewer tokens.
-SMALLER = {"NUM_TOKENS": 16, "DRAFT_LENGTHS": (1, 3)}
+SMALLER = {"NUM_TOKENS": 8, "DRAFT_LENGTHS": (3,)}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 GOLDEN = Path(__file__).with_name("demo_tokens.json")
@@ -19,12 +23,19 @@ def prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
 
 
-def hf_tokens(path: Path, token_ids: Sequence[Sequence[int]], *, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
-    """What transformers, which reads the same file with its own code, generates greedily."""
+def hf_model(path: Path) -> PreTrainedModel:
+    """That of transformers, which reads the same file with its own code."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def hf_tokens(path: Path, token_ids: Sequence[Sequence[int]], *, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
+    """What transformers generates greedily."""
+    import torch
+
+    model = hf_model(path)
     generated = []
     for ids in token_ids:
         with torch.inference_mode():
@@ -33,6 +44,22 @@ def hf_tokens(path: Path, token_ids: Sequence[Sequence[int]], *, num_tokens: int
             )
         generated.append(output[0, len(ids) :].tolist())
     return generated
+
+
+def hf_choices(path: Path, token_ids: Sequence[Sequence[int]], new_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What transformers deems most likely after each prompt, and after each of the tokens that follow it but the last.
+
+    Those that it would generate greedily, exactly if they are the tokens themselves; in one pass for each prompt.
+    """
+    import torch
+
+    model = hf_model(path)
+    chosen = []
+    for ids, new in zip(token_ids, new_tokens, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*ids, *new[:-1]]])).logits[0, len(ids) - 1 :]
+        chosen.append(logits.argmax(dim=-1).tolist())
+    return chosen
 
 
 if __name__ == "__main__":
