@@ -1,14 +1,15 @@
 """Checks that hold for every test: annotations are enforced, dtypes never promote silently, nothing grows too dear.
 
-Most tests compile at XLA's lowest level of optimisation, where compiling takes half as long: they ask what is computed,
-not how fast. Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers,
-and compile as users do. So do tests of the demo model, which computes for longer than it compiles, and with
-``QSPEC_JAX_THOROUGH=1`` all others.
+Most tests compile at XLA's lowest level of optimisation and with its older emitters of fused loops if it has them,
+where compiling takes a quarter of the time: they ask what is computed, not how fast. Those marked ``contract`` ask
+whether two programs yield the same tokens, or the numbers of transformers, and compile as users do. So do tests of the
+demo model, which computes for longer than it compiles, and with ``QSPEC_JAX_THOROUGH=1`` all others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -27,9 +28,12 @@ jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartyp
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src import lru_cache  # noqa: E402
+from jax._src import compiler, lru_cache  # noqa: E402
 
 THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
+# An option of XLA for a CPU, which newer ones have no more. Without the older emitters compiling takes twice as long.
+EMITTERS = "xla_cpu_use_fusion_emitters"
+XLA_FLAGS = os.environ.get("XLA_FLAGS")
 # CPU seconds of one test with the processes it starts, whatever else the machine does; more needs the mark "slow".
 MOST_SECONDS = 60
 # Peak of a process that runs tests on a CPU, whichever files it gets.
@@ -52,10 +56,27 @@ def compile_each_program_once(tmp_path_factory):
     # Only a cache with a limit has a lock, without which a worker reads what another one has written half. To keep the
     # limit, which tests stay far below, JAX reads when each entry was used last before it writes the next one.
     jax.config.update("jax_compilation_cache_max_size", 20_000_000_000)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(lru_cache.LRUCache, "_evict_if_needed", lambda self, **_: None, raising=False)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lru_cache.LRUCache, "_evict_if_needed", lambda self, **_: None, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_with_older_emitters_where_it_may_be_quick():
+    """JAX has no setting for an option of XLA that holds for all programs and can change within a process."""
+    if not _has_older_emitters():
+        yield
+        return
+    original = compiler.get_compile_options
+
+    def get_compile_options(*arguments, env_options_overrides=None, **options):
+        if jax.config.read("jax_disable_most_optimizations"):
+            env_options_overrides = {EMITTERS: False, **(env_options_overrides or {})}
+        return original(*arguments, env_options_overrides=env_options_overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,7 +87,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()  # what is compiled the other way
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for commands that the test starts
+    # For commands that the test starts: in this process both have been read.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+    os.environ.pop("XLA_FLAGS", None)
+    if flags := f"{XLA_FLAGS or ''} --{EMITTERS}=false" if quickly and _has_older_emitters() else XLA_FLAGS:
+        os.environ["XLA_FLAGS"] = flags
+
+
+@functools.cache
+def _has_older_emitters() -> bool:
+    try:
+        jax.jit(lambda x: x).lower(0.0).compile({EMITTERS: False})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True, scope="module")
