@@ -40,7 +40,14 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # Axes, group size and outlier groups: one group, 18 of 32, 6 of 96, a prefill's two axes, several blocks.
 SHAPES = [(1, 576, 576, 0), (33, 576, 32, 2), (5, 576, 96, 0), (2, 3, 128, 64, 1), (3, 1536, 32, 0)]
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+# Every shape in every dtype, and both settings with each shape and with each dtype.
+CASES = [
+    pytest.param(shape, dtype, *SETTINGS[(row + column) % 2], id=f"{shape}-{jnp.dtype(dtype)}")
+    for row, shape in enumerate(SHAPES)
+    for column, dtype in enumerate(DTYPES)
+]
+
+of_all_kinds = pytest.mark.parametrize(("shape", "dtype", "bits", "symmetric"), CASES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 settings_of_all_kinds = pytest.mark.parametrize(("bits", "symmetric"), SETTINGS)
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -55,9 +62,7 @@ def cases(shape, dtype, bits, symmetric):
     return x, gain, random_rows(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=3), settings
 
 
-@settings_of_all_kinds
-@dtypes
-@shapes
+@of_all_kinds
 def test_the_references_have_the_bits_of_the_separate_operations(shape, dtype, bits, symmetric):
     x, gain, gate_up, settings = cases(shape, dtype, bits, symmetric)
     settings["clip_ratio"] = 0.95
@@ -84,9 +89,7 @@ def test_error_is_at_most_half_a_step_of_the_true_result(implementation, group_s
         assert np.all(np.abs(activation_in_float64(out) - expected) <= 0.5002 * steps)
 
 
-@settings_of_all_kinds
-@dtypes
-@shapes
+@of_all_kinds
 def test_interpreted_norm_rounds_where_the_reference_does(shape, dtype, bits, symmetric):
     """In 16 bits before the gain and after it; only the order of the sum of squares is the kernel's own."""
     x, gain, _, settings = cases(shape, dtype, bits, symmetric)
@@ -102,9 +105,9 @@ def test_interpreted_swiglu_gives_the_codes_of_the_reference_in_float32(shape, b
     assert_nearly_the_same(out, expected, jnp.float32, equal_codes=0.999)
 
 
-@settings_of_all_kinds
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "f16"])
-@shapes
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bits", "symmetric"), [case for case in CASES if case.values[1] != jnp.float32]
+)
 def test_interpreted_swiglu_rounds_once_to_16_bits(shape, dtype, bits, symmetric):
     """Where XLA also rounds inside silu, as suits the platform."""
     _, _, gate_up, settings = cases(shape, dtype, bits, symmetric)

@@ -90,9 +90,18 @@ def test_leading_axes_are_kept(implementation):
     assert W4A4[implementation](codes, weight, dtype=jnp.bfloat16).shape == (2, 3, 32)
 
 
-@pytest.mark.parametrize(("bits", "x_symmetric"), [(4, True), (8, False)])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["w_sym", "w_asym"])
-@pytest.mark.parametrize("shape", [(32, 256, 64), (32, 576, 64), (16, 576, 576)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "symmetric", "bits", "x_symmetric"),
+    [  # each kind of activations with each shape and with each kind of weights
+        ((32, 256, 64), True, 4, True),
+        ((32, 256, 64), False, 8, False),
+        ((32, 576, 64), True, 8, False),
+        ((32, 576, 64), False, 4, True),
+        ((16, 576, 576), True, 4, True),
+        ((16, 576, 576), False, 8, False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_w4a4_equals_the_definition_in_float64(implementation, shape, symmetric, x_symmetric, bits):
     weight = random_weight(*shape, symmetric=symmetric, scale_dtype=jnp.float32)
