@@ -220,7 +220,8 @@ def model():
     return tiny.language_model()
 
 
-EVERYTHING = SamplingParams(temperature=1.0, top_k=3, frequency_penalty=0.1, logit_bias={1: 0.1})
+# Log-probabilities too, as in test_intake.py: the programs are the same.
+EVERYTHING = SamplingParams(temperature=1.0, top_k=3, frequency_penalty=0.1, logit_bias={1: 0.1}, logprobs=1)
 
 
 @pytest.fixture(scope="module")

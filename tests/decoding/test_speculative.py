@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,9 @@ def plain(model):
     return token_ids(model.generate(RAGGED_PROMPTS, mode="w4a16", max_new_tokens=NUM_TOKENS))
 
 
-@pytest.mark.parametrize("draft_length", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("draft", ["w4a4", "w4a8"])
+@pytest.mark.parametrize(
+    ("draft", "draft_length"), [("w4a4", 1), ("w4a4", 3), ("w4a4", 4), ("w4a8", 2), ("w4a8", 3), ("w4a8", 5)]
+)
 def test_greedy_qspec_equals_greedy_w4a16(model, plain, draft, draft_length):
     results = model.generate(RAGGED_PROMPTS, draft=draft, draft_length=draft_length, max_new_tokens=NUM_TOKENS)
     assert token_ids(results) == plain
@@ -112,7 +114,8 @@ def prefilled(decoder, plan, prompts, lengths, *, capacity=48, max_new_tokens=32
         stop_tokens=jnp.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
     )
     idle = DecodeState.idle(decoder.create_cache(batch=rows[0], capacity=capacity))
-    return speculative.prefill(decoder, jax.tree.map(jnp.asarray, idle), chunk, plan=plan)
+    prefill = jax.jit(functools.partial(speculative.prefill, decoder, plan=plan))
+    return prefill(jax.tree.map(jnp.asarray, idle), chunk)
 
 
 @pytest.mark.parametrize("draft", [Precision.W4A4, Precision.W4A8])

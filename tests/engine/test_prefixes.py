@@ -51,9 +51,9 @@ def asked(index, prefix, *, length=None, new_tokens=None):
 
 
 def scheduler_of(model, mode="qspec"):
-    """The same programs for all."""
+    """The same programs for all, which are those of test_scheduler.py."""
     scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=ROWS, capacity=CAPACITY)
-    scheduler._features = SamplingFeatures.of(SAMPLING)
+    scheduler._features = SamplingFeatures.of([*SAMPLING, SamplingParams(temperature=1.0, top_k=7)])
     return scheduler
 
 
