@@ -19,6 +19,8 @@ from qspec_jax.commands import prompt_files
 from qspec_jax.commands.run import say
 from tests.weights import tiny_checkpoints
 
+pytestmark = pytest.mark.newest_jax
+
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),

@@ -19,6 +19,8 @@ from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 from tests import tiny
 
+pytestmark = pytest.mark.newest_jax
+
 PROMPTS = [[5, 6, 7], [8, 9]]
 
 

@@ -9,6 +9,8 @@ from qspec_jax.model.config import FAMILIES, ActivationQuantization, ModelConfig
 from tests import tiny
 from tests.weights import tiny_checkpoints
 
+pytestmark = pytest.mark.newest_jax
+
 BASE = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 100,

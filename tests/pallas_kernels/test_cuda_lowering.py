@@ -27,6 +27,8 @@ from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
 
+pytestmark = pytest.mark.newest_jax
+
 SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
 SHAPES += [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 32, None)]
 KERNEL_CALL = "__gpu$xla.gpu.triton"

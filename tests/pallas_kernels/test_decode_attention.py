@@ -43,6 +43,7 @@ def int32(*lengths: int) -> jax.Array:
     return jnp.asarray(lengths, jnp.int32)
 
 
+@pytest.mark.newest_jax
 @cases
 @implementations
 def test_float32_is_the_formula(implementation, case):

@@ -31,6 +31,8 @@ from pallas_kernels import (
 from pallas_kernels.dispatch import BACKENDS, IMPLEMENTATIONS, Backend, Implementations, order_of_trial
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight
 
+pytestmark = pytest.mark.newest_jax
+
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a CPU answers")
 
 

@@ -49,6 +49,7 @@ def test_the_reference_serves_float32():
     assert relative_error(float_matmul(x, weight), product_in_float64(x, weight)) < 1e-6
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("num_rows", [1, 17, 100])
 def test_triton_serves_any_number_of_rows(num_rows):
     x, weight = operands(num_rows, 96, 576, jnp.bfloat16)

@@ -76,6 +76,7 @@ def test_the_references_have_the_bits_of_the_separate_operations(shape, dtype, b
     assert_the_same(swiglu_quantize(gate_up, **settings, implementation="reference"), expected)
 
 
+@pytest.mark.newest_jax
 @settings_of_all_kinds
 @pytest.mark.parametrize("group_size", [32, 576])
 @implementations

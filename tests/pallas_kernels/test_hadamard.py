@@ -75,6 +75,7 @@ def test_reference_equals_the_dense_product_in_float64(size):
     assert relative_error(hadamard(x, implementation="reference"), in_float64(x)) < 3e-7
 
 
+@pytest.mark.newest_jax
 # One block of H_A and several, whole and padded.
 @pytest.mark.parametrize(
     ("size", "dtype"),

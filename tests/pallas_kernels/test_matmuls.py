@@ -79,6 +79,7 @@ def test_a_prefill_multiplies_the_weight_rounded_to_the_dtype_of_x(dtype):
     assert relative_error(out, expected) < 0.4 * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_leading_axes_are_kept(implementation):
     weight = random_weight(32, 256, 64, symmetric=False)
@@ -142,6 +143,7 @@ def test_w4a4_triton_serves_any_number_of_rows(num_rows):
     assert relative_error(W4A4["triton"](x, weight, dtype=jnp.float32), expected) < 2e-6
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("split", [1, 2, 4])
 def test_split_sums_over_k_are_complete(split):
     weight = random_weight(32, 512, 64, symmetric=False, scale_dtype=jnp.float32)

@@ -17,6 +17,8 @@ from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
 from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program, described_gpu
 
+pytestmark = pytest.mark.newest_jax
+
 KERNEL_CALL = "mosaic_gpu"
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 SHAPES = [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 64, None)]

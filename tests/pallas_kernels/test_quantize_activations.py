@@ -58,6 +58,7 @@ def test_a_row_without_spread_survives(implementation, constant, symmetric):
     np.testing.assert_allclose(activation_in_float64(out), np.full((2, 64), constant), rtol=1e-6, atol=1e-20)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

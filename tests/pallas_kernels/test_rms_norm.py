@@ -65,6 +65,7 @@ def test_it_equals_the_definition_in_float64(implementation, shape):
     assert relative_error(norm, rms_norm_in_float64(total, gain, EPSILON)) < 3e-7
 
 
+@pytest.mark.newest_jax
 @dtypes
 @shapes
 def test_interpreted_norm_rounds_where_the_reference_does(shape, dtype):

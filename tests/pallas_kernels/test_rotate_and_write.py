@@ -50,6 +50,7 @@ def test_pairs_turn_by_their_angle_and_land_in_their_slots(implementation):
     np.testing.assert_array_equal(new_values, expected_values)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("sizes", [(4, 6, 2, 96, jnp.bfloat16), (2, 3, 3, 64, jnp.float32)], ids=str)
 def test_interpreted_triton_has_the_bits_of_the_reference(sizes):
     """Also in the slots that are not written, and where the last tokens are dropped."""

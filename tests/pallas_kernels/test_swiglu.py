@@ -34,6 +34,7 @@ def gate_and_up(shape, dtype):
     return random_rows(*shape[:-1], 2 * shape[-1], dtype=dtype)
 
 
+@pytest.mark.newest_jax
 @dtypes
 @shapes
 @implementations

@@ -89,6 +89,7 @@ def test_the_references_have_the_bits_of_the_separate_operations():
     assert_the_same(swiglu_hadamard_quantize(gate_up, block=32, **settings, implementation="reference"), expected)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(("k", "block", "dtype"), SIZES)
 def test_interpreted_triton_transforms_the_product_rounded_once(k, block, dtype):
     gate_up = random_rows(2, 2 * k, dtype=dtype)
