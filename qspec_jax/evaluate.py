@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qspec_jax.commands import options
-from qspec_jax.commands.prompt_files import read_prompt_file
+from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import UsageError
@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--baseline", metavar="MODEL", help="to compare with in floating point (default: the model itself)")
     add("--text", type=Path, metavar="FILE", help="a text to score; give this, --prompt-file or both")
-    add("--prompt-file", type=Path, metavar="FILE", help='a prompt per line, or JSONL with {"prompt": TEXT}')
+    prompts = 'a prompt per line, or JSONL with {"prompt": TEXT}; lines with a "kind" are scored by kind too'
+    add("--prompt-file", type=Path, metavar="FILE", help=prompts)
     add("--precisions", default=",".join(PRECISIONS), metavar="P,...", help="default: %(default)s")
     add("--max-tokens", type=int, default=20000, metavar="N", help="of the text (default: 20000)")
     add("--context", type=int, default=512, metavar="N", help="tokens per window of the text (default: 512)")
@@ -99,7 +100,7 @@ class _Request:
     draft_lengths: list[int]
     draft_contexts: list[str | int]
     text: str | None
-    prompts: list[str]
+    prompts: list[PromptLine]
 
     def plans(self, model: Any) -> list[DecodingPlan]:
         """All combinations of the drafts that are asked for."""
@@ -115,7 +116,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     lengths = draft_lengths(arguments.draft_lengths)
     contexts = [options.parse_draft_context(text) for text in arguments.draft_contexts.split(",")]
     text = _read_text(arguments.text)
-    prompts = [] if arguments.prompt_file is None else read_prompt_file(arguments.prompt_file)
+    prompts = [] if arguments.prompt_file is None else read_prompt_lines(arguments.prompt_file)
     if text is None and not prompts:
         raise UsageError("there is nothing to evaluate; give --text FILE, --prompt-file FILE or both")
     options.check_positive(arguments, "max_tokens", "context", "max_new_tokens", "batch_size")
@@ -146,13 +147,17 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     if request.prompts:
         draft_scores = score_drafts(
             model,
-            request.prompts,
+            [line.prompt for line in request.prompts],
             request.plans(model),
+            kinds=[line.kind for line in request.prompts],
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             progress=_progress("drafts"),
+            on_event=say,
         )
-    return ModelScore("default" if name is None else name, text_scores, draft_scores)
+    of_all = [score for score in draft_scores if score.kind is None]
+    by_kind = [score for score in draft_scores if score.kind is not None]
+    return ModelScore("default" if name is None else name, text_scores, of_all, by_kind)
 
 
 def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
@@ -168,11 +173,14 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
 
 
 def _tables(scores: Sequence[ModelScore]) -> list[str]:
-    from qspec_jax.evaluation.tables import comparison_table, draft_table, text_table
+    from qspec_jax.evaluation.tables import comparison_table, draft_table, kind_table, text_table
 
     if len(scores) > 1:
-        return [comparison_table(scores)]
-    return [table for table in (text_table(scores[0].text), draft_table(scores[0].drafts)) if table]
+        by_kind = [f"{score.name}\n{kind_table(score)}" for score in scores if score.drafts_by_kind]
+        return [comparison_table(scores), *by_kind]
+    (score,) = scores
+    tables = (text_table(score.text), kind_table(score) or draft_table(score.drafts))
+    return [table for table in tables if table]
 
 
 def _plot_outliers(arguments: argparse.Namespace, request: _Request) -> None:

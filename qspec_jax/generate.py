@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeat for several")
-    lines = 'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id" and options of its own'
+    lines = (
+        'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id", "kind" and options of its own'
+    )
     add("--prompt-file", type=Path, metavar="FILE", help=lines)
     add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
     add("--mode", choices=(*MODES, *LOOKUP_MODES, AUTO), default="qspec", help="auto: the fastest (default: qspec)")

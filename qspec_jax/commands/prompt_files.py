@@ -1,8 +1,9 @@
 """Prompts from a file and results into one, line by line, so that a run that was interrupted goes on where it was.
 
-A line of input is a prompt, or a JSON object with ``"prompt"`` or ``"messages"``, perhaps an ``"id"``, and perhaps
-options of its own. A line of output is the JSON object of the result at the same place, after a key of all that
-the result depends on: what a file has of another run is recognised line by line, without any other file.
+A line of input is a prompt, or a JSON object with ``"prompt"`` or ``"messages"``, perhaps an ``"id"`` and a ``"kind"``
+of task, and perhaps options of its own. A line of output is the JSON object of the result at the same place, after a
+key of all that the result depends on: what a file has of another run is recognised line by line, without any other
+file.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class PromptLine:
         options: those of :data:`LINE_OPTIONS` that the line has; other keys have no meaning here.
         id: the user's name for it, any JSON value.
         sample: its place among the samples of the same prompt.
+        kind: of task, such as ``summary``; None where nobody says.
     """
 
     prompt: Prompt
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     id: Any = None
     sample: int = 0
+    kind: str | None = None
 
     def resolved(self, defaults: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The options of :meth:`LanguageModel.request`: the line's own, or those given for all.
@@ -63,7 +66,7 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
     """The prompts of a file, blank lines left out.
 
     Raises:
-        UsageError: the file cannot be read, or a line has no prompt.
+        UsageError: the file cannot be read, or a line has no prompt or a kind that is no text.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -84,8 +87,11 @@ def _parse(line: str, path: Path, number: int) -> PromptLine:
     prompt = entry.get("prompt", entry.get("messages"))
     if not (isinstance(entry.get("prompt"), str) if "prompt" in entry else _are_messages(prompt)):
         raise UsageError(f'{path}:{number} has no text under "prompt" and no "messages"; a line is {_SAMPLE_LINE}')
+    kind = entry.get("kind")
+    if not isinstance(kind, str | None):
+        raise UsageError(f'{path}:{number} has "kind": {json.dumps(kind)}; give it a text, such as "summary"')
     options = {name: entry[name] for name in LINE_OPTIONS if name in entry}
-    return PromptLine(prompt, options, entry.get("id"))
+    return PromptLine(prompt, options, entry.get("id"), kind=kind)
 
 
 def _are_messages(value: Any) -> bool:
@@ -101,14 +107,16 @@ def line_keys(lines: Sequence[PromptLine], defaults: Mapping[str, Any], settings
     keys = []
     for index, line in enumerate(lines):
         described = [line.prompt, line.id, line.resolved(defaults, index), settings]
+        described += [] if line.kind is None else [line.kind]
         text = json.dumps(described, sort_keys=True, ensure_ascii=True)
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
     return keys
 
 
 def result_entry(result: GenerationResult, line: PromptLine) -> dict[str, Any]:
-    """A result as a JSON object, with the line's ``id`` if it has one and what was its prompt."""
-    named = {} if line.id is None else {"id": line.id}
+    """A result as a JSON object, with the line's ``id`` and ``kind`` if it has them and what was its prompt."""
+    names = {"id": line.id, "kind": line.kind}
+    named = {name: value for name, value in names.items() if value is not None}
     return {**named, **result.to_dict(), "prompt": line.prompt}
 
 

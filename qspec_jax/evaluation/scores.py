@@ -2,8 +2,8 @@
 
 Text: perplexity of every precision, and against a baseline (the same checkpoint in floating point) the share of
 positions where both choose the same token, and the Kullback-Leibler divergence ``KL(baseline || model)`` in nats per
-token. Drafts: for a draft precision and length, how many of the drafts a verification accepts, in all and by their
-place in the draft.
+token. Drafts: for a draft view and length, how many of the drafts a verification accepts, in all, by their place in the
+draft, and by kind of task.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float32, Int32
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.engine.requests import Prompt
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
@@ -48,16 +49,18 @@ class TextScore:
 
 @dataclasses.dataclass(frozen=True)
 class DraftScore:
-    """Figures of one draft precision and length over some prompts.
+    """Figures of one draft view and length over some prompts.
 
     Attributes:
         draft: what the drafts read: a precision, and the part of the cache where it is not all.
         draft_length: drafts per cycle.
-        num_prompts, num_tokens: prompts, and tokens generated for them.
+        num_prompts, num_tokens: prompts that ran, and tokens generated for them.
         acceptance_rate: accepted over drafted tokens.
         tokens_per_cycle: accepted drafts and the token after them.
-        acceptance_by_position: share of cycles in which the first, second, ... draft was accepted.
+        acceptance_by_position: share of cycles in which the first, second, ... draft was accepted. One over the one
+            before is the share of the cycles that came so far.
         identical: prompts whose tokens are those of plain W4A16 decoding.
+        kind: of the prompts; None for all prompts, whatever their kind.
     """
 
     draft: str
@@ -68,6 +71,7 @@ class DraftScore:
     tokens_per_cycle: float
     acceptance_by_position: tuple[float, ...]
     identical: int
+    kind: str | None = None
 
 
 def score_text(
@@ -133,17 +137,32 @@ def logits_function(model: LanguageModel, precision: Precision) -> Logits:
 
 def score_drafts(
     model: LanguageModel,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     plans: Sequence[DecodingPlan],
     *,
+    kinds: Sequence[str | None] = (),
     max_new_tokens: int = 64,
     batch_size: int = 8,
     progress: Callable[[Iterable[DecodingPlan]], Iterable[DecodingPlan]] = iter,
+    on_event: Callable[[str], None] = lambda event: None,
 ) -> list[DraftScore]:
-    """Generates for the prompts with every plan.
+    """Generates for the prompts with every plan, and once without drafts.
+
+    Args:
+        model: with 4-bit weights.
+        prompts: texts, conversations or token ids.
+        plans: with drafts.
+        kinds: of each prompt, if they are to be scored by kind too; None for a prompt of no kind.
+        max_new_tokens: for each prompt.
+        batch_size: prompts that run together.
+        progress: wraps the iteration over plans.
+        on_event: told of each prompt that cannot run, which no score counts.
+
+    Returns:
+        for each plan the score of all prompts, then those of each kind, in the order in which they first appear.
 
     Raises:
-        UsageError: as :meth:`LanguageModel.generate`.
+        UsageError: no prompt can run.
     """
 
     def generate(plan: DecodingPlan) -> list[GenerationResult]:
@@ -152,24 +171,40 @@ def score_drafts(
         return model.run(requests, plan, batch_size=batch_size).collect()
 
     plain = generate(DecodingPlan(Precision.W4A16))
-    return [_draft_score(plan, generate(plan), plain) for plan in progress(plans)]
+    for index, result in enumerate(plain, 1):
+        if result.error is not None:
+            on_event(f"prompt {index} failed: {result.error}")
+    named = [kind for kind in dict.fromkeys(kinds) if kind is not None]
+    of_kind = {kind: [index for index, each in enumerate(kinds) if each == kind] for kind in named}
+    scores = []
+    for plan in progress(plans):
+        pairs = list(zip(generate(plan), plain, strict=True))
+        scores.append(_draft_score(plan, pairs, None))
+        scores += [_draft_score(plan, [pairs[index] for index in of_kind[kind]], kind) for kind in named]
+    return scores
 
 
-def _draft_score(plan: DecodingPlan, results: list[GenerationResult], plain: list[GenerationResult]) -> DraftScore:
-    stats = [result.stats for result in results]
+def _draft_score(
+    plan: DecodingPlan, pairs: Sequence[tuple[GenerationResult, GenerationResult]], kind: str | None
+) -> DraftScore:
+    """Of results with a plan, beside those without drafts."""
+    ran = [(result, plain) for result, plain in pairs if result.error is None]
+    stats = [result.stats for result, _ in ran]
     cycles = max(1, sum(s.cycles for s in stats))
     accepted = sum(s.accepted for s in stats)
-    lengths = np.sum([s.accepted_lengths for s in stats], axis=0)  # cycles by number of accepted drafts
+    none = [0] * (plan.draft_length + 1)
+    lengths = np.sum([none, *(s.accepted_lengths for s in stats)], axis=0)  # cycles by number of accepted drafts
     at_least = np.cumsum(lengths[::-1])[::-1] / cycles
     return DraftScore(
         draft=str(plan.draft_source),
         draft_length=plan.draft_length,
-        num_prompts=len(results),
+        num_prompts=len(ran),
         num_tokens=sum(s.num_tokens for s in stats),
         acceptance_rate=accepted / max(1, sum(s.drafted for s in stats)),
         tokens_per_cycle=1 + accepted / cycles,
         acceptance_by_position=tuple(at_least[1:].tolist()),
-        identical=sum(a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)),
+        identical=sum(result.token_ids == plain.token_ids for result, plain in ran),
+        kind=kind,
     )
 
 
@@ -207,8 +242,16 @@ def _text_score(name: str, total: np.ndarray, *, compared: bool) -> TextScore:
 
 @dataclasses.dataclass(frozen=True)
 class ModelScore:
-    """All that was found out about one model; ``name`` is what the user called it."""
+    """All that was found out about one model.
+
+    Attributes:
+        name: what the user called it.
+        text: one score per precision.
+        drafts: one per draft view and length, of all prompts.
+        drafts_by_kind: likewise, of the prompts of one kind; empty where no prompt has a kind.
+    """
 
     name: str
     text: list[TextScore]
     drafts: list[DraftScore]
+    drafts_by_kind: list[DraftScore] = dataclasses.field(default_factory=list)

@@ -25,18 +25,38 @@ def text_table(scores: Sequence[TextScore]) -> str:
 
 
 def draft_table(scores: Sequence[DraftScore]) -> str:
-    """One line per draft precision and length; empty without scores."""
-    if not scores:
+    """One line per draft view and length; empty without scores."""
+    return "\n".join(_draft_lines(scores))
+
+
+def kind_table(model: ModelScore) -> str:
+    """The lines of :func:`draft_table` for each kind of task, then for all prompts; empty without kinds."""
+    kinds = list(dict.fromkeys(str(score.kind) for score in model.drafts_by_kind))
+    if not kinds:
         return ""
-    lines = [f"{'draft':7}{'length':>7}{'accepted':>10}{'tokens/cycle':>14}{'identical':>11}  accepted by position"]
+    scores = [score for kind in kinds for score in model.drafts_by_kind if score.kind == kind]
+    heading, *lines = _draft_lines([*scores, *model.drafts])
+    names = ["kind", *(score.kind or "all" for score in [*scores, *model.drafts])]
+    width = max(map(len, names)) + 2
+    return "\n".join(f"{name:{width}}{line}" for name, line in zip(names, [heading, *lines], strict=True))
+
+
+def _draft_lines(scores: Sequence[DraftScore]) -> list[str]:
+    """A heading and a line per score; none without scores."""
+    if not scores:
+        return []
+    width = max(6, *(len(score.draft) for score in scores)) + 1
+    lines = [
+        f"{'draft':{width}}{'length':>7}{'accepted':>10}{'tokens/cycle':>14}{'identical':>11}  accepted by position"
+    ]
     for score in scores:
         by_position = " ".join(f"{share:.2f}" for share in score.acceptance_by_position)
         identical = f"{score.identical}/{score.num_prompts}"
         lines.append(
-            f"{score.draft:7}{score.draft_length:>7}{score.acceptance_rate:>10.3f}{score.tokens_per_cycle:>14.2f}"
-            f"{identical:>11}  {by_position}"
+            f"{score.draft:{width}}{score.draft_length:>7}{score.acceptance_rate:>10.3f}"
+            f"{score.tokens_per_cycle:>14.2f}{identical:>11}  {by_position}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def comparison_table(models: Sequence[ModelScore]) -> str:

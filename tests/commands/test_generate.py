@@ -26,15 +26,6 @@ KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
     *("error", "waited_s", "logprobs", "top_logprobs", "choices"),
     *("drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s"),
-        "drafted",
-        "accepted",
-        "accepted_lengths",
-        "choices",
-        "acceptance_rate",
-        "tokens_per_cycle",
-        "prefill_s",
-        "decode_s",
-    ),
     *("compile_s", "tokens_per_s", "device", "kernels"),
 }
 

@@ -166,12 +166,21 @@ def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
 
 def test_lines_are_prompts_or_conversations(tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
-    entries = [{"prompt": "a", "id": "x", "top_k": 3, "label": 1}, {"messages": messages, "max_new_tokens": 2}]
+    entries = [
+        {"prompt": "a", "id": "x", "top_k": 3, "label": 1},
+        {"messages": messages, "max_new_tokens": 2, "kind": "chat"},
+    ]
     path = write_prompts(tmp_path / "in.jsonl", entries)
     assert read_prompt_lines(path) == [
         PromptLine("a", {"top_k": 3}, "x"),
-        PromptLine(messages, {"max_new_tokens": 2}),
+        PromptLine(messages, {"max_new_tokens": 2}, kind="chat"),
     ]
+
+
+def test_a_kind_is_a_text(tmp_path):
+    path = write_prompts(tmp_path / "in.jsonl", [{"prompt": "a", "kind": ["chat"]}])
+    with pytest.raises(UsageError, match=r'in\.jsonl:1 has "kind": \["chat"\]; give it a text'):
+        read_prompt_lines(path)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +200,13 @@ def test_seeds_count_up_with_the_lines():
 
 @pytest.mark.usefixtures("loaded")
 def test_samples_stop_strings_and_log_probabilities_reach_the_file(tmp_path):
-    entries = [{"prompt": "w5 w6", "seed": 3}, {"prompt": "w7", "logprobs": 1}]
+    entries = [{"prompt": "w5 w6", "seed": 3, "kind": "chat"}, {"prompt": "w7", "logprobs": 1}]
     prompts, output = write_prompts(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl"
     options = ["--max-new-tokens", 9, "--temperature", 1.2, "--num-samples", 2]
     assert run(prompts, output, *options) == 0
     first, second, *others = without_times(output)
     assert [first["prompt"], second["prompt"]] == ["w5 w6", "w5 w6"]
+    assert [one.get("kind") for one in (first, second, *others)] == ["chat", "chat", None, None]
     assert first["token_ids"] != second["token_ids"]
     assert [len(one["logprobs"]) == len(one["token_ids"]) for one in others] == [True, True]
     words = first["text"].split()

@@ -78,7 +78,9 @@ def test_a_text_that_is_too_short_is_refused(model):
 
 def test_drafts_are_scored_by_length_and_position(model):
     plans = [model.plan(draft=draft, draft_length=length) for draft in ("w4a8", "w4a4") for length in (1, 3)]
-    scores = evaluation.score_drafts(model, PROMPTS, plans, max_new_tokens=24)
+    found = evaluation.score_drafts(model, PROMPTS, plans, kinds=["chat", "code", "chat"], max_new_tokens=24)
+    assert [score.kind for score in found] == [None, "chat", "code"] * 4
+    scores = found[::3]
     assert [(score.draft, score.draft_length) for score in scores] == [
         ("w4a8", 1),
         ("w4a8", 3),
@@ -93,6 +95,11 @@ def test_drafts_are_scored_by_length_and_position(model):
         assert sum(by_position) == pytest.approx(score.tokens_per_cycle - 1)
         assert score.acceptance_rate == pytest.approx(sum(by_position) / score.draft_length)
     assert scores[3].acceptance_rate < scores[1].acceptance_rate
+    for every, chat, code in zip(scores, found[1::3], found[2::3], strict=True):
+        assert (chat.num_prompts, code.num_prompts) == (chat.identical, code.identical) == (2, 1)
+        assert chat.num_tokens + code.num_tokens == every.num_tokens == 72
+        lower, upper = sorted([chat, code], key=lambda score: score.acceptance_rate)
+        assert lower.acceptance_rate <= every.acceptance_rate <= upper.acceptance_rate
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1-3", [1, 2, 3]), ("5", [5]), ("1, 3,5", [1, 3, 5])])
@@ -151,6 +158,39 @@ def test_the_command_prints_both_tables_or_one_object(capsys, tmp_path):
     assert code == 0
     assert [score["num_tokens"] for score in scores["text"]] == [39] * 4
     assert [score["num_prompts"] for score in scores["drafts"]] == [2, 2]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_kinds_have_lines_of_their_own_and_prompts_that_fail_are_in_none(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [("a prompt", None), ("another", "chat"), ("too long " * 40, "summary")]
+    prompts.write_text("".join(json.dumps({"prompt": text, "kind": kind}) + "\n" for text, kind in lines))
+    arguments = ("--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 8)
+    code, out, err = run(capsys, *arguments)
+    assert code == 0
+    assert [[*line.split()[:3], line.split()[5]] for line in out.splitlines()] == [
+        ["kind", "draft", "length", "identical"],
+        *(["chat", draft, "2", "1/1"] for draft in ("w4a8", "w4a4")),
+        *(["summary", draft, "2", "0/0"] for draft in ("w4a8", "w4a4")),
+        *(["all", draft, "2", "2/2"] for draft in ("w4a8", "w4a4")),
+    ]
+    assert "prompt 3 failed: a prompt of 360 tokens" in err
+    scores = json.loads(run(capsys, *arguments, "--json")[1])
+    assert [score["num_prompts"] for score in scores["drafts"]] == [2, 2]
+    assert [(score["kind"], score["num_prompts"]) for score in scores["drafts_by_kind"][:2]] == [
+        ("chat", 1),
+        ("summary", 0),
+    ]
+
+
+def test_several_models_have_a_table_of_kinds_each():
+    drafts = [
+        evaluation.DraftScore("w4a8@1024", 3, 2, 8, 0.9, 3.7, (0.9, 0.9, 0.9), 2, kind) for kind in (None, "code")
+    ]
+    models = [ModelScore(name, [], drafts[:1], drafts[1:]) for name in ("one", "another")]
+    tables = evaluate._tables(models)
+    assert [table.split()[0] for table in tables] == ["model", "one", "another"]
+    assert tables[1].splitlines()[2] == "code  w4a8@1024       3     0.900          3.70        2/2  0.90 0.90 0.90"
 
 
 @pytest.mark.usefixtures("loaded")
