@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 DRAFTS = ("w4a8", "w4a4")
+_WINDOW = "window-"
 _Item = TypeVar("_Item")
 
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=512, metavar="N", help="tokens per window of the text (default: 512)")
     add("--drafts", default=",".join(DRAFTS), metavar="P,...", help="default: %(default)s")
     add("--draft-lengths", default="1-7", metavar="N-M", help="default: 1-7; also 3 or 1,3,5")
-    contexts = "tokens of the cache that drafts read: full, auto or numbers (default: full)"
+    contexts = "tokens of the cache that drafts read: full, auto, numbers, or window-N for the newest N (default: full)"
     add("--draft-contexts", default="full", metavar="N,...", help=contexts)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
@@ -105,16 +106,25 @@ class _Request:
     def plans(self, model: Any) -> list[DecodingPlan]:
         """All combinations of the drafts that are asked for."""
         combined = itertools.product(self.drafts, self.draft_contexts, self.draft_lengths)
-        return [
-            model.plan(draft=draft, draft_context=context, draft_length=length) for draft, context, length in combined
-        ]
+        return [_plan(model, draft, context, length) for draft, context, length in combined]
+
+
+def _plan(model: Any, draft: str, context: str | int, length: int) -> DecodingPlan:
+    """That of a name, or one with a window of the cache, which has none."""
+    if not isinstance(context, str) or not context.startswith(_WINDOW):
+        return model.plan(draft=draft, draft_context=context, draft_length=length)
+    import qspec_jax
+
+    plan = model.plan(draft=draft, draft_length=length)
+    view = dataclasses.replace(plan.draft, cache_window=int(context.removeprefix(_WINDOW)))
+    return qspec_jax.DecodingPlan(plan.verify, view, length)
 
 
 def _request(arguments: argparse.Namespace) -> _Request:
     precisions = _names(arguments.precisions, PRECISIONS, "--precisions")
     drafts = _names(arguments.drafts, DRAFTS, "--drafts")
     lengths = draft_lengths(arguments.draft_lengths)
-    contexts = [options.parse_draft_context(text) for text in arguments.draft_contexts.split(",")]
+    contexts = [_draft_context(text.strip()) for text in arguments.draft_contexts.split(",")]
     text = _read_text(arguments.text)
     prompts = [] if arguments.prompt_file is None else read_prompt_lines(arguments.prompt_file)
     if text is None and not prompts:
@@ -199,6 +209,20 @@ def _plot_outliers(arguments: argparse.Namespace, request: _Request) -> None:
         tokens = np.asarray(tokenizer.encode(request.text)[: arguments.context], np.int32)[None]
         maxima.append((name or "default", channel_maxima(open_source(path), tokens, "mlp.gate_up")))
     plot_outliers(maxima, arguments.outlier_plot)
+
+
+def _draft_context(text: str) -> str | int:
+    """As of ``--draft-context``, or ``window-N``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    size = text.removeprefix(_WINDOW)
+    if size == text:
+        return options.parse_draft_context(text)
+    if not size.isdecimal() or not int(size):
+        raise UsageError(f"--draft-contexts {text}: use {_WINDOW}N for the newest N tokens, 1 at least")
+    return text
 
 
 def draft_lengths(text: str) -> list[int]:

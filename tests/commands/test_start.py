@@ -44,6 +44,7 @@ COMMANDS = {
         [],
         ["--drafts", "w4a2"],
         ["--draft-lengths", "99"],
+        ["--draft-contexts", "window-0"],
         ["--text", "no/such.txt"],
         ["--text", str(Path(__file__)), "--baseline", "no/such.gguf"],
     ],

@@ -193,6 +193,13 @@ def test_several_models_have_a_table_of_kinds_each():
     assert tables[1].splitlines()[2] == "code  w4a8@1024       3     0.900          3.70        2/2  0.90 0.90 0.90"
 
 
+def test_contexts_of_drafts_are_budgets_or_windows(model):
+    contexts = [evaluate._draft_context(text) for text in ("full", "1024", "window-256")]
+    plans = [evaluate._plan(model, "w4a8", context, 3) for context in contexts]
+    assert [plan.draft_source for plan in plans] == ["w4a8", "w4a8@1024", "w4a8/256"]
+    assert {(plan.verify, plan.draft_length) for plan in plans} == {(model.plan("w4a16").verify, 3)}
+
+
 @pytest.mark.usefixtures("loaded")
 def test_the_plot_is_a_picture(capsys, tmp_path):
     pytest.importorskip("matplotlib")
@@ -266,6 +273,7 @@ def test_outlier_maps_hold_the_largest_input_of_every_channel(tmp_path):
         (("--text", __file__, "--precisions", "w2"), "w2 is unknown; use w4a16, w4a8, w4a4"),
         (("--text", __file__, "--draft-lengths", "0-3"), "between 1 and 16"),
         (("--text", __file__, "--draft-lengths", "few"), "is not like 1-7"),
+        (("--text", __file__, "--draft-contexts", "window-0"), "window-0: use window-N for the newest N tokens"),
         (("--prompt-file", __file__, "--outlier-plot", "x.png"), "--outlier-plot shows activations on a text"),
         (("--text", __file__, "--context", "0"), "--context 0 must be at least 1"),
     ],
