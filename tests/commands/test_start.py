@@ -48,7 +48,13 @@ COMMANDS = {
         ["--text", "no/such.txt"],
         ["--text", str(Path(__file__)), "--baseline", "no/such.gguf"],
     ],
-    "qspec_jax.texts": [*HELP, [], ["no/such/folder", "--documents", "1"]],
+    "qspec_jax.texts": [
+        *HELP,
+        [],
+        ["no/such/folder", "--documents", "1"],
+        ["no/such/folder", "--long-contexts", "2048"],
+        ["no/such/folder", "--model", "no/such.gguf"],
+    ],
     "qspec_jax.bench.__main__": [
         *HELP,
         [],

@@ -31,7 +31,8 @@ _ABOUT = {
     "python -m qspec_jax.evaluate": "Scores a text at every precision, and drafts on prompts. "
     "Give `--text`, `--prompt-file` or both.",
     "python -m qspec_jax.texts": "Writes text to calibrate and to evaluate on: `calibration.txt`, `held-out.txt` and "
-    "`prompts.jsonl`. They share no document.",
+    "`prompts.jsonl`, and [long prompts](evaluation.md#long-prompts-by-kind-of-task) as `long-2k.jsonl`, "
+    "`long-4k.jsonl` and `long-8k.jsonl`. None has a document of `calibration.txt`.",
     "python -m qspec_jax.bench kernels": "Times the kernels alone, against the device's measured ceilings.",
     "python -m qspec_jax.bench decode": "Times decode steps and QSpec cycles. Weights are synthetic unless `--model` "
     "names a real model.",
