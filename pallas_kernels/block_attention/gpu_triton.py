@@ -49,7 +49,8 @@ class _BlockProblem(whole.Problem):
 
     @property
     def shares(self) -> int:
-        return min(_MAX_SHARES, pl.cdiv(self.entries * self.block_size, _SHARE))
+        """Programs that share a table: a power of two, as whoever puts their results together loads all of them."""
+        return min(_MAX_SHARES, pl.next_power_of_2(pl.cdiv(self.entries * self.block_size, _SHARE)))
 
     def share_of(self, table_begins: Array, end: Array) -> tuple[Array, Array]:
         """Slots that are listed in all, where ``end`` is after the last one seen, and those of a share."""
@@ -60,6 +61,8 @@ class _BlockProblem(whole.Problem):
 
 def obstacle(num_tokens: int, head_dim: int) -> str | None:
     """Why these kernels cannot serve a call, as the end of a sentence; None if they can."""
+    if num_tokens > 1:
+        return f"needs one token per sequence, as drafts have; these are {num_tokens}"
     return whole.obstacle(num_tokens, head_dim)
 
 
@@ -247,7 +250,7 @@ def _join_shares(
     interpret: bool,
 ) -> Array:
     batch, shape = lengths.shape[0], (problem.num_tokens, problem.num_heads, problem.head_dim)
-    group, shares = problem.group, pl.next_power_of_2(problem.shares)
+    group, shares = problem.group, problem.shares
 
     def block(head, token, sequence):
         return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
@@ -291,7 +294,6 @@ def _join_kernel(
     listed, per_share = problem.share_of(begins, end)
     count = maximum_ref.shape[0]
     written = lax.broadcasted_iota(jnp.int32, (count,), 0) * per_share < listed
-    written &= lax.broadcasted_iota(jnp.int32, (count,), 0) < problem.shares
     wide = jnp.broadcast_to(written[:, None], (count, problem.block_dim))
     maxima = plgpu.load(maximum_ref, mask=written, other=-jnp.inf)
     totals = plgpu.load(total_ref, mask=written, other=0.0)

@@ -281,17 +281,13 @@ def _attend_to_tile(
     total = total * kept + jnp.sum(weights, axis=1)
     mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
     if sums_ref is not None:
-        raised = maximum
-
-        @pl.when(weighs)
-        def _():
-            sums = jnp.sum(weights.reshape(_ROWS, block_slots // BLOCK, BLOCK), axis=2)
-            shift = jnp.where(raised == -jnp.inf, 0.0, raised)
-            first = lax.div(start, BLOCK)
-            mask = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < problem.num_blocks
-            here = sums_ref.at[pl.ds(first, block_slots // BLOCK), :]
-            plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=mask)
-
+        sums = jnp.sum(weights.reshape(_ROWS, block_slots // BLOCK, BLOCK), axis=2)
+        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        first = lax.div(start, BLOCK)
+        exists = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < problem.num_blocks
+        here = sums_ref.at[pl.ds(first, block_slots // BLOCK), :]
+        # A mask and no branch: a branch in this loop costs more than what it saves for the rows that do not weigh.
+        plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=weighs & exists)
     return maximum, total, mixed
 
 

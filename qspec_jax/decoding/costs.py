@@ -25,7 +25,7 @@ from qspec_jax.decoding.program_store import source_digest
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 
-_KEPT = 0.7  # of what was known, where a setting is measured again
+_MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
 _STEPS_PER_DOUBLING = 2  # settings of contexts
 _REACH = 4  # of these: how far a measurement tells
 
@@ -63,6 +63,13 @@ class PassBytes:
             total += plan.draft_length * (self.weights + rows * min(limits) * self.position)
         return total
 
+    def can_win(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:
+        """Whether a cycle of which all drafts are accepted reads fewer bytes for each token than a plain step."""
+        if plan.draft is None:
+            return True
+        plain = self.of_cycle(DecodingPlan(plan.verify), rows=rows, context=context)
+        return self.of_cycle(plan, rows=rows, context=context) < plain * (plan.draft_length + 1)
+
 
 class CostTable:
     """Seconds per cycle by plan, rows and context, kept in a file if there is one.
@@ -78,6 +85,7 @@ class CostTable:
         self.num_bytes, self.path = num_bytes, path
         self.acceptance: dict[str, list[float]] = {}
         self._seconds: dict[str, dict[str, float]] = {}
+        self._weights: dict[tuple[str, str], float] = {}  # seconds that they were measured for, in this process
         self._changed = False
         if path is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -89,15 +97,18 @@ class CostTable:
                 acceptance = {str(source): [float(one) for one in some] for source, some in read["acceptance"].items()}
                 self._seconds, self.acceptance = seconds, acceptance
 
-    def note(self, plan: DecodingPlan, seconds: float, *, rows: int, context: int) -> None:
-        """Takes a measurement of a cycle into account."""
+    def note(self, plan: DecodingPlan, seconds: float, *, rows: int, context: int, weight: float = 1.0) -> None:
+        """Takes a measurement of a cycle into account, which took ``weight`` seconds."""
         known = self._seconds.setdefault(_name(plan), {})
         bucket = _bucket(context)
         # As if the context were in the middle of its bucket.
         seconds *= self._ratio(plan, rows, _middle(bucket), context)
         key = f"{rows}x{bucket}"
-        before = known.get(key)
-        known[key] = seconds if before is None else _KEPT * before + (1 - _KEPT) * seconds
+        before, trusted = known.get(key, seconds), self._weights.get((_name(plan), key), 0.0)
+        if key in known and not trusted:
+            trusted = weight  # of another run: as good as this measurement
+        known[key] = (before * trusted + seconds * weight) / (trusted + weight)
+        self._weights[_name(plan), key] = min(trusted + weight, _MEMORY_S)
         self._changed = True
 
     def is_exact(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:

@@ -19,8 +19,8 @@ MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
 DRAFTS = ("auto", "w4a4", "w4a8")
 DRAFT_CONTEXTS = ("full", "auto")  # or a number of tokens
-DRAFT_BUDGET = 1024  # tokens that a draft reads of the cache with `auto`,
-FULL_BELOW = 2048  # and of shorter sequences all
+DRAFT_BUDGET = 512  # tokens that a draft reads of the cache with `auto`,
+FULL_BELOW = 1024  # and of shorter sequences all (docs/lab-notebook/033-drafts-from-the-heaviest-blocks.md)
 
 
 def default_draft_precision() -> Precision:

@@ -24,10 +24,11 @@ _PROMISING = 1.02  # times faster than what runs, to be worth a trial
 _UNCERTAIN = 0.97  # the same, where the time is known from another context
 _FIRST_LOSS_S = 0.1  # that trials may lose at the beginning
 _TRIAL_DRAFTS = 48  # sequences times cycles of a trial, about
-_TRIAL_CYCLES = range(2, 33)
+_TRIAL_CYCLES, _TRIAL_S = range(2, 65), 0.05  # of a trial: at least so many, and at most; and about so long
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
+_MAX_OVERHEAD_S = 0.02  # that a burst may take besides its cycles
 _HOPE = 0.97  # acceptance of drafts that were never seen
-_LEARNING_BURST_S, _LEARNING_S = 0.1, 5.0  # bursts while there are plans to try, at the beginning
+_LEARNING_BURST_S, _LEARNING_S = 0.25, 5.0  # bursts while there are plans to try, at the beginning
 
 
 @dataclasses.dataclass
@@ -140,6 +141,8 @@ class Chooser:
         self._warm: set[DecodingPlan] = set()  # those that have run once, as the first run loads a program
         self._trial: DecodingPlan | None = None
         self._elapsed_s = self._lost_s = 0.0
+        self._overhead_s = 0.0  # of a burst
+        self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, context
         self._cycle = 0  # of all plans
         # By source: when to hope again for more than was seen, and how long to wait after that.
         self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
@@ -159,7 +162,7 @@ class Chooser:
         plain = self._plans[0]
         seconds = self._known(context)
         if plain not in seconds:  # everything else is compared with it
-            return Burst(plain, None, _TRIAL_CYCLES[0], "the time of a plain step is not known yet")
+            return Burst(plain, None, self._trial_cycles(active, None), "the time of a plain step is not known yet")
         rates = {
             plan: self._tokens(plan) / one
             for plan, one in seconds.items()
@@ -173,7 +176,7 @@ class Chooser:
             self._prepare(wanted)
             candidate = self._candidate(seconds, rates[self._current], context, ready_only=True)
         if candidate is not None and self._lost_s <= _FIRST_LOSS_S + _MAX_LOSS * self._elapsed_s:
-            cycles = min(max(_TRIAL_CYCLES[0], -(-_TRIAL_DRAFTS // max(1, active))), _TRIAL_CYCLES[-1])
+            cycles = self._trial_cycles(active, self._guess(candidate, seconds, context))
             if candidate not in self._warm:
                 cycles = _TRIAL_CYCLES[0]
             self._trial = candidate
@@ -206,9 +209,32 @@ class Chooser:
         self._warm.add(plan)
         self._elapsed_s += seconds
         if not first:
-            self._costs.note(plan, seconds / cycles, rows=self._rows, context=context)
+            self._learn_overhead(plan, cycles, seconds, context)
+            running_s = max(seconds - self._overhead_s, 0.5 * seconds)
+            self._costs.note(plan, running_s / cycles, rows=self._rows, context=context, weight=seconds)
         if plan == self._trial:
             self._account(plan, cycles, seconds, context, first=first)
+
+    def _trial_cycles(self, active: int, cycle_s: float | None) -> int:
+        """Cycles that tell the acceptance of so many rows, and the time of a cycle, if it is about this long."""
+        enough = [_TRIAL_CYCLES[0], -(-_TRIAL_DRAFTS // max(1, active))]
+        if cycle_s is not None:
+            enough.append(round(_TRIAL_S / cycle_s))
+        return min(max(enough), _TRIAL_CYCLES[-1])
+
+    def _learn_overhead(self, plan: DecodingPlan, cycles: int, seconds: float, context: int) -> None:
+        """Learns what a burst takes besides its cycles, from a short one and a long one of the same plan.
+
+        Where cycles take a millisecond, it would else be most of what a trial measures.
+        """
+        last = self._last_burst.get(plan)
+        self._last_burst[plan] = cycles, seconds, context
+        if last is None or abs(last[2] - context) > context / 4:
+            return
+        (few, short_s), (many, long_s) = sorted([last[:2], (cycles, seconds)])
+        if many >= 3 * few:
+            found = (many * short_s - few * long_s) / (many - few)
+            self._overhead_s = 0.5 * self._overhead_s + 0.5 * min(max(found, 0.0), _MAX_OVERHEAD_S)
 
     def _account(self, plan: DecodingPlan, cycles: int, seconds: float, context: int, *, first: bool) -> None:
         """Counts what a trial lost, and says when its source may be hoped for again."""

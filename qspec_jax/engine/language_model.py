@@ -122,8 +122,8 @@ class LanguageModel:
                 fastest of plain decoding, lookup and QSpec, as measured on the way.
             draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
             draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
-            draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 1,024 that
-                matter of texts from 2,048 on (on a GPU), or a number of them. Tokens do not depend on it.
+            draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 512 that
+                matter of texts from 1,024 on (on a GPU), or a number of them. Tokens do not depend on it.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.

@@ -38,7 +38,8 @@ from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.sequence import RunningSequence
 
 _BURST_S = 0.5
-_PREFILL_BURST_S = 0.05  # of the bursts between the chunks of a long prompt
+# Of the bursts between the chunks of a long prompt: so long at most, and so many times as long as reading a chunk took.
+_PREFILL_BURST_S, _BURSTS_PER_PREFILL = 0.05, 4
 _FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
 _MAX_CYCLES = 4096
 # With others waiting, a burst ends when this share of the rows has finished in it.
@@ -85,6 +86,7 @@ class Scheduler:
         capacity: int,
         burst_s: float = _BURST_S,
         on_event: Callable[[str], None] | None = None,
+        state_of: Plan | None = None,
     ):
         """Makes a batch; compiling and allocating wait for the first request.
 
@@ -95,8 +97,9 @@ class Scheduler:
             capacity: cache positions of each.
             burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
+            state_of: keep what this plan needs instead: programs of one of its choices are then those it would run.
         """
-        self.shape = Shape.of(plan, rows=rows, capacity=capacity)
+        self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity)
         self.totals = RunTotals(rows=rows)
         self._programs, self._burst_s = programs, burst_s
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
@@ -115,6 +118,7 @@ class Scheduler:
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
+        self._prefill_s = 0.0  # that the last chunks of prompts took
         self._why = ""  # the plan of the next burst was chosen
         self._clock = _Clock()
 
@@ -201,7 +205,9 @@ class Scheduler:
             report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
             changed += self._receive(report, read)
             self._free(read, report.finished)
-            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(prefills))
+            seconds = self._clock.landed(more=self._flight is not None or count < len(prefills))
+            self.totals.prefill_s += seconds
+            self._prefill_s = seconds if count == 1 else self._prefill_s + seconds
         return changed
 
     def _count(self, cycles: int, seconds: float, running: Mapping[int, RunningSequence], lengths: Any) -> None:
@@ -358,7 +364,9 @@ class Scheduler:
         if cycle_s is None:
             return _FIRST_CYCLES
         prefilling = any(self._reading(row) for row in range(self.shape.rows))
-        seconds = _PREFILL_BURST_S if prefilling else seconds or self._burst_s
+        seconds = seconds or self._burst_s
+        if prefilling:  # those that read should not wait much longer for the others than the others for them
+            seconds = min(seconds, _PREFILL_BURST_S, _BURSTS_PER_PREFILL * self._prefill_s or _PREFILL_BURST_S)
         return max(1, min(_MAX_CYCLES, round(seconds / cycle_s)))
 
     def _reading(self, row: int) -> bool:

@@ -188,7 +188,7 @@ def test_cycles_of_other_plans_forget_the_choice():
 
     state = after(state, plan)
     assert (state.cache.blocks[..., 0] == 0).all()
-    assert (after(state, DecodingPlan(Precision.W4A16)).cache.blocks == EVERYTHING).all()
+    assert (after(state, DecodingPlan(Precision.W4A16)).cache.blocks[..., 0] == EVERYTHING).all()
 
 
 def test_short_sequences_are_read_whole_with_auto():
@@ -202,12 +202,14 @@ def test_short_sequences_are_read_whole_with_auto():
     assert (state.cache.blocks[1] == EVERYTHING).all()
 
 
-def test_a_cache_that_the_budget_pays_for_is_read_whole():
+def test_a_cache_that_the_budget_pays_for_is_read_whole(monkeypatch):
     assert guided(256).in_cache(256) == DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
     assert guided(256).in_cache(320) == guided(256)
+    assert plan_of("qspec", draft="w4a8", draft_context="auto").draft == View(activation_bits=8)  # no such kernel here
+    monkeypatch.setattr("qspec_jax.decoding.plan._reads_blocks_alone", lambda: True)
     automatic = plan_of("qspec", draft="w4a8", draft_context="auto")
     assert automatic.draft == View(activation_bits=8, cache_budget=DRAFT_BUDGET, cache_full_below=FULL_BELOW)
-    assert automatic.in_cache(FULL_BELOW) == plan_of("qspec", draft="w4a8")
+    assert automatic.in_cache(FULL_BELOW) == plan_of("qspec", draft="w4a8", draft_context="full")
     looked_up = plan_of("lookup-qspec", draft="w4a8", draft_context=512)
     assert looked_up.in_cache(512).draft == Lookup(View(activation_bits=8))
     assert (looked_up.num_blocks, looked_up.weigh, looked_up.draft_source) == (32, 16, "w4a8@512")

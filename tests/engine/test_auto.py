@@ -80,6 +80,7 @@ def test_it_starts_plainly_and_compiles_beside(monkeypatch):
 
     monkeypatch.setattr(type(model.programs), "compile", compile_or_fail)
     monkeypatch.setattr("qspec_jax.engine.chooser._PROMISING", 0.0)
+    monkeypatch.setattr("qspec_jax.engine.chooser._TRIAL_DRAFTS", 2)
     results, totals = run(model, PLANS)
     assert totals.choices.keys() == {"w4a16"}
     assert len(set(asked)) > 1

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PartialSums, decode_attention, rotate_and_write
+from pallas_kernels import (
+    EVERYTHING,
+    PartialSums,
+    block_attention,
+    choose_blocks,
+    decode_attention,
+    decode_attention_with_masses,
+    rotate_and_write,
+)
+from pallas_kernels.block_attention import reference as block_reference
+from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.rotate_and_write import reference as rotate_reference
 from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows, relative_error
 
@@ -56,6 +66,40 @@ def test_attention_is_the_formula(case, dtype):
     expected = attention_in_float64(*arrays, lengths, case.window)
     for sequence, length in enumerate(lengths):
         assert relative_error(out[sequence], expected[sequence]) < BOUNDS[dtype], f"length {length}"
+
+
+@dtypes
+@models
+def test_blocks_are_weighed_beside_an_attention_that_keeps_its_bits(case, dtype):
+    lengths = int32(fitting_lengths(case))
+    arrays = case.arrays(len(lengths), dtype)
+    weigh = functools.partial(decode_attention_with_masses, block_size=16, window=case.window)
+    out, masses = jax.jit(functools.partial(weigh, implementation="triton"))(*arrays, lengths)
+    np.testing.assert_array_equal(out, triton(case)(*arrays, lengths))
+    with jax.default_matmul_precision("highest"):
+        reference = functools.partial(attention_reference.decode_attention_with_masses, window=case.window)
+        _, expected = jax.jit(functools.partial(reference, block_size=16))(*arrays, lengths)
+    np.testing.assert_allclose(masses, expected, atol=1e-5)
+
+
+@dtypes
+@models
+@pytest.mark.parametrize("num_blocks", [20, 32])
+def test_attention_to_chosen_blocks_is_the_reference(case, dtype, num_blocks):
+    """Of one token; the last sequence reads everything."""
+    lengths = int32(fitting_lengths(case))
+    query, keys, values = case.arrays(len(lengths), dtype)
+    masses = jax.random.uniform(jax.random.key(0), (len(lengths), 3, case.num_kv_heads, -(-case.slots // 16)))
+    sizes = {"num_blocks": num_blocks, "block_size": 16, "recent": 64, "ahead": 17}
+    blocks = jax.jit(functools.partial(choose_blocks, **sizes, implementation="triton"))(masses, lengths)
+    np.testing.assert_array_equal(blocks, block_reference.choose_blocks(masses, lengths, **sizes))
+    blocks = blocks.at[-1].set(EVERYTHING)
+    options = {"block_size": 16, "window": case.window}
+    arrays = query[:, :1], keys, values, lengths, blocks, jnp.int32(2)
+    out = jax.jit(functools.partial(block_attention, **options, implementation="triton"))(*arrays)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(functools.partial(block_reference.block_attention, **options))(*arrays)
+    assert relative_error(out.astype(jnp.float32), expected.astype(jnp.float32)) < 2 * BOUNDS[dtype]
 
 
 @dtypes

@@ -314,6 +314,9 @@ def test_weighing_choosing_and_reading_blocks_lower(shape):
     masses, table = array(2, 3, kv_heads, 100, dtype=jnp.float32), array(2, 3, kv_heads, 8, dtype=jnp.int32)
     assert cuda_program(choose, masses, lengths).count(KERNEL_CALL) == 1
     attend = functools.partial(block_triton.block_attention, block_size=16, window=500)
+    assert block_triton.obstacle(1, head_dim) is None
+    assert tokens == 1 or "needs one token per sequence" in str(block_triton.obstacle(tokens, head_dim))
+    query = array(2, 1, heads, head_dim, dtype=jnp.bfloat16)
     assert cuda_program(attend, query, cache, cache, lengths, table, layer).count(KERNEL_CALL) == 2
 
 

@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
     add = parser.add_argument
     shared.add_preset(parser, PRESETS)
     shared.add_batch_size(parser, "rows of the batch: requests that run together (default: 8)", several=True)
-    add("--mode", default="w4a16,qspec", metavar="MODE,...", help="as in generate (default: w4a16,qspec)")
+    add("--mode", default="w4a16,qspec,auto", metavar="MODE,...", help="as in generate (default: w4a16,qspec,auto)")
     shared.add_draft(parser)
     shared.add_draft_length(parser)
     shared.add_draft_context(parser)
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(table_head(), flush=True)
         for one in _measure(model, modes, rows, conversations, arguments):
             runs.append(one)
-            print(table_row(one), flush=True)
+            print("\n".join([table_row(one), *choice_rows(one)]), flush=True)
             report["runs"].append(one.to_dict())
             if arguments.json is not None:
                 arguments.json.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")
@@ -224,6 +224,18 @@ def table_row(one: ThroughputRun) -> str:
         *(f"{one.prefill_share:.0%}", f"{one.num_reused_tokens / one.num_prompt_tokens:.0%}"),
         *(f"{one.seconds:.1f}", f"{one.compile_s:.1f}"),
     )
+
+
+def choice_rows(one: ThroughputRun) -> list[str]:
+    """Of a run that chose, a line for each plan that ran: its share of the time, what it yielded, and why."""
+    if one.draft != AUTO:
+        return []
+    total_s = sum(choice.seconds for choice in one.choices.values()) or 1.0
+    return [
+        f"  {name}: {choice.seconds / total_s:.0%} of the time in {choice.bursts} bursts, "
+        f"{_number(choice.tokens_per_cycle, '.2f')} tokens per cycle; {choice.why}"
+        for name, choice in sorted(one.choices.items(), key=lambda item: -item[1].seconds)
+    ]
 
 
 def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) -> None:

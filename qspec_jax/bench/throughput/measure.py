@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import random
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qspec_jax.decoding.chunks import Shape
-from qspec_jax.decoding.plan import Plan
+from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.requests import Request
+from qspec_jax.engine.results import PlanTotals
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
 
@@ -35,6 +38,7 @@ class ThroughputRun:
         mode, draft, draft_length: of the plan; ``draft`` is None where nothing is drafted.
         rows: sequences that run together.
         rate: requests that arrive per second; None where all are there from the beginning.
+        choices: what each plan ran, by its name; see :class:`qspec_jax.engine.results.PlanTotals`.
         num_requests, num_prompt_tokens, num_tokens: what was served.
         num_reused_tokens: those of the prompts that another prompt's row had already.
         seconds: from the first arrival to the last token, without compiling.
@@ -54,6 +58,7 @@ class ThroughputRun:
     draft_length: int
     rows: int
     rate: float | None
+    choices: Mapping[str, PlanTotals]
     num_requests: int
     num_prompt_tokens: int
     num_reused_tokens: int
@@ -93,6 +98,9 @@ def measure_throughput(
 ) -> ThroughputRun:
     """Compiles, runs everything once, and then serves the requests as they arrive.
 
+    Of a plan that chooses, all that could win are compiled, and the requests are served twice: what counts is the
+    second time, when it is known how long cycles take.
+
     Args:
         model: synthetic or real.
         plan: what a cycle does.
@@ -106,9 +114,16 @@ def measure_throughput(
     options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
+    if isinstance(plan, AutoPlan):
+        context = round(statistics.mean(len(one.token_ids) + one.max_new_tokens for one in requests))
+        could_win = functools.partial(model.programs.costs.num_bytes.can_win, rows=rows, context=context)
+        plan = AutoPlan(plan.mode, tuple(filter(could_win, plan.choices)))
     model.programs.compile(plan, Shape.of(plan, rows=rows, capacity=capacity), widths)
     first = _warm_up(requests)
-    _serve(Scheduler(model.programs, plan, **options), first, arrivals(len(first), None))
+    for one in plan.choices if isinstance(plan, AutoPlan) else (plan,):
+        _serve(Scheduler(model.programs, one, state_of=plan, **options), first, arrivals(len(first), None))
+    if isinstance(plan, AutoPlan):
+        _serve(Scheduler(model.programs, plan, **options), requests, arrivals(len(requests), None))
     compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
 
     scheduler = Scheduler(model.programs, plan, **options)
@@ -123,6 +138,7 @@ def measure_throughput(
         draft_length=plan.draft_length,
         rows=rows,
         rate=rate,
+        choices=totals.choices,
         num_requests=len(sequences),
         num_prompt_tokens=sum(len(request.token_ids) for request in requests),
         num_reused_tokens=totals.reused_prompt_tokens,
