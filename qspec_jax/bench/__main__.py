@@ -18,11 +18,12 @@ from collections.abc import Sequence
 
 from qspec_jax.bench.decode import command as decode
 from qspec_jax.bench.kernels import command as kernels
+from qspec_jax.bench.speedup import command as speedup
 from qspec_jax.bench.throughput import command as throughput
 from qspec_jax.bench.tune import command as tune
 from qspec_jax.commands.run import exit_code
 
-COMMANDS = (kernels, decode, throughput, tune)
+COMMANDS = (kernels, decode, speedup, throughput, tune)
 
 
 def build_parser() -> argparse.ArgumentParser:

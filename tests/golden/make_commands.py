@@ -36,6 +36,7 @@ _ABOUT = {
     "python -m qspec_jax.bench kernels": "Times the kernels alone, against the device's measured ceilings.",
     "python -m qspec_jax.bench decode": "Times decode steps and QSpec cycles. Weights are synthetic unless `--model` "
     "names a real model.",
+    "python -m qspec_jax.bench speedup": "Maps where speculation wins: the fastest plan for each batch and context.",
     "python -m qspec_jax.bench throughput": "Serves many requests, and counts tokens per second and latencies. "
     "Acceptance says something about real models only.",
     "python -m qspec_jax.bench tune": "Finds the fastest tiles of the Triton matmuls, and writes their table. It needs "

@@ -1,0 +1,1 @@
+"""``bench speedup``: where speculation wins, by batch and context."""
