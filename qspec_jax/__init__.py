@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qspec_jax.decoding.plan import DecodingPlan, Lookup
+    from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
     from qspec_jax.decoding.sampling_params import SamplingParams
     from qspec_jax.device.compilation_cache import enable_compilation_cache
     from qspec_jax.engine.language_model import LanguageModel
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationQuantization",
+    "AutoPlan",
     "CheckpointError",
     "DecodingPlan",
     "GenerationResult",
@@ -52,6 +53,7 @@ __all__ = [
 _MODULES = {
     "ActivationQuantization": "qspec_jax.model.config",
     "CheckpointError": "qspec_jax.errors",
+    "AutoPlan": "qspec_jax.decoding.plan",
     "DecodingPlan": "qspec_jax.decoding.plan",
     "GenerationResult": "qspec_jax.engine.results",
     "GenerationStats": "qspec_jax.engine.results",

@@ -25,6 +25,7 @@ from qspec_jax.decoding.program_store import source_digest
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 
+_SOUND_S = 0.2  # of a measurement with which others are compared
 _MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
 _STEPS_PER_DOUBLING = 2  # settings of contexts
 _REACH = 4  # of these: how far a measurement tells
@@ -115,14 +116,27 @@ class CostTable:
         """Whether a cycle was measured at this context."""
         return f"{rows}x{_bucket(context)}" in self._seconds.get(_name(plan), {})
 
+    def is_sound(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:
+        """Whether a cycle is known that was measured for long enough, or in another process, to be compared with."""
+        name, bucket = _name(plan), self._nearest(plan, rows=rows, context=context)
+        if bucket is None:
+            return False
+        return self._weights.get((name, f"{rows}x{bucket}"), _SOUND_S) >= _SOUND_S
+
     def known(self, plan: DecodingPlan, *, rows: int, context: int) -> float | None:
         """Seconds of a cycle as measured at a context as near as can be; None where it was not."""
+        nearest = self._nearest(plan, rows=rows, context=context)
+        if nearest is None:
+            return None
+        seconds = self._seconds[_name(plan)][f"{rows}x{nearest}"]
+        return seconds * self._ratio(plan, rows, context, _middle(nearest))
+
+    def _nearest(self, plan: DecodingPlan, *, rows: int, context: int) -> int | None:
+        """The setting of contexts nearest to one in which a plan was measured, if any within reach was."""
         known, here = self._seconds.get(_name(plan), {}), _bucket(context)
         buckets = [int(key.partition("x")[2]) for key in known if key.partition("x")[0] == str(rows)]
         nearest = min(buckets, key=lambda bucket: abs(bucket - here), default=None)
-        if nearest is None or abs(nearest - here) > _REACH:
-            return None
-        return known[f"{rows}x{nearest}"] * self._ratio(plan, rows, context, _middle(nearest))
+        return None if nearest is None or abs(nearest - here) > _REACH else nearest
 
     def guess(self, plan: DecodingPlan, plans: Mapping[DecodingPlan, float], *, rows: int, context: int) -> float:
         """Seconds of a cycle from what is known of other plans.

@@ -161,8 +161,10 @@ class Chooser:
         """What to run next, with so many tokens in each row and so many rows that are not idle."""
         plain = self._plans[0]
         seconds = self._known(context)
-        if plain not in seconds:  # everything else is compared with it
-            return Burst(plain, None, self._trial_cycles(active, None), "the time of a plain step is not known yet")
+        if not self._costs.is_sound(plain, rows=self._rows, context=context):  # everything else is compared with it
+            is_cold = plain not in self._warm
+            cycles = self._trial_cycles(active, None) if is_cold else None
+            return Burst(plain, _LEARNING_BURST_S, cycles, "the time of a plain step is not known yet")
         rates = {
             plan: self._tokens(plan) / one
             for plan, one in seconds.items()

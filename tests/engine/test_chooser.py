@@ -200,3 +200,22 @@ def test_what_there_is_to_choose_from():
         AutoPlan("auto", DRAFTING)
     with pytest.raises(ValueError, match="so one budget"):
         AutoPlan("auto", (PLAIN, DRAFTING[-1], DecodingPlan(View(), View(activation_bits=8, cache_budget=512), 3)))
+
+
+def test_a_plain_step_is_measured_for_long_enough_before_anything_else_is_tried():
+    """A burst takes a while besides its cycles: a short one would overstate a step, and anything seem to win."""
+    device = Device(rows=16, context=2048, acceptance={"w4a8": 0.9, "w4a8@1024": 0.9, "lookup": 0.5}, compile_s=0.0)
+    device.ready_s = dict.fromkeys(PLANS, 0.0)
+    chooser, costs_s, bursts = chooser_on(device, CostTable(BYTES)), 0.0, []
+    while costs_s < 0.5:
+        burst = chooser.choose(context=2048, active=16)
+        bursts.append(burst.plan)
+        cycles = burst.cycles or round((burst.seconds or 0.5) / 0.0013)
+        seconds = 0.006 + cycles * 0.0013
+        costs_s += seconds
+        counts = device.histogram(burst.plan, cycles)
+        chooser.observe(burst.plan, cycles=cycles, seconds=seconds, histogram=counts, context=2048)
+        if burst.plan == PLAIN and len(bursts) > 1:
+            break
+    assert bursts == [PLAIN, PLAIN]
+    assert chooser._costs.known(PLAIN, rows=16, context=2048) == pytest.approx(0.0013, rel=0.05)

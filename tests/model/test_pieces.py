@@ -1,0 +1,56 @@
+"""Batches of more rows than a kernel promises to multiply alike are multiplied in pieces of whole sequences."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MAX_DECODE_TOKENS, PartialSums, value_of
+from qspec_jax.model import linear
+from qspec_jax.model.linear import in_pieces
+
+WEIGHT = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
+
+
+@pytest.fixture
+def at_most_six(monkeypatch):
+    monkeypatch.setattr(linear, "MAX_ROWS", 6)
+
+
+def counting(seen, *, parts=lambda rows: 0):
+    def product(rows):
+        seen.append(rows.shape[:-1])
+        count = parts(rows)
+        whole = rows @ WEIGHT
+        return whole if not count else PartialSums(jnp.stack([whole / count] * count), jnp.float32)
+
+    return product
+
+
+@pytest.mark.usefixtures("at_most_six")
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        ((2, 3), [(2, 3)]),
+        ((3, 3), [(2, 3), (1, 3)]),
+        ((5, 2), [(3, 2), (2, 2)]),
+        ((9, 2), [(3, 2)] * 3),
+        ((8, 1), [(4, 1)] * 2),
+        ((1, MAX_DECODE_TOKENS + 1), [(1, MAX_DECODE_TOKENS + 1)]),  # a chunk of a prompt
+    ],
+)
+def test_no_piece_has_more_rows_than_are_alike(shape, pieces):
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((*shape, 8)), jnp.float32)
+    for parts in (lambda rows: 0, lambda rows: 2, lambda rows: len(rows)):
+        seen: list[tuple[int, ...]] = []
+        out = value_of(in_pieces(counting(seen, parts=parts), x))
+        assert seen == pieces
+        np.testing.assert_allclose(out, x @ WEIGHT, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("at_most_six")
+def test_partial_sums_stay_partial_where_all_pieces_have_as_many():
+    out = in_pieces(counting([], parts=lambda rows: 2), jnp.ones((4, 2, 8), jnp.float32))
+    assert isinstance(out, PartialSums)
+    assert out.parts.shape == (2, 4, 2, 5)
