@@ -214,8 +214,8 @@ class Chooser:
             self._learn_overhead(plan, cycles, seconds, context)
             running_s = max(seconds - self._overhead_s, 0.5 * seconds)
             self._costs.note(plan, running_s / cycles, rows=self._rows, context=context, weight=seconds)
-        if plan == self._trial:
-            self._account(plan, cycles, seconds, context, first=first)
+            if plan == self._trial:  # its first run loads a program, which is paid once
+                self._account(plan, cycles, running_s, context)
 
     def _trial_cycles(self, active: int, cycle_s: float | None) -> int:
         """Cycles that tell the acceptance of so many rows, and the time of a cycle, if it is about this long."""
@@ -238,10 +238,10 @@ class Chooser:
             found = (many * short_s - few * long_s) / (many - few)
             self._overhead_s = 0.5 * self._overhead_s + 0.5 * min(max(found, 0.0), _MAX_OVERHEAD_S)
 
-    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, context: int, *, first: bool) -> None:
+    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, context: int) -> None:
         """Counts what a trial lost, and says when its source may be hoped for again."""
         known = self._known(context)
-        if self._current in known and not first:  # the first run loads a program, which is paid once
+        if self._current in known:
             rate = self._tokens(self._current) / known[self._current]
             self._lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
             source, worth = plan.draft_source, plan in known and self._tokens(plan) / known[plan] > rate

@@ -47,7 +47,7 @@ class Pipeline:
     ):
         """See :meth:`LanguageModel.pipeline`."""
         self.max_seq_len = min(capacity, intake.config.max_position_embeddings)
-        self._intake, self._plan, self._kernels = intake, plan, kernels
+        self._intake, self._programs, self._plan, self._kernels = intake, programs, plan, kernels
         self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, capacity=capacity, on_event=on_event)
         self._scheduler = self._make_scheduler()
         self._entries: collections.deque[_Entry] = collections.deque()
@@ -135,6 +135,7 @@ class Pipeline:
         for entry in self._entries:
             if entry.sequence is not None and entry.result is None:
                 entry.result = self._result_of(entry.sequence)
+        self._programs.save_costs()
         # The interruption may have come between a dispatch and the note of its result.
         totals, self._scheduler = self.totals, self._make_scheduler()
         self._scheduler.totals = totals
