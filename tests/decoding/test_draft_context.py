@@ -63,7 +63,6 @@ def test_a_budget_changes_what_is_accepted_and_nothing_else(model, plain, budget
     assert any(result.stats.accepted for result in results)
 
 
-@pytest.mark.contract
 def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
     """Also what is accepted of its drafts: the blocks that it reads are its own."""
     together = run(model, guided())
@@ -73,14 +72,12 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
     assert accepted[0] == accepted[1]
 
 
-@pytest.mark.contract
 def test_sampled_tokens_are_those_of_plain_decoding(model):
     sampling = SamplingParams(temperature=1.2, top_p=0.9, seed=3)
     expected = tokens_of(run(model, model.plan("w4a16"), sampling=sampling))
     assert tokens_of(run(model, guided(), sampling=sampling)) == expected
 
 
-@pytest.mark.contract
 @pytest.mark.parametrize("family", ["window", "qk_norm"])
 def test_models_of_other_kinds_keep_their_tokens(family):
     options = {

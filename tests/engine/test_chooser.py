@@ -20,7 +20,7 @@ DRAFTING = tuple(DecodingPlan(View(), view, length) for view in (FULL, BUDGET) f
 PLANS = (PLAIN, *LOOKUPS, *DRAFTING)
 # Bytes of an 8B model and of a position of its cache, bytes per second of its kernels, seconds of a step besides.
 BYTES, BANDWIDTH, STEP_S = PassBytes(5_600_000_000, 131_072), 2.4e12, 2e-4
-WHILE_S = 25.0
+WHILE_S = 20.0
 
 
 class Device:
@@ -82,7 +82,7 @@ def chooser_on(device: Device, costs: CostTable) -> Chooser:
 
 
 @pytest.mark.parametrize("accepted", ["everywhere", "nowhere", "by lookup"])
-@pytest.mark.parametrize(("rows", "context"), [(1, 512), (16, 8192), (64, 8192)])
+@pytest.mark.parametrize(("rows", "context"), [(1, 512), (32, 8192)])
 def test_it_finds_what_wins_and_never_loses_much(rows, context, accepted):
     chances = {
         "everywhere": {"w4a8": 0.97, "w4a8@1024": 0.95, "lookup": 0.2},
@@ -112,13 +112,13 @@ def test_it_changes_its_mind_when_the_text_does():
     chances = {"w4a8": 0.9, "w4a8@1024": 0.95, "lookup": 0.1}
     device = Device(rows=16, context=8192, acceptance=chances)
     chooser = chooser_on(device, CostTable(BYTES))
-    device.run(chooser, WHILE_S)
+    device.run(chooser, 2 * WHILE_S)
     assert chooser.choose(context=8192, active=16).plan.draft_source == "w4a8@1024"
     chances["w4a8@1024"] = 0.1
     device.run(chooser, 10)
     assert chooser._current == PLAIN
     chances["w4a8@1024"] = 0.95
-    device.run(chooser, WHILE_S)
+    device.run(chooser, 2 * WHILE_S)
     assert chooser._current.draft_source == "w4a8@1024"
 
 

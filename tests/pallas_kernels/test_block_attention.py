@@ -31,7 +31,7 @@ CHOOSE = {
 # Two tiles of rows, of which one weighs; a group of 3 in one tile; long chunks; a last block that is shorter.
 CASES = [
     AttentionCase(5, 8, 2, 64, 200),
-    AttentionCase(4, 3, 1, 96, 1100, window=300),
+    AttentionCase(2, 3, 1, 96, 1060, window=300),
     AttentionCase(1, 2, 2, 16, 70),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)

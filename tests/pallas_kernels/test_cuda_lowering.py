@@ -299,7 +299,7 @@ def test_decode_attention_lowers_to_two_kernels(shape, dtype):
     assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
 
 
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES[1:5], ids=str)
 def test_weighing_choosing_and_reading_blocks_lower(shape):
     tokens, heads, kv_heads, head_dim, slots = shape
     query, cache = (
