@@ -69,7 +69,7 @@ def test_killed_at_moments_spread_over_a_write(processes, sources, tmp_path):
 
     shutil.copytree(sources[0], path)
     assert write(sources[1]) == 0
-    num_events = receiver.recv() - 5  # a thread may do one more or less
+    num_events = receiver.recv() * 9 // 10  # threads may do some more or fewer, on a busy machine above all
     assert num_events > 100
     after = checkpoint_writer.AFTER
     changed = []
