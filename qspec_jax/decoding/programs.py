@@ -84,7 +84,7 @@ class Programs:
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
         self._costs: CostTable | None = None
-        self._fitting: set[Shape] = set()  # whose caches were found to fit beside the weights
+        self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
         self._split()
 
     @property
@@ -142,14 +142,16 @@ class Programs:
         """
         plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
         prefills = {_prefill_key(plans[0], shape, width): width for width in widths}
-        if self.compiled.keys() >= {*prefills, *(_loop_key(one, shape) for one in plans)} and shape in self._fitting:
+        size = shape.rows, shape.capacity
+        if self.compiled.keys() >= {*prefills, *(_loop_key(one, shape) for one in plans)} and size in self._fitting:
             return
         wanted = {key: functools.partial(self.lower_prefill, plans[0], shape, width) for key, width in prefills.items()}
         wanted |= {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
         for one in plans:
             self.lay_out_weights(one)
-        self.check_cache(rows=shape.rows, capacity=shape.capacity)
-        self._fitting.add(shape)
+        if size not in self._fitting:  # later on, the memory that is free lacks the cache of the batch that runs
+            self.check_cache(rows=shape.rows, capacity=shape.capacity)
+            self._fitting.add(size)
         began = time.perf_counter()
         missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
         keys = program_keys(missing, self.decoder) if missing and self.store is not None else {}

@@ -139,6 +139,11 @@ class Scheduler:
         asked = plan, self.shape
         if asked not in self._asked_for and all(other.done() for other in self._asked_for.values()):
             self._asked_for[asked] = self._compiler.submit(self._programs.compile, *asked, ())
+            self._asked_for[asked].add_done_callback(lambda done: self._report_failure(plan, done))
+
+    def _report_failure(self, plan: DecodingPlan, done: Future[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._on_event(f"{plan.label} is left out, as it cannot be compiled: {error}")
 
     @property
     def busy(self) -> bool:

@@ -153,3 +153,18 @@ def test_cycles_are_run_in_whole_rounds_and_counted(monkeypatch):
     _, report = model.programs.loop(PLAIN, shape, running, none_retired, max_cycles=6, until_finished=2)
     assert int(report.cycles) == 8
     assert report.num_tokens.tolist() == [8, 8]
+
+
+def test_room_for_a_cache_is_asked_for_before_it_is_there_and_not_again(monkeypatch):
+    """What is free later lacks the cache of the batch that runs: other plans and features are compiled all the same."""
+    asked = []
+    monkeypatch.setattr(programs.Programs, "check_cache", lambda self, **sizes: asked.append(sizes))
+    monkeypatch.setattr(programs.Programs, "_compile_missing", lambda self, wanted, keys: dict.fromkeys(wanted))
+    of_model = programs.Programs(tiny.decoder())
+    shape = chunks.Shape(2, 64)
+    of_model.compile(PLAIN, shape, [32])
+    of_model.compile(CYCLES, shape, [])
+    of_model.compile(PLAIN, shape._replace(lookup=True), [32])
+    assert asked == [{"rows": 2, "capacity": 64}]
+    of_model.compile(PLAIN, shape._replace(capacity=128), [32])
+    assert len(asked) == 2

@@ -24,9 +24,9 @@ def model():
     return model
 
 
-def run(model, plan, **options):
+def run(model, plan, *, on_event=None, **options):
     requests = [model.attempt(prompt, plan, max_new_tokens=NUM_TOKENS, **options) for prompt in PROMPTS]
-    pipeline = model.run(requests, plan, batch_size=2, max_seq_len=512)
+    pipeline = model.run(requests, plan, batch_size=2, max_seq_len=512, on_event=on_event)
     return pipeline.collect(), pipeline.totals
 
 
@@ -78,7 +78,9 @@ def test_it_starts_plainly_and_compiles_beside(monkeypatch):
     # A step counts as measured at once.
     monkeypatch.setattr("qspec_jax.engine.chooser._LEARNING_BURST_S", 0.001)
     monkeypatch.setattr("qspec_jax.decoding.costs._SOUND_S", 0.0)
-    results, totals = run(model, PLANS)
+    events = []
+    results, totals = run(model, PLANS, on_event=events.append)
+    assert "lookup x3 is left out, as it cannot be compiled: no such kernel" in events
     assert totals.choices.keys() == {"w4a16"}
     assert len(set(asked)) > 1
     assert all(len(result.token_ids) == NUM_TOKENS for result in results)
