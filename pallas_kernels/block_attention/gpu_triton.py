@@ -129,17 +129,7 @@ def _attend_to_shares(
     interpret: bool,
 ) -> tuple[Array, ...]:
     batch, row_blocks = query.shape[0], problem.row_blocks
-
-    def block(program, share, sequence):
-        return sequence, lax.div(program, row_blocks), share, lax.rem(program, row_blocks)
-
-    def cache_block(program, share, sequence):
-        return sequence, 0, lax.div(program, row_blocks), 0
-
-    cache_spec = pl.BlockSpec((None, problem.slots, None, problem.block_dim), cache_block)
-    row_spec = pl.BlockSpec((None, None, None, _ROWS), block)
-    wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
-    per_row = (batch, problem.num_kv_heads, problem.shares, row_blocks * _ROWS)
+    out_specs, out_shape = whole.parts_of(problem, batch, problem.shares)
     return pl.pallas_call(
         functools.partial(_share_kernel, problem=problem),
         grid=(problem.num_kv_heads * row_blocks, problem.shares, batch),
@@ -147,16 +137,10 @@ def _attend_to_shares(
             pl.BlockSpec((None,), lambda program, share, sequence: (sequence,)),
             _table_spec(problem, lambda program, share, sequence: (sequence, 0, lax.div(program, row_blocks), 0)),
             pl.BlockSpec((None,), lambda program, share, sequence: (0,)),
-            pl.BlockSpec((None, *query.shape[1:]), lambda program, share, sequence: (sequence, 0, 0, 0)),
-            cache_spec,
-            cache_spec,
+            *whole.arrays_read(problem),
         ],
-        out_specs=[row_spec, row_spec, wide_spec],
-        out_shape=[
-            jax.ShapeDtypeStruct(per_row, jnp.float32),
-            jax.ShapeDtypeStruct(per_row, jnp.float32),
-            jax.ShapeDtypeStruct((*per_row, problem.block_dim), jnp.float32),
-        ],
+        out_specs=out_specs,
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="block_attention_shares",
@@ -249,13 +233,8 @@ def _join_shares(
     dtype: DTypeLike,
     interpret: bool,
 ) -> Array:
-    batch, shape = lengths.shape[0], (problem.num_tokens, problem.num_heads, problem.head_dim)
-    group, shares = problem.group, problem.shares
-
-    def block(head, token, sequence):
-        return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
-
-    share_spec = pl.BlockSpec((None, None, shares, None), block)
+    batch, group = lengths.shape[0], problem.group
+    out_spec, out_shape = whole.result_of(problem, batch, dtype)
     return pl.pallas_call(
         functools.partial(_join_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_heads, problem.num_tokens, batch),
@@ -263,14 +242,10 @@ def _join_shares(
             pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
             _table_spec(problem, lambda head, token, sequence: (sequence, 0, lax.div(head, group), 0)),
             pl.BlockSpec((None,), lambda head, token, sequence: (0,)),
-            share_spec,
-            share_spec,
-            pl.BlockSpec((None, None, shares, None, problem.block_dim), lambda *ids: (*block(*ids), 0)),
+            *whole.parts_joined(problem, problem.shares),
         ],
-        out_specs=pl.BlockSpec(
-            (None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0)
-        ),
-        out_shape=jax.ShapeDtypeStruct((batch, *shape), dtype),
+        out_specs=out_spec,
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="block_attention_join",

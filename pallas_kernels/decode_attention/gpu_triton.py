@@ -164,24 +164,7 @@ def _attend_to_chunks(
     Chunks, blocks and rows that see nothing, or do not exist, are not written.
     """
     batch, row_blocks = query.shape[0], problem.row_blocks
-
-    def block(program, chunk, sequence):
-        return sequence, lax.div(program, row_blocks), chunk, lax.rem(program, row_blocks)
-
-    def cache_block(program, chunk, sequence):
-        return sequence, 0, lax.div(program, row_blocks), 0
-
-    cache_spec = pl.BlockSpec((None, problem.slots, None, problem.block_dim), cache_block)
-    row_spec = pl.BlockSpec((None, None, None, _ROWS), block)
-    wide_spec = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
-    num_rows = row_blocks * _ROWS
-    per_row = (batch, problem.num_kv_heads, problem.num_chunks, num_rows)
-    out_specs = [row_spec, row_spec, wide_spec]
-    out_shape = [
-        jax.ShapeDtypeStruct(per_row, jnp.float32),
-        jax.ShapeDtypeStruct(per_row, jnp.float32),
-        jax.ShapeDtypeStruct((*per_row, problem.block_dim), jnp.float32),
-    ]
+    out_specs, out_shape = parts_of(problem, batch, problem.num_chunks)
     if problem.weigh_blocks:
         weighing = pl.cdiv(problem.weighed_rows, _ROWS)
         sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * _ROWS)
@@ -203,9 +186,7 @@ def _attend_to_chunks(
         grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda program, chunk, sequence: (sequence,)),
-            pl.BlockSpec((None, *query.shape[1:]), lambda program, chunk, sequence: (sequence, 0, 0, 0)),
-            cache_spec,
-            cache_spec,
+            *arrays_read(problem),
         ],
         out_specs=out_specs,
         out_shape=out_shape,
@@ -213,6 +194,47 @@ def _attend_to_chunks(
         interpret=interpret,
         name="decode_attention_chunks_and_blocks" if problem.weigh_blocks else "decode_attention_chunks",
     )(lengths, query, keys, values)
+
+
+def arrays_read(problem: Problem) -> list[pl.BlockSpec]:
+    """Queries, keys and values, as a program for a block of rows sees them; its grid is (head, part, batch)."""
+    queries = (None, problem.num_tokens, problem.num_heads, problem.head_dim)
+    cache = pl.BlockSpec(
+        (None, problem.slots, None, problem.block_dim),
+        lambda program, part, sequence: (sequence, 0, lax.div(program, problem.row_blocks), 0),
+    )
+    return [pl.BlockSpec(queries, lambda program, part, sequence: (sequence, 0, 0, 0)), cache, cache]
+
+
+def parts_of(problem: Problem, batch: int, count: int) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
+    """What such programs leave: largest logits, sums, and weighted values of their rows, each of ``count`` parts."""
+
+    def block(program, part, sequence):
+        return sequence, lax.div(program, problem.row_blocks), part, lax.rem(program, problem.row_blocks)
+
+    rows = pl.BlockSpec((None, None, None, _ROWS), block)
+    wide = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
+    shape = (batch, problem.num_kv_heads, count, problem.row_blocks * _ROWS)
+    shapes = [shape, shape, (*shape, problem.block_dim)]
+    return [rows, rows, wide], [jax.ShapeDtypeStruct(one, jnp.float32) for one in shapes]
+
+
+def parts_joined(problem: Problem, count: int) -> list[pl.BlockSpec]:
+    """All parts of a query, as a program that puts them together sees them: its grid is (head, token, batch)."""
+    group = problem.group
+
+    def block(head, token, sequence):
+        return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
+
+    one = pl.BlockSpec((None, None, count, None), block)
+    wide = pl.BlockSpec((None, None, count, None, problem.block_dim), lambda *ids: (*block(*ids), 0))
+    return [one, one, wide]
+
+
+def result_of(problem: Problem, batch: int, dtype: DTypeLike) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    """The attention of a query, as that program sees it."""
+    spec = pl.BlockSpec((None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0))
+    return spec, jax.ShapeDtypeStruct((batch, problem.num_tokens, problem.num_heads, problem.head_dim), dtype)
 
 
 def _chunk_kernel(
@@ -348,12 +370,8 @@ def _join_chunks(
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The result, and of a problem that weighs blocks the logarithms of all sums ``[B, KH, rows]`` float32."""
-    batch, shape = lengths.shape[0], (problem.num_tokens, problem.num_heads, problem.head_dim)
-    group = problem.group
-    out_specs = [
-        pl.BlockSpec((None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0))
-    ]
-    out_shape = [jax.ShapeDtypeStruct((batch, *shape), dtype)]
+    batch, group = lengths.shape[0], problem.group
+    out_specs, out_shape = ([one] for one in result_of(problem, batch, dtype))
     if problem.weigh_blocks:
         sums = (batch, problem.num_kv_heads, problem.row_blocks * _ROWS)
         out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
@@ -363,19 +381,12 @@ def _join_chunks(
                 lambda head, token, sequence: (sequence, lax.div(head, group), token * group + lax.rem(head, group)),
             )
         )
-
-    def block(head, token, sequence):
-        return sequence, lax.div(head, group), 0, token * group + lax.rem(head, group)
-
-    chunk_spec = pl.BlockSpec((None, None, problem.num_chunks, None), block)
     return pl.pallas_call(
         functools.partial(_join_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_heads, problem.num_tokens, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
-            chunk_spec,
-            chunk_spec,
-            pl.BlockSpec((None, None, problem.num_chunks, None, problem.block_dim), lambda *ids: (*block(*ids), 0)),
+            *parts_joined(problem, problem.num_chunks),
         ],
         out_specs=out_specs,
         out_shape=out_shape,
