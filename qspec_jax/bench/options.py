@@ -161,6 +161,13 @@ def check_writable(path: Path | None, *, option: str) -> None:
         raise UsageError(f"{option} {path}: there is no directory {path.parent}; create it first")
 
 
+def check_report(arguments: argparse.Namespace) -> None:
+    """Raises UsageError where ``--json`` or ``--plot`` of :func:`shared.add_report` could not be written."""
+    check_writable(arguments.json, option="--json")
+    check_writable(arguments.plot, option="--plot")
+    check_matplotlib(arguments.plot)
+
+
 def check_matplotlib(path: Path | None, *, find: Callable[[str], object] = importlib.util.find_spec) -> None:
     """Raises UsageError where a plot is asked for and cannot be drawn."""
     if path is not None and find("matplotlib") is None:

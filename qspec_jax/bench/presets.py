@@ -28,17 +28,6 @@ PRESETS = {
         head_dim=128,
         max_position_embeddings=8192,
     ),
-    # As far as shapes go; its frequencies are scaled.
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-    ),
     "llama-3-70b": ModelConfig(
         vocab_size=128256,
         hidden_size=8192,
@@ -72,6 +61,8 @@ PRESETS = {
         max_position_embeddings=8192,
     ),
 }
+# As far as shapes go; its frequencies are scaled.
+PRESETS["llama-3.1-8b"] = dataclasses.replace(PRESETS["llama-3-8b"], max_position_embeddings=131072)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,9 +56,7 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
         UsageError: an argument makes no sense.
         CheckpointError, UnsupportedModelError: a checkpoint cannot be opened.
     """
-    options.check_writable(arguments.json, option="--json")
-    options.check_writable(arguments.plot, option="--plot")
-    options.check_matplotlib(arguments.plot)
+    options.check_report(arguments)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
     combined = _combinations(arguments)

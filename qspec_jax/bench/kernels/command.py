@@ -79,9 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a ``measure.MeasurementPlan`` that are asked for, checked without JAX."""
-    options.check_writable(arguments.json, option="--json")
-    options.check_writable(arguments.plot, option="--plot")
-    options.check_matplotlib(arguments.plot)
+    options.check_report(arguments)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     asked: dict[str, Any] = {
         "ops": list(OPS) if arguments.ops is None else options.parse_names(arguments.ops, option="--ops", known=OPS),

@@ -131,9 +131,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
         UsageError: an argument makes no sense.
         CheckpointError, UnsupportedModelError: a checkpoint cannot be opened.
     """
-    options.check_writable(arguments.json, option="--json")
-    options.check_writable(arguments.plot, option="--plot")
-    options.check_matplotlib(arguments.plot)
+    options.check_report(arguments)
     options.check_at_least(arguments.repeats, 1, option="--repeats")
     options.check_at_least(arguments.steps, 1, option="--steps")
     lengths = options.parse_numbers(arguments.draft_length, option="--draft-length")

@@ -103,9 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], list[int]]:
     """Checks everything that can be wrong before a weight is made or a program compiled."""
-    options.check_writable(arguments.json, option="--json")
-    options.check_writable(arguments.plot, option="--plot")
-    options.check_matplotlib(arguments.plot)
+    options.check_report(arguments)
     for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "system_prompts"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
     shared.check_draft_length(arguments.draft_length)
