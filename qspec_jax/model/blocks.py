@@ -134,7 +134,7 @@ class Attention(nnx.Module):
         kernels = self.kernels if query.shape[1] <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
         arrays = query, cache.keys, cache.values, context.lengths
         options: Any = {"window": view.window(self.config.sliding_window), "implementation": kernels}
-        if view.cache_budget is not None and context.blocks is not None and context.layer is not None:
+        if context.blocks is not None and context.layer is not None:
             table = context.blocks, context.layer
             return pallas_kernels.block_attention(*arrays, *table, block_size=view.cache_block, **options), None
         if weigh is not None:

@@ -73,9 +73,13 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
 
 
 def test_sampled_tokens_are_those_of_plain_decoding(model):
-    sampling = SamplingParams(temperature=1.2, top_p=0.9, seed=3)
-    expected = tokens_of(run(model, model.plan("w4a16"), sampling=sampling))
-    assert tokens_of(run(model, guided(), sampling=sampling)) == expected
+    """And so are their log-probabilities: the target reads the whole cache, which tokens alone need not show."""
+    sampling = SamplingParams(temperature=1.2, top_p=0.9, seed=3, logprobs=1)
+    expected = run(model, model.plan("w4a16"), sampling=sampling)
+    results = run(model, guided(112), sampling=sampling)
+    assert tokens_of(results) == tokens_of(expected)
+    for found, plain in zip(results, expected, strict=True):
+        np.testing.assert_allclose(found.logprobs, plain.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["window", "qk_norm"])
@@ -167,6 +171,9 @@ def prefilled(decoder, plan, prompts, shape):
     from qspec_jax.decoding.state import PromptChunk
 
     state = Programs(decoder).idle_state(shape)
+    if state.cache.blocks is not None:  # of the texts before
+        cache = dataclasses.replace(state.cache, blocks=jnp.full_like(state.cache.blocks, 5))
+        state = dataclasses.replace(state, cache=cache)
     fields = empty_chunks(shape, 512)
     for row, prompt in enumerate(prompts):
         fields["tokens"][row, : len(prompt)] = prompt
