@@ -170,10 +170,19 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files that take longest, those of the demo model and of contracts: so workers end together."""
+    """Begins with the files that take longest, those of the demo model and of contracts: so workers end together.
+
+    Within a file contracts come first, since programs are forgotten where the level of optimisation changes.
+    """
     demo = {item.path for item in items if "demo_gguf" in getattr(item, "fixturenames", ())}
-    contract = {item.path for item in items if item.get_closest_marker("contract")}
-    items.sort(key=lambda item: (item.path not in demo, item.path not in contract))
+    contracts = {id(item) for item in items if item.get_closest_marker("contract")}
+    paths = {item.path for item in items if id(item) in contracts}
+    order = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int, bool]:
+        return item.path not in demo, item.path not in paths, order[item.path], id(item) not in contracts
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

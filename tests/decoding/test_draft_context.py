@@ -93,7 +93,6 @@ def test_models_of_other_kinds_keep_their_tokens(family):
     assert tokens_of(run(other, guided(), PROMPTS[:2])) == expected
 
 
-@pytest.mark.contract
 @pytest.mark.parametrize("broken", ["another row's", "stale", "out of range", "one block, again and again"])
 def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, monkeypatch, broken):
     choose = Decoder.with_chosen_blocks

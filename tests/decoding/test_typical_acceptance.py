@@ -15,8 +15,6 @@ from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
-pytestmark = pytest.mark.contract
-
 PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]
 NUM_TOKENS = 33  # the first, and eight cycles of three drafts and the token after them
 ALL_DRAFTS = 1e-30  # accepts every draft that is not ruled out
@@ -173,6 +171,7 @@ def test_tokens_that_are_ruled_out_are_not_accepted(run):
     assert token_ids(run(biased)) == [[17] * NUM_TOKENS] * len(PROMPTS)
 
 
+@pytest.mark.contract
 def test_requests_with_and_without_share_a_batch_and_feel_nothing_of_each_other(model, run):
     """Those without are what a program without it, and without drafts, gives."""
     typical = SamplingParams(typical_acceptance=0.1)

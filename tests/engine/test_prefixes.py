@@ -18,8 +18,6 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from tests import tiny
 
-pytestmark = pytest.mark.contract
-
 ROWS, CAPACITY = 3, 128
 PREFIX, OTHER = [*range(40, 70)], [*range(20, 82)]  # of 30 tokens, two chunks, and of 62, four
 SAMPLING = [
@@ -101,6 +99,7 @@ def test_several_prefixes_at_once_change_no_token(model):
         assert scheduler.totals.reused_prompt_tokens > 3 * (len(PREFIX) + len(OTHER))
 
 
+@pytest.mark.contract
 def test_the_cache_has_the_bits_that_it_would_have_without_reuse():
     """In bfloat16, where a sum in another order is another number."""
     model = tiny.language_model(dtype="bfloat16")
