@@ -9,6 +9,7 @@ import pytest
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, QuantConfig, SamplingParams
+from tests.conftest import THOROUGH
 from tests.golden import make_demo
 
 pytestmark = [
@@ -18,7 +19,9 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="token identity in float32 is a contract of the CPU"),
 ]
 NUM_TOKENS = make_demo.NUM_TOKENS
-NUM_DRAFTED = 12  # prompts of the tests of drafts: more than fit a batch
+# Of 24 prompts; all of them on request. Those of drafts are more than fit a batch.
+NUM_PLAIN = 24 if THOROUGH else 12
+NUM_DRAFTED, ROWS = 6, 4
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,11 @@ def model(demo_gguf):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return model.generate(make_demo.prompts(), mode="w4a16", max_new_tokens=NUM_TOKENS)
+    return model.generate(make_demo.prompts()[:NUM_PLAIN], mode="w4a16", max_new_tokens=NUM_TOKENS)
+
+
+def drafted(model, draft):
+    return model.generate(make_demo.prompts()[:NUM_DRAFTED], draft=draft, max_new_tokens=NUM_TOKENS, batch_size=ROWS)
 
 
 def token_ids(results):
@@ -43,7 +50,7 @@ def totals(results):
 
 
 def test_w4a16_equals_the_recorded_greedy_tokens_of_transformers(plain):
-    assert token_ids(plain) == json.loads(make_demo.GOLDEN.read_text())
+    assert token_ids(plain) == json.loads(make_demo.GOLDEN.read_text())[:NUM_PLAIN]
 
 
 def test_recorded_tokens_are_those_of_the_installed_transformers(demo_gguf, plain):
@@ -55,7 +62,7 @@ def test_recorded_tokens_are_those_of_the_installed_transformers(demo_gguf, plai
 
 
 def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model, plain):
-    results = model.generate(make_demo.prompts()[:NUM_DRAFTED], draft="w4a8", max_new_tokens=NUM_TOKENS)
+    results = drafted(model, "w4a8")
     assert token_ids(results) == token_ids(plain)[:NUM_DRAFTED]
     acceptance, tokens_per_cycle = totals(results)
     assert acceptance > 0.85
@@ -63,7 +70,7 @@ def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model, plain):
 
 
 def test_w4a4_drafts_give_the_same_tokens_and_are_often_accepted(model, plain):
-    results = model.generate(make_demo.prompts()[:NUM_DRAFTED], draft="w4a4", max_new_tokens=NUM_TOKENS)
+    results = drafted(model, "w4a4")
     assert token_ids(results) == token_ids(plain)[:NUM_DRAFTED]
     acceptance, tokens_per_cycle = totals(results)
     assert acceptance > 0.72
