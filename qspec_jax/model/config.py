@@ -12,12 +12,35 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
+from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, read_rope, rope_parameters, shown
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
 GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
 WHOLE_ROW = "row"  # for people: the group size None
 ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
-SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors")  # options: weights/huggingface/layouts.py
+# Their options are in weights/huggingface/layouts.py.
+SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
+_MAKERS = {  # of others, for people
+    "aqlm": "AQLM",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes (NF4, FP4 or INT8)",
+    "eetq": "EETQ",
+    "exl2": "ExLlamaV2",
+    "exl3": "ExLlamaV3",
+    "fbgemm_fp8": "FBGEMM (8-bit floats)",
+    "fp8": "8-bit floats",
+    "hqq": "HQQ",
+    "mlx": "MLX",
+    "modelopt": "NVIDIA ModelOpt",
+    "mxfp4": "4-bit floats (MXFP4)",
+    "quanto": "Quanto",
+    "quark": "AMD Quark",
+    "quip": "QuIP",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+_LARGEST_SIZE, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond both, a config is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +75,6 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies, as ``rope_scaling`` of a Hugging Face config.
-
-    Attributes:
-        kind: ``linear`` divides every frequency by ``factor``; ``llama3`` only the low ones, with a
-            smooth transition between the two wavelength bounds.
-        factor: the divisor.
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: used by ``llama3``.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and options of a decoder. Field names follow Hugging Face where they exist there.
 
@@ -85,7 +90,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: float = DEFAULT_THETA
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     qkv_bias: bool = False
@@ -101,10 +106,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, field) <= 0:
-                raise UnsupportedModelError(f"config: {field}={getattr(self, field)} must be positive")
-        if self.head_dim <= 0 or self.head_dim % 2:
-            raise UnsupportedModelError(f"config: head_dim={self.head_dim} must be positive and even (rotary pairs)")
+            if not 0 < (size := getattr(self, field)) <= (_MOST_LAYERS if field == "num_layers" else _LARGEST_SIZE):
+                raise UnsupportedModelError(f"config: {field}={shown(size)} must be positive and of a possible size")
+        if not 0 < self.head_dim <= _LARGEST_SIZE or self.head_dim % 2:
+            raise UnsupportedModelError(f"config: head_dim={shown(self.head_dim)} must be positive and even (pairs)")
+        if self.rms_norm_eps < 0 or self.max_position_embeddings <= 0:
+            values = f"rms_norm_eps={self.rms_norm_eps}, max_position_embeddings={shown(self.max_position_embeddings)}"
+            raise UnsupportedModelError(f"config: {values} must be positive")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModelError(
                 f"config: num_attention_heads={self.num_heads} is not a multiple of "
@@ -127,22 +135,22 @@ class ModelConfig:
         """
         family = _family(config)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [key for key in required if not isinstance(config.get(key), int)]:
+        if missing := [key for key in required if not _is_whole(config.get(key))]:
             raise UnsupportedModelError(f"config.json: missing or not an integer: {', '.join(missing)}")
         _refuse_unsupported_options(config)
-        rope_theta, rope_scaling = _rope(config)
-        num_heads = config["num_attention_heads"]
+        rope_theta, rope_scaling = read_rope(config)
+        num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
         attention_bias = bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
+        stretched = rope_scaling.scaled_length if rope_scaling is not None else 0
         return cls(
             vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
+            hidden_size=hidden_size,
             intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim") or family.head_dim or config["hidden_size"] // num_heads,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            num_kv_heads=_whole(config, "num_key_value_heads") or num_heads,
+            head_dim=_whole(config, "head_dim") or family.head_dim or hidden_size // max(num_heads, 1),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_window=_sliding_window(config, family),
@@ -151,14 +159,33 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+            max_position_embeddings=max(_whole(config, "max_position_embeddings") or 2048, stretched),
+            bos_token_id=next(iter(token_ids(config.get("bos_token_id"), config["vocab_size"])), None),
+            eos_token_ids=token_ids(config.get("eos_token_id"), config["vocab_size"]),
         )
 
 
+def token_ids(named: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that an entry names, one or a list of them. An id that no token has, such as -1, means none."""
+    listed = named if isinstance(named, (list, tuple)) else [named]
+    return tuple(dict.fromkeys(one for one in listed if _is_whole(one) and 0 <= one < vocab_size))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int | None:
+    """The integer of an entry, None if it is missing or null."""
+    value = config.get(key)
+    if value is not None and not _is_whole(value):
+        raise UnsupportedModelError(f"config.json: {key}={shown(value)} is not an integer")
+    return value
+
+
 def _family(config: Mapping[str, Any]) -> Family:
-    named, model_type = list(config.get("architectures") or []), config.get("model_type")
+    named, model_type = config.get("architectures") or [], config.get("model_type")
+    named = [str(name) for name in (named if isinstance(named, (list, tuple)) else [named])]
     if not named:
         named = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     for name in named:
@@ -171,16 +198,17 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
     problems = []
-    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+    if (activation := config.get("hidden_act") or "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act={activation!r} (supported: silu)")
-    rope = config.get("rope_parameters") or {}
-    if (partial := config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+    partial = number(rope_parameters(config), "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
+    if partial != 1.0:
         problems.append(f"partial_rotary_factor={partial} (supported: 1.0)")
     if (quantization := quantization_config(config)) is not None:
-        method = quantization.get("quant_method", "unknown")
+        method = quantization_method(quantization)
         if method not in SUPPORTED_QUANTIZATION_METHODS:
+            maker = f" of {_MAKERS[method]}" if method in _MAKERS else ""
             problems.append(
-                f"quantization_config with quant_method={method!r} (supported: "
+                f"quantization_config{maker} with quant_method={method!r} (supported: "
                 f"{', '.join(SUPPORTED_QUANTIZATION_METHODS)}; or use the unquantised checkpoint or a GGUF file)"
             )
     if problems:
@@ -188,44 +216,31 @@ def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How a checkpoint says that it is quantised, also under the name that llm-compressor used at first."""
-    found = config.get("quantization_config") or config.get("compression_config")
-    return found if isinstance(found, Mapping) else None
+    """How a checkpoint says that it is quantised, also under the names of llm-compressor's beginnings and of MLX."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if (found := config.get(key)) and isinstance(found, Mapping):
+            return found
+    return None
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``."""
-    parameters = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    theta = config.get("rope_theta") or parameters.get("rope_theta") or 10000.0
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in needed:
-        raise UnsupportedModelError(f"config.json: rope scaling {kind!r} is not supported; supported: linear, llama3")
-    if missing := [key for key in needed[kind] if parameters.get(key) is None]:
-        raise UnsupportedModelError(f"config.json: rope scaling {kind!r} lacks {', '.join(missing)}")
-    numbers = {key: float(parameters[key]) for key in needed[kind]}
-    if kind == "linear":
-        return float(theta), RopeScaling("linear", numbers["factor"])
-    original = int(numbers.pop("original_max_position_embeddings"))
-    return float(theta), RopeScaling("llama3", original_max_position_embeddings=original, **numbers)
+def quantization_method(settings: Mapping[str, Any]) -> str:
+    """The name of the method of a ``quantization_config``."""
+    named = settings.get("quant_method")
+    if named is None:  # MLX does not say so, but names these two
+        return "mlx" if {"bits", "group_size"} <= settings.keys() else "unknown"
+    return str(named).lower().removeprefix("intel/").replace("auto_round", "auto-round")
 
 
 def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
-    window = config.get("sliding_window")
-    if window is None or family.sliding_window == "ignored":
+    if config.get("sliding_window") is None or family.sliding_window == "ignored":
         return None
     if family.sliding_window == "optional":
         if not config.get("use_sliding_window", False):
             return None
-        num_full = config.get("max_window_layers", 28)  # without layer_types, the first ones
-        kinds = set(config.get("layer_types") or []) or {
-            "full_attention" if layer < num_full else "sliding_attention"
-            for layer in range(config["num_hidden_layers"])
+        num_full = _whole(config, "max_window_layers")  # without layer_types, the first ones
+        kinds = _layer_types(config) or {
+            "full_attention" if layer < (28 if num_full is None else num_full) else "sliding_attention"
+            for layer in range(min(config["num_hidden_layers"], _MOST_LAYERS))
         }
         if len(kinds) > 1:
             raise UnsupportedModelError(
@@ -233,7 +248,17 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
             )
         if kinds == {"full_attention"}:
             return None
-    return int(window)
+    window = _whole(config, "sliding_window")
+    if window is not None and window <= 0:
+        raise UnsupportedModelError(f"config.json: sliding_window={shown(window)} must be positive, or null for none")
+    return window
+
+
+def _layer_types(config: Mapping[str, Any]) -> set[str]:
+    listed = config.get("layer_types") or []
+    if not isinstance(listed, list):
+        raise UnsupportedModelError(f"config.json: layer_types={shown(listed)} is not a list")
+    return {str(kind) for kind in listed}
 
 
 @dataclasses.dataclass(frozen=True)

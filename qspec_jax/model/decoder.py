@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
             lengths=cache.lengths,
-            rotations=rope.rotation(positions, rope.inverse_frequencies(self.config)),
+            rotations=rope.rotation(positions, self.config),
             blocks=None if view.cache_budget is None else cache.blocks,
         )
         stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))

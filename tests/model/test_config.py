@@ -146,10 +146,9 @@ def test_sliding_window(changes, window):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         (
             {"quantization_config": {"quant_method": "fp8"}},
-            r"quant_method='fp8' \(supported: gptq, awq, compressed-tensors; or use the unquantised checkpoint or a",
+            r"quant_method='fp8' \(supported: gptq, awq, compressed-tensors, auto-round; or use the unquantised check",
         ),
         ({"compression_config": {}, "quantization_config": {"bits": 4}}, r"quant_method='unknown'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"'yarn' is not supported; supported: linear, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"'llama3' lacks low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {"type": "linear"}}, r"'linear' lacks factor"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, r"=4 is not a multiple of num_key_value_heads=3"),
@@ -176,8 +175,61 @@ def test_all_unsupported_options_are_named_at_once():
         read(hidden_act="gelu", quantization_config={"quant_method": "aqlm"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "maker"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "ExLlamaV2"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
+        ({"quantization_config": {"quant_method": "FP8"}}, "8-bit floats"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}, "MLX"),
+    ],
+)
+def test_what_made_a_checkpoint_that_is_not_read_is_named(settings, maker):
+    with pytest.raises(UnsupportedModelError, match=rf"quantization_config of {maker}.*supported: gptq"):
+        read(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"eos_token_id": [-1, 3, 3, 100, 10**30]}, "eos_token_ids", (3,)),
+        ({"eos_token_id": "</s>"}, "eos_token_ids", ()),
+        ({"eos_token_id": [[1], None, True, 2]}, "eos_token_ids", (2,)),
+        ({"bos_token_id": [5, 6]}, "bos_token_id", 5),
+        ({"bos_token_id": -1}, "bos_token_id", None),
+        ({"pad_token_id": 100, "sep_token_id": "none"}, "eos_token_ids", ()),
+        ({"head_dim": None, "num_key_value_heads": None, "hidden_act": None}, "head_dim", 16),
+        ({"architectures": "LlamaForCausalLM"}, "head_dim", 16),
+    ],
+)
+def test_ids_that_are_not_used_never_matter(changes, field, value):
+    assert getattr(read(**changes), field) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": "two"}, "num_key_value_heads='two' is not an integer"),
+        ({"head_dim": [16]}, r"head_dim=\[16\] is not an integer"),
+        ({"vocab_size": True}, "not an integer: vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_layers=1000000000 must be positive and of a possible size"),
+        ({"hidden_size": 10**5000}, "hidden_size=a number of 16610 bits must be"),
+        ({"num_key_value_heads": -4}, "num_kv_heads=-4 must be positive"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a finite number"),
+        ({"rms_norm_eps": -1.0}, "must be positive"),
+        ({"max_position_embeddings": 2048.5}, "max_position_embeddings=2048.5 is not an integer"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window=0 must be positive"),
+    ],
+)
+def test_numbers_that_are_used_are_checked_by_name(changes, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        read(**changes)
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "auto-round"])
 def test_ready_made_4_bit_checkpoints_pass(method, key):
     assert read(**{key: {"quant_method": method}}) == read()
 
