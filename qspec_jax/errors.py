@@ -24,4 +24,8 @@ class OutOfMemoryError(QSpecError):
 
 
 class RequantizationWarning(UserWarning):
-    """Weights that were quantised already are rounded a second time, onto the 4-bit grid of this library."""
+    """Weights that were quantised already, or kept from it, are rounded onto the 4-bit grid of this library."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that says two things, of which one is taken."""

@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16")  # of what is not quantised
 GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
 WHOLE_ROW = "row"  # for people: the group size None
 ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
-# Their options are in weights/huggingface/layouts.py.
+# Their options are in weights/huggingface/formats.py.
 SUPPORTED_QUANTIZATION_METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
 _MAKERS = {  # of others, for people
     "aqlm": "AQLM",

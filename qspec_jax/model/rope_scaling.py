@@ -105,7 +105,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     original = int(next((number(place, key) for place, key in places if place.get(key) is not None), 2048))
     if kind == "yarn":
         return theta, _yarn(config, parameters, original)
-    numbers = {key: number(parameters, key) for key in _NEEDED["llama3"]}
+    numbers: dict[str, Any] = {key: number(parameters, key) for key in _NEEDED["llama3"]}
     return theta, RopeScaling("llama3", original_max_position_embeddings=original, **numbers)
 
 

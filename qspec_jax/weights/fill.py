@@ -69,7 +69,8 @@ def load_decoder(
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
 
     Warns:
-        RequantizationWarning: linears that are quantised in the file are rounded a second time.
+        RequantizationWarning: linears that are quantised in the file are rounded a second time, or linears that it
+            leaves in floating point are rounded.
     """
     if quantization is not None:
         _warn_of_requantization(source)
@@ -121,14 +122,27 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
 
 
 def _warn_of_requantization(source: Source) -> None:
-    """Warns once, naming the types, if linears of the checkpoint are quantised but their codes cannot be kept."""
-    linears = [source.entries[name].requantized_from for name, spec in source.specs.items() if spec.kind == "linear"]
-    if kinds := sorted({kind for kind in linears if kind is not None}):
-        count = sum(kind is not None for kind in linears)
-        warnings.warn(
-            f"{source.path.name}: {count} of {len(linears)} linears are stored as {', '.join(kinds)}; they are "
+    """Warns once, naming the types, if codes of the checkpoint cannot be kept, or it has kept linears from rounding."""
+    linears = {name: source.entries[name] for name, spec in source.specs.items() if spec.kind == "linear"}
+    again = {name: kind for name, entry in linears.items() if (kind := entry.requantized_from) is not None}
+    four_bit = [name for name, entry in linears.items() if entry.four_bit is not None]
+    in_float = [name for name in linears if name not in again and name not in four_bit]
+    problems = []
+    if again:
+        problems.append(
+            f"{len(again)} of {len(linears)} linears are stored as {', '.join(sorted(set(again.values())))}; they are "
             "dequantised and rounded to 4 bits a second time, which costs quality. Use Q4_0 or Q4_1, whose codes are "
-            "kept, or the unquantised checkpoint",
+            "kept, or the unquantised checkpoint"
+        )
+    if in_float and (again or four_bit):
+        problems.append(
+            f"{len(in_float)} of {len(linears)} linears, {in_float[0]} for one, are left in floating point by this "
+            "quantised checkpoint; they are rounded to 4 bits here, which costs quality. Use a checkpoint whose "
+            "linears are all quantised, or load it with quantization=None"
+        )
+    if problems:
+        warnings.warn(
+            f"{source.path.name}: {'. Also, '.join(problems)}",
             RequantizationWarning,
             stacklevel=4,  # the caller of qspec_jax.load
         )

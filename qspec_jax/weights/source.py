@@ -21,6 +21,7 @@ from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec
 
 MAX_LISTED = 8
+_PIECE = 1 << 20
 _PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype", "quantised parts")
 
 
@@ -111,6 +112,16 @@ class FoundTensor:
     entry: TensorEntry
     problem: str | None = None
     misfits: tuple[str, ...] = ()
+
+
+def check_finite(values: np.ndarray, *, what: str = "its values") -> None:
+    """Raises ValueError if floats are not all finite numbers. It looks at exponents, which is the fastest."""
+    exponent = {2: 0x7C00 if values.dtype == np.float16 else 0x7F80, 4: 0x7F800000, 8: 0x7FF << 52}[values.itemsize]
+    words = np.ascontiguousarray(values).reshape(-1).view(f"u{values.itemsize}")
+    # In pieces, so that no second array of its size is made.
+    for start in range(0, words.size, _PIECE):
+        if np.bitwise_and(words[start : start + _PIECE], exponent).max() == exponent:
+            raise ValueError(f"{what} are not all finite; fetch the file again")
 
 
 def canonical_name(source_name: str, table: Mapping[str, str]) -> str | None:

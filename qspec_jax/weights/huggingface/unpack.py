@@ -13,7 +13,7 @@ unpack_compressed   int32 ``[N, K/8]``, along K    compressed-tensors ``compress
 unpack_qspec        uint8 ``[N, K/2]``, along K    QSpec ``third-party/QuaRot/quarot/functional/quantization.py``
 =================== ============================== ============================================================
 
-This file is numpy alone: it reads no file and knows no names of tensors (see :mod:`.quantized_layouts`).
+This file is numpy alone: it reads no file and knows no names of tensors (see :mod:`.layouts`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
-from qspec_jax.weights.source import QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor, check_finite
 
 # Nibble i of an AWQ word is column (0, 2, 4, 6, 1, 3, 5, 7)[i]; column c is therefore this nibble.
 _AWQ_NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -139,8 +139,7 @@ def quantized_tensor(unpacked: Unpacked, *, symmetric: bool) -> QuantizedTensor:
     """
     codes, scale, zero = unpacked
     scale = scale.astype(np.float32)
-    if not np.isfinite(scale).all():
-        raise ValueError("its scales are not all finite; fetch the file again")
+    check_finite(scale, what="its scales")
     if symmetric and zero is not None and (wrong := np.flatnonzero(zero != SYMMETRIC_ZERO_POINT)).size:
         raise ValueError(
             f"its config says that it is symmetric, but {wrong.size} of {zero.size} zero points are not "

@@ -1,0 +1,257 @@
+"""Hugging Face directories as people and other programs leave them: what counts, and what is said."""
+
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qspec_jax.errors import CheckpointError, CheckpointWarning, RequantizationWarning, UnsupportedModelError
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.resolve import open_source
+from tests.weights.prequantized_packers import CASES, Case, tiny_checkpoint
+from tests.weights.tiny_checkpoints import HIDDEN, VOCAB, hf_config, hf_tensors, write_hf
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def directory(path, *, changes=(), num_shards=1, **config):
+    """A float checkpoint with some of its tensors changed, None for removed; its config says ``config``."""
+    parsed = hf_config(**config)
+    tensors = hf_tensors(parsed | {"tie_word_embeddings": False}) | dict(changes)
+    return write_hf(path, parsed, {k: v for k, v in tensors.items() if v is not None}, num_shards=num_shards)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("missing", [HEAD, EMBEDDING])
+def test_the_embedding_is_the_head_where_one_of_both_is_missing(tmp_path, tied, missing):
+    source = open_source(directory(tmp_path, tie_word_embeddings=tied, changes={missing: None}))
+    assert source.config.tie_word_embeddings
+    expected = hf_tensors(hf_config())[HEAD if missing == EMBEDDING else EMBEDDING]
+    np.testing.assert_array_equal(source.entries["embedding.weight"].read(), expected)
+    assert "lm_head.weight" not in source.entries
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_head_that_equals_the_embedding_is_no_second_one(tmp_path, dtype):
+    same = np.arange(VOCAB * HIDDEN).reshape(VOCAB, HIDDEN).astype(np.float32) % 13
+    path = directory(tmp_path, tie_word_embeddings=True, changes={EMBEDDING: same, HEAD: same.astype(dtype)})
+    assert open_source(path).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_head_that_differs_from_the_embedding_is_kept_with_a_warning(tmp_path, num_shards):
+    path = directory(tmp_path, tie_word_embeddings=True, num_shards=num_shards)
+    with pytest.warns(CheckpointWarning, match=r"ties the LM head to the embedding, but .*both are kept"):
+        source = open_source(path)
+    np.testing.assert_array_equal(source.entries[HEAD].read(), hf_tensors(hf_config())[HEAD])
+    assert not source.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq", "compressed"])
+def test_a_quantised_head_is_kept_though_the_config_ties_it(tmp_path, case):
+    checkpoint = tiny_checkpoint(CASES[case], tie_word_embeddings=True)
+    weight = CASES[case].weight(VOCAB, HIDDEN)
+    checkpoint.tensors |= {f"lm_head.{part}": array for part, array in CASES[case].parts(weight).items()}
+    with pytest.warns(CheckpointWarning, match="both are kept"):
+        source = open_source(checkpoint.write(tmp_path))
+    np.testing.assert_array_equal(source.entries[HEAD].read(), weight.floats)
+    assert source.entries["embedding.weight"].read().shape == (VOCAB, HIDDEN)
+
+
+def test_an_untied_head_is_not_read_when_it_is_opened(tmp_path):
+    path = directory(tmp_path, changes={HEAD: hf_tensors(hf_config())[EMBEDDING]})
+    assert not open_source(path).config.tie_word_embeddings
+
+
+def index_of(path, *names, files=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+    weight_map = {name: files[index % len(files)] for index, name in enumerate(names)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', None])
+def test_a_complete_file_loads_whatever_an_index_says(tmp_path, index):
+    directory(tmp_path)
+    index_of(tmp_path, EMBEDDING, HEAD)
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert open_source(tmp_path).entries[HEAD].read().shape == (VOCAB, HIDDEN)
+
+
+def test_shards_beside_a_complete_file_are_left_out_and_named(tmp_path):
+    newer = np.ones((VOCAB, HIDDEN), np.float32)
+    directory(tmp_path, num_shards=2)
+    save_file(hf_tensors(hf_config()) | {HEAD: newer}, tmp_path / "model.safetensors")
+    with pytest.warns(CheckpointWarning, match=r"weights twice: model\.safetensors is read and its shards left out"):
+        source = open_source(tmp_path)
+    np.testing.assert_array_equal(source.entries[HEAD].read(), newer)
+
+
+def test_a_file_that_lacks_tensors_of_the_shards_is_left_out_and_named(tmp_path):
+    directory(tmp_path, num_shards=2)
+    save_file({HEAD: np.ones((VOCAB, HIDDEN), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.warns(CheckpointWarning, match=r"index\.json is read and model\.safetensors left out"):
+        source = open_source(tmp_path)
+    np.testing.assert_array_equal(source.entries[HEAD].read(), hf_tensors(hf_config())[HEAD])
+
+
+def test_an_index_that_names_the_one_file_is_no_second_place(tmp_path):
+    directory(tmp_path)
+    index_of(tmp_path, *hf_tensors(hf_config()), files=("model.safetensors",))
+    assert open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a\0b", ""])
+def test_an_index_names_files_of_its_directory_alone(tmp_path, name):
+    directory(tmp_path, num_shards=2)
+    index_of(tmp_path, EMBEDDING, files=(name,))
+    with pytest.raises(CheckpointError, match="is no file of its directory"):
+        open_source(tmp_path)
+
+
+def test_a_shard_that_is_missing_is_named_without_an_index_too(tmp_path):
+    directory(tmp_path, num_shards=3)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert open_source(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 3 shards are missing: model-00002-of-00003\.safetensors"):
+        open_source(tmp_path)
+
+
+def test_a_copy_in_the_format_of_mistral_does_not_join_the_model(tmp_path):
+    directory(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    save_file({"tok_embeddings.weight": np.zeros(4, np.float32)}, tmp_path / "consolidated.safetensors")
+    assert open_source(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    directory(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"adapter \(LoRA\) and no model; merge it"):
+        open_source(tmp_path)
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path):
+    directory(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(hf_config() | {"eos_token_id": [7, 999]}).encode())
+    assert open_source(tmp_path).config.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("added", "maker"),
+    [
+        ({"lm_head.weight": np.zeros((VOCAB, 8), np.uint32), "lm_head.biases": 1, "lm_head.scales": 1}, "MLX"),
+        ({"model.layers.0.mlp.up_proj.q_weight": 1, "model.layers.0.mlp.up_proj.q_groups": 1}, "ExLlamaV2"),
+        ({"model.layers.0.mlp.up_proj.trellis": 1}, "ExLlamaV3"),
+        ({"model.layers.0.mlp.up_proj.weight.absmax": 1}, "bitsandbytes"),
+        ({"model.layers.0.mlp.up_proj.SCB": 1}, r"bitsandbytes \(INT8\)"),
+        ({"model.layers.0.mlp.up_proj.W_q": 1}, "HQQ"),
+        ({"model.norm.weight": np.zeros(HIDDEN, ml_dtypes.float8_e4m3fn)}, "floats of 8 bits"),
+    ],
+)
+def test_what_quantised_the_tensors_is_named(tmp_path, added, maker):
+    changes = {name: np.zeros(4, np.float32) if isinstance(array, int) else array for name, array in added.items()}
+    with pytest.raises(UnsupportedModelError, match=rf"quantised by {maker}.*not supported; use the unquantised"):
+        open_source(directory(tmp_path, changes=changes))
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "settings"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}),
+    ],
+)
+def test_settings_in_a_file_of_their_own_are_read(tmp_path, case, name, settings):
+    checkpoint = tiny_checkpoint(CASES[case])
+    del checkpoint.config["quantization_config"]
+    checkpoint.write(tmp_path)
+    (tmp_path / name).write_text(json.dumps(settings))
+    assert open_source(tmp_path).entries["layers.1.mlp.up.weight"].four_bit
+    (tmp_path / name).write_text(json.dumps(settings | {"bits": 8, "w_bit": 8}))
+    with pytest.raises(UnsupportedModelError, match="=8 "):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("packing", "case"),
+    [
+        ("auto_round:auto_gptq", Case("gptq", 32, True)),
+        ("auto_round:gptqmodel", Case("gptq", 32, False, less_one=False)),
+        ("auto_round", Case("gptq", 32, True, less_one=False)),
+        ("auto_round:auto_awq", Case("awq", 32, False)),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
+def test_autoround_packs_as_gptq_and_awq_do(tmp_path, packing, case, method):
+    checkpoint = tiny_checkpoint(case)
+    settings = {"quant_method": method, "packing_format": packing, "bits": 4, "group_size": 32, "sym": case.symmetric}
+    settings |= {"data_type": "int", "act_bits": 16, "extra_config": {"lm_head": {"bits": 16}}}
+    checkpoint.config["quantization_config"] = settings
+    source = open_source(checkpoint.write(tmp_path))
+    decoder = loaded(source, None)
+    down = np.asarray(decoder.layers[0].mlp.down.weight.get_value())
+    np.testing.assert_array_equal(down[1], checkpoint.floats["model.layers.1.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, "packing_format='auto_round:llm_compressor'"),
+        ({"packing_format": None}, "packing_format=None"),
+        ({"data_type": "mx_fp"}, "data_type='mx_fp'"),
+        ({"act_bits": 8}, "act_bits=8"),
+        ({"extra_config": {"model.layers.0": {"bits": 8}}}, "extra_config of model.layers.0"),
+        ({"extra_config": [1]}, "cannot be understood"),
+        ({"bits": 2}, "bits=2"),
+    ],
+)
+def test_other_settings_of_autoround_are_named(tmp_path, settings, message):
+    checkpoint = tiny_checkpoint(CASES["gptq"])
+    known = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+    checkpoint.config["quantization_config"] = known | settings
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_source(checkpoint.write(tmp_path))
+
+
+def loaded(source, quantization=QuantConfig()):  # noqa: B008 - frozen
+    options = {"dtype": jnp.dtype("float32"), "kernels": "reference", "scan_layers": True}
+    return load_decoder(source, quantization=quantization, formats=weight_formats(source, quantization), **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("awq", {"modules_to_not_convert": ["down_proj"]}),
+        ("gptq", {"dynamic": {"-:.*down_proj.*": {}}}),
+        ("compressed", {"ignore": ["lm_head", "re:.*down_proj"]}),
+    ],
+)
+def test_linears_that_a_checkpoint_left_in_float_are_not_rounded_in_silence(tmp_path, case, settings):
+    checkpoint = tiny_checkpoint(CASES[case])
+    checkpoint.config["quantization_config"] |= settings
+    checkpoint.tensors = {name: array for name, array in checkpoint.tensors.items() if "0.mlp.down_proj" not in name}
+    down = "model.layers.0.mlp.down_proj.weight"
+    checkpoint.tensors[down] = checkpoint.floats[down]
+    source = open_source(checkpoint.write(tmp_path))
+    with pytest.warns(RequantizationWarning, match=r"1 of 14 linears, layers\.0\.mlp\.down\.weight for one, are left"):
+        loaded(source)
+    np.testing.assert_array_equal(
+        np.asarray(loaded(source, None).layers[0].mlp.down.weight)[0], checkpoint.floats[down]
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", [EMBEDDING, "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_values_that_are_not_finite_are_refused(tmp_path, value, dtype, name):
+    tensors = hf_tensors(hf_config(), dtype)
+    tensors[name].reshape(-1)[-1] = value
+    source = open_source(write_hf(tmp_path, hf_config(), tensors))
+    with pytest.raises(CheckpointError, match=r"cannot read tensor .*: its values are not all finite"):
+        loaded(source, None)
