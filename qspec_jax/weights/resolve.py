@@ -34,7 +34,7 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
 
     Returns:
         a GGUF file, a Hugging Face directory, or a directory that :mod:`qspec_jax.weights.checkpoint` wrote. One that
-        holds a GGUF file and none of these stands for that file.
+        holds one GGUF model and no safetensors stands for that model, or for the first of its parts.
 
     Raises:
         CheckpointError: there is no such path, or the download failed.
@@ -83,7 +83,7 @@ def open_source(path: Path) -> Source:
         from qspec_jax.weights.huggingface.directory import open_hf
 
         return open_hf(path)
-    from qspec_jax.weights.gguf.file import open_gguf
+    from qspec_jax.weights.gguf.source import open_gguf
 
     return open_gguf(path)
 
@@ -91,7 +91,9 @@ def open_source(path: Path) -> Source:
 def model_bytes(path: Path) -> int:
     """Size on disk of the weights of a model that :func:`resolve_model` found."""
     if path.is_file():
-        return path.stat().st_size
+        from qspec_jax.weights.gguf.parts import parts_of
+
+        return sum(part.stat().st_size for part in parts_of(path))
     pattern = "data-*/arrays/**/*" if _is_checkpoint(path) else "*.safetensors"
     return sum(file.stat().st_size for file in path.glob(pattern) if file.is_file())
 
@@ -117,13 +119,15 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
-    if not path.is_dir() or (path / "config.json").exists() or _is_checkpoint(path):
+    if not path.is_dir() or _is_checkpoint(path) or next(path.glob("*.safetensors*"), None) is not None:
         return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({names}); give the path of one of them")
-    return files[0] if files else path
+    from qspec_jax.weights.gguf.parts import model_files
+
+    models = model_files(path)
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise CheckpointError(f"{path} holds {len(models)} GGUF files ({names}); give the path of one of them")
+    return models[0] if models else path
 
 
 def _download(hub_id: str, *, remedy: str) -> Path:

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
-from qspec_jax.weights.gguf.file import open_gguf
+from qspec_jax.weights.gguf.source import open_gguf
 from tests import tiny
 from tests.weights import tiny_checkpoints
 

@@ -1,6 +1,7 @@
 """GGUF files: bit-exact 4-bit import, llama.cpp's row order undone, metadata read as a config."""
 
 import dataclasses
+import math
 import struct
 
 import gguf
@@ -154,7 +155,11 @@ def test_demo_model_config(demo_gguf):
         49152,
     )
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.rope_theta, config.tie_word_embeddings, config.eos_token_ids) == (100000.0, True, (2,))
+    assert (config.rope_theta, config.tie_word_embeddings, config.eos_token_ids) == (
+        100000.0,
+        True,
+        (2, 0, 4),
+    )  # <|im_end|>, <|endoftext|>, <reponame>
 
 
 def test_a_file_is_parsed_once_while_its_source_is_held(llama, monkeypatch):
@@ -212,10 +217,29 @@ def test_unknown_rope_factors_are_refused(llama):
     [
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
         ({"llama.rope.scale_linear": 2.0}, RopeScaling("linear", 2.0)),
-        ({"llama.rope.scaling.type": "none"}, None),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 0.0}, None),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 64,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+            },
+            RopeScaling(
+                "yarn",
+                4.0,
+                original_max_position_embeddings=64,
+                beta_fast=16.0,
+                attention_factor=1.0 + 0.1 * math.log(4.0),
+            ),
+        ),
     ],
 )
-def test_linear_rope_scaling(llama, metadata, expected):
+def test_rope_scaling(llama, metadata, expected):
     config, tensors, path = llama
     assert open_source(write_gguf(path, config, tensors, metadata=metadata)).config.rope_scaling == expected
 
@@ -226,10 +250,17 @@ def test_end_tokens_of_the_metadata(llama):
     assert open_source(path).config.eos_token_ids == (2, 9)
 
 
+LOG_MULTIPLIER = {"llama.rope.scaling.yarn_log_multiplier": 0.1}
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, r"rope scaling 'linear with attn_factor=1\.2\d*' is not supported"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0} | LOG_MULTIPLIER, "yarn_log_multiplier"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is not the same in all layers"),
+        ({"general.type": "adapter"}, "is a GGUF file of type 'adapter', not a model"),
         ({"llama.expert_count": 8}, "expert_count=8"),
         ({"llama.rope.dimension_count": 16}, "partial_rotary_factor=0.5"),
     ],

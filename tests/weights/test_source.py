@@ -12,7 +12,7 @@ from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.fill import load_decoder, load_layer, weight_formats
-from qspec_jax.weights.gguf import file as _gguf  # noqa: F401 - imported late, and counted
+from qspec_jax.weights.gguf import source as _gguf  # noqa: F401 - imported late, and counted
 from qspec_jax.weights.huggingface import directory as _directory  # noqa: F401
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import FoundTensor, TensorEntry, check_entries

@@ -143,10 +143,14 @@ def write_gguf(
     linear_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str | None = None,
     metadata: dict[str, Any] | None = None,
+    tensors_per_part: int = 0,
 ) -> Path:
-    """A GGUF file of tensors under llama.cpp's names. Linears and the embedding become ``linear_type``."""
+    """A GGUF file of tensors under llama.cpp's names. Linears and the embedding become ``linear_type``.
+
+    With ``tensors_per_part`` it is split, and the path of no file is returned.
+    """
     architecture = architecture or GGUF_ARCHITECTURES[config["architectures"][0]]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -160,7 +164,9 @@ def write_gguf(
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     for key, value in (metadata or {}).items():
-        _add_value(writer, key, value)
+        writer.kv_data[0].pop(key, None)  # a key that is there already
+        if value is not None:
+            _add_value(writer, key, value)
     for name, tensor in tensors.items():
         if tensor.ndim == 2 and tensor.dtype == np.float32:
             writer.add_tensor(name, gguf.quants.quantize(tensor, linear_type), raw_dtype=linear_type)
