@@ -10,29 +10,27 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.errors import CheckpointError
+from qspec_jax.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers writes for a tokenizer that is no more than its `tokenizer.json`.
-_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-_OPTIONS_WITHOUT_EFFECT = {  # on what a `Tokenizer` does
+_KEPT_OPTIONS = {  # that are only written again
     "backend",
     "clean_up_tokenization_spaces",
     "is_local",
     "local_files_only",
     "model_input_names",
     "model_max_length",
-    "tokenizer_class",
 }
+_REMEDY = "the directory needs the model's tokenizer.json and tokenizer_config.json"
 
 
 class PlainBackend:
@@ -41,18 +39,25 @@ class PlainBackend:
     What is out of the ordinary, and writing the files, is left to one of those, made when it is needed.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        chat_template: str | Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         """Completes a tokenizer with what its library has no place for; arguments as of ``PreTrainedTokenizerFast``.
 
         Args:
             tokenizer: without truncation and padding. Special tokens that it does not keep whole are added to it.
-            chat_template: Jinja source.
+            chat_template: Jinja source, or several by their names. An empty one is none.
             options: ``bos_token``, ``eos_token`` and so on, None for those that are missing, and what is only
                 written with the files.
         """
         from tokenizers import AddedToken
 
-        self.chat_template, self.backend_tokenizer = chat_template, tokenizer
+        self.chat_template: Any = chat_template or None
+        self.backend_tokenizer = tokenizer
         self._options = options
         self._special_tokens = {name: options[name] for name in _SPECIAL_TOKENS if options.get(name) is not None}
         whole = {token.content for token in self.added_tokens_decoder.values()}
@@ -88,6 +93,11 @@ class PlainBackend:
     ) -> Any:
         from qspec_jax.tokenizer.chat_template import is_plain, render
 
+        if isinstance(self.chat_template, Mapping):
+            raise UsageError(
+                f"the tokenizer has chat templates named {', '.join(self.chat_template)} and no default one; write the "
+                "one to use into chat_template.jinja, or give the prompt as plain text"
+            )
         if self.chat_template is None or not add_generation_prompt or not is_plain(conversation):
             options |= {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
             return self._in_transformers.apply_chat_template(conversation, **options)
@@ -113,26 +123,29 @@ def import_transformers() -> Any:
 
 
 def open_directory(path: Path) -> PlainBackend | PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory.
+    """The tokenizer of a Hugging Face directory: what its ``tokenizer.json`` says, or else what transformers makes.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is Python that comes with the model.
     """
     try:
-        backend = _open_plain(path) or _open_in_transformers(path)
+        if (path / "tokenizer.json").exists():
+            return _open_plain(path)
+        backend = _open_in_transformers(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # the libraries raise everything, down to bare Exceptions
         if _names_own_code(path):
+            raise _own_code(path) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
             raise CheckpointError(
-                f"the tokenizer of {path} is a class of the model's own, and Python that comes with a model is not "
-                'run; if its tokenizer.json says all, write "tokenizer_class": "PreTrainedTokenizerFast" into '
-                "tokenizer_config.json"
+                f"{path} has a tokenizer.model only (SentencePiece or tiktoken), which is not read; put the model's "
+                "tokenizer.json beside it, from the same model on the hub or written by transformers' save_pretrained "
+                f"({reason})"
             ) from error
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"cannot load a tokenizer from {path}: {reason[0]}; the directory needs the model's tokenizer.json and "
-            "tokenizer_config.json"
-        ) from error
-    if not isinstance(backend, PlainBackend) and not backend.is_fast:
+        raise CheckpointError(f"cannot load a tokenizer from {path}: {reason}; {_REMEDY}") from error
+    if not backend.is_fast:
         raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
     return backend
 
@@ -142,36 +155,92 @@ def _open_in_transformers(path: Path) -> PreTrainedTokenizerFast:
     return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
+def _own_code(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the tokenizer of {path} is a class of the model's own, and Python that comes with a model is not "
+        'run; if its tokenizer.json says all, write "tokenizer_class": "PreTrainedTokenizerFast" into '
+        "tokenizer_config.json"
+    )
+
+
 def _names_own_code(path: Path) -> bool:
-    """Whether a file of the directory maps a class of transformers to code of the directory."""
+    """Whether a file of the directory maps the tokenizer to code of the directory."""
     for name in ("tokenizer_config.json", "config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((path / name).read_text(encoding="utf-8")).get("auto_map"):
+            mapped = json.loads((path / name).read_text(encoding="utf-8-sig")).get("auto_map")
+            if mapped and (isinstance(mapped, list) or "AutoTokenizer" in mapped):
                 return True
     return False
 
 
-def _open_plain(path: Path) -> PlainBackend | None:
-    """The tokenizer of a directory if it is no more than its ``tokenizer.json``, as in a checkpoint; None otherwise.
+def _open_plain(path: Path) -> PlainBackend:
+    """The tokenizer that ``tokenizer.json`` describes.
 
-    Beside a model's ``config.json``, or with other options, transformers may choose other rules.
+    Its class in transformers may have other rules; the file is what the model was trained with. The files beside it
+    name the special tokens and may add tokens; whether a text begins with BOS, they are not asked, as in transformers.
     """
-    if not {"tokenizer.json", "tokenizer_config.json"} <= (names := set(os.listdir(path))) <= _FILES:
-        return None
-    options = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if options.pop("chat_template", None) is not None:
-        return None  # written otherwise than today
-    special_tokens = [options.get(name) for name in _SPECIAL_TOKENS if options.get(name) is not None]
-    known = options.keys() <= {*_OPTIONS_WITHOUT_EFFECT, *_SPECIAL_TOKENS}
-    if not known or options.get("tokenizer_class") not in _CLASSES or set(map(type, special_tokens)) - {str}:
-        return None
     from tokenizers import Tokenizer
 
+    options = _read_object(path / "tokenizer_config.json")
+    if _names_own_code(path) and options.get("tokenizer_class") not in _CLASSES:
+        raise _own_code(path)
+    named = {**_read_object(path / "special_tokens_map.json"), **options}
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    if tokenizer.truncation or tokenizer.padding or not special.issuperset(special_tokens):
-        return None
-    template = path / "chat_template.jinja"
-    chat_template = template.read_text(encoding="utf-8") if template.name in names else None
-    del options["tokenizer_class"]
-    return PlainBackend(tokenizer, chat_template=chat_template, **options)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(options.get("split_special_tokens", False))
+    special = {name: token for name in _SPECIAL_TOKENS if (token := _token_text(named.get(name))) is not None}
+    _add_missing_tokens(tokenizer, named, special.values())
+    return PlainBackend(
+        tokenizer,
+        chat_template=_chat_template(path, options),
+        **{name: value for name, value in options.items() if name in _KEPT_OPTIONS},
+        **special,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path.name} holds a JSON {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def _token_text(named: Any) -> str | None:
+    """A token as the files write it: its text, or an object with it."""
+    text = named.get("content") if isinstance(named, Mapping) else named
+    return text if isinstance(text, str) else None
+
+
+def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, named: Mapping[str, Any], special: Iterable[str]) -> None:
+    """Adds the tokens that only the files beside ``tokenizer.json`` know, or know to be special."""
+    from tokenizers import AddedToken
+
+    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    decoder = named.get("added_tokens_decoder")
+    listed = list(decoder.values()) if isinstance(decoder, Mapping) else []
+    for token in listed:
+        if isinstance(token, Mapping) and (text := _token_text(token)) is not None and text not in known:
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            tokenizer.add_tokens([AddedToken(text, **{flag: bool(token.get(flag, False)) for flag in flags})])
+    texts = list(special)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = named.get(key) or []
+        texts += filter(None, map(_token_text, more.values() if isinstance(more, Mapping) else more))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts if not known.get(text)])
+
+
+def _chat_template(path: Path, options: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template; several by their names if none of them is the default."""
+    if (file := path / "chat_template.jinja").exists():
+        return file.read_text(encoding="utf-8")
+    template = options.get("chat_template")
+    if template is None:
+        template = _read_object(path / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, Mapping):
+        return template.get("default") or {str(name): str(source) for name, source in template.items()}
+    return template if isinstance(template, str) else None

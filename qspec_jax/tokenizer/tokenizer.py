@@ -1,7 +1,7 @@
 """Text to token ids and back: one small interface over the tokenizers of transformers.
 
 Only what generation needs: a prompt, a chat prompt, decoding at once and decoding piece by piece. The
-import of transformers is slow; ``tokenizer_backend.py`` does without where it can.
+import of transformers is slow; ``backend.py`` does without where it can.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tokenizer:
         """
         self._backend: Any = backend  # its annotations allow every return type of every option
         vocabulary = backend.get_vocab()
-        template = str(backend.chat_template or "")
+        template = str(self._backend.chat_template or "")
         own = [] if self._backend.eos_token_id is None else [self._backend.eos_token_id]
         marks = [vocabulary[mark] for mark in _END_OF_TURN_TOKENS if mark in template and mark in vocabulary]
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *eos_token_ids, *marks]))
@@ -54,7 +54,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether :meth:`apply_chat` works."""
-        return self._backend.chat_template is not None
+        return bool(self._backend.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set."""
@@ -69,16 +69,21 @@ class Tokenizer:
         Raises:
             UsageError: there is no chat template, or it refuses these messages.
         """
+        return self._chat(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         if not self.has_chat_template:
             raise UsageError("the tokenizer has no chat template; give the prompt as plain text")
-        from jinja2 import TemplateError
-
         try:
-            return self._backend.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise UsageError(f"the chat template refuses the messages: {error}") from error
+            return self._backend.apply_chat_template(list(messages), **options)
+        except UsageError:
+            raise
+        except Exception as error:  # a template is a program, and fails in every way that programs do
+            from jinja2 import TemplateError
+
+            what = "refuses the messages" if isinstance(error, TemplateError) else "fails"
+            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise UsageError(f"the chat template {what}: {reason}") from error
 
     def system_length(self, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
         """How many tokens a conversation begins with as does any other one with the same system messages.
@@ -100,9 +105,13 @@ class Tokenizer:
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the chat template; without ``add_generation_prompt`` its last message goes on."""
-        return self._backend.apply_chat_template(
-            list(messages),
+        """A conversation as text, by the chat template; without ``add_generation_prompt`` its last message goes on.
+
+        Raises:
+            UsageError: there is no chat template, or it refuses these messages.
+        """
+        return self._chat(
+            messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,

@@ -117,7 +117,8 @@ def checkpoint_tokenizer(demo, tmp_path_factory) -> Path:
 def assert_equal(tokenizer: Tokenizer, expected: Tokenizer) -> None:
     assert isinstance(tokenizer._backend, PlainBackend)
     assert not isinstance(expected._backend, PlainBackend)
-    for name in ("vocab_size", "has_chat_template", "eos_token_ids", "_invisible"):
+    assert set(tokenizer.eos_token_ids) >= set(expected.eos_token_ids)
+    for name in ("vocab_size", "has_chat_template", "_invisible"):
         assert getattr(tokenizer, name) == getattr(expected, name), name
     for text in [*TEXTS, *SPECIAL_TEXTS]:
         for add_special_tokens in (True, False):
@@ -246,28 +247,141 @@ def unspecial(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory) -> Path:
+    """A byte-level tokenizer as a checkpoint has it; a large vocabulary takes long to read."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = [*special, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+    model = tokenizers.models.BPE(
+        vocab={token: number for number, token in enumerate(alphabet)}, merges=[("t", "h"), ("th", "e")]
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens(special)
+    options = {"bos_token": special[1], "eos_token": special[2], "unk_token": special[0], "pad_token": special[2]}
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    path = tmp_path_factory.mktemp("small")
+    return saved(Tokenizer(PlainBackend(tokenizer, chat_template=template, **options)), path)
+
+
+def with_special(**tokens):
+    return lambda path: change_json(path / "tokenizer_config.json", **tokens)
+
+
+def moved_tokens(path: Path) -> None:
+    """As older files have them: in a file of their own, and as objects."""
+    tokens = {"bos_token": {"content": "<|im_start|>", "lstrip": False}, "eos_token": "<|im_end|>"}
+    (path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    content = json.loads((path / "tokenizer_config.json").read_text())
+    for name in tokens:
+        del content[name]
+    (path / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+ADDED = {"261": {"content": "<new>", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
+ADDED |= {"262": {"content": "<end>", "special": True, "normalized": False, "lstrip": False, "rstrip": False}}
+DIRECTORIES = {
+    "as it is": lambda path: None,
+    "model": lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
+    "no added tokens": lambda path: (path / "added_tokens.json").write_text("{}"),
+    "no BOS": with_special(add_bos_token=False),
+    "BOS": with_special(add_bos_token=True),
+    "BOS and EOS": with_special(add_bos_token=True, add_eos_token=True),
+    "extra": with_special(extra_special_tokens=["<|extra|>"]),
+    "additional": with_special(additional_special_tokens=["<|extra|>"]),
+    "new padding": with_special(pad_token="<|pad|>"),
+    "objects": with_special(eos_token={"content": "<|endoftext|>", "__type": "AddedToken", "special": True}),
+    "added": with_special(added_tokens_decoder=ADDED),
+    "elsewhere": moved_tokens,
+    "not special": lambda path: unspecial(path / "tokenizer.json"),
+    "truncating": lambda path: change_json(path / "tokenizer.json", truncation=TRUNCATION, padding=None),
+    "byte order mark": lambda path: (path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "llama"}'),
+}
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_a_directory_is_tokenised_as_by_transformers(small_tokenizer, tmp_path, name):
+    path = Path(shutil.copytree(small_tokenizer, tmp_path / "other"))
+    DIRECTORIES[name](path)
+    tokenizer = load_tokenizer(path)
+    if name == "byte order mark":
+        assert tokenizer.encode("ab")  # transformers refuses it
+        return
+    expected = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    assert_equal(tokenizer, Tokenizer(expected))
+    assert answers(tokenizer, CONVERSATIONS[0]) == answers(Tokenizer(expected), CONVERSATIONS[0])
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", None])
+@pytest.mark.parametrize("source", ["bytes", "sentencepiece"])
+def test_a_directory_is_tokenised_as_its_tokenizer_json_whatever_its_class(
+    small_tokenizer,
+    sentencepiece_path,  # noqa: F811
+    tmp_path,
+    tokenizer_class,
+    model_type,
+    source,
+):
+    path = Path(shutil.copytree(small_tokenizer, tmp_path / "bytes"))
+    if source == "sentencepiece":
+        path = saved(load_tokenizer(sentencepiece_path()), tmp_path / "saved")
+    change_json(path / "tokenizer_config.json", tokenizer_class=tokenizer_class, legacy=True, add_prefix_space=True)
+    if model_type is not None:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer, library = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in [*TEXTS, *SPECIAL_TEXTS, "a</s> b</s>c", "</s>the cat"]:
+        assert tokenizer.encode(text) == library.encode(text).ids
+    if source == "sentencepiece":
+        in_gguf = load_tokenizer(sentencepiece_path())
+        assert tokenizer.encode("the</s> cat</s>") == in_gguf.encode("the</s> cat</s>")
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("template", "others", "expected"),
     [
-        lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
-        lambda path: (path / "added_tokens.json").write_text("{}"),
-        lambda path: change_json(path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer"),
-        lambda path: change_json(path / "tokenizer_config.json", add_bos_token=True),
-        lambda path: change_json(path / "tokenizer_config.json", extra_special_tokens=["<|extra|>"]),
-        lambda path: change_json(path / "tokenizer_config.json", pad_token="<|pad|>"),
-        lambda path: change_json(path / "tokenizer_config.json", chat_template="{{ 1 }}"),
-        lambda path: unspecial(path / "tokenizer.json"),
+        ("", {}, None),
+        ([], {}, None),
+        ([{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}], {}, "D"),
+        (
+            [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}],
+            {},
+            "named tool_use, rag and no def",
+        ),
+        ({"default": "D", "rag": "R"}, {}, "D"),
+        ("{{ 1 }}", {"chat_template.jinja": "J"}, "J"),
+        ("C", {"chat_template.json": '{"chat_template": "N"}'}, "C"),
+        (None, {"chat_template.json": '{"chat_template": "N"}'}, "N"),
+        (None, {"chat_template.jinja": ""}, None),
     ],
 )
-def test_a_directory_that_says_more_is_left_to_transformers(checkpoint_tokenizer, tmp_path, change):
-    path = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "other"))
-    assert isinstance(load_tokenizer(path)._backend, PlainBackend)
-    change(path)
-    assert isinstance(load_tokenizer(path)._backend, PreTrainedTokenizerFast)
+def test_a_chat_template_is_found_wherever_it_stands(small_tokenizer, tmp_path, template, others, expected):
+    path = Path(shutil.copytree(small_tokenizer, tmp_path / "other"))
+    (path / "chat_template.jinja").unlink()
+    change_json(path / "tokenizer_config.json", chat_template=template)
+    for name, text in others.items():
+        (path / name).write_text(text)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.has_chat_template == (expected is not None)
+    if expected is None or len(expected) > 1:
+        with pytest.raises(UsageError, match=expected or "no chat template; give the prompt as plain text"):
+            tokenizer.chat_text(CONVERSATIONS[0])
+    else:
+        assert tokenizer.chat_text(CONVERSATIONS[0]) == expected
+
+
+def test_a_sentencepiece_file_alone_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"a tokenizer\.model only .*put the model's tokenizer\.json beside it"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "", "\0", "3"])
 def test_damaged_files_of_a_checkpoint(checkpoint_tokenizer, tmp_path, name, content):
     path = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / "damaged"))
     (path / name).write_text(content)

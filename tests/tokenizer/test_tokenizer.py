@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from qspec_jax.engine.load import ending_with
-from qspec_jax.errors import CheckpointError, UnsupportedModelError, UsageError
+from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError, UsageError
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
 
@@ -43,6 +43,7 @@ def write_vocabulary(path, tokens, types, **metadata):
     if template := metadata.pop("chat_template", None):
         writer.add_chat_template(template)
     adders = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    adders[int] = lambda key, value: (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
     for key, value in metadata.items():
         adders[type(value)](f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
@@ -133,7 +134,7 @@ def test_a_template_without_an_empty_message_has_no_system_part(demo, monkeypatc
 
 def test_sizes_and_end_tokens_of_the_demo_model(demo):
     assert demo.vocab_size == 49152
-    assert demo.eos_token_ids == (2,)
+    assert demo.eos_token_ids == (2, 0, 4)  # <|im_end|>, <|endoftext|>, <reponame>
 
 
 def pieces_of(tokenizer, ids, generator):
@@ -216,7 +217,7 @@ def test_streamed_sentencepiece_equals_decoded_text_for_any_tokens(sentencepiece
 
 def test_end_of_turn_tokens_end_a_text(tmp_path):
     tokens, types = ["a", "<eos>", "<|eot_id|>", "<|eom|>"], [NORMAL, CONTROL, CONTROL, CONTROL]
-    options = {"model": "gpt2", "merges": ["a b"], "eos_token_id": 1, "eot_token_id": 3}
+    options = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"], "eos_token_id": 1, "eot_token_id": 3}
     path = write_vocabulary(
         tmp_path / "m.gguf",
         [*tokens, "b", "ab"],
@@ -225,12 +226,14 @@ def test_end_of_turn_tokens_end_a_text(tmp_path):
         **options,
     )
     assert load_tokenizer(path).eos_token_ids == (1, 3, 2)
+    named = write_vocabulary(tmp_path / "n.gguf", [*tokens, "b", "ab"], [NORMAL] * 6, **options)
+    assert load_tokenizer(named).eos_token_ids == (1, 3, 2)  # by its text alone
 
 
 def byte_level_words(tmp_path, pre, text):
     """The words that a byte-level tokenizer without any merges would merge within."""
     alphabet = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
-    options = {"model": "gpt2", "pre": pre, "merges": ["1 2"]}
+    options = {"model": "gpt2", "merges": ["1 2"]} | ({} if pre is None else {"pre": pre})
     path = write_vocabulary(tmp_path / "m.gguf", [*alphabet, "12"], [NORMAL] * (len(alphabet) + 1), **options)
     backend = load_tokenizer(path)._backend.backend_tokenizer
     return [word.replace("Ġ", " ") for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
@@ -267,6 +270,14 @@ def test_unknown_tokenizer_model(tmp_path):
         ({"bos_token_id": 999}, "bos_token_id=999 is outside the 274 tokens"),
         ({"merges": ["a b c"]}, "not two tokens"),
         ({"merges": ["a zz"]}, "vocabulary and its merges do not fit"),
+        ({"merges": [1, 2]}, "tokenizer.ggml.merges has entries of other types"),
+        ({"merges": "a b"}, "tokenizer.ggml.merges has entries of other types"),
+        ({"scores": [0.5]}, "274 tokens have 1 scores and 274 types"),
+        ({"scores": ["a"]}, "tokenizer.ggml.scores has entries of other types"),
+        ({"bos_token_id": [1]}, r"bos_token_id=\[1\] is outside"),
+        ({"eos_token_id": 274}, "eos_token_id=274 is outside the 274 tokens"),
+        ({"unknown_token_id": "<unk>"}, "unknown_token_id='<unk>' is outside"),
+        ({"add_bos_token": "yes"}, "add_bos_token='yes' is neither true nor false"),
     ],
 )
 def test_damaged_vocabularies(sentencepiece_path, changes, message):
@@ -274,11 +285,60 @@ def test_damaged_vocabularies(sentencepiece_path, changes, message):
         load_tokenizer(sentencepiece_path(**changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding_token_id": 274},
+        {"padding_token_id": [1, 2]},
+        {"seperator_token_id": "none"},
+        {"bos_token_id": 999, "add_bos_token": False},
+        {"eos_token_id": 0xFFFFFFFF},
+        {"token_type_count": [1.5]},
+    ],
+)
+def test_ids_of_a_vocabulary_that_are_not_used_never_matter(sentencepiece_path, changes):
+    assert 2 in load_tokenizer(sentencepiece_path(**changes)).eos_token_ids
+
+
+def test_a_sentencepiece_vocabulary_without_ids_has_those_of_llama_cpp(tmp_path, sentencepiece_path):
+    named, none = sentencepiece_path(), sentencepiece_path("n.gguf", bos_token_id=-1)
+    reader = gguf.GGUFReader(named)
+    content = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "scores")}
+    bare = write_vocabulary(
+        tmp_path / "b.gguf", content["tokens"], content["token_type"], model="llama", scores=content["scores"]
+    )
+    for text in ["the cats", "é", ""]:
+        assert load_tokenizer(bare).encode(text) == load_tokenizer(named).encode(text)
+    assert load_tokenizer(none).encode("the")[0] != 1
+
+
+def test_a_vocabulary_that_does_not_say_how_words_are_cut_warns(tmp_path):
+    with pytest.warns(CheckpointWarning, match=r"GPT-2's rule is taken.*put the model's tokenizer\.json"):
+        byte_level_words(tmp_path, None, "I'll add 12345")
+
+
 def test_a_template_that_refuses_is_a_usage_error(sentencepiece_path):
     tokenizer = load_tokenizer(sentencepiece_path())
     assert tokenizer.decode(tokenizer.apply_chat([{"role": "user", "content": "the"}])).endswith("[assistant]")
     with pytest.raises(UsageError, match="no system role"):
         tokenizer.apply_chat([{"role": "system", "content": "the"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content + 1 }}", "the chat template fails: TypeError"),
+        ("{{ 1 // 0 }}", "the chat template fails: ZeroDivisionError"),
+        ("{{ '{:d}'.format('a') }}", "the chat template fails: ValueError"),
+        ("{% for m in messages %}", "the chat template refuses the messages: "),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "the chat template fails: RecursionError"),
+    ],
+)
+def test_a_template_that_fails_is_a_usage_error(sentencepiece_path, template, message):
+    tokenizer = load_tokenizer(sentencepiece_path(chat_template=template))
+    for chat in (tokenizer.apply_chat, tokenizer.chat_text):
+        with pytest.raises(UsageError, match=message):
+            chat([{"role": "user", "content": "the"}])
 
 
 def test_without_a_template_there_is_no_chat(sentencepiece_path):
@@ -303,7 +363,7 @@ def test_a_hugging_face_directory_gives_the_same_tokens(demo, hf_directory):
         assert tokenizer.encode(text) == demo.encode(text)
     messages = [{"role": "user", "content": "Hi"}]
     assert tokenizer.apply_chat(messages) == demo.apply_chat(messages)
-    assert tokenizer.eos_token_ids == demo.eos_token_ids
+    assert tokenizer.eos_token_ids == (2,)
 
 
 def test_a_tokenizer_beside_a_gguf_file_is_preferred(hf_directory, sentencepiece_path):

@@ -7,11 +7,13 @@ out. Two models are covered: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qspec_jax.errors import CheckpointError, UnsupportedModelError
+from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
+from qspec_jax.model.rope_scaling import shown
 from qspec_jax.tokenizer.backend import PlainBackend
 from qspec_jax.weights.gguf.file import GGUFFile
 
@@ -26,6 +28,10 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# What llama.cpp takes where a SentencePiece vocabulary does not say.
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+_NO_TOKEN = (-1, 0xFFFFFFFF)
+_REMEDY = "put the model's tokenizer.json and tokenizer_config.json beside the file"
 _SPACE_MARK = "▁"
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -80,24 +86,37 @@ def build_tokenizer(file: GGUFFile) -> PlainBackend:
     Raises:
         CheckpointError: the file holds no vocabulary, or a damaged one.
         UnsupportedModelError: the vocabulary is of a kind, or cut into words by rules, not supported.
+
+    Warns:
+        CheckpointWarning: the file does not say how text is cut into words.
     """
     metadata = _Metadata(file.path, file.metadata)
-    tokens: Sequence[str] = metadata.required("tokens")
+    tokens = metadata.list_of("tokens", str)
+    types = metadata.list_of("token_type", int, default=[_NORMAL] * len(tokens))
     model = metadata.required("model")
     if model == "gpt2":
-        words = _words(file.path, metadata.get("pre", "gpt-2"))
+        words = _words(file.path, metadata.get("pre"))
         tokenizer, adds_bos = _byte_level(metadata, tokens, words), words.adds_bos
     elif model == "llama":
-        tokenizer, adds_bos = _sentencepiece(metadata, tokens), True
+        tokenizer, adds_bos = _sentencepiece(metadata, tokens, types), True
     else:
-        raise UnsupportedModelError(f"{file.path}: tokenizer model {model!r} is not supported; supported: gpt2, llama")
-    _add_whole_tokens(tokenizer, tokens, metadata.get("token_type", ()))
-    special = {name: metadata.token(key, tokens) for name, key in _SPECIAL_TOKENS.items()}
-    if metadata.get("add_bos_token", adds_bos) and special["bos_token"] is not None:
+        raise UnsupportedModelError(
+            f"{file.path}: tokenizer model {model!r} is not supported; supported: gpt2, llama; {_REMEDY}"
+        )
+    _add_whole_tokens(tokenizer, tokens, types)
+    adds_bos = metadata.flag("add_bos_token", adds_bos)
+    used = {"eos_token", *(["bos_token"] if adds_bos else []), *(["unk_token"] if model == "llama" else [])}
+    defaults = _SENTENCEPIECE_IDS if model == "llama" else {}
+    special = {
+        name: metadata.token(key, tokens, checked=name in used, default=defaults.get(name))
+        for name, key in _SPECIAL_TOKENS.items()
+    }
+    if adds_bos and special["bos_token"] is not None:
         _prepend(tokenizer, special["bos_token"])
+    template = file.metadata.get("tokenizer.chat_template")
     return PlainBackend(
         tokenizer,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
         clean_up_tokenization_spaces=False,
         **special,
     )
@@ -114,26 +133,49 @@ class _Metadata(NamedTuple):
 
     def required(self, key: str) -> Any:
         if (value := self.get(key)) is None:
-            raise CheckpointError(
-                f"{self.path}: tokenizer.ggml.{key} is missing; put the model's tokenizer.json and "
-                "tokenizer_config.json beside the file"
-            )
+            raise CheckpointError(f"{self.path}: tokenizer.ggml.{key} is missing; {_REMEDY}")
         return value
 
-    def token(self, key: str, tokens: Sequence[str]) -> str | None:
-        token_id: int | None = self.get(key)
-        if token_id is None:
+    def list_of(self, key: str, kind: type | tuple[type, ...], default: list | None = None) -> list[Any]:
+        """A list whose entries are all of ``kind``."""
+        value = self.required(key) if default is None else self.get(key, default)
+        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+            raise CheckpointError(f"{self.path}: tokenizer.ggml.{key} has entries of other types; {_REMEDY}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, (bool, int)):
+            raise CheckpointError(f"{self.path}: tokenizer.ggml.{key}={shown(value)} is neither true nor false")
+        return bool(value)
+
+    def token(self, key: str, tokens: Sequence[str], *, checked: bool, default: int | None) -> str | None:
+        """The token whose id is under ``key``; None if there is none, or it is not ``checked`` and cannot be."""
+        token_id = self.get(key, default)
+        if token_id in (None, *_NO_TOKEN):
             return None
-        if not 0 <= token_id < len(tokens):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.{key}={token_id} is outside the {len(tokens)} tokens")
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < len(tokens):
+            if not checked or self.get(key) is None:
+                return None
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.{key}={shown(token_id)} is outside the {len(tokens)} tokens; {_REMEDY}"
+            )
         return tokens[token_id]
 
 
-def _words(path: Path, name: str) -> _Words:
-    if name not in _WORDS:
+def _words(path: Path, name: Any) -> _Words:
+    if name is None:
+        warnings.warn(
+            f"{path} does not say how text is cut into words (tokenizer.ggml.pre is missing, as in files of early "
+            f"2024), so GPT-2's rule is taken; of another model the tokens would be wrong. To be sure, {_REMEDY}, or "
+            "convert the model anew",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+        return _GPT2
+    if not isinstance(name, str) or name not in _WORDS:
         raise UnsupportedModelError(
-            f"{path}: tokenizer.ggml.pre={name!r} is not supported; supported: {', '.join(_WORDS)}; or put the "
-            "model's tokenizer.json and tokenizer_config.json beside the file"
+            f"{path}: tokenizer.ggml.pre={shown(name)} is not supported; supported: {', '.join(_WORDS)}; or {_REMEDY}"
         )
     return _WORDS[name]
 
@@ -141,7 +183,7 @@ def _words(path: Path, name: str) -> _Words:
 def _byte_level(metadata: _Metadata, tokens: Sequence[str], words: _Words) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    merges = _listed_merges(metadata.path, metadata.required("merges"))
+    merges = _listed_merges(metadata.path, metadata.list_of("merges", str))
     tokenizer = Tokenizer(_bpe(metadata.path, models.BPE, tokens, merges, ignore_merges=words.whole_words))
     steps: list[Any] = []
     if words.single_digits:
@@ -156,21 +198,26 @@ def _byte_level(metadata: _Metadata, tokens: Sequence[str], words: _Words) -> To
     return tokenizer
 
 
-def _sentencepiece(metadata: _Metadata, tokens: Sequence[str]) -> Tokenizer:
+def _sentencepiece(metadata: _Metadata, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """As the ``tokenizer.json`` of Llama 2 and Mistral 7B: spaces become marks, unknown characters bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    if (listed := metadata.get("merges")) is not None:
-        merges = _listed_merges(metadata.path, listed)
+    if metadata.get("merges") is not None:
+        merges = _listed_merges(metadata.path, metadata.list_of("merges", str))
     else:
-        types = metadata.get("token_type", [_NORMAL] * len(tokens))
-        merges = list(_merges_of_scores(tokens, metadata.required("scores"), types))
-    unknown = metadata.token("unknown_token_id", tokens)
+        scores = metadata.list_of("scores", (int, float))
+        if not len(scores) == len(types) == len(tokens):
+            raise CheckpointError(
+                f"{metadata.path}: {len(tokens)} tokens have {len(scores)} scores and {len(types)} types; {_REMEDY}"
+            )
+        merges = list(_merges_of_scores(tokens, scores, types))
+    default = _SENTENCEPIECE_IDS["unk_token"]
+    unknown = metadata.token("unknown_token_id", tokens, checked=True, default=default)
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer(_bpe(metadata.path, models.BPE, tokens, merges, **options))
     steps: list[Any] = [normalizers.Replace(" ", _SPACE_MARK)]
     undo: list[Any] = [decoders.Replace(_SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("add_space_prefix", True):
+    if metadata.flag("add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(_SPACE_MARK))
         undo.append(decoders.Strip(" ", left=1, right=0))
     tokenizer.normalizer = normalizers.Sequence(steps)
