@@ -219,6 +219,7 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 TOKENS = [*SPECIAL, *ALPHABET, "12"]
 VOCABULARY = {
     "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
     "tokenizer.ggml.tokens": TOKENS,
     "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)),
     "tokenizer.ggml.merges": ["1 2"],
