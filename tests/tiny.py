@@ -36,6 +36,7 @@ BASE_HF_CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm2_tied": {"tie_word_embeddings": True},
     "mistral_sliding_window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
     "qwen2_qkv_bias": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen2_yarn": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_scaling": _YARN_ROPE},
     "qwen3_qk_norm": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "wide_heads": {"head_dim": 32},
 }
