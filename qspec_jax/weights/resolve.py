@@ -119,7 +119,7 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
-    if not path.is_dir() or _is_checkpoint(path) or next(path.glob("*.safetensors*"), None) is not None:
+    if not path.is_dir() or _is_checkpoint(path) or next(path.glob("*.safetensors"), None) is not None:
         return path
     from qspec_jax.weights.gguf.parts import model_files
 

@@ -140,6 +140,10 @@ def corrupt(path, *, name="model.safetensors", content=None, keep_bytes=None):
         (lambda path: corrupt(path, keep_bytes=5), "truncated or is not a safetensors file"),
         (lambda path: corrupt(path, content=b""), "truncated or is not a safetensors file"),
         (lambda path: corrupt(path, content=b"<html><body>404</body></html>"), "is not a safetensors file"),
+        (
+            lambda path: corrupt(path, content=b"version https://git-lfs.github.com/spec/v1"),
+            "Git LFS pointer; run `git",
+        ),
         (lambda path: corrupt(path, keep_bytes=100), "truncated within its header"),
         (lambda path: corrupt(path, keep_bytes=-1), r"truncated: its header places \S+ at bytes"),
         (lambda path: corrupt(path, content=b"\x02" + 7 * b"\0" + b"{]"), "header is not valid JSON"),

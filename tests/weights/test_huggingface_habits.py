@@ -112,6 +112,13 @@ def test_an_index_names_files_of_its_directory_alone(tmp_path, name):
         open_source(tmp_path)
 
 
+def test_a_name_too_long_for_a_file_is_a_missing_shard(tmp_path):
+    directory(tmp_path, num_shards=2)
+    index_of(tmp_path, EMBEDDING, files=("a" * 300,))
+    with pytest.raises(CheckpointError, match="1 of 1 shards named in"):
+        open_source(tmp_path)
+
+
 def test_a_shard_that_is_missing_is_named_without_an_index_too(tmp_path):
     directory(tmp_path, num_shards=3)
     (tmp_path / "model.safetensors.index.json").unlink()

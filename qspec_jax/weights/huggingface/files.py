@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _shards_of(path: Path, weight_map: dict[str, str]) -> list[Path]:
     files = [path / name for name in sorted(set(weight_map.values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not os.path.isfile(file)]:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(files)} shards named in {_INDEX} are missing: "
             f"{', '.join(missing[:8])}; fetch them again"
@@ -173,6 +174,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
+            if prefix == b"version ":
+                raise CheckpointError(f"{file} is a Git LFS pointer; run `git lfs pull` for the file itself")
             if len(prefix) < 8 or not 0 < length <= _MAX_HEADER_BYTES:
                 raise CheckpointError(f"{file} is truncated or is not a safetensors file; fetch the file again")
             raw = stream.read(length)
