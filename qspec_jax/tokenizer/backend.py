@@ -168,7 +168,7 @@ def _names_own_code(path: Path) -> bool:
     for name in ("tokenizer_config.json", "config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             mapped = json.loads((path / name).read_text(encoding="utf-8-sig")).get("auto_map")
-            if mapped and (isinstance(mapped, list) or "AutoTokenizer" in mapped):
+            if isinstance(mapped, list) or (isinstance(mapped, Mapping) and "AutoTokenizer" in mapped):
                 return True
     return False
 

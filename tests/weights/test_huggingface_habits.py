@@ -142,6 +142,24 @@ def test_an_adapter_is_no_model(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [("weights.npz", "MLX"), ("model.onnx", "ONNX"), ("flax_model.msgpack", "Flax"), ("tf.h5", "Tens")],
+)
+def test_weights_of_other_formats_are_named(tmp_path, name, maker):
+    directory(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(UnsupportedModelError, match=rf"weights of {maker}\w* only \({name}\), which are not read"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_a_directory_is_answered_with_the_directory(tmp_path, name):
+    directory(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"is not a GGUF file: .*give its directory, {tmp_path}"):
+        open_source(tmp_path / name)
+
+
 def test_files_with_a_byte_order_mark_are_read(tmp_path):
     directory(tmp_path)
     for name in ("config.json", "generation_config.json"):

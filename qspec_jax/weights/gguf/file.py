@@ -126,7 +126,9 @@ def _check_beginning(path: Path, beginning: bytes) -> None:
     if magic in _OTHER_FORMATS:
         raise CheckpointError(f"{path} is not a GGUF file: it is {_OTHER_FORMATS[magic]}")
     if magic != b"GGUF":
-        raise CheckpointError(f"{path} is not a GGUF file: it starts with {magic!r} instead of b'GGUF'")
+        is_of_directory = path.suffix in (".safetensors", ".json", ".bin") or (path.parent / "config.json").exists()
+        hint = f"; for a model of several files give its directory, {path.parent}" if is_of_directory else ""
+        raise CheckpointError(f"{path} is not a GGUF file: it starts with {magic!r} instead of b'GGUF'{hint}")
     if len(beginning) < 8 or version in _VERSIONS:
         return
     if version & 0xFFFF == 0:

@@ -32,6 +32,14 @@ _DTYPES = {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHER_WEIGHTS = {
+    "*.npz": "MLX",
+    "*.onnx": "ONNX",
+    "*.msgpack": "Flax",
+    "*.h5": "TensorFlow",
+    "*.nemo": "NeMo",
+    "*.engine": "TensorRT",
+}
 _SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -121,6 +129,12 @@ def _files_without_index(path: Path) -> list[Path]:
             f"{path} has PyTorch weights only ({pickles[0]}), which are not read; convert them to safetensors: "
             "load the model with transformers and call model.save_pretrained(PATH)"
         )
+    for pattern, maker in _OTHER_WEIGHTS.items():
+        if (other := next(path.glob(pattern), None)) is not None:
+            raise UnsupportedModelError(
+                f"{path} has weights of {maker} only ({other.name}), which are not read; use the model's safetensors "
+                "or a GGUF file"
+            )
     raise CheckpointError(f"{path} has a config.json but no *.safetensors; fetch the weights too")
 
 
