@@ -71,12 +71,12 @@ def use_tokenizer(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory) -> dict[str, bytes]:
+def gguf_files(tmp_path_factory) -> dict[str, Path]:
     config, folder = hf_config(), tmp_path_factory.mktemp("gguf")
     tensors = gguf_tensors(config, hf_tensors(config))
     kinds = {"sentencepiece": VOCABULARY, "bytes": VOCABULARY | BYTE_LEVEL, "rotary": VOCABULARY | ROTARY}
     return {
-        kind: write_gguf(folder / f"{kind}.gguf", config, tensors, metadata=metadata).read_bytes()
+        kind: write_gguf(folder / f"{kind}.gguf", config, tensors, metadata=metadata)
         for kind, metadata in kinds.items()
     }
 
@@ -99,9 +99,9 @@ CHANGES = st.lists(st.tuples(st.integers(0, HEADER), BYTE), min_size=1, max_size
     changes=CHANGES,
     cut=st.one_of(st.none(), st.none(), st.integers(0, HEADER)),
 )
-def test_a_gguf_file_with_changed_bytes(gguf_bytes, kind, changes, cut):
+def test_a_gguf_file_with_changed_bytes(gguf_files, kind, changes, cut):
     with directory() as path:
-        (path / "m.gguf").write_bytes(changed(gguf_bytes[kind], changes, cut))
+        (path / "m.gguf").write_bytes(changed(gguf_files[kind].read_bytes(), changes, cut))
         read_weights(path / "m.gguf")
         use_tokenizer(path / "m.gguf")
 
@@ -164,18 +164,20 @@ def with_values(content: bytes, values: dict[str, bytes]) -> bytes:
     kind=st.sampled_from(["sentencepiece", "bytes", "rotary"]),
     values=st.dictionaries(st.sampled_from(KEYS), gguf_values(), min_size=1, max_size=3),
 )
-def test_a_gguf_file_with_metadata_of_odd_types(gguf_bytes, kind, values):
+def test_a_gguf_file_with_metadata_of_odd_types(gguf_files, kind, values):
     with directory() as path:
-        (path / "m.gguf").write_bytes(with_values(gguf_bytes[kind], values))
+        (path / "m.gguf").write_bytes(with_values(gguf_files[kind].read_bytes(), values))
         read_weights(path / "m.gguf")
         use_tokenizer(path / "m.gguf")
 
 
-def test_a_gguf_file_with_another_value_is_still_read(gguf_bytes, tmp_path):
+def test_a_gguf_file_with_another_value_is_still_read(gguf_files, tmp_path):
     """What the test above writes is a file like any other."""
     for factor in (4.0, 8.0):
         value = struct.pack("<If", 6, factor)
-        (tmp_path / "m.gguf").write_bytes(with_values(gguf_bytes["rotary"], {"llama.rope.scaling.factor": value}))
+        (tmp_path / "m.gguf").write_bytes(
+            with_values(gguf_files["rotary"].read_bytes(), {"llama.rope.scaling.factor": value})
+        )
         source = open_source(tmp_path / "m.gguf")
         assert source.config.rope_scaling is not None
         assert source.config.rope_scaling.factor == factor
@@ -290,10 +292,10 @@ ENTRIES = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def safetensors_bytes(tmp_path_factory) -> bytes:
+def safetensors_file(tmp_path_factory) -> Path:
     config = hf_config()
     path = write_hf(tmp_path_factory.mktemp("whole"), config, hf_tensors(config))
-    return (path / "model.safetensors").read_bytes()
+    return path / "model.safetensors"
 
 
 @fuzzed
@@ -302,13 +304,14 @@ def safetensors_bytes(tmp_path_factory) -> bytes:
     changes=st.one_of(st.just([]), st.lists(st.tuples(st.integers(0, 2500), BYTE), max_size=4)),
     cut=st.one_of(st.none(), st.none(), st.integers(0, 3000)),
 )
-def test_a_safetensors_header_with_odd_entries(safetensors_bytes, entries, changes, cut):
-    length = int.from_bytes(safetensors_bytes[:8], "little")
-    header = json.loads(safetensors_bytes[8 : 8 + length])
+def test_a_safetensors_header_with_odd_entries(safetensors_file, entries, changes, cut):
+    whole = safetensors_file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
     for name, entry in entries.items():
         header[name] = header.get(name, {}) | entry if isinstance(entry, dict) else entry
     raw = written(header)
-    content = len(raw).to_bytes(8, "little") + raw + safetensors_bytes[8 + length :]
+    content = len(raw).to_bytes(8, "little") + raw + whole[8 + length :]
     with directory() as path:
         (path / "config.json").write_text(json.dumps(hf_config()))
         (path / "model.safetensors").write_bytes(changed(content, changes, cut))
@@ -322,9 +325,9 @@ TOKEN_VALUES = st.one_of(JSON_VALUES, TEMPLATES)
 
 
 @pytest.fixture(scope="module")
-def tokenizer_directory(tmp_path_factory, gguf_bytes) -> Path:
+def tokenizer_directory(tmp_path_factory, gguf_files) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    (path / "m.gguf").write_bytes(gguf_bytes["sentencepiece"])
+    (path / "m.gguf").write_bytes(gguf_files["sentencepiece"].read_bytes())
     load_tokenizer(path / "m.gguf").save(path / "saved")
     return path / "saved"
 

@@ -275,6 +275,8 @@ def test_end_tokens_are_those_of_llama_cpp(tokens, named, expected):
         {"llama.context_length": None},
         {"llama.vocab_size": "48"},
         {"general.file_type": "odd"},
+        {"split.count": [3]},
+        {"split.count": 1, "split.no": "a"},
     ],
 )
 def test_what_is_not_used_or_has_a_default_never_matters(tmp_path, metadata):

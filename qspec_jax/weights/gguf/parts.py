@@ -70,7 +70,8 @@ def check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]], te
         CheckpointError: one is of another model, or a part lies alone under another name.
     """
     if len(parts) == 1:
-        if (count := metadata[0].get(_COUNT, 0)) not in (0, 1):
+        count = metadata[0].get(_COUNT)
+        if isinstance(count, int) and count > 1:
             raise CheckpointError(
                 f"{parts[0]} is one of {count} parts of a model; name them NAME-00001-of-{count:05}.gguf and so on, "
                 "as they were, so that the others are found"
