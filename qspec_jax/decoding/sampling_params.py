@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from qspec_jax.decoding.values import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    INT32_MAX,
+    SMALLEST,
+    listed,
+    real,
+    refuse,
+    shown,
+    text,
+    token_id,
+    whole,
+)
 from qspec_jax.errors import UsageError
 
 MAX_STOP_TOKENS = 16
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
+NUM_SEEDS = 2**32
+# With a factor for each of a million repetitions, sums of such biases and penalties stay finite in float32.
+_MOST, _MOST_FACTOR = 1e28, 1e6
+_Check = Callable[[str, Any], Any]
 
 
+@typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and what ends them.
+
+    A field takes what stands for its value: a text for one stop string, any list of token ids, token ids as text for
+    biases as JSON has them, scalars of NumPy and JAX, None for the default.
 
     Attributes:
         temperature: divides the logits; 0 chooses greedily.
@@ -42,7 +63,7 @@ class SamplingParams:
     Tokens tied with the last one that a limit lets through are let through as well.
 
     Raises:
-        UsageError: a value is out of its range.
+        UsageError: a value is of another type, or out of its range.
     """
 
     temperature: float = 0.0
@@ -61,46 +82,31 @@ class SamplingParams:
     typical_acceptance: float | None = None
 
     def __post_init__(self) -> None:
-        self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
-        self._check("top_k", self.top_k >= 0, "0 (all tokens) or more")
-        self._check("top_p", 0 < self.top_p <= 1, "more than 0, up to 1 (all tokens)")
-        self._check("min_p", 0 <= self.min_p <= 1, "0 (all tokens) to 1")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "more than 0; 1 penalises nothing")
-        self._check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
-        for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            self._check(name, math.isfinite(getattr(self, name)), "a finite number")
-        self._check("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers")
-        self._check("logit_bias", len(self.logit_bias) <= MAX_BIASES, f"up to {MAX_BIASES} tokens")
-        self._check("min_new_tokens", self.min_new_tokens >= 0, "0 or more")
-        self._check("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"up to {MAX_STOP_TOKENS}")
-        self._check("stop", all(self.stop), "strings of at least one character")
-        fits = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        self._check("logprobs", fits, f"0 (the chosen token alone) to {MAX_LOGPROBS}, or None")
-        fits = self.typical_acceptance is None or 0 < self.typical_acceptance <= 1
-        self._check("typical_acceptance", fits, "more than 0 (accepts nearly every draft), up to 1, or None (lossless)")
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is None and name in _DEFAULTS:
+                value = _DEFAULTS[name]
+            object.__setattr__(self, name, None if value is None else check(name, value))
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters by name, of any types, as they stand in JSON.
+    def of(cls, values: Any) -> SamplingParams:
+        """Parameters by name, as they stand in JSON; None (``null``) is the default of each.
 
         Raises:
-            UsageError: as above, or a name is unknown, or a type is another one.
+            UsageError: as above, it is no mapping, or a name is unknown.
         """
-        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        checked = {}
-        for name, value in values.items():
-            if name not in fields:
-                raise UsageError(f"{name!r} is no sampling parameter; use some of {', '.join(fields)}")
-            convert, allowed = _CONVERSIONS[fields[name]]
-            try:
-                checked[name] = convert(value)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise UsageError(f"{name}={value!r}: use {allowed}") from error
-        return cls(**checked)
+        if isinstance(values, SamplingParams):
+            return values
+        if not isinstance(values, Mapping):
+            raise refuse("sampling", values, "SamplingParams, or a mapping of some of them")
+        for name in values:
+            if name not in _CHECKS:
+                raise UsageError(f"{shown(name)} is no sampling parameter; use some of {', '.join(_CHECKS)}")
+        return cls(**values)
 
-    def _check(self, name: str, fits: bool, allowed: str) -> None:
-        if not fits:
-            raise UsageError(f"{name}={getattr(self, name)}: use {allowed}")
+    def with_seed_after(self, count: int) -> SamplingParams:
+        """The same with a seed that is ``count`` higher; after the last one comes the first."""
+        return dataclasses.replace(self, seed=seed_after(self.seed, count))
 
     @property
     def greedy(self) -> bool:
@@ -123,37 +129,77 @@ class SamplingParams:
         return bool(self.logit_bias) or self.min_new_tokens > 0
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError
-    return float(value)
+def seed_after(seed: int, count: int) -> int:
+    """A seed that is ``count`` higher; after the last one comes the first."""
+    return (seed + count) % NUM_SEEDS
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
+def _number(allowed: str, least: float, most: float, **options: Any) -> _Check:
+    return lambda name, value: real(name, value, allowed, least=least, most=most, **options)
 
 
-def _strings(value: Any) -> tuple[str, ...]:
-    given = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(one, str) for one in given):
-        raise TypeError
-    return tuple(given)
+def _whole(allowed: str, *, most: int = INT32_MAX, **options: Any) -> _Check:
+    return lambda name, value: whole(name, value, allowed, least=0, most=most, **options)
 
 
-# By the annotation of a field: from what JSON has to what the field has, and what is allowed, in words.
-_CONVERSIONS: dict[str, tuple[Any, str]] = {
-    "float": (_number, "a number"),
-    "int": (_whole, "a whole number"),
-    "float | None": (lambda value: None if value is None else _number(value), "a number, or null"),
-    "int | None": (lambda value: None if value is None else _whole(value), "a whole number, or null"),
-    "tuple[int, ...]": (lambda value: tuple(map(_whole, value)), "a list of token ids"),
-    "tuple[str, ...]": (_strings, "a text, or a list of texts"),
-    "Mapping[int, float]": (
-        lambda value: {int(token): _number(bias) for token, bias in value.items()},
-        "an object with numbers by token id",
+def _biases(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise refuse(name, value, "a mapping with numbers by token id")
+    if len(value) > MAX_BIASES:
+        raise refuse(name, value, f"up to {MAX_BIASES} tokens")
+    biases: dict[int, float] = {}
+    for token, bias in value.items():
+        token = token_id(name, token)
+        if token in biases:
+            raise UsageError(f"{name} has token {token} twice; give it one bias")
+        allowed = f"finite numbers, -{_MOST:.0e} to {_MOST:.0e}, also for token {token}"
+        biases[token] = real(name, bias, allowed, least=-_MOST, most=_MOST, kind=f"a number for token {token}")
+    return biases
+
+
+def _stop_tokens(name: str, value: Any) -> tuple[int, ...]:
+    members = listed(name, value, "a list of token ids")
+    if len(members) > MAX_STOP_TOKENS:
+        raise refuse(name, value, f"up to {MAX_STOP_TOKENS}")
+    return tuple(token_id(name, token, or_text=False) for token in members)
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    kind = "a text, or a list of texts"
+    members = [value] if isinstance(value, str) else listed(name, value, kind)
+    strings = tuple(text(name, one, kind) for one in members)
+    if not all(strings):
+        raise refuse(name, value, "strings of at least one character")
+    return strings
+
+
+# By field: from what a user has, of any type, to what the field has.
+_FINITE = f"a finite number, -{_MOST:.0e} to {_MOST:.0e}"
+_FACTOR = f"more than 0, {1 / _MOST_FACTOR:.0e} to {_MOST_FACTOR:.0e}; 1 penalises nothing"
+_TYPICAL = "more than 0 (accepts nearly every draft), up to 1, or None (lossless)"
+_CHECKS: dict[str, _Check] = {
+    "temperature": _number("0 (greedy) or more, 1.2e-38 to 3.4e38", FLOAT32_TINY, FLOAT32_MAX, or_zero=True),
+    "top_k": _whole("0 (all tokens) or more, up to 2**31 - 1"),
+    "top_p": _number("more than 0, up to 1 (all tokens)", SMALLEST, 1.0),
+    "min_p": _number("0 (all tokens) to 1", 0.0, 1.0),
+    "repetition_penalty": _number(_FACTOR, 1 / _MOST_FACTOR, _MOST_FACTOR),
+    "presence_penalty": _number(_FINITE, -_MOST, _MOST),
+    "frequency_penalty": _number(_FINITE, -_MOST, _MOST),
+    "logit_bias": _biases,
+    "seed": _whole("0 to 2**32 - 1", most=NUM_SEEDS - 1),
+    "min_new_tokens": _whole("0 or more, up to 2**31 - 1"),
+    "stop_token_ids": _stop_tokens,
+    "stop": _stop,
+    "logprobs": _whole(
+        f"0 (the chosen token alone) to {MAX_LOGPROBS}, or None", most=MAX_LOGPROBS, kind="a whole number, or null"
     ),
+    "typical_acceptance": _number(_TYPICAL, SMALLEST, 1.0, kind="a number, or null"),
+}
+# What None stands for; of other fields it is a value.
+_DEFAULTS: dict[str, Any] = {
+    field.name: {} if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(SamplingParams)
+    if field.default is not None
 }
 
 
