@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
+from qspec_jax.decoding.values import between
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View, least_budget
@@ -197,7 +199,7 @@ def plan_of(
     mode: str,
     *,
     draft: str = "auto",
-    draft_length: int | str = 3,
+    draft_length: int | str | Any = 3,
     draft_context: str | int = "auto",
     quantized: bool = True,
 ) -> Plan:
@@ -237,8 +239,7 @@ def plan_of(
                 f"draft_length={AUTO!r} is of mode='qspec'; give mode={mode!r} a number, or use mode='auto'"
             )
         return _chosen_of(mode, views)
-    if not isinstance(draft_length, int) or not 1 <= draft_length <= MAX_DRAFT_LENGTH:
-        raise UsageError(f"draft_length={draft_length} must be between 1 and {MAX_DRAFT_LENGTH}")
+    draft_length = between("draft_length", draft_length, 1, MAX_DRAFT_LENGTH, f"between 1 and {MAX_DRAFT_LENGTH}")
     if mode == "lookup":
         return DecodingPlan(Precision.W4A16, Lookup(), draft_length)
     view = views[-1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.values import refuse, shown, truth, whole
+from qspec_jax.decoding.values import at_least_1, refuse, shown, truth
 from qspec_jax.errors import UsageError
 
 SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -59,10 +59,7 @@ def check_max_new_tokens(value: Any) -> int:
     Raises:
         UsageError: it is no whole number, or below 1.
     """
-    number = whole("max_new_tokens", value, "a whole number", least=-(2**63), most=2**63 - 1)
-    if number < 1:
-        raise UsageError(f"max_new_tokens={number} must be at least 1")
-    return number
+    return at_least_1("max_new_tokens", value)
 
 
 def check_chat(value: Any) -> bool | None:

@@ -15,6 +15,7 @@ from typing import Any
 from qspec_jax.errors import UsageError
 
 INT32_MAX = 2**31 - 1
+_HUGE = 2**63
 FLOAT32_MAX = 3.4028234e38
 SMALLEST = 5e-324
 FLOAT32_TINY = 1.1754944e-38  # the device may take what is smaller for 0
@@ -62,6 +63,28 @@ def whole(
     if not least <= number <= most:
         raise refuse(name, value, allowed)
     return number
+
+
+def between(name: str, value: Any, least: int, most: int, allowed: str) -> int:
+    """A whole number within limits; its error says that it ``must be`` what is allowed.
+
+    Raises:
+        UsageError: it is none.
+    """
+    number = whole(name, value, allowed, least=-_HUGE, most=_HUGE)
+    if not least <= number <= most:
+        raise UsageError(f"{name}={number} must be {allowed}")
+    return number
+
+
+def at_least_1(name: str, value: Any) -> int:
+    """A whole number from 1 on, that an array of the device can hold.
+
+    Raises:
+        UsageError: it is none.
+    """
+    number = between(name, value, -_HUGE, INT32_MAX, "at most 2**31 - 1")
+    return between(name, number, 1, INT32_MAX, "at least 1")
 
 
 def real(
@@ -150,3 +173,8 @@ def check_text(what: str, value: str) -> None:
         raise UsageError(
             f"{what} has half a character, {half!r} at place {error.start}, which no UTF-8 text has; remove it"
         ) from error
+
+
+def printable(value: str) -> str:
+    """A text with escapes for halves of characters, which cannot be written."""
+    return value.encode(errors="backslashreplace").decode()

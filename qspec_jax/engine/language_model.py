@@ -10,13 +10,14 @@ from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import Plan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.intake import Intake, check_length, listed, require_some, sampling_of_each
+from qspec_jax.decoding.values import at_least_1
+from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
 from qspec_jax.engine.outcome import result_of, statistics
 from qspec_jax.engine.pipeline import Pipeline
-from qspec_jax.engine.requests import Prompt, Request
+from qspec_jax.engine.prompts import Prompt, prompts_of
+from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
-from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 
@@ -84,7 +85,7 @@ class LanguageModel:
         mode: str = "qspec",
         *,
         draft: str = "auto",
-        draft_length: int | str = 3,
+        draft_length: int | str | Any = 3,
         draft_context: str | int = "auto",
     ) -> Plan:
         """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
@@ -102,21 +103,22 @@ class LanguageModel:
         *,
         mode: str = "qspec",
         draft: str = "auto",
-        draft_length: int | str = 3,
+        draft_length: int | str | Any = 3,
         draft_context: str | int = "auto",
-        max_new_tokens: int = 128,
-        chat: bool | None = None,
-        max_seq_len: int | None = None,
-        batch_size: int = 8,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        num_samples: int = 1,
+        max_new_tokens: int | Any = 128,
+        chat: bool | Any = None,
+        max_seq_len: int | Any = None,
+        batch_size: int | Any = 8,
+        sampling: SamplingParams | Mapping[str, Any] | Sequence[Any] | Any = None,
+        num_samples: int | Any = 1,
         on_event: Callable[[str], None] | None = None,
         progress: bool = False,
     ) -> list[GenerationResult]:
         """Generates for every prompt: ``batch_size`` run together, and as one is finished the next one enters.
 
         Args:
-            prompts: texts, lists of token ids, or conversations (lists of ``{"role": ..., "content": ...}``).
+            prompts: texts, token ids (lists or arrays of NumPy or JAX), or conversations (lists of
+                ``{"role": ..., "content": ...}``). One of these alone is one prompt, a list of them are several.
             mode: ``qspec``, plain decoding at a precision, ``lookup`` (drafts are what followed the newest tokens
                 earlier in the text), ``lookup-qspec`` (QSpec's drafts where there is no such thing), or ``auto``: the
                 fastest of plain decoding, lookup and QSpec, as measured on the way.
@@ -128,8 +130,9 @@ class LanguageModel:
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
             batch_size: prompts that run together.
-            sampling: how tokens are drawn, of all prompts, whose seeds then count up from the one given, or of each;
-                None chooses the most likely ones. What a prompt yields depends on its own parameters alone.
+            sampling: how tokens are drawn, of all prompts, whose seeds then count up from the one given, or of each:
+                parameters, or mappings of some. None chooses the most likely tokens. What a prompt yields depends on
+                its own parameters alone.
             num_samples: results for every prompt, one after the other, each with the next seed.
             on_event: called with a few words when a long step (compiling) begins.
             progress: show finished prompts, tokens/s and tokens per cycle on the standard error stream.
@@ -144,16 +147,14 @@ class LanguageModel:
             OutOfMemoryError: the cache does not fit the device.
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
-        given = listed(prompts)
-        if num_samples < 1:
-            raise UsageError(f"num_samples={num_samples} must be at least 1")
+        given = prompts_of(prompts)
+        num_samples = at_least_1("num_samples", num_samples)
         params = sampling_of_each(sampling, len(given), num_samples)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         requests = [
-            self.attempt(
-                given[place // num_samples], plan, what=f"prompt {place // num_samples + 1}", sampling=one, **options
-            )
-            for place, one in enumerate(params)
+            self.attempt(given[index], plan, what=f"prompt {index + 1}", sampling=one, seeds_later=later, **options)
+            for place, (one, later) in enumerate(params)
+            for index in [place // num_samples]
         ]
         require_some(requests)
         pipeline = self.run(requests, plan, batch_size=batch_size, max_seq_len=max_seq_len, on_event=on_event)
@@ -165,14 +166,15 @@ class LanguageModel:
         plan: Plan,
         *,
         first: int = 0,
-        batch_size: int = 8,
-        max_seq_len: int | None = None,
+        batch_size: int | Any = 8,
+        max_seq_len: int | Any = None,
         on_event: Callable[[str], None] | None = None,
     ) -> Pipeline:
         """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all."""
         served = [request for request in requests if isinstance(request, Request)]
         longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
-        rows, capacity = min(batch_size, max(1, len(served))), max_seq_len or fitting_capacity(longest)
+        batch_size = at_least_1("batch_size", batch_size)
+        rows, capacity = min(batch_size, max(1, len(served))), _capacity(max_seq_len, fitting_capacity(longest))
         pipeline = self._pipeline(plan, batch_size=rows, capacity=capacity, on_event=on_event)
         for request in requests[first:]:
             pipeline.add(request)
@@ -182,8 +184,8 @@ class LanguageModel:
         self,
         plan: Plan | None = None,
         *,
-        batch_size: int = 8,
-        max_seq_len: int | None = None,
+        batch_size: int | Any = 8,
+        max_seq_len: int | Any = None,
         on_event: Callable[[str], None] | None = None,
     ) -> Pipeline:
         """A batch that requests enter one by one, and leave when they are finished.
@@ -200,20 +202,18 @@ class LanguageModel:
         """
         context = self.config.max_position_embeddings
         check_length(1, 0, max_seq_len=max_seq_len, context=context)
-        capacity = max_seq_len or min(context, _PIPELINE_CAPACITY)
+        capacity = _capacity(max_seq_len, min(context, _PIPELINE_CAPACITY))
         return self._pipeline(plan or self.plan(), batch_size=batch_size, capacity=capacity, on_event=on_event)
 
     def _pipeline(
         self, plan: Plan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
     ) -> Pipeline:
-        if batch_size < 1:
-            raise UsageError(f"batch_size={batch_size} must be at least 1")
         return Pipeline(
             self.intake,
             self.programs,
             plan.in_cache(capacity),
             kernels=self.kernels,
-            batch_size=batch_size,
+            batch_size=at_least_1("batch_size", batch_size),
             capacity=capacity,
             on_event=on_event,
         )
@@ -224,13 +224,13 @@ class LanguageModel:
         *,
         mode: str = "qspec",
         draft: str = "auto",
-        draft_length: int | str = 3,
+        draft_length: int | str | Any = 3,
         draft_context: str | int = "auto",
-        max_new_tokens: int = 128,
-        chat: bool | None = None,
-        max_seq_len: int | None = None,
-        sampling: SamplingParams | Mapping[str, Any] | None = None,
-        cycles_per_step: int = 1,
+        max_new_tokens: int | Any = 128,
+        chat: bool | Any = None,
+        max_seq_len: int | Any = None,
+        sampling: SamplingParams | Mapping[str, Any] | Any = None,
+        cycles_per_step: int | Any = 1,
         on_event: Callable[[str], None] | None = None,
     ) -> Iterator[str | GenerationResult]:
         """Generates for one prompt and yields pieces of text as they come, then the result.
@@ -241,9 +241,9 @@ class LanguageModel:
         plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         request = self.intake.request(prompt, what="prompt 1", sampling=sampling, **options)
-        if cycles_per_step < 1:
-            raise UsageError(f"cycles_per_step={cycles_per_step} must be at least 1")
-        capacity = max_seq_len or fitting_capacity(len(request.token_ids) + request.max_new_tokens)
+        cycles_per_step = at_least_1("cycles_per_step", cycles_per_step)
+        fitting = fitting_capacity(len(request.token_ids) + request.max_new_tokens)
+        capacity = _capacity(max_seq_len, fitting)
         plan = plan.in_cache(capacity)
         scheduler = Scheduler(self.programs, plan, rows=1, capacity=capacity, on_event=on_event)
         return self._stream(request, plan, scheduler, cycles_per_step)
@@ -265,3 +265,8 @@ class LanguageModel:
     def attempt(self, prompt: Prompt, plan: Plan, **options: Any) -> Request | GenerationResult:
         """As :meth:`Intake.request`, but an error becomes the result of the request."""
         return self.intake.attempt(prompt, statistics(plan, kernels=self.kernels), **options)
+
+
+def _capacity(max_seq_len: Any, otherwise: int) -> int:
+    """Cache positions of a sequence."""
+    return otherwise if max_seq_len is None else at_least_1("max_seq_len", max_seq_len)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from qspec_jax.decoding.plan import Plan
-from qspec_jax.engine.requests import Prompt
+from qspec_jax.engine.prompts import Prompt
 from qspec_jax.engine.results import FinishReason, GenerationResult, GenerationStats, RunTotals
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.errors import UsageError

@@ -13,7 +13,8 @@ from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.intake import Intake
 from qspec_jax.engine.outcome import result_of, statistics
 from qspec_jax.engine.progress import progress_bar
-from qspec_jax.engine.requests import Prompt, Request
+from qspec_jax.engine.prompts import Prompt
+from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, RunTotals
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
@@ -65,14 +66,14 @@ class Pipeline:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 128,
-        sampling: SamplingParams | Mapping[str, Any] | None = None,
-        chat: bool | None = None,
+        max_new_tokens: int | Any = 128,
+        sampling: SamplingParams | Mapping[str, Any] | Any = None,
+        chat: bool | Any = None,
     ) -> None:
         """Queues a request. One that cannot be served gets a result with the error, and disturbs no other.
 
         Args:
-            prompt: a text, token ids, or the messages of a conversation.
+            prompt: a text, token ids (a list or an array), or the messages of a conversation.
             max_new_tokens, chat: as in :meth:`LanguageModel.generate`.
             sampling: how tokens are drawn: parameters, or a mapping of some of them.
         """

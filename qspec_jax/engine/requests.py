@@ -12,9 +12,6 @@ from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.prefixes import Chunk
 from qspec_jax.tokenizer.watch import TextWatch
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or the messages of a conversation."""
-
 # A prompt is cut after its prefix where what is left is then read in chunks narrower by so many tokens.
 # Example: a system prompt of 300 tokens and a question of 40. Read at once, 340 tokens are padded to 512. Cut, others
 # that share the system prompt read 40 tokens, padded to 64: 448 fewer, so it is cut. With a system prompt of 20 tokens,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float32, Int32
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.engine.requests import Prompt
+from qspec_jax.engine.prompts import Prompt
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
