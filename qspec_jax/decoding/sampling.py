@@ -168,7 +168,10 @@ def choose(
     if sampler.penalises:
         logits = _penalised(logits, sampler, drafts)
     warm = (sampler.temperature > 0)[:, None, None]
-    logits = logits / jnp.where(warm, sampler.temperature[:, None, None], 1)
+    # Without the maximum taken off first, several logits would be infinite, and equal, at a temperature near 0.
+    logits = (logits - jnp.where(warm, _finite_maximum(logits), 0)) / jnp.where(
+        warm, sampler.temperature[:, None, None], 1
+    )
     if sampler.truncates:
         logits = jnp.where(warm & ~_let_through(logits, sampler), -jnp.inf, logits)
     noise = gumbel_noise(sampler.seed, places, logits.shape[-1])
@@ -177,6 +180,11 @@ def choose(
         return chosen
     typical = _is_typical(logits[:, :-1], drafts, sampler.typical_acceptance)
     return chosen.at[:, :-1].set(jnp.where(typical, drafts, chosen[:, :-1]))
+
+
+def _finite_maximum(logits: Float32[Array, "B T V"]) -> Float32[Array, "B T one"]:
+    maximum = logits.max(axis=-1, keepdims=True)
+    return jnp.where(jnp.isfinite(maximum), maximum, 0)
 
 
 def gumbel_noise(seed: UInt32[Array, " B"], places: Int32[Array, "B T"], vocab_size: int) -> Float32[Array, "B T V"]:

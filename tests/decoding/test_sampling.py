@@ -124,6 +124,38 @@ def test_tokens_follow_the_distribution_of_their_options(options):
         assert p_value > 1e-4, f"seed {seed}"
 
 
+EXTREMES = {
+    "lowest_temperature": {"temperature": 1.2e-38},
+    "low_temperature_and_bias": {"temperature": 1e-37, "logit_bias": {4: 2.0, 5: -1e28}},
+    "low_temperature_and_limits": {"temperature": 1e-38 * 1.2, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+    "highest_temperature": {"temperature": 3.4e38},
+    "highest_penalties": {"temperature": 1.0, "presence_penalty": 1e28, "frequency_penalty": 1e28},
+    "lowest_penalties": {"temperature": 1.0, "presence_penalty": -1e28, "frequency_penalty": -1e28},
+    "highest_repetition_penalty": {"temperature": 1.0, "repetition_penalty": 1e6},
+    "lowest_repetition_penalty": {"temperature": 1e-37, "repetition_penalty": 1e-6},
+    "highest_biases": {"temperature": 0.5, "logit_bias": {2: 1e28, 3: 1e28, 4: -1e28}, "repetition_penalty": 1e6},
+    "lowest_limits": {"temperature": 1.0, "min_p": 5e-324},
+    "lowest_top_p": {"temperature": 1.0, "top_p": 5e-324},
+}
+
+
+@pytest.mark.parametrize("options", EXTREMES.values(), ids=EXTREMES.keys())
+def test_values_at_the_ends_of_what_is_allowed_do_what_they_do_in_double(options):
+    params, logits = SamplingParams(**options), LOGITS * 20 if options["temperature"] < 1 else LOGITS
+    expected = expected_distribution(logits, params, prompt=PROMPT, output=OUTPUT)
+    counts = np.bincount(draw(params, 0, logits=logits), minlength=len(LOGITS))
+    likely = expected > 1e-9
+    assert not counts[~likely].any()
+    assert likely.sum() == 1 or chi_square_p_value(counts, expected) > 1e-4
+
+
+def test_a_temperature_near_0_chooses_what_0_does_whatever_the_penalties():
+    for options in ({"repetition_penalty": 1.3}, {"presence_penalty": 1e6}, {"logit_bias": {9: 1e28}}):
+        both = (SamplingParams(temperature=temperature, **options) for temperature in (0.0, 1.2e-38))
+        greedy, cold = (draw(params, 0, logits=LOGITS * 20)[:9] for params in both)
+        np.testing.assert_array_equal(greedy, cold)
+
+
 @pytest.mark.parametrize(
     ("logits", "options", "expected"),
     [
