@@ -28,6 +28,7 @@ class Tokenizer:
 
     Attributes:
         eos_token_ids: the tokens that end a text or a turn of a chat.
+        special_tokens: the tokens that are no part of a decoded text, and how they are written.
     """
 
     def __init__(self, backend: PlainBackend | PreTrainedTokenizerFast, *, eos_token_ids: Sequence[int] = ()) -> None:
@@ -44,7 +45,8 @@ class Tokenizer:
         marks = [vocabulary[mark] for mark in _END_OF_TURN_TOKENS if mark in template and mark in vocabulary]
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *eos_token_ids, *marks]))
         self._beginning: tuple[Any, list[int]] = ([], [])  # system messages, and tokens of a conversation with them
-        self._invisible = {token_id for token_id, token in backend.added_tokens_decoder.items() if token.special}
+        added = backend.added_tokens_decoder.items()
+        self.special_tokens = {token_id: str(token.content) for token_id, token in added if token.special}
 
     @property
     def vocab_size(self) -> int:
@@ -95,13 +97,14 @@ class Tokenizer:
         system = list(itertools.takewhile(lambda message: message.get("role") == "system", messages))
         if not system:
             return 0
-        if self._beginning[0] != system:
+        known, others = self._beginning  # at once: other threads may set it
+        if known != system:
             try:
                 others = self.apply_chat([*system, {"role": "user", "content": ""}])
             except UsageError:
                 others = []  # unlike the conversation, this one is refused
             self._beginning = (system, others)
-        pairs = zip(token_ids, self._beginning[1], strict=False)
+        pairs = zip(token_ids, others, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
@@ -133,7 +136,7 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _is_visible(self, token_id: int) -> bool:
-        return token_id not in self._invisible and self._token(token_id) is not None
+        return token_id not in self.special_tokens and self._token(token_id) is not None
 
     def _is_byte(self, token_id: int) -> bool:
         return _BYTE_TOKEN.fullmatch(self._token(token_id) or "") is not None
@@ -158,6 +161,11 @@ class StreamDecoder:
         self._pending: list[int] = []
         self._context: list[int] = []
         self._num_emitted = 0  # characters of the text of context + pending
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """As of the tokenizer."""
+        return self._tokenizer.special_tokens
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes the next tokens and returns the text that is now certain, possibly empty."""

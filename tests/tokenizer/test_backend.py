@@ -118,7 +118,7 @@ def assert_equal(tokenizer: Tokenizer, expected: Tokenizer) -> None:
     assert isinstance(tokenizer._backend, PlainBackend)
     assert not isinstance(expected._backend, PlainBackend)
     assert set(tokenizer.eos_token_ids) >= set(expected.eos_token_ids)
-    for name in ("vocab_size", "has_chat_template", "_invisible"):
+    for name in ("vocab_size", "has_chat_template", "special_tokens"):
         assert getattr(tokenizer, name) == getattr(expected, name), name
     for text in [*TEXTS, *SPECIAL_TEXTS]:
         for add_special_tokens in (True, False):
