@@ -162,7 +162,8 @@ class CostTable:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix="new-", delete=False) as file:
-                json.dump({"seconds": self._seconds, "acceptance": self.acceptance}, file, indent=1)
+                seconds = {plan: dict(known) for plan, known in list(self._seconds.items())}  # others may add to it
+                json.dump({"seconds": seconds, "acceptance": dict(self.acceptance)}, file, indent=1)
             os.replace(file.name, self.path)
             self._changed = False
 

@@ -29,6 +29,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,32 @@ def program_keys(names: Iterable[Any], decoder: Decoder) -> dict[Any, str]:
     return {name: _hash(f"{shared} {name!r}") for name in names}
 
 
+_passing_lock = threading.Lock()
+_passing, _enabled = 0, True  # how many pass it over now, and whether it is used otherwise
+
+
 @contextlib.contextmanager
 def passed_over() -> Iterator[None]:
     """Has JAX use no cache of its own meanwhile.
 
     A program that came out of JAX's cache cannot be kept a second time: on the CPU, the copy of one lacks functions.
     """
+    global _passing, _enabled
     config: Any = jax.config
-    enabled = config.jax_enable_compilation_cache
-    config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks once whether its cache is used
+    with _passing_lock:  # the setting is one for all threads
+        if _passing == 0:
+            _enabled = config.jax_enable_compilation_cache
+            config.update("jax_enable_compilation_cache", False)
+            compilation_cache.reset_cache()  # JAX asks once whether its cache is used
+        _passing += 1
     try:
         yield
     finally:
-        config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        with _passing_lock:
+            _passing -= 1
+            if _passing == 0:
+                config.update("jax_enable_compilation_cache", _enabled)
+                compilation_cache.reset_cache()
 
 
 def _is_foreign(decoder: Decoder) -> bool:

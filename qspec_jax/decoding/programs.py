@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
@@ -28,46 +26,21 @@ from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
+from qspec_jax.decoding.laid_out import LaidOut, compile_all
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
+from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
-from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.precision import Precision
 
 
-@typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the host reads after a dispatch, in buffers of its own: those of the state are used up by the next one.
-
-    Attributes:
-        tokens, num_tokens, finished, accepted_lengths: of the state.
-        cycles: run by the dispatch; 0 of a prefill.
-        scores: of the tokens, where somebody asks.
-    """
-
-    tokens: Int32[Array, "B capacity"]
-    num_tokens: Int32[Array, " B"]
-    finished: Bool[Array, " B"]
-    accepted_lengths: Int32[Array, "B lengths"]
-    cycles: Int32[Array, ""]
-    scores: TokenScores | None = None
-
-    @classmethod
-    def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
-        """Of a state after some cycles."""
-        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles, state.scores)
-
-
 class Programs:
-    """Compiles what a decoder needs, and keeps it.
+    """Compiles what a decoder needs, and keeps it. Any thread may use it.
 
     Attributes:
         leaves: the decoder's arrays, as every program takes them.
@@ -85,15 +58,28 @@ class Programs:
         self.store: ProgramStore | None = None
         self._costs: CostTable | None = None
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
-        self._split()
+        # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
+        self._lock = threading.RLock()
+        self._laid_out = LaidOut(decoder)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """See the class."""
+        return self._laid_out.leaves
+
+    @property
+    def compiled(self) -> dict[tuple[Any, ...], Any]:
+        """See the class."""
+        return self._laid_out.compiled
 
     @property
     def costs(self) -> CostTable:
         """See the class; read when it is first asked for."""
-        if self._costs is None:
-            path = None if self.store is None else table_path(self.store.folder.parent / "costs", self.decoder)
-            self._costs = CostTable(PassBytes.of(self.decoder), path)
-        return self._costs
+        with self._lock:
+            if self._costs is None:
+                path = None if self.store is None else table_path(self.store.folder.parent / "costs", self.decoder)
+                self._costs = CostTable(PassBytes.of(self.decoder), path)
+            return self._costs
 
     def save_costs(self) -> None:
         """Writes what was measured, if anybody asked for costs."""
@@ -108,21 +94,16 @@ class Programs:
         """Programs that are there."""
         return len(self.compiled)
 
-    def _split(self) -> None:
-        self._graph, state = nnx.split(self.decoder)
-        self.leaves, self._structure = jax.tree.flatten(state)
-        self.compiled: dict[tuple[Any, ...], Any] = {}
-
     def _merge(self, leaves: list[jax.Array]) -> Decoder:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        return self._laid_out.merge(leaves)
 
     def adopt(self, others: Programs) -> None:
         """Takes the programs that were compiled for the shapes of this decoder before its arrays were there."""
-        ours, theirs = ((one._graph, one._structure, _described(one.leaves)) for one in (self, others))
-        if ours == theirs:
-            self.compiled |= others.compiled
-            self.num_compilations += others.num_compilations
-            self.compile_s += others.compile_s
+        with self._lock:
+            if self._laid_out.is_like(others._laid_out):
+                self.compiled.update(others.compiled)
+                self.num_compilations += others.num_compilations
+                self.compile_s += others.compile_s
 
     def compile(
         self,
@@ -142,26 +123,61 @@ class Programs:
         """
         plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
         prefills = {_prefill_key(plans[0], shape, width): width for width in widths}
-        size = shape.rows, shape.capacity
-        if self.compiled.keys() >= {*prefills, *(_loop_key(one, shape) for one in plans)} and size in self._fitting:
-            return
         wanted = {key: functools.partial(self.lower_prefill, plans[0], shape, width) for key, width in prefills.items()}
         wanted |= {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
+        size = shape.rows, shape.capacity
+        if self.compiled.keys() >= wanted.keys() and size in self._fitting:
+            return
         for one in plans:
             self.lay_out_weights(one)
         if size not in self._fitting:  # later on, the memory that is free lacks the cache of the batch that runs
             self.check_cache(rows=shape.rows, capacity=shape.capacity)
             self._fitting.add(size)
+        while not (laid_out := self._laid_out).compiled.keys() >= wanted.keys():
+            self._add_missing(laid_out, wanted, on_event)
+
+    def _add_missing(
+        self,
+        laid_out: LaidOut,
+        wanted: Mapping[tuple[Any, ...], Callable[[], jax.stages.Lowered]],
+        on_event: Callable[[str], None],
+    ) -> None:
+        """Reads or compiles what is not there, and waits for what other threads are compiling."""
+        with self._lock:
+            missing = {name: lower for name, lower in wanted.items() if name not in laid_out.compiled}
+            theirs = [laid_out.under_way[name] for name in missing if name in laid_out.under_way]
+            ours = {name: lower for name, lower in missing.items() if name not in laid_out.under_way}
+            laid_out.under_way.update(dict.fromkeys(ours, done := threading.Event()))
+        try:
+            if ours:
+                self._add(laid_out, ours, on_event)
+        finally:
+            with self._lock:
+                for name in ours:
+                    del laid_out.under_way[name]
+            done.set()
+        for event in theirs:
+            event.wait()
+
+    def _add(
+        self,
+        laid_out: LaidOut,
+        missing: Mapping[tuple[Any, ...], Callable[[], jax.stages.Lowered]],
+        on_event: Callable[[str], None],
+    ) -> None:
         began = time.perf_counter()
-        missing = {name: lower for name, lower in wanted.items() if name not in self.compiled}
-        keys = program_keys(missing, self.decoder) if missing and self.store is not None else {}
-        self.compiled |= self._stored(keys)
-        missing = {name: lower for name, lower in missing.items() if name not in self.compiled}
+        with self._lock:
+            keys = program_keys(missing, self.decoder) if self.store is not None else {}
+        found = self._stored(keys)
+        missing = {name: lower for name, lower in missing.items() if name not in found}
         if missing:
             on_event("compiling")
-            self.compiled |= self._compile_missing(missing, keys)
+            found |= self._compile_missing(missing, keys)
+        with self._lock:
+            if laid_out is self._laid_out:  # otherwise another thread has laid the weights out meanwhile
+                laid_out.compiled.update(found)
             self.num_compilations += len(missing)
-        self.compile_s += time.perf_counter() - began
+            self.compile_s += time.perf_counter() - began
 
     def _stored(self, keys: Mapping[tuple[Any, ...], str]) -> dict[tuple[Any, ...], Any]:
         """Those programs with a key that the store has, read side by side."""
@@ -179,7 +195,7 @@ class Programs:
     ) -> dict[tuple[Any, ...], Any]:
         """Compiles programs, and writes those with a key into the store."""
         with passed_over() if keys else contextlib.nullcontext():
-            compiled = dict(zip(lowerings, _compile_all(lowerings.values()), strict=True))
+            compiled = dict(zip(lowerings, compile_all(lowerings.values(), self._lock), strict=True))
         for name, program in compiled.items():
             if self.store is not None and name in keys:
                 self.store.save(keys[name], program)
@@ -196,9 +212,10 @@ class Programs:
         count: int,
     ) -> tuple[DecodeState, Report]:
         """Reads the first ``count`` chunks into their rows (``speculative.prefill_rows``). The state is used up."""
-        program = self.compiled[_prefill_key(plan, shape, chunks.tokens.shape[1])]
+        width = chunks.tokens.shape[1]
+        program, leaves = self._program(_prefill_key(plan, shape, width), plan, shape, (width,))
         with explain_out_of_memory("while generating"):
-            return program(self.leaves, state, chunks, rows, sources, np.int32(count))
+            return program(leaves, state, chunks, rows, sources, np.int32(count))
 
     def loop(
         self,
@@ -214,9 +231,17 @@ class Programs:
 
         The state is used up.
         """
-        program = self.compiled[_loop_key(plan, shape)]
+        program, leaves = self._program(_loop_key(plan, shape), plan, shape, ())
         with explain_out_of_memory("while generating"):
-            return program(self.leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
+            return program(leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
+
+    def _program(
+        self, key: tuple[Any, ...], plan: DecodingPlan, shape: Shape, widths: Iterable[int]
+    ) -> tuple[Any, list[jax.Array]]:
+        """A program, and the arrays that it takes. Compiled anew if another thread has laid weights out since."""
+        while key not in (laid_out := self._laid_out).compiled:
+            self.compile(plan, shape, widths)
+        return laid_out.compiled[key], laid_out.leaves
 
     def lay_out_weights(self, plan: DecodingPlan) -> None:
         """Rewrites weights so that the kernels of a plan can read them; drops compiled programs if any weight changed.
@@ -224,13 +249,14 @@ class Programs:
         Weights get the order of codes that all views of the plan read, and the sums of their groups where a view
         quantises activations with a zero point. Neither is ever undone: plans that alternate keep their programs.
         """
-        changed = lay_out(self.decoder, plan.views)
-        quantization = linears(self.decoder)[0].quantization
-        recipes = [] if quantization is None else [activation_quantization(quantization, view) for view in plan.views]
-        if any(recipe is not None and not recipe.symmetric for recipe in recipes):
-            changed |= add_group_sums(self.decoder)
-        if changed:
-            self._split()
+        with self._lock:
+            changed = lay_out(self.decoder, plan.views)
+            quantization = linears(self.decoder)[0].quantization
+            recipes = [] if quantization is None else [activation_quantization(quantization, one) for one in plan.views]
+            if any(recipe is not None and not recipe.symmetric for recipe in recipes):
+                changed |= add_group_sums(self.decoder)
+            if changed:
+                self._laid_out = LaidOut(self.decoder)
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
@@ -248,9 +274,10 @@ class Programs:
 
     def lower_prefill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
         """Lowers the program that reads chunks of a width into rows; its state is donated."""
+        laid_out = self._laid_out
 
         def prefill(leaves, state, chunks, rows, sources, count):
-            state = speculative.prefill_rows(self._merge(leaves), state, chunks, rows, sources, count, plan=plan)
+            state = speculative.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, plan=plan)
             return state, Report.of(state, count * 0)
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
@@ -258,23 +285,23 @@ class Programs:
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
-            return jax.jit(prefill, donate_argnums=1).lower(self.leaves, state, chunks, rows, rows, np.int32(0))
+            return jax.jit(prefill, donate_argnums=1).lower(laid_out.leaves, state, chunks, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
-        per_check = cycles_per_check(plan)
+        per_check, laid_out = cycles_per_check(plan), self._laid_out
 
         def loop(leaves, state, retired, max_cycles, until_finished):
             state = dataclasses.replace(state, finished=state.finished | retired)
             state, cycles = speculative.generate(
-                self._merge(leaves), state, max_cycles, until_finished, plan=plan, cycles_per_check=per_check
+                laid_out.merge(leaves), state, max_cycles, until_finished, plan=plan, cycles_per_check=per_check
             )
             return state, Report.of(state, cycles)
 
         state = jax.eval_shape(lambda: self.idle_state(shape))
         retired = np.zeros((shape.rows,), bool)
         with early_launch.early_launch(launches_early(self.decoder, plan, shape.rows)):
-            return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, retired, np.int32(0), np.int32(0))
+            return jax.jit(loop, donate_argnums=1).lower(laid_out.leaves, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -284,32 +311,19 @@ class Programs:
         ``advance`` is what the loop repeats, see :func:`speculative.generate`.
         """
         options: dict[str, Any] = {"plan": plan, "cycles_per_check": cycles_per_check(plan), "advance": advance}
+        laid_out = self._laid_out
 
         def loop(leaves, state, max_cycles):
-            return speculative.generate(self._merge(leaves), state, max_cycles, **options)[0]
+            return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
         with early_launch.early_launch(launches_early(self.decoder, plan, len(state.last_token))):
-            return jax.jit(loop, donate_argnums=1).lower(self.leaves, state, np.int32(0))
+            return jax.jit(loop, donate_argnums=1).lower(laid_out.leaves, state, np.int32(0))
 
     def check_cache(self, *, rows: int, capacity: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
         cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, capacity=capacity))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         check_memory(needed, what=f"the caches of {rows} sequences of {capacity} tokens")
-
-
-def _described(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
-
-
-def _compile_all(lowerings: Iterable[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
-    """Lowers one after the other, and compiles side by side: XLA lets go of Python meanwhile."""
-    with explain_out_of_memory("while compiling"), ThreadPoolExecutor() as pool:
-        try:
-            compilations = [pool.submit(lower().compile) for lower in lowerings]
-            return [compilation.result() for compilation in compilations]
-        except NotImplementedError as error:  # a kernel asked for by name
-            raise UsageError(f"this model cannot run as asked: {error}") from error
 
 
 def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:

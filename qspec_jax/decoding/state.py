@@ -135,6 +135,31 @@ class DecodeState:
 @typing.no_type_check  # as above
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Report:
+    """What the host reads after a dispatch, in buffers of its own: those of the state are used up by the next one.
+
+    Attributes:
+        tokens, num_tokens, finished, accepted_lengths: of the state.
+        cycles: run by the dispatch; 0 of a prefill.
+        scores: of the tokens, where somebody asks.
+    """
+
+    tokens: Int32[Array, "B capacity"]
+    num_tokens: Int32[Array, " B"]
+    finished: Bool[Array, " B"]
+    accepted_lengths: Int32[Array, "B lengths"]
+    cycles: Int32[Array, ""]
+    scores: TokenScores | None = None
+
+    @classmethod
+    def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
+        """Of a state after some cycles."""
+        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles, state.scores)
+
+
+@typing.no_type_check  # as above
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PromptChunk:
     """A chunk of a prompt for each of some rows, and the options of their sequences.
 
