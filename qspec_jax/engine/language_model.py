@@ -33,6 +33,9 @@ class LanguageModel:
     Everything that generates runs the same loop over the same kind of batch (``engine.scheduler``): a list of
     prompts, a pipeline, and a stream, which is a batch of one a few cycles at a time.
 
+    Several threads may generate with one model, each with any plan. Weights that a plan needs in another order are
+    rewritten at its first use, and programs of other plans compiled again: run each plan once before threads start.
+
     Attributes:
         decoder: the Flax module; call it for logits.
         tokenizer: text to token ids and back.
@@ -139,8 +142,7 @@ class LanguageModel:
 
         Returns:
             one result per prompt (and sample), in order. Where a prompt cannot be served its result has the ``error``,
-            and the others are served all the same. Ctrl-C ends the run: prompts that were not finished then have the
-            ``finish_reason`` ``interrupted``.
+            and the others are served all the same.
 
         Raises:
             UsageError: an argument makes no sense, or none of the prompts can be served.

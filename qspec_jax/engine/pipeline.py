@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,19 +20,15 @@ from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
 
 
-@dataclasses.dataclass
-class _Entry:
-    """A request and, once it is finished, its result."""
-
-    sequence: RunningSequence | None = None
-    result: GenerationResult | None = None
-
-
 class Pipeline:
     """A batch that requests enter as others leave it. Made by :meth:`LanguageModel.pipeline`.
 
     ``submit`` queues a request and returns at once; ``results`` runs the device and yields one result per request in
-    the order of submission. More may be submitted while results are taken.
+    the order of submission. More may be submitted while results are taken, also by other threads. Of several threads
+    that take results, one runs the device while the others wait, and each result goes to one of them.
+
+    After Ctrl-C, or an error of the device, nothing that was submitted is lost: ``results`` goes on with what was not
+    taken, and ``interrupt`` ends it.
     """
 
     def __init__(
@@ -51,7 +47,9 @@ class Pipeline:
         self._intake, self._programs, self._plan, self._kernels = intake, programs, plan, kernels
         self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, capacity=capacity, on_event=on_event)
         self._scheduler = self._make_scheduler()
-        self._entries: collections.deque[_Entry] = collections.deque()
+        self._entries: collections.deque[RunningSequence | GenerationResult] = collections.deque()
+        self._taking = threading.RLock()  # held to run the device and to take results
+        self._adding = threading.RLock()  # held to change what is queued
 
     @property
     def totals(self) -> RunTotals:
@@ -83,10 +81,8 @@ class Pipeline:
 
     def add(self, request: Request | GenerationResult) -> None:
         """Queues a request that was checked, or the result of one that failed."""
-        if isinstance(request, Request):
-            self._entries.append(_Entry(sequence=self._scheduler.add(request)))
-        else:
-            self._entries.append(_Entry(result=request))
+        with self._adding:
+            self._entries.append(self._scheduler.add(request) if isinstance(request, Request) else request)
 
     def compile(self) -> None:
         """Compiles what the requests so far need, which otherwise waits for the first result to be taken.
@@ -106,26 +102,42 @@ class Pipeline:
             OutOfMemoryError, UsageError: as :meth:`LanguageModel.generate`.
         """
         with progress_bar(len(self._entries), shown=progress) as show:
-            while self._entries:
-                while (result := self._entries[0].result) is None:
-                    self._advance()
-                    show(self.totals)
-                self._entries.popleft()
+            while True:
+                is_taken, result = False, None
+                try:
+                    with self._taking:
+                        if (result := self._finish_first(show)) is None:
+                            return
+                        del self._entries[0]
+                        is_taken = True
+                except BaseException:
+                    if is_taken and result is not None:  # an interruption on the way out
+                        self._entries.appendleft(result)
+                    raise
                 yield result
 
+    def _finish_first(self, show: Callable[[RunTotals], None]) -> GenerationResult | None:
+        """Runs the device until the first request that waits is finished: its result, None if there is no request."""
+        while self._entries:
+            first = self._entries[0]
+            if isinstance(first, GenerationResult):
+                return first
+            if first.finished:
+                return self._result_of(first)
+            self._scheduler.advance()
+            show(self.totals)
+        return None
+
     def collect(self, *, progress: bool = False) -> list[GenerationResult]:
-        """All results that were not taken yet. Ctrl-C ends the run: see :meth:`interrupt`.
+        """All results that were not taken yet. After Ctrl-C :meth:`interrupt` has what there is.
 
         Args:
             progress: show finished requests, tokens/s and tokens per cycle on the standard error stream.
         """
         with progress_bar(len(self._entries), shown=progress) as show:
-            try:
-                while self._scheduler.busy:
-                    self._advance()
-                    show(self.totals)
-            except KeyboardInterrupt:
-                return self.interrupt()
+            while self._scheduler.busy:
+                self._scheduler.advance()
+                show(self.totals)
         return list(self.results())
 
     def interrupt(self) -> list[GenerationResult]:
@@ -133,22 +145,13 @@ class Pipeline:
 
         Such a result has the ``finish_reason`` ``interrupted``.
         """
-        for entry in self._entries:
-            if entry.sequence is not None and entry.result is None:
-                entry.result = self._result_of(entry.sequence)
-        self._programs.save_costs()
-        # The interruption may have come between a dispatch and the note of its result.
-        totals, self._scheduler = self.totals, self._make_scheduler()
-        self._scheduler.totals = totals
-        results = [entry.result for entry in self._entries if entry.result is not None]
-        self._entries.clear()
-        return results
-
-    def _advance(self) -> None:
-        self._scheduler.advance()
-        for entry in self._entries:
-            if entry.result is None and entry.sequence is not None and entry.sequence.finished:
-                entry.result = self._result_of(entry.sequence)
+        with self._taking, self._adding:
+            given = [one if isinstance(one, GenerationResult) else self._result_of(one) for one in self._entries]
+            self._programs.save_costs()
+            totals, self._scheduler = self.totals, self._make_scheduler()
+            self._scheduler.totals = totals
+            self._entries.clear()
+            return given
 
     def _result_of(self, sequence: RunningSequence) -> GenerationResult:
         return result_of(sequence, self._plan, self.totals, tokenizer=self._intake.tokenizer, kernels=self._kernels)

@@ -10,15 +10,19 @@ While a burst runs, whoever called :meth:`Scheduler.advance` turns the tokens of
 its own dispatches bursts, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
 any of this: rows are independent, and so are cycles.
 
+An error or an interruption may leave a step half done, and the state used up. The next step then computes again what
+was under way, which yields the same tokens. Any thread may add requests; steps of several threads wait for each other.
+
 With an ``AutoPlan``, each burst may run another plan (:mod:`qspec_jax.engine.chooser`). All have the same target and
 read and write the same state, so that tokens do not depend on the choice. Another thread compiles what may be chosen.
 """
 
 from __future__ import annotations
 
-import collections
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,10 +33,11 @@ from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
-from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk
 from qspec_jax.engine.chooser import Chooser
+from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.sequence import RunningSequence
@@ -44,29 +49,6 @@ _FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
 _MAX_CYCLES = 4096
 # With others waiting, a burst ends when this share of the rows has finished in it.
 _REFILL_SHARE = 1 / 16
-
-
-class _Clock:
-    """Splits the time since the first dispatch into what the device was busy for and what it waited for the host."""
-
-    def __init__(self) -> None:
-        self._mark_s: float | None = None
-        self._in_flight = False
-
-    def dispatching(self) -> float:
-        """Seconds that the device had nothing to do before this dispatch."""
-        now = time.perf_counter()
-        gap_s = 0.0 if self._in_flight or self._mark_s is None else now - self._mark_s
-        if not self._in_flight:
-            self._mark_s, self._in_flight = now, True
-        return gap_s
-
-    def landed(self, *, more: bool = False) -> float:
-        """Seconds that a dispatch took; ``more`` are under way."""
-        now = time.perf_counter()
-        seconds = now - (self._mark_s or now)
-        self._mark_s, self._in_flight = now, more
-        return seconds
 
 
 class Scheduler:
@@ -108,19 +90,17 @@ class Scheduler:
         self._compiler = ThreadPoolExecutor(1, "qspec_jax compile")
         self._asked_for: dict[tuple[DecodingPlan, Shape], Future[None]] = {}
         self._on_event = on_event or (lambda _: None)
-        self._waiting: collections.deque[RunningSequence] = collections.deque()
-        self._rows: list[RunningSequence | None] = [None] * rows
-        self._held = HeldChunks(rows)
-        self._widths: set[int] = set()
-        self._features = SamplingFeatures()
+        self._running = threading.RLock()  # held for a step, which may last as long as a burst
+        self._queue = RequestQueue()
+        self._is_torn = False  # a step has begun, and not ended
+        self._empty_rows()
         self._state: DecodeState | None = None
-        self._retired = np.zeros((rows,), bool)
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
         self._prefill_s = 0.0  # that the last chunks of prompts took
         self._why = ""  # the plan of the next burst was chosen
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def _make_chooser(self, plan: AutoPlan) -> Chooser:
         for one in plan.choices:
@@ -148,22 +128,19 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._waiting) or any(sequence is not None for sequence in self._rows)
+        return bool(self._queue) or any(sequence is not None for sequence in self._rows)
 
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
-        sequence = RunningSequence(request)
-        self._waiting.append(sequence)
-        self._widths |= request.widths()
-        self._features = self._features.union(SamplingFeatures.of([request.sampling]))
-        return sequence
+        return self._queue.add(request)
 
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
-        sequence.finished = True
-        sequence.chunks = []
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
+        with self._running:
+            sequence.finished = True
+            sequence.chunks = []
+            if sequence.entered_s is None:  # otherwise when its row is free
+                self._queue.drop(sequence)
 
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
         """Waits for the burst under way, and dispatches what comes next.
@@ -177,6 +154,33 @@ class Scheduler:
         Raises:
             OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
         """
+        with self._running:
+            if self._flight is not None:
+                futures.wait([self._flight])  # an interruption here leaves all as it is
+            if self._is_torn:
+                self._start_again()
+            self._is_torn = True
+            changed = self._step(max_cycles)
+            self._is_torn = False
+            return changed
+
+    def _start_again(self) -> None:
+        """Has all that is not finished wait again: a step ended half way, and the state may be used up."""
+        self._dispatcher.submit(bool).result()  # until no burst is under way, whoever was told of it
+        self._flight, self._state, self._clock = None, None, Clock()
+        self.totals.requests += self._queue.start_again()
+        for sequence in self._queue.unfinished():
+            self.totals.tokens -= len(sequence.token_ids)
+            sequence.start_again()
+        self._empty_rows()
+
+    def _empty_rows(self) -> None:
+        rows = self.shape.rows
+        self._rows: list[RunningSequence | None] = [None] * rows
+        self._held = HeldChunks(rows)
+        self._retired = np.zeros((rows,), bool)
+
+    def _step(self, max_cycles: int | None) -> list[RunningSequence]:
         if self._flight is None:
             return self._go_on(max_cycles)
         flight, self._flight = self._flight, None
@@ -199,7 +203,7 @@ class Scheduler:
         """Dispatches what comes next; the sequences whose prompts have been read by it."""
         if not self.busy:
             self._programs.save_costs()
-            self._clock = _Clock()
+            self._clock = Clock()
             return []
         changed = []
         self._let_in()
@@ -258,6 +262,7 @@ class Scheduler:
         for row, sequence in sequences.items():
             if finished[row] or sequence.finished:
                 self.totals.requests += 1
+                self._queue.drop(sequence)
                 self._rows[row] = None
                 self._retired[row] = not finished[row]
 
@@ -267,25 +272,29 @@ class Scheduler:
         Raises:
             OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
         """
-        wanted = self.shape._replace(features=self._features)
+        with self._running:
+            return self._compile()
+
+    def _compile(self) -> Shape:
+        self._queue.take_in()
+        wanted = self.shape._replace(features=self._queue.features)
         compiled_s = self._programs.compile_s
-        self._programs.compile(self._first_plan, wanted, self._widths, on_event=self._on_event)
+        self._programs.compile(self._first_plan, wanted, self._queue.widths, on_event=self._on_event)
         if seconds := self._programs.compile_s - compiled_s:
             self.totals.compile_s += seconds
-            self._clock = _Clock()
+            self._clock = Clock()
         return wanted
 
     def _let_in(self) -> None:
         """Compiles what the requests need, and gives idle rows to those that wait."""
-        wanted = self.compile()
+        wanted = self._compile()
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
         idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
-        while idle and self._waiting:
-            entering = self._waiting.popleft()
+        while idle and (entering := self._queue.next()) is not None:
             row = self._held.room_for(entering.chunks, sorted(idle))
             idle.remove(row)
             self._rows[row], entering.entered_s = entering, time.perf_counter()
@@ -342,7 +351,7 @@ class Scheduler:
         """Dispatches a burst."""
         rows, active = self.shape.rows, len(self._decoding())
         until = rows
-        if self._waiting or any(self._reading(row) for row in range(rows)):
+        if self._queue or any(self._reading(row) for row in range(rows)):
             until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
         assert self._state is not None
         cycles = self._fitting_cycles()

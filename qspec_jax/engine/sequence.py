@@ -29,11 +29,16 @@ class RunningSequence:
 
     def __init__(self, request: Request):
         self.request = request
+        self.added_s = time.perf_counter()
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Forgets what came so far, which will come again."""
+        request = self.request
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
         self.finished = False
-        self.added_s = time.perf_counter()
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
         self.watch = None if request.watch is None else request.watch()

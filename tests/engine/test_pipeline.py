@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 
@@ -76,7 +77,9 @@ def test_a_request_that_cannot_be_served_fails_alone(model, expected):
         assert message in result.error
 
 
-def test_interrupting_returns_what_is_finished_and_what_there_is_of_the_rest(model, expected, monkeypatch):
+def test_interrupting_raises_and_then_there_is_what_is_finished_and_what_there_is_of_the_rest(
+    model, expected, monkeypatch
+):
     advance, calls = Scheduler.advance, []
 
     def advance_until_interrupted(self, max_cycles=None):
@@ -86,7 +89,12 @@ def test_interrupting_returns_what_is_finished_and_what_there_is_of_the_rest(mod
         return advance(self, 2)
 
     monkeypatch.setattr(Scheduler, "advance", advance_until_interrupted)
-    results = model.generate(PROMPTS, mode="w4a16", max_new_tokens=12, max_seq_len=64, batch_size=2)
+    batch = pipeline(model)
+    for prompt in PROMPTS:
+        batch.submit(prompt, max_new_tokens=12)
+    with pytest.raises(KeyboardInterrupt):
+        batch.collect()
+    results = batch.interrupt()
     reasons = [result.finish_reason for result in results]
     assert reasons == ["length", "length", "interrupted", "interrupted", "interrupted"]
     assert tokens(results[:2]) == expected[:2]
@@ -94,6 +102,26 @@ def test_interrupting_returns_what_is_finished_and_what_there_is_of_the_rest(mod
         assert result.token_ids == whole[: len(result.token_ids)]
     assert 0 < len(results[2].token_ids) < 12
     assert results[4].token_ids == []
+
+
+def test_a_step_takes_no_longer_for_those_that_wait(model):
+    """Counted in calls of Python, as clocks differ."""
+    calls = {}
+    for count in (40, 400):
+        batch, seen = pipeline(model), [0]
+        for _ in range(count):
+            batch.submit([5], max_new_tokens=2)
+        results = batch.results()
+        next(results)  # takes in what has arrived
+        before = sys.getprofile()
+        sys.setprofile(lambda frame, event, argument, seen=seen: seen.__setitem__(0, seen[0] + 1))
+        try:
+            for _ in range(20):
+                next(results)
+        finally:
+            sys.setprofile(before)
+        calls[count] = seen[0]
+    assert calls[400] < 1.2 * calls[40]
 
 
 def test_progress_shows_finished_requests_and_speed(model, capsys):

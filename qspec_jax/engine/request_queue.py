@@ -1,0 +1,77 @@
+"""Requests that wait for a row, and those that have one, in the order in which they came."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.sequence import RunningSequence
+
+
+class RequestQueue:
+    """What a scheduler has to do. Any thread may add to it; all else is for the one that runs a step.
+
+    No step takes longer for the number of those that wait.
+
+    Attributes:
+        widths: of the chunks of all prompts so far.
+        features: of sampling that any of them needs.
+    """
+
+    def __init__(self) -> None:
+        self.widths: set[int] = set()
+        self.features = SamplingFeatures()
+        self._adding = threading.Lock()
+        self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
+        self._waiting: collections.deque[RunningSequence] = collections.deque()
+        self._unfinished: dict[RunningSequence, None] = {}  # those that have a row, too
+
+    def __bool__(self) -> bool:
+        """Whether any waits."""
+        return bool(self._arrived or self._waiting)
+
+    def add(self, request: Request) -> RunningSequence:
+        """Queues a request."""
+        sequence = RunningSequence(request)
+        with self._adding:
+            self._unfinished[sequence] = None
+            self._arrived.append(sequence)
+        return sequence
+
+    def take_in(self) -> None:
+        """Notes what the requests need that came since the last step."""
+        while self._arrived:
+            sequence = self._arrived.popleft()
+            self._waiting.append(sequence)
+            self.widths |= sequence.request.widths()
+            self.features = self.features.union(SamplingFeatures.of([sequence.request.sampling]))
+
+    def next(self) -> RunningSequence | None:
+        """The one whose turn it is; None if no other waits. Those that were dropped are passed over."""
+        while self._waiting:
+            sequence = self._waiting.popleft()
+            if not sequence.finished:
+                return sequence
+        return None
+
+    def drop(self, sequence: RunningSequence) -> None:
+        """Forgets a sequence that is finished, also before its turn."""
+        self._unfinished.pop(sequence, None)
+
+    def start_again(self) -> int:
+        """Has all wait that were not dropped, those that have a row first; how many of them are finished."""
+        with self._adding:
+            finished = [one for one in self._unfinished if one.finished]
+            for sequence in finished:
+                del self._unfinished[sequence]
+            self._waiting.clear()
+            self._arrived.clear()
+            self._arrived.extend(self._unfinished)
+        return len(finished)
+
+    def unfinished(self) -> list[RunningSequence]:
+        """All that were not dropped."""
+        with self._adding:
+            return list(self._unfinished)
