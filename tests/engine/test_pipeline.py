@@ -116,7 +116,7 @@ def test_a_step_takes_no_longer_for_those_that_wait(model):
 
         def note(frame, event, argument, seen=seen):
             seen.append(event)
-            return note  # noqa: B023
+            return note
 
         before = sys.gettrace()
         sys.settrace(note)
