@@ -71,7 +71,7 @@ def check_chat(value: Any) -> bool | None:
     return None if value is None else truth("chat", value, "true, false or null")
 
 
-def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def request_options(given: Mapping[Any, Any]) -> dict[str, Any]:
     """The options of a request, checked: each of :data:`REQUEST_OPTIONS` that is given and not null.
 
     Args:
@@ -134,4 +134,7 @@ def _check_do_sample(named: Mapping[str, Any], options: Mapping[str, Any]) -> No
 
 def _is(value: Any, other: Any) -> bool:
     """Equal, and no number where the other is a truth value."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+    try:
+        return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+    except Exception:  # arrays, or whatever an object raises
+        return False

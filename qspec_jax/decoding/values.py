@@ -28,7 +28,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 def shown(value: Any) -> str:
     """A value in a message: short, in one line, whatever it is."""
     try:
-        return _short.repr(value)
+        return " ".join(_short.repr(value).split("\n"))
     except Exception:  # an integer of 5,000 digits, an object's own
         return f"<{type(value).__name__}>"
 

@@ -137,10 +137,10 @@ class Scheduler:
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
         with self._running:
+            self.totals.requests += sequence.entered_s is not None and not sequence.finished
             sequence.finished = True
             sequence.chunks = []
-            if sequence.entered_s is None:  # otherwise when its row is free
-                self._queue.drop(sequence)
+            self._queue.drop(sequence)
 
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
         """Waits for the burst under way, and dispatches what comes next.
@@ -255,14 +255,15 @@ class Scheduler:
                 self.totals.count_cycles(sequence.accepted_lengths, lengths)
                 sequence.accepted_lengths = lengths
                 changed.append(sequence)
+                if sequence.finished:  # and not before: until then it may have to start again
+                    self._queue.drop(sequence)
+                    self.totals.requests += 1
         return changed
 
     def _free(self, sequences: Mapping[int, RunningSequence], finished: Any) -> None:
         """Frees the rows of sequences that are finished, as the device or the host says."""
         for row, sequence in sequences.items():
             if finished[row] or sequence.finished:
-                self.totals.requests += 1
-                self._queue.drop(sequence)
                 self._rows[row] = None
                 self._retired[row] = not finished[row]
 

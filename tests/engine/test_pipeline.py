@@ -115,6 +115,8 @@ def test_a_step_takes_no_longer_for_those_that_wait(model):
         next(results)  # takes in what has arrived
 
         def note(frame, event, argument, seen=seen):
+            if "engine" not in frame.f_code.co_filename:
+                return None
             seen.append(event)
             return note
 
@@ -126,7 +128,7 @@ def test_a_step_takes_no_longer_for_those_that_wait(model):
         finally:
             sys.settrace(before)
         lines[count] = len(seen)
-    assert lines[400] < 1.2 * lines[40]
+    assert lines[400] == lines[40]
 
 
 def test_progress_shows_finished_requests_and_speed(model, capsys):
