@@ -92,9 +92,9 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _message(given: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """A message without what is null, and with one text as content."""
-    message = {key: value for key, value in given.items() if value is not None}
+def _message(given: Mapping[Any, Any], what: str) -> dict[str, Any]:
+    """A message without what is null or has no name, and with one text as content."""
+    message = {key: value for key, value in given.items() if value is not None and isinstance(key, str)}
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise UsageError(f'{what} has no role, such as "user": {shown(dict(given))}')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class Tokenizer:
             backend: a fast tokenizer of transformers, or what stands for one.
             eos_token_ids: ending tokens known from elsewhere, besides the tokenizer's own.
         """
+        self._lock = threading.RLock()  # transformers sets options of what it calls before each call
         self._backend: Any = backend  # its annotations allow every return type of every option
         vocabulary = backend.get_vocab()
         template = str(self._backend.chat_template or "")
@@ -60,7 +62,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        with self._lock:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, up to where the assistant's answer begins.
@@ -77,7 +80,8 @@ class Tokenizer:
         if not self.has_chat_template:
             raise UsageError("the tokenizer has no chat template; give the prompt as plain text")
         try:
-            return self._backend.apply_chat_template(list(messages), **options)
+            with self._lock:
+                return self._backend.apply_chat_template(list(messages), **options)
         except UsageError:
             raise
         except Exception as error:  # a template is a program, and fails in every way that programs do
@@ -122,7 +126,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with self._lock:
+            return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the files from which :func:`load_tokenizer` makes this tokenizer again into a directory.
