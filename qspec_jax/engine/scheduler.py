@@ -19,6 +19,7 @@ read and write the same state, so that tokens do not depend on the choice. Anoth
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,8 +160,13 @@ class Scheduler:
                 futures.wait([self._flight])  # an interruption here leaves all as it is
             if self._is_torn:
                 self._start_again()
-            self._is_torn = True
-            changed = self._step(max_cycles)
+            self._is_torn, handled = True, sys.exception()
+            try:
+                changed = self._step(max_cycles)
+            except Exception as error:
+                if _is_interruption(error, handled):
+                    raise KeyboardInterrupt from error
+                raise
             self._is_torn = False
             return changed
 
@@ -391,3 +397,17 @@ class Scheduler:
     def _decoding(self) -> dict[int, RunningSequence]:
         """Sequences that have read their prompts, by row."""
         return {row: one for row, one in enumerate(self._rows) if one is not None and not one.reading}
+
+
+def _is_interruption(error: BaseException | None, handled: BaseException | None) -> bool:
+    """Whether an error came of Ctrl-C: some libraries, and locks of Python, report another one where it comes.
+
+    Args:
+        error: that was raised.
+        handled: what whoever called was handling before, which has nothing to do with it.
+    """
+    while error is not None and error is not handled:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

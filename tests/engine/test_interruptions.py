@@ -92,6 +92,32 @@ def test_an_error_of_the_device_loses_nothing(model, expected, monkeypatch):
     assert take(filled(model), OutOfMemoryError) == (expected, 1)
 
 
+def test_an_interruption_that_a_library_reports_as_another_error_is_one(model, expected, monkeypatch):
+    original, calls = Programs.prefill, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        try:
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+        if len(calls) == 2:
+            raise OutOfMemoryError("full")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Programs, "prefill", interrupted)
+    batch = filled(model)
+    with pytest.raises(KeyboardInterrupt):
+        next(batch.results())
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(OutOfMemoryError):  # which has nothing to do with what is handled here
+            next(batch.results())
+    assert take(batch) == (expected, 0)
+
+
 class Interrupter:
     """Raises KeyboardInterrupt before a line of the engine in this thread; Python then asks it no more."""
 
