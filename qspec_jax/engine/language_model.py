@@ -145,6 +145,8 @@ class LanguageModel:
             and the others are served all the same.
 
         Raises:
+            KeyboardInterrupt: the user pressed Ctrl-C. A :meth:`pipeline` keeps what there is of the texts
+                (:meth:`Pipeline.interrupt`).
             UsageError: an argument makes no sense, or none of the prompts can be served.
             OutOfMemoryError: the cache does not fit the device.
         """
