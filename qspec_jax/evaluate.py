@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qspec_jax.commands import options
+from qspec_jax.commands.output import is_terminal, say, show
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
-from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import UsageError
 from qspec_jax.weights.resolve import check_model_name
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return exit_code(run, build_parser().parse_args(argv))
+    return exit_code(run, build_parser(), argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,9 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     scores = [_score(name, arguments, request) for name in arguments.model or [None]]
     if arguments.json:
         objects = [dataclasses.asdict(score) for score in scores]
-        print(json.dumps(objects[0] if len(objects) == 1 else {"models": objects}, indent=1))
+        show(json.dumps(objects[0] if len(objects) == 1 else {"models": objects}, indent=1))
     else:
-        print("\n\n".join(_tables(scores)))
+        show("\n\n".join(_tables(scores)))
     if arguments.plot is not None:
         tables.plot_acceptance(scores, arguments.plot)
     if arguments.outlier_plot is not None:
@@ -178,7 +179,7 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
-        progress=sys.stderr.isatty(),
+        progress=is_terminal(sys.stderr),
     )
 
 
@@ -269,7 +270,7 @@ def _require_matplotlib() -> None:
 
 
 def _progress(description: str) -> Any:
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         return iter
 
     def wrap(items: Iterable[_Item]) -> Iterable[_Item]:

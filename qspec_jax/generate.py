@@ -9,15 +9,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
-from qspec_jax.commands.prompt_files import Prompt, PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
-from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
+from qspec_jax.commands.prompt_files import (
+    Prompt,
+    PromptLine,
+    ResultFile,
+    attempt_line,
+    line_keys,
+    model_identity,
+    read_prompt_lines,
+    repeated_ids,
+    result_entry,
+)
+from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
@@ -25,8 +37,10 @@ from qspec_jax.errors import UsageError
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
+    from qspec_jax.decoding.plan import Plan
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.engine.pipeline import Pipeline
+    from qspec_jax.engine.requests import Request
 
 # The fields of `SamplingParams`: type, default, help.
 _SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
@@ -53,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeat for several")
     lines = (
         'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id", "kind" and options of its own'
+        "; - is the standard input"
     )
     add("--prompt-file", type=Path, metavar="FILE", help=lines)
     add("--output", type=Path, metavar="FILE", help="write JSONL into a file, or go on with one that was interrupted")
@@ -88,62 +103,99 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return exit_code(run, build_parser().parse_args(argv))
+    return exit_code(run, build_parser(), argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and generates; the exit code."""
     _check_counts(arguments)
+    if arguments.output is None:
+        require_standard_output("give --output FILE")
     lines = _read_prompts(arguments)
     defaults = _defaults(arguments)
     check_model_name(arguments.model)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
-    stream = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
+    stream = arguments.stream if arguments.stream is not None else is_terminal(sys.stdout)
     if stream and not arguments.json:
-        start_first = functools.partial(_start, lines=lines[:1], arguments=arguments, defaults=defaults, batch_size=1)
-        _stream_text(_load(arguments, start_first), lines, arguments, defaults)
-        return 0
-    settings = {"lines": lines, "arguments": arguments, "defaults": defaults, "batch_size": arguments.batch_size}
-    start = functools.partial(_start, **settings)
+        return _run_streaming(arguments, lines, defaults)
+    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults)
     pipeline = start(_load(arguments, start))
-    results = pipeline.collect(progress=sys.stderr.isatty())
+    try:
+        results = pipeline.collect(progress=is_terminal(sys.stderr))
+    except KeyboardInterrupt:
+        results = pipeline.interrupt()
     for line, result in zip(lines, results, strict=True):
         if arguments.json:
-            print(json.dumps(result_entry(result, line), ensure_ascii=False))
+            show_json(result_entry(result, line))
             continue
         if len(lines) > 1:
-            print(f"### {heading(line.prompt)}")
-        print(result.text)
+            show(f"### {heading(line.prompt)}")
+        show(result.text)
     if not arguments.json:
         say(summary(results, pipeline.totals.decode_s))
-    return _complain(results)
+    code = _complain(lines, {index: result.error for index, result in enumerate(results)})
+    if any(result.finish_reason == "interrupted" for result in results):
+        raise KeyboardInterrupt
+    return code
 
 
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
-    names = ("model", "mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
-    settings = {name: getattr(arguments, name) for name in names}
+    names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
+    settings = {"model": model_identity(arguments.model), **{name: getattr(arguments, name) for name in names}}
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
     try:
         first = file.num_finished
+        errors: dict[int, str | None] = {**file.errors}
         if first:
             say(f"{first} of {len(lines)} results are in {arguments.output} already")
-        if first == len(lines):
-            return 0
-        given = {"lines": lines, "arguments": arguments, "defaults": defaults, "batch_size": arguments.batch_size}
-        start = functools.partial(_start, **given, first=first)
-        pipeline = start(_load(arguments, start))
-        results = []
-        for line, result in zip(lines[first:], pipeline.results(progress=sys.stderr.isatty()), strict=True):
-            file.write(result_entry(result, line))
-            results.append(result)
-        say(summary(results, pipeline.totals.decode_s))
-        return _complain(results, first=first)
+        if first < len(lines):
+            start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, first=first)
+            pipeline = start(_load(arguments, start))
+            results = []
+            for line, result in zip(lines[first:], pipeline.results(progress=is_terminal(sys.stderr)), strict=True):
+                file.write(result_entry(result, line))
+                errors[first + len(results)] = result.error
+                results.append(result)
+            say(summary(results, pipeline.totals.decode_s))
+        return _complain(lines, errors)
     except KeyboardInterrupt:
         say(f"{file.num_finished} of {len(lines)} results are in {arguments.output}; the same command goes on with it")
         raise
     finally:
         file.close()
+
+
+def _run_streaming(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
+    """Prompt by prompt, and each as it comes. Those that cannot run are named, as in a batch."""
+    from qspec_jax.engine.intake import require_some
+
+    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, alone=True)
+    model = _load(arguments, start)
+    plan = model.plan(arguments.mode, **_plan_options(arguments))
+    requests = _requests(model, plan, lines, arguments, defaults)
+    require_some(requests)
+    settings = {"mode": arguments.mode, "max_seq_len": arguments.max_seq_len, **_plan_options(arguments)}
+    errors: dict[int, str | None] = {}
+    for index, (line, request) in enumerate(zip(lines, requests, strict=True)):
+        if len(lines) > 1:
+            show(f"### {heading(line.prompt)}")
+        if isinstance(request, GenerationResult):
+            errors[index] = request.error
+            show()
+            continue
+        asked = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
+        try:
+            for piece in model.stream(line.prompt, **asked):
+                if isinstance(piece, str):
+                    show(piece, end="")
+                else:
+                    show()
+                    say(summary([piece], piece.stats.decode_s))
+        except KeyboardInterrupt:
+            show()
+            raise
+    return _complain(lines, errors)
 
 
 def _start(
@@ -152,52 +204,66 @@ def _start(
     lines: list[PromptLine],
     arguments: argparse.Namespace,
     defaults: dict[str, Any],
-    batch_size: int,
     first: int = 0,
+    alone: bool = False,
 ) -> Pipeline:
-    """A pipeline with the prompts from ``first`` on in it, and room for all."""
+    """A pipeline with the prompts from ``first`` on, and room for all; ``alone``, with the first that can run."""
     from qspec_jax.engine.intake import require_some
+    from qspec_jax.engine.requests import Request
 
-    names = ("draft", "draft_length", "draft_context")
-    plan = model.plan(arguments.mode, **{name: getattr(arguments, name) for name in names})
-    length = {"max_seq_len": arguments.max_seq_len}
-    requests = [
-        model.attempt(line.prompt, plan, what=f"prompt {index + 1}", **line.resolved(defaults, index), **length)
-        for index, line in enumerate(lines)
-    ]
+    plan = model.plan(arguments.mode, **_plan_options(arguments))
+    requests = _requests(model, plan, lines, arguments, defaults)
     if arguments.output is None:
         require_some(requests)
-    settings: dict[str, Any] = {"batch_size": batch_size, "on_event": lambda event: say(f"{event} ...")}
-    return model.run(requests, plan, first=first, **settings, **length)
+    if alone:
+        requests = [next(request for request in requests if isinstance(request, Request))]
+    settings: dict[str, Any] = {
+        "batch_size": 1 if alone else arguments.batch_size,
+        "max_seq_len": arguments.max_seq_len,
+        "on_event": lambda event: say(f"{event} ..."),
+    }
+    return model.run(requests, plan, first=first, **settings)
 
 
-def _complain(results: Sequence[GenerationResult], *, first: int = 0) -> int:
-    """Names the prompts that failed; the exit code."""
-    for index, result in enumerate(results, first + 1):
-        if result.error is not None:
-            say(f"prompt {index} failed: {result.error}")
-    reasons = {result.finish_reason for result in results}
-    if "interrupted" in reasons:
-        say("interrupted")
-        return 130
-    return 1 if "error" in reasons else 0
+def _requests(
+    model: LanguageModel,
+    plan: Plan,
+    lines: list[PromptLine],
+    arguments: argparse.Namespace,
+    defaults: dict[str, Any],
+) -> list[Request | GenerationResult]:
+    """What is asked for each line, or why it cannot run."""
+    numbers = _numbers(lines)
+    return [
+        attempt_line(
+            model,
+            plan,
+            line,
+            what=f"prompt {number}",
+            max_seq_len=arguments.max_seq_len,
+            **line.resolved(defaults, index),
+        )
+        for index, (line, number) in enumerate(zip(lines, numbers, strict=True))
+    ]
 
 
-def _stream_text(
-    model: LanguageModel, lines: list[PromptLine], arguments: argparse.Namespace, defaults: dict[str, Any]
-) -> None:
-    names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len")
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    for index, line in enumerate(lines):
-        if len(lines) > 1:
-            print(f"### {heading(line.prompt)}")
-        asked = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
-        for piece in model.stream(line.prompt, **asked):
-            if isinstance(piece, str):
-                print(piece, end="", flush=True)
-            else:
-                print(flush=True)
-                say(summary([piece], piece.stats.decode_s))
+def _numbers(lines: Sequence[PromptLine]) -> list[int]:
+    """The place of each line's prompt among the prompts, whose samples are one after the other."""
+    return list(itertools.accumulate(int(line.sample == 0) for line in lines))
+
+
+def _plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("draft", "draft_length", "draft_context")}
+
+
+def _complain(lines: Sequence[PromptLine], errors: Mapping[int, str | None]) -> int:
+    """Names the prompts that failed, each once; the exit code."""
+    numbers = _numbers(lines)
+    failed = {index: error for index, error in sorted(errors.items()) if error is not None}
+    for number, index in sorted({numbers[index]: index for index in reversed(failed)}.items()):
+        where = lines[index].where
+        say(f"prompt {number} failed: {failed[index]}" + (f" ({where})" if where else ""))
+    return 1 if failed else 0
 
 
 def heading(prompt: Prompt) -> str:
@@ -228,8 +294,12 @@ def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
         lines += read_prompt_lines(arguments.prompt_file)
     if not lines:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
-    if len(lines) == 1 and isinstance(lines[0].prompt, str) and not lines[0].prompt.strip():
+    if arguments.output is None and all(line.error is not None for line in lines):
+        raise UsageError(f"{lines[0].where}: {lines[0].error}")
+    if len(lines) == 1 and lines[0].error is None and not lines[0].prompt:
         raise UsageError("prompt 1 is empty; give it some text")
+    for repeated in repeated_ids(lines):
+        say(f"{' and '.join(repeated)} have the same id; results are told apart by their order alone")
     return [dataclasses.replace(line, sample=sample) for line in lines for sample in range(arguments.num_samples)]
 
 
@@ -266,7 +336,7 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
-        progress=sys.stderr.isatty(),
+        progress=is_terminal(sys.stderr),
         compile_ahead=compile_ahead,
     )
     model.programs.store = store

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
-from qspec_jax.commands.run import exit_code, keep_compiled_programs, say
+from qspec_jax.commands.output import is_terminal, say, show
+from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.model.config import parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.files import read_recipe
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return exit_code(run, build_parser().parse_args(argv), interrupted=_INTERRUPTED)
+    return exit_code(run, build_parser(), argv, interrupted=_INTERRUPTED)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
             progress=Progress(_bar, say),
         )
-    print(summary(conversion))
+    show(summary(conversion))
 
 
 def summary(conversion: Conversion) -> str:
@@ -121,7 +122,7 @@ def _override(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOpti
 
 
 def _bar(items: Iterable, what: str) -> Iterable:
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         return _lines(list(items), what)
     from tqdm import tqdm
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
-from qspec_jax.commands.run import exit_code, say
+from qspec_jax.commands.output import say, show
+from qspec_jax.commands.run import exit_code
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation.long_prompts import KINDS, NEW_TOKENS, Ruler, Shelf, is_short, long_prompts
 from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return exit_code(run, build_parser().parse_args(argv))
+    return exit_code(run, build_parser(), argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         "prompts.jsonl": _lines(prompts[: arguments.prompts]),
     }
     for name, content in contents.items():
-        print(f"{_write(arguments.folder / name, content)}: {len(content)} characters")
+        show(f"{_write(arguments.folder / name, content)}: {len(content)} characters")
     if arguments.long_prompts:
         _write_long(arguments, Shelf(held_out, Ruler(_tokenizer(arguments.model))), contexts)
 
@@ -95,7 +96,7 @@ def _write_long(arguments: argparse.Namespace, shelf: Shelf, contexts: Sequence[
         path = _write(arguments.folder / f"long-{context // 1024}k.jsonl", _lines(entries))
         counts = Counter(entry["kind"] for entry in entries)
         longest = max((shelf.ruler.length(entry) for entry in entries), default=0)
-        print(f"{path}: {', '.join(f'{counts[kind]} {kind}' for kind in KINDS)}; at most {longest} tokens")
+        show(f"{path}: {', '.join(f'{counts[kind]} {kind}' for kind in KINDS)}; at most {longest} tokens")
 
 
 def _tokenizer(model: str | None) -> Tokenizer | None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From what knows nothing of the others to what knows all. Rooms of one line do not know each other.
 ROOMS = """
 pallas_kernels            qspec_jax.errors
-qspec_jax.device          qspec_jax.tokenizer
+qspec_jax.device          qspec_jax.tokenizer       qspec_jax.files
 qspec_jax.model
 qspec_jax.quantization    qspec_jax.decoding
 qspec_jax.weights

@@ -12,16 +12,20 @@ No compiled program is kept or taken from before, whatever JAX is configured to 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qspec_jax.bench.decode import command as decode
 from qspec_jax.bench.kernels import command as kernels
 from qspec_jax.bench.speedup import command as speedup
 from qspec_jax.bench.throughput import command as throughput
 from qspec_jax.bench.tune import command as tune
+from qspec_jax.commands.output import require_standard_output
 from qspec_jax.commands.run import exit_code
+from qspec_jax.files.lock import locked
 
 COMMANDS = (kernels, decode, speedup, throughput, tune)
 
@@ -38,10 +42,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser().parse_args(argv)
-    arguments.argv = argv
-    _keep_no_programs()
-    return exit_code(arguments.run, arguments)
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        require_standard_output("send it to a file")
+        _keep_no_programs()
+        arguments.argv = argv
+        with contextlib.ExitStack() as locks:
+            for name in ("json", "output"):
+                path = getattr(arguments, name, None)
+                if path is not None and _is_made(path):
+                    locks.enter_context(locked(path))
+            return arguments.run(arguments)
+
+    return exit_code(run, build_parser(), argv)
+
+
+def _is_made(path: Path) -> bool:
+    """Whether a report would become a file there; the command itself says what else is in the way."""
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK) and (path.is_file() or not path.exists())
 
 
 def _keep_no_programs() -> None:

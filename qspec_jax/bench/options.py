@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qspec_jax.bench.presets import PRESETS, MatmulShape, distinct, linear_shapes
 from qspec_jax.commands import options as shared
 from qspec_jax.errors import UsageError
+from qspec_jax.files.whole import check_writable, write_whole
 from qspec_jax.model.config import parse_group_size
 from qspec_jax.weights.resolve import open_source, resolve_model
 
@@ -151,21 +154,21 @@ def check_at_least(value: int | float | None, least: int, *, option: str) -> Non
         raise UsageError(f"{option} {value:g} must be at least {least:g}")
 
 
-def check_writable(path: Path | None, *, option: str) -> None:
-    """Raises UsageError where a file cannot be written, before hours of measuring."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{option} {path} is a directory; give the name of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no directory {path.parent}; create it first")
-
-
 def check_report(arguments: argparse.Namespace) -> None:
     """Raises UsageError where ``--json`` or ``--plot`` of :func:`shared.add_report` could not be written."""
     check_writable(arguments.json, option="--json")
     check_writable(arguments.plot, option="--plot")
     check_matplotlib(arguments.plot)
+
+
+def write_report(path: Path | None, report: Mapping[str, Any]) -> None:
+    """Writes everything measured so far, each time: a run that is killed leaves what it measured.
+
+    Raises:
+        QSpecError: it cannot be written; what was written before is there.
+    """
+    if path is not None:
+        write_whole(path, f"{json.dumps(report, indent=1, allow_nan=False)}\n")
 
 
 def check_matplotlib(path: Path | None, *, find: Callable[[str], object] = importlib.util.find_spec) -> None:

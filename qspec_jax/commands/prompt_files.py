@@ -8,22 +8,35 @@ file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
-from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.request_options import REQUEST_OPTIONS, SAMPLING_OPTIONS, request_options
+from qspec_jax.decoding.sampling_params import seed_after
 from qspec_jax.engine.results import GenerationResult
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.files import json_lines
+from qspec_jax.files.lock import lock
+from qspec_jax.files.text import is_standard_input, read_text
+from qspec_jax.weights.resolve import demo_gguf_path, resolve_model
+
+if TYPE_CHECKING:
+    from qspec_jax.decoding.plan import Plan
+    from qspec_jax.engine.language_model import LanguageModel
+    from qspec_jax.engine.requests import Request
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation."""
 
-_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
-LINE_OPTIONS = ("max_new_tokens", "chat", *_SAMPLING)
+LINE_OPTIONS = REQUEST_OPTIONS
+_OWN_KEYS = ("prompt", "messages", "id", "kind")
 _SAMPLE_LINE = '{"prompt": TEXT} or {"messages": [{"role": "user", "content": TEXT}]}'
 
 
@@ -33,10 +46,13 @@ class PromptLine:
 
     Attributes:
         prompt: a text or the messages of a conversation.
-        options: those of :data:`LINE_OPTIONS` that the line has; other keys have no meaning here.
+        options: those of :data:`LINE_OPTIONS` that the line has, checked; other keys have no meaning here.
         id: the user's name for it, any JSON value.
         sample: its place among the samples of the same prompt.
         kind: of task, such as ``summary``; None where nobody says.
+        error: why it cannot run, whatever the model; None where it can.
+        key: what identifies a line that cannot run, of which not all is kept.
+        where: it stands, ``FILE:LINE``; empty where it is no line of a file.
     """
 
     prompt: Prompt
@@ -44,6 +60,9 @@ class PromptLine:
     id: Any = None
     sample: int = 0
     kind: str | None = None
+    error: str | None = None
+    key: str = ""
+    where: str = dataclasses.field(default="", compare=False)
 
     def resolved(self, defaults: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The options of :meth:`LanguageModel.request`: the line's own, or those given for all.
@@ -52,49 +71,87 @@ class PromptLine:
             defaults: a value for each of :data:`LINE_OPTIONS`.
             index: of the line; a seed given for all counts up from the first.
         """
-        merged = {**defaults, "seed": (defaults["seed"] + index) % 2**32, **self.options}
-        if self.sample and isinstance(self.options.get("seed"), int):
-            merged["seed"] += self.sample
+        seed = seed_after(defaults["seed"], index)
+        if "seed" in self.options:
+            seed = seed_after(self.options["seed"], self.sample)
+        merged = {**defaults, **self.options, "seed": seed}
         return {
             "max_new_tokens": merged["max_new_tokens"],
             "chat": merged["chat"],
-            "sampling": {name: merged[name] for name in _SAMPLING if name in merged},
+            "sampling": {name: merged[name] for name in SAMPLING_OPTIONS if name in merged},
         }
 
 
 def read_prompt_lines(path: Path) -> list[PromptLine]:
-    """The prompts of a file, blank lines left out.
+    """The prompts of a file, or of the standard input for ``-``; blank lines left out.
+
+    There is an object on each line where the name of the file says so, or where its first line is one. Otherwise a line
+    that is no object is a prompt.
 
     Raises:
-        UsageError: the file cannot be read, or a line has no prompt or a kind that is no text.
+        UsageError: the file cannot be read, or a line is not such an object, has no prompt or a kind that is no text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --prompt-file {path}: {error}") from error
-    return [_parse(line.rstrip("\r"), path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    text = read_text(path, what="--prompt-file")
+    name = "standard input" if is_standard_input(path) else str(path)
+    lines = [(line, f"{name}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    objects_only = json_lines.names_json_lines(path) or (bool(lines) and _is_object(lines[0][0]))
+    return [
+        _parse(line, where) if objects_only or _is_object(line) else PromptLine(line, where=where)
+        for line, where in lines
+    ]
 
 
-def _parse(line: str, path: Path, number: int) -> PromptLine:
+def _is_object(line: str) -> bool:
     if not line.lstrip().startswith("{"):
-        return PromptLine(line)
+        return False
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        if path.suffix == ".jsonl":
-            raise UsageError(f"{path}:{number} is not JSON: {error}") from error
-        return PromptLine(line)
-    prompt = entry.get("prompt", entry.get("messages"))
-    if not (isinstance(entry.get("prompt"), str) if "prompt" in entry else _are_messages(prompt)):
-        raise UsageError(f'{path}:{number} has no text under "prompt" and no "messages"; a line is {_SAMPLE_LINE}')
-    kind = entry.get("kind")
+        json_lines.parse_object(line)
+    except json_lines.UnreadableValueError:
+        return True
+    except UsageError:
+        return False
+    return True
+
+
+def _parse(line: str, where: str) -> PromptLine:
+    """What a line says. Where it holds what cannot be handed on, or no option makes sense of, it fails alone."""
+    failed: dict[str, Any] = {"where": where, "key": hashlib.sha256(line.encode(errors="replace")).hexdigest()}
+    try:
+        entry = json_lines.parse_object(line)
+    except json_lines.UnreadableValueError as error:
+        return PromptLine("", error=f"the line {error}", **failed)
+    except UsageError as error:
+        raise UsageError(f"{where} {error}; a line is {_SAMPLE_LINE}") from error
+    prompt = _prompt_of(entry, where)
+    flaws = {name: flaw for name in entry if name in _OWN_KEYS and (flaw := json_lines.flaw(entry[name])) is not None}
+    named = {name: entry.get(name) for name in ("id", "kind") if name not in flaws}
+    kept: dict[str, Any] = {"prompt": "" if {"prompt", "messages"} & set(flaws) else prompt, **named}
+    try:
+        for name, flaw in flaws.items():
+            raise UsageError(f'"{name}" {flaw}')
+        return PromptLine(**kept, options=request_options(entry), where=where)
+    except UsageError as error:
+        return PromptLine(**kept, error=str(error), **failed)
+
+
+def _prompt_of(entry: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of an object, whose kind is checked as well.
+
+    Raises:
+        UsageError: there is none.
+    """
+    prompt, messages, kind = (entry.get(name) for name in ("prompt", "messages", "kind"))
     if not isinstance(kind, str | None):
-        raise UsageError(f'{path}:{number} has "kind": {json.dumps(kind)}; give it a text, such as "summary"')
-    options = {name: entry[name] for name in LINE_OPTIONS if name in entry}
-    return PromptLine(prompt, options, entry.get("id"), kind=kind)
+        shown = "..." if json_lines.flaw(kind) else json_lines.dumps(kind)
+        raise UsageError(f'{where} has "kind": {shown}; give it a text, such as "summary"')
+    if isinstance(prompt, str):
+        return prompt
+    if prompt is not None or not _are_messages(messages):
+        raise UsageError(f'{where} has no text under "prompt" and no "messages"; a line is {_SAMPLE_LINE}')
+    return messages
 
 
-def _are_messages(value: Any) -> bool:
+def _are_messages(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(value, list)
         and bool(value)
@@ -102,12 +159,43 @@ def _are_messages(value: Any) -> bool:
     )
 
 
+def repeated_ids(lines: Sequence[PromptLine]) -> list[list[str]]:
+    """Where lines stand that have one id, each group of them."""
+    by_id: dict[str, list[str]] = {}
+    for line in lines:
+        if line.id is not None:
+            by_id.setdefault(json.dumps(line.id, sort_keys=True), []).append(line.where)
+    return [places for places in by_id.values() if len(places) > 1]
+
+
+def attempt_line(model: LanguageModel, plan: Plan, line: PromptLine, **options: Any) -> Request | GenerationResult:
+    """As :meth:`LanguageModel.attempt`, of a line that may be known to fail."""
+    if line.error is None:
+        return model.attempt(line.prompt, plan, **options)
+    from qspec_jax.engine.outcome import failure, statistics
+
+    return failure(line.prompt, UsageError(line.error), statistics(plan, kernels=model.kernels))
+
+
+def model_identity(model: str | None) -> str:
+    """What a model is however it is called: a real path, a hub id, or ``default``.
+
+    Raises:
+        CheckpointError: there are several at that path.
+    """
+    name = model or "default"
+    if name == "default" or not os.path.exists(name):
+        return name
+    path, demo = os.path.realpath(resolve_model(name)), demo_gguf_path()
+    return "default" if demo is not None and path == os.path.realpath(demo) else path
+
+
 def line_keys(lines: Sequence[PromptLine], defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What identifies the result of each line: its prompt, its options, and the settings of the run."""
     keys = []
     for index, line in enumerate(lines):
         described = [line.prompt, line.id, line.resolved(defaults, index), settings]
-        described += [] if line.kind is None else [line.kind]
+        described += [one for one in (line.kind, line.key) if one]
         text = json.dumps(described, sort_keys=True, ensure_ascii=True)
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
     return keys
@@ -123,10 +211,12 @@ def result_entry(result: GenerationResult, line: PromptLine) -> dict[str, Any]:
 class ResultFile:
     """The results of a run on disk, one more line at a time, in the order of the prompts.
 
-    A line is whole or it is cut off as the file is opened again. No line is written twice.
+    A line is whole or it is cut off, at once where it cannot be written and otherwise as the file is opened again. No
+    line is written twice, and nobody else writes the file meanwhile.
 
     Attributes:
         num_finished: lines that are there.
+        errors: what the lines that were there say that went wrong, by their place.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
@@ -138,22 +228,25 @@ class ResultFile:
 
         Raises:
             UsageError: it cannot be written, or has something else than the first lines of this run.
+            QSpecError: another run is writing it.
         """
         self._path, self._keys = path, keys
+        self.errors: dict[int, str] = {}
         try:
-            self._stream: BinaryIO = path.open("r+b" if path.exists() else "x+b")
+            self._stream: BinaryIO = _open(path)
         except OSError as error:
             raise UsageError(f"cannot write --output {path}: {error.strerror or error}") from error
         try:
-            self.num_finished = self._check_lines()
-        except UsageError:
+            lock(self._stream, f"--output {path}")
+            self.num_finished, self._end = self._check_lines()
+        except BaseException:
             self.close()
             raise
 
-    def _check_lines(self) -> int:
-        """Compares what is there with the keys, and cuts off a line that is not whole."""
+    def _check_lines(self) -> tuple[int, int]:
+        """Compares what is there with the keys, and cuts off a line that is not whole; lines and bytes."""
         count, end = 0, 0
-        for line in self._stream:
+        for line in self._whole_file():
             expected = self._keys[count : count + 1]
             start = _beginning(expected[0]) if expected else b""
             if not expected or not (line.startswith(start) or (not line.endswith(b"\n") and start.startswith(line))):
@@ -163,21 +256,66 @@ class ResultFile:
                 )
             if not line.endswith(b"\n"):
                 break
+            if _ERROR in line and (error := _error_of(line)) is not None:
+                self.errors[count] = error
             count, end = count + 1, end + len(line)
-        self._stream.seek(end)
-        self._stream.truncate()
-        return count
+        self._stream.truncate(end)
+        return count, end
+
+    def _whole_file(self) -> Iterator[bytes]:
+        """The lines that are there."""
+        self._stream.seek(0)
+        with open(self._stream.fileno(), "rb", closefd=False) as buffered:
+            yield from buffered
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends the result of the next line."""
-        text = json.dumps({"key": self._keys[self.num_finished], **entry}, ensure_ascii=False)
-        self._stream.write(f"{text}\n".encode())
-        self._stream.flush()
+        """Appends the result of the next line.
+
+        Raises:
+            QSpecError: it cannot be written; the lines before it are there.
+        """
+        data = f"{json_lines.dumps({'key': self._keys[self.num_finished], **entry})}\n".encode()
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._stream.write(left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._stream.truncate(self._end)
+            raise QSpecError(
+                f"cannot write --output {self._path}: {error.strerror or error}; {self.num_finished} of "
+                f"{len(self._keys)} results are in it, and the same command goes on with it"
+            ) from error
+        self._end += len(data)
         self.num_finished += 1
 
     def close(self) -> None:
         """Closes the file."""
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+
+def _open(path: Path) -> BinaryIO:
+    """The file without a buffer, which might fail to be written later on.
+
+    Raises:
+        OSError: it cannot be written, or is no file.
+    """
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError("it is no file, so no run could go on with it; give a file, or --json > FILE")
+    return path.open("a+b", buffering=0)
+
+
+_ERROR = b'"finish_reason": "error"'
+
+
+def _error_of(line: bytes) -> str | None:
+    """What a line of output says that went wrong."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return "the line is damaged"
+    return str(entry.get("error")) if entry.get("finish_reason") == "error" else None
 
 
 def _beginning(key: str) -> bytes:
@@ -185,5 +323,13 @@ def _beginning(key: str) -> bytes:
 
 
 def read_prompt_file(path: Path) -> list[Any]:
-    """The prompts of a file; see :func:`qspec_jax.commands.prompt_files.read_prompt_lines`."""
-    return [line.prompt for line in read_prompt_lines(path)]
+    """The prompts of a file that has to be right; see :func:`read_prompt_lines`.
+
+    Raises:
+        UsageError: as there, or a line cannot run.
+    """
+    lines = read_prompt_lines(path)
+    for line in lines:
+        if line.error is not None:
+            raise UsageError(f"{line.where}: {line.error}")
+    return [line.prompt for line in lines]

@@ -1,7 +1,7 @@
 """What the commands ``python -m qspec_jax.<name>`` share: exit codes, lines on the standard error stream, the
 compilation cache.
 
-Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
+Exit codes: 0 success, 1 failure (also where nobody reads the output any more), 2 a usage error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qspec_jax.commands.output import discard, finish, open_standard_streams, say
 from qspec_jax.errors import QSpecError, UsageError
 
 if TYPE_CHECKING:
@@ -19,39 +20,61 @@ if TYPE_CHECKING:
 
 
 def exit_code(
-    run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, *, interrupted: str = "interrupted"
+    run: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    interrupted: str = "interrupted",
 ) -> int:
-    """Runs a command. An error is one line, unless ``arguments.debug`` asks for its traceback.
+    """Runs a command. An error is one line, unless ``--debug`` asks for its traceback.
 
     Args:
         run: the command; its own exit code, or None for success.
-        arguments: parsed.
+        parser: of its arguments.
+        argv: not parsed yet; None for those of the process.
+        interrupted: what to say when the user stops it.
+
+    Raises:
+        SystemExit: the arguments are wrong, or ask for help.
+    """
+    asked = argparse.Namespace(debug=False)
+
+    def parse_and_run() -> int | None:
+        try:
+            asked.__dict__.update(vars(parser.parse_args(argv)))
+        finally:
+            finish()
+        return run(asked)
+
+    return guarded(parse_and_run, debug=lambda: asked.debug, interrupted=interrupted)
+
+
+def guarded(
+    work: Callable[[], int | None], *, debug: Callable[[], bool] = lambda: False, interrupted: str = "interrupted"
+) -> int:
+    """The exit code of some work. What is known to go wrong is one line; a reader who has gone is none.
+
+    Args:
+        work: its own exit code, or None for success.
+        debug: whether to raise errors instead.
         interrupted: what to say when the user stops it.
     """
+    open_standard_streams()
     try:
-        return run(arguments) or 0
-    except QSpecError as error:
-        if arguments.debug:
+        code = work() or 0
+        finish()
+        return code
+    except BrokenPipeError:  # whoever read the output has gone
+        discard(sys.stdout)
+        return 1
+    except (QSpecError, OSError) as error:
+        if debug():
             raise
         say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         say(interrupted)
         return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        sys.stderr.close()
-        return 1
-
-
-def say(message: str) -> None:
-    """A line on the standard error stream, above a progress bar that is there."""
-    # Imported only by who draws a bar, perhaps in another thread at this moment.
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if bars is None:
-        print(message, file=sys.stderr, flush=True)
-    else:
-        bars.write(message, file=sys.stderr)
-        sys.stderr.flush()
 
 
 def keep_compiled_programs() -> ProgramStore | None:

@@ -141,7 +141,7 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
     ("arguments", "message"),
     [
         ([], "there is no prompt; give --prompt TEXT or --prompt-file FILE"),
-        (["--prompt", "  "], "prompt 1 is empty"),
+        (["--prompt", ""], "prompt 1 is empty"),
         (["--prompt", "a", "--draft-length", "0"], "--draft-length 0 must be at least 1"),
         (["--prompt", "a", "--draft-length", "99"], "--draft-length 99 must be at most 16"),
         (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens -5 must be at least 1"),

@@ -11,43 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-import qspec_jax
 from qspec_jax import generate
 from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
-from tests.weights import tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 400
 DEFAULTS = {"max_new_tokens": 8, "chat": None, "seed": 0}
 TIMES = {"waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s"}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory):
-    """A checkpoint with 48 words."""
-    config = tiny_checkpoints.hf_config(eos_token_id=47)
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_checkpoints.write_hf(path, config, tiny_checkpoints.hf_tensors(config))
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(48)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w47").save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tiny_path):
-    return qspec_jax.load(tiny_path)
-
-
-@pytest.fixture
-def loaded(model, monkeypatch):
-    """Commands find the model already loaded."""
-    monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: model)
 
 
 def write_prompts(path, entries):

@@ -77,9 +77,9 @@ def test_a_request_that_cannot_be_served_fails_alone(model, expected):
         assert message in result.error
 
 
-def test_interrupting_raises_and_then_there_is_what_is_finished_and_what_there_is_of_the_rest(
-    model, expected, monkeypatch
-):
+@pytest.fixture
+def interrupted_in_the_eighth_step(monkeypatch):
+    """Ctrl-C comes once, after seven short steps."""
     advance, calls = Scheduler.advance, []
 
     def advance_until_interrupted(self, max_cycles=None):
@@ -89,6 +89,10 @@ def test_interrupting_raises_and_then_there_is_what_is_finished_and_what_there_i
         return advance(self, 2)
 
     monkeypatch.setattr(Scheduler, "advance", advance_until_interrupted)
+
+
+@pytest.mark.usefixtures("interrupted_in_the_eighth_step")
+def test_interrupting_raises_and_then_there_is_what_is_finished_and_what_there_is_of_the_rest(model, expected):
     batch = pipeline(model)
     for prompt in PROMPTS:
         batch.submit(prompt, max_new_tokens=12)
@@ -129,6 +133,21 @@ def test_a_step_takes_no_longer_for_those_that_wait(model):
             sys.settrace(before)
         lines[count] = len(seen)
     assert lines[400] == lines[40]
+
+
+@pytest.mark.usefixtures("interrupted_in_the_eighth_step")
+def test_who_asks_for_results_gets_the_interruption_and_a_loop_ends(model, expected):
+    finished = []
+
+    def ask_for_each():
+        for prompt in PROMPTS:
+            finished.extend(model.generate([prompt], mode="w4a16", max_new_tokens=12, max_seq_len=64))
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_for_each()
+    assert 0 < len(finished) < len(PROMPTS)
+    (after,) = model.generate([PROMPTS[3]], mode="w4a16", max_new_tokens=12, max_seq_len=64)
+    assert after.token_ids == expected[3]
 
 
 def test_progress_shows_finished_requests_and_speed(model, capsys):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,10 @@ from qspec_jax.bench.decode.plot import plot_speedup
 from qspec_jax.bench.decode.request import NEW_TOKENS, DecodeRequest, fitting_prompts, read_request
 from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.decode.tables import breakdown_table, model_line, speculation_table, table_head, table_row
+from qspec_jax.bench.options import write_report
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
-from qspec_jax.commands.run import say
+from qspec_jax.commands.output import say, show
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WHOLE_ROW
 
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.breakdown and not kernel_clock_works():
         raise UsageError("--breakdown needs an NVIDIA GPU whose profiler (CUPTI) works; leave it out")
     facts = environment(arguments.argv)
-    print(header(facts))
+    show(header(facts))
     if not kernel_clock_works():
-        print(f"{WALL_NOTICE}; idle: -")
+        show(f"{WALL_NOTICE}; idle: -")
     say("copy bandwidth ...")
     report = _Report(arguments, facts, request, measure_copy(repeats=arguments.repeats))
     four_bit = [mode for mode in request.modes if mode != "float"]
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         gc.collect()  # the other model, whose modules refer to each other
         measure(request, ["float"], report)
     if report.speculations:
-        print(speculation_table(report.speculations), flush=True)
+        show(speculation_table(report.speculations))
     if arguments.plot:
         title = f"{request.name}, {facts['device']}, jax {facts['jax']}"
         plot_speedup(arguments.plot, report.speculations, title=title)
@@ -141,15 +141,15 @@ class _Report:
         from qspec_jax.bench.description import describe_model
 
         self.models.append(describe_model(model, synthetic=synthetic))
-        print(model_line(self.models[-1], self.copy_tb_per_s))
-        print(table_head(), flush=True)
+        show(model_line(self.models[-1], self.copy_tb_per_s))
+        show(table_head())
 
     def add(self, one: Measurement) -> None:
         self.measurements.append(one)
-        print(table_row(one, self.copy_tb_per_s), flush=True)
-        if self.breakdown and one.part == "step":
-            print(breakdown_table(one), flush=True)
         self._update()
+        show(table_row(one, self.copy_tb_per_s))
+        if self.breakdown and one.part == "step":
+            show(breakdown_table(one))
 
     def accept(self, scores: Sequence[DraftScore]) -> None:
         self.accepted = {(score.draft, score.draft_length): score for score in scores}
@@ -168,13 +168,12 @@ class _Report:
         from qspec_jax.bench.decode.measure import speculations
 
         self.speculations = speculations(self.measurements, self.accepted)
-        if self.path is not None:
-            report = {
-                "environment": self.facts,
-                "config": dataclasses.asdict(self.request.config),
-                "models": self.models,
-                "copy_tb_per_s": self.copy_tb_per_s,
-                "measurements": [one.to_dict(self.copy_tb_per_s) for one in self.measurements],
-                "speculation": [one.to_dict() for one in self.speculations],
-            }
-            self.path.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")
+        report = {
+            "environment": self.facts,
+            "config": dataclasses.asdict(self.request.config),
+            "models": self.models,
+            "copy_tb_per_s": self.copy_tb_per_s,
+            "measurements": [one.to_dict(self.copy_tb_per_s) for one in self.measurements],
+            "speculation": [one.to_dict() for one in self.speculations],
+        }
+        write_report(self.path, report)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.kernels.names import IMPLEMENTATIONS, OPS, TORCH
 from qspec_jax.commands import options as shared
-from qspec_jax.commands.run import say
+from qspec_jax.commands.output import say, show
 
 if TYPE_CHECKING:
     from qspec_jax.bench.kernels.ceilings import Ceilings
@@ -58,20 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = MeasurementPlan(**{"implementations": _all_implementations(), **asked})
     facts = environment(arguments.argv)
-    print(header(facts))
+    show(header(facts))
     if not kernel_clock_works():
-        print(WALL_NOTICE)
+        show(WALL_NOTICE)
     say("ceilings ...")
     ceilings = measure_ceilings(repeats=plan.repeats)
-    print(ceilings_line(ceilings))
-    print(table_head("kernel" if kernel_clock_works() else "wall"), flush=True)
+    show(ceilings_line(ceilings))
+    show(table_head("kernel" if kernel_clock_works() else "wall"))
     measurements = []
     for measurement in measure_all(grouped, plan):
         measurements.append(measurement)
-        print(table_row(measurement, ceilings), flush=True)
-        if arguments.json:  # each time, so that a run that is killed leaves what it measured
-            report = json.dumps(_report(facts, ceilings, measurements), indent=1, allow_nan=False)
-            arguments.json.write_text(f"{report}\n", encoding="utf-8")
+        options.write_report(arguments.json, _report(facts, ceilings, measurements))
+        show(table_row(measurement, ceilings))
     if arguments.plot:
         plot_roofline(arguments.plot, measurements, ceilings, title=f"{facts['device']}, jax {facts['jax']}")
     return _complain(measurements)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from qspec_jax.bench.decode.request import NEW_TOKENS
 from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
+from qspec_jax.commands.output import say, show
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.commands.run import say
 from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, static
 from qspec_jax.errors import UsageError
 from qspec_jax.model.view import View
@@ -100,23 +99,22 @@ def run(arguments: argparse.Namespace) -> int:
     from qspec_jax.bench.speedup.grid import measure_cell
 
     facts = environment(arguments.argv)
-    print(header(facts))
+    show(header(facts))
     say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
     model = request.load(floating_point=False)
     report = {"environment": facts, "model": describe_model(model, synthetic=request.path is None), "cells": []}
     plans = request.plans(model)
     tokens_per_cycle = _tokens_per_cycle(model, plans, request)
-    print(table_head(), flush=True)
+    show(table_head())
     cells: list[Cell] = []
     for batch, context in itertools.product(request.batches, request.contexts):
         setting = Setting.create(batch=batch, context=context, longest_draft=max(request.lengths))
         settings = {"repeats": arguments.repeats, "repetitions": arguments.steps}
         cells.append(measure_cell(model, plans, setting, tokens_per_cycle, **settings))
-        print(table_row(cells[-1]), flush=True)
         report["cells"] = [cell.to_dict() for cell in cells]
-        if arguments.json is not None:
-            arguments.json.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")
-    print(f"\n{matrix(cells)}")
+        options.write_report(arguments.json, report)
+        show(table_row(cells[-1]))
+    show(f"\n{matrix(cells)}")
     if arguments.plot is not None:
         plot_cells(arguments.plot, cells, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
     for reason in dict.fromkeys(cell.reason for cell in cells if cell.reason):

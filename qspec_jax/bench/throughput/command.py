@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ from qspec_jax.bench import options
 from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
+from qspec_jax.commands.output import say, show
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.commands.run import say
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qspec_jax.bench.environment import environment, header
 
     facts = environment(arguments.argv)
-    print(header(facts))
+    show(header(facts))
     conversations = _conversations(arguments)
     runs: list[ThroughputRun] = []
     report: dict[str, Any] = {"environment": facts, "models": [], "runs": []}
@@ -88,14 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
         model = request.load(floating_point=modes == ["float"])
         report["models"].append(describe_model(model, synthetic=request.path is None))
         weights = "synthetic weights" if request.path is None else "its own weights"
-        print(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
-        print(table_head(), flush=True)
+        show(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
+        show(table_head())
         for one in _measure(model, modes, rows, conversations, arguments):
             runs.append(one)
-            print("\n".join([table_row(one), *choice_rows(one)]), flush=True)
             report["runs"].append(one.to_dict())
-            if arguments.json is not None:
-                arguments.json.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", encoding="utf-8")
+            options.write_report(arguments.json, report)
+            show("\n".join([table_row(one), *choice_rows(one)]))
     if arguments.plot is not None:
         plot_throughput(arguments.plot, runs, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
     return 0

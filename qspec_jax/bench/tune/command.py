@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
-from qspec_jax.commands.run import say
+from qspec_jax.commands.output import say, show
 from qspec_jax.errors import QSpecError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.output or shipped_table_path(device_kind)
     table = open_table(path, device_kind)
     facts = environment(arguments.argv)
-    print(header(facts), flush=True)
+    show(header(facts))
     driver = f", driver {facts['driver']}" if facts["driver"] else ""
     measured = f"{str(facts['date']).split()[0]}, jax {facts['jax']}{driver}"
     return tune(problems, table, path, measured=measured, arguments=arguments)
@@ -93,14 +93,14 @@ def tune(
         laboratory, space = _laboratory_and_space(problem, arguments.repeats)
         deadline = time.monotonic() + left / (len(problems) - index)
         outcome = search(laboratory, space, candidates=arguments.candidates, deadline=deadline)
-        print(describe(problem, outcome), flush=True)
+        show(describe(problem, outcome))
         entry = entry_of(problem, outcome, measured=measured)
         if entry is None:
             num_unsolved += not outcome.keeps_built_in
             continue
         table = merged(table, entry)
         write_table(table, path)
-    print(f"{path}: {len(table.entries)} entries")
+    show(f"{path}: {len(table.entries)} entries")
     return 1 if num_unsolved else 0
 
 

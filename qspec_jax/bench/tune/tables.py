@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from pallas_kernels.backends.triton import tuning
@@ -14,6 +11,7 @@ from pallas_kernels.backends.triton.tuning import PrefillTile, TunedEntry, Tuned
 from qspec_jax.bench.tune.search import Outcome, Trial
 from qspec_jax.bench.tune.tile_space import Problem
 from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.files.whole import replace
 
 
 def open_table(path: Path, device_kind: str) -> TuningTable:
@@ -52,7 +50,7 @@ def write_table(table: TuningTable, path: Path) -> None:
     text = json.dumps(raw, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        replace(path, text.encode())
     except OSError as error:
         raise QSpecError(f"cannot write {path}: {error.strerror}; give another --output") from error
 
@@ -85,17 +83,3 @@ def _tile(trial: Trial) -> tuple[int, int, int, int, float]:
     tiles: TileConfig = trial.tiles
     assert trial.microseconds is not None
     return tiles.block_m, tiles.block_n, tiles.num_warps, tiles.num_stages, round(trial.microseconds, 2)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Through a file beside it, so that an interruption leaves the old one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

@@ -1,0 +1,76 @@
+"""One writer of one output. A lock belongs to an open file, and ends with the process that opened it, however it ends.
+
+The package ``filelock`` leaves a file beside each output, which it must empty; an output can be locked itself. Where
+the system has no such locks (Windows, some network disks) nobody is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from qspec_jax.errors import QSpecError
+
+
+def lock(file: IO[bytes] | int, what: str) -> None:
+    """Locks an open file for as long as it is open.
+
+    Args:
+        file: or its descriptor.
+        what: it is, for messages.
+
+    Raises:
+        QSpecError: another one has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise QSpecError(f"{what} is being written by another run; wait for it, or give another path") from error
+    except OSError:
+        return  # a disk without locks
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps others from writing a directory, by the lock of a hidden file beside it that is gone afterwards.
+
+    Raises:
+        QSpecError: another one has it, or the file cannot be made.
+    """
+    real = Path(os.path.realpath(path))
+    file = real.with_name(f".{real.name}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open(file, str(path))
+    except OSError as error:
+        raise QSpecError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+
+
+def _open(file: Path, what: str) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock(descriptor, what)
+            # Whoever had it may have removed it since it was opened here.
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(descriptor)):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""One writer of one output, and writes that are whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.files.lock import locked
+from qspec_jax.files.whole import check_writable, write_whole
+
+
+def test_a_second_writer_is_refused_by_any_name_until_the_first_has_ended(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with locked(tmp_path / "out"):
+        for name in ("out", "link", "../" + tmp_path.name + "/out"):
+            with pytest.raises(QSpecError, match="is being written by another run"), locked(tmp_path / name):
+                pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    hold = "import os, pathlib, sys\nfrom qspec_jax.files.lock import locked\nwith locked(pathlib.Path(sys.argv[1])):"
+    source = f"{hold}\n    print('held', flush=True)\n    sys.stdin.read()"
+    command = [sys.executable, "-c", source, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(QSpecError, match="is being written by another run"), locked(tmp_path / "out"):
+            pass
+        process.kill()
+    with locked(tmp_path / "out"):  # the file that it left is in nobody's way
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path, linked = tmp_path / "report.json", tmp_path / "linked.json"
+    linked.symlink_to(path)
+    write_whole(linked, "old")
+    path.chmod(0o640)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(QSpecError, match=r"cannot write .*report\.json: No space left on device"):
+            write_whole(path, "new")
+    assert path.read_text() == "old"
+    write_whole(linked, "new \ud800")
+    assert (path.read_text(), path.stat().st_mode & 0o777, linked.is_symlink()) == ("new ?", 0o640, True)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["linked.json", "report.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")
+def test_a_device_is_written_directly():
+    write_whole(Path(os.devnull), "text")
+    with pytest.raises(QSpecError, match="cannot write /dev/full: No space left on device"):
+        write_whole(Path("/dev/full"), "text")
+
+
+def test_where_a_file_cannot_be_written_is_said_before_the_work(tmp_path):
+    check_writable(None, option="--json")
+    check_writable(tmp_path / "new", option="--json")
+    with pytest.raises(UsageError, match="is a directory; give the name of a file"):
+        check_writable(tmp_path, option="--json")
+    with pytest.raises(UsageError, match="there is no directory"):
+        check_writable(tmp_path / "a" / "b", option="--json")
