@@ -1,7 +1,7 @@
 """``python -m qspec_jax.evaluate``: perplexity by precision, and acceptance by draft. Parses and prints only.
 
-Tables or JSON go to the standard output, progress to the standard error stream. Exit codes: 0 success, 1 failure,
-2 a usage error, 130 interrupted.
+Tables or JSON go to the standard output, progress to the standard error stream. Exit codes: 0 success, 1 failure (of
+one prompt, too, which is then in no figure), 2 a usage error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qspec_jax.commands import options
-from qspec_jax.commands.output import is_terminal, say, show
+from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import UsageError
+from qspec_jax.files.text import read_text
+from qspec_jax.files.whole import check_writable
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
@@ -47,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="as in generate (default: SmolLM2-135M-Instruct); given several times, models are compared, a line each",
     )
     add("--baseline", metavar="MODEL", help="to compare with in floating point (default: the model itself)")
-    add("--text", type=Path, metavar="FILE", help="a text to score; give this, --prompt-file or both")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="a text to score; give this, --prompt-file or both; - is the standard input, of either",
+    )
     prompts = 'a prompt per line, or JSONL with {"prompt": TEXT}; lines with a "kind" are scored by kind too'
     add("--prompt-file", type=Path, metavar="FILE", help=prompts)
     add("--precisions", default=",".join(PRECISIONS), metavar="P,...", help="default: %(default)s")
@@ -74,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(run, build_parser(), argv)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Checks the arguments, loads the models and scores them."""
+def run(arguments: argparse.Namespace) -> int:
+    """Checks the arguments, loads the models and scores them; 1 if a prompt or a figure failed."""
+    require_standard_output("send it to a file")
     request = _request(arguments)
     say("starting ...")
     keep_compiled_programs()
@@ -84,13 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
     scores = [_score(name, arguments, request) for name in arguments.model or [None]]
     if arguments.json:
         objects = [dataclasses.asdict(score) for score in scores]
-        show(json.dumps(objects[0] if len(objects) == 1 else {"models": objects}, indent=1))
+        show_json(objects[0] if len(objects) == 1 else {"models": objects}, indent=1)
     else:
         show("\n\n".join(_tables(scores)))
+    failures = {reason: None for score in scores for reason in score.failed}
+    for reason in failures:
+        say(reason)
     if arguments.plot is not None:
         tables.plot_acceptance(scores, arguments.plot)
     if arguments.outlier_plot is not None:
         _plot_outliers(arguments, request)
+    return 1 if failures else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +140,15 @@ def _request(arguments: argparse.Namespace) -> _Request:
     contexts = [_draft_context(text.strip()) for text in arguments.draft_contexts.split(",")]
     text = _read_text(arguments.text)
     prompts = [] if arguments.prompt_file is None else read_prompt_lines(arguments.prompt_file)
+    if prompts and all(line.error is not None for line in prompts):
+        raise UsageError(f"{prompts[0].where}: {prompts[0].error}")
     if text is None and not prompts:
         raise UsageError("there is nothing to evaluate; give --text FILE, --prompt-file FILE or both")
     options.check_positive(arguments, "max_tokens", "context", "max_new_tokens", "batch_size")
     if arguments.outlier_plot is not None and text is None:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
+    check_writable(arguments.plot, option="--plot")
+    check_writable(arguments.outlier_plot, option="--outlier-plot")
     if arguments.plot is not None or arguments.outlier_plot is not None:
         _require_matplotlib()
     for model in (*(arguments.model or ()), arguments.baseline):
@@ -146,6 +162,8 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
 
     model = _load(name, arguments, options.quantization_of(arguments.group_size))
     text_scores, draft_scores = [], []
+    runnable = [line for line in request.prompts if line.error is None]
+    failed = [_failure(request, line, line.error) for line in request.prompts if line.error is not None]
     if request.text is not None:
         text_scores = score_text(
             model,
@@ -155,20 +173,31 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
             context=arguments.context,
             progress=_progress("text"),
         )
+    failed += [
+        f"the perplexity of {score.name} is {score.perplexity}: its logits are no numbers, or too large"
+        for score in text_scores
+        if not math.isfinite(score.perplexity)
+    ]
     if request.prompts:
         draft_scores = score_drafts(
             model,
-            [line.prompt for line in request.prompts],
+            [line.prompt for line in runnable],
             request.plans(model),
-            kinds=[line.kind for line in request.prompts],
+            kinds=[line.kind for line in runnable],
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             progress=_progress("drafts"),
-            on_event=say,
+            on_failure=lambda place, reason: failed.append(_failure(request, runnable[place], reason)),
         )
     of_all = [score for score in draft_scores if score.kind is None]
     by_kind = [score for score in draft_scores if score.kind is not None]
-    return ModelScore("default" if name is None else name, text_scores, of_all, by_kind)
+    return ModelScore("default" if name is None else name, text_scores, of_all, by_kind, failed)
+
+
+def _failure(request: _Request, line: PromptLine, reason: str) -> str:
+    """What is said of a prompt that is in no score."""
+    number = next(number for number, one in enumerate(request.prompts, 1) if one is line)
+    return f"prompt {number} failed: {reason} ({line.where})"
 
 
 def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
@@ -253,10 +282,7 @@ def _names(text: str, known: Sequence[str], option: str) -> list[str]:
 def _read_text(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --text {path}: {error}") from error
+    text = read_text(path, what="--text")
     if not text.strip():
         raise UsageError(f"--text {path} is empty")
     return text

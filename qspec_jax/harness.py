@@ -14,9 +14,18 @@ from __future__ import annotations
 
 import sys
 
+from qspec_jax.commands.run import guarded
 
-def main() -> None:
-    """Runs the command of lm-eval, which knows the model class ``qspec`` and imports it once a model is asked for."""
+
+def main() -> int:
+    """Runs the command of lm-eval, and returns its exit code: 0, or that of an error or an interruption.
+
+    lm-eval knows the model class ``qspec``, and imports it once a model is asked for.
+    """
+    return guarded(_run)
+
+
+def _run() -> None:
     import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry

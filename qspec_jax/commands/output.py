@@ -32,9 +32,9 @@ def show(text: str = "", *, end: str = "\n") -> None:
         stream.flush()
 
 
-def show_json(value: Any) -> None:
-    """Prints a line of JSON; see :func:`show`."""
-    show(json_lines.dumps(value, getattr(sys.stdout, "encoding", None)))
+def show_json(value: Any, *, indent: int | None = None) -> None:
+    """Prints JSON, on one line unless it is to be indented; see :func:`show`."""
+    show(json_lines.dumps(value, getattr(sys.stdout, "encoding", None), indent=indent))
 
 
 def say(message: str) -> None:

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import qspec_jax
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
@@ -100,7 +100,12 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, and whether greedy decoding would choose it."""
+        """Log-likelihood of each continuation after its context, and whether greedy decoding would choose it.
+
+        Raises:
+            UsageError: a context or a continuation is empty.
+            QSpecError: a likelihood is no number.
+        """
         for _, context, continuation in requests:
             if not context or not continuation:
                 raise UsageError("a request has an empty context or continuation")
@@ -110,6 +115,8 @@ class HarnessModel(TemplateLM):
             # Of too long a sequence the end is kept, and one token more than is read, which is only predicted.
             sequences = [(requests[i][1] + requests[i][2])[-self.max_length - 1 :] for i in batch]
             likelihoods, greedy = self._score(sequences)
+            if not np.isfinite([likelihoods[row, : len(each) - 1].sum() for row, each in enumerate(sequences)]).all():
+                raise QSpecError(f"{self.model.name} gives logits that are no numbers, of which nothing can be scored")
             for row, i in enumerate(batch):
                 end = len(sequences[row]) - 1
                 span = slice(max(0, end - len(requests[i][2])), end)
@@ -139,7 +146,12 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What the model generates after each context, up to the first of the strings under ``until``."""
+        """What the model generates after each context, up to the first of the strings under ``until``.
+
+        Raises:
+            UsageError: a request cannot run; no answer stands for it, which would count as a wrong one.
+            KeyboardInterrupt: the user pressed Ctrl-C.
+        """
         answers = [""] * len(requests)
         alike = defaultdict(list)
         for index, request in enumerate(requests):
@@ -148,7 +160,10 @@ class HarnessModel(TemplateLM):
             temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
             alike[min(new_tokens, self.max_length - 1), temperature].append(index)
         for (new_tokens, temperature), indices in alike.items():
-            contexts = [self.tok_encode(requests[i].args[0])[new_tokens - self.max_length :] for i in indices]
+            contexts = [
+                self.tok_encode(requests[i].args[0])[new_tokens - self.max_length :] or [self.prefix_token_id]
+                for i in indices
+            ]
             results = self.model.generate(
                 contexts,
                 mode=self.mode,
@@ -158,6 +173,8 @@ class HarnessModel(TemplateLM):
                 **self.drafting,
             )
             for index, result in zip(indices, results, strict=True):
+                if result.error is not None:
+                    raise UsageError(f"request {index + 1} cannot run: {result.error}")
                 answers[index] = _until(result.text, requests[index].args[1].get("until", ()))
         return answers
 

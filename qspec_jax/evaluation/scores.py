@@ -54,8 +54,8 @@ class DraftScore:
     Attributes:
         draft: what the drafts read: a precision, and the part of the cache where it is not all.
         draft_length: drafts per cycle.
-        num_prompts, num_tokens: prompts that ran, and tokens generated for them.
-        acceptance_rate: accepted over drafted tokens.
+        num_prompts, num_tokens: prompts that ran, and tokens generated for them; nothing else counts in any figure.
+        acceptance_rate: accepted over drafted tokens; 0 where nothing was drafted.
         tokens_per_cycle: accepted drafts and the token after them.
         acceptance_by_position: share of cycles in which the first, second, ... draft was accepted. One over the one
             before is the share of the cycles that came so far.
@@ -101,6 +101,10 @@ def score_text(
     """
     if context < 2 or len(token_ids) < 2:
         raise UsageError(f"a text of {len(token_ids)} tokens in windows of {context}: both must be at least 2")
+    for one in filter(None, (model, baseline)):
+        longest = one.config.max_position_embeddings
+        if min(context, len(token_ids)) > longest:
+            raise UsageError(f"windows of {context} tokens do not fit {one.name}; give a context of up to {longest}")
     reference = (
         logits_function(model, Precision.W4A16) if baseline is None else logits_function(baseline, Precision.FLOAT)
     )
@@ -144,7 +148,7 @@ def score_drafts(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     progress: Callable[[Iterable[DecodingPlan]], Iterable[DecodingPlan]] = iter,
-    on_event: Callable[[str], None] = lambda event: None,
+    on_failure: Callable[[int, str], None] = lambda place, reason: None,
 ) -> list[DraftScore]:
     """Generates for the prompts with every plan, and once without drafts.
 
@@ -156,13 +160,14 @@ def score_drafts(
         max_new_tokens: for each prompt.
         batch_size: prompts that run together.
         progress: wraps the iteration over plans.
-        on_event: told of each prompt that cannot run, which no score counts.
+        on_failure: told of each prompt that cannot run, which no score counts: its place, from 0 on, and why.
 
     Returns:
         for each plan the score of all prompts, then those of each kind, in the order in which they first appear.
 
     Raises:
         UsageError: no prompt can run.
+        KeyboardInterrupt: the user pressed Ctrl-C: there is no score of a part.
     """
 
     def generate(plan: DecodingPlan) -> list[GenerationResult]:
@@ -171,24 +176,34 @@ def score_drafts(
         return model.run(requests, plan, batch_size=batch_size).collect()
 
     plain = generate(DecodingPlan(Precision.W4A16))
-    for index, result in enumerate(plain, 1):
-        if result.error is not None:
-            on_event(f"prompt {index} failed: {result.error}")
+    failed: set[int] = set()
+    _note_failures(plain, failed, on_failure)
     named = [kind for kind in dict.fromkeys(kinds) if kind is not None]
     of_kind = {kind: [index for index, each in enumerate(kinds) if each == kind] for kind in named}
     scores = []
     for plan in progress(plans):
         pairs = list(zip(generate(plan), plain, strict=True))
+        _note_failures([result for result, _ in pairs], failed, on_failure)
         scores.append(_draft_score(plan, pairs, None))
         scores += [_draft_score(plan, [pairs[index] for index in of_kind[kind]], kind) for kind in named]
     return scores
+
+
+def _note_failures(
+    results: Sequence[GenerationResult], known: set[int], on_failure: Callable[[int, str], None]
+) -> None:
+    """Tells of each prompt that could not run, once."""
+    for place, result in enumerate(results):
+        if result.error is not None and place not in known:
+            known.add(place)
+            on_failure(place, result.error)
 
 
 def _draft_score(
     plan: DecodingPlan, pairs: Sequence[tuple[GenerationResult, GenerationResult]], kind: str | None
 ) -> DraftScore:
     """Of results with a plan, beside those without drafts."""
-    ran = [(result, plain) for result, plain in pairs if result.error is None]
+    ran = [(result, plain) for result, plain in pairs if result.error is plain.error is None]
     stats = [result.stats for result, _ in ran]
     cycles = max(1, sum(s.cycles for s in stats))
     accepted = sum(s.accepted for s in stats)
@@ -249,9 +264,11 @@ class ModelScore:
         text: one score per precision.
         drafts: one per draft view and length, of all prompts.
         drafts_by_kind: likewise, of the prompts of one kind; empty where no prompt has a kind.
+        failed: why each prompt that could not run is in no score, and each figure that is no number.
     """
 
     name: str
     text: list[TextScore]
     drafts: list[DraftScore]
     drafts_by_kind: list[DraftScore] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)

@@ -52,10 +52,10 @@ def _draft_lines(scores: Sequence[DraftScore]) -> list[str]:
     for score in scores:
         by_position = " ".join(f"{share:.2f}" for share in score.acceptance_by_position)
         identical = f"{score.identical}/{score.num_prompts}"
-        lines.append(
-            f"{score.draft:{width}}{score.draft_length:>7}{score.acceptance_rate:>10.3f}"
-            f"{score.tokens_per_cycle:>14.2f}{identical:>11}  {by_position}"
-        )
+        figures = f"{score.acceptance_rate:>10.3f}{score.tokens_per_cycle:>14.2f}"
+        if not score.num_prompts:  # none could run
+            figures, by_position = f"{'-':>10}{'-':>14}", "-"
+        lines.append(f"{score.draft:{width}}{score.draft_length:>7}{figures}{identical:>11}  {by_position}")
     return lines
 
 

@@ -78,17 +78,18 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def dumps(value: Any, encoding: str | None = None) -> str:
-    """JSON on one line. What the encoding lacks is escaped, and numbers that JSON has not are null.
+def dumps(value: Any, encoding: str | None = None, *, indent: int | None = None) -> str:
+    """JSON, on one line unless it is indented. What the encoding lacks is escaped; a number that is none is null.
 
     Args:
         value: of JSON's types.
         encoding: of what it is written to; None is UTF-8.
+        indent: of each level, if it is to have lines.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False)
+        text = json.dumps(_finite(value), ensure_ascii=False, indent=indent)
     encoding = encoding or "utf-8"
     return text.encode(encoding, _ESCAPES).decode(encoding)
 

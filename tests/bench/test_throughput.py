@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -10,9 +11,11 @@ import pytest
 
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.bench.throughput import command
 from qspec_jax.bench.throughput.measure import arrivals, inter_token_seconds
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation import sharegpt
+from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig
 from tests import tiny
 
@@ -64,7 +67,9 @@ def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path
             assert 0 < one[name]["p50"] <= one[name]["p99"]
     assert [one["acceptance_rate"] is None for one in runs[:2]] == [True, False]
     assert sum(one["cycles"] for one in runs[2]["choices"].values()) > 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert "1 prompts of more than --max-prompt-tokens 30 are left out" in err
+    lines = out.splitlines()
     assert "tiny, synthetic weights" in lines[2]
     assert lines[3].split()[:6] == ["mode", "drafts", "gamma", "batch", "rate", "tokens/s"]
     assert [line.split()[:4] for line in lines[4:6]] == [["w4a16", "-", "-", "3"], ["qspec", "w4a8", "3", "3"]]
@@ -137,3 +142,36 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
 def test_what_makes_no_sense_is_refused_before_any_work(capsys, options, message):
     assert main([*SMALL, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+class Letters:
+    """A tokenizer of a token a letter."""
+
+    eos_token_ids = ()
+    has_chat_template = False
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
+
+
+def test_prompts_that_cannot_run_are_named_and_those_that_are_too_long_counted(capsys):
+    model = tiny.language_model()
+    model.tokenizer = Letters()
+    prompts = ["a prompt", "", "too long for the option", "x" * 400]
+    arguments = argparse.Namespace(
+        max_prompt_tokens=10, system_tokens=0, system_prompts=1, max_new_tokens=4, num_prompts=9
+    )
+    conversations, failed = [sharegpt.Conversation(prompt) for prompt in prompts], {}
+    found = command.fitting_requests(model, model.plan("w4a16"), conversations, arguments, failed)
+    assert [len(request.token_ids) for request in found] == [8]
+    assert [reason[:16] for reason in failed] == ["prompt 2 failed:"]
+    assert capsys.readouterr().err == "2 prompts of more than --max-prompt-tokens 10 are left out\n"
+    with pytest.raises(UsageError, match="prompt 1 failed: the prompt is empty"):
+        command.fitting_requests(model, model.plan("w4a16"), conversations[1:2], arguments, {})
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_second_run_into_one_report_is_refused(capsys, tmp_path):
+    with locked(tmp_path / "out.json"):
+        assert main([*SMALL, "--json", str(tmp_path / "out.json")]) == 1
+    assert "out.json is being written by another run" in capsys.readouterr().err

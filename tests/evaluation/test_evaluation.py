@@ -11,6 +11,7 @@ import pytest
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
+from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation import scores as evaluation
 from qspec_jax.evaluation.scores import ModelScore
@@ -167,14 +168,16 @@ def test_kinds_have_lines_of_their_own_and_prompts_that_fail_are_in_none(capsys,
     prompts.write_text("".join(json.dumps({"prompt": text, "kind": kind}) + "\n" for text, kind in lines))
     arguments = ("--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 8)
     code, out, err = run(capsys, *arguments)
-    assert code == 0
+    assert code == 1
     assert [[*line.split()[:3], line.split()[5]] for line in out.splitlines()] == [
         ["kind", "draft", "length", "identical"],
         *(["chat", draft, "2", "1/1"] for draft in ("w4a8", "w4a4")),
         *(["summary", draft, "2", "0/0"] for draft in ("w4a8", "w4a4")),
         *(["all", draft, "2", "2/2"] for draft in ("w4a8", "w4a4")),
     ]
-    assert "prompt 3 failed: a prompt of 360 tokens" in err
+    assert out.splitlines()[3].split()[3:] == ["-", "-", "0/0", "-"]
+    assert "prompt 3 failed: a prompt of 360 tokens" in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith(f" ({prompts}:3)")
     scores = json.loads(run(capsys, *arguments, "--json")[1])
     assert [score["num_prompts"] for score in scores["drafts"]] == [2, 2]
     assert [(score["kind"], score["num_prompts"]) for score in scores["drafts_by_kind"][:2]] == [
@@ -284,3 +287,76 @@ def test_usage_errors_come_before_a_model_is_loaded(capsys, monkeypatch, argumen
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_an_interruption_leaves_no_table(capsys, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a prompt\nanother\n")
+    advance, calls = Scheduler.advance, []
+
+    def advance_until_interrupted(self, max_cycles=None):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return advance(self, max_cycles)
+
+    monkeypatch.setattr(Scheduler, "advance", advance_until_interrupted)
+    code, out, err = run(capsys, "--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 8)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert len(calls) == 6
+
+
+@pytest.mark.usefixtures("loaded")
+def test_lines_that_cannot_run_are_in_no_figure(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "a prompt", "id": NaN}', '{"prompt": "another"}', '{"prompt": ""}']
+    prompts.write_text("\n".join(lines))
+    arguments = ("--prompt-file", prompts, "--draft-lengths", "2", "--max-new-tokens", 8, "--json")
+    code, out, err = run(capsys, *arguments)
+    assert code == 1
+    scores = json.loads(out)
+    assert [(score["num_prompts"], score["identical"]) for score in scores["drafts"]] == [(1, 1)] * 2
+    assert scores["failed"] == [
+        f'prompt 1 failed: "id" has nan, which JSON has not ({prompts}:1)',
+        f"prompt 3 failed: the prompt is empty; give it some text ({prompts}:3)",
+    ]
+    assert err.splitlines()[-2:] == scores["failed"]
+    prompts.write_text(lines[0])
+    assert run(capsys, *arguments)[:2] == (2, "")
+
+
+def test_a_perplexity_that_is_no_number_is_said_and_valid_json(capsys, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("some letters")
+    monkeypatch.setattr(evaluate, "_load", lambda *_: types.SimpleNamespace(tokenizer=Spelling()))
+    figures = {"baseline": 12.0, "w4a4": float("nan")}
+    scores = [evaluation.TextScore(name, 9, value, 0.5, 0.25) for name, value in figures.items()]
+    monkeypatch.setattr(evaluation, "score_text", lambda *_, **__: scores)
+    code, out, err = run(capsys, "--text", tmp_path / "text.txt", "--json")
+    assert code == 1
+    assert [score["perplexity"] for score in json.loads(out)["text"]] == [12.0, None]
+    assert "the perplexity of w4a4 is nan: its logits are no numbers, or too large" in err
+
+
+def test_windows_that_are_longer_than_the_context_are_refused(model):
+    with pytest.raises(UsageError, match=r"windows of 300 tokens do not fit .*; give a context of up to 256"):
+        evaluation.score_text(model, [5] * 300, precisions=PRECISIONS, context=300)
+
+
+def test_scores_count_what_ran_both_ways(model):
+    """A prompt that fails with a plan alone is in none of its figures."""
+    plan = model.plan(draft_length=2)
+    good, bad = model.attempt([5], plan, max_new_tokens=4), model.attempt([], plan)
+    ran = model.run([good], plan).collect()[0]
+    for pair in ((bad, ran), (ran, bad), (bad, bad)):
+        assert evaluation._draft_score(plan, [pair, (ran, ran)], None).num_prompts == 1
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("option", ["--plot", "--outlier-plot"])
+def test_where_a_plot_cannot_be_written_is_said_before_the_work(capsys, tmp_path, option):
+    (tmp_path / "text.txt").write_text("some letters")
+    code, out, err = run(capsys, "--text", tmp_path / "text.txt", option, tmp_path / "none" / "plot.png")
+    assert (code, out) == (2, "")
+    assert f"error: {option} {tmp_path}/none/plot.png: there is no directory" in err

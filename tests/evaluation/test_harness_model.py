@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
@@ -124,3 +126,49 @@ def test_a_local_task_runs_in_the_harness(harness, tmp_path, monkeypatch):
     pairs = [("which letter", f" {choice}") for choice in ("a", "bb")]
     likelihoods = [found for found, _ in harness.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)]
     assert results["results"]["letters"]["acc,none"] == (0.75, 0.25)[int(np.argmax(likelihoods))]
+
+
+def test_an_interruption_ends_the_evaluation_and_an_error_is_no_answer(language_model, harness, monkeypatch):
+    """Both were answers of no text before, which count as wrong ones."""
+    settings = {"until": ["\n"], "max_gen_toks": 4}
+    advance, calls = Scheduler.advance, []
+
+    def advance_until_interrupted(self, max_cycles=None):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return advance(self, max_cycles)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "advance", advance_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            harness.generate_until(instances("generate_until", ("a question", settings)))
+    monkeypatch.setattr(harness, "tok_encode", lambda text: [len(text) * 1000 or 5])
+    with pytest.raises(UsageError, match=r"request 2 cannot run: .* has a token id outside"):
+        harness.generate_until(instances("generate_until", ("", settings), ("wrong", settings)))
+
+
+def test_a_context_without_a_token_begins_as_a_text_does(language_model, harness, monkeypatch):
+    monkeypatch.setattr(harness, "tok_encode", lambda text: [])
+    (found,) = harness.generate_until(instances("generate_until", ("", {"max_gen_toks": 4})))
+    (expected,) = language_model.generate([[harness.prefix_token_id]], mode="w4a16", max_new_tokens=4)
+    assert found == expected.text
+
+
+def test_likelihoods_that_are_no_numbers_are_no_scores(harness, monkeypatch):
+    monkeypatch.setattr(harness, "_scores", lambda tokens: (jnp.full(tokens.shape, jnp.nan), tokens > 0))
+    with pytest.raises(QSpecError, match="gives logits that are no numbers"):
+        harness.loglikelihood(instances("loglikelihood", ("a", "b")), disable_tqdm=True)
+
+
+def test_the_command_of_the_harness_ends_as_the_others_do(monkeypatch, capsys):
+    from qspec_jax import harness as command
+
+    for error, code, said in ((KeyboardInterrupt(), 130, "interrupted"), (UsageError("why"), 2, "error: why")):
+
+        def evaluate(error=error):
+            raise error
+
+        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+        assert command.main() == code
+        assert capsys.readouterr().err == f"{said}\n"

@@ -191,7 +191,12 @@ def _tokens_per_cycle(
 
         say(f"acceptance on {len(request.prompts)} prompts ...")
         drafting = [plan for plan in plans if plan.draft_view is not None]
-        scores = score_drafts(model, request.prompts, drafting, max_new_tokens=NEW_TOKENS)
+
+        def refuse(place: int, reason: str) -> None:
+            raise UsageError(f"prompt {place + 1} failed: {reason}; leave it out of --prompt-file")
+
+        options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "on_failure": refuse}
+        scores = score_drafts(model, request.prompts, drafting, **options)
         measured = {(score.draft, score.draft_length): score.tokens_per_cycle for score in scores}
 
     def tokens_per_cycle(plan: DecodingPlan) -> float:

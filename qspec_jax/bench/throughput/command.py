@@ -71,7 +71,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints."""
+    """Measures and prints; 1 if a prompt could not run."""
     request, all_modes, rows = _read(arguments)
     from qspec_jax.bench.description import describe_model
     from qspec_jax.bench.environment import environment, header
@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     show(header(facts))
     conversations = _conversations(arguments)
     runs: list[ThroughputRun] = []
+    failed: dict[str, None] = {}
     report: dict[str, Any] = {"environment": facts, "models": [], "runs": []}
     four_bit = [mode for mode in all_modes if mode != "float"]
     for modes in filter(None, (four_bit, [mode for mode in all_modes if mode == "float"])):
@@ -89,14 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
         weights = "synthetic weights" if request.path is None else "its own weights"
         show(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
         show(table_head())
-        for one in _measure(model, modes, rows, conversations, arguments):
+        for one in _measure(model, modes, rows, conversations, arguments, failed):
             runs.append(one)
             report["runs"].append(one.to_dict())
+            report["failed"] = list(failed)
             options.write_report(arguments.json, report)
             show("\n".join([table_row(one), *choice_rows(one)]))
     if arguments.plot is not None:
         plot_throughput(arguments.plot, runs, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
-    return 0
+    for reason in failed:
+        say(reason)
+    return 1 if failed else 0
 
 
 def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], list[int]]:
@@ -143,6 +147,7 @@ def _measure(
     rows: Sequence[int],
     conversations: Sequence[Conversation],
     arguments: argparse.Namespace,
+    failed: dict[str, None],
 ):
     from qspec_jax.bench.throughput.measure import measure_throughput
     from qspec_jax.decoding.chunks import fitting_capacity
@@ -151,7 +156,7 @@ def _measure(
     for mode in modes:
         names = ("draft", "draft_length", "draft_context")
         plan = model.plan(mode, **{name: getattr(arguments, name) for name in names})
-        requests = fitting_requests(model, plan, conversations, arguments)
+        requests = fitting_requests(model, plan, conversations, arguments, failed)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         for count in rows:
             say(f"{mode}, batch of {count}, {len(requests)} requests ...")
@@ -167,33 +172,60 @@ def _measure(
 
 
 def fitting_requests(
-    model: LanguageModel, plan: Plan, conversations: Sequence[Conversation], arguments: argparse.Namespace
+    model: LanguageModel,
+    plan: Plan,
+    conversations: Sequence[Conversation],
+    arguments: argparse.Namespace,
+    failed: dict[str, None],
 ) -> list[Request]:
-    """The first conversations whose prompts are short enough, as requests."""
+    """The first conversations whose prompts are short enough, as requests; ``failed`` notes those that cannot run."""
     from qspec_jax.engine.requests import Request
 
     limit, found, noise = arguments.max_prompt_tokens, [], random.Random(0)
     systems = [_noise_tokens(noise, model, arguments.system_tokens) for _ in range(arguments.system_prompts)]
-    for one in conversations:
-        prompt, answer_tokens = one.prompt, arguments.max_new_tokens
-        if model.tokenizer is None:
-            length = len(str(prompt)) // _CHARACTERS_PER_TOKEN + 1
-            prompt = _noise_tokens(noise, model, min(length, limit + 1))
-            answer_tokens = arguments.max_new_tokens if one.answer is None else len(one.answer) // _CHARACTERS_PER_TOKEN
-        elif one.answer is not None:
-            answer_tokens = len(model.tokenizer.encode(one.answer))
-        new_tokens = max(1, min(arguments.max_new_tokens, answer_tokens))
+    too_long = 0
+    for number, one in enumerate(conversations, 1):
+        prompt, new_tokens = _prompt_and_limit(model, one, arguments, noise)
         request: Request | GenerationResult = model.attempt(prompt, plan, max_new_tokens=new_tokens)
         if isinstance(request, Request) and len(request.token_ids) <= limit:
             system = systems[len(found) % len(systems)]
             prefix_length = request.prefix_length + len(system)
             token_ids = [*system, *request.token_ids]
             found.append(dataclasses.replace(request, token_ids=token_ids, prefix_length=prefix_length))
+        elif isinstance(request, Request) or _num_tokens(model, prompt) > limit:  # perhaps for the context, too
+            too_long += 1
+        else:
+            failed[f"prompt {number} failed: {request.error}"] = None
         if len(found) == arguments.num_prompts:
             break
     if not found:
-        raise UsageError(f"no prompt has at most --max-prompt-tokens {limit}; raise it")
+        raise UsageError(next(iter(failed), f"no prompt has at most --max-prompt-tokens {limit}; raise it"))
+    if too_long:
+        say(f"{too_long} prompts of more than --max-prompt-tokens {limit} are left out")
     return found
+
+
+def _prompt_and_limit(
+    model: LanguageModel, one: Conversation, arguments: argparse.Namespace, noise: random.Random
+) -> tuple[Any, int]:
+    """The prompt of a conversation, or noise as long as it, and how many tokens are to follow."""
+    prompt, answer_tokens = one.prompt, arguments.max_new_tokens
+    if model.tokenizer is None:
+        length = len(str(prompt)) // _CHARACTERS_PER_TOKEN + 1
+        prompt = _noise_tokens(noise, model, min(length, arguments.max_prompt_tokens + 1))
+        answer_tokens = arguments.max_new_tokens if one.answer is None else len(one.answer) // _CHARACTERS_PER_TOKEN
+    elif one.answer is not None:
+        answer_tokens = len(model.tokenizer.encode(one.answer))
+    return prompt, max(1, min(arguments.max_new_tokens, answer_tokens))
+
+
+def _num_tokens(model: LanguageModel, prompt: Any) -> int:
+    """Of a prompt that cannot run; 0 where it has none."""
+    try:
+        ((token_ids,),) = model.intake.encode_prompts([prompt])[1:]
+    except UsageError:
+        return 0
+    return len(token_ids)
 
 
 def _noise_tokens(noise: random.Random, model: LanguageModel, length: int) -> list[int]:
