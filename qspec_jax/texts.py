@@ -11,7 +11,9 @@ Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -27,6 +29,8 @@ from qspec_jax.commands.run import exit_code
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation.long_prompts import KINDS, NEW_TOKENS, Ruler, Shelf, is_short, long_prompts
 from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
+from qspec_jax.files.lock import locked
+from qspec_jax.files.whole import write_whole
 from qspec_jax.weights.resolve import check_model_name, demo_gguf_path, open_tokenizer, resolve_model
 
 if TYPE_CHECKING:
@@ -74,6 +78,26 @@ def run(arguments: argparse.Namespace) -> None:
         )
     contexts = _contexts(arguments.long_contexts)
     check_model_name(arguments.model)
+    with locked(arguments.folder):
+        _make_folder(arguments.folder)
+        _run(arguments, contexts)
+
+
+def _make_folder(folder: Path) -> None:
+    """Before documents are read.
+
+    Raises:
+        CheckpointError: it cannot be made, or not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def _run(arguments: argparse.Namespace, contexts: Sequence[int]) -> None:
     documents = sharegpt_documents() if arguments.dataset == SHAREGPT else _hub(arguments)
     chosen = list(islice(documents, arguments.documents))
     calibration, held_out = chosen[::2], chosen[1::2]
@@ -116,11 +140,7 @@ def _contexts(text: str) -> list[int]:
 
 
 def _write(path: Path, content: str) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path.parent}: {error.strerror}") from error
+    write_whole(path, content)
     return path
 
 

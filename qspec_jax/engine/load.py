@@ -15,6 +15,7 @@ from typing import Any, Literal
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
@@ -165,15 +166,17 @@ def save(
     Raises:
         UsageError: the weights are floating point, or there is a checkpoint and ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
+        QSpecError: another process writes there.
     """
-    save_checkpoint(
-        path,
-        model.decoder,
-        tokenizer=model.tokenizer,
-        quantization=model.quantization,
-        recipe=recipe or {"name": "unknown"},
-        overwrite=overwrite,
-    )
+    with locked(Path(path)):
+        save_checkpoint(
+            path,
+            model.decoder,
+            tokenizer=model.tokenizer,
+            quantization=model.quantization,
+            recipe=recipe or {"name": "unknown"},
+            overwrite=overwrite,
+        )
 
 
 def ending_with(

@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[None]:
         QSpecError: another one has it, or the file cannot be made.
     """
     real = Path(os.path.realpath(path))
-    file = real.with_name(f".{real.name}.lock")
+    file = real.parent / f".{real.name}.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open(file, str(path))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory
 from qspec_jax.errors import UsageError
+from qspec_jax.files.lock import locked
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.recipes.catalogue import Recipe
@@ -61,6 +62,7 @@ def convert(
     Raises:
         UsageError: an argument makes no sense for this model.
         CheckpointError, UnsupportedModelError: the model cannot be read, or the checkpoint not be written.
+        QSpecError: another run writes there.
         OutOfMemoryError: it cannot fit into memory; said before it is tried.
     """
     start = time.perf_counter()
@@ -72,8 +74,24 @@ def convert(
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
     needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
     progress.say(f"{source_path.name}: {needed}")
-    tokenizer = open_tokenizer(source_path)
     bytes_before = model_bytes(source_path)
+    with locked(Path(path)):
+        bytes_after = _convert(source, source_path, Path(path), recipe, options, overwrite=overwrite, progress=progress)
+    return Conversion(Path(path), bytes_before, bytes_after, time.perf_counter() - start)
+
+
+def _convert(
+    source: Source,
+    source_path: Path,
+    path: Path,
+    recipe: Recipe,
+    options: RecipeOptions,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> int:
+    """Runs the recipe and writes the checkpoint; its bytes."""
+    tokenizer = open_tokenizer(source_path)
     context = RecipeContext(options, progress)
     if recipe.needs_text:
         assert options.calibration is not None
@@ -82,7 +100,7 @@ def convert(
             tokenizer,
             options.calibration,
             num_tokens=options.calibration_tokens,
-            output=Path(path),
+            output=path,
             settings=recorded(recipe, options),
         )
         context = dataclasses.replace(context, text=text)
@@ -96,8 +114,8 @@ def convert(
         overwrite=overwrite,
         progress=lambda groups: progress.bar(groups, "writing"),
     )
-    remove_work_folders(Path(path))
-    return Conversion(Path(path), bytes_before, manifest.num_bytes, time.perf_counter() - start)
+    remove_work_folders(path)
+    return manifest.num_bytes
 
 
 def _load(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:

@@ -41,7 +41,7 @@ def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
     if path.suffix != ".toml":
         raise UsageError(f"recipe {text!r} is unknown; use {', '.join(RECIPES)}, or the path of a .toml file")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
     except ValueError as error:

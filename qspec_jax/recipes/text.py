@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qspec_jax.errors import UsageError
+from qspec_jax.files import json_lines
+from qspec_jax.files.text import read_text
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens per window
+_SAMPLE_LINE = '{"prompt": TEXT} or {"text": TEXT}'
 _CHARACTERS_PER_TOKEN = 16  # more than any text has, on average
 
 
@@ -47,22 +49,21 @@ def token_windows(path: Path, tokenizer: Tokenizer, *, num_tokens: int, context:
 
 
 def _texts(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the calibration text {path}: {error}") from error
-    if path.suffix != ".jsonl":
+    content = read_text(path, what="the calibration text")
+    if not json_lines.names_json_lines(path):
         return [content]
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [_text_of(line, f"{path}:{number}") for number, line in lines]
 
 
 def _text_of(line: str, where: str) -> str:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
-    texts = [fields[key] for key in ("prompt", "text") if isinstance(fields, dict) and isinstance(fields.get(key), str)]
+        fields = json_lines.parse_object(line)
+    except UsageError as error:
+        raise UsageError(f"{where} {error}; a line is {_SAMPLE_LINE}") from error
+    texts = [fields[key] for key in ("prompt", "text") if isinstance(fields.get(key), str)]
     if not texts:
-        raise UsageError(f'{where} has no text; a line is {{"prompt": TEXT}} or {{"text": TEXT}}')
+        raise UsageError(f"{where} has no text; a line is {_SAMPLE_LINE}")
+    if (flaw := json_lines.flaw(texts[0])) is not None:
+        raise UsageError(f"{where} {flaw}")
     return texts[0]

@@ -19,7 +19,8 @@ from flax import nnx
 import qspec_jax
 from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize
 from qspec_jax.device import memory
-from qspec_jax.errors import RequantizationWarning
+from qspec_jax.errors import QSpecError, RequantizationWarning
+from qspec_jax.files.lock import locked
 from qspec_jax.recipes import convert
 from qspec_jax.recipes import files as recipe_files
 from qspec_jax.recipes.catalogue import RECIPES
@@ -295,6 +296,31 @@ def test_what_cannot_fit_is_refused_with_numbers_before_the_work(capsys, tmp_pat
     assert code == 1
     assert "0.00 GB free" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_to_one_place_is_refused_at_once(capsys, tmp_path, four_bit_file, monkeypatch):
+    monkeypatch.setattr(convert, "load_decoder", lambda *_, **__: pytest.fail("began to quantise"))
+    model = qspec_jax.load(four_bit_file, kernels="reference")
+    with locked(tmp_path / "out"):
+        code, out, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+        with pytest.raises(QSpecError, match="out is being written by another run"):
+            qspec_jax.save(model, tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert f"error: {tmp_path / 'out'} is being written by another run; wait for it, or give another path" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_changes_nothing(capsys, tmp_path, four_bit_file, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "load_decoder", interrupt)
+    code, out, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")
+    assert (code, out) == (130, "")
+    assert (
+        err.splitlines()[-1] == "interrupted; nothing was changed, and the same command goes on with what is finished"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_model_exits_with_1(capsys, tmp_path):

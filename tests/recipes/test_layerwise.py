@@ -14,7 +14,7 @@ import qspec_jax
 from pallas_kernels import dequantize
 from qspec_jax import QuantConfig, quantize
 from qspec_jax.device import memory
-from qspec_jax.errors import CheckpointError
+from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.quantization.rtn import quantize_rtn
@@ -249,6 +249,31 @@ def test_jsonl_is_a_text_per_line(tmp_path, model):
     path.write_text('{"prompt": "A"}\n{"answer": "B"}\n')
     with pytest.raises(ValueError, match=r"prompts.jsonl:2 has no text; a line is"):
         token_windows(path, tokenizer, num_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"text": "B"}', "2 is not JSON"),
+        ('"B"', "2 is a text, not an object"),
+        ('{"text": ' + "[" * 100_000, "2 nests lists and objects deeper"),
+        ('{"text": "\\ud83d"}', "2 has half of a surrogate pair"),
+    ],
+    ids=["a lost brace", "a text", "deep", "half a surrogate"],
+)
+def test_a_line_of_jsonl_that_is_no_text_is_named(tmp_path, model, line, message):
+    path = tmp_path / "prompts.JSONL"
+    path.write_text(f'{{"prompt": "A"}}\n{line}\n')
+    with pytest.raises(UsageError, match=f"prompts.JSONL:{message}"):
+        token_windows(path, load_tokenizer(model), num_tokens=8)
+
+
+def test_text_of_another_encoding_is_the_same_text(tmp_path, model):
+    tokenizer, windows = load_tokenizer(model), []
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "text.txt").write_text("ABCDEFGH", encoding=encoding)
+        windows.append(token_windows(tmp_path / "text.txt", tokenizer, num_tokens=4).tolist())
+    assert windows[0] == windows[1] == windows[2]
 
 
 def test_a_recipe_file_gives_the_text_beside_it(tmp_path):

@@ -3,7 +3,8 @@
 All files are written into a temporary directory beside the destination and flushed to disk. A new checkpoint
 is then renamed into place. Where there is one already, the new data directory is moved in beside the old one,
 ``qspec.json`` is replaced, which is the step that counts, and the old data are removed. What a process that
-was killed left behind is removed by the next one that writes there. Two at once to one place are not supported.
+was killed left behind is removed by the next one that writes there. Two at once to one place are not supported:
+who calls holds the lock of :mod:`qspec_jax.files.lock`.
 """
 
 from __future__ import annotations
