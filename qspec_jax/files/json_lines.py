@@ -79,7 +79,9 @@ def _is_text(text: str) -> bool:
 
 
 def dumps(value: Any, encoding: str | None = None, *, indent: int | None = None) -> str:
-    """JSON, on one line unless it is indented. What the encoding lacks is escaped; a number that is none is null.
+    """JSON, on one line unless it is indented. A number that is none is null.
+
+    What the encoding lacks is escaped, and so are characters that some programs take for the end of a line.
 
     Args:
         value: of JSON's types.
@@ -91,7 +93,10 @@ def dumps(value: Any, encoding: str | None = None, *, indent: int | None = None)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, indent=indent)
     encoding = encoding or "utf-8"
-    return text.encode(encoding, _ESCAPES).decode(encoding)
+    return text.translate(_LINE_ENDS).encode(encoding, _ESCAPES).decode(encoding)
+
+
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def _finite(value: Any) -> Any:

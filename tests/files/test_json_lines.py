@@ -75,6 +75,12 @@ def test_json_escapes_what_an_encoding_lacks(encoding):
     assert ("🙂" in text) == (encoding in (None, "utf-8"))
 
 
+def test_a_line_is_one_for_every_program():
+    text = "".join(map(chr, range(0x3000)))
+    assert len(dumps(text).splitlines()) == 1
+    assert json.loads(dumps(text)) == text
+
+
 def test_numbers_that_json_has_not_are_null():
     assert (
         dumps({"logprobs": [-1.5, -math.inf], "top": {3: math.nan}}) == '{"logprobs": [-1.5, null], "top": {"3": null}}'
