@@ -21,8 +21,7 @@ from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import UsageError
-from qspec_jax.files.text import read_text
-from qspec_jax.files.whole import check_writable
+from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
@@ -138,6 +137,8 @@ def _request(arguments: argparse.Namespace) -> _Request:
     drafts = _names(arguments.drafts, DRAFTS, "--drafts")
     lengths = draft_lengths(arguments.draft_lengths)
     contexts = [_draft_context(text.strip()) for text in arguments.draft_contexts.split(",")]
+    if arguments.text == arguments.prompt_file == Path(STANDARD_INPUT):
+        raise UsageError("--text - and --prompt-file - both read the standard input; give a file for one of them")
     text = _read_text(arguments.text)
     prompts = [] if arguments.prompt_file is None else read_prompt_lines(arguments.prompt_file)
     if prompts and all(line.error is not None for line in prompts):
@@ -147,10 +148,10 @@ def _request(arguments: argparse.Namespace) -> _Request:
     options.check_positive(arguments, "max_tokens", "context", "max_new_tokens", "batch_size")
     if arguments.outlier_plot is not None and text is None:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
-    check_writable(arguments.plot, option="--plot")
-    check_writable(arguments.outlier_plot, option="--outlier-plot")
     if arguments.plot is not None or arguments.outlier_plot is not None:
         _require_matplotlib()
+    options.check_plot(arguments.plot, option="--plot")
+    options.check_plot(arguments.outlier_plot, option="--outlier-plot")
     for model in (*(arguments.model or ()), arguments.baseline):
         check_model_name(model)
     return _Request(precisions, drafts, lengths, contexts, text, prompts)

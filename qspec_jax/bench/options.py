@@ -157,8 +157,8 @@ def check_at_least(value: int | float | None, least: int, *, option: str) -> Non
 def check_report(arguments: argparse.Namespace) -> None:
     """Raises UsageError where ``--json`` or ``--plot`` of :func:`shared.add_report` could not be written."""
     check_writable(arguments.json, option="--json")
-    check_writable(arguments.plot, option="--plot")
     check_matplotlib(arguments.plot)
+    shared.check_plot(arguments.plot, option="--plot")
 
 
 def write_report(path: Path | None, report: Mapping[str, Any]) -> None:

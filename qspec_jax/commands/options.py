@@ -11,6 +11,7 @@ from typing import Any
 
 from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
 from qspec_jax.errors import UsageError
+from qspec_jax.files.whole import check_writable
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
 
 KERNELS = ("auto", "reference", "triton", "mosaic")
@@ -124,6 +125,18 @@ def check_draft_length(length: int | str) -> None:
         raise UsageError(f"--draft-length {length} must be at least 1")
     if length > MAX_DRAFT_LENGTH:
         raise UsageError(f"--draft-length {length} must be at most {MAX_DRAFT_LENGTH}")
+
+
+def check_plot(path: Path | None, *, option: str) -> None:
+    """Raises UsageError where a picture could not be written, or not in the format that its name says."""
+    check_writable(path, option=option)
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise UsageError(f"{option} {path}: {path.suffix} is no format of pictures; use {', '.join(sorted(formats))}")
 
 
 def quantization_of(group_size: str | None) -> Any:

@@ -26,7 +26,7 @@ def show(text: str = "", *, end: str = "\n") -> None:
     stream = sys.stdout
     if stream is None:
         return
-    text = _encodable(text + end, stream.encoding)
+    text = _encodable(text + end, getattr(stream, "encoding", None))
     with _told_of_failure():
         stream.write(text)
         stream.flush()

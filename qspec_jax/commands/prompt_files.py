@@ -180,14 +180,20 @@ def attempt_line(model: LanguageModel, plan: Plan, line: PromptLine, **options: 
 def model_identity(model: str | None) -> str:
     """What a model is however it is called: a real path, a hub id, or ``default``.
 
+    A checkpoint is another one once it was written anew.
+
     Raises:
-        CheckpointError: there are several at that path.
+        CheckpointError: there are several at that path, or the checkpoint is damaged.
     """
     name = model or "default"
     if name == "default" or not os.path.exists(name):
         return name
     path, demo = os.path.realpath(resolve_model(name)), demo_gguf_path()
-    return "default" if demo is not None and path == os.path.realpath(demo) else path
+    if demo is not None and path == os.path.realpath(demo):
+        return "default"
+    from qspec_jax.weights.checkpoint import manifest  # imports JAX
+
+    return f"{path}/{manifest.read_content(Path(path))['data']}" if manifest.is_checkpoint(Path(path)) else path
 
 
 def line_keys(lines: Sequence[PromptLine], defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

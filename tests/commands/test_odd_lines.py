@@ -17,6 +17,9 @@ from qspec_jax.commands import prompt_files
 from qspec_jax.commands.prompt_files import PromptLine, ResultFile, read_prompt_lines
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
+from qspec_jax.model.config import QuantConfig
+from qspec_jax.weights.checkpoint.save import save_checkpoint
+from tests import tiny
 from tests.commands.test_prompt_files import num_lines, run, some_prompts, without_times, write_prompts
 
 
@@ -232,6 +235,16 @@ def test_a_model_is_known_by_its_real_path(tiny_path, tmp_path, monkeypatch):
     assert identity("model") != identity(str(tiny_path))
     assert identity("some/hub-id") == "some/hub-id"
     assert identity(None) == identity("default") == "default"
+
+
+def test_a_checkpoint_that_was_written_anew_is_another_model(tmp_path):
+    found = []
+    for seed in range(2):
+        decoder = tiny.decoder(seed=seed)
+        save_checkpoint(tmp_path / "c", decoder, tokenizer=None, quantization=QuantConfig(), overwrite=True)
+        found.append(prompt_files.model_identity(str(tmp_path / "c")))
+        assert prompt_files.model_identity(str(tmp_path / "c")) == found[-1]
+    assert found[0] != found[1]
 
 
 def test_the_demo_model_is_one_however_it_is_called(demo_gguf):

@@ -279,6 +279,7 @@ def test_outlier_maps_hold_the_largest_input_of_every_channel(tmp_path):
         (("--text", __file__, "--draft-contexts", "window-0"), "window-0: use window-N for the newest N tokens"),
         (("--prompt-file", __file__, "--outlier-plot", "x.png"), "--outlier-plot shows activations on a text"),
         (("--text", __file__, "--context", "0"), "--context 0 must be at least 1"),
+        (("--text", "-", "--prompt-file", "-"), "--text - and --prompt-file - both read the standard input"),
     ],
     ids=str,
 )
@@ -353,10 +354,14 @@ def test_scores_count_what_ran_both_ways(model):
         assert evaluation._draft_score(plan, [pair, (ran, ran)], None).num_prompts == 1
 
 
-@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("option", ["--plot", "--outlier-plot"])
-def test_where_a_plot_cannot_be_written_is_said_before_the_work(capsys, tmp_path, option):
+def test_where_a_plot_cannot_be_written_is_said_before_the_work(capsys, tmp_path, monkeypatch, option):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: pytest.fail("a model was loaded"))
     (tmp_path / "text.txt").write_text("some letters")
     code, out, err = run(capsys, "--text", tmp_path / "text.txt", option, tmp_path / "none" / "plot.png")
     assert (code, out) == (2, "")
     assert f"error: {option} {tmp_path}/none/plot.png: there is no directory" in err
+    code, out, err = run(capsys, "--text", tmp_path / "text.txt", option, tmp_path / "plot.doc")
+    assert (code, out) == (2, "")
+    assert f"error: {option} {tmp_path}/plot.doc: .doc is no format of pictures; use " in err
