@@ -7,7 +7,7 @@ import math
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines, result_entry
@@ -16,8 +16,9 @@ from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult, GenerationStats
 from qspec_jax.errors import UsageError
 from qspec_jax.files import json_lines
-from tests.fuzzing import fuzz
+from tests.fuzzing import fuzzed
 
+EXAMPLES = max(150, fuzzed.max_examples)  # 10 ms each
 DEFAULTS = {"max_new_tokens": 8, "chat": None, "seed": 2**32 - 1}
 STATS = GenerationStats("qspec", "w4a8", 3, (0,) * 4, 0, 0, 0.0, 0.0, 0.0, "cpu", "reference")
 NAMES = (*REQUEST_OPTIONS, "prompt", "messages", "id", "kind", "max_tokens", "n", "topP", "tools", "role", "content")
@@ -65,7 +66,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("lines")
 
 
-@fuzz(250)
+@settings(fuzzed, max_examples=EXAMPLES)
 @given(data=written | st.binary(max_size=40), name=st.sampled_from(("in.jsonl", "in.txt")))
 def test_files_give_prompts_or_errors_of_the_library(folder, data, name):
     path, output = folder / name, folder / "out.jsonl"
@@ -97,7 +98,7 @@ def result_of(line: PromptLine) -> GenerationResult:
     return GenerationResult(text, [], text, [], reason, STATS, error=line.error, logprobs=[-math.inf])
 
 
-@fuzz(250)
+@settings(fuzzed, max_examples=EXAMPLES)
 @given(value=values, encoding=st.sampled_from((None, "utf-8", "ascii", "cp1252", "latin-1", "utf-16")))
 def test_all_that_is_written_is_json_in_its_encoding(value, encoding):
     text = json_lines.dumps(value, encoding)
