@@ -138,7 +138,8 @@ def pytest_runtest_call(item: pytest.Item):
     result = yield
     seconds = _cpu_seconds() - before
     on_gpu = item.get_closest_marker("gpu") is not None  # compiles for a GPU, on a machine with many cores
-    if seconds > MOST_SECONDS and not on_gpu and item.get_closest_marker("slow") is None:
+    long_run = on_gpu or "QSPEC_JAX_FUZZ" in os.environ
+    if seconds > MOST_SECONDS and not long_run and item.get_closest_marker("slow") is None:
         pytest.fail(f"took {seconds:.0f} s of CPU time; make it cheaper, or mark it slow and say why", pytrace=False)
     return result
 
