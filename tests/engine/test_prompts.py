@@ -65,7 +65,7 @@ def model(template=None):
         ([[USER], "b"], [[USER], "b"]),
         ((one for one in ["a", "b"]), ["a", "b"]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,  # a generator is written with its address
 )
 def test_one_prompt_and_lists_of_them_are_told_apart(given, expected):
     read = [read_prompt(one, "prompt") for one in prompts_of(given)]
