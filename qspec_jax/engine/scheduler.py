@@ -193,16 +193,17 @@ class Scheduler:
         self._state, report = flight.result()
         running = self._decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
+        made_s = time.perf_counter()
         self._count(int(cycles), self._clock.landed(), running, lengths)
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
-        changed = self._receive(jax.device_get(report), watched) if watched else []
+        changed = self._receive(jax.device_get(report), watched, made_s) if watched else []
         self._free(running, finished)
         try:
             more = self._go_on(max_cycles)
         finally:
-            changed += self._receive(jax.device_get(report), others)
+            changed += self._receive(jax.device_get(report), others, made_s)
         return changed + more
 
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -218,7 +219,7 @@ class Scheduler:
             self._dispatch(max_cycles)
         for count, (report, read) in enumerate(prefills, 1):
             report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
-            changed += self._receive(report, read)
+            changed += self._receive(report, read, time.perf_counter())
             self._free(read, report.finished)
             seconds = self._clock.landed(more=self._flight is not None or count < len(prefills))
             self.totals.prefill_s += seconds
@@ -248,13 +249,21 @@ class Scheduler:
         tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
         return round(tokens / max(1, len(decoding)))
 
-    def _receive(self, report: Report, sequences: Mapping[int, RunningSequence]) -> list[RunningSequence]:
-        """Gives the new tokens of some rows to their sequences, which have changed; the report is in host memory."""
+    def _receive(
+        self, report: Report, sequences: Mapping[int, RunningSequence], made_s: float
+    ) -> list[RunningSequence]:
+        """Gives the new tokens of some rows to their sequences, which have changed.
+
+        Args:
+            report: in host memory.
+            sequences: by row.
+            made_s: when the device was done with them, which may be a while ago.
+        """
         changed = []
         for row, sequence in sequences.items():
             if not sequence.finished:
                 new = slice(len(sequence.token_ids), report.num_tokens[row])
-                sequence.receive(report.tokens[row, new].tolist(), finished=bool(report.finished[row]))
+                sequence.receive(report.tokens[row, new].tolist(), finished=bool(report.finished[row]), made_s=made_s)
                 sequence.receive_scores(report.scores, row, new)
                 lengths = report.accepted_lengths[row].tolist()
                 self.totals.tokens += len(sequence.token_ids) - new.start

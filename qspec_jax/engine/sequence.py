@@ -21,7 +21,7 @@ class RunningSequence:
         cycles_of: the same by the plan that they ran.
         finished: no more tokens come.
         added_s, entered_s: when it was added, and when it got a row.
-        arrivals: when new tokens came, and how many.
+        arrivals: when new tokens were made, and how many.
         watch: the text, if the request asks for it.
         logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
         chunks, num_read: of its prompt, and how many of them its row holds.
@@ -67,15 +67,15 @@ class RunningSequence:
         if cycles:
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
 
-    def receive(self, tokens: Sequence[int], *, finished: bool) -> None:
-        """Appends new tokens, up to the one with which a stop string ends the text."""
+    def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
+        """Appends new tokens, up to the one with which a stop string ends the text; they were made at ``made_s``."""
         if self.watch is not None:
             tokens = tokens[: self.watch.push(tokens)]
             finished = finished or self.watch.stopped
             if finished:
                 self.watch.finish()
         if tokens:
-            self.arrivals.append((time.perf_counter(), len(tokens)))
+            self.arrivals.append((made_s, len(tokens)))
         self.token_ids += tokens
         self.finished = finished
 

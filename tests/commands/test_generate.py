@@ -85,7 +85,7 @@ def test_a_line_is_written_where_there_are_no_bars(monkeypatch, capsys, half_imp
     assert capsys.readouterr().err == "compiling ...\n"
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("loaded")
 def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Name a color."}\n\n{"prompt": "Name a fruit."}\n')
@@ -98,7 +98,7 @@ def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
     assert all((entry["mode"], entry["draft"], entry["draft_length"]) == ("qspec", "w4a4", 3) for entry in entries)
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("loaded")
 def test_streaming_prints_the_same_text(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 24)
     _, at_once, _ = run(capsys, *arguments, "--no-stream")
@@ -107,7 +107,7 @@ def test_streaming_prints_the_same_text(capsys):
     assert "24 tokens" in err or "stop" in err or "tokens/cycle" in err
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("loaded")
 def test_a_seed_samples_the_same_text_at_once_and_streamed(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 8, "--temperature", 1.5, "--top-p", 0.9, "--seed", 4)
     _, out, _ = run(capsys, *arguments)
@@ -116,7 +116,7 @@ def test_a_seed_samples_the_same_text_at_once_and_streamed(capsys):
     assert streamed == out != greedy
 
 
-@pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("loaded")
 def test_several_prompts_are_told_apart(capsys):
     _, out, _ = run(capsys, "--prompt", "Hello", "--prompt", "Goodbye", "--max-new-tokens", 4, "--mode", "w4a16")
     assert out.index("### Hello") < out.index("### Goodbye")

@@ -171,7 +171,6 @@ def test_tokens_that_are_ruled_out_are_not_accepted(run):
     assert token_ids(run(biased)) == [[17] * NUM_TOKENS] * len(PROMPTS)
 
 
-@pytest.mark.contract
 def test_requests_with_and_without_share_a_batch_and_feel_nothing_of_each_other(model, run):
     """Those without are what a program without it, and without drafts, gives."""
     typical = SamplingParams(typical_acceptance=0.1)

@@ -122,7 +122,7 @@ def test_options_out_of_range_are_named(options, message):
 
 
 def test_samples_of_a_prompt_follow_each_other_with_the_next_seeds(model):
-    options = {"max_new_tokens": 8, "max_seq_len": 64, "batch_size": 4}
+    options = {"mode": "w4a16", "max_new_tokens": 8, "max_seq_len": 64, "batch_size": 4}
     warm = SamplingParams(temperature=1.5, seed=5)
     both = model.generate(PROMPTS[:2], sampling=warm, num_samples=2, **options)
     assert [result.prompt_token_ids for result in both] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
