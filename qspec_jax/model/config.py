@@ -40,6 +40,14 @@ _MAKERS = {  # of others, for people
     "torchao": "torchao",
     "vptq": "VPTQ",
 }
+_TELLING = {  # keys of settings that do not name their method
+    "bitsandbytes": {"load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type"},
+    "gptq": {"desc_act", "damp_percent", "true_sequential", "sym"},
+    "awq": {"zero_point", "q_group_size", "w_bit"},
+    "compressed-tensors": {"config_groups"},
+    "modelopt": {"quant_algo"},
+}
+_DEFAULT_WINDOW = 4096  # of transformers' configs of Mistral and Qwen
 _LARGEST_SIZE, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond both, a config is damaged
 
 
@@ -54,6 +62,7 @@ class Family:
             have one and the output has none, whatever the config says.
         qk_norm: queries and keys are normalised, head by head.
         head_dim: where the config has none; None for ``hidden_size / num_attention_heads``.
+        max_positions: where the config has none.
         sliding_window: the config's entry is ``ignored``, ``used`` if it is there, or ``optional``: used in the layers
             that ``use_sliding_window`` and its companions say.
     """
@@ -63,14 +72,17 @@ class Family:
     biases: Literal["configured", "qkv"] = "configured"
     qk_norm: bool = False
     head_dim: int | None = None
+    max_positions: int = 2048
     sliding_window: Literal["ignored", "used", "optional"] = "ignored"
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("Llama 2, 3, 3.1+, SmolLM2", "llama"),
-    "MistralForCausalLM": Family("Mistral", "mistral", sliding_window="used"),
-    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", biases="qkv", sliding_window="optional"),
-    "Qwen3ForCausalLM": Family("Qwen3", "qwen3", qk_norm=True, head_dim=128, sliding_window="optional"),
+    "MistralForCausalLM": Family("Mistral", "mistral", max_positions=131072, sliding_window="used"),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", biases="qkv", max_positions=32768, sliding_window="optional"),
+    "Qwen3ForCausalLM": Family(
+        "Qwen3", "qwen3", qk_norm=True, head_dim=128, max_positions=32768, sliding_window="optional"
+    ),
 }
 
 
@@ -138,7 +150,8 @@ class ModelConfig:
         if missing := [key for key in required if not _is_whole(config.get(key))]:
             raise UnsupportedModelError(f"config.json: missing or not an integer: {', '.join(missing)}")
         _refuse_unsupported_options(config)
-        rope_theta, rope_scaling = read_rope(config)
+        positions = _whole(config, "max_position_embeddings") or family.max_positions
+        rope_theta, rope_scaling = read_rope({**config, "max_position_embeddings": positions})
         num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
         attention_bias = bool(config.get("attention_bias", False))
         stretched = rope_scaling.scaled_length if rope_scaling is not None else 0
@@ -159,7 +172,7 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=max(_whole(config, "max_position_embeddings") or 2048, stretched),
+            max_position_embeddings=max(positions, stretched),
             bos_token_id=next(iter(token_ids(config.get("bos_token_id"), config["vocab_size"])), None),
             eos_token_ids=token_ids(config.get("eos_token_id"), config["vocab_size"]),
         )
@@ -207,6 +220,8 @@ def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
         method = quantization_method(quantization)
         if method not in SUPPORTED_QUANTIZATION_METHODS:
             maker = f" of {_MAKERS[method]}" if method in _MAKERS else ""
+            algorithm = quantization.get("quant_algo") or quantization.get("quant_type")
+            maker += f" ({shown(algorithm)})" if algorithm else ""
             problems.append(
                 f"quantization_config{maker} with quant_method={method!r} (supported: "
                 f"{', '.join(SUPPORTED_QUANTIZATION_METHODS)}; or use the unquantised checkpoint or a GGUF file)"
@@ -224,15 +239,18 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def quantization_method(settings: Mapping[str, Any]) -> str:
-    """The name of the method of a ``quantization_config``."""
+    """The name of the method of a ``quantization_config``, by the options that it alone has if it is not named."""
     named = settings.get("quant_method")
-    if named is None:  # MLX does not say so, but names these two
-        return "mlx" if {"bits", "group_size"} <= settings.keys() else "unknown"
-    return str(named).lower().removeprefix("intel/").replace("auto_round", "auto-round")
+    if named is None:
+        named = next((method for method, keys in _TELLING.items() if settings.keys() & keys), "unknown")
+        named = "mlx" if named == "unknown" and {"bits", "group_size"} <= settings.keys() else named
+    named = str(named).lower().removeprefix("intel/")
+    return named.replace("auto_round", "auto-round").replace("compressed_tensors", "compressed-tensors")
 
 
 def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
-    if config.get("sliding_window") is None or family.sliding_window == "ignored":
+    config = {"sliding_window": _DEFAULT_WINDOW, **config}  # null is none, but missing is not
+    if config["sliding_window"] is None or family.sliding_window == "ignored":
         return None
     if family.sliding_window == "optional":
         if not config.get("use_sliding_window", False):

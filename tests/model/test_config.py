@@ -184,6 +184,10 @@ def test_all_unsupported_options_are_named_at_once():
         ({"quantization_config": {"quant_method": "FP8"}}, "8-bit floats"),
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}, "MLX"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, r"NVIDIA ModelOpt \('NVFP4'\)"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, r"NVIDIA ModelOpt \('FP8'\)"),
     ],
 )
 def test_what_made_a_checkpoint_that_is_not_read_is_named(settings, maker):
@@ -226,6 +230,31 @@ def test_ids_that_are_not_used_never_matter(changes, field, value):
 def test_numbers_that_are_used_are_checked_by_name(changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         read(**changes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4, "group_size": 128, "desc_act": False},
+        {"bits": 4, "group_size": 128, "zero_point": True},
+        {"config_groups": {}},
+        {"quant_method": "compressed_tensors"},
+        {"quant_method": "auto_round"},
+    ],
+)
+def test_a_method_that_is_not_named_is_known_by_its_settings(settings):
+    assert read(quantization_config=settings) == read()
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "sliding_window"])
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_what_a_config_does_not_say_is_as_in_transformers(architecture, name):
+    transformers = pytest.importorskip("transformers")
+    changes = {"use_sliding_window": True, "max_window_layers": 0}
+    config = {key: value for key, value in (BASE | changes).items() if key != name}
+    theirs = getattr(transformers, f"{architecture}Config")(**config)
+    ours = ModelConfig.from_hf(config | {"architectures": [f"{architecture}ForCausalLM"]})
+    assert getattr(ours, name) == getattr(theirs, name, None)
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

@@ -53,6 +53,7 @@ def hf_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[st
         "rope_theta": 10000.0,
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
+        "sliding_window": None,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
