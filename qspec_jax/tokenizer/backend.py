@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _KEPT_OPTIONS = {  # that are only written again
     "backend",
@@ -122,15 +123,20 @@ def import_transformers() -> Any:
     return transformers
 
 
-def open_directory(path: Path) -> PlainBackend | PreTrainedTokenizerFast:
+def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> PlainBackend | PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face directory: what its ``tokenizer.json`` says, or else what transformers makes.
+
+    Args:
+        path: the directory.
+        defaults: special tokens by their names, and a chat template, for a ``tokenizer.json`` beside which no other
+            file names them.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is Python that comes with the model.
     """
     try:
         if (path / "tokenizer.json").exists():
-            return _open_plain(path)
+            return _open_plain(path, defaults or {})
         backend = _open_in_transformers(path)
     except CheckpointError:
         raise
@@ -145,6 +151,9 @@ def open_directory(path: Path) -> PlainBackend | PreTrainedTokenizerFast:
                 f"({reason})"
             ) from error
         raise CheckpointError(f"cannot load a tokenizer from {path}: {reason}; {_REMEDY}") from error
+    if not any((path / name).exists() for name in getattr(type(backend), "vocab_files_names", {}).values()):
+        # transformers makes an empty one then.
+        raise CheckpointError(f"cannot load a tokenizer from {path}: it has no vocabulary; {_REMEDY}")
     if not backend.is_fast:
         raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
     return backend
@@ -173,7 +182,7 @@ def _names_own_code(path: Path) -> bool:
     return False
 
 
-def _open_plain(path: Path) -> PlainBackend:
+def _open_plain(path: Path, defaults: Mapping[str, str]) -> PlainBackend:
     """The tokenizer that ``tokenizer.json`` describes.
 
     Its class in transformers may have other rules; the file is what the model was trained with. The files beside it
@@ -184,19 +193,30 @@ def _open_plain(path: Path) -> PlainBackend:
     options = _read_object(path / "tokenizer_config.json")
     if _names_own_code(path) and options.get("tokenizer_class") not in _CLASSES:
         raise _own_code(path)
-    named = {**_read_object(path / "special_tokens_map.json"), **options}
+    _refuse_pointer(path / "tokenizer.json")
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    named = {name: token for name, token in defaults.items() if tokenizer.token_to_id(token) is not None} | options
+    if "added_tokens_decoder" not in options:  # as in transformers, the older files count only then
+        older = _read_object(path / "special_tokens_map.json")
+        named |= {name: value for name, value in older.items() if name not in _LISTS or not options.keys() & {*_LISTS}}
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(options.get("split_special_tokens", False))
     special = {name: token for name in _SPECIAL_TOKENS if (token := _token_text(named.get(name))) is not None}
-    _add_missing_tokens(tokenizer, named, special.values())
+    added = options.get("added_tokens_decoder", _older_added_tokens(path, special.values()))
+    _add_missing_tokens(tokenizer, added, named)
     return PlainBackend(
         tokenizer,
-        chat_template=_chat_template(path, options),
+        chat_template=_chat_template(path, options) or defaults.get("chat_template"),
         **{name: value for name, value in options.items() if name in _KEPT_OPTIONS},
         **special,
     )
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(24) == b"version https://git-lfs.":
+            raise CheckpointError(f"{path} is a Git LFS pointer; run `git lfs pull` for the file itself")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -214,28 +234,51 @@ def _token_text(named: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, named: Mapping[str, Any], special: Iterable[str]) -> None:
-    """Adds the tokens that only the files beside ``tokenizer.json`` know, or know to be special."""
+def _older_added_tokens(path: Path, special: Iterable[str]) -> dict[str, Any]:
+    """The tokens of ``added_tokens.json``, by their ids."""
+    ids, named = _read_object(path / "added_tokens.json"), set(special)
+    return {
+        str(number): {"content": text, "normalized": text not in named, "special": text in named}
+        for text, number in ids.items()
+    }
+
+
+def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, decoder: Any, named: Mapping[str, Any]) -> None:
+    """Adds the tokens that only the files beside ``tokenizer.json`` know, or know to be special.
+
+    Args:
+        tokenizer: to which they are added.
+        decoder: tokens by their ids, in whose order they are added.
+        named: the special tokens that the files name or list.
+    """
+    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    decoder = decoder if isinstance(decoder, Mapping) else {}
+    by_id = {int(key): token for key, token in decoder.items() if str(key).isdecimal()}
+    for _, token in sorted(by_id.items()):
+        if isinstance(token, Mapping) and (text := _token_text(token)) is not None and text not in known:
+            tokenizer.add_tokens([_added_token(token, special=bool(token.get("special", False)))])
+    tokens = [named.get(name) for name in _SPECIAL_TOKENS]
+    for key in _LISTS:
+        more = named.get(key) or []
+        tokens += more.values() if isinstance(more, Mapping) else more
+    texts = [(_token_text(token) or "", token) for token in tokens]
+    missing = [token for text, token in texts if text and not known.get(text)]
+    tokenizer.add_tokens([_added_token(token, special=True) for token in missing])
+
+
+def _added_token(named: Any, *, special: bool) -> tokenizers.AddedToken:
+    """The token of an entry: its text, or an object that also says how it is found in a text."""
     from tokenizers import AddedToken
 
-    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
-    decoder = named.get("added_tokens_decoder")
-    listed = list(decoder.values()) if isinstance(decoder, Mapping) else []
-    for token in listed:
-        if isinstance(token, Mapping) and (text := _token_text(token)) is not None and text not in known:
-            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-            tokenizer.add_tokens([AddedToken(text, **{flag: bool(token.get(flag, False)) for flag in flags})])
-    texts = list(special)
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = named.get(key) or []
-        texts += filter(None, map(_token_text, more.values() if isinstance(more, Mapping) else more))
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts if not known.get(text)])
+    said = named if isinstance(named, Mapping) else {}
+    flags = {name: bool(said[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in said}
+    return AddedToken(_token_text(named), special=special, **flags)
 
 
 def _chat_template(path: Path, options: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The chat template; several by their names if none of them is the default."""
     if (file := path / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     template = options.get("chat_template")
     if template is None:
         template = _read_object(path / "chat_template.json").get("chat_template")

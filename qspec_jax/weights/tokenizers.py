@@ -29,8 +29,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos_token_ids: Sequence[int]
 
     file = GGUFFile.open(path)
     ending = (*file.eos_token_ids, *eos_token_ids)
-    if (path.parent / "tokenizer.json").exists():
-        return Tokenizer(open_directory(path.parent), eos_token_ids=ending)
-    from qspec_jax.weights.gguf.tokenizer import build_tokenizer
+    from qspec_jax.weights.gguf.tokenizer import build_tokenizer, named_tokens
 
+    if (path.parent / "tokenizer.json").exists():
+        return Tokenizer(open_directory(path.parent, defaults=named_tokens(file)), eos_token_ids=ending)
     return Tokenizer(build_tokenizer(file), eos_token_ids=ending)

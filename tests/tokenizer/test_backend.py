@@ -32,6 +32,7 @@ SPECIAL_TEXTS = [
     "<|im_start|",
     "<s>the</s> <unk>",
     " <think> the cat </think>\n",
+    "a <|pad|> b <|extra|> c <old> <new> <a> <b>",
 ]
 CONVERSATIONS = [
     [{"role": "user", "content": "What is a cache?"}],
@@ -282,6 +283,21 @@ def moved_tokens(path: Path) -> None:
 
 ADDED = {"261": {"content": "<new>", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
 ADDED |= {"262": {"content": "<end>", "special": True, "normalized": False, "lstrip": False, "rstrip": False}}
+LISTED = {"<|im_end|>": 2, "<new>": 262, "<old>": 261}
+STRIPPED = {"content": "<|pad|>", "__type": "AddedToken", "special": True, "lstrip": True, "rstrip": True}
+
+
+def older_files(special: dict, **options):
+    """Tokens in the files of old, which count only where tokenizer_config.json lists none."""
+
+    def write(path: Path) -> None:
+        (path / "added_tokens.json").write_text(json.dumps(LISTED))
+        (path / "special_tokens_map.json").write_text(json.dumps(special))
+        with_special(**options)(path)
+
+    return write
+
+
 DIRECTORIES = {
     "as it is": lambda path: None,
     "model": lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
@@ -294,7 +310,13 @@ DIRECTORIES = {
     "new padding": with_special(pad_token="<|pad|>"),
     "objects": with_special(eos_token={"content": "<|endoftext|>", "__type": "AddedToken", "special": True}),
     "added": with_special(added_tokens_decoder=ADDED),
+    "added out of order": with_special(added_tokens_decoder=dict(reversed(ADDED.items()))),
+    "strips": with_special(pad_token=STRIPPED, additional_special_tokens=[STRIPPED | {"content": "<|extra|>"}]),
     "elsewhere": moved_tokens,
+    "older": older_files({"eos_token": "<|endoftext|>", "pad_token": "<new>"}),
+    "older, left out": older_files({"eos_token": "<|endoftext|>"}, added_tokens_decoder=ADDED),
+    "older lists": older_files({"additional_special_tokens": ["<a>"]}),
+    "two lists": older_files({"additional_special_tokens": ["<a>"]}, additional_special_tokens=["<b>"]),
     "not special": lambda path: unspecial(path / "tokenizer.json"),
     "truncating": lambda path: change_json(path / "tokenizer.json", truncation=TRUNCATION, padding=None),
     "byte order mark": lambda path: (path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "llama"}'),
@@ -371,6 +393,18 @@ def test_a_chat_template_is_found_wherever_it_stands(small_tokenizer, tmp_path, 
             tokenizer.chat_text(CONVERSATIONS[0])
     else:
         assert tokenizer.chat_text(CONVERSATIONS[0]) == expected
+
+
+def test_a_vocabulary_is_not_made_up(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"it has no vocabulary; the directory needs the model's tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a Git LFS pointer; run `git lfs pull`"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_sentencepiece_file_alone_is_named_with_the_remedy(tmp_path):

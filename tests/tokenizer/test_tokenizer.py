@@ -373,6 +373,16 @@ def test_a_tokenizer_beside_a_gguf_file_is_preferred(hf_directory, sentencepiece
     assert tokenizer.eos_token_ids == (2,)
 
 
+def test_a_tokenizer_json_alone_does_not_lose_the_template_of_its_gguf_file(hf_directory, sentencepiece_path):
+    for file in hf_directory.iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    path = sentencepiece_path("hf/model.gguf", chat_template="{{ unk_token }}{{ messages[0].content }}")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.chat_text([{"role": "user", "content": "Hi"}]) == "Hi"  # of special tokens, those that both know
+
+
 def test_a_directory_without_a_tokenizer(hf_directory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (hf_directory / name).unlink()

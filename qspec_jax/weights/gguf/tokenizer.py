@@ -122,6 +122,16 @@ def build_tokenizer(file: GGUFFile) -> PlainBackend:
     )
 
 
+def named_tokens(file: GGUFFile) -> dict[str, str]:
+    """The special tokens that a file names, and its chat template, as far as they make sense."""
+    metadata = _Metadata(file.path, file.metadata)
+    tokens = metadata.get("tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    found = {name: metadata.token(key, tokens, checked=False, default=None) for name, key in _SPECIAL_TOKENS.items()}
+    found["chat_template"] = file.metadata.get("tokenizer.chat_template")
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
 class _Metadata(NamedTuple):
     """The ``tokenizer.ggml`` part of a file's metadata."""
 
