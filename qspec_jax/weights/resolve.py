@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.errors import CheckpointError
+from qspec_jax.weights.listing import gguf_files, safetensors_files
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
-    if not path.is_dir() or _is_checkpoint(path) or next(path.glob("*.safetensors"), None) is not None:
+    if not path.is_dir() or _is_checkpoint(path) or safetensors_files(path):
         return path
     from qspec_jax.weights.gguf.parts import model_files
 
@@ -127,6 +128,8 @@ def _local_model(path: Path) -> Path:
     if len(models) > 1:
         names = ", ".join(file.name for file in models)
         raise CheckpointError(f"{path} holds {len(models)} GGUF files ({names}); give the path of one of them")
+    if not models and not (path / "config.json").exists():
+        models = gguf_files(path)  # what the first one is instead is said when it is opened
     return models[0] if models else path
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from qspec_jax.errors import CheckpointError
+from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec
@@ -152,6 +152,7 @@ def check_entries(
 
     Raises:
         CheckpointError: lists all unknown, missing, duplicate, misshapen and unreadable tensors at once.
+        UnsupportedModelError: nothing is wrong but the types of some.
     """
     entries: dict[str, FoundTensor] = {}
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEM_KINDS}
@@ -171,11 +172,27 @@ def check_entries(
         problems["quantised parts"] += tensor.misfits
     problems["missing"] = [name for name in expected if name not in entries]
     if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
-        raise CheckpointError(
-            f"{path}: its tensors are not those of its config; "
-            "the checkpoint is incomplete, damaged or of another architecture:\n" + "\n".join(lines)
-        )
+        raise _misfit(path, {kind for kind, names in problems.items() if names}, "\n".join(lines))
     return {name: entries[name].entry for name in expected}
+
+
+def _misfit(path: Path, kinds: set[str], listed: str) -> CheckpointError | UnsupportedModelError:
+    """The error of tensors that do not fit, which are not damaged wherever nothing else is wrong with them."""
+    if kinds == {"wrong dtype"}:
+        return UnsupportedModelError(
+            f"{path}: its tensors are of types that are not read; convert them to float32, float16 or bfloat16 (of a "
+            f"Hugging Face directory with transformers: from_pretrained and save_pretrained):\n{listed}"
+        )
+    if kinds == {"unknown"}:
+        return CheckpointError(
+            f"{path}: it has tensors that the architecture of its config has not. Left out, they would change what the "
+            "model says; its config lacks an option (attention_bias, mlp_bias), or it is of another "
+            f"architecture:\n{listed}"
+        )
+    return CheckpointError(
+        f"{path}: its tensors are not those of its config; "
+        f"the checkpoint is incomplete, damaged or of another architecture:\n{listed}"
+    )
 
 
 def _describe(kind: str, names: Sequence[str]) -> str:

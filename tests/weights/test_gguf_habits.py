@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import gguf
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from qspec_jax.model.config import QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.gguf.ends import end_token_ids
 from qspec_jax.weights.gguf.file import GGUFFile
+from qspec_jax.weights.gguf.metadata import read_config
 from qspec_jax.weights.gguf.values import can_dequantize, read_codes, read_floats
 from qspec_jax.weights.resolve import model_bytes, open_source, resolve_model
 from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
@@ -88,10 +90,30 @@ def test_a_part_in_the_place_of_another_is_refused(split):
         open_source(split[0])
 
 
-def test_a_part_under_another_name_is_no_model(split):
+@pytest.mark.parametrize("names", [("m-1-of-3", "m-2-of-3", "m-3-of-3"), ("c", "b", "a")])
+@pytest.mark.parametrize("given", [0, 1, 2, "directory"])
+def test_parts_that_were_renamed_are_known_by_what_they_say(split, tmp_path, names, given):
+    expected = open_source(write(tmp_path / "whole.gguf"))
+    (split[0].parent / "mmproj.gguf").write_bytes(b"GGUF")
+    renamed = [part.rename(part.with_name(f"{name}.gguf")) for part, name in zip(split, names, strict=True)]
+    source = open_source(split[0].parent if given == "directory" else renamed[given])
+    assert source.path == renamed[0]
+    assert_equal_tensors(source, expected)
+
+
+def test_a_part_that_was_renamed_is_no_model_without_the_others(split):
     renamed = split[0].rename(split[0].with_name("renamed.gguf"))
-    with pytest.raises(CheckpointError, match=r"is one of 3 parts of a model; name them NAME-00001-of-00003\.gguf"):
+    assert open_source(renamed).path == renamed
+    split[1].unlink()
+    with pytest.raises(
+        CheckpointError, match=r"one of 3 parts of a model, .*; put them there, named NAME-00001-of-00003"
+    ):
         open_source(renamed)
+
+
+def test_a_link_to_a_part_stands_for_the_model(split, tmp_path):
+    (tmp_path / "link.gguf").symlink_to(split[1])
+    assert open_source(tmp_path / "link.gguf").path == split[0]
 
 
 def test_a_file_that_is_only_named_like_a_part_is_read(tmp_path):
@@ -129,7 +151,11 @@ def test_other_files_beside_a_model_are_no_second_one(tmp_path, kind):
     path = write(tmp_path / "model.gguf")
     write(tmp_path / "a.gguf", metadata={"general.type": kind})
     write(tmp_path / "mmproj-BF16.gguf")
+    write(tmp_path / "vision.gguf", architecture="clip")  # as projectors were before they had a type
     assert resolve_model(tmp_path) == path
+    path.unlink()
+    with pytest.raises(UnsupportedModelError, match=rf"a\.gguf is a GGUF file of type '{kind}', not a model"):
+        open_source(tmp_path)
 
 
 def test_several_models_are_counted_by_their_splits(split):
@@ -267,6 +293,7 @@ def test_end_tokens_are_those_of_llama_cpp(tokens, named, expected):
         {"tokenizer.ggml.bos_token_id": [1]},
         {"tokenizer.ggml.mask_token_id": "none"},
         {"llama.rope.dimension_count": 0},
+        {"llama.attention.value_length": None},
         {"llama.attention.head_count": [4, 4]},
         {"llama.attention.head_count_kv": [2, 2]},
         {"llama.expert_count": 0},
@@ -299,6 +326,23 @@ def test_what_is_not_used_or_has_a_default_never_matters(tmp_path, metadata):
 def test_what_is_used_is_checked_by_name(tmp_path, metadata, message):
     with pytest.raises(CheckpointError, match=message):
         open_source(write(tmp_path / "m.gguf", metadata=metadata))
+
+
+def test_the_length_of_a_value_may_stand_alone():
+    """As that of a key it is the length of a head by default."""
+    metadata = {f"llama.{key}": 1 for key in ("block_count", "feed_forward_length", "context_length")}
+    metadata |= {"llama.embedding_length": 128, "llama.attention.head_count": 4, "general.architecture": "llama"}
+    metadata |= {"llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.attention.value_length": 32}
+    tensor = gguf.gguf_reader.ReaderTensor(
+        "t", GGMLQuantizationType.F32, np.array([128, 8]), 0, 0, 0, np.zeros(1), None
+    )
+    file = GGUFFile(Path("m.gguf"), metadata, {"token_embd.weight": tensor})
+    assert read_config(file).head_dim == 32
+
+
+def test_a_model_that_reads_texts_as_a_whole_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"attention\.causal=False \(supported: models that generate"):
+        open_source(write(tmp_path / "m.gguf", metadata={"llama.attention.causal": False}))
 
 
 def test_an_embedding_of_no_size_and_numbers_of_no_sense_are_refused(tmp_path):

@@ -117,11 +117,13 @@ def test_missing_unknown_misshapen_and_mistyped_tensors_are_listed_together(tmp_
         assert part in str(caught.value)
 
 
-def test_a_tensor_in_two_shards_is_a_duplicate(tmp_path):
+def test_a_tensor_in_two_shards_is_a_duplicate_unless_both_are_equal(tmp_path):
     config = hf_config()
     tensors = hf_tensors(config)
     write_hf(tmp_path, config, tensors, num_shards=2)
     save_file(tensors, tmp_path / "model-00002-of-00002.safetensors")
+    assert open_source(tmp_path)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="duplicate"):
         open_source(tmp_path)
 

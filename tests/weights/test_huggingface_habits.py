@@ -85,7 +85,9 @@ def test_shards_beside_a_complete_file_are_left_out_and_named(tmp_path):
     newer = np.ones((VOCAB, HIDDEN), np.float32)
     directory(tmp_path, num_shards=2)
     save_file(hf_tensors(hf_config()) | {HEAD: newer}, tmp_path / "model.safetensors")
-    with pytest.warns(CheckpointWarning, match=r"weights twice: model\.safetensors is read and its shards left out"):
+    with pytest.warns(
+        CheckpointWarning, match=r"model\.safetensors read, model-00001-of-00002\.\S+, model-00002\S+ left"
+    ):
         source = open_source(tmp_path)
     np.testing.assert_array_equal(source.entries[HEAD].read(), newer)
 
@@ -93,7 +95,7 @@ def test_shards_beside_a_complete_file_are_left_out_and_named(tmp_path):
 def test_a_file_that_lacks_tensors_of_the_shards_is_left_out_and_named(tmp_path):
     directory(tmp_path, num_shards=2)
     save_file({HEAD: np.ones((VOCAB, HIDDEN), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.warns(CheckpointWarning, match=r"index\.json is read and model\.safetensors left out"):
+    with pytest.warns(CheckpointWarning, match=r"2 shards of .*index\.json read, model\.safetensors left out"):
         source = open_source(tmp_path)
     np.testing.assert_array_equal(source.entries[HEAD].read(), hf_tensors(hf_config())[HEAD])
 
@@ -114,8 +116,8 @@ def test_an_index_names_files_of_its_directory_alone(tmp_path, name):
 
 def test_a_name_too_long_for_a_file_is_a_missing_shard(tmp_path):
     directory(tmp_path, num_shards=2)
-    index_of(tmp_path, EMBEDDING, files=("a" * 300,))
-    with pytest.raises(CheckpointError, match="1 of 1 shards named in"):
+    index_of(tmp_path, EMBEDDING, HEAD, files=("a" * 300, "model-00001-of-00002.safetensors"))
+    with pytest.raises(CheckpointError, match="1 of 2 shards named in"):
         open_source(tmp_path)
 
 
@@ -128,28 +130,84 @@ def test_a_shard_that_is_missing_is_named_without_an_index_too(tmp_path):
         open_source(tmp_path)
 
 
-def test_a_copy_in_the_format_of_mistral_does_not_join_the_model(tmp_path):
-    directory(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
-    save_file({"tok_embeddings.weight": np.zeros(4, np.float32)}, tmp_path / "consolidated.safetensors")
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model-00001-of-00001.safetensors"])
+def test_weights_beside_the_one_file_are_named_without_an_index_too(tmp_path, name):
+    save_file({HEAD: np.ones(2, np.float32)}, directory(tmp_path) / name)
+    with pytest.warns(CheckpointWarning, match=rf"more weights .*: model\.safetensors read, {name} left out"):
+        assert open_source(tmp_path)
+
+
+def test_an_index_of_files_that_do_not_exist_gives_way_to_shards_that_are_all_there(tmp_path):
+    directory(tmp_path, num_shards=2)
+    index_of(tmp_path, EMBEDDING, HEAD, files=("model-00001-of-00009.safetensors",))
     assert open_source(tmp_path)
-
-
-def test_an_adapter_is_no_model(tmp_path):
-    directory(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"adapter \(LoRA\) and no model; merge it"):
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 2 shards are missing"):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "maker"),
-    [("weights.npz", "MLX"), ("model.onnx", "ONNX"), ("flax_model.msgpack", "Flax"), ("tf.h5", "Tens")],
-)
-def test_weights_of_other_formats_are_named(tmp_path, name, maker):
-    directory(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / name)
-    with pytest.raises(UnsupportedModelError, match=rf"weights of {maker}\w* only \({name}\), which are not read"):
+def test_two_models_in_one_directory_are_named_and_not_mixed(tmp_path):
+    for num_shards in (2, 3):
+        directory(tmp_path, num_shards=num_shards)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is in model-\*-of-00002\.safetensors and in model-\*-of-00003\."):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", None])
+def test_names_are_read_as_trainings_leave_them(tmp_path, prefix):
+    """Wrapped, or of the body alone, which transformers reads too."""
+    tensors = hf_tensors(hf_config())
+    renamed = {name.removeprefix("model.") if prefix is None else prefix + name: t for name, t in tensors.items()}
+    source = open_source(write_hf(tmp_path, hf_config(), renamed))
+    np.testing.assert_array_equal(source.entries["final_norm.weight"].read(), tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, np.complex64])
+def test_types_that_are_not_read_are_not_called_damage_or_quantised(tmp_path, dtype):
+    path = directory(tmp_path, changes={"model.norm.weight": np.zeros(HIDDEN, dtype)})
+    with pytest.raises(
+        UnsupportedModelError, match=r"types that are not read; convert them .*\n.*model\.norm\.weight is"
+    ):
+        open_source(path)
+
+
+def test_a_bias_of_the_head_is_not_dropped_and_not_called_damage(tmp_path):
+    path = directory(tmp_path, changes={"lm_head.bias": np.ones(VOCAB, np.float32)})
+    with pytest.raises(
+        CheckpointError, match=r"tensors that the architecture of its config has not.*\n.*lm_head\.bias"
+    ):
+        open_source(path)
+
+
+def test_a_zero_bias_that_a_library_gave_a_quantised_head_is_none(tmp_path):
+    checkpoint = tiny_checkpoint(CASES["gptq"])
+    checkpoint.tensors["lm_head.bias"] = np.zeros(VOCAB, np.float16)
+    assert open_source(checkpoint.write(tmp_path))
+
+
+def changed_header(path, change):
+    content = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+
+
+GATE, UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def test_tensors_that_share_or_skip_bytes_are_damage_as_the_format_says(tmp_path):
+    changed_header(directory(tmp_path), lambda header: header[GATE].update(data_offsets=header[UP]["data_offsets"]))
+    with pytest.raises(CheckpointError, match=r"damaged: its tensors (overlap|leave a gap of 24576 bytes) at byte"):
+        open_source(tmp_path)
+    changed_header(directory(tmp_path, changes={"a": np.ones(4, np.float32)}), lambda header: header.pop("a"))
+    with pytest.raises(CheckpointError, match="damaged: its tensors leave a gap of 16 bytes at byte"):
+        open_source(tmp_path)
+    content = (directory(tmp_path) / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content + b"abc")
+    with pytest.raises(CheckpointError, match="leave a gap of 3 bytes at byte"):
         open_source(tmp_path)
 
 
@@ -160,11 +218,15 @@ def test_a_file_of_a_directory_is_answered_with_the_directory(tmp_path, name):
         open_source(tmp_path / name)
 
 
-def test_files_with_a_byte_order_mark_are_read(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_with_a_byte_order_mark_are_read(tmp_path, encoding):
     directory(tmp_path)
     for name in ("config.json", "generation_config.json"):
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(hf_config() | {"eos_token_id": [7, 999]}).encode())
+        (tmp_path / name).write_text(json.dumps(hf_config() | {"eos_token_id": [7, 999]}), encoding=encoding)
     assert open_source(tmp_path).config.eos_token_ids == (7,)
+
+
+MODULE = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +239,13 @@ def test_files_with_a_byte_order_mark_are_read(tmp_path):
         ({"model.layers.0.mlp.up_proj.SCB": 1}, r"bitsandbytes \(INT8\)"),
         ({"model.layers.0.mlp.up_proj.W_q": 1}, "HQQ"),
         ({"model.norm.weight": np.zeros(HIDDEN, ml_dtypes.float8_e4m3fn)}, "floats of 8 bits"),
+        ({f"{MODULE}.weight_scale_2": 1}, r"NVIDIA ModelOpt \(NVFP4\)"),
+        ({f"{MODULE}.weight_packed": 1, f"{MODULE}.weight_global_scale": 1}, "compressed-tensors as NVFP4"),
+        ({f"{MODULE}.codes": 1, f"{MODULE}.codebooks": 1}, "AQLM"),
+        ({f"{MODULE}.weight._data": 1}, "Quanto"),
+        ({f"{MODULE}.weight": np.zeros((4, 4), np.int8), f"{MODULE}.weight_scale": 1}, "a method that stores whole"),
+        ({f"{MODULE}.weight": np.zeros((4, 4), np.uint8), f"{MODULE}.weight_scale": 1}, "a method that stores whole"),
+        ({f"{MODULE}.weight": np.zeros((4, 4), np.uint32), f"{MODULE}.scales": 1}, "a method that stores whole"),
     ],
 )
 def test_what_quantised_the_tensors_is_named(tmp_path, added, maker):
@@ -200,6 +269,20 @@ def test_settings_in_a_file_of_their_own_are_read(tmp_path, case, name, settings
     assert open_source(tmp_path).entries["layers.1.mlp.up.weight"].four_bit
     (tmp_path / name).write_text(json.dumps(settings | {"bits": 8, "w_bit": 8}))
     with pytest.raises(UnsupportedModelError, match="=8 "):
+        open_source(tmp_path)
+
+
+def test_an_adapter_that_was_not_merged_is_named(tmp_path):
+    path = directory(tmp_path, changes={"model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((4, 4), np.float32)})
+    with pytest.raises(UnsupportedModelError, match=r"an adapter's \(LoRA\), not merged; merge it"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(("algorithm", "shown"), [("NVFP4", r" \('NVFP4'\)"), ("FP8", r" \('FP8'\)"), (None, "")])
+def test_settings_of_modelopt_in_a_file_of_their_own_are_named(tmp_path, algorithm, shown):
+    settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm} if algorithm else [1]}
+    (directory(tmp_path) / "hf_quant_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedModelError, match=rf"of NVIDIA ModelOpt{shown} with .*supported: gptq"):
         open_source(tmp_path)
 
 

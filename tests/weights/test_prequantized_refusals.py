@@ -181,7 +181,7 @@ def test_groups_that_do_not_divide_a_linear_are_named(tmp_path):
         open_source(checkpoint.write(tmp_path))
 
 
-def test_a_part_in_two_shards_is_a_duplicate(tmp_path):
+def test_a_part_in_two_files_is_named_with_both(tmp_path):
     checkpoint = tiny_checkpoint(CASES["gptq"])
     checkpoint.write(tmp_path, num_shards=2)
     packers.write_hf(tmp_path / "again", checkpoint.config, {f"{UP}.scales": checkpoint.tensors[f"{UP}.scales"]})
@@ -189,7 +189,7 @@ def test_a_part_in_two_shards_is_a_duplicate(tmp_path):
         (tmp_path / f"model-0000{shard}-of-00002.safetensors").rename(tmp_path / f"{shard}.safetensors")
     (tmp_path / "again" / "model.safetensors").rename(tmp_path / "3.safetensors")
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match=rf"duplicate \(1\): {UP}\.scales"):
+    with pytest.raises(CheckpointError, match=rf"{UP}\.scales is in [12]\.safetensors and in 3\."):
         open_source(tmp_path)
 
 

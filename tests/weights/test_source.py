@@ -38,8 +38,8 @@ def test_opening_and_loading_lists_the_parameters_once_and_reads_the_config_once
     for name, module in list(sys.modules.items()):  # in whichever file it is asked for
         if name.startswith("qspec_jax.") and getattr(module, "expected_parameters", None) is expected_parameters:
             monkeypatch.setattr(module, "expected_parameters", count(calls, "parameters", expected_parameters))
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: calls.update([path.name]) or read_text(path, **how))
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: calls.update([path.name]) or read_bytes(path))
     config = hf_config()
     if kind == "directory":
         source = open_source(write_hf(tmp_path, config, hf_tensors(config)))

@@ -5,6 +5,7 @@ A tensor that is not read costs nothing. A model that is split into several file
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.weights.gguf.ends import end_token_ids
-from qspec_jax.weights.gguf.parts import check_parts, parts_of
+from qspec_jax.weights.gguf.parts import check_parts, in_order, is_part, may_be_parts, parts_of
+from qspec_jax.weights.listing import piece_remedy
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -92,15 +94,29 @@ class GGUFFile:
 
 def _joined(parts: list[GGUFFile]) -> GGUFFile:
     """The parts of a model as one file."""
+    if len(parts) == 1 and is_part(parts[0].metadata):
+        parts = _renamed_parts(parts[0])
     metadata = [part.metadata for part in parts]
     check_parts([part.path for part in parts], metadata, [list(part.tensors) for part in parts])
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     return dataclasses.replace(parts[0], tensors=tensors)
 
 
+def _renamed_parts(part: GGUFFile) -> list[GGUFFile]:
+    """The parts of a split whose names say nothing, in their order; the one alone if they are not all beside it."""
+    found = {part.path: part}
+    for path in may_be_parts(part.path):
+        if path not in found:
+            with contextlib.suppress(CheckpointError, UnsupportedModelError):  # then it is no part
+                found[path] = _parse(path)
+    return [found[path] for path in in_order({path: file.metadata for path, file in found.items()}, part.path)]
+
+
 def _parse(path: Path) -> GGUFFile:
     from qspec_jax.weights.gguf.reader import Reader
 
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; give the path of a GGUF file or of a model's directory")
     try:
         with path.open("rb") as stream:
             beginning = stream.read(8)
@@ -117,6 +133,8 @@ def _parse(path: Path) -> GGUFFile:
     except Exception as error:
         # The reader takes slices without checking them: what it raises on a cut-off file is accidental.
         reason = f"{type(error).__name__}: {error}"
+        if (remedy := piece_remedy(path)) is not None:
+            raise CheckpointError(f"{path} cannot be read: {remedy}") from error
         raise CheckpointError(f"{path} is truncated or damaged; fetch the file again ({reason})") from error
     return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -125,6 +143,10 @@ def _check_beginning(path: Path, beginning: bytes) -> None:
     magic, version = beginning[:4], int.from_bytes(beginning[4:8], "little")
     if magic in _OTHER_FORMATS:
         raise CheckpointError(f"{path} is not a GGUF file: it is {_OTHER_FORMATS[magic]}")
+    if not magic:
+        raise CheckpointError(f"{path} is not a GGUF file: it is empty; fetch the file again")
+    if magic != b"GGUF" and (remedy := piece_remedy(path)) is not None:
+        raise CheckpointError(f"{path} does not begin as a GGUF file does: {remedy}")
     if magic != b"GGUF":
         is_of_directory = path.suffix in (".safetensors", ".json", ".bin") or (path.parent / "config.json").exists()
         hint = f"; for a model of several files give its directory, {path.parent}" if is_of_directory else ""

@@ -28,6 +28,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         CheckpointError: required metadata or the embedding is missing.
         UnsupportedModelError: the architecture, or an option of it, is not supported.
     """
+    _ = file.architecture  # what is no model of a known one has nothing of what follows
     try:
         config = ModelConfig.from_hf(_hf_config(file))
     except UnsupportedModelError as error:
@@ -56,11 +57,12 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{architecture}.expert_count={values.get('expert_count')} (supported: dense models)"
         )
+    if values.get("attention.causal") is False:
+        raise UnsupportedModelError(f"{architecture}.attention.causal=False (supported: models that generate text)")
     hidden_size, heads = values.whole("embedding_length"), values.whole("attention.head_count")
-    head_dim = values.whole("attention.key_length", 0)
+    head_dim = values.whole("attention.key_length", 0) or hidden_size // max(heads, 1)
     if values.whole("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("attention.key_length and attention.value_length differ (supported: equal lengths)")
-    head_dim = head_dim or hidden_size // max(heads, 1)
     window = values.whole("attention.sliding_window", 0) if architecture == "llama" else 0
     return {
         "architectures": ["MistralForCausalLM" if window else HF_ARCHITECTURE[architecture]],
@@ -165,7 +167,7 @@ def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
         )
     if np.allclose(divisors, 1.0, rtol=0, atol=1e-5):
         return config.rope_scaling
-    scaling = RopeScaling("llama3", factor=float(divisors.max()))
+    scaling = RopeScaling("llama3", factor=max(float(divisors.max()), 1.0))
     frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     expected = 1.0 / llama3_multipliers(frequencies, scaling)
     if not np.allclose(divisors, expected, rtol=1e-5, atol=0):

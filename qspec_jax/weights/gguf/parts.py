@@ -13,28 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from qspec_jax.errors import CheckpointError
+from qspec_jax.weights.listing import gguf_files
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_NO_MODEL = re.compile(rb"general\.type\x08\0\0\0.\0\0\0\0\0\0\0(mmproj|imatrix|adapter)", re.DOTALL)
+_NO_MODEL = re.compile(
+    rb"general\.(?:type\x08\0\0\0.\0\0\0\0\0\0\0(?:mmproj|imatrix|adapter)"
+    rb"|architecture\x08\0\0\0\x04\0\0\0\0\0\0\0clip)",
+    re.DOTALL,
+)
 _BEGINNING = 1 << 16  # bytes among which a file says what it is
+_LATER_PART = re.compile(rb"split\.no\x02\0\0\0(?!\0\0)")
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
 
 
 def model_files(directory: Path) -> list[Path]:
     """The models of a directory, each by its one file or by the first of its parts that is there."""
     models: dict[str, Path] = {}
-    for file in sorted(directory.glob("*.gguf")):
+    for file in gguf_files(directory):
         matched = _PART.fullmatch(file.name)
-        if _is_model(file):
+        if _is_model(file, whatever_its_name=matched is None):
             models.setdefault(f"{matched[1]} {matched[3]}" if matched else file.name, file)
     return list(models.values())
 
 
-def _is_model(file: Path) -> bool:
+def _is_model(file: Path, *, whatever_its_name: bool) -> bool:
+    """Whether a file is a model's; one that is not named as a part, but says that it is a later one, is not."""
     if "mmproj" in file.name.lower():
         return False
+    if not file.is_file():  # nothing is read of a pipe
+        return True
     with contextlib.suppress(OSError), file.open("rb") as stream:
-        return _NO_MODEL.search(stream.read(_BEGINNING)) is None
+        beginning = stream.read(_BEGINNING)
+        return not (_NO_MODEL.search(beginning) or (whatever_its_name and _LATER_PART.search(beginning)))
     return True  # what is wrong with it is said when it is opened
 
 
@@ -44,6 +54,8 @@ def parts_of(path: Path) -> list[Path]:
     Raises:
         CheckpointError: some of them are missing.
     """
+    if _PART.fullmatch(path.name) is None and path.is_symlink() and _PART.fullmatch(path.resolve().name):
+        path = path.resolve()
     matched = _PART.fullmatch(path.name)
     if matched is None or not int(matched[2]):
         return [path]
@@ -58,6 +70,34 @@ def parts_of(path: Path) -> list[Path]:
     return parts
 
 
+def may_be_parts(path: Path) -> list[Path]:
+    """The files among which the parts of a model are, of which ``path`` is one that was renamed."""
+    return [file for file in gguf_files(path.parent) if file.is_file()]
+
+
+def in_order(metadata: Mapping[Path, Mapping[str, Any]], path: Path) -> list[Path]:
+    """The files of one split with ``path`` by what they say of themselves; ``path`` alone if they are not all there.
+
+    Args:
+        metadata: of all files among which they are.
+        path: one of them.
+    """
+    own = metadata[path]
+    alike = [
+        file for file, said in metadata.items() if all(said.get(key) == own.get(key) for key in (_COUNT, _TENSORS))
+    ]
+    numbered = {number: file for file in alike if isinstance(number := metadata[file].get(_NUMBER), int)}
+    if len(alike) != own[_COUNT] or numbered.keys() != set(range(own[_COUNT])):
+        return [path]
+    return [file for _, file in sorted(numbered.items())]
+
+
+def is_part(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file says that it is one of several."""
+    count = metadata.get(_COUNT)
+    return isinstance(count, int) and not isinstance(count, bool) and count > 1
+
+
 def check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]], tensors: Sequence[Sequence[str]]) -> None:
     """Checks that files are the parts of one model.
 
@@ -70,11 +110,11 @@ def check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]], te
         CheckpointError: one is of another model, or a part lies alone under another name.
     """
     if len(parts) == 1:
-        count = metadata[0].get(_COUNT)
-        if isinstance(count, int) and count > 1:
+        if is_part(metadata[0]):
+            count = metadata[0][_COUNT]
             raise CheckpointError(
-                f"{parts[0]} is one of {count} parts of a model; name them NAME-00001-of-{count:05}.gguf and so on, "
-                "as they were, so that the others are found"
+                f"{parts[0]} is one of {count} parts of a model, and the others are not beside it; put them there, "
+                f"named NAME-00001-of-{count:05}.gguf and so on as they were"
             )
         return
     said = [(values.get(_COUNT), values.get(_NUMBER), values.get(_TENSORS)) for values in metadata]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from qspec_jax.weights.huggingface import layouts
 from qspec_jax.weights.huggingface.files import read_json, stored_tensors, weight_files
 from qspec_jax.weights.huggingface.formats import PackedFormat, read_layout
 from qspec_jax.weights.huggingface.settings import complete_config, refuse_online_hadamard
+from qspec_jax.weights.listing import missing_weights
 from qspec_jax.weights.source import (
     FoundTensor,
     Source,
@@ -49,6 +51,7 @@ _NAMES = {
     r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.(weight|bias)": r"layers.\1.mlp.\2.\3",
 }
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)  # a table made from the config, saved by old versions
+_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # of torch.compile and of parallel training
 _FLOATS = ("F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "embedding.weight", "lm_head.weight"
 
@@ -65,12 +68,13 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if not (path / "config.json").exists():
-        raise CheckpointError(
-            f"{path} has no config.json; give a Hugging Face directory (config.json and *.safetensors) or a GGUF file"
+        raise missing_weights(
+            path, "has no config.json; give a Hugging Face directory (config.json and *.safetensors) or a GGUF file"
         )
     parsed = complete_config(path, read_json(path / "config.json"))
     config = _model_config(path, parsed)
     stored = [tensor for file in weight_files(path) for tensor in stored_tensors(file) if not _is_table(tensor.name)]
+    stored = _once(_renamed(stored))
     try:
         layout = read_layout(parsed, stored)
     except UnsupportedModelError as error:
@@ -98,6 +102,24 @@ def _model_config(path: Path, parsed: Mapping[str, Any]) -> ModelConfig:
     named = read_json(generation).get("eos_token_id") if generation.exists() else None
     more = token_ids(named, config.vocab_size)
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
+
+
+def _renamed(stored: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """The tensors without the prefixes of what wrapped a model in training, and with the one that its body lacks."""
+    names = [_WRAPPERS.sub("", tensor.name) for tensor in stored]
+    if not any(name.startswith("model.") for name in names):
+        names = [name if name.startswith("lm_head.") else f"model.{name}" for name in names]
+    return [dataclasses.replace(tensor, name=name) for tensor, name in zip(stored, names, strict=True)]
+
+
+def _once(stored: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """The tensors without copies of the same name and the same values in other shards; others are refused later."""
+    kept: dict[str, list[StoredTensor]] = {}
+    for tensor in stored:
+        same = kept.setdefault(tensor.name, [])
+        if not (same and same[0].dtype == tensor.dtype and _are_equal(same[0], tensor)):
+            same.append(tensor)
+    return [tensor for same in kept.values() for tensor in same]
 
 
 def _tied(

@@ -12,14 +12,15 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
+from qspec_jax.errors import CheckpointError, CheckpointWarning
+from qspec_jax.weights.listing import missing_weights, safetensors_files
 from qspec_jax.weights.source import StoredTensor
 
 _DTYPES = {
@@ -32,14 +33,6 @@ _DTYPES = {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OTHER_WEIGHTS = {
-    "*.npz": "MLX",
-    "*.onnx": "ONNX",
-    "*.msgpack": "Flax",
-    "*.h5": "TensorFlow",
-    "*.nemo": "NeMo",
-    "*.engine": "TensorRT",
-}
 _SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -50,7 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = path.read_bytes()
+        if raw.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer; run `git lfs pull` for the file itself")
+        parsed = json.loads(raw)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -67,32 +63,45 @@ def weight_files(path: Path) -> list[Path]:
     which are all there.
 
     Raises:
-        CheckpointError: there are none, or some are missing.
+        CheckpointError: there are none, or some are missing, or there are several models.
         UnsupportedModelError: there are weights of another format only.
 
     Warns:
-        CheckpointWarning: the weights are there twice.
+        CheckpointWarning: there are other weights too.
     """
+    files = _chosen_files(path)
+    names = {file.name for file in files}
+    if left := [file.name for file in safetensors_files(path) if file.name not in names]:
+        read = files[0].name if len(files) == 1 else f"{len(files)} shards of {_INDEX}"
+        listed = ", ".join(left[:8])
+        warnings.warn(
+            f"{path} holds more weights than the model's: {read} read, {listed} left out; remove what is older",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return files
+
+
+def _chosen_files(path: Path) -> list[Path]:
     single, index = path / _SINGLE, path / _INDEX
     if not index.exists():
         return [single] if single.exists() else _files_without_index(path)
+    weight_map: dict[str, str] = {}
     try:
         weight_map = _read_index(index)
         shards = _shards_of(path, weight_map)
     except CheckpointError:
-        if not single.exists():
+        if single.exists():
+            return [single]
+        if any(os.path.isfile(path / name) for name in weight_map.values()) or not (
+            weight_map and safetensors_files(path)
+        ):
             raise
-        return [single]
+        return _files_without_index(path)  # the index is of other files than these
     if not single.exists() or single in shards:
         return shards
     held = {tensor.name for tensor in stored_tensors(single)}
-    chosen, left, files = (single, "its shards", [single]) if held >= weight_map.keys() else (index, _SINGLE, shards)
-    warnings.warn(
-        f"{path} holds weights twice: {chosen.name} is read and {left} left out; remove the older ones",
-        CheckpointWarning,
-        stacklevel=2,
-    )
-    return files
+    return [single] if held >= weight_map.keys() else shards
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -115,36 +124,36 @@ def _shards_of(path: Path, weight_map: dict[str, str]) -> list[Path]:
 
 
 def _files_without_index(path: Path) -> list[Path]:
-    found = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")]
-    if files := [file for file in found if file.name != "adapter_model.safetensors"]:
-        _refuse_missing_shards(path, files)
-        return files
-    if found:
-        raise UnsupportedModelError(
-            f"{path} holds an adapter (LoRA) and no model; merge it into its model: load both with peft, and call "
-            "merge_and_unload() and save_pretrained(PATH)"
-        )
-    if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
-        raise CheckpointError(
-            f"{path} has PyTorch weights only ({pickles[0]}), which are not read; convert them to safetensors: "
-            "load the model with transformers and call model.save_pretrained(PATH)"
-        )
-    for pattern, maker in _OTHER_WEIGHTS.items():
-        if (other := next(path.glob(pattern), None)) is not None:
-            raise UnsupportedModelError(
-                f"{path} has weights of {maker} only ({other.name}), which are not read; use the model's safetensors "
-                "or a GGUF file"
-            )
-    raise CheckpointError(f"{path} has a config.json but no *.safetensors; fetch the weights too")
-
-
-def _refuse_missing_shards(path: Path, files: list[Path]) -> None:
+    files = safetensors_files(path)
+    if not files:
+        raise missing_weights(path, "has a config.json but no *.safetensors; fetch the weights too")
     names = {file.name for file in files}
-    for matched in filter(None, map(_SHARD.fullmatch, names)):
-        expected = [f"{matched[1]}{part:05}-of-{matched[3]}.safetensors" for part in range(1, int(matched[3]) + 1)]
-        if missing := [name for name in expected if name not in names]:
-            listed = ", ".join(missing[:8])
-            raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} shards are missing: {listed}; fetch them")
+    models: dict[str, list[Path]] = {}
+    for file in files:
+        matched = _SHARD.fullmatch(file.name)
+        models.setdefault(f"{matched[1]}*-of-{matched[3]}.safetensors" if matched else file.name, []).append(file)
+        if matched is not None:
+            _refuse_missing_shards(path, matched, names)
+    _refuse_several_models(path, models)
+    return files
+
+
+def _refuse_missing_shards(path: Path, matched: re.Match[str], names: Collection[str]) -> None:
+    expected = [f"{matched[1]}{part:05}-of-{matched[3]}.safetensors" for part in range(1, int(matched[3]) + 1)]
+    if missing := [name for name in expected if name not in names]:
+        listed = ", ".join(missing[:8])
+        raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} shards are missing: {listed}; fetch them")
+
+
+def _refuse_several_models(path: Path, models: Mapping[str, Sequence[Path]]) -> None:
+    """Raises CheckpointError if files that are not shards of one another hold tensors of the same name."""
+    owners: dict[str, str] = {}
+    for model, files in models.items() if len(models) > 1 else ():
+        for name in [tensor.name for file in files for tensor in stored_tensors(file)]:
+            if (other := owners.setdefault(name, model)) != model:
+                raise CheckpointError(
+                    f"{path} holds weights more than once: {name} is in {other} and in {model}; remove one of them"
+                )
 
 
 def stored_tensors(file: Path) -> Iterator[StoredTensor]:
@@ -154,13 +163,29 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
         CheckpointError: it cannot be read, or is damaged.
     """
     header, data_start = _read_header(file)
-    data_bytes = file.stat().st_size - data_start
+    data_bytes, spans = file.stat().st_size - data_start, []
     for name, description in header.items():
         if name != "__metadata__":
-            yield _stored_tensor(file, name, description, data_start, data_bytes)
+            tensor, span = _stored_tensor(file, name, description, data_start, data_bytes)
+            spans.append(span)
+            yield tensor
+    _check_spans(file, spans, data_bytes)
 
 
-def _stored_tensor(file: Path, name: str, description: Any, data_start: int, data_bytes: int) -> StoredTensor:
+def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    """Raises CheckpointError unless tensors follow one another up to the end, as the format demands."""
+    end = 0
+    for start, next_end in [*sorted(spans), (data_bytes, data_bytes)]:
+        if start != end:
+            what = "overlap" if start < end else f"leave a gap of {start - end} bytes"
+            raise CheckpointError(f"{file} is damaged: its tensors {what} at byte {start} of its data; fetch it again")
+        end = next_end
+
+
+def _stored_tensor(
+    file: Path, name: str, description: Any, data_start: int, data_bytes: int
+) -> tuple[StoredTensor, tuple[int, int]]:
+    """The tensor, and where its bytes lie in the data."""
     try:
         dtype_name, shape = description["dtype"], tuple(int(size) for size in description["shape"])
         start, end = (int(offset) for offset in description["data_offsets"])
@@ -179,7 +204,7 @@ def _stored_tensor(file: Path, name: str, description: Any, data_start: int, dat
             f"{file}: the header is damaged: {name} is {dtype_name} {list(shape)} but takes {end - start} bytes"
         )
     read = functools.partial(_read_tensor, file, dtype or np.dtype(np.uint8), shape, data_start + start)
-    return StoredTensor(name, str(dtype_name), shape, read)
+    return StoredTensor(name, str(dtype_name), shape, read), (start, end)
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -159,7 +159,7 @@ def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> Packed
     if not weights or any(other != weights[0] for other in weights):
         problems.append(f"{len(weights)} config_groups with different weights (supported: one scheme for all linears)")
     weights = weights[0] if weights else {}
-    symmetric = bool(weights.get("symmetric", True))
+    symmetric = weights.get("symmetric") not in (False, 0)
 
     def parts(n: int, k: int, groups: int) -> dict[str, Part]:
         found = {
@@ -189,7 +189,7 @@ def _compressed_group_size(weights: Mapping[str, Any], problems: list[str]) -> i
     # "weight" and its alias "static" order the calibration alone; with "group" the file has a weight_g_idx.
     _one_of(weights, ("actorder",), ("weight", "static", False), problems)
     strategy = weights.get("strategy") or ("channel" if weights.get("group_size") in (None, -1) else "group")
-    _one_of({"strategy": strategy}, ("strategy",), ("group", "channel"), problems)
+    strategy = _one_of({"strategy": strategy}, ("strategy",), ("group", "channel"), problems)
     return _group_size(weights, ("group_size",), problems, required=True) if strategy == "group" else None
 
 

@@ -122,7 +122,7 @@ def completed(
 
 
 def _is_zero_bias(tensor: FoundTensor) -> bool:
-    if tensor.name is None or not tensor.name.endswith(".bias") or tensor.problem is not None:
+    if not tensor.source_name.endswith(".bias") or tensor.problem is not None:
         return False
     try:
         values = tensor.entry.read()

@@ -12,6 +12,7 @@ from typing import Any
 from qspec_jax.errors import UnsupportedModelError
 from qspec_jax.model.config import quantization_config
 from qspec_jax.weights.huggingface.files import read_json
+from qspec_jax.weights.listing import MERGE
 from qspec_jax.weights.source import StoredTensor
 
 ONLINE_HADAMARD = (
@@ -20,6 +21,7 @@ ONLINE_HADAMARD = (
     "compressed-tensors or GGUF"
 )
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
+_OF_MODELOPT = "hf_quant_config.json"
 # What made a checkpoint, by how the names of some of its tensors end.
 _FOREIGN_ENDINGS = {
     "q_weight": "ExLlamaV2",
@@ -28,6 +30,12 @@ _FOREIGN_ENDINGS = {
     "SCB": "bitsandbytes (INT8)",
     "W_q": "HQQ",
     "weight_scale_inv": "8-bit floats",
+    "weight_scale_2": "NVIDIA ModelOpt (NVFP4)",
+    "weight_global_scale": "compressed-tensors as NVFP4",
+    "pre_quant_scale": "NVIDIA ModelOpt (AWQ)",
+    "codebooks": "AQLM",
+    "Qidxs": "QuIP#",
+    "_data": "Quanto",
 }
 
 
@@ -42,6 +50,10 @@ def complete_config(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, method in _OLD_FILES.items():
         if (path / name).exists():
             return {**config, "quantization_config": {"quant_method": method, **read_json(path / name)}}
+    if (path / _OF_MODELOPT).exists():
+        settings = read_json(path / _OF_MODELOPT).get("quantization")
+        own = dict(settings) if isinstance(settings, Mapping) else {}
+        return {**config, "quantization_config": {**own, "quant_method": "modelopt"}}
     return config
 
 
@@ -60,13 +72,20 @@ def refuse_foreign_tensors(stored: Iterable[StoredTensor]) -> None:
     """Raises UnsupportedModelError if tensors are quantised in a way that is not read, or not without its settings."""
     stored = list(stored)
     names = {tensor.name.rpartition(".")[2] for tensor in stored}
+    if any(".lora_A." in tensor.name or ".base_layer." in tensor.name for tensor in stored):
+        raise UnsupportedModelError(f"its tensors are a model's and an adapter's (LoRA), not merged; {MERGE}")
     if "had_rem_dim" in names:  # of QuaRot's OnlineHadamard
         raise UnsupportedModelError(ONLINE_HADAMARD.format("its tensors named had_rem_dim"))
     makers = [maker for ending, maker in _FOREIGN_ENDINGS.items() if ending in names]
     if {"scales", "biases"} <= names and any(tensor.dtype == "U32" for tensor in stored):
         makers.append("MLX")
-    if any(tensor.dtype.startswith(("F8", "F4", "F6")) for tensor in stored):
+    if any(tensor.dtype == "F4" or tensor.dtype.startswith(("F8_", "F6_")) for tensor in stored):
         makers.append("floats of 8 bits or fewer")
+    whole = {tensor.dtype for tensor in stored if tensor.name.rpartition(".")[2] in ("weight", "_weight_qdata")}
+    if (whole & {"I8", "U32"} and any("scale" in name for name in names)) or (
+        whole & {"U8"} and "weight_scale" in names
+    ):
+        makers.append("a method that stores whole numbers of 8 bits or packed ones")
     if makers:
         raise UnsupportedModelError(
             f"its tensors are quantised by {makers[0]}, which is not supported; use the unquantised checkpoint, GPTQ, "
