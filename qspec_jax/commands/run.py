@@ -1,7 +1,8 @@
 """What the commands ``python -m qspec_jax.<name>`` share: exit codes, lines on the standard error stream, the
 compilation cache.
 
-Exit codes: 0 success, 1 failure (also where nobody reads the output any more), 2 a usage error, 130 interrupted.
+Exit codes: 0 success, 1 failure (also where nobody reads the output any more), 2 a usage error, 130 interrupted, and
+143 or 129 where SIGTERM or SIGHUP interrupted it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands.output import discard, finish, open_standard_streams, say
+from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.errors import QSpecError, UsageError
 
 if TYPE_CHECKING:
@@ -60,21 +62,22 @@ def guarded(
         interrupted: what to say when the user stops it.
     """
     open_standard_streams()
-    try:
-        code = work() or 0
-        finish()
-        return code
-    except BrokenPipeError:  # whoever read the output has gone
-        discard(sys.stdout)
-        return 1
-    except (QSpecError, OSError) as error:
-        if debug():
-            raise
-        say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        say(interrupted)
-        return 130
+    with taken_as_interruptions() as signals:
+        try:
+            code = work() or 0
+            finish()
+            return code
+        except BrokenPipeError:  # whoever read the output has gone
+            discard(sys.stdout)
+            return 1
+        except (QSpecError, OSError) as error:
+            if debug():
+                raise
+            say(f"error: {error}")
+            return 2 if isinstance(error, UsageError) else 1
+        except KeyboardInterrupt:
+            say(interrupted)
+            return 128 + signals[0] if signals else 130
 
 
 def keep_compiled_programs() -> ProgramStore | None:

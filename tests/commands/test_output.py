@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import output
 from qspec_jax.commands.run import exit_code, guarded
 from qspec_jax.errors import QSpecError
+from qspec_jax.files.lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +108,27 @@ def test_an_interruption_is_130_and_no_traceback(capsys):
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(QSpecError):
         guarded(lambda: (_ for _ in ()).throw(QSpecError("x")), debug=lambda: True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_is_an_interruption_and_leaves_nothing_behind(tmp_path, capsys, number):
+    def work():
+        with locked(tmp_path / "out"):
+            signal.raise_signal(number)
+
+    assert guarded(work) == 128 + number
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As ``nohup`` has it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert guarded(lambda: signal.raise_signal(signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 PRINTS = "import sys; from qspec_jax.commands.run import guarded; sys.exit(guarded(lambda: print('text')))"

@@ -19,7 +19,7 @@ _HEAD = """\
 Every command is a module: `python -m qspec_jax.NAME`. This page is printed from the commands' parsers.
 
 - Results go to the standard output or into a file. Everything else goes to the standard error stream.
-- Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
+- Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted, 143 or 129 by SIGTERM or SIGHUP.
 - An error is one line. With `--debug` it is a traceback.
 - `--help` and wrong options are answered before JAX is imported.
 """
