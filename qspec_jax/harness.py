@@ -13,8 +13,10 @@ local ones (``--include_path``).
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from qspec_jax.commands.run import guarded
+from qspec_jax.errors import UsageError
 
 
 def main() -> int:
@@ -26,6 +28,8 @@ def main() -> int:
 
 
 def _run() -> None:
+    if find_spec("lm_eval") is None:
+        raise UsageError("the harness needs lm-eval; run `pip install 'qspec-jax[eval]'`")
     import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry

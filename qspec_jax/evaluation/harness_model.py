@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import qspec_jax
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import AUTO, DecodingPlan, plan_of
+from qspec_jax.decoding.request_options import request_options
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.values import INT32_MAX, at_least_1, between, refuse
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.precision import Precision
@@ -24,6 +28,8 @@ from qspec_jax.model.view import View
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
+_ARGUMENTS = ("model", "mode", "draft", "draft_length", "dtype", "kernels", "batch_size", "max_length")
+_WITHOUT_MEANING = ("device", "max_batch_size", "trust_remote_code")  # given to every class of lm-eval
 Scores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 
@@ -42,7 +48,8 @@ class HarnessModel(TemplateLM):
         kernels: str = "auto",
         batch_size: int | str | None = 8,
         max_length: int | str = 2048,
-        **_: Any,
+        pretrained: str | None = None,
+        **others: Any,
     ) -> None:
         """Loads a model.
 
@@ -52,11 +59,23 @@ class HarnessModel(TemplateLM):
             dtype, kernels: as in ``qspec_jax.load``.
             batch_size: sequences that run together; ``auto`` is 8.
             max_length: tokens of a sequence, at most the model's context.
+            pretrained: ``model``, as other classes of lm-eval call it.
+            others: what lm-eval gives every class, which has no meaning here.
 
         Raises:
-            QSpecError: the model cannot be loaded, or an argument makes no sense for it.
+            QSpecError: the model cannot be loaded, an argument makes no sense for it, or is unknown.
         """
         super().__init__()
+        if unknown := [name for name in others if name not in _WITHOUT_MEANING]:
+            raise UsageError(f"--model_args has {', '.join(unknown)}; use some of {', '.join(_ARGUMENTS)}")
+        if model is not None and pretrained is not None:
+            raise UsageError("--model_args has model and pretrained, which are one; give one of them")
+        model = pretrained if model is None else model
+        drafting = {"draft": draft, "draft_length": _number("draft_length", draft_length)}
+        plan_of(mode, **drafting, quantized=mode != "float")  # refuses what makes no sense before a model is loaded
+        is_auto = batch_size is None or str(batch_size).startswith("auto")
+        self.batch_size = 8 if is_auto else at_least_1("batch_size", _number("batch_size", batch_size))
+        longest = between("max_length", _number("max_length", max_length), 2, INT32_MAX, "at least 2")
         if not isinstance(model, LanguageModel):
             quantization: Any = None if mode == "float" else "auto"
             name = None if model == "default" else model
@@ -64,10 +83,9 @@ class HarnessModel(TemplateLM):
         if model.tokenizer is None:
             raise UsageError(f"{model.name} has no tokenizer, which the harness needs")
         self.model, self.tokens, self.mode = model, model.tokenizer, mode
-        self.drafting = {"draft": draft, "draft_length": int(draft_length)}
-        plan = model.plan(mode, draft=draft, draft_length=int(draft_length))
-        self.batch_size = 8 if batch_size in (None, "auto") else int(batch_size)
-        self.max_length = min(int(max_length), model.config.max_position_embeddings)
+        self.drafting = drafting
+        plan = model.plan(mode, **drafting)
+        self.max_length = min(longest, model.config.max_position_embeddings)
         self._scores = _scores_function(model, plan.verify)
 
     @property
@@ -149,17 +167,20 @@ class HarnessModel(TemplateLM):
         """What the model generates after each context, up to the first of the strings under ``until``.
 
         Raises:
-            UsageError: a request cannot run; no answer stands for it, which would count as a wrong one.
+            UsageError: a request cannot run, or asks for what is not done; no answer stands for it, which would count
+                as a wrong one.
             KeyboardInterrupt: the user pressed Ctrl-C.
         """
         answers = [""] * len(requests)
         alike = defaultdict(list)
         for index, request in enumerate(requests):
-            settings = dict(request.args[1])
-            new_tokens = int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS))
-            temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
-            alike[min(new_tokens, self.max_length - 1), temperature].append(index)
-        for (new_tokens, temperature), indices in alike.items():
+            try:
+                new_tokens, sampling = _asked(request.args[1])
+            except UsageError as error:
+                raise UsageError(f"request {index + 1} cannot run: {error}") from error
+            alike[min(new_tokens, self.max_length - 1), repr(sampling)].append((index, sampling))
+        for (new_tokens, _), some in alike.items():
+            indices, sampling = [index for index, _ in some], some[0][1]
             contexts = [
                 self.tok_encode(requests[i].args[0])[new_tokens - self.max_length :] or [self.prefix_token_id]
                 for i in indices
@@ -169,7 +190,7 @@ class HarnessModel(TemplateLM):
                 mode=self.mode,
                 max_new_tokens=new_tokens,
                 batch_size=self.batch_size,
-                sampling=qspec_jax.SamplingParams(temperature=temperature) if temperature else None,
+                sampling=sampling,
                 **self.drafting,
             )
             for index, result in zip(indices, results, strict=True):
@@ -177,6 +198,36 @@ class HarnessModel(TemplateLM):
                     raise UsageError(f"request {index + 1} cannot run: {result.error}")
                 answers[index] = _until(result.text, requests[index].args[1].get("until", ()))
         return answers
+
+
+def _asked(settings: Mapping[str, Any]) -> tuple[int, SamplingParams]:
+    """New tokens of a request of lm-eval, and how they are drawn: as transformers takes such settings.
+
+    Raises:
+        UsageError: one makes no sense, or asks for what is not done.
+    """
+    given = {name: value for name, value in settings.items() if name not in ("until", "do_sample")}
+    sampled = settings.get("do_sample")
+    if sampled is False:
+        given.pop("temperature", None)
+    elif sampled and given.get("temperature") is None:
+        given["temperature"] = 1.0
+    options = request_options(given)
+    options.pop("chat", None)
+    return options.pop("max_new_tokens", _DEFAULT_NEW_TOKENS), SamplingParams.of(options)
+
+
+def _number(name: str, value: Any) -> Any:
+    """A whole number that may stand in a text, as lm-eval reads some arguments; ``auto`` stays.
+
+    Raises:
+        UsageError: it is a text of something else.
+    """
+    if not isinstance(value, str) or value == AUTO:
+        return value
+    if not re.fullmatch("-?[0-9]{1,18}", value.strip()):
+        raise refuse(name, value, "a whole number")
+    return int(value)
 
 
 def _scores_function(model: LanguageModel, precision: Precision | View) -> Scores:

@@ -172,3 +172,64 @@ def test_the_command_of_the_harness_ends_as_the_others_do(monkeypatch, capsys):
         monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
         assert command.main() == code
         assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"modle": "x"}, "has modle; use some of model, mode"),
+        ({"pretrained": "x", "model": "y"}, "which are one"),
+        ({"draft_length": "three"}, "draft_length='three': use a whole number"),
+        ({"mode": "qspec", "draft_length": 99}, "draft_length=99 must be between 1 and 16"),
+        ({"mode": "w4"}, "mode='w4' is unknown"),
+        ({"batch_size": "many"}, "batch_size='many': use a whole number"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"max_length": "1e3"}, "max_length='1e3': use a whole number"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_a_model_is_loaded(monkeypatch, arguments, said):
+    """An unknown one was passed over before: ``pretrained=`` scored the demo model in silence."""
+    from qspec_jax.evaluation.harness_model import HarnessModel
+
+    monkeypatch.setattr("qspec_jax.load", lambda *a, **k: pytest.fail("loaded a model"))
+    with pytest.raises(UsageError, match=said):
+        HarnessModel(**arguments)
+
+
+def test_the_model_may_be_called_as_lm_eval_calls_it(language_model, monkeypatch):
+    from qspec_jax.evaluation.harness_model import HarnessModel
+
+    asked = []
+    monkeypatch.setattr("qspec_jax.load", lambda name, **_: asked.append(name) or language_model)
+    made = HarnessModel(pretrained="path", batch_size="auto:4", max_length="32", device="cpu", max_batch_size=64)
+    assert (asked, made.batch_size, made.max_length) == (["path"], 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "new_tokens", "changed"),
+    [
+        ({"until": ["."], "max_gen_toks": 5}, 5, {}),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, 256, {"top_p": 0.9}),
+        ({"do_sample": True, "top_k": 3}, 256, {"temperature": 1.0, "top_k": 3}),
+        ({"temperature": 0.5, "top_p": 0.9, "seed": 4}, 256, {"temperature": 0.5, "top_p": 0.9, "seed": 4}),
+    ],
+)
+def test_settings_of_a_task_reach_the_model(settings, new_tokens, changed):
+    from qspec_jax.decoding.sampling_params import SamplingParams
+    from qspec_jax.evaluation.harness_model import _asked
+
+    assert _asked(settings) == (new_tokens, SamplingParams(**changed))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"max_gen_toks": "many"}, {"top_p": 2.0}])
+def test_settings_that_are_not_done_are_named(harness, settings):
+    with pytest.raises(UsageError, match=f"request 1 cannot run: {'|'.join([*settings, 'max_new_tokens'])}"):
+        harness.generate_until(instances("generate_until", ("a", settings)))
+
+
+def test_a_harness_that_is_not_installed_is_named(monkeypatch, capsys):
+    from qspec_jax import harness as command
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.main() == 2
+    assert capsys.readouterr().err == "error: the harness needs lm-eval; run `pip install 'qspec-jax[eval]'`\n"
