@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.weights.resolve import check_model_name
 
@@ -88,20 +89,44 @@ def run(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
     from qspec_jax.evaluation import tables
 
-    scores = [_score(name, arguments, request) for name in arguments.model or [None]]
-    if arguments.json:
-        objects = [dataclasses.asdict(score) for score in scores]
-        show_json(objects[0] if len(objects) == 1 else {"models": objects}, indent=1)
-    else:
-        show("\n\n".join(_tables(scores)))
+    scores = _score_each(arguments, request)
     failures = {reason: None for score in scores for reason in score.failed}
-    for reason in failures:
-        say(reason)
-    if arguments.plot is not None:
-        tables.plot_acceptance(scores, arguments.plot)
+    try:
+        if arguments.json:
+            objects = [dataclasses.asdict(score) for score in scores]
+            show_json(objects[0] if len(objects) == 1 else {"models": objects}, indent=1)
+        else:
+            show("\n\n".join(_tables(scores)))
+    finally:  # also where nobody reads the tables
+        for reason in failures:
+            say(reason)
+        if arguments.plot is not None:
+            tables.plot_acceptance(scores, arguments.plot)
     if arguments.outlier_plot is not None:
         _plot_outliers(arguments, request)
     return 1 if failures else 0
+
+
+def _score_each(arguments: argparse.Namespace, request: _Request) -> list[ModelScore]:
+    """A score of each model; of several, one that cannot be scored has an empty one, and the others are kept.
+
+    Raises:
+        QSpecError: none can be scored.
+    """
+    from qspec_jax.evaluation.scores import ModelScore
+
+    names = arguments.model or [None]
+    scores: list[ModelScore] = []
+    for name in names:
+        try:
+            scores.append(_score(name, arguments, request))
+        except QSpecError as error:
+            if len(scores) == len(names) - 1 and not any(score.text or score.drafts for score in scores):
+                for score in scores:
+                    say(*score.failed)
+                raise
+            scores.append(ModelScore(str(name), [], [], failed=[f"model {name} failed: {error}"]))
+    return scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +144,18 @@ class _Request:
         """All combinations of the drafts that are asked for."""
         combined = itertools.product(self.drafts, self.draft_contexts, self.draft_lengths)
         return [_plan(model, draft, context, length) for draft, context, length in combined]
+
+    def require_a_prompt(self, model: Any, max_new_tokens: int) -> None:
+        """Refuses prompts of which none can run, before a text is scored.
+
+        Raises:
+            UsageError: the error of the first of them.
+        """
+        from qspec_jax.engine.intake import require_some
+
+        plan = model.plan("w4a16")
+        runnable = [line.prompt for line in self.prompts if line.error is None]
+        require_some([model.attempt(prompt, plan, max_new_tokens=max_new_tokens) for prompt in runnable])
 
 
 def _plan(model: Any, draft: str, context: str | int, length: int) -> DecodingPlan:
@@ -146,6 +183,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     if text is None and not prompts:
         raise UsageError("there is nothing to evaluate; give --text FILE, --prompt-file FILE or both")
     options.check_positive(arguments, "max_tokens", "context", "max_new_tokens", "batch_size")
+    options.check_counts(arguments, "batch_size")
     if arguments.outlier_plot is not None and text is None:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
     if arguments.plot is not None or arguments.outlier_plot is not None:
@@ -165,7 +203,11 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     text_scores, draft_scores = [], []
     runnable = [line for line in request.prompts if line.error is None]
     failed = [_failure(request, line, line.error) for line in request.prompts if line.error is not None]
+    if request.prompts:
+        request.require_a_prompt(model, arguments.max_new_tokens)
     if request.text is not None:
+        if model.tokenizer is None:
+            raise UsageError(f"{model.name} has no tokenizer to read --text with; give a model that has one")
         text_scores = score_text(
             model,
             model.tokenizer.encode(request.text)[: arguments.max_tokens],
@@ -251,30 +293,33 @@ def _draft_context(text: str) -> str | int:
     size = text.removeprefix(_WINDOW)
     if size == text:
         return options.parse_draft_context(text)
-    if not size.isdecimal() or not int(size):
+    if not re.fullmatch("[0-9]{1,9}", size) or not int(size):
         raise UsageError(f"--draft-contexts {text}: use {_WINDOW}N for the newest N tokens, 1 at least")
     return text
 
 
 def draft_lengths(text: str) -> list[int]:
-    """``"1-7"``, ``"3"`` and ``"1,3,5"`` as numbers.
+    """``"1-7"``, ``"3"`` and ``"1,3,5"`` as numbers, each once.
 
     Raises:
         UsageError: it is none of these, or a length is not between 1 and 16.
     """
     lengths: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        match = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if match is None or last < first:
             raise UsageError(f"--draft-lengths {text!r} is not like 1-7, 3 or 1,3,5")
-        lengths += range(int(first), int(last or first) + 1)
-    if not lengths or min(lengths) < 1 or max(lengths) > MAX_DRAFT_LENGTH:
-        raise UsageError(f"--draft-lengths {text!r}: lengths must be between 1 and {MAX_DRAFT_LENGTH}")
-    return lengths
+        if first < 1 or last > MAX_DRAFT_LENGTH:
+            raise UsageError(f"--draft-lengths {text!r}: lengths must be between 1 and {MAX_DRAFT_LENGTH}")
+        lengths += range(first, last + 1)
+    return list(dict.fromkeys(lengths))
 
 
 def _names(text: str, known: Sequence[str], option: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"{option} {text!r} names none; use some of {', '.join(known)}")
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"{option}: {', '.join(unknown)} is unknown; use {', '.join(known)}")
     return names

@@ -134,7 +134,7 @@ def _tokenizer(model: str | None) -> Tokenizer | None:
 
 def _contexts(text: str) -> list[int]:
     """``"2k,4k,8k"`` in tokens."""
-    if not re.fullmatch(r"[1-9]\d*k(, *[1-9]\d*k)*", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,5}k(, *[1-9][0-9]{0,5}k)*", text):
         raise UsageError(f"--long-contexts {text!r} is not like 2k,4k,8k")
     return [1024 * int(number) for number in re.findall(r"\d+", text)]
 

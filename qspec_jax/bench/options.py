@@ -17,7 +17,7 @@ from qspec_jax.files.whole import check_writable, write_whole
 from qspec_jax.model.config import parse_group_size
 from qspec_jax.weights.resolve import open_source, resolve_model
 
-_SHAPE = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
+_SHAPE = re.compile(r"([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})", re.IGNORECASE)
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def parse_numbers(text: str, *, option: str) -> list[int]:
         UsageError: one is no such number, or there is none.
     """
     parts = split_list([text])
-    if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if not parts or not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
         raise UsageError(f"{option} {text} cannot be read; write positive whole numbers, such as {option} 1,16,64")
     return list(dict.fromkeys(int(part) for part in parts))
 

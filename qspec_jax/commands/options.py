@@ -6,10 +6,12 @@ What their help says differs where a command uses them differently. Imports no J
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
+from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
@@ -55,7 +57,7 @@ def parse_draft_context(text: str) -> str | int:
     Raises:
         UsageError: it is none of these, or too few tokens.
     """
-    value = int(text) if text.strip().isascii() and text.strip().isdigit() else text.strip()
+    value = int(text) if re.fullmatch("[0-9]{1,18}", text.strip()) else text.strip()
     check_draft_context(value)
     return value
 
@@ -115,6 +117,13 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"{option_of(name)} {value} must be at least 1")
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError for more than the host can hold one by one."""
+    for name in names:
+        if (value := getattr(arguments, name)) > MAX_COUNT:
+            raise UsageError(f"{option_of(name)} {value} must be at most {MAX_COUNT}")
 
 
 def check_draft_length(length: int | str) -> None:

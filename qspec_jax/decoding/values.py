@@ -15,6 +15,7 @@ from typing import Any
 from qspec_jax.errors import UsageError
 
 INT32_MAX = 2**31 - 1
+MAX_COUNT = 2**20  # of what the host holds one by one: rows of a batch, samples of a prompt
 _HUGE = 2**63
 FLOAT32_MAX = 3.4028234e38
 SMALLEST = 5e-324
@@ -97,7 +98,7 @@ def real(
     """
     try:
         number = plain(value)
-        if isinstance(number, (bool, complex, str, bytes, bytearray)):
+        if isinstance(number, (bool, complex, str, bytes, bytearray)) or hasattr(number, "shape"):
             raise TypeError
         number = float(number)
     except OverflowError as error:  # an integer of 400 digits

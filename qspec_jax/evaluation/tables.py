@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qspec_jax.evaluation.scores import DraftScore, ModelScore, TextScore
+from qspec_jax.files.whole import write_picture
 
 
 def text_table(scores: Sequence[TextScore]) -> str:
@@ -60,9 +61,12 @@ def _draft_lines(scores: Sequence[DraftScore]) -> list[str]:
 
 
 def comparison_table(models: Sequence[ModelScore]) -> str:
-    """One line per model: perplexity and KL of W4A16, and of each draft acceptance and tokens per cycle."""
+    """One line per model: perplexity and KL of W4A16, and of each draft acceptance and tokens per cycle.
+
+    What a model has not, or did not run, is a dash.
+    """
     width = max(len(model.name) for model in models) + 2
-    drafts = [(score.draft, score.draft_length) for score in models[0].drafts]
+    drafts = list(dict.fromkeys((score.draft, score.draft_length) for model in models for score in model.drafts))
     headings = "".join(f"{f'{draft}, {length}':>14}" for draft, length in drafts)
     lines = [f"{'model':{width}}{'perplexity':>10}{'KL, nats':>10}{headings}"]
     for model in models:
@@ -70,7 +74,11 @@ def comparison_table(models: Sequence[ModelScore]) -> str:
         text = f"{'-':>10}{'-':>10}"
         if score is not None and score.kl is not None:
             text = f"{score.perplexity:>10.3f}{round(score.kl, 5) + 0.0:>10.5f}"
-        cells = "".join(f"{f'{s.acceptance_rate:.3f} {s.tokens_per_cycle:.2f}':>14}" for s in model.drafts)
+        ran = {(score.draft, score.draft_length): score for score in model.drafts if score.num_prompts}
+        figures = [
+            f"{ran[one].acceptance_rate:.3f} {ran[one].tokens_per_cycle:.2f}" if one in ran else "-" for one in drafts
+        ]
+        cells = "".join(f"{text:>14}" for text in figures)
         lines.append(f"{model.name:{width}}{text}{cells}")
     return "\n".join(lines)
 
@@ -82,14 +90,15 @@ def plot_acceptance(models: Sequence[ModelScore], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for model in models:
-        for score in model.drafts:
+        for score in filter(lambda score: score.num_prompts, model.drafts):
             positions = range(1, score.draft_length + 1)
             label = f"{score.draft}, drafts of {score.draft_length}"
             label = label if len(models) == 1 else f"{model.name}: {label}"
             axes.plot(positions, score.acceptance_by_position, marker="o", label=label)
     axes.set(xlabel="place in the draft", ylabel="share of cycles in which it is accepted", ylim=(0, 1))
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path)
+    if axes.get_lines():
+        axes.legend(fontsize="small", ncols=2)
+    write_picture(path, figure)
 
 
 def plot_outliers(maxima: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
@@ -110,4 +119,4 @@ def plot_outliers(maxima: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
         axes.set(title=name, ylabel="layer")
     pictures[-1].set(xlabel="channel")
     figure.colorbar(image, ax=list(pictures), label="largest magnitude")
-    figure.savefig(path)
+    write_picture(path, figure)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from qspec_jax.errors import QSpecError, UsageError
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file through one beside it. A device, a pipe, or a file whose directory is closed is written directly.
 
     Raises:
         QSpecError: it cannot be written; what was there before is there still.
     """
-    data = text.encode(errors="replace")  # half of a surrogate pair is no text
+    # Half of a surrogate pair is no text.
+    data = content.encode(errors="replace") if isinstance(content, str) else content
     try:
         real = Path(os.path.realpath(path))
         if path.exists() and not (path.is_file() and os.access(real.parent, os.W_OK)):
@@ -25,6 +28,23 @@ def write_whole(path: Path, text: str) -> None:
             replace(real, data)
     except OSError as error:
         raise QSpecError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_picture(path: Path, figure: Any, **options: Any) -> None:
+    """Writes a figure of matplotlib as :func:`write_whole` does: a PNG, unless its name says otherwise.
+
+    Args:
+        path: of the file; without an ending it gets one.
+        figure: of matplotlib.
+        options: of its ``savefig``.
+
+    Raises:
+        QSpecError: it cannot be written; what was there before is there still.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower() or "png", **options)
+    is_named = path.suffix or (path.exists() and not path.is_file())  # a device has its name
+    write_whole(path if is_named else path.with_name(f"{path.name}.png"), drawn.getvalue())
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -59,6 +79,8 @@ def check_writable(path: Path | None, *, option: str) -> None:
     """
     if path is None:
         return
+    if str(path) == "-":
+        raise UsageError(f"{option} - is no file; give the name of one")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a directory; give the name of a file")
     if not path.parent.is_dir():

@@ -12,7 +12,7 @@ import pytest
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
 from qspec_jax.engine.scheduler import Scheduler
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation import scores as evaluation
 from qspec_jax.evaluation.scores import ModelScore
 from qspec_jax.evaluation.tables import plot_outliers
@@ -275,7 +275,15 @@ def test_outlier_maps_hold_the_largest_input_of_every_channel(tmp_path):
         (("--text", "missing.txt"), "cannot read --text missing.txt"),
         (("--text", __file__, "--precisions", "w2"), "w2 is unknown; use w4a16, w4a8, w4a4"),
         (("--text", __file__, "--draft-lengths", "0-3"), "between 1 and 16"),
-        (("--text", __file__, "--draft-lengths", "few"), "is not like 1-7"),
+        (("--text", __file__, "--draft-lengths", "1-99999999"), "between 1 and 16"),
+        *(
+            (("--text", __file__, "--draft-lengths", text), "is not like 1-7")
+            for text in ("few", "7-1", "\u00b2", "1-9" + "9" * 99)
+        ),
+        (("--text", __file__, "--draft-contexts", "window-" + "9" * 99), "use window-N for the newest N tokens"),
+        (("--text", __file__, "--draft-contexts", "9" * 5000), "use full, auto or a number of tokens"),
+        (("--text", __file__, "--drafts", ","), "--drafts ',' names none; use some of w4a8, w4a4"),
+        (("--text", __file__, "--batch-size", "9999999"), "--batch-size 9999999 must be at most 1048576"),
         (("--text", __file__, "--draft-contexts", "window-0"), "window-0: use window-N for the newest N tokens"),
         (("--prompt-file", __file__, "--outlier-plot", "x.png"), "--outlier-plot shows activations on a text"),
         (("--text", __file__, "--context", "0"), "--context 0 must be at least 1"),
@@ -338,6 +346,61 @@ def test_a_perplexity_that_is_no_number_is_said_and_valid_json(capsys, tmp_path,
     assert code == 1
     assert [score["perplexity"] for score in json.loads(out)["text"]] == [12.0, None]
     assert "the perplexity of w4a4 is nan: its logits are no numbers, or too large" in err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_prompts_of_which_none_can_run_are_refused_before_a_text_is_scored(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "score_text", lambda *_, **__: pytest.fail("scored the text"))
+    (tmp_path / "text.txt").write_text("some letters")
+    (tmp_path / "prompts.txt").write_text("too long " * 40)
+    code, out, err = run(capsys, "--text", tmp_path / "text.txt", "--prompt-file", tmp_path / "prompts.txt")
+    assert (code, out) == (2, "")
+    assert "do not fit" in err
+
+
+@pytest.mark.usefixtures("any_name")
+def test_of_several_models_one_that_cannot_be_scored_costs_the_others_nothing(capsys, tmp_path, monkeypatch):
+    """Not even where it comes first; a model that ran no prompt has no figure."""
+
+    def score(name, arguments, request):
+        if "bad" in name:
+            raise CheckpointError("it is damaged")
+        ran = 0 if name == "idle" else 2
+        drafts = [evaluation.DraftScore("w4a8", 3, ran, 4 * ran, 0.9, 3.7, (0.9,), ran)]
+        return ModelScore(name, [evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)], drafts)
+
+    monkeypatch.setattr(evaluate, "_score", score)
+    (tmp_path / "text.txt").write_text("some letters")
+    names = ("--model", "bad", "--model", "good", "--model", "idle", "--text", tmp_path / "text.txt")
+    code, out, err = run(capsys, *names)
+    assert code == 1
+    assert [line.split() for line in out.splitlines()] == [
+        ["model", "perplexity", "KL,", "nats", "w4a8,", "3"],
+        ["bad", "-", "-", "-"],
+        ["good", "12.346", "0.25000", "0.900", "3.70"],
+        ["idle", "12.346", "0.25000", "-"],
+    ]
+    assert err.splitlines()[-1] == "model bad failed: it is damaged"
+    code, out, err = run(capsys, "--model", "bad", "--model", "bad 2", "--text", tmp_path / "text.txt")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-2:] == ["model bad failed: it is damaged", "error: it is damaged"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_plot_is_drawn_where_nobody_reads_the_tables(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def gone(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "show", gone)
+    monkeypatch.setattr(evaluate, "_score", lambda *_: ModelScore("one", [], []))
+    monkeypatch.setattr(evaluate.options, "check_plot", lambda *_, **__: None)
+    drawn = []
+    monkeypatch.setattr("qspec_jax.evaluation.tables.plot_acceptance", lambda scores, path: drawn.append(path))
+    (tmp_path / "text.txt").write_text("some letters")
+    assert run(capsys, "--text", tmp_path / "text.txt", "--plot", tmp_path / "plot.png")[0] == 1
+    assert drawn == [tmp_path / "plot.png"]
 
 
 def test_windows_that_are_longer_than_the_context_are_refused(model):

@@ -11,7 +11,7 @@ import pytest
 
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.lock import locked
-from qspec_jax.files.whole import check_writable, write_whole
+from qspec_jax.files.whole import check_writable, write_picture, write_whole
 
 
 def test_a_second_writer_is_refused_by_any_name_until_the_first_has_ended(tmp_path):
@@ -59,6 +59,24 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     write_whole(linked, "new \ud800")
     assert (path.read_text(), path.stat().st_mode & 0o777, linked.is_symlink()) == ("new ?", 0o640, True)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["linked.json", "report.json"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    class Figure:
+        def savefig(self, file, *, format):
+            file.write(format.encode())
+
+    write_picture(tmp_path / "plot.SVG", Figure())
+    write_picture(tmp_path / "plot", Figure())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"plot.SVG": "svg", "plot.png": "png"}
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(QSpecError, match=r"cannot write .*plot\.png: No space left on device"):
+        write_picture(tmp_path / "plot.png", Figure())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"plot.SVG": "svg", "plot.png": "png"}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")

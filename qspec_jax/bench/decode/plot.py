@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.decoding.speedup import expected_tokens
+from qspec_jax.files.whole import write_picture
 
 
 def plot_speedup(path: Path, speculations: Sequence[Speculation], *, title: str) -> None:
@@ -32,4 +33,4 @@ def plot_speedup(path: Path, speculations: Sequence[Speculation], *, title: str)
     axes.set_title(f"{title}\nloop; dotted: sum of its parts; dots: measured acceptance", fontsize="small")
     axes.grid(visible=True, alpha=0.2)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure, dpi=150)

@@ -7,6 +7,7 @@ from typing import Any
 
 from qspec_jax.bench.kernels.ceilings import Ceilings
 from qspec_jax.bench.kernels.measure import Measurement
+from qspec_jax.files.whole import write_picture
 
 
 def plot_roofline(path: Path, measurements: list[Measurement], ceilings: Ceilings, *, title: str) -> None:
@@ -29,7 +30,7 @@ def plot_roofline(path: Path, measurements: list[Measurement], ceilings: Ceiling
     axes.set(xlabel="operations per byte", ylabel="TOP/s", title=title)
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure, dpi=150)
 
 
 def _draw_ceilings(axes: Any, ceilings: Ceilings, intensities: list[float]) -> None:

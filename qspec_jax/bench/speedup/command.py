@@ -18,6 +18,7 @@ from qspec_jax.commands.output import say, show
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, static
 from qspec_jax.errors import UsageError
+from qspec_jax.files.whole import write_picture
 from qspec_jax.model.view import View
 
 if TYPE_CHECKING:
@@ -259,4 +260,4 @@ def plot_cells(path: Path, cells: Sequence[Cell], *, title: str) -> None:
     axes.set(xlabel="tokens in the cache of each sequence", ylabel="sequences")
     axes.set_title(title, fontsize="small")
     figure.colorbar(image, label="speed-up over plain W4A16")
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure, dpi=150)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
+from qspec_jax.files.whole import write_picture
 
 if TYPE_CHECKING:
     from qspec_jax.bench.throughput.measure import ThroughputRun
@@ -111,7 +113,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     shared.check_draft_length(arguments.draft_length)
     options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
     for name in ("rate", "burst"):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
+        if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} must be more than 0")
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
@@ -281,7 +283,7 @@ def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) ->
     axes.set_title(title, fontsize="small")
     axes.grid(visible=True, alpha=0.2)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure, dpi=150)
 
 
 def _milliseconds(percentiles: dict[str, float], name: str) -> str:
