@@ -315,6 +315,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
     """Refuses what makes no sense for any model, before one is loaded."""
     names = ("max_new_tokens", "batch_size", "max_seq_len", "num_samples")
     options.check_positive(arguments, *names)
+    options.check_counts(arguments, "batch_size", "num_samples")
     options.check_draft_length(arguments.draft_length)
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,20 +86,28 @@ class PromptLine:
 def read_prompt_lines(path: Path) -> list[PromptLine]:
     """The prompts of a file, or of the standard input for ``-``; blank lines left out.
 
-    There is an object on each line where the name of the file says so, or where its first line is one. Otherwise a line
-    that is no object is a prompt.
+    There is an object on each line where the name of the file says so, or where its first line is one, or most are.
+    Otherwise a line that is no object is a prompt, unless it begins as one and is damaged.
 
     Raises:
-        UsageError: the file cannot be read, or a line is not such an object, has no prompt or a kind that is no text.
+        UsageError: the file cannot be read, has blank lines alone, or a line is not such an object, has no prompt or a
+            kind that is no text.
     """
     text = read_text(path, what="--prompt-file")
     name = "standard input" if is_standard_input(path) else str(path)
     lines = [(line, f"{name}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    objects_only = json_lines.names_json_lines(path) or (bool(lines) and _is_object(lines[0][0]))
+    if not lines:
+        raise UsageError(f"--prompt-file {path} has no prompt; write one on a line")
+    are_objects = [_is_object(line) for line, _ in lines]
+    objects_only = json_lines.names_json_lines(path) or are_objects[:1] == [True] or 2 * sum(are_objects) > len(lines)
     return [
-        _parse(line, where) if objects_only or _is_object(line) else PromptLine(line, where=where)
-        for line, where in lines
+        _parse(line, where) if objects_only or is_object or _DAMAGED.match(line) else PromptLine(line, where=where)
+        for (line, where), is_object in zip(lines, are_objects, strict=True)
     ]
+
+
+# In a file of texts, too, such a line is meant as an object.
+_DAMAGED = re.compile(r"""\s*(?:\[?\s*\{\s*["']|["'](?:prompt|messages)["']\s*:)""")
 
 
 def _is_object(line: str) -> bool:
@@ -155,7 +164,7 @@ def _are_messages(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(one, dict) and "role" in one and "content" in one for one in value)
+        and all(isinstance(one, dict) and "role" in one and {"content", "tool_calls"} & set(one) for one in value)
     )
 
 
@@ -307,6 +316,8 @@ def _open(path: Path) -> BinaryIO:
     Raises:
         OSError: it cannot be written, or is no file.
     """
+    if is_standard_input(path):
+        raise OSError("it is no file; leave --output out, and --json prints the same lines")
     if path.exists() and not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise OSError("it is no file, so no run could go on with it; give a file, or --json > FILE")
     return path.open("a+b", buffering=0)

@@ -28,11 +28,11 @@ def parse_object(line: str) -> dict[str, Any]:
     """The object of a line.
 
     Raises:
-        UnreadableValueError: it nests too deep, or has a number with too many digits.
+        UnreadableValueError: it nests too deep, or has a name twice, or a number with too many digits.
         UsageError: it is no JSON, or no object.
     """
     try:
-        value = json.loads(line, parse_int=_whole_number)
+        value = json.loads(line, parse_int=_whole_number, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise UsageError(f"is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
@@ -43,6 +43,15 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 _TOO_DEEP = f"nests lists and objects deeper than {MAX_DEPTH}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):  # of which Python would take the last, and others the first
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnreadableValueError(f"has {json.dumps(twice)[:60]} twice")
+    return made
 
 
 def _whole_number(digits: str) -> int:

@@ -17,6 +17,14 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+# What other files begin with, and what to do with them.
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh91AY&SY": "bzip2",
+}
 
 
 def read_text(path: Path, *, what: str) -> str:
@@ -42,6 +50,8 @@ def decode(data: bytes) -> str:
     Raises:
         ValueError: it is something else.
     """
+    if kind := next((name for beginning, name in _PACKED.items() if data.startswith(beginning)), None):
+        raise ValueError(f"it is packed ({kind}); unpack it first")
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "utf-8")
     try:

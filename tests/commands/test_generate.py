@@ -150,6 +150,8 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
         (["--prompt", "a", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0: use 0 (greedy) or more"),
         (["--prompt", "a", "--typical-acceptance", "2"], "typical_acceptance=2.0: use more than 0"),
+        (["--prompt", "a", "--num-samples", "2000000000"], "--num-samples 2000000000 must be at most 1048576"),
+        (["--prompt", "a", "--prompt-file", "/dev/null"], "--prompt-file /dev/null has no prompt"),
         (["--prompt-file", "/nonexistent/prompts.txt"], "cannot read --prompt-file /nonexistent/prompts.txt"),
     ],
 )

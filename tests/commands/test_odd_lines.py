@@ -62,6 +62,33 @@ def test_a_line_that_is_no_object_is_named_where_objects_are_expected(tmp_path, 
         read_prompt_lines(path)
 
 
+DAMAGED = [
+    '{"prompt": "x"',
+    '{"prompt": "x"},',
+    '{"prompt": "x"} {"prompt": "y"}',
+    "{'prompt': 'x'}",
+    '[{"prompt": "x"}]',
+    '"prompt": "x"}',
+]
+
+
+@pytest.mark.parametrize("line", [*DAMAGED, "// a comment", "["])
+def test_a_line_that_is_meant_as_an_object_is_named_wherever_it_stands(tmp_path, line):
+    """The first line, where nothing but the lines says what they are; it became a prompt before."""
+    path = tmp_path / "in.txt"
+    path.write_text("\n".join([line, *['{"prompt": "fine"}'] * 2]))
+    with pytest.raises(UsageError, match=r"in\.txt:1 is (not JSON|.*, not an object)"):
+        read_prompt_lines(path)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_object_among_texts_is_named(tmp_path, line):
+    path = tmp_path / "in.txt"
+    path.write_text(f"# a text\n{{a}} text\n[a] text\nPrompt: text\n{line}\n")
+    with pytest.raises(UsageError, match=r"in\.txt:5 is (not JSON|.*, not an object)"):
+        read_prompt_lines(path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, encoding):
     for name, text in (("in.jsonl", '{"prompt": "één"}\r\n'), ("in.txt", "één\r\n")):
@@ -84,6 +111,8 @@ ODD = {
     "a deep option": '{"prompt": "w1", "stop": ' + "[" * 500 + "]" * 500 + "}",
     "two names of an option": '{"prompt": "w1", "max_tokens": 3, "max_new_tokens": 4}',
     "samples": '{"prompt": "w1", "n": 2}',
+    "two prompts": '{"prompt": "w1", "prompt": "w2"}',
+    "a message without content": '{"messages": [{"role": "user", "tool_calls": []}]}',
 }
 
 
@@ -178,10 +207,10 @@ def test_what_was_finished_is_kept_where_the_disk_is_full(tmp_path, capsys, monk
     assert [entry["id"] for entry in without_times(output)] == list(range(6))
 
 
-@pytest.mark.parametrize("name", ["/dev/null", "a directory", "a pipe"])
+@pytest.mark.parametrize("name", ["/dev/null", "-", "a directory", "a pipe"])
 def test_what_is_no_file_is_refused_before_the_work(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(qspec_jax, "load", lambda *a, **k: pytest.fail("loaded a model"))
-    path = Path(name) if name == "/dev/null" else tmp_path / "out"
+    path = Path(name) if name in ("/dev/null", "-") else tmp_path / "out"
     if name == "a directory":
         path.mkdir()
     elif name == "a pipe":

@@ -45,6 +45,12 @@ def test_what_json_allows_and_nobody_can_read_is_no_other_error(value, message):
         parse_object(f'{{"id": {value}}}')
 
 
+@pytest.mark.parametrize("line", ['{"a": 1, "b": 2, "a": 1}', '{"id": [{"a": 1, "a": 2}]}'])
+def test_a_name_that_stands_twice_is_named(line):
+    with pytest.raises(UnreadableValueError, match=r'^has "a" twice$'):
+        parse_object(line)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

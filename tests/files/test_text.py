@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import sys
 import types
@@ -36,8 +37,9 @@ def test_lines_end_in_any_of_three_ways(end):
         (b"fine\n\xff\xfa", "line 2 is not UTF-8 .*; save it as UTF-8"),
         ("fine\nUTF-16".encode("utf-16-le"), "line 1 has zero bytes, as UTF-16 has and no text"),
         (b"\xff\xfea", "line 1 is not UTF-16-LE"),
+        (gzip.compress(b"fine"), r"it is packed \(gzip\); unpack it first"),
     ],
-    ids=["Latin-1", "UTF-16 without a mark", "half a character"],
+    ids=["Latin-1", "UTF-16 without a mark", "half a character", "gzip"],
 )
 def test_what_is_no_text_is_refused_with_its_line(tmp_path, data, message):
     path = tmp_path / "in.txt"
