@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from qspec_jax.decoding.values import between
+from qspec_jax.decoding.values import between, shown, whole
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View, least_budget
@@ -72,14 +72,13 @@ class DecodingPlan:
         """Takes a precision for the view that it names.
 
         Raises:
-            ValueError: there are drafts without a length or the other way round, or too many.
+            UsageError: there are drafts without a length or the other way round, or too many, or something is no view.
         """
+        draft_length = between("draft_length", draft_length, 0, MAX_DRAFT_LENGTH, f"between 0 and {MAX_DRAFT_LENGTH}")
         if (draft is None) != (draft_length == 0):
-            raise ValueError("a plan says where drafts come from if, and only if, its draft_length is positive")
-        if draft_length > MAX_DRAFT_LENGTH:
-            raise ValueError(f"draft_length={draft_length} is more than {MAX_DRAFT_LENGTH}")
+            raise UsageError("a plan says where drafts come from if, and only if, its draft_length is positive")
         object.__setattr__(self, "verify", View.of(verify))
-        object.__setattr__(self, "draft", View.of(draft) if isinstance(draft, View | Precision) else draft)
+        object.__setattr__(self, "draft", draft if draft is None or isinstance(draft, Lookup) else View.of(draft))
         object.__setattr__(self, "draft_length", draft_length)
 
     @property
@@ -139,16 +138,21 @@ class AutoPlan:
     Attributes:
         mode: the name by which it was asked for.
         choices: plain decoding first. Those with a budget have the same one.
+
+    Raises:
+        UsageError: the choices are others.
     """
 
     mode: str
     choices: tuple[DecodingPlan, ...]
 
     def __post_init__(self) -> None:
+        if not self.choices or not all(isinstance(plan, DecodingPlan) for plan in self.choices):
+            raise UsageError("the choices of a plan are plans: one DecodingPlan at least")
         if self.choices[0].draft is not None or len({plan.verify for plan in self.choices}) > 1:
-            raise ValueError("the choices of a plan have one target, and plain decoding comes first")
+            raise UsageError("the choices of a plan have one target, and plain decoding comes first")
         if len({plan.num_blocks for plan in self.choices} - {0}) > 1:
-            raise ValueError("the choices of a plan share one table of blocks, and so one budget")
+            raise UsageError("the choices of a plan share one table of blocks, and so one budget")
 
     @property
     def verify(self) -> View:
@@ -196,11 +200,11 @@ def static(plan: Plan) -> DecodingPlan:
 
 
 def plan_of(
-    mode: str,
+    mode: str | Any,
     *,
-    draft: str = "auto",
+    draft: str | Any = "auto",
     draft_length: int | str | Any = 3,
-    draft_context: str | int = "auto",
+    draft_context: str | int | Any = "auto",
     quantized: bool = True,
 ) -> Plan:
     """The plan of a mode.
@@ -220,10 +224,10 @@ def plan_of(
             of a float model.
     """
     part = _part_of_cache(draft_context)
-    if mode not in (*MODES, *LOOKUP_MODES, AUTO):
-        raise UsageError(f"mode={mode!r} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
-    if draft not in DRAFTS:
-        raise UsageError(f"draft={draft!r} is unknown; use one of {', '.join(DRAFTS)}")
+    if not isinstance(mode, str) or mode not in (*MODES, *LOOKUP_MODES, AUTO):
+        raise UsageError(f"mode={shown(mode)} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
+    if not isinstance(draft, str) or draft not in DRAFTS:
+        raise UsageError(f"draft={shown(draft)} is unknown; use one of {', '.join(DRAFTS)}")
     if mode != "float" and not quantized:
         raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
     if mode not in ("qspec", *LOOKUP_MODES, AUTO):
@@ -233,7 +237,7 @@ def plan_of(
     if mode == AUTO:
         lookups = [DecodingPlan(Precision.W4A16, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]
         return _chosen_of(mode, views, *lookups)
-    if draft_length == AUTO:
+    if isinstance(draft_length, str) and draft_length == AUTO:
         if mode != "qspec":
             raise UsageError(
                 f"draft_length={AUTO!r} is of mode='qspec'; give mode={mode!r} a number, or use mode='auto'"
@@ -252,9 +256,9 @@ def _chosen_of(mode: str, views: Sequence[View], *others: DecodingPlan) -> AutoP
     return AutoPlan(mode, (DecodingPlan(Precision.W4A16), *others, *drafting))
 
 
-def _part_of_cache(draft_context: str | int) -> dict[str, int]:
+def _part_of_cache(draft_context: Any) -> dict[str, int]:
     """The fields of a view that say how much of the cache a draft reads."""
-    check_draft_context(draft_context)
+    draft_context = check_draft_context(draft_context)
     if draft_context == "full" or (draft_context == "auto" and not _reads_blocks_alone()):
         return {}
     if draft_context == "auto":
@@ -270,11 +274,18 @@ def _reads_blocks_alone() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def check_draft_context(draft_context: str | int) -> None:
-    """Raises UsageError for what is neither a name of :data:`DRAFT_CONTEXTS` nor a number of tokens that will do."""
+def check_draft_context(draft_context: Any) -> str | int:
+    """A name of :data:`DRAFT_CONTEXTS`, or a number of tokens that will do.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(draft_context, str) and draft_context in DRAFT_CONTEXTS:
+        return draft_context
     least = least_budget(View.cache_block)
-    is_number = isinstance(draft_context, int) and not isinstance(draft_context, bool)
-    if draft_context not in DRAFT_CONTEXTS and not (is_number and int(draft_context) >= least):
-        raise UsageError(
-            f"draft_context={draft_context!r}: use {', '.join(DRAFT_CONTEXTS)} or a number of tokens from {least} on"
-        )
+    try:
+        return whole("draft_context", draft_context, "", least=least)
+    except UsageError as error:
+        names = ", ".join(DRAFT_CONTEXTS)
+        given = f"draft_context={shown(draft_context)}"
+        raise UsageError(f"{given}: use {names} or a number of tokens from {least} on") from error

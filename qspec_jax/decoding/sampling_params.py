@@ -159,9 +159,10 @@ def _biases(name: str, value: Any) -> dict[int, float]:
 
 def _stop_tokens(name: str, value: Any) -> tuple[int, ...]:
     members = listed(name, value, "a list of token ids")
-    if len(members) > MAX_STOP_TOKENS:
+    tokens = tuple(dict.fromkeys(token_id(name, token, or_text=False) for token in members))
+    if len(tokens) > MAX_STOP_TOKENS:
         raise refuse(name, value, f"up to {MAX_STOP_TOKENS}")
-    return tuple(token_id(name, token, or_text=False) for token in members)
+    return tokens
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.plan import Plan, plan_of
+from qspec_jax.decoding.plan import AutoPlan, Plan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.values import at_least_1
+from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown
 from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
 from qspec_jax.engine.outcome import result_of, statistics
 from qspec_jax.engine.pipeline import Pipeline
@@ -18,6 +18,7 @@ from qspec_jax.engine.prompts import Prompt, prompts_of
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 
@@ -85,11 +86,11 @@ class LanguageModel:
 
     def plan(
         self,
-        mode: str = "qspec",
+        mode: str | Any = "qspec",
         *,
-        draft: str = "auto",
+        draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
-        draft_context: str | int = "auto",
+        draft_context: str | int | Any = "auto",
     ) -> Plan:
         """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
 
@@ -104,10 +105,10 @@ class LanguageModel:
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        mode: str = "qspec",
-        draft: str = "auto",
+        mode: str | Any = "qspec",
+        draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
-        draft_context: str | int = "auto",
+        draft_context: str | int | Any = "auto",
         max_new_tokens: int | Any = 128,
         chat: bool | Any = None,
         max_seq_len: int | Any = None,
@@ -152,7 +153,7 @@ class LanguageModel:
         """
         plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
         given = prompts_of(prompts)
-        num_samples = at_least_1("num_samples", num_samples)
+        num_samples = _count("num_samples", num_samples)
         params = sampling_of_each(sampling, len(given), num_samples)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         requests = [
@@ -166,18 +167,25 @@ class LanguageModel:
 
     def run(
         self,
-        requests: Sequence[Request | GenerationResult],
-        plan: Plan,
+        requests: Sequence[Request | GenerationResult | Any],
+        plan: Plan | Any,
         *,
         first: int = 0,
         batch_size: int | Any = 8,
         max_seq_len: int | Any = None,
         on_event: Callable[[str], None] | None = None,
     ) -> Pipeline:
-        """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all."""
+        """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all.
+
+        Raises:
+            UsageError: the plan is none of this model, or something else is no request.
+        """
+        self._check_plan(plan)
+        if odd := [one for one in requests if not isinstance(one, Request | GenerationResult)]:
+            raise UsageError(f"requests has {shown(odd[0])}; use what LanguageModel.attempt returns")
         served = [request for request in requests if isinstance(request, Request)]
         longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
-        batch_size = at_least_1("batch_size", batch_size)
+        batch_size = _count("batch_size", batch_size)
         rows, capacity = min(batch_size, max(1, len(served))), _capacity(max_seq_len, fitting_capacity(longest))
         pipeline = self._pipeline(plan, batch_size=rows, capacity=capacity, on_event=on_event)
         for request in requests[first:]:
@@ -186,7 +194,7 @@ class LanguageModel:
 
     def pipeline(
         self,
-        plan: Plan | None = None,
+        plan: Plan | Any = None,
         *,
         batch_size: int | Any = 8,
         max_seq_len: int | Any = None,
@@ -207,7 +215,8 @@ class LanguageModel:
         context = self.config.max_position_embeddings
         check_length(1, 0, max_seq_len=max_seq_len, context=context)
         capacity = _capacity(max_seq_len, min(context, _PIPELINE_CAPACITY))
-        return self._pipeline(plan or self.plan(), batch_size=batch_size, capacity=capacity, on_event=on_event)
+        plan = self._check_plan(self.plan() if plan is None else plan)
+        return self._pipeline(plan, batch_size=batch_size, capacity=capacity, on_event=on_event)
 
     def _pipeline(
         self, plan: Plan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
@@ -217,7 +226,7 @@ class LanguageModel:
             self.programs,
             plan.in_cache(capacity),
             kernels=self.kernels,
-            batch_size=at_least_1("batch_size", batch_size),
+            batch_size=_count("batch_size", batch_size),
             capacity=capacity,
             on_event=on_event,
         )
@@ -226,10 +235,10 @@ class LanguageModel:
         self,
         prompt: Prompt,
         *,
-        mode: str = "qspec",
-        draft: str = "auto",
+        mode: str | Any = "qspec",
+        draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
-        draft_context: str | int = "auto",
+        draft_context: str | int | Any = "auto",
         max_new_tokens: int | Any = 128,
         chat: bool | Any = None,
         max_seq_len: int | Any = None,
@@ -266,9 +275,37 @@ class LanguageModel:
                 shown = end
         yield result_of(sequence, plan, scheduler.totals, tokenizer=self.tokenizer, kernels=self.kernels)
 
-    def attempt(self, prompt: Prompt, plan: Plan, **options: Any) -> Request | GenerationResult:
-        """As :meth:`Intake.request`, but an error becomes the result of the request."""
-        return self.intake.attempt(prompt, statistics(plan, kernels=self.kernels), **options)
+    def _check_plan(self, plan: Any) -> Plan:
+        """A plan that this model can run.
+
+        Raises:
+            UsageError: it is none.
+        """
+        checked = _plan(plan)
+        choices = checked.choices if isinstance(checked, AutoPlan) else (checked,)
+        packed = [view.name for one in choices for view in one.views if view.weight_bits is not None]
+        if packed and self.quantization is None:
+            raise UsageError(f"{packed[0]} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
+        return checked
+
+    def attempt(self, prompt: Prompt, plan: Plan | Any, **options: Any) -> Request | GenerationResult:
+        """As :meth:`Intake.request`, but an error becomes the result of the request.
+
+        Raises:
+            UsageError: the plan is none.
+        """
+        return self.intake.attempt(prompt, statistics(_plan(plan), kernels=self.kernels), **options)
+
+
+def _plan(given: Any) -> Plan:
+    if not isinstance(given, Plan):
+        raise UsageError(f"plan={shown(given)}: use what LanguageModel.plan returns, or a DecodingPlan")
+    return given
+
+
+def _count(name: str, given: Any) -> int:
+    """A number of rows or samples, each of which the host holds."""
+    return between(name, at_least_1(name, given), 1, MAX_COUNT, f"at most {MAX_COUNT}")
 
 
 def _capacity(max_seq_len: Any, otherwise: int) -> int:

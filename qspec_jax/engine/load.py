@@ -15,6 +15,7 @@ from typing import Any, Literal
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
@@ -74,9 +75,9 @@ def open_model(path: Path, quantization: QuantConfig | Literal["auto"] | None) -
 
 
 def load(
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Any = None,
     *,
-    quantization: QuantConfig | Literal["auto"] | None = "auto",
+    quantization: QuantConfig | Literal["auto"] | Any = "auto",
     dtype: str | None = None,
     kernels: str = "auto",
     progress: bool = False,
@@ -112,6 +113,8 @@ def load(
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
     placement = decoder_options(kernels, dtype)
+    if not (quantization is None or quantization == "auto" or isinstance(quantization, QuantConfig)):
+        raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
     with contextlib.suppress(OSError):
         enable_compilation_cache()
     opened = open_model(resolve_model(model), quantization)

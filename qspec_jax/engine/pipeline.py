@@ -135,10 +135,25 @@ class Pipeline:
             progress: show finished requests, tokens/s and tokens per cycle on the standard error stream.
         """
         with progress_bar(len(self._entries), shown=progress) as show:
-            while self._scheduler.busy:
+            while True:
+                while self._scheduler.busy:
+                    self._scheduler.advance()
+                    show(self.totals)
+                with self._taking, self._adding:  # nothing is added here
+                    if all(isinstance(one, GenerationResult) or one.finished for one in self._entries):
+                        return self._take_all()
                 self._scheduler.advance()
-                show(self.totals)
-        return list(self.results())
+
+    def _take_all(self) -> list[GenerationResult]:
+        """The results of all entries, which stay where they are if this is interrupted."""
+        entries = self._entries
+        try:
+            results = [one if isinstance(one, GenerationResult) else self._result_of(one) for one in entries]
+            self._entries = collections.deque()
+            return results
+        except BaseException:
+            self._entries = entries
+            raise
 
     def interrupt(self) -> list[GenerationResult]:
         """Ends the run, and returns what there is: the text so far of a request that was under way.
@@ -146,11 +161,10 @@ class Pipeline:
         Such a result has the ``finish_reason`` ``interrupted``.
         """
         with self._taking, self._adding:
-            given = [one if isinstance(one, GenerationResult) else self._result_of(one) for one in self._entries]
-            self._programs.save_costs()
+            given = self._take_all()
             totals, self._scheduler = self.totals, self._make_scheduler()
             self._scheduler.totals = totals
-            self._entries.clear()
+            self._programs.save_costs()
             return given
 
     def _result_of(self, sequence: RunningSequence) -> GenerationResult:

@@ -11,6 +11,8 @@ the last verification weighed most, ``View(activation_bits=8, cache_window=256)`
 from __future__ import annotations
 
 import dataclasses
+import operator
+from typing import Any
 
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
@@ -48,6 +50,8 @@ class View:
     cache_full_below: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("cache_window", "cache_budget", "cache_block", "cache_full_below"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         for name, allowed in (("weight_bits", (4, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"view: {name}={value} is not supported; use {' or '.join(map(str, allowed))}")
@@ -72,8 +76,16 @@ class View:
 
     @classmethod
     def of(cls, view: View | Precision) -> View:
-        """A view as it is, or the one that a precision names."""
-        return view if isinstance(view, View) else _OF_PRECISION[view]
+        """A view as it is, or the one that a precision names.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        if isinstance(view, View):
+            return view
+        if not isinstance(view, Precision):
+            raise UsageError(f"{view!r} is no view; use a View, or one of {', '.join(map(str, Precision))}")
+        return _OF_PRECISION[view]
 
     @property
     def precision(self) -> Precision:
@@ -103,6 +115,19 @@ class View:
     def window(self, of_model: int | None) -> int | None:
         """Positions that attention reads in a model with a sliding window ``of_model``, or with none."""
         return min((size for size in (self.cache_window, of_model) if size is not None), default=None)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """A whole number of Python that the device can count to; None stays where it means something."""
+    if value is None and name in ("cache_window", "cache_budget"):
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"view: {name}={value!r} must be a whole number") from error
+    if isinstance(value, bool) or number >= 2**31:
+        raise UsageError(f"view: {name}={value!r} must be a whole number below 2**31")
+    return number
 
 
 def least_budget(block: int) -> int:

@@ -9,9 +9,9 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qspec_jax.errors import CheckpointError
+from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.weights.listing import gguf_files, safetensors_files
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", 
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another format
 
 
-def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+def resolve_model(model: str | os.PathLike[str] | Any) -> Path:
     """The file or directory of a model, downloaded if need be.
 
     Args:
@@ -38,6 +38,7 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
         holds one GGUF model and no safetensors stands for that model, or for the first of its parts.
 
     Raises:
+        UsageError: it is no name at all.
         CheckpointError: there is no such path, or the download failed.
     """
     check_model_name(model)
@@ -49,13 +50,18 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
     return _download(os.fspath(model), remedy=remedy)
 
 
-def check_model_name(model: str | os.PathLike[str] | None) -> None:
+def check_model_name(model: str | os.PathLike[str] | Any) -> None:
     """Refuses what :func:`resolve_model` cannot find, without asking the hub.
 
     Raises:
+        UsageError: it is no name at all.
         CheckpointError: there is no such path, and it does not look like a hub id.
     """
-    if model is None or model == "default" or os.path.exists(model):
+    if model is None:
+        return
+    if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+        raise UsageError(f"model={model!r}: use a path or a hub id, as a text or a Path")
+    if model == "default" or os.path.exists(model):
         return
     if not (isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.endswith(".gguf")):
         raise CheckpointError(

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from qspec_jax.engine import pipeline as pipelines
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
+from qspec_jax.model.precision import Precision
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [30, 31], [60] * 9, [8], [11, 12, 13]]
@@ -175,7 +177,40 @@ def test_a_pipeline_goes_on_after_an_interruption(model, expected):
     assert tokens(batch.results()) == [expected[3]]
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_an_interruption_while_texts_are_made_loses_no_result(model, expected, monkeypatch, place):
+    batch, made, result_of = pipeline(model), [], pipelines.result_of
+    for prompt in PROMPTS[:3]:
+        batch.submit(prompt, max_new_tokens=12)
+
+    def interrupted(*arguments, **options):
+        made.append(1)
+        if len(made) == place + 1:
+            raise KeyboardInterrupt
+        return result_of(*arguments, **options)
+
+    monkeypatch.setattr(pipelines, "result_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch.collect()
+    assert tokens(batch.interrupt()) == expected[:3]
+    assert (len(batch), batch.interrupt()) == (0, [])
+
+
+def test_a_pipeline_has_a_plan_that_its_model_can_run(model):
+    for plan in ("qspec", 3, Precision.W4A16, [model.plan()]):
+        for use in (lambda plan: model.pipeline(plan), lambda plan: model.attempt([5], plan)):
+            with pytest.raises(UsageError, match=r"^plan=.*: use what LanguageModel\.plan returns"):
+                use(plan)
+    with pytest.raises(UsageError, match="requests has 'text'; use what "):
+        model.run(["text"], model.plan())
+    unquantised = tiny.language_model(quantization=None)
+    with pytest.raises(UsageError, match="w4a16 needs 4-bit weights"):
+        unquantised.pipeline(model.plan("w4a16"))
+
+
 def test_a_pipeline_needs_room(model):
+    with pytest.raises(UsageError, match="batch_size=2147483647 must be at most 1048576"):
+        model.pipeline(batch_size=2**31 - 1)
     with pytest.raises(UsageError, match="batch_size=0 must be at least 1"):
         model.pipeline(batch_size=0)
     with pytest.raises(UsageError, match="max_seq_len=257 must be between 1 and the model's context of 256"):
