@@ -8,12 +8,14 @@ Exit codes: 0 success, 1 failure (also where nobody reads the output any more), 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.commands.output import discard, finish, open_standard_streams, say
+from qspec_jax.commands.output import discard, finish, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.errors import QSpecError, UsageError
 
@@ -42,10 +44,13 @@ def exit_code(
     asked = argparse.Namespace(debug=False)
 
     def parse_and_run() -> int | None:
+        helped = io.StringIO()  # argparse would pass over that it cannot be printed
         try:
-            asked.__dict__.update(vars(parser.parse_args(argv)))
+            with contextlib.redirect_stdout(helped):
+                asked.__dict__.update(vars(parser.parse_args(argv)))
         finally:
-            finish()
+            if text := helped.getvalue():
+                show(text, end="")
         return run(asked)
 
     return guarded(parse_and_run, debug=lambda: asked.debug, interrupted=interrupted)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,14 @@ def test_what_cannot_be_printed_is_one_line_and_a_reader_who_has_gone_none(capsy
     monkeypatch.setattr(sys, "stdout", Failing(failure))
     assert guarded(lambda: output.show("text")) == 1
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("length", [10, 100_000])  # more than a buffer holds, too
+def test_help_that_cannot_be_printed_is_a_failure(capsys, monkeypatch, length):
+    parser = argparse.ArgumentParser(description="x" * length)
+    monkeypatch.setattr(sys, "stdout", Failing(FULL))
+    assert exit_code(lambda _: 0, parser, ["--help"]) == 1
+    assert capsys.readouterr().err == "error: cannot write the standard output: No space left on device\n"
 
 
 def test_an_error_of_a_file_is_one_line_unless_a_traceback_is_asked_for(capsys):
@@ -120,6 +130,30 @@ def test_a_signal_to_end_is_an_interruption_and_leaves_nothing_behind(tmp_path, 
     assert capsys.readouterr().err == "interrupted\n"
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_throws_away_comes_once_more(capsys, number):
+    """The callback of the garbage collector is JAX's, or anybody's: the work went on as if nothing had been."""
+    calls = []
+
+    def collected(phase, _):
+        if phase == "start" and not calls:
+            calls.append(phase)
+            signal.raise_signal(number)
+
+    def work():
+        gc.collect()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    gc.callbacks.append(collected)
+    try:
+        assert guarded(work) == 128 + number
+    finally:
+        gc.callbacks.remove(collected)
+    assert calls == ["start"]
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_signal_that_is_ignored_stays_so():
