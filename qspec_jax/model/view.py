@@ -50,7 +50,7 @@ class View:
     cache_full_below: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("cache_window", "cache_budget", "cache_block", "cache_full_below"):
+        for name in [field.name for field in dataclasses.fields(self)]:
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
         for name, allowed in (("weight_bits", (4, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
             if (value := getattr(self, name)) not in allowed:
@@ -119,12 +119,12 @@ class View:
 
 def _whole(name: str, value: Any) -> int | None:
     """A whole number of Python that the device can count to; None stays where it means something."""
-    if value is None and name in ("cache_window", "cache_budget"):
+    if value is None and name not in ("cache_block", "cache_full_below"):
         return None
     try:
         number = operator.index(value)
-    except TypeError as error:
-        raise UsageError(f"view: {name}={value!r} must be a whole number") from error
+    except Exception as error:  # whatever an object raises
+        raise UsageError(f"view: {name} must be a whole number, and is of type {type(value).__name__}") from error
     if isinstance(value, bool) or number >= 2**31:
         raise UsageError(f"view: {name}={value!r} must be a whole number below 2**31")
     return number
