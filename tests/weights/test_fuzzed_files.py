@@ -223,7 +223,7 @@ def quantised(tmp_path_factory) -> dict[str, Path]:
     return {case: tiny_checkpoint(CASES[case]).write(folder / case) for case in ("gptq", "awq", "compressed", "qspec")}
 
 
-OTHER_FILES = ["generation_config.json", "quantize_config.json", "quant_config.json"]
+OTHER_FILES = ["generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"]
 SETTINGS = ["quant_method", "bits", "group_size", "desc_act", "sym", "dynamic", "checkpoint_format", "version"]
 SETTINGS += [
     "format",
@@ -336,7 +336,9 @@ def tokenizer_directory(tmp_path_factory, gguf_files) -> Path:
 @given(
     options=st.dictionaries(st.sampled_from(TOKENIZER_KEYS), TOKEN_VALUES, max_size=2),
     others=st.dictionaries(
-        st.sampled_from(["special_tokens_map.json", "chat_template.json", "tokenizer_config.json"]),
+        st.sampled_from(
+            ["special_tokens_map.json", "chat_template.json", "tokenizer_config.json", "added_tokens.json"]
+        ),
         st.one_of(st.binary(max_size=8), JSON_VALUES.map(written)),
         max_size=1,
     ),

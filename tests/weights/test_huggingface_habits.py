@@ -1,5 +1,6 @@
 """Hugging Face directories as people and other programs leave them: what counts, and what is said."""
 
+import contextlib
 import json
 
 import jax.numpy as jnp
@@ -60,6 +61,20 @@ def test_a_quantised_head_is_kept_though_the_config_ties_it(tmp_path, case):
         source = open_source(checkpoint.write(tmp_path))
     np.testing.assert_array_equal(source.entries[HEAD].read(), weight.floats)
     assert source.entries["embedding.weight"].read().shape == (VOCAB, HIDDEN)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_embedding_is_not_taken_for_a_missing_one(tmp_path, tied):
+    checkpoint = tiny_checkpoint(CASES["gptq"], tie_word_embeddings=False)
+    checkpoint.config["tie_word_embeddings"] = tied
+    weight = CASES["gptq"].weight(VOCAB, HIDDEN)
+    del checkpoint.tensors[EMBEDDING]
+    parts = CASES["gptq"].parts(weight).items()
+    checkpoint.tensors |= {f"model.embed_tokens.{part}": array for part, array in parts}
+    with pytest.warns(CheckpointWarning, match="both are kept") if tied else contextlib.nullcontext():
+        source = open_source(checkpoint.write(tmp_path))
+    np.testing.assert_array_equal(source.entries["embedding.weight"].read(), weight.floats)
+    assert source.entries[HEAD].read().dtype == np.float16
 
 
 def test_an_untied_head_is_not_read_when_it_is_opened(tmp_path):
@@ -293,6 +308,9 @@ def test_settings_of_modelopt_in_a_file_of_their_own_are_named(tmp_path, algorit
         ("auto_round:gptqmodel", Case("gptq", 32, False, less_one=False)),
         ("auto_round", Case("gptq", 32, True, less_one=False)),
         ("auto_round:auto_awq", Case("awq", 32, False)),
+        ("auto_round:awq", Case("awq", 32, False)),
+        ("auto_round:gptq", Case("gptq", 32, True)),
+        (None, Case("gptq", 32, False)),
     ],
 )
 @pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
@@ -311,7 +329,10 @@ def test_autoround_packs_as_gptq_and_awq_do(tmp_path, packing, case, method):
     ("settings", "message"),
     [
         ({"packing_format": "auto_round:llm_compressor"}, "packing_format='auto_round:llm_compressor'"),
-        ({"packing_format": None}, "packing_format=None"),
+        (
+            {"packing_format": None, "backend": "autoround:exllamav2"},
+            r"backend='autoround:exllamav2' \(supported: auto",
+        ),
         ({"data_type": "mx_fp"}, "data_type='mx_fp'"),
         ({"act_bits": 8}, "act_bits=8"),
         ({"extra_config": {"model.layers.0": {"bits": 8}}}, "extra_config of model.layers.0"),

@@ -132,10 +132,13 @@ def _tied(
     """
     names = {_canonical_name(tensor.name): tensor for tensor in stored}
     embedding, head = names.get(_EMBEDDING), names.get(_HEAD)
-    packed = layout is not None and any(layouts.is_part(layout, tensor, "lm_head") for tensor in stored)
+    packed, packed_embedding = (
+        layout is not None and any(layouts.is_part(layout, tensor, module) for tensor in stored)
+        for module in ("lm_head", "model.embed_tokens")
+    )
     if head is None and not packed:
         return True, list(stored)
-    if embedding is None and head is not None and not packed:
+    if embedding is None and head is not None and not packed and not packed_embedding:
         alone = dataclasses.replace(head, name="model.embed_tokens.weight")
         return True, [alone if tensor is head else tensor for tensor in stored]
     if not config.tie_word_embeddings:

@@ -112,15 +112,20 @@ def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat
 
 def _read_auto_round(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
     """AutoRound packs as GPTQ or AWQ do (``auto_round/inference/backend.py``), and names single modules' settings."""
-    packings = {"auto_round:auto_gptq": "gptq", "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2"}
-    packing = _one_of(settings, ("packing_format",), (*packings, "auto_round:auto_awq"), problems, required=True)
+    packings = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq"}
+    packings |= {"auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2"}
+    as_awq = ("auto_round:auto_awq", "auto_round:awq")
+    if settings.get("packing_format") is None:  # transformers' default; what older files packed for is in `backend`
+        _one_of(settings, ("backend",), ("auto",), problems)
+        settings = {**settings, "packing_format": "auto_round:gptq"}
+    packing = _one_of(settings, ("packing_format",), (*packings, *as_awq), problems, required=True)
     _one_of(settings, ("data_type",), ("int",), problems)
     _one_of(settings, ("act_bits",), (16, 32), problems)
     changed = settings.get("extra_config") or {}
     if overridden := [name for name, own in changed.items() if own.get("bits", 16) < 16]:
         problems.append(f"extra_config of {', '.join(overridden[:4])} (supported: one setting for all modules)")
     named = {key: settings.get(key) for key in ("bits", "group_size", "sym")}
-    if packing == "auto_round:auto_awq":
+    if packing in as_awq:
         return _read_awq(named, problems)
     return _read_gptq({**named, "checkpoint_format": packings.get(packing, "gptq")}, problems)
 
