@@ -47,7 +47,13 @@ def resolve_model(model: str | os.PathLike[str] | Any) -> Path:
     if os.path.exists(model):
         return _local_model(Path(model))
     remedy = "check the id and the network, or give --model the path of a local copy"
-    return _download(os.fspath(model), remedy=remedy)
+    path = _download(os.fspath(model), remedy=remedy)
+    if next(path.glob("*.safetensors"), None) is None:
+        raise CheckpointError(
+            f"{os.fspath(model)} has no safetensors on the hub, and nothing else is fetched from there; if it has GGUF "
+            "files, download one (hf download ID FILE) and give --model its path"
+        )
+    return path
 
 
 def check_model_name(model: str | os.PathLike[str] | Any) -> None:

@@ -111,6 +111,13 @@ def test_a_part_that_was_renamed_is_no_model_without_the_others(split):
         open_source(renamed)
 
 
+@pytest.mark.parametrize("target", ["m.gguf", "nowhere.gguf"])
+def test_a_link_to_nothing_is_named(tmp_path, target):
+    (tmp_path / "m.gguf").symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match=r"(?i)m\.gguf.*: (no such file|too many levels)"):
+        open_source(tmp_path)
+
+
 def test_a_link_to_a_part_stands_for_the_model(split, tmp_path):
     (tmp_path / "link.gguf").symlink_to(split[1])
     assert open_source(tmp_path / "link.gguf").path == split[0]

@@ -16,11 +16,14 @@ def hub(monkeypatch, tmp_path):
     class Hub:
         asked: list
         error = None
+        files = ("config.json", "model.safetensors")
 
         def download(self, hub_id, **options):
             self.asked.append((hub_id, options))
             if self.error:
                 raise self.error
+            for name in self.files:
+                (tmp_path / name).touch()
             return str(tmp_path)
 
     hub = Hub()
@@ -70,6 +73,12 @@ def test_a_hub_id_downloads_weights_and_tokenizer_only(hub, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     assert set(filter_repo_objects(sorted(wanted | unwanted), **options)) == wanted
+
+
+def test_a_repository_without_safetensors_is_told_from_a_broken_download(hub):
+    hub.files = ("config.json",)
+    with pytest.raises(CheckpointError, match=r"org/name-GGUF has no safetensors on the hub, .*download one"):
+        resolve_model("org/name-GGUF")
 
 
 def test_a_failed_download_names_the_id_the_cause_and_the_alternative(hub):

@@ -7,6 +7,7 @@ model there may be files that are none: a projector of images (mmproj), an impor
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,9 @@ def parts_of(path: Path) -> list[Path]:
     Raises:
         CheckpointError: some of them are missing.
     """
-    if _PART.fullmatch(path.name) is None and path.is_symlink() and _PART.fullmatch(path.resolve().name):
-        path = path.resolve()
+    linked = Path(os.path.realpath(path))  # unlike resolve(), it does not mind a circle of links
+    if _PART.fullmatch(path.name) is None and _PART.fullmatch(linked.name):
+        path = linked
     matched = _PART.fullmatch(path.name)
     if matched is None or not int(matched[2]):
         return [path]
