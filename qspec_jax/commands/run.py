@@ -12,12 +12,13 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands.output import discard, finish, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.errors import CheckpointWarning, QSpecError, RequantizationWarning, UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.decoding.program_store import ProgramStore
@@ -69,7 +70,8 @@ def guarded(
     open_standard_streams()
     with taken_as_interruptions() as signals:
         try:
-            code = work() or 0
+            with _plain_warnings():
+                code = work() or 0
             finish()
             return code
         except BrokenPipeError:  # whoever read the output has gone
@@ -83,6 +85,22 @@ def guarded(
         except KeyboardInterrupt:
             say(interrupted)
             return 128 + signals[0] if signals else 130
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings of this library are one line, without the place in its code."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        own = issubclass(category, (CheckpointWarning, RequantizationWarning))
+        return f"warning: {message}\n" if own else usual(message, category, *place, **more)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def keep_compiled_programs() -> ProgramStore | None:

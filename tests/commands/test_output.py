@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from qspec_jax import generate
 from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import output
 from qspec_jax.commands.run import exit_code, guarded
-from qspec_jax.errors import QSpecError
+from qspec_jax.errors import CheckpointWarning, QSpecError, RequantizationWarning
 from qspec_jax.files.lock import locked
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,15 @@ def test_help_that_cannot_be_printed_is_a_failure(capsys, monkeypatch, length):
     monkeypatch.setattr(sys, "stdout", Failing(FULL))
     assert exit_code(lambda _: 0, parser, ["--help"]) == 1
     assert capsys.readouterr().err == "error: cannot write the standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("kind", [CheckpointWarning, RequantizationWarning])
+def test_a_warning_of_this_library_is_one_line(kind):
+    before, written = warnings.formatwarning, []
+    given = [(kind("two heads"), kind, "there.py", 3), (UserWarning("other"), UserWarning, "there.py", 3)]
+    assert guarded(lambda: written.extend(warnings.formatwarning(*one) for one in given)) == 0
+    assert written == ["warning: two heads\n", "there.py:3: UserWarning: other\n"]
+    assert warnings.formatwarning is before
 
 
 def test_an_error_of_a_file_is_one_line_unless_a_traceback_is_asked_for(capsys):
