@@ -21,6 +21,7 @@ import pallas_kernels
 import qspec_jax
 from pallas_kernels import Layout, QuantizedWeight, dequantize
 from qspec_jax import ActivationQuantization, ModelConfig, Precision, QuantConfig, UsageError
+from qspec_jax.errors import CheckpointError
 from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
 from qspec_jax.model.view import View
@@ -320,3 +321,16 @@ def test_float_weights_are_not_saved(tmp_path):
     with pytest.raises(UsageError, match=r"attention\.qkv is floating point"):
         save_checkpoint(tmp_path / "c", tiny.decoder(quantization=None), tokenizer=None, quantization=QuantConfig())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """TensorStore, which writes the arrays, raises ValueError."""
+    import orbax.checkpoint as ocp
+
+    def fail(*arguments, **options):
+        raise ValueError("OUT_OF_RANGE: Failed to write 4354 bytes to file 15: File too large [os_error_code='27']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*: File too large$"):
+        save_checkpoint(tmp_path / "c", tiny.decoder(), tokenizer=None, quantization=QuantConfig())
+    assert list(tmp_path.iterdir()) == []

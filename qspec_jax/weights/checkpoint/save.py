@@ -155,10 +155,23 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
         for group in progress(group_names(decoder.config)):
             arrays = stored_arrays(decoder, group)
-            checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
+            with _errors_of_the_system():
+                checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
             for name, array in arrays.items():
                 records[name] = ArrayRecord(array.shape, array.dtype.name, hash_array(array))
     return records
+
+
+@contextlib.contextmanager
+def _errors_of_the_system() -> Iterator[None]:
+    """Raises what TensorStore reports of a full disk as the OSError that it is."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _describe_files(data: Path) -> dict[str, FileRecord]:
