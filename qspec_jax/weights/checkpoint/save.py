@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import secrets
@@ -164,7 +165,9 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
 
 @contextlib.contextmanager
 def _errors_of_the_system() -> Iterator[None]:
-    """Raises what TensorStore reports of a full disk as the OSError that it is."""
+    """Raises what TensorStore reports of a full disk as the OSError that it is, which Orbax logs with tracebacks."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -172,6 +175,8 @@ def _errors_of_the_system() -> Iterator[None]:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    finally:
+        logger.disabled = before
 
 
 def _describe_files(data: Path) -> dict[str, FileRecord]:
