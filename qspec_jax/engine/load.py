@@ -120,14 +120,17 @@ def load(
     opened = open_model(resolve_model(model), quantization)
     shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.
-    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+    pool = ThreadPoolExecutor(2, thread_name_prefix="load")
+    try:
         tokenizer = pool.submit(opened.tokenizer)
         programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, kernels, placement)
         decoder = opened.read(progress=ending_with(tokenizer, shown), **placement)
-    loaded = _assemble(opened, decoder, tokenizer.result(), kernels)
-    if programs.exception() is None and (compiled := programs.result()) is not None:
-        loaded.programs.adopt(compiled)
-    return loaded
+        loaded = _assemble(opened, decoder, tokenizer.result(), kernels)
+        if programs.exception() is None and (compiled := programs.result()) is not None:
+            loaded.programs.adopt(compiled)
+        return loaded
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an error or an interruption waits for no compiler
 
 
 def _assemble(opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str) -> LanguageModel:

@@ -93,3 +93,23 @@ def test_a_cache_that_fitted_without_weights_is_looked_at_again_with_them(saved,
     token_ids(model)
     token_ids(model)
     assert checked == [{"rows": 2, "capacity": 64}]
+
+
+def test_an_interruption_waits_for_no_compiler(saved, monkeypatch):
+    compiling, ended = threading.Event(), threading.Event()
+
+    def compile_ahead(model):
+        compiling.set()
+        ended.wait(60)
+
+    def interrupted(*arguments, **options):
+        assert compiling.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "restore_decoder", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load(saved, compile_ahead=compile_ahead)
+        assert not ended.is_set()
+    finally:
+        ended.set()
