@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
-from qspec_jax.commands.run import exit_code, keep_compiled_programs
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
@@ -354,4 +354,4 @@ def _progress(description: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

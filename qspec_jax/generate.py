@@ -29,7 +29,7 @@ from qspec_jax.commands.prompt_files import (
     repeated_ids,
     result_entry,
 )
-from qspec_jax.commands.run import exit_code, keep_compiled_programs
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
@@ -345,4 +345,4 @@ def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeli
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,10 +12,9 @@ local ones (``--include_path``).
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 
-from qspec_jax.commands.run import guarded
+from qspec_jax.commands.run import guarded, leave
 from qspec_jax.errors import UsageError
 
 
@@ -40,4 +39,4 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say, show
-from qspec_jax.commands.run import exit_code, keep_compiled_programs
+from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.model.config import parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.files import read_recipe
@@ -146,4 +146,4 @@ def _lines(items: Sequence, what: str) -> Iterator:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

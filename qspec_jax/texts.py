@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import say, show
-from qspec_jax.commands.run import exit_code
+from qspec_jax.commands.run import exit_code, leave
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation.long_prompts import KINDS, NEW_TOKENS, Ruler, Shelf, is_short, long_prompts
 from qspec_jax.evaluation.sharegpt import SHAREGPT, Document, sharegpt_documents
@@ -172,4 +171,4 @@ def _hub(arguments: argparse.Namespace) -> Iterator[Document]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

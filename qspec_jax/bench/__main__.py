@@ -24,7 +24,7 @@ from qspec_jax.bench.speedup import command as speedup
 from qspec_jax.bench.throughput import command as throughput
 from qspec_jax.bench.tune import command as tune
 from qspec_jax.commands.output import require_standard_output
-from qspec_jax.commands.run import exit_code
+from qspec_jax.commands.run import exit_code, leave
 from qspec_jax.files.lock import locked
 
 COMMANDS = (kernels, decode, speedup, throughput, tune)
@@ -71,4 +71,4 @@ def _keep_no_programs() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qspec_jax.commands.output import discard, finish, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
@@ -22,6 +22,8 @@ from qspec_jax.errors import CheckpointWarning, QSpecError, RequantizationWarnin
 
 if TYPE_CHECKING:
     from qspec_jax.decoding.program_store import ProgramStore
+
+INTERRUPTED = (130, 143, 129)  # by Ctrl-C, SIGTERM and SIGHUP
 
 
 def exit_code(
@@ -101,6 +103,20 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. After an interruption no thread is waited for: nobody can stop a compiler.
+
+    Raises:
+        SystemExit: always, unless it was interrupted.
+    """
+    if code in INTERRUPTED:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def keep_compiled_programs() -> ProgramStore | None:

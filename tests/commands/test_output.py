@@ -142,6 +142,16 @@ def test_a_signal_to_end_is_an_interruption_and_leaves_nothing_behind(tmp_path, 
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+def test_an_interrupted_process_waits_for_no_thread():
+    source = (
+        "import signal, threading, time; from qspec_jax.commands.run import guarded, leave\n"
+        "threading.Thread(target=time.sleep, args=[60]).start()\n"
+        "leave(guarded(lambda: signal.raise_signal(signal.SIGTERM)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert (ended.returncode, ended.stderr) == (143, "interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_python_throws_away_comes_once_more(capsys, number):
     """The callback of the garbage collector is JAX's, or anybody's: the work went on as if nothing had been."""
