@@ -121,8 +121,9 @@ def _whole(name: str, value: Any) -> int | None:
     """A whole number of Python that the device can count to; None stays where it means something."""
     if value is None and name not in ("cache_block", "cache_full_below"):
         return None
+    given: Any = value
     try:
-        number = operator.index(value)
+        number = operator.index(given)
     except Exception as error:  # whatever an object raises
         raise UsageError(f"view: {name} must be a whole number, and is of type {type(value).__name__}") from error
     if isinstance(value, bool) or number >= 2**31:
