@@ -67,7 +67,7 @@ class DecodingPlan:
     draft_length: int
 
     def __init__(
-        self, verify: View | Precision, draft: View | Precision | Lookup | None = None, draft_length: int = 0
+        self, verify: View | Precision | Any, draft: View | Precision | Lookup | Any = None, draft_length: int | Any = 0
     ) -> None:
         """Takes a precision for the view that it names.
 

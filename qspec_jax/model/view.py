@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import typing
 from typing import Any
 
 from qspec_jax.errors import UsageError
@@ -21,6 +22,7 @@ RECENT = 64  # newest tokens that a view with a budget reads whatever they weigh
 AHEAD = 17  # positions that a cycle writes, at most
 
 
+@typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class View:
     """What a pass reads.
@@ -75,7 +77,7 @@ class View:
             )
 
     @classmethod
-    def of(cls, view: View | Precision) -> View:
+    def of(cls, view: View | Precision | Any) -> View:
         """A view as it is, or the one that a precision names.
 
         Raises:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax import SamplingParams, UsageError
+from qspec_jax import AutoPlan, DecodingPlan, Precision, SamplingParams, UsageError
+from qspec_jax.decoding.plan import plan_of
 from qspec_jax.decoding.request_options import request_options
 from qspec_jax.decoding.sampling_params import seed_after
 
@@ -179,3 +180,38 @@ def test_what_is_not_done_is_refused_by_name(given, message):
 def test_after_the_last_seed_comes_the_first():
     assert [seed_after(2**32 - 1, count) for count in range(3)] == [2**32 - 1, 0, 1]
     assert SamplingParams(seed=2**32 - 1).with_seed_after(2).seed == 1
+
+
+def test_an_array_of_one_number_is_no_number_and_a_token_that_stands_twice_is_one():
+    for value in (np.array([0.5]), jnp.asarray([0.5])):
+        with pytest.raises(UsageError, match=r"temperature=.*: use a number"):
+            SamplingParams(temperature=value)
+    assert SamplingParams(stop_token_ids=[5] * 20 + [7]).stop_token_ids == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": np.array(["qspec", "w4a16"])},
+        {"mode": Odd()},
+        {"draft": ["w4a8"]},
+        {"draft_length": np.array([3, 4])},
+        {"draft_context": np.array([512, 1024])},
+        {"draft_context": 2**40},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_odd_plans_are_refused_by_name(options):
+    with pytest.raises(UsageError, match=f"^{next(iter(options))}="):
+        plan_of(**{"mode": "qspec", **options})
+
+
+def test_plans_are_made_of_plans_and_views():
+    assert plan_of("qspec", draft_context=np.int64(512)) == plan_of("qspec", draft_context=512)
+    for length in (-1, 1.5, "2", 17):
+        with pytest.raises(UsageError, match=r"^draft_length="):
+            DecodingPlan(Precision.W4A16, Precision.W4A8, length)
+    with pytest.raises(UsageError, match="is no view"):
+        DecodingPlan(Precision.W4A16, "w4a8", 2)
+    with pytest.raises(UsageError, match="one DecodingPlan at least"):
+        AutoPlan("auto", ())

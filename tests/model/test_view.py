@@ -60,3 +60,16 @@ def test_a_window_of_the_cache_is_read_as_that_of_a_model_is():
     assert np.array_equal(found[:, :3], everything[:, :3])
     assert not np.allclose(found[:, 3:], everything[:, 3:], atol=1e-3)
     assert np.array_equal(logits(tiny.decoder(), View(cache_window=8)), everything)
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "cache_window", "cache_budget", "cache_full_below"])
+@pytest.mark.parametrize("value", ["256", 256.0, True, np.array([256, 512]), 2**40], ids=str)
+def test_a_field_that_is_no_whole_number_is_refused(name, value):
+    with pytest.raises(UsageError, match=rf"^view: {name}.* (must be|is not supported)"):
+        View(**{name: value})
+
+
+def test_a_field_may_be_a_number_of_numpy_and_nothing_else_is_a_view():
+    assert View(cache_window=np.int64(256)) == View(cache_window=256)
+    with pytest.raises(UsageError, match="'w4a8' is no view"):
+        View.of("w4a8")
