@@ -130,6 +130,17 @@ def test_an_interruption_is_130_and_no_traceback(capsys):
         guarded(lambda: (_ for _ in ()).throw(QSpecError("x")), debug=lambda: True)
 
 
+@pytest.fixture
+def as_from_a_terminal():
+    """What starts tests may have them ignore signals: ``nohup``, or a shell in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_is_an_interruption_and_leaves_nothing_behind(tmp_path, capsys, number):
     def work():
@@ -152,6 +163,7 @@ def test_an_interrupted_process_waits_for_no_thread():
     assert (ended.returncode, ended.stderr) == (143, "interrupted\n")
 
 
+@pytest.mark.usefixtures("as_from_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_python_throws_away_comes_once_more(capsys, number):
     """The callback of the garbage collector is JAX's, or anybody's: the work went on as if nothing had been."""
@@ -176,13 +188,11 @@ def test_an_interruption_that_python_throws_away_comes_once_more(capsys, number)
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.usefixtures("as_from_a_terminal")
 def test_a_signal_that_is_ignored_stays_so():
     """As ``nohup`` has it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert guarded(lambda: signal.raise_signal(signal.SIGHUP)) == 0
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert guarded(lambda: signal.raise_signal(signal.SIGHUP)) == 0
 
 
 PRINTS = "import sys; from qspec_jax.commands.run import guarded; sys.exit(guarded(lambda: print('text')))"
