@@ -6,6 +6,7 @@ The order is a guess that only decides what a small budget leaves out; which til
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -42,13 +43,13 @@ class Problem:
         group = "row" if self.group_size == self.k else self.group_size
         return f"{self.op} {self.k}x{self.n} group {group}{'' if self.symmetric else ' asymmetric'}"
 
-    @property
+    @functools.cached_property
     def group_sizes(self) -> tuple[int, int]:
         """Inputs per weight scale and per activation scale."""
         activations = None if self.op == "w4a16" else recipe(self.op)[1].group_size
         return self.group_size, activations or self.k
 
-    @property
+    @functools.cached_property
     def run(self) -> int:
         """Inputs of a nibble plane that share all scales."""
         return tiles.scale_run(self.k, *self.group_sizes)
@@ -95,19 +96,15 @@ class TileSpace:
 
         Float products all take mma.sync, as a table demands (:mod:`pallas_kernels.backends.triton.tuning`).
         """
-        block_ms = [size for size in (16, 32, 64, 128) if size <= rows]
-        ranked = self._ranked(rows, block_ms=block_ms, max_split=_MAX_SPLIT)
+        block_ms = tuple(size for size in (16, 32, 64, 128) if size <= rows)
+        ranked = _ranked(self, rows, block_ms=block_ms, max_split=_MAX_SPLIT)
         return [one for one in ranked if self.problem.op != "w4a16" or not takes_wgmma(one.block_m, one.num_warps)]
 
     def prefill(self, rows: int) -> list[TileConfig]:
         """Candidates for many rows, whose grid is full without a split."""
-        return self._ranked(rows, block_ms=[64, 128, 256], max_split=2)
+        return list(_ranked(self, rows, block_ms=(64, 128, 256), max_split=2))
 
-    def _ranked(self, rows: int, *, block_ms: list[int], max_split: int) -> list[TileConfig]:
-        fitting = [tiles for tiles in self._all(block_ms, max_split) if self._fits(tiles)]
-        return sorted(fitting, key=lambda tiles: self._distance_from_guess(tiles, rows))
-
-    def _all(self, block_ms: list[int], max_split: int) -> Iterator[TileConfig]:
+    def all_tiles(self, block_ms: tuple[int, ...], max_split: int) -> Iterator[TileConfig]:
         half, n, run = self.problem.k // 2, self.problem.n, self.problem.run
         block_ks = [size for size in (32, 64, 128, 256) if run % size == 0]
         block_ns = [size for size in (16, 32, 64, 128, 256) if n % size == 0]
@@ -116,7 +113,7 @@ class TileSpace:
             for split, warps, stages in itertools.product(splits, (1, 2, 4, 8), (2, 3, 4, 5)):
                 yield TileConfig(block_m, block_n, block_k, split, warps, stages)
 
-    def _fits(self, tiles: TileConfig) -> bool:
+    def fits(self, tiles: TileConfig) -> bool:
         """Whether registers and shared memory suffice, roughly, and no thread is idle."""
         sums_per_thread = tiles.block_m * tiles.block_n / (32 * tiles.num_warps)
         row_bytes = 2 if self.problem.op == "w4a16" else 1
@@ -124,7 +121,7 @@ class TileSpace:
         least, most = _SUMS_PER_THREAD
         return least <= sums_per_thread <= most and tiles.num_stages * stage_bytes <= _SHARED_MEMORY_BYTES
 
-    def _distance_from_guess(self, tiles: TileConfig, rows: int) -> float:
+    def distance_from_guess(self, tiles: TileConfig, rows: int) -> float:
         """Octaves between the tiles and those that one would try first."""
         programs = self.problem.n // tiles.block_n * tiles.split * math.ceil(rows / tiles.block_m)
         block_m, warps = min(max(16, rows), 64), 4 if tiles.block_m * tiles.block_n >= 1024 else 2
@@ -135,6 +132,13 @@ class TileSpace:
             + abs(math.log2(tiles.num_warps / warps)) / 2
             + abs(tiles.num_stages - 3) / 2
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _ranked(space: TileSpace, rows: int, *, block_ms: tuple[int, ...], max_split: int) -> tuple[TileConfig, ...]:
+    """Kept, because a search asks for the same thousands of tiles once for each of its steps."""
+    fitting = [tiles for tiles in space.all_tiles(block_ms, max_split) if space.fits(tiles)]
+    return tuple(sorted(fitting, key=lambda tiles: space.distance_from_guess(tiles, rows)))
 
 
 def neighbours(tiles: TileConfig, space: list[TileConfig]) -> list[TileConfig]:
