@@ -58,7 +58,8 @@ def test_recorded_tokens_are_those_of_the_installed_transformers(demo_gguf, plai
     pytest.importorskip("accelerate", reason="transformers reads GGUF with it")
     recorded = json.loads(make_demo.GOLDEN.read_text())
     encoded = [result.prompt_token_ids for result in plain]
-    assert make_demo.hf_choices(demo_gguf, encoded[:4], recorded[:4]) == recorded[:4]
+    some = 4 if THOROUGH else 2
+    assert make_demo.hf_choices(demo_gguf, encoded[:some], recorded[:some]) == recorded[:some]
 
 
 def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model, plain):

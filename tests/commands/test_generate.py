@@ -19,8 +19,6 @@ from qspec_jax.commands import prompt_files
 from qspec_jax.commands.run import say
 from tests.weights import tiny_checkpoints
 
-pytestmark = pytest.mark.newest_jax
-
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
@@ -48,6 +46,7 @@ def demo(demo_model, monkeypatch):
     monkeypatch.setattr(qspec_jax, "load", lambda *arguments, **options: demo_model)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.usefixtures("demo")
 def test_text_goes_to_stdout_and_figures_to_stderr(capsys):
     code, out, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 16)
@@ -98,6 +97,7 @@ def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
     assert all((entry["mode"], entry["draft"], entry["draft_length"]) == ("qspec", "w4a4", 3) for entry in entries)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.usefixtures("loaded")
 def test_streaming_prints_the_same_text(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 24)
@@ -107,6 +107,7 @@ def test_streaming_prints_the_same_text(capsys):
     assert "24 tokens" in err or "stop" in err or "tokens/cycle" in err
 
 
+@pytest.mark.newest_jax
 @pytest.mark.usefixtures("loaded")
 def test_a_seed_samples_the_same_text_at_once_and_streamed(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 8, "--temperature", 1.5, "--top-p", 0.9, "--seed", 4)
@@ -137,6 +138,7 @@ def test_a_prompt_longer_than_the_cache_is_a_usage_error(capsys):
     assert "do not fit max_seq_len=64; shorten the prompt, lower max_new_tokens or raise max_seq_len" in err
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -230,6 +232,7 @@ def test_a_group_size_that_does_not_divide_exits_with_2(capsys, tmp_path):
     assert "K=64 is not a multiple of group_size=128; use 32 or 64" in err
 
 
+@pytest.mark.newest_jax
 def test_the_process_reports_an_error_without_a_traceback_unless_asked():
     command = [sys.executable, "-m", "qspec_jax.generate", "--prompt", "a", "--model", "no/such/model.gguf"]
     plain = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

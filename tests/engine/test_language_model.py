@@ -104,7 +104,6 @@ def test_draft_and_verify_read_the_same_arrays(model):
     assert largest_float == config.vocab_size * config.hidden_size
 
 
-@pytest.mark.newest_jax
 def test_one_compilation_per_shape():
     model = tiny.language_model()
     for prompt in ([1], [1, 2, 3], list(range(30))):
@@ -276,7 +275,6 @@ def test_running_out_of_device_memory_becomes_one_message():
             raise failure
 
 
-@pytest.mark.newest_jax
 def test_group_sums_exist_only_once_an_asymmetric_draft_needs_them():
     model = tiny.language_model()
     before = model.nbytes

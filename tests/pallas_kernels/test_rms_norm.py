@@ -46,7 +46,7 @@ def operands(shape, dtype):
 def assert_within_a_rounding(out, expected):
     """Another order of the sum of squares moves a value that was nearly a tie by one, and its product by one more.
 
-    In float32 the sum itself differs: by its length's root in roundings, as they add at random, half of it after the root.
+    In float32 the sum itself differs: by the root of its length, in roundings, and the norm by half of it.
     Each CPU has vectors of its own, and so an order of its own.
     """
     assert out.dtype == expected.dtype
