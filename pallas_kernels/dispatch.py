@@ -10,9 +10,14 @@ of its :class:`Implementations`.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +66,73 @@ def available_implementations(platform: str | None = None) -> tuple[str, ...]:
         Names of :data:`IMPLEMENTATIONS`. An operation or a shape may still rule one out for a single call.
     """
     return tuple(name for name in _names() if _platform_obstacle(name, platform) is None)
+
+
+def backend_obstacle(name: str) -> str | None:
+    """Why no operation can run an implementation on the device that JAX uses, as the end of a sentence; None if it can.
+
+    Args:
+        name: of :data:`IMPLEMENTATIONS`.
+    """
+    return _platform_obstacle(name, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What a call ran, and what kept it from the other implementations.
+
+    Attributes:
+        op: the operation's name.
+        chosen: name of the implementation that ran; None where the call was refused.
+        obstacles: for each other name why it could not, as the end of a sentence; None for one that could have.
+    """
+
+    op: str
+    chosen: str | None
+    obstacles: Mapping[str, str | None]
+
+
+_interpreting: Any = jax.make_user_context(False)  # a part of the key under which jit finds what it traced
+
+
+def interpreted() -> contextlib.AbstractContextManager[None]:
+    """Has Pallas' interpreter run the kernels that are called in this context by name, on whatever device."""
+    return _interpreting(True)
+
+
+class _InterpretedModule:
+    """The functions of an implementation's file, run by Pallas' interpreter."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if not callable(found) or "interpret" not in inspect.signature(found).parameters:
+            return found
+        return functools.partial(found, interpret=True)
+
+
+_log: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("selections", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Selection]]:
+    """Lists what each call of an operation in this context and thread selects; under ``jit``, as it is traced."""
+    selections: list[Selection] = []
+    token = _log.set(selections)
+    try:
+        yield selections
+    finally:
+        _log.reset(token)
+
+
+def operations() -> dict[str, Implementations]:
+    """The implementations of every operation, by its name: of each folder of this package that has some."""
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    modules = (importlib.import_module(f"{package.__name__}.{one.name}") for one in pkgutil.iter_modules(package.__path__))
+    found = (getattr(module, "_IMPLEMENTATIONS", None) for module in modules)
+    return {one.op: one for one in found if isinstance(one, Implementations)}
 
 
 def order_of_trial(num_outputs: int, num_inputs: int) -> tuple[str, ...]:
@@ -126,22 +198,33 @@ class Implementations:
         else:
             known = ", ".join(_names())
             raise ValueError(f"{self.op}: unknown implementation {implementation!r}; use one of {known}, or None")
-        told = None
+        told, chosen, found = None, None, None
         for name in names:
-            told = _platform_obstacle(name, None)
+            module, told = self._examined(name, obstacle)
             if told is None:
-                module, told = self._examined(name, obstacle)
-                if told is None:
-                    return module
+                chosen, found = name, module
+                break
+        if (log := _log.get()) is not None:
+            others = (name for name in _names() if name != chosen)
+            log.append(Selection(self.op, chosen, {name: self._examined(name, obstacle)[1] for name in others}))
+        if chosen is not None:
+            return found
         raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
 
     def _examined(self, name: str, obstacle: Callable[[Any], str | None]) -> tuple[Any, str | None]:
-        """The module of a name, and its obstacle to a call."""
+        """The module of a name, and its obstacle to a call: that of the platform, or of the module if it can be there."""
+        if (told := _platform_obstacle(name, None)) is not None and not _interpreting.value:
+            return None, told
         if name not in self.modules:
             return None, "does not exist for this operation"
         try:
-            module = importlib.import_module(self.modules[name])
-            return module, None if name == REFERENCE else obstacle(module)
+            module: Any = importlib.import_module(self.modules[name])
+            told = None if name == REFERENCE else obstacle(module)
+            if told is None and name != REFERENCE and _interpreting.value:
+                if "interpret" not in inspect.signature(getattr(module, self.op)).parameters:
+                    return None, "cannot be interpreted"
+                module = _InterpretedModule(module)
+            return module, told
         except ImportError as error:
             return None, f"cannot be imported: {error}"
 
