@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from qspec_jax.engine.load import load, save
     from qspec_jax.engine.pipeline import Pipeline
     from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
-    from qspec_jax.errors import CheckpointError, OutOfMemoryError, QSpecError, UnsupportedModelError, UsageError
+    from qspec_jax.errors import (
+        CheckpointError,
+        DeviceError,
+        OutOfMemoryError,
+        QSpecError,
+        UnsupportedModelError,
+        UsageError,
+    )
     from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
     from qspec_jax.model.precision import Precision
     from qspec_jax.model.view import View
@@ -29,6 +36,7 @@ __all__ = [
     "AutoPlan",
     "CheckpointError",
     "DecodingPlan",
+    "DeviceError",
     "GenerationResult",
     "GenerationStats",
     "LanguageModel",
@@ -55,6 +63,7 @@ _MODULES = {
     "CheckpointError": "qspec_jax.errors",
     "AutoPlan": "qspec_jax.decoding.plan",
     "DecodingPlan": "qspec_jax.decoding.plan",
+    "DeviceError": "qspec_jax.errors",
     "GenerationResult": "qspec_jax.engine.results",
     "GenerationStats": "qspec_jax.engine.results",
     "LanguageModel": "qspec_jax.engine.language_model",

@@ -1,4 +1,4 @@
-"""The errors a user can cause, and one warning. Each message says what was given, what is allowed and what to do."""
+"""The errors a user can cause, and warnings. Each message says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ class CheckpointError(QSpecError):
 
 class OutOfMemoryError(QSpecError):
     """A model or a cache that does not fit into the memory of the device."""
+
+
+class DeviceError(QSpecError):
+    """A device that cannot be used: none is there, or its driver or JAX's plugin for it does not fit."""
+
+
+class DeviceWarning(UserWarning):
+    """Another device than the one that is there, or one without kernels: slower than it could be."""
 
 
 class RequantizationWarning(UserWarning):

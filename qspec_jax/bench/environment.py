@@ -6,15 +6,18 @@ import datetime
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Sequence
 
 import jax
 import jaxlib.version
 
+from qspec_jax.device.driver import nvidia_driver
+from qspec_jax.device.start import start_device
+
 
 def environment(argv: Sequence[str]) -> dict[str, str | None]:
     """What a figure must be read with; ``argv`` are the arguments of the command."""
+    start_device()
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -36,13 +39,3 @@ def header(facts: dict[str, str | None]) -> str:
     flags = f"XLA_FLAGS={shlex.quote(facts['xla_flags'])} " if facts["xla_flags"] else ""
     first = f"{facts['device']}{driver}, jax {facts['jax']}, Python {facts['python']}, {facts['date']}"
     return f"{first}\n{flags}{facts['command']}"
-
-
-def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver; None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next((line.strip() for line in output.splitlines() if line.strip()), None)

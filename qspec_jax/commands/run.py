@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qspec_jax.commands.output import discard, finish, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
-from qspec_jax.errors import CheckpointWarning, QSpecError, RequantizationWarning, UsageError
+from qspec_jax.device.failures import explained
+from qspec_jax.errors import CheckpointWarning, DeviceWarning, QSpecError, RequantizationWarning, UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.decoding.program_store import ProgramStore
 
+_VARIABLE = "QSPEC_JAX_CACHE"
 INTERRUPTED = (130, 143, 129)  # by Ctrl-C, SIGTERM and SIGHUP
 
 
@@ -84,6 +87,12 @@ def guarded(
                 raise
             say(f"error: {error}")
             return 2 if isinstance(error, UsageError) else 1
+        except Exception as error:
+            known = explained(error)
+            if known is None or debug():
+                raise
+            say(f"error: {known}")
+            return 1
         except KeyboardInterrupt:
             say(interrupted)
             return 128 + signals[0] if signals else 130
@@ -91,11 +100,16 @@ def guarded(
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings of this library are one line, without the place in its code."""
+    """Warnings of this library are one line, without the place in its code; so is JAX's of programs it cannot keep."""
     usual = warnings.formatwarning
+    told: set[str] = set()
 
     def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-        own = issubclass(category, (CheckpointWarning, RequantizationWarning))
+        if (unkept := _unkept_program(str(message))) is not None:
+            first = unkept not in told
+            told.add(unkept)
+            return f"{unkept}\n" if first else ""
+        own = issubclass(category, (CheckpointWarning, DeviceWarning, RequantizationWarning))
         return f"warning: {message}\n" if own else usual(message, category, *place, **more)
 
     warnings.formatwarning = line
@@ -103,6 +117,17 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+def _unkept_program(message: str) -> str | None:
+    """What JAX's warning of a program that its cache does not take or give means; None for any other."""
+    matched = re.match(r"Error (reading|writing) persistent compilation cache entry for '.*?': (.*)", message, re.DOTALL)
+    if matched is None:
+        return None
+    reason = matched[2].splitlines()[0]
+    if matched[1] == "reading":
+        return f"a compiled program cannot be read, and is compiled again: {reason}; delete the folder of {_VARIABLE}"
+    return f"compiled programs are not kept: {reason}; {_VARIABLE}=FOLDER names another folder, {_VARIABLE}=off none"
 
 
 def leave(code: int) -> NoReturn:

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import jax
 
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.program_store import source_digest
+from qspec_jax.files.whole import replace
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 
@@ -161,10 +160,9 @@ class CostTable:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix="new-", delete=False) as file:
-                seconds = {plan: dict(known) for plan, known in list(self._seconds.items())}  # others may add to it
-                json.dump({"seconds": seconds, "acceptance": dict(self.acceptance)}, file, indent=1)
-            os.replace(file.name, self.path)
+            seconds = {plan: dict(known) for plan, known in list(self._seconds.items())}  # others may add to it
+            text = json.dumps({"seconds": seconds, "acceptance": dict(self.acceptance)}, indent=1)
+            replace(self.path, text.encode())
             self._changed = False
 
     def _ratio(self, plan: DecodingPlan, rows: int, context: int, other: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ VARIABLE = "QSPEC_JAX_CACHE"
 OFF = "off"
 # JAX's own default of a second would leave out prefill programs of small models.
 _MIN_COMPILE_S = 0.1
+_LEAST_FREE = 64 << 20
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
@@ -37,7 +39,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
         the folder in use, None if programs are not kept.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written, or its disk is full.
     """
     config: Any = jax.config
     if not config.jax_enable_compilation_cache or os.environ.get(VARIABLE) == OFF:
@@ -48,6 +50,8 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "cannot be written", str(folder))
+    if shutil.disk_usage(folder).free < _LEAST_FREE:  # an entry that is half written would be read for ever
+        raise OSError(errno.ENOSPC, f"less than {_LEAST_FREE >> 20} MB are free", str(folder))
     config.update("jax_compilation_cache_dir", str(folder))
     shortest = min(_MIN_COMPILE_S, config.jax_persistent_cache_min_compile_time_secs)
     config.update("jax_persistent_cache_min_compile_time_secs", shortest)

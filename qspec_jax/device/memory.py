@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from qspec_jax.device.failures import MEMORY_REMEDY, is_out_of_memory
 from qspec_jax.errors import OutOfMemoryError
 
 
@@ -17,13 +20,53 @@ def available_bytes() -> int | None:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    meminfo = Path("/proc/meminfo")
-    if device.platform != "cpu" or not meminfo.exists():
+    if device.platform != "cpu":
         return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    known = [size for size in (_of_system(), _of_container(), _of_process()) if size is not None]
+    return min(known, default=None)
+
+
+def _of_system(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    sizes = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return next(sizes, None)
+
+
+def _of_container(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the limits of a container or a batch system leave; beyond them the system kills a process unasked."""
+    left = []
+    for folder, limit, usage in _memory_groups(groups, own):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            used = int((folder / usage).read_text())
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            left.append(int((folder / limit).read_text()) - used + (int(cached[1]) if cached else 0))
+    return max(0, min(left)) if left else None
+
+
+def _memory_groups(groups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
+    """Folders of this process's groups and of those above them, with the names of limit and usage: versions 2 and 1."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = groups / "memory" if controllers else groups
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        folder = root / path.lstrip("/")
+        for one in dict.fromkeys((root, folder, *folder.parents)):
+            if one.is_relative_to(root):
+                yield one, *names
+
+
+def _of_process() -> int | None:
+    """What ``ulimit -v`` leaves."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
 
 
 def check_memory(needed_bytes: int, *, what: str) -> None:
@@ -32,7 +75,7 @@ def check_memory(needed_bytes: int, *, what: str) -> None:
     if available is not None and needed_bytes > available:
         raise OutOfMemoryError(
             f"{what} need {needed_bytes / 1e9:.2f} GB and {jax.devices()[0].device_kind} has "
-            f"{available / 1e9:.2f} GB free; {_REMEDY}"
+            f"{available / 1e9:.2f} GB free; {MEMORY_REMEDY}"
         )
 
 
@@ -41,15 +84,8 @@ def explain_out_of_memory(when: str) -> Iterator[None]:
     """Turns an allocation failure of the device into an OutOfMemoryError."""
     try:
         yield
-    except MemoryError as error:
-        raise OutOfMemoryError(f"out of memory {when}; {_REMEDY}") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(f"out of device memory {when}; {_REMEDY}") from error
-
-
-_REMEDY = (
-    "use a smaller model, a 4-bit mode instead of float, bfloat16, a shorter --max-seq-len or fewer prompts "
-    "at once, or free the device"
-)
+        whose = "memory" if isinstance(error, MemoryError) else "device memory"
+        raise OutOfMemoryError(f"out of {whose} {when}; {MEMORY_REMEDY}") from error

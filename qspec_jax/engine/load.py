@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.compilation_cache import enable_compilation_cache
+from qspec_jax.device.start import start_device
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
@@ -110,8 +111,10 @@ def load(
 
     Raises:
         UsageError: an argument makes no sense here.
+        DeviceError: JAX finds no device, or cannot use it.
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
+    start_device()
     placement = decoder_options(kernels, dtype)
     if not (quantization is None or quantization == "auto" or isinstance(quantization, QuantConfig)):
         raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory
+from qspec_jax.device.start import start_device
 from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig
@@ -61,11 +62,13 @@ def convert(
 
     Raises:
         UsageError: an argument makes no sense for this model.
+        DeviceError: JAX finds no device, or cannot use it.
         CheckpointError, UnsupportedModelError: the model cannot be read, or the checkpoint not be written.
         QSpecError: another run writes there.
         OutOfMemoryError: it cannot fit into memory; said before it is tried.
     """
     start = time.perf_counter()
+    start_device()
     _check_calibration(recipe, options)
     source_path = resolve_model(model)
     source = open_source(source_path)

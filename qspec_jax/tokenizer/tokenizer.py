@@ -60,6 +60,16 @@ class Tokenizer:
         """Whether :meth:`apply_chat` works."""
         return bool(self._backend.chat_template)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, one after the other where there are several by name; None without one."""
+        template = self._backend.chat_template
+        return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else template or None
+
+    def token_text(self, token_id: int) -> str | None:
+        """How a token is written in the vocabulary, special tokens too; None where there is no such token."""
+        return self._token(token_id)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set."""
         with self._lock:

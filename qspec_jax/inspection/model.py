@@ -1,0 +1,199 @@
+"""What a model is and what it takes, from its headers: no weight is read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qspec_jax.decoding.chunks import fitting_capacity
+from qspec_jax.device.memory import available_bytes
+from qspec_jax.errors import QSpecError
+from qspec_jax.inspection.choices import kernel_choices
+from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.placement import decoder_options
+from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.checkpoint.manifest import is_checkpoint
+from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
+from qspec_jax.weights.fill import weight_formats
+from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
+from qspec_jax.weights.source import Source
+
+BATCHES = (1, 8, 32, 128)
+CONTEXTS = (1024, 4096, 16384, 65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """How a model lies on the disk: its architecture, what made its codes, and how many linears are stored how."""
+
+    kind: str
+    architecture: str
+    method: str
+    linears: Mapping[str, int]
+
+
+def describe_model(
+    path: Path, *, quantization: QuantConfig | None = None, dtype: str | None = None, kernels: str = "auto"
+) -> dict[str, Any]:
+    """Facts by name, for JSON.
+
+    Args:
+        path: of ``resolve_model``.
+        quantization: of weights that are rounded as they are read; None for that of the checkpoint, or the usual one.
+        dtype, kernels: as of :func:`qspec_jax.load`.
+
+    Raises:
+        UsageError: an argument makes no sense for this model.
+        CheckpointError, UnsupportedModelError: the model cannot be opened.
+    """
+    placement = decoder_options(kernels, dtype)
+    if is_checkpoint(path):
+        manifest = (checkpoint := open_checkpoint(path)).manifest
+        config, formats, chosen = manifest.model, manifest.formats, quantization or manifest.quantization
+        stored = _stored_checkpoint(checkpoint)
+    else:
+        source, chosen = open_source(path), quantization or QuantConfig()
+        config, formats, stored = source.config, weight_formats(source, chosen), _stored_source(path, source)
+    assert formats is not None
+    tokenizer, problem = _tokenizer(path)
+    shapes = {"quantization": chosen, "formats": formats}
+    return {
+        "model": path.name,
+        "path": str(path),
+        "kind": stored.kind,
+        "architecture": stored.architecture,
+        "disk_bytes": model_bytes(path),
+        "shapes": _shapes(config),
+        "quantization": _quantization(config, stored, formats, chosen),
+        "memory": _memory(config, placement, shapes),
+        "kernels": {
+            name: [dataclasses.asdict(choice) for choice in choices]
+            for name, choices in kernel_choices(
+                config, kernels=placement["kernels"], dtype=placement["dtype"], **shapes
+            ).items()
+        },
+        "device": jax.devices()[0].device_kind,
+        **_text(config, tokenizer, problem),
+    }
+
+
+def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
+    manifest = checkpoint.manifest
+    count = sum(spec.kind == "linear" for spec in expected_parameters(manifest.model).values())
+    name = str(manifest.recipe.get("name", "unknown"))
+    return _Stored("checkpoint of qspec_jax", _anatomy(manifest.model), f"recipe {name}", {"4-bit codes, kept": count})
+
+
+def _stored_source(path: Path, source: Source) -> _Stored:
+    linears: collections.Counter[str] = collections.Counter()
+    for name, entry in source.entries.items():
+        if source.specs[name].kind == "linear":
+            if entry.four_bit is not None:
+                kind = "4-bit" if path.is_dir() else "Q4_0" if entry.four_bit.symmetric else "Q4_1"
+                linears[f"{kind} codes, kept"] += 1
+            else:
+                kind = entry.requantized_from
+                linears[f"{kind}, rounded to 4 bits once more" if kind else "floats, rounded to 4 bits"] += 1
+    if path.is_dir():
+        from qspec_jax.weights.huggingface.files import read_json
+
+        parsed = read_json(path / "config.json")
+        named = parsed.get("architectures") or [parsed.get("model_type") or _anatomy(source.config)]
+        settings = quantization_config(parsed)
+        method = "rounding to nearest, as it is read" if settings is None else quantization_method(settings)
+        return _Stored("Hugging Face directory", str(named[0] if isinstance(named, list) else named), method, linears)
+    return _Stored("GGUF file", _anatomy(source.config), "of the file's types", linears)
+
+
+def _anatomy(config: ModelConfig) -> str:
+    """The family that a config is of, by what it has."""
+    if config.qk_norm:
+        return "Qwen3"
+    if config.qkv_bias and not config.output_bias:
+        return "Qwen2"
+    return "Mistral" if config.sliding_window else "Llama"
+
+
+def _shapes(config: ModelConfig) -> dict[str, Any]:
+    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    parameters = expected_parameters(config).values()
+    scaling = config.rope_scaling
+    return {
+        **{name: getattr(config, name) for name in names},
+        "num_parameters": sum(_size(spec.shape) for spec in parameters),
+        "max_positions": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else dataclasses.asdict(scaling),
+        "biases": [name for name in ("qkv_bias", "output_bias", "mlp_bias") if getattr(config, name)],
+        "qk_norm": config.qk_norm,
+    }
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
+
+
+def _quantization(
+    config: ModelConfig, stored: _Stored, formats: Mapping[str, WeightFormat], quantization: QuantConfig
+) -> dict[str, Any]:
+    return {
+        "bits": 4,
+        "method": stored.method,
+        "linears": dict(stored.linears),
+        "formats": {name: dataclasses.asdict(one) for name, one in formats.items()},
+        "drafts": {name: dataclasses.asdict(getattr(quantization, name)) for name in ("w4a8", "w4a4")},
+        "rotated": config.down_hadamard,
+        "hadamard_block": config.hadamard_block,
+        "head": "tied to the embedding" if config.tie_word_embeddings else "of its own",
+    }
+
+
+def _memory(config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes of weights and caches, and what fits beside the weights."""
+    decoder = abstract_decoder(config, **shapes, **placement)
+    weights, free = num_bytes(decoder), available_bytes()
+    contexts = sorted({min(size, config.max_position_embeddings) for size in CONTEXTS})
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * placement["dtype"].itemsize
+    one = {context: fitting_capacity(context) * per_position for context in contexts}
+    left = None if free is None else free - weights
+    return {
+        "dtype": placement["dtype"].name,
+        "weight_bytes": weights,
+        "cache_bytes_per_token": per_position,
+        "cache_bytes": {context: {batch: size * batch for batch in BATCHES} for context, size in one.items()},
+        "free_bytes": free,
+        "weights_fit": None if left is None else left >= 0,
+        "largest_batch": None if left is None else {context: max(0, left // size) for context, size in one.items()},
+    }
+
+
+def _tokenizer(path: Path) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer, and why there is none: a model can be looked at without."""
+    try:
+        tokenizer = open_tokenizer(path)
+    except QSpecError as error:
+        return None, str(error)
+    return tokenizer, None if tokenizer is not None else "it was saved without one"
+
+
+def _text(config: ModelConfig, tokenizer: Tokenizer | None, problem: str | None) -> dict[str, Any]:
+    known = tokenizer.eos_token_ids if tokenizer is not None else ()
+    ends = sorted({*config.eos_token_ids, *known})
+    template = None if tokenizer is None else tokenizer.chat_template
+    return {
+        "tokenizer": {"problem": problem, "vocab_size": None if tokenizer is None else tokenizer.vocab_size},
+        "end_tokens": {token: None if tokenizer is None else tokenizer.token_text(token) for token in ends},
+        "chat_template": template,
+    }
