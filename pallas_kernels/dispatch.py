@@ -130,7 +130,9 @@ def recorded() -> Iterator[list[Selection]]:
 def operations() -> dict[str, Implementations]:
     """The implementations of every operation, by its name: of each folder of this package that has some."""
     package = importlib.import_module(__name__.rpartition(".")[0])
-    modules = (importlib.import_module(f"{package.__name__}.{one.name}") for one in pkgutil.iter_modules(package.__path__))
+    modules = (
+        importlib.import_module(f"{package.__name__}.{one.name}") for one in pkgutil.iter_modules(package.__path__)
+    )
     found = (getattr(module, "_IMPLEMENTATIONS", None) for module in modules)
     return {one.op: one for one in found if isinstance(one, Implementations)}
 
@@ -212,7 +214,7 @@ class Implementations:
         raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
 
     def _examined(self, name: str, obstacle: Callable[[Any], str | None]) -> tuple[Any, str | None]:
-        """The module of a name, and its obstacle to a call: that of the platform, or of the module if it can be there."""
+        """The module of a name, and its obstacle to a call: that of the platform comes first."""
         if (told := _platform_obstacle(name, None)) is not None and not _interpreting.value:
             return None, told
         if name not in self.modules:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
+from pallas_kernels.arrays.shown import with_shapes
 from pallas_kernels.arrays.weight import Layout, order_activation_codes
 
 
@@ -47,6 +48,9 @@ class QuantizedActivation:
     offset: Float32[Array, "*batch G"] | None
     bits: int = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(default=Layout.PLANES, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     @property
     def num_inputs(self) -> int:

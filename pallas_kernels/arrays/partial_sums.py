@@ -17,6 +17,8 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arrays.shown import with_shapes
+
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
 @jax.tree_util.register_dataclass
@@ -31,6 +33,9 @@ class PartialSums:
 
     parts: Float32[Array, "P *batch N"]
     dtype: DTypeLike = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from pallas_kernels.arrays.shown import with_shapes
+
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
 _WGMMA_BYTES = 128  # bytes of a row among which Layout.WGMMA permutes
@@ -93,6 +95,9 @@ class QuantizedWeight:
     offset: Shaped[Array, "*layers G N"] | None = None
     group_sum: Shaped[Array, "*layers A N"] | None = None
     layout: Layout = dataclasses.field(default=Layout.PLANES, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     @property
     def num_outputs(self) -> int:

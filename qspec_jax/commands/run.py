@@ -121,7 +121,9 @@ def _plain_warnings() -> Iterator[None]:
 
 def _unkept_program(message: str) -> str | None:
     """What JAX's warning of a program that its cache does not take or give means; None for any other."""
-    matched = re.match(r"Error (reading|writing) persistent compilation cache entry for '.*?': (.*)", message, re.DOTALL)
+    matched = re.match(
+        r"Error (reading|writing) persistent compilation cache entry for '.*?': (.*)", message, re.DOTALL
+    )
     if matched is None:
         return None
     reason = matched[2].splitlines()[0]

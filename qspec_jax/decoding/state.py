@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from pallas_kernels.arrays.shown import with_shapes
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
 from qspec_jax.decoding.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
@@ -38,6 +39,9 @@ class TokenScores:
     logprobs: Float32[Array, "B T"]
     top_tokens: Int32[Array, "B T top"]
     top_logprobs: Float32[Array, "B T top"]
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     @classmethod
     def of(cls, logits: Float32[Array, "B T V"], tokens: Int32[Array, "B T"]) -> TokenScores:
@@ -96,6 +100,9 @@ class DecodeState:
     scores: TokenScores | None = None
     history: Int32[Array, "B S"] | None = None
 
+    def __repr__(self) -> str:
+        return with_shapes(self)
+
     @classmethod
     def idle(cls, cache: KVCache, *, lookup: bool = False) -> DecodeState:
         """Rows without a sequence, around an empty cache; as many new tokens fit as the cache has positions.
@@ -151,6 +158,9 @@ class Report:
     cycles: Int32[Array, ""]
     scores: TokenScores | None = None
 
+    def __repr__(self) -> str:
+        return with_shapes(self)
+
     @classmethod
     def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
         """Of a state after some cycles."""
@@ -181,6 +191,9 @@ class PromptChunk:
     stop_tokens: Int32[Array, "B stops"]
     sampler: Sampler | None = None
     prompt: Int32[Array, "B S"] | None = None
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     def row(self, index: Int32[Array, ""]) -> PromptChunk:
         """The chunk of one row."""

@@ -20,7 +20,9 @@ from qspec_jax.errors import DeviceError, DeviceWarning
 
 _ON_CPU = "set JAX_PLATFORMS=cpu to run on the CPU"
 _LOGGER = "jax._src.xla_bridge"
-_ADVICE = re.compile(r"\s*\((?:set JAX_PLATFORMS|you may need to uninstall)[^)]*\)")
+_BESIDES = re.compile(
+    r"Unable to initialize backend '[^']*': |\s*\((?:set JAX_PLATFORMS|you may need to uninstall)[^)]*\)"
+)
 _said: set[str] = set()
 
 
@@ -48,8 +50,8 @@ def start_device() -> None:
 
 def why_no_backend(told: str) -> str:
     """One line of what JAX says when no backend starts, with what to do."""
-    asked = os.environ.get("JAX_PLATFORMS") or jax.config.read("jax_platforms")
-    reason = _first_line(_ADVICE.sub("", told)) or f"there is no device for it here{_visible()}"
+    asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+    reason = _first_line(_BESIDES.sub("", told)) or f"there is no device for it here{_visible()}"
     if "cuda" in (asked or "cuda") and has_nvidia_gpu() and (problem := driver_problem()) is not None:
         reason = problem
     if asked:
@@ -63,14 +65,14 @@ def unused_gpu(records: list[logging.LogRecord]) -> str | None:
     Args:
         records: what JAX logged as it started.
     """
-    if os.environ.get("JAX_PLATFORMS") or jax.config.read("jax_platforms"):
+    if os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms:
         return None
     logged = [_logged(record) for record in records]
     if has_nvidia_gpu():
         if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
             return None
-        reason = driver_problem() or next((line for line in logged if "NVIDIA GPU may" not in line), None)
-        reason = reason or "JAX does not say why; JAX_PLATFORMS=cuda does"
+        told = next((line for line in logged if "NVIDIA GPU may" not in line), None)
+        reason = driver_problem() or f"{told or 'it does not say why'}; install it anew: pip install -U 'jax[cuda13]'"
         return f"an NVIDIA GPU is here and JAX cannot use it: {reason}. This runs on the CPU; JAX_PLATFORMS=cpu says so"
     if any("TPU may be present" in line for line in logged):
         return "a TPU is here and JAX cannot use it: run pip install -U 'jax[tpu]'. This runs on the CPU"

@@ -20,7 +20,7 @@ from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.decoder import Decoder, num_bytes
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -63,6 +63,12 @@ class LanguageModel:
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
         self.programs = Programs(decoder)
+
+    def __repr__(self) -> str:
+        weights = (
+            f"{num_bytes(self.decoder) / 1e6:.0f} MB of {'floating-point' if self.quantization is None else '4-bit'}"
+        )
+        return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels)"
 
     @property
     def config(self) -> ModelConfig:

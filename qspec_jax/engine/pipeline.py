@@ -51,6 +51,10 @@ class Pipeline:
         self._taking = threading.RLock()  # held to run the device and to take results
         self._adding = threading.RLock()  # held to change what is queued
 
+    def __repr__(self) -> str:
+        shape = self._scheduler.shape
+        return f"Pipeline({shape.rows} rows of {shape.capacity} positions, {len(self)} results to take, {self.totals})"
+
     @property
     def totals(self) -> RunTotals:
         """Figures of all that ran so far."""

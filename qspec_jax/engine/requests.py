@@ -39,6 +39,9 @@ class Request:
     watch: Callable[[], TextWatch] | None = None
     prefix_length: int = 0
 
+    def __repr__(self) -> str:
+        return f"Request({len(self.token_ids)} tokens, {self.max_new_tokens} new ones at most, {self.sampling})"
+
     def chunks(self) -> list[Chunk]:
         """Start and tokens of each chunk of the prompt, as long as can be from the beginning and from a cut on.
 

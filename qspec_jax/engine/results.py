@@ -11,6 +11,14 @@ from qspec_jax.decoding.plan import DecodingPlan
 FinishReason = Literal["stop", "length", "error", "interrupted"]
 
 
+_MOST_CHARACTERS = 60  # of a text in a line
+
+
+def _beginning(text: str) -> str:
+    """A text in quotes, cut off where it is long."""
+    return repr(text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}...")
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
     """Figures of one sequence. Its times are those of the clock on the wall, also while others were waited for.
@@ -46,6 +54,13 @@ class GenerationStats:
     kernels: str
     waited_s: float = 0.0
     choices: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        figures = {"tokens/s": self.tokens_per_s, "acceptance": self.acceptance_rate}
+        listed = [f"{value:.2f} {name}" for name, value in figures.items() if value is not None]
+        drafts = f"{self.draft} drafts of {self.draft_length}" if self.draft else None
+        parts = [self.mode, drafts, f"{self.num_tokens} tokens", *listed, self.device, f"{self.kernels} kernels"]
+        return f"GenerationStats({', '.join(part for part in parts if part)})"
 
     @property
     def cycles(self) -> int:
@@ -99,6 +114,10 @@ class GenerationResult:
     error: str | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+
+    def __repr__(self) -> str:
+        end = f"{self.finish_reason}: {self.error}" if self.error else self.finish_reason
+        return f"GenerationResult({_beginning(self.text)}, {len(self.token_ids)} tokens, {end})"
 
     def to_dict(self) -> dict[str, Any]:
         """A flat, JSON-serialisable form: one line of ``python -m qspec_jax.generate --json``."""
@@ -187,6 +206,12 @@ class RunTotals:
     decode_s: float = 0.0
     gap_s: float = 0.0
     compile_s: float = 0.0
+
+    def __repr__(self) -> str:
+        figures = {"tokens/s": self.tokens_per_s, "tokens/cycle": self.tokens_per_cycle}
+        listed = [f"{value:.2f} {name}" for name, value in figures.items() if value is not None]
+        parts = [f"{self.rows} rows", f"{self.requests} requests", f"{self.tokens} tokens", *listed]
+        return f"RunTotals({', '.join(parts)})"
 
     def count_burst(
         self, plan: DecodingPlan, cycles: int, seconds: float, histogram: Sequence[int], *, why: str

@@ -119,7 +119,9 @@ def _named(selections: list[Selection], obstacles: list[Mapping[str, str | None]
         if one.op in _MATMULS and parts:
             part, found = parts.pop(0)
         part = "lm_head" if one.op == "float_matmul" else part
-        usual = f"comes after {one.chosen}, which serves the call" if one.chosen != REFERENCE else "is not asked: XLA is"
+        usual = (
+            f"comes after {one.chosen}, which serves the call" if one.chosen != REFERENCE else "is not asked: XLA is"
+        )
         others = {name: found.get(name) or usual for name in one.obstacles if name not in (one.chosen, REFERENCE)}
         choices.setdefault(Choice(part, one.op, str(one.chosen), _Frozen(others)))
     return list(choices)

@@ -159,7 +159,13 @@ def _producer_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     for what, settings in (("8 bits", _PER_TOKEN), ("4 bits, groups of 32", _BY_GROUP)):
         coded = functools.partial(case, measure="codes")
         produced = {"num_inputs": hidden, "options": settings}
-        yield coded("quantize_activations", "quantize_activations", f"{tokens}, {what}", operands=lambda: normed()[:1], **produced)
+        yield coded(
+            "quantize_activations",
+            "quantize_activations",
+            f"{tokens}, {what}",
+            operands=lambda: normed()[:1],
+            **produced,
+        )
         produced["options"] = {**settings, **epsilon}
         yield coded("rms_norm_quantize", "rms_norm_quantize", f"{tokens}, {what}", operands=normed, **produced)
         for op in ("swiglu_quantize", "swiglu_hadamard_quantize"):
@@ -197,8 +203,9 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     for num_tokens in (1, _ROWS):
         new = f"{shape}, {num_tokens} token" + "s" * (num_tokens > 1)
         operands = functools.partial(attended, num_tokens)
-        yield case("decode_attention", "decode_attention", new, operands=operands, wide=True)
-        yield case("decode_attention", "decode_attention_with_masses", new, operands=operands, options=_BLOCK, wide=True)
+        attend = functools.partial(case, "decode_attention", shape=new, operands=operands, wide=True)
+        yield attend(function="decode_attention")
+        yield attend(function="decode_attention_with_masses", options=_BLOCK)
     yield case("block_attention", "block_attention", f"{shape}, 12 blocks", operands=listed, options=_BLOCK, wide=True)
     yield dataclasses.replace(
         case("block_attention", "choose_blocks", f"12 of {_SLOTS // 16} blocks", operands=tuple, options=_CHOICE),
@@ -208,9 +215,7 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     )
 
 
-def _gated(
-    operands: tuple[Any, ...], *, transform: bool, dtype: str, settings: Mapping[str, Any] | None = None
-) -> Any:
+def _gated(operands: tuple[Any, ...], *, transform: bool, dtype: str, settings: Mapping[str, Any] | None = None) -> Any:
     """The gated unit in float32, rounded once, and what follows: XLA may round after every operation of a silu."""
     [gate_up] = operands
     options: dict[str, Any] = {"implementation": "reference"}

@@ -42,9 +42,8 @@ def machine_text(facts: Mapping[str, Any]) -> str:
 
 def model_text(facts: Mapping[str, Any]) -> str:
     """Of :func:`describe_model`."""
-    return "\n".join([*_identity(facts), *_quantization(facts["quantization"]), *_language(facts), "", *_memory(facts)]) + (
-        "\n\n" + "\n".join(_kernels(facts))
-    )
+    about = [*_identity(facts), *_quantization(facts["quantization"]), *_language(facts)]
+    return "\n".join([*about, "", *_memory(facts), "", *_kernels(facts)])
 
 
 def _identity(facts: Mapping[str, Any]) -> list[str]:

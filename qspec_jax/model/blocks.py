@@ -226,6 +226,9 @@ class DecoderLayer(nnx.Module):
             down_hadamard=(config.hadamard_block or config.intermediate_size) if config.down_hadamard else None,
         )
 
+    def __repr__(self) -> str:
+        return f"DecoderLayer(qkv={self.attention.qkv}, gate_up={self.mlp.gate_up})"
+
     def __call__(
         self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, view: View, weigh: int | None = None
     ) -> tuple[ResidualStream, LayerCache, Float32[Array, "B KH NB"] | None]:

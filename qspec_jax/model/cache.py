@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from pallas_kernels import EVERYTHING
+from pallas_kernels.arrays.shown import shown, with_shapes
 from qspec_jax.model.config import ModelConfig
 
 
@@ -30,6 +31,9 @@ class LayerCache:
 
     keys: Shaped[Array, "*layers B S KH HD"]
     values: Shaped[Array, "*layers B S KH HD"]
+
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -48,6 +52,11 @@ class KVCache:
     layers: tuple[LayerCache, ...] | LayerCache
     lengths: Int32[Array, " B"]
     blocks: Int32[Array, "B L KH N"] | None = None
+
+    def __repr__(self) -> str:
+        stacked = isinstance(self.layers, LayerCache)
+        layers = "stacked layers" if stacked else f"{len(self.layers)} layers of"
+        return f"KVCache({layers} {with_shapes(self._first)}, lengths={shown(self.lengths)})"
 
     @classmethod
     def create(
@@ -92,8 +101,12 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Positions each sequence can hold."""
-        first = self.layers if isinstance(self.layers, LayerCache) else self.layers[0]
-        return first.keys.shape[-3]
+        return self._first.keys.shape[-3]
+
+    @property
+    def _first(self) -> LayerCache:
+        """The first layer, or the stack of all."""
+        return self.layers if isinstance(self.layers, LayerCache) else self.layers[0]
 
     @property
     def nbytes(self) -> int:

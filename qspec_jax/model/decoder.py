@@ -85,6 +85,11 @@ class Decoder(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
+    def __repr__(self) -> str:
+        config = self.config
+        sizes = f"{config.num_layers} layers, hidden {config.hidden_size}, MLP {config.intermediate_size}"
+        return f"Decoder({sizes}, {config.vocab_size} tokens, {self.dtype})"
+
     def create_cache(self, *, batch: int, capacity: int, num_blocks: int = 0) -> KVCache:
         """An empty cache, arranged as the layers are; see :meth:`KVCache.create`."""
         sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}

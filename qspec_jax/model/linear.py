@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, value_of
+from pallas_kernels.arrays.shown import shown
 from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.errors import UsageError
@@ -77,6 +78,9 @@ class Linear(nnx.Module):
             weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_VIEWS))
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
+
+    def __repr__(self) -> str:
+        return f"Linear({shown(self.weight.get_value())})"
 
     def __call__(self, x: Float[Array, "*batch K"] | QuantizedActivation, *, view: View) -> Float[Array, "*batch N"]:
         """``x @ weight.T + bias``.

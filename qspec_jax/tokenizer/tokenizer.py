@@ -50,6 +50,11 @@ class Tokenizer:
         added = backend.added_tokens_decoder.items()
         self.special_tokens = {token_id: str(token.content) for token_id, token in added if token.special}
 
+    def __repr__(self) -> str:
+        template = "a" if self.has_chat_template else "no"
+        ends = ", ".join(map(str, self.eos_token_ids)) or "nothing"
+        return f"Tokenizer({self.vocab_size} tokens, {template} chat template, ends with {ends})"
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. A model may have more embeddings than that."""

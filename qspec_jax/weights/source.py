@@ -77,6 +77,9 @@ class Source:
     entries: Mapping[str, TensorEntry]
     specs: Mapping[str, ParameterSpec]
 
+    def __repr__(self) -> str:
+        return f"Source({str(self.path)!r}, {len(self.entries)} tensors)"
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:

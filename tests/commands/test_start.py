@@ -55,6 +55,14 @@ COMMANDS = {
         ["no/such/folder", "--long-contexts", "2048"],
         ["no/such/folder", "--model", "no/such.gguf"],
     ],
+    "qspec_jax.info": [
+        *HELP,
+        ["no/such.gguf"],
+        ["--op", "swiglu"],
+        ["default", "--self-test"],
+        ["--max-seconds", "0"],
+        ["--output", "no/such/folder/file"],
+    ],
     "qspec_jax.bench.__main__": [
         *HELP,
         [],

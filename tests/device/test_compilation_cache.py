@@ -150,3 +150,12 @@ def test_benchmarks_compile_everything_themselves(monkeypatch, tmp_path):
     assert bench.main(["look"]) == 0
     assert seen == [None]
     assert jax.config.jax_enable_compilation_cache is False
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_nothing_is_kept_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QSPEC_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(compilation_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    assert keep_compiled_programs() is None
+    assert "compiled programs are not kept: [Errno 28] less than 64 MB are free" in capsys.readouterr().err
+    assert jax.config.jax_compilation_cache_dir is None

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from qspec_jax import evaluate, generate, quantize, texts
+from qspec_jax import evaluate, generate, info, quantize, texts
 from qspec_jax.bench import __main__ as bench
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
@@ -33,6 +33,8 @@ _ABOUT = {
     "python -m qspec_jax.texts": "Writes text to calibrate and to evaluate on: `calibration.txt`, `held-out.txt` and "
     "`prompts.jsonl`, and [long prompts](evaluation.md#long-prompts-by-kind-of-task) as `long-2k.jsonl`, "
     "`long-4k.jsonl` and `long-8k.jsonl`. None has a document of `calibration.txt`.",
+    "python -m qspec_jax.info": "Shows [what a model is and takes](info.md) on this machine, from its headers. Without "
+    "MODEL it shows versions, devices and kernels.",
     "python -m qspec_jax.bench kernels": "Times the kernels alone, against the device's measured ceilings.",
     "python -m qspec_jax.bench decode": "Times decode steps and QSpec cycles. Weights are synthetic unless `--model` "
     "names a real model.",
@@ -56,7 +58,7 @@ python -m qspec_jax.harness run --model qspec --model_args model=CHECKPOINT,mode
 
 def page() -> str:
     """The whole page."""
-    parsers = [module.build_parser() for module in (generate, quantize, evaluate, texts)]
+    parsers = [module.build_parser() for module in (generate, quantize, evaluate, texts, info)]
     sections = [section(parser) for parser in parsers]
     return "\n".join([_HEAD, *sections, _HARNESS, *(section(parser) for parser in bench_parsers())])
 

@@ -18,10 +18,11 @@ from pallas_kernels import (
     decode_attention_with_masses,
     rotate_and_write,
 )
+from pallas_kernels.accuracy import ATTENTION, relative_error
 from pallas_kernels.block_attention import reference as block_reference
 from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.rotate_and_write import reference as rotate_reference
-from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows, relative_error
+from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,8 +38,7 @@ MODELS = {
 }
 # The slots seen by the first token are one more; 16 sequences, on both sides of the edges of tiles and chunks.
 LENGTHS = (0, 1, 15, 62, 63, 64, 65, 127, 128, 511, 512, 600, 1023, 1024, 1290, 2048)
-# Weights are rounded to the dtype as well as the result.
-BOUNDS = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4, jnp.float32: 3e-6}
+BOUNDS = {dtype: ATTENTION[jnp.dtype(dtype).name] for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)}
 TOKENS = (1, 2, 4, 5, 8, 17)
 
 models = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)

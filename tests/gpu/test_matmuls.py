@@ -20,12 +20,13 @@ from pallas_kernels import (
     w4a16_matmul,
     with_layout,
 )
+from pallas_kernels.accuracy import INTEGER_MATMUL, W4A16, W4A16_ROUNDED_WEIGHTS, allowed_error, relative_error
 from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from qspec_jax.bench.kernels.operands import cancelling
-from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight, relative_error
+from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,8 +40,6 @@ SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
 SHAPES += [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 32, None)]
 SHAPES += [(4096, 4096, 128, False), (4096, 4096, 4096, False)]  # AWQ and GPTQ
 SHAPES += [(11008, 4096, 64, False)]  # an odd number of tiles along K
-BFLOAT16_BOUND = 3e-3  # rounding the result costs 1.7e-3
-MOSAIC_BFLOAT16_BOUND = 4e-3  # and rounding the scaled weight as much again
 
 
 def assert_right_and_rows_agree(call, x, expected: jax.Array, bound: float, invariant_rows: int) -> None:
@@ -83,7 +82,7 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     skip_unless_served(implementation, lambda: mosaic_obstacle(dtype, weight))
     x = random_rows(max(ROWS), k, dtype=dtype)
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
-    bound = 2e-6 if dtype == jnp.float32 else MOSAIC_BFLOAT16_BOUND if implementation == "mosaic" else BFLOAT16_BOUND
+    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation)
     multiply = jax.jit(functools.partial(w4a16_matmul, implementation=implementation))
     call = lambda x: multiply(x, weight)  # noqa: E731 - as an argument, not a constant of each program
     assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
@@ -109,7 +108,7 @@ def test_w4a4_is_right_and_each_row_stands_alone(implementation, shape, bits, x_
     expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
     multiply = jax.jit(functools.partial(w4a4_matmul, dtype=jnp.float32, implementation=implementation))
     call = lambda x: multiply(x, weight)  # noqa: E731
-    assert_right_and_rows_agree(call, quantized, expected, 5e-6, INVARIANT_ROWS[implementation])
+    assert_right_and_rows_agree(call, quantized, expected, INTEGER_MATMUL, INVARIANT_ROWS[implementation])
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -150,19 +149,19 @@ def test_a_prefill_of_more_rows_is_right(implementation, shape):
     skip_unless_served(implementation, lambda: mosaic_obstacle(x.dtype, weight))
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
     out = w4a16_matmul(x, weight, implementation=implementation)
-    assert relative_error(out.astype(jnp.float32), expected) < MOSAIC_BFLOAT16_BOUND
+    assert relative_error(out.astype(jnp.float32), expected) < W4A16_ROUNDED_WEIGHTS
     quantized = quantize_activations(x, bits=8, implementation="reference")
     if implementation == "mosaic" and w4a4_mosaic.obstacle(quantized, weight):
         return
     expected = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation="reference")
     out = w4a4_matmul(quantized, weight, dtype=jnp.float32, implementation=implementation)
-    assert relative_error(out, expected) < 5e-6
+    assert relative_error(out, expected) < INTEGER_MATMUL
 
 
 def test_a_float32_prefill_is_right():
     weight, wide = random_weight(960, 576, 32, symmetric=False), random_rows(517, 576)
     expected = w4a16_matmul(wide, weight, implementation="reference")
-    assert relative_error(w4a16_matmul(wide, weight, implementation="triton"), expected) < 2e-6
+    assert relative_error(w4a16_matmul(wide, weight, implementation="triton"), expected) < W4A16["float32"]
 
 
 def test_none_takes_triton_where_mosaic_fits_too():

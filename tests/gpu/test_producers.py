@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations, rms_norm_quantize, swiglu, swiglu_quantize
+from pallas_kernels.accuracy import EQUAL_CODES
 from tests.pallas_kernels.kernel_cases import (
     assert_nearly_the_same,
     assert_rounded_once,
@@ -24,7 +25,6 @@ pytestmark = [
 ROWS = (1, 5, 128)
 FLOAT_ROWS = (1, 6, 257)  # the last of a prefill
 EPSILON = 1e-5
-EQUAL_CODES = 0.995
 # Inputs, group size and outlier groups.
 NORM_SHAPES = [(576, None, 0), (576, 32, 0), (576, 32, 1), (4096, None, 0), (4096, 128, 0), (4096, 32, 2)]
 SWIGLU_SHAPES = [(1536, None, 0), (1536, 32, 0), (1536, 32, 2), (14336, None, 0), (14336, 128, 0), (14336, 128, 3)]

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight, pack_codes, with_group_sums
+from pallas_kernels.accuracy import relative_error as relative_error
+from pallas_kernels.accuracy import tensor_core_error as tensor_core_error
 
 # (K, N) of the fused linears.
 DEMO_MODEL = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -54,21 +56,6 @@ def activation_in_float64(x: QuantizedActivation) -> np.ndarray:
         if x.offset is not None:
             out[:, columns] -= np.asarray(x.offset[:, [group]], np.float64)
     return out
-
-
-def relative_error(out: jax.Array, expected: np.ndarray | jax.Array) -> float:
-    """``||out - expected|| / ||expected||``; NaN propagates and fails any bound."""
-    expected = np.asarray(expected, np.float64)
-    return float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))
-
-
-def tensor_core_error(num_inputs: int) -> float:
-    """The relative error to expect of float32 sums of ``num_inputs`` exact products in tensor cores.
-
-    They cut off what does not fit instead of rounding it (Fasi et al., 2021, doi:10.7717/peerj-cs.330): each step of
-    16 products loses half a unit in the last place on average, always towards zero.
-    """
-    return num_inputs / 16 * 2.0**-24
 
 
 def rms_norm_in_float64(x: jax.Array, gain: jax.Array, epsilon: float) -> np.ndarray:

@@ -67,6 +67,9 @@ class Manifest:
     arrays: Mapping[str, ArrayRecord]
     files: Mapping[str, FileRecord]
 
+    def __repr__(self) -> str:
+        return f"Manifest({self.recipe.get('name')}, {len(self.arrays)} arrays, {self.num_bytes / 1e6:.1f} MB)"
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""

@@ -1,0 +1,69 @@
+"""A command on a machine that lacks something ends in one line, or goes on and says so once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+
+from qspec_jax.commands.run import guarded
+from qspec_jax.errors import DeviceError, DeviceWarning
+from tests.device.test_failures import JaxRuntimeError
+
+WRITING = "Error writing persistent compilation cache entry for 'jit_loop': OSError: [Errno 28] No space left: '/c/{}'"
+
+
+def ending(capsys, work, **options) -> tuple[int, str]:
+    return guarded(work, **options), capsys.readouterr().err
+
+
+def fail_with(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (DeviceError("JAX cannot start"), "error: JAX cannot start\n"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: out of memory: RESOURCE_EXHAUSTED: Out of mem"),
+        (MemoryError(), "error: out of memory: MemoryError; use a smaller model"),
+        (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(capsys, error, line):
+    code, said = ending(capsys, fail_with(error))
+    assert code == 1
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "debug"), [(RuntimeError("a mistake of ours"), False), (JaxRuntimeError("RESOURCE_EXHAUSTED"), True)]
+)
+def test_other_errors_and_debug_keep_their_traceback(error, debug):
+    with pytest.raises(type(error)):
+        guarded(fail_with(error), debug=lambda: debug)
+
+
+def test_programs_that_cannot_be_kept_are_one_line_for_all(capsys):
+    def work():
+        for place in ("aa", "aa", "aa"):
+            warnings.warn(WRITING.format(place), UserWarning, stacklevel=1)
+        warnings.warn("Error reading persistent compilation cache entry for 'x': EOFError: cut\nmore", stacklevel=1)
+        warnings.warn("no kernel runs here", DeviceWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *warning, **_: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+        code, said = ending(capsys, work)
+    assert code == 0
+    assert said.splitlines() == [
+        "compiled programs are not kept: OSError: [Errno 28] No space left: '/c/aa'; QSPEC_JAX_CACHE=FOLDER names "
+        "another folder, QSPEC_JAX_CACHE=off none",
+        "a compiled program cannot be read, and is compiled again: EOFError: cut; delete the folder of QSPEC_JAX_CACHE",
+        "warning: no kernel runs here",
+    ]
