@@ -26,7 +26,7 @@ _HALF_ROUNDING = 0.6  # of an epsilon: one rounding at the end
 _FLOAT32 = 2e-6
 
 
-def relative_error(out: jax.Array, expected: np.ndarray | jax.Array) -> float:
+def relative_error(out: np.ndarray | jax.Array, expected: np.ndarray | jax.Array) -> float:
     """``||out - expected|| / ||expected||``; NaN propagates and fails any bound."""
     expected = np.asarray(expected, np.float64)
     return float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))

@@ -17,7 +17,7 @@ from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.parameters import expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
@@ -148,11 +148,17 @@ def _size(shape: Sequence[int]) -> int:
 def _quantization(
     config: ModelConfig, stored: _Stored, formats: Mapping[str, WeightFormat], quantization: QuantConfig
 ) -> dict[str, Any]:
+    """How its linears are kept in memory; a group size of None is the whole row."""
+    linears = layer_anatomy(config).linears
     return {
         "bits": 4,
         "method": stored.method,
         "linears": dict(stored.linears),
-        "formats": {name: dataclasses.asdict(one) for name, one in formats.items()},
+        "formats": {
+            name: {"group_size": None if one.group_size == linears[name].num_inputs else one.group_size}
+            | {"symmetric": one.symmetric}
+            for name, one in formats.items()
+        },
         "drafts": {name: dataclasses.asdict(getattr(quantization, name)) for name in ("w4a8", "w4a4")},
         "rotated": config.down_hadamard,
         "hadamard_block": config.hadamard_block,

@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels import QuantizedActivation
 from pallas_kernels.accuracy import EQUAL_CODES, REFERENCE_EQUAL_CODES, allowed_error, differing_codes, relative_error
-from pallas_kernels.dispatch import IMPLEMENTATIONS, REFERENCE, backend_obstacle, interpreted, operations
+from pallas_kernels.dispatch import REFERENCE, available_implementations, interpreted, operations
 from qspec_jax.inspection.kernel_cases import DEMO, LLAMA_8B, KernelCase, kernel_cases
 
 INTERPRETED = "interpreted "  # before the name of an implementation
@@ -65,7 +65,7 @@ def all_cases(ops: Iterable[str] = (), *, small: bool = False) -> list[KernelCas
     return [case for case in chosen if not wanted or case.op in wanted]
 
 
-def run_cases(cases: Iterable[KernelCase], *, with_interpreted: bool, most_seconds: float) -> Iterator[Outcome]:
+def run_cases(cases: Iterable[KernelCase], *, with_interpreted: bool, most_seconds: int) -> Iterator[Outcome]:
     """Runs the cases with every implementation that could run on this device, as long as there is time.
 
     Args:
@@ -76,9 +76,9 @@ def run_cases(cases: Iterable[KernelCase], *, with_interpreted: bool, most_secon
     end = time.monotonic() + most_seconds
     table = operations()
     for case in cases:
-        names = [name for name in IMPLEMENTATIONS if name in table[case.op].modules]
-        here = [name for name in names if backend_obstacle(name) is None]
-        there = [INTERPRETED + name for name in names if name not in here] if with_interpreted else []
+        modules = table[case.op].modules
+        here = [name for name in available_implementations() if name in modules]
+        there = [INTERPRETED + name for name in modules if name not in here] if with_interpreted else []
         if time.monotonic() >= end:
             yield from (_outcome(case, name, problem="left out: the time was up") for name in [*here, *there])
             continue

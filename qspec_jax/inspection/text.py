@@ -104,16 +104,16 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
 def _kernels(facts: Mapping[str, Any]) -> list[str]:
     """A row for each operation, and below each reason why another implementation does not run once."""
     passes = facts["kernels"]
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, choices in passes.items():
         for choice in choices:
-            of_pass = cells.setdefault((choice["op"], choice["part"] if choice["part"] != choice["op"] else ""), {})
-            of_pass[name] = choice["runs"]
+            of = "" if choice["part"] == choice["op"] else f" {choice['part']}"
+            cells.setdefault(f"{choice['op']}{of}", {})[name] = choice["runs"]
             for other, reason in choice["others"].items():
                 reasons.setdefault((other, reason), []).append(choice["part"])
-    rows = [["operation", "of", *passes]]
-    rows += [[*call, *(runs.get(name, "-") for name in passes)] for call, runs in cells.items()]
+    rows = [["operation", *passes]]
+    rows += [[call, *(runs.get(name, "-") for name in passes)] for call, runs in cells.items()]
     lines = [f"Kernels on {facts['device']}:", *_table(rows), "Others do not run:"]
     everywhere = sum(len(choices) for choices in passes.values())
     for (other, reason), parts in reasons.items():

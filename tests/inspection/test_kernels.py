@@ -1,0 +1,124 @@
+"""The self-test compares every operation, and nothing that a kernel does wrong escapes it or ends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import QuantizedActivation
+from pallas_kernels.accuracy import allowed_error, differing_codes
+from pallas_kernels.dispatch import BACKENDS, Backend, operations
+from qspec_jax.inspection.kernel_cases import DEMO, kernel_cases
+from qspec_jax.inspection.self_test import Outcome, all_cases, run_cases, verdict
+from qspec_jax.inspection.text import WIDTH, outcome_line, self_test_text
+
+run = functools.partial(run_cases, with_interpreted=False, most_seconds=60)
+
+
+@pytest.fixture(scope="module")
+def gate():
+    """A case that is cheap: the gated unit of two small tokens."""
+    case = next(case for case in kernel_cases(DEMO, "bfloat16") if case.op == "swiglu")
+    operands = lambda: (jnp.linspace(-4, 4, 2 * 64, dtype=jnp.bfloat16).reshape(2, 64),)  # noqa: E731
+    return dataclasses.replace(case, operands=operands)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Adds an implementation of the gated unit, which runs on this device."""
+
+    def make(function):
+        name = "pallas_kernels.swiglu.other"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(obstacle=lambda: None, swiglu=function))
+        monkeypatch.setitem(operations()["swiglu"].modules, "other", name)
+        monkeypatch.setitem(BACKENDS, "other", Backend(("cpu",), "a CPU"))
+
+    return make
+
+
+def right(gate_up):
+    return importlib.import_module("pallas_kernels.swiglu.reference").swiglu(gate_up)
+
+
+def test_every_operation_and_function_with_implementations_has_a_case():
+    """Of a new operation, whose folder is found by itself, somebody has to say how it is called."""
+    cases = all_cases()
+    assert {case.op for case in cases} == operations().keys()
+    functions = {"choose_blocks", "decode_attention_with_masses", *operations()}
+    assert {case.function for case in cases} == functions
+    assert [case.op for case in all_cases(["hadamard"], small=True)] == ["hadamard"]
+
+
+def test_on_a_cpu_it_says_that_only_the_reference_runs(gate):
+    outcomes = list(run([gate]))
+    assert [(one.implementation, one.ok) for one in outcomes] == [("reference", True)]
+    assert verdict(outcomes).startswith("only the reference (XLA's plain operations) runs on this device")
+    assert "no kernel was compared" in self_test_text(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("function", "ok", "problem"),
+    [
+        (right, True, ()),
+        (lambda gate_up: right(gate_up) * 1.02, False, ()),
+        (lambda gate_up: right(gate_up) * jnp.nan, False, ()),
+        (lambda gate_up: right(gate_up)[:1], False, ("ValueError: ", "TypeCheckError: ")),
+        (lambda gate_up: 1 / 0, False, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["right", "wrong", "nan", "shape", "raises"],
+)
+def test_a_kernel_is_right_wrong_or_a_line_with_its_error(gate, backend, function, ok, problem):
+    backend(function)
+    [ours] = [one for one in run([gate]) if one.implementation == "other"]
+    assert ours.ok is ok
+    assert (ours.problem or "").startswith(problem or "")
+    assert (ours.problem is None) is (not problem)
+    assert ours.seconds > 0
+    assert ("ok  " if ok else "FAIL") in outcome_line(ours)
+    assert ("1 of 1 comparisons failed" in verdict([ours])) is not ok
+
+
+def test_the_interpreter_runs_kernels_of_other_devices(gate):
+    outcomes = list(run([gate], with_interpreted=True))
+    assert [(one.implementation, one.ok) for one in outcomes] == [("reference", True), ("interpreted triton", True)]
+    assert verdict(outcomes) == "2 comparisons, all right: interpreted triton and the reference itself"
+
+
+def test_when_the_time_is_up_the_rest_is_listed(gate):
+    outcomes = list(run([gate], most_seconds=0))
+    assert [one.ok for one in outcomes] == [None]
+    assert "1 were left out, as the time was up" in verdict(outcomes)
+    assert "not run, reference: left out: the time was up" in self_test_text(outcomes)
+
+
+def test_a_long_error_is_one_line():
+    failed = Outcome("a", "a", "x" * 70, "bfloat16", "triton", "relative", ok=False, problem="E: " + "y" * 200)
+    assert max(map(len, self_test_text([failed]).splitlines())) <= WIDTH
+    assert outcome_line(failed).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error"), [(0, 0.0), (1, 0.25), (3, 0.25), (4, 1.0)], ids=["same", "tie", "rounding", "wrong"]
+)
+def test_codes_may_differ_by_what_roundings_explain(change, error):
+    def codes(first):
+        return QuantizedActivation(jnp.asarray([[first, 2, 3, 4]], jnp.int8), jnp.ones((1, 1)), None, bits=8)
+
+    assert differing_codes(codes(1 + change), codes(1), jnp.bfloat16) == error
+    assert differing_codes(codes(1 + change), codes(1), jnp.float32) == (error if change < 2 else 1.0)
+
+
+@pytest.mark.parametrize("op", operations())
+def test_every_operation_has_a_bound_below_a_percent(op):
+    for dtype in ("float32", "bfloat16", "float16"):
+        for name in ("reference", "triton", "mosaic", "another"):
+            bound = allowed_error(op, dtype, num_inputs=4096, implementation=name)
+            assert 0 < bound < (0.01 if dtype != "float32" else 1e-4)
+    assert np.isfinite(allowed_error(op, jnp.float32, num_inputs=1, implementation="triton"))

@@ -1,0 +1,156 @@
+"""What is said of a model is what loading finds, and no weight is read for it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+import qspec_jax
+from qspec_jax import info
+from qspec_jax.inspection import machine, text
+from qspec_jax.inspection.choices import kernel_choices
+from qspec_jax.inspection.model import describe_model
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import layer_anatomy
+from tests import tiny
+from tests.weights import tiny_checkpoints
+
+LLAMA_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A directory without a tokenizer, a GGUF file, and a checkpoint."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_checkpoints.hf_config("Qwen3ForCausalLM")
+    tensors = tiny_checkpoints.hf_tensors(config)
+    tiny_checkpoints.write_hf(folder / "hf", config, tensors)
+    llama = tiny_checkpoints.hf_config()
+    tensors = tiny_checkpoints.gguf_tensors(llama, tiny_checkpoints.hf_tensors(llama))
+    tiny_checkpoints.write_gguf(folder / "model.gguf", llama, tensors)
+    (folder / "empty").mkdir()
+    made = tiny.language_model(quantization=QuantConfig(group_size=None, symmetric=True))
+    qspec_jax.save(made, folder / "saved", recipe={"name": "gptq"})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch, models):
+    def refuse(*arguments, **options):
+        raise AssertionError("a weight was read")
+
+    for reads in ("huggingface.directory._read_floats", "gguf.source._read", "checkpoint.restore._read_arrays"):
+        monkeypatch.setattr(f"qspec_jax.weights.{reads}", refuse)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hf", ["Qwen3ForCausalLM", "14 as floats, rounded to 4 bits", "groups of 32, asymmetric", "none: "]),
+        ("model.gguf", ["GGUF file", "Llama, ", "tokenizer       none: "]),
+        ("saved", ["checkpoint of qspec_jax", "recipe gptq", "a scale per row, symmetric", "it was saved without one"]),
+    ],
+)
+def test_it_is_shown_in_80_columns_and_as_json(models, capsys, name, said):
+    assert info.main([str(models / name)]) == 0
+    shown = capsys.readouterr().out
+    for words in said:
+        assert words in shown
+    assert max(len(line) for line in shown.splitlines() if "/" not in line) <= text.WIDTH
+    assert info.main([str(models / name), "--json", "--output", str(models / "facts.json")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == json.loads((models / "facts.json").read_text())
+    assert facts["disk_bytes"] > 10_000
+    assert set(facts["kernels"]) == {"verify w4a16", "draft w4a8", "prefill w4a16"}
+
+
+def test_memory_is_that_of_the_loaded_model(models, monkeypatch):
+    facts = describe_model(models / "saved", dtype="bfloat16")["memory"]
+    monkeypatch.undo()
+    loaded = qspec_jax.load(models / "saved", dtype="bfloat16")
+    assert facts["weight_bytes"] == loaded.nbytes
+    assert facts["cache_bytes"][256][8] == loaded.decoder.create_cache(batch=8, capacity=256).nbytes
+    left = facts["free_bytes"] - facts["weight_bytes"]
+    assert facts["largest_batch"][256] == left // facts["cache_bytes"][256][1]
+
+
+@pytest.mark.parametrize(("free", "largest"), [(None, None), (10, {256: 0})])
+def test_what_does_not_fit_or_is_unknown_is_said(models, monkeypatch, free, largest):
+    monkeypatch.setattr("qspec_jax.inspection.model.available_bytes", lambda: free)
+    facts = describe_model(models / "saved")
+    assert facts["memory"]["largest_batch"] == largest
+    assert ("do not fit" in text.model_text(facts)) is (free is not None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["no/such.gguf"], 1, "no such file or directory"),
+        (["{}/empty"], 1, "has no config.json"),
+        (["{}/saved", "--kernels", "triton"], 2, "kernels='triton' does not work on this cpu device"),
+        (["{}/hf", "--group-size", "128"], 2, "cannot quantise this model"),
+    ],
+)
+def test_errors_are_those_of_the_other_commands(models, capsys, arguments, code, line):
+    assert info.main([argument.format(models) for argument in arguments]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert line in said
+
+
+def on_gpu(monkeypatch, capability):
+    client = SimpleNamespace(platform_version="cuda 13000")
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, client=client, device_kind="a GPU")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+
+
+def runs(monkeypatch, capability, config=LLAMA_8B):
+    on_gpu(monkeypatch, capability)
+    formats = dict.fromkeys(layer_anatomy(config).linears, WeightFormat(128, True))
+    passes = kernel_choices(config, quantization=QuantConfig(), formats=formats, kernels=None, dtype="bfloat16")
+    return {(name.split()[0], choice.part): choice for name, choices in passes.items() for choice in choices}
+
+
+def test_a_gpu_without_kernels_runs_the_reference_and_says_why(monkeypatch):
+    choices = runs(monkeypatch, "7.5")
+    assert {choice.runs for choice in choices.values()} == {"reference"}
+    assert choices["verify", "mlp.down"].others["triton"].endswith("8.0 or newer; this one has 7.5")
+
+
+@pytest.mark.newest_jax
+def test_kernels_are_those_that_the_models_own_calls_select(monkeypatch):
+    pytest.importorskip("pallas_kernels.backends.mosaic.registers", exc_type=ImportError)
+    choices = runs(monkeypatch, "9.0")
+    assert {choices[one, "mlp.down"].runs for one in ("verify", "draft", "prefill")} == {"mosaic"}
+    assert choices["verify", "mlp.down"].others == {"triton": "comes after mosaic, which serves the call"}
+    assert choices["verify", "decode_attention"].runs == "triton"
+    assert choices["prefill", "decode_attention"].others["triton"].startswith("needs at most 17 tokens")
+    assert choices["draft", "rms_norm_quantize"].others == {"mosaic": "does not exist for this operation"}
+
+
+def test_without_a_model_versions_devices_and_kernels_are_shown(capsys, monkeypatch):
+    assert info.main([]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "qspec-jax",
+        "jaxlib 0.",
+        "device          cpu",
+        "triton kernels  do not run here: needs an NVIDIA GPU",
+    ):
+        assert words in shown
+
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'foo': no such thing")
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    facts = machine.describe_machine()
+    assert "no such thing" in facts["problem"]
+    assert facts["devices"] == []
+    assert "no such thing" in text.machine_text(facts)
+    assert info.main(["--self-test", "--op", "swiglu"]) == 1
+    assert "error: JAX" in capsys.readouterr().err
