@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from qspec_jax.device.failures import MEMORY_REMEDY, is_out_of_memory
-from qspec_jax.errors import OutOfMemoryError
+from qspec_jax.errors import DeviceWarning, OutOfMemoryError
+
+_TO_COMPILE = 300_000_000
 
 
 def available_bytes() -> int | None:
@@ -70,13 +73,16 @@ def _of_process() -> int | None:
 
 
 def check_memory(needed_bytes: int, *, what: str) -> None:
-    """Raises OutOfMemoryError if ``needed_bytes`` cannot fit."""
+    """Raises OutOfMemoryError if ``needed_bytes`` cannot fit, and warns where a CPU has too little left to compile."""
     available = available_bytes()
     if available is not None and needed_bytes > available:
         raise OutOfMemoryError(
             f"{what} need {needed_bytes / 1e9:.2f} GB and {jax.devices()[0].device_kind} has "
             f"{available / 1e9:.2f} GB free; {MEMORY_REMEDY}"
         )
+    if available is not None and available - needed_bytes < _TO_COMPILE and jax.default_backend() == "cpu":
+        left = f"leave {(available - needed_bytes) / 1e6:.0f} MB, and compiling takes some {_TO_COMPILE / 1e6:.0f} MB"
+        warnings.warn(f"{what} {left}: the system may kill this process", DeviceWarning, stacklevel=3)
 
 
 @contextlib.contextmanager

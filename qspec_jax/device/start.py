@@ -19,6 +19,7 @@ from qspec_jax.device.driver import driver_problem, has_nvidia_gpu
 from qspec_jax.errors import DeviceError, DeviceWarning
 
 _ON_CPU = "set JAX_PLATFORMS=cpu to run on the CPU"
+_MEANT = "This runs on the CPU; JAX_PLATFORMS=cpu says that it is meant to"
 _LOGGER = "jax._src.xla_bridge"
 _BESIDES = re.compile(
     r"Unable to initialize backend '[^']*': |\s*\((?:set JAX_PLATFORMS|you may need to uninstall)[^)]*\)"
@@ -55,8 +56,8 @@ def why_no_backend(told: str) -> str:
     if "cuda" in (asked or "cuda") and has_nvidia_gpu() and (problem := driver_problem()) is not None:
         reason = problem
     if asked:
-        return f"JAX has no device for JAX_PLATFORMS={asked}: {reason}; unset it, or {_ON_CPU}"
-    return f"JAX cannot start: {reason}; {_ON_CPU}"
+        return f"JAX has no device for JAX_PLATFORMS={asked}: {reason}. Unset JAX_PLATFORMS, or {_ON_CPU}"
+    return f"JAX cannot start: {reason}. To go on, {_ON_CPU}"
 
 
 def unused_gpu(records: list[logging.LogRecord]) -> str | None:
@@ -73,11 +74,11 @@ def unused_gpu(records: list[logging.LogRecord]) -> str | None:
             return None
         told = next((line for line in logged if "NVIDIA GPU may" not in line), None)
         reason = driver_problem() or f"{told or 'it does not say why'}; install it anew: pip install -U 'jax[cuda13]'"
-        return f"an NVIDIA GPU is here and JAX cannot use it: {reason}. This runs on the CPU; JAX_PLATFORMS=cpu says so"
+        return f"an NVIDIA GPU is here and JAX cannot use it: {reason}. {_MEANT}"
     if any("TPU may be present" in line for line in logged):
-        return "a TPU is here and JAX cannot use it: run pip install -U 'jax[tpu]'. This runs on the CPU"
+        return f"a TPU is here and JAX cannot use it: run pip install -U 'jax[tpu]'. {_MEANT}"
     if logged:  # a plugin without hardware, such as CUDA's libraries on a machine without a GPU
-        return f"no GPU is used: {logged[0]}. This runs on the CPU; JAX_PLATFORMS=cpu says so"
+        return f"no GPU is used: {logged[0]}. {_MEANT}"
     return None
 
 
@@ -123,7 +124,7 @@ def _logged(record: logging.LogRecord) -> str:
 
 def _first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else ""
+    return lines[0].rstrip(".?") if lines else ""
 
 
 def _visible() -> str:

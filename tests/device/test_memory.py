@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from qspec_jax.device import memory
+from qspec_jax.errors import OutOfMemoryError
 
 VERSION_2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 100\ninactive_file 200\n"}
 VERSION_1 = {"memory.limit_in_bytes": "900", "memory.usage_in_bytes": "800", "memory.stat": "total_inactive_file 50\n"}
@@ -51,3 +53,17 @@ def test_the_least_of_all_limits_counts_on_a_cpu(monkeypatch):
     assert memory.available_bytes() == 5
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
     assert memory.available_bytes() == 0
+
+
+@pytest.mark.parametrize(("free", "warned"), [(10**9, False), (2 * 10**8, True)])
+def test_little_that_is_left_to_compile_is_warned_of(monkeypatch, free, warned):
+    """Where a container kills the process, nobody can say anything any more."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        memory.check_memory(10**8, what="the weights of a model")
+    said = "the weights of a model leave 100 MB, and compiling takes some 300 MB: the system may kill this process"
+    assert [str(one.message) for one in caught] == [said] * warned
+    with pytest.raises(OutOfMemoryError, match="need 2.00 GB and .* has"):
+        memory.check_memory(2 * 10**9, what="the weights of a model")

@@ -60,12 +60,12 @@ def record(message: str, error: Exception | None = None) -> logging.LogRecord:
         (
             "",
             {"JAX_PLATFORMS": "cuda"},
-            "JAX has no device for JAX_PLATFORMS=cuda: there is no device for it here; uns",
+            "JAX has no device for JAX_PLATFORMS=cuda: there is no device for it here. Unset",
         ),
         (
             "",
             {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""},
-            "JAX has no device for JAX_PLATFORMS=cuda: there is no device for it here (CUDA_VISIBLE_DEVICES=); unset",
+            "JAX has no device for JAX_PLATFORMS=cuda: there is no device for it here (CUDA_VISIBLE_DEVICES=). Unset",
         ),
         (BUSY, {"gpu": True, "plugin": 13, "smi": "580.65.06"}, "JAX cannot start: INTERNAL: no supported devices"),
         (
@@ -116,7 +116,7 @@ def test_where_no_backend_starts_one_line_says_why_and_what_to_do(machine, told,
         (
             {"gpu": True, "plugin": 13},
             [record("Jax plugin configuration error", RuntimeError("Unable to load cuDNN. Is it installed?\nTrace"))],
-            "Unable to load cuDNN. Is it installed?; install it anew: pip install -U 'jax[cuda13]'. This runs",
+            "Unable to load cuDNN. Is it installed; install it anew: pip install -U 'jax[cuda13]'. This runs",
         ),
         (
             {},

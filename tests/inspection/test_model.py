@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import qspec_jax
 from qspec_jax import info
@@ -24,11 +26,16 @@ LLAMA_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A directory without a tokenizer, a GGUF file, and a checkpoint."""
+    """A directory with a tokenizer, and a GGUF file and a checkpoint without one."""
     folder = tmp_path_factory.mktemp("models")
     config = tiny_checkpoints.hf_config("Qwen3ForCausalLM")
     tensors = tiny_checkpoints.hf_tensors(config)
-    tiny_checkpoints.write_hf(folder / "hf", config, tensors)
+    tiny_checkpoints.write_hf(folder / "hf", config, tensors, num_shards=2)
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2, "<|im_end|>": 3}, unk_token="<unk>"))
+    words.save(str(folder / "hf/tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    template = "\n{# a comment #}\n{{ messages[0]['content'] }}<|im_end|>"
+    (folder / "hf/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     llama = tiny_checkpoints.hf_config()
     tensors = tiny_checkpoints.gguf_tensors(llama, tiny_checkpoints.hf_tensors(llama))
     tiny_checkpoints.write_gguf(folder / "model.gguf", llama, tensors)
@@ -50,7 +57,7 @@ def no_weight_is_read(monkeypatch, models):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hf", ["Qwen3ForCausalLM", "14 as floats, rounded to 4 bits", "groups of 32, asymmetric", "none: "]),
+        ("hf", ["Qwen3ForCausalLM", "14 as floats, rounded", "32, asymmetric", "{# a c", "3 '<|im"]),
         ("model.gguf", ["GGUF file", "Llama, ", "tokenizer       none: "]),
         ("saved", ["checkpoint of qspec_jax", "recipe gptq", "a scale per row, symmetric", "it was saved without one"]),
     ],

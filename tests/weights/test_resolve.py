@@ -1,5 +1,8 @@
 """What a model may be called, and what is said if there is none."""
 
+import errno
+import os
+
 import huggingface_hub
 import pytest
 
@@ -84,6 +87,13 @@ def test_a_repository_without_safetensors_is_told_from_a_broken_download(hub):
 def test_a_failed_download_names_the_id_the_cause_and_the_alternative(hub):
     hub.error = OSError("offline")
     with pytest.raises(CheckpointError, match=r"cannot download org/name .*: offline; .*--model the path"):
+        resolve_model("org/name")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_folder_of_downloads_that_cannot_be_written_names_the_way_to_another(hub, number):
+    hub.error = OSError(number, os.strerror(number), "/home/.cache/huggingface")
+    with pytest.raises(CheckpointError, match=r"cannot download org/name .*huggingface'; HF_HOME=FOLDER names another"):
         resolve_model("org/name")
 
 
