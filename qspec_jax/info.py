@@ -93,7 +93,7 @@ def _self_test(arguments: argparse.Namespace) -> int:
     """Prints a line for each comparison as it is made, and the report; 1 if one failed."""
     from qspec_jax.inspection import text
     from qspec_jax.inspection.machine import describe_machine
-    from qspec_jax.inspection.self_test import all_cases, run_cases, verdict
+    from qspec_jax.inspection.self_test import all_cases, compared_with, run_cases, verdict
 
     cases = all_cases(arguments.op, small=arguments.interpreted)
     if not cases:
@@ -113,7 +113,8 @@ def _self_test(arguments: argparse.Namespace) -> int:
             show(line)
     failed = any(one.ok is False for one in outcomes)
     comparisons = [dataclasses.asdict(one) for one in outcomes]
-    report = {"ok": not failed, "verdict": verdict(outcomes), "machine": facts, "comparisons": comparisons}
+    about = {"ok": not failed, "verdict": verdict(outcomes), "compared_with": compared_with()}
+    report = {**about, "machine": facts, "comparisons": comparisons}
     _print(arguments, report, text.self_test_text(outcomes))
     return int(failed)
 

@@ -78,9 +78,9 @@ def _quantization(facts: Mapping[str, Any]) -> list[str]:
 
 def _language(facts: Mapping[str, Any]) -> list[str]:
     tokenizer, template = facts["tokenizer"], facts["chat_template"]
+    ends = ", ".join(f"{token} {text!r}" if text else f"{token}" for token, text in facts["end_tokens"].items())
     if tokenizer["problem"]:
-        return [_row("tokenizer", f"none: {tokenizer['problem']}")]
-    ends = ", ".join(f"{token} {text!r}" for token, text in facts["end_tokens"].items())
+        return [_row("tokenizer", f"none: {tokenizer['problem']}"), _row("end tokens", ends or "none")]
     first = next((line.strip() for line in (template or "").splitlines() if line.strip()), None)
     shown = "none; prompts are read as plain text" if first is None else textwrap.shorten(first, 60, placeholder=" ...")
     return [_row("end tokens", ends or "none"), _row("chat template", shown)]

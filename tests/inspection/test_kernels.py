@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 from pallas_kernels import QuantizedActivation
 from pallas_kernels.accuracy import allowed_error, differing_codes
 from pallas_kernels.dispatch import BACKENDS, Backend, operations
+from qspec_jax import info
 from qspec_jax.inspection.kernel_cases import DEMO, kernel_cases
 from qspec_jax.inspection.self_test import Outcome, all_cases, run_cases, verdict
 from qspec_jax.inspection.text import WIDTH, outcome_line, self_test_text
@@ -122,3 +124,24 @@ def test_every_operation_has_a_bound_below_a_percent(op):
             bound = allowed_error(op, dtype, num_inputs=4096, implementation=name)
             assert 0 < bound < (0.01 if dtype != "float32" else 1e-4)
     assert np.isfinite(allowed_error(op, jnp.float32, num_inputs=1, implementation="triton"))
+
+
+@pytest.mark.parametrize(("function", "code"), [(right, 0), (lambda gate_up: right(gate_up) * 2, 1)])
+def test_the_command_prints_a_report_and_an_exit_code(gate, backend, function, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("qspec_jax.inspection.self_test.all_cases", lambda *_, **__: [gate])
+    backend(function)
+    assert info.main(["--self-test", "--output", str(tmp_path / "report.json")]) == code
+    shown = capsys.readouterr().out
+    assert ("FAIL swiglu, other, bfloat16" in shown) is bool(code)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] is not bool(code)
+    assert report["machine"]["versions"]["jax"]
+    assert [one["implementation"] for one in report["comparisons"]] == ["other", "reference"]
+    assert report["compared_with"] == "the reference on cpu"
+    assert info.main(["--self-test", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["verdict"] == report["verdict"]
+
+
+def test_an_unknown_operation_is_refused(capsys):
+    assert info.main(["--self-test", "--op", "softmax"]) == 2
+    assert "--op softmax is no operation; use w4a16_matmul, " in capsys.readouterr().err
