@@ -53,11 +53,11 @@ def _memory_groups(groups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         root = groups / "memory" if controllers else groups
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
         folder = root / path.lstrip("/")
         for one in dict.fromkeys((root, folder, *folder.parents)):
             if one.is_relative_to(root):
-                yield one, *names
+                yield one, f"memory.{limit}", f"memory.{usage}"
 
 
 def _of_process() -> int | None:

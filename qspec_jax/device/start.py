@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -51,7 +52,7 @@ def start_device() -> None:
 
 def why_no_backend(told: str) -> str:
     """One line of what JAX says when no backend starts, with what to do."""
-    asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+    asked = _asked_for()
     reason = _first_line(_BESIDES.sub("", told)) or f"there is no device for it here{_visible()}"
     if "cuda" in (asked or "cuda") and has_nvidia_gpu() and (problem := driver_problem()) is not None:
         reason = problem
@@ -66,7 +67,7 @@ def unused_gpu(records: list[logging.LogRecord]) -> str | None:
     Args:
         records: what JAX logged as it started.
     """
-    if os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms:
+    if _asked_for():
         return None
     logged = [_logged(record) for record in records]
     if has_nvidia_gpu():
@@ -90,6 +91,12 @@ def without_kernels() -> str | None:
     name = next(iter(BACKENDS))
     why = f"{name} {backend_obstacle(name)}"
     return f"no kernel of this library runs on {kind}, and XLA's own operations do the work, more slowly: {why}"
+
+
+def _asked_for() -> str | None:
+    """The platforms that somebody has named."""
+    config: Any = jax.config
+    return os.environ.get("JAX_PLATFORMS") or config.jax_platforms
 
 
 @contextlib.contextmanager

@@ -54,8 +54,7 @@ class KVCache:
     blocks: Int32[Array, "B L KH N"] | None = None
 
     def __repr__(self) -> str:
-        stacked = isinstance(self.layers, LayerCache)
-        layers = "stacked layers" if stacked else f"{len(self.layers)} layers of"
+        layers = "stacked layers" if isinstance(self.layers, LayerCache) else f"{len(self.layers)} layers of"
         return f"KVCache({layers} {with_shapes(self._first)}, lengths={shown(self.lengths)})"
 
     @classmethod
