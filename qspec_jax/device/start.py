@@ -131,7 +131,7 @@ def _logged(record: logging.LogRecord) -> str:
 
 def _first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".?") if lines else ""
+    return lines[0].removesuffix(" Is it installed?").rstrip(".") if lines else ""
 
 
 def _visible() -> str:

@@ -157,7 +157,9 @@ def _download(hub_id: str, *, remedy: str) -> Path:
         if isinstance(error, OSError) and error.errno in _OF_DISK:
             remedy = "HF_HOME=FOLDER names another folder for what is downloaded, or give --model the path of a copy"
         cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot download {hub_id} from the Hugging Face hub: {cause[0]}; {remedy}") from error
+        raise CheckpointError(
+            f"cannot download {hub_id} from the Hugging Face hub: {cause[0].rstrip('.')}; {remedy}"
+        ) from error
 
 
 def open_tokenizer(path: Path) -> Tokenizer | None:

@@ -116,7 +116,7 @@ def test_where_no_backend_starts_one_line_says_why_and_what_to_do(machine, told,
         (
             {"gpu": True, "plugin": 13},
             [record("Jax plugin configuration error", RuntimeError("Unable to load cuDNN. Is it installed?\nTrace"))],
-            "Unable to load cuDNN. Is it installed; install it anew: pip install -U 'jax[cuda13]'. This runs",
+            "Unable to load cuDNN; install it anew: pip install -U 'jax[cuda13]'. This runs",
         ),
         (
             {},
