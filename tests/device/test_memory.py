@@ -65,5 +65,5 @@ def test_little_that_is_left_to_compile_is_warned_of(monkeypatch, free, warned):
         memory.check_memory(10**8, what="the weights of a model")
     said = "the weights of a model leave 100 MB, and compiling takes some 300 MB: the system may kill this process"
     assert [str(one.message) for one in caught] == [said] * warned
-    with pytest.raises(OutOfMemoryError, match="need 2.00 GB and .* has"):
+    with pytest.raises(OutOfMemoryError, match=r"need 2\.00 GB and .* has"):
         memory.check_memory(2 * 10**9, what="the weights of a model")
