@@ -62,13 +62,16 @@ def no_weight_is_read(monkeypatch, models):
         ("saved", ["checkpoint of qspec_jax", "recipe gptq", "a scale per row, symmetric", "it was saved without one"]),
     ],
 )
-def test_it_is_shown_in_80_columns_and_as_json(models, capsys, name, said):
+def test_it_is_shown_in_80_columns(models, capsys, name, said):
     assert info.main([str(models / name)]) == 0
     shown = capsys.readouterr().out
     for words in said:
         assert words in shown
     assert max(len(line) for line in shown.splitlines() if "/" not in line) <= text.WIDTH
-    assert info.main([str(models / name), "--json", "--output", str(models / "facts.json")]) == 0
+
+
+def test_json_has_all_of_it_and_is_written_too(models, capsys):
+    assert info.main([str(models / "saved"), "--json", "--output", str(models / "facts.json")]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == json.loads((models / "facts.json").read_text())
     assert facts["disk_bytes"] > 10_000
