@@ -8,10 +8,12 @@ say is either honoured or refused with the list of what works.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
+from qspec_jax.model import fields
 from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, read_rope, rope_parameters, shown
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
@@ -279,6 +281,7 @@ def _layer_types(config: Mapping[str, Any]) -> set[str]:
     return {str(kind) for kind in listed}
 
 
+@typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class ActivationQuantization:
     """How a draft precision turns activations into integers, on the fly.
@@ -297,6 +300,10 @@ class ActivationQuantization:
     outlier_groups: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "group_size", fields.whole("activation group_size", self.group_size, or_none=True))
+        object.__setattr__(self, "symmetric", fields.truth("symmetric", self.symmetric))
+        object.__setattr__(self, "clip_ratio", fields.real("clip_ratio", self.clip_ratio))
+        object.__setattr__(self, "outlier_groups", fields.whole("outlier_groups", self.outlier_groups))
         if self.group_size is not None and self.group_size <= 0:
             raise UsageError(f"activation group_size={self.group_size} must be positive, or None for per token")
         if not 0.0 < self.clip_ratio <= 1.0:
@@ -307,6 +314,7 @@ class ActivationQuantization:
             raise UsageError(f"outlier_groups={self.outlier_groups} needs groups: set group_size, to 32 for example")
 
 
+@typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
     """How weights are stored and how the two draft precisions quantise activations.
@@ -329,8 +337,13 @@ class QuantConfig:
     w4a8: ActivationQuantization = ActivationQuantization()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "group_size", fields.whole("group_size", self.group_size, or_none=True))
+        object.__setattr__(self, "symmetric", fields.truth("symmetric", self.symmetric))
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UsageError(f"group_size={self.group_size} is not supported; use 32, 64, 128 or None (whole row)")
+        for name in ("w4a4", "w4a8"):
+            if not isinstance(value := getattr(self, name), ActivationQuantization):
+                raise UsageError(f"{name} is of type {type(value).__name__}; use an ActivationQuantization")
 
 
 def parse_group_size(value: int | str) -> int | None:

@@ -11,11 +11,11 @@ the last verification weighed most, ``View(activation_bits=8, cache_window=256)`
 from __future__ import annotations
 
 import dataclasses
-import operator
 import typing
 from typing import Any
 
 from qspec_jax.errors import UsageError
+from qspec_jax.model import fields
 from qspec_jax.model.precision import Precision
 
 RECENT = 64  # newest tokens that a view with a budget reads whatever they weigh
@@ -53,7 +53,8 @@ class View:
 
     def __post_init__(self) -> None:
         for name in [field.name for field in dataclasses.fields(self)]:
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            or_none = name not in ("cache_block", "cache_full_below")
+            object.__setattr__(self, name, fields.whole(f"view: {name}", getattr(self, name), or_none=or_none))
         for name, allowed in (("weight_bits", (4, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"view: {name}={value} is not supported; use {' or '.join(map(str, allowed))}")
@@ -61,6 +62,8 @@ class View:
             raise UsageError(f"view: activation_bits={self.activation_bits} needs weight_bits=4, for an integer matmul")
         if self.cache_window is not None and self.cache_window < 1:
             raise UsageError(f"view: cache_window={self.cache_window} must be at least 1, or None for all of the cache")
+        if self.cache_full_below < 0:
+            raise UsageError(f"view: cache_full_below={self.cache_full_below} must be at least 0, which is never")
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -117,20 +120,6 @@ class View:
     def window(self, of_model: int | None) -> int | None:
         """Positions that attention reads in a model with a sliding window ``of_model``, or with none."""
         return min((size for size in (self.cache_window, of_model) if size is not None), default=None)
-
-
-def _whole(name: str, value: Any) -> int | None:
-    """A whole number of Python that the device can count to; None stays where it means something."""
-    if value is None and name not in ("cache_block", "cache_full_below"):
-        return None
-    given: Any = value
-    try:
-        number = operator.index(given)
-    except Exception as error:  # whatever an object raises
-        raise UsageError(f"view: {name} must be a whole number, and is of type {type(value).__name__}") from error
-    if isinstance(value, bool) or number >= 2**31:
-        raise UsageError(f"view: {name}={value!r} must be a whole number below 2**31")
-    return number
 
 
 def least_budget(block: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
@@ -283,3 +284,34 @@ def test_group_sizes_that_are_not_supported(group_size):
 def test_activation_quantisation_that_makes_no_sense(options):
     with pytest.raises(UsageError, match=next(iter(options))):
         ActivationQuantization(**options)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, [], np.array([True, False])], ids=str)
+@pytest.mark.parametrize("kind", [QuantConfig, ActivationQuantization])
+def test_what_is_no_truth_value_is_refused_by_name(kind, value):
+    with pytest.raises(UsageError, match=r"^symmetric must be True or False, and is of type"):
+        kind(symmetric=value)
+
+
+@pytest.mark.parametrize(
+    "value", ["32", 32.0, True, [32], np.array([32, 64]), 2**40, 10**5000], ids=lambda one: type(one)
+)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(QuantConfig, "group_size"), (ActivationQuantization, "group_size"), (ActivationQuantization, "outlier_groups")],
+)
+def test_what_is_no_whole_number_is_refused_by_name(kind, name, value):
+    with pytest.raises(UsageError, match=rf"^(activation )?{name}.* must be a whole number"):
+        kind(**{name: value})
+
+
+def test_other_fields_of_quantisation_are_checked_by_name():
+    for value in ("0.5", None, True, [0.5], float("nan"), np.array([0.5])):
+        with pytest.raises(UsageError, match=r"^clip_ratio.* must be"):
+            ActivationQuantization(clip_ratio=value)
+    for name in ("w4a4", "w4a8"):
+        with pytest.raises(UsageError, match=rf"^{name} is of type dict; use an ActivationQuantization"):
+            QuantConfig(**{name: {"group_size": 32}})
+    made = QuantConfig(np.int64(32), np.bool_(False), ActivationQuantization(np.int32(32), clip_ratio=np.float32(0.5)))
+    assert made == QuantConfig(32, False, ActivationQuantization(32, clip_ratio=0.5))
+    assert [type(value) for value in (made.group_size, made.symmetric, made.w4a4.clip_ratio)] == [int, bool, float]

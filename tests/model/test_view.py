@@ -34,6 +34,7 @@ def test_a_precision_names_a_view_and_the_view_its_precision(precision):
         ({"head_bits": 4}, "head_bits=4 is not supported; use None"),
         ({"weight_bits": None, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),
         ({"cache_window": 0}, "cache_window=0 must be at least 1"),
+        ({"cache_full_below": -1}, "cache_full_below=-1 must be at least 0"),
     ],
 )
 def test_a_view_that_is_not_there_is_refused_with_those_that_are(options, message):
