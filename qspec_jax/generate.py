@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help="hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeat for several")
+    texts: dict[str, Any] = {"type": options.text_of, "action": "append", "default": [], "metavar": "TEXT"}
+    add("--prompt", **texts, help="a prompt; repeat for several")
     lines = (
         'a prompt per line, or JSONL with {"prompt": TEXT} or {"messages": [...]}, "id", "kind" and options of its own'
         "; - is the standard input"
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         sampling.add_argument(
             f"--{option}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
         )
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeatable")
+    sampling.add_argument("--stop", **texts, help="ends the text; repeatable")
     sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
     logprobs = "report log-probabilities of each token and the N most likely ones in JSON (default: of none)"
     sampling.add_argument("--logprobs", type=int, metavar="N", help=logprobs)

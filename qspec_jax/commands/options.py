@@ -6,6 +6,7 @@ What their help says differs where a command uses them differently. Imports no J
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,24 @@ GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
 _DTYPE_HELP = "default: float32 on the CPU, bfloat16 elsewhere"
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def text_of(argument: str) -> str:
+    """The type of an argument that is a text, which is UTF-8 whatever the locale (``LANG=C``) takes its bytes for.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither UTF-8 nor of the locale's encoding.
+    """
+    try:
+        argument.encode()
+        return argument
+    except UnicodeEncodeError:  # Python keeps bytes that it could not decode as halves of characters
+        try:
+            return os.fsencode(argument).decode("utf-8")
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(
+                "it is not UTF-8; give it in UTF-8, or write it to a file in UTF-8 and use --prompt-file"
+            ) from None
 
 
 def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") -> None:
