@@ -60,6 +60,7 @@ def test_activation_order_without_an_index_is_incomplete(tmp_path):
         ("gptq", {"bits": 8}, r"gptq quantization_config asks for bits=8 \(supported: 4\)"),
         ("gptq", {"group_size": 16, "bits": 3}, r"bits=3 \(supported: 4\); group_size=16 \(supported: 32, 64, 128, -1"),
         ("gptq", {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin' \(supported: gptq, gptq_v2\)"),
+        ("gptq", {"rotation": "hadamard"}, r"rotation='hadamard' \(supported: none\)"),
         ("gptq", {"pack_dtype": "int16"}, r"pack_dtype='int16' \(supported: int32\)"),
         (
             "gptq",
@@ -92,6 +93,7 @@ def test_options_that_are_not_supported_are_named_with_those_that_are(tmp_path, 
         ({"weights": {"actorder": "group"}}, r"actorder='group' \(supported: weight, static, False\)"),
         ({"weights": {"strategy": "tensor"}}, r"strategy='tensor' \(supported: group, channel\)"),
         ({"weights": {"group_size": 16}}, r"group_size=16 \(supported: 32, 64, 128\)"),
+        ({"format": "nvfp4-pack-quantized"}, r"format='nvfp4-pack-quantized' \(supported: pack-quantized\)"),
         ({"input_activations": {"num_bits": 8}}, r"input_activations \(supported: none"),
     ],
 )

@@ -88,6 +88,8 @@ def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat
     _one_of(settings, ("bits",), (4,), problems)
     _one_of(settings, ("pack_dtype",), ("int32",), problems)
     _one_of(settings, ("is_marlin_format",), (False,), problems)
+    if settings.get("rotation"):  # activations are rotated, too, where it was made
+        problems.append(f"rotation={settings['rotation']!r} (supported: none)")
     if overridden := [name for name in settings.get("dynamic") or {} if not name.startswith("-")]:
         problems.append(f"dynamic={', '.join(overridden[:4])} (supported: one setting for all modules)")
     group_size = _group_size(settings, ("group_size",), problems)
@@ -157,6 +159,8 @@ def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> Packed
             problems.append(f"{key} (supported: none)")
     _one_of(settings.get("sparsity_config") or {}, ("format",), ("dense",), problems)
     schemes = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    for scheme in schemes:  # each may have a format of its own
+        _one_of(scheme, ("format",), ("pack-quantized",), problems)
     for key in ("input_activations", "output_activations"):
         if any(scheme.get(key) for scheme in schemes):
             problems.append(f"{key} (supported: none; how drafts quantise activations is a QuantConfig)")
