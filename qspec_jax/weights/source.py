@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,10 +135,16 @@ def canonical_name(source_name: str, table: Mapping[str, str]) -> str | None:
         source_name: name in the file.
         table: regular expression to the canonical name, as a template of ``re.Match.expand``.
     """
-    for pattern, template in table.items():
-        if matched := re.fullmatch(pattern, source_name):
+    for pattern, template in _compiled(tuple(table.items())):
+        if matched := pattern.fullmatch(source_name):
             return matched.expand(template)
     return None
+
+
+@functools.cache
+def _compiled(table: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Of a table: looking up each pattern by its text costs more than matching it."""
+    return tuple((re.compile(pattern), template) for pattern, template in table)
 
 
 def check_entries(
