@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Sequence
 from typing import Any
 
-from qspec_jax.decoding.values import between, shown, whole
+from qspec_jax.decoding.values import between, listed, shown, whole
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View, least_budget
@@ -38,15 +39,24 @@ def default_draft_precision() -> Precision:
     return Precision.W4A8
 
 
+@typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class Lookup:
     """Drafts from the sequence's own text, which cost nothing (``lookup.py``).
 
     Attributes:
-        otherwise: the view that drafts where the text offers nothing; None to verify any tokens there.
+        otherwise: the view, or the precision that names it, that drafts where the text offers nothing; None to verify
+            any tokens there.
+
+    Raises:
+        UsageError: it is no view.
     """
 
     otherwise: View | None = None
+
+    def __post_init__(self) -> None:
+        if self.otherwise is not None:
+            object.__setattr__(self, "otherwise", View.of(self.otherwise))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -131,6 +141,7 @@ class DecodingPlan:
         return self.draft_view.name if self.draft_view is not None else "lookup" if self.lookup else None
 
 
+@typing.no_type_check  # as above
 @dataclasses.dataclass(frozen=True)
 class AutoPlan:
     """Plans of one target, of which the engine runs the fastest: it chooses anew between bursts of cycles.
@@ -147,6 +158,7 @@ class AutoPlan:
     choices: tuple[DecodingPlan, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(listed("choices", self.choices, "a list of plans")))
         if not self.choices or not all(isinstance(plan, DecodingPlan) for plan in self.choices):
             raise UsageError("the choices of a plan are plans: one DecodingPlan at least")
         if self.choices[0].draft is not None or len({plan.verify for plan in self.choices}) > 1:

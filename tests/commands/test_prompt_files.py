@@ -169,6 +169,9 @@ def test_seeds_count_up_with_the_lines():
     lines = [PromptLine("a"), PromptLine("a"), PromptLine("a", {"seed": 9})]
     seeds = [line.resolved(DEFAULTS, index)["sampling"]["seed"] for index, line in enumerate(lines)]
     assert seeds == [0, 1, 9]
+    last = PromptLine("a", {"seed": 2**32 - 1}, sample=2), PromptLine("a")
+    seeds = [line.resolved({**DEFAULTS, "seed": 2**32 - 1}, 1)["sampling"]["seed"] for line in last]
+    assert seeds == [1, 0]
 
 
 @pytest.mark.usefixtures("loaded")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax import AutoPlan, DecodingPlan, Precision, SamplingParams, UsageError
+from qspec_jax import AutoPlan, DecodingPlan, Lookup, Precision, SamplingParams, UsageError, View
 from qspec_jax.decoding.plan import plan_of
 from qspec_jax.decoding.request_options import request_options
 from qspec_jax.decoding.sampling_params import seed_after
@@ -213,5 +213,13 @@ def test_plans_are_made_of_plans_and_views():
             DecodingPlan(Precision.W4A16, Precision.W4A8, length)
     with pytest.raises(UsageError, match="is no view"):
         DecodingPlan(Precision.W4A16, "w4a8", 2)
-    with pytest.raises(UsageError, match="one DecodingPlan at least"):
-        AutoPlan("auto", ())
+    for choices in ((), "w4a16", [5]):
+        with pytest.raises(UsageError, match=r"one DecodingPlan at least|a list of plans"):
+            AutoPlan("auto", choices)
+    with pytest.raises(UsageError, match="choices=5: use a list of plans"):
+        AutoPlan("auto", 5)
+    assert AutoPlan("auto", [plain := DecodingPlan(Precision.W4A16)]) == AutoPlan("auto", (plain,))
+    for view in ("w4a8", -1, Lookup()):
+        with pytest.raises(UsageError, match="is no view"):
+            Lookup(view)
+    assert Lookup(Precision.W4A8) == Lookup(View.of(Precision.W4A8))
