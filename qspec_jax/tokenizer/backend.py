@@ -194,7 +194,7 @@ def _open_plain(path: Path, defaults: Mapping[str, str]) -> PlainBackend:
     if _names_own_code(path) and options.get("tokenizer_class") not in _CLASSES:
         raise _own_code(path)
     _refuse_pointer(path / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
     named = {name: token for name, token in defaults.items() if tokenizer.token_to_id(token) is not None} | options
     if "added_tokens_decoder" not in options:  # as in transformers, the older files count only then
         older = _read_object(path / "special_tokens_map.json")

@@ -1,6 +1,7 @@
 """What does without transformers against transformers: the same tokens, texts, chats and files."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -412,6 +413,12 @@ def test_a_sentencepiece_file_alone_is_named_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"a tokenizer\.model only .*put the model's tokenizer\.json beside it"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are texts")
+def test_a_directory_may_have_a_name_that_is_no_text(checkpoint_tokenizer, tmp_path):
+    path = Path(shutil.copytree(checkpoint_tokenizer, tmp_path / os.fsdecode(b"m\xff")))
+    assert load_tokenizer(path).encode("a text") == load_tokenizer(checkpoint_tokenizer).encode("a text")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
