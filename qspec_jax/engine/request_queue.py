@@ -25,6 +25,7 @@ class RequestQueue:
         self.features = SamplingFeatures()
         self._adding = threading.Lock()
         self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
+        self._needs: set[tuple[frozenset[int], SamplingFeatures]] = set()  # of those, few and each once
         self._waiting: collections.deque[RunningSequence] = collections.deque()
         self._unfinished: dict[RunningSequence, None] = {}  # those that have a row, too
 
@@ -35,18 +36,24 @@ class RequestQueue:
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
         sequence = RunningSequence(request)
+        needs = frozenset(request.widths()), SamplingFeatures.of([request.sampling])
         with self._adding:
             self._unfinished[sequence] = None
+            self._needs.add(needs)
             self._arrived.append(sequence)
         return sequence
 
     def take_in(self) -> None:
         """Notes what the requests need that came since the last step."""
-        while self._arrived:
-            sequence = self._arrived.popleft()
-            self._waiting.append(sequence)
-            self.widths |= sequence.request.widths()
-            self.features = self.features.union(SamplingFeatures.of([sequence.request.sampling]))
+        if not self._arrived:
+            return
+        with self._adding:
+            for widths, features in self._needs:
+                self.widths |= widths
+                self.features = self.features.union(features)
+            self._needs.clear()
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
 
     def next(self) -> RunningSequence | None:
         """The one whose turn it is; None if no other waits. Those that were dropped are passed over."""
