@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qspec_jax.engine.load import load, save
     from qspec_jax.engine.pipeline import Pipeline
     from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
+    from qspec_jax.engine.session import Session
     from qspec_jax.errors import (
         CheckpointError,
         DeviceError,
@@ -49,6 +50,7 @@ __all__ = [
     "QuantConfig",
     "RunTotals",
     "SamplingParams",
+    "Session",
     "UnsupportedModelError",
     "UsageError",
     "View",
@@ -76,6 +78,7 @@ _MODULES = {
     "QuantConfig": "qspec_jax.model.config",
     "RunTotals": "qspec_jax.engine.results",
     "SamplingParams": "qspec_jax.decoding.sampling_params",
+    "Session": "qspec_jax.engine.session",
     "UnsupportedModelError": "qspec_jax.errors",
     "UsageError": "qspec_jax.errors",
     "View": "qspec_jax.model.view",

@@ -139,6 +139,16 @@ class DecodeState:
         return dataclasses.replace(updated, cache=self.cache.with_row(index, row.cache))
 
 
+def with_rows_of(state: DecodeState, smaller: DecodeState) -> DecodeState:
+    """Idle rows that hold what those of another state do, of which there are as many, with less capacity."""
+    history = state.history
+    if history is not None and smaller.history is not None:
+        history = np.array(history)
+        history[:, : smaller.cache.capacity] = np.asarray(smaller.history)
+    cache = state.cache.with_entries_of(smaller.cache)
+    return dataclasses.replace(state, cache=cache, history=history)
+
+
 @typing.no_type_check  # as above
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -93,9 +93,10 @@ class Intake:
         seeds_later: int = 0,
         chat: Any = None,
         max_seq_len: Any = None,
+        session: Any = None,
         what: str = "the prompt",
     ) -> Request:
-        """Checks what is asked for one prompt; arguments as in :meth:`LanguageModel.generate`.
+        """Checks what is asked for one prompt; arguments as in :meth:`LanguageModel.generate`, :meth:`Pipeline.submit`.
 
         Raises:
             UsageError: the prompt is no prompt, is empty, needs a tokenizer or template that is missing, or does not
@@ -103,6 +104,8 @@ class Intake:
                 of ``sampling``.
         """
         chat = check_chat(chat)
+        if session is not None:
+            session = values.text("session", session, "a text that names it, or None")
         read, token_ids = self._tokens_of(prompt, chat, what)
         sampling = SamplingParams.of({} if sampling is None else sampling).with_seed_after(seeds_later)
         max_new_tokens = check_max_new_tokens(max_new_tokens)
@@ -114,7 +117,8 @@ class Intake:
         sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
         text, messages = (read, []) if isinstance(read, str) else (None, read)
         prefix_length = self._require_tokenizer().system_length(messages, token_ids) if _are_messages(messages) else 0
-        return Request(token_ids, max_new_tokens, sampling, prompt=text, watch=watch, prefix_length=prefix_length)
+        more: dict[str, Any] = {"prompt": text, "watch": watch, "prefix_length": prefix_length, "session": session}
+        return Request(token_ids, max_new_tokens, sampling, **more)
 
     def _stop_tokens_of(self, sampling: SamplingParams) -> tuple[int, ...]:
         """The tokens that end a sequence.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from qspec_jax.engine.prompts import Prompt, prompts_of
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.engine.session import Session, pieces, watched
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
@@ -218,11 +218,27 @@ class LanguageModel:
         Raises:
             UsageError: an argument makes no sense.
         """
+        plan, capacity = self._checked(plan, max_seq_len)
+        return self._pipeline(plan, batch_size=batch_size, capacity=capacity, on_event=on_event)
+
+    def session(
+        self,
+        plan: Plan | Any = None,
+        *,
+        max_seq_len: int | Any = None,
+        on_event: Callable[[str], None] | None = None,
+    ) -> Session:
+        """A conversation, turn by turn, of which nothing is read twice; arguments and errors as of :meth:`pipeline`."""
+        plan, capacity = self._checked(plan, max_seq_len)
+        options: dict[str, Any] = {"kernels": self.kernels, "capacity": capacity, "on_event": on_event}
+        return Session(self.intake, self.programs, plan, **options)
+
+    def _checked(self, plan: Any, max_seq_len: Any) -> tuple[Plan, int]:
+        """The plan and the capacity of a batch whose requests are not known yet."""
         context = self.config.max_position_embeddings
         check_length(1, 0, max_seq_len=max_seq_len, context=context)
         capacity = _capacity(max_seq_len, min(context, _PIPELINE_CAPACITY))
-        plan = self._check_plan(self.plan() if plan is None else plan)
-        return self._pipeline(plan, batch_size=batch_size, capacity=capacity, on_event=on_event)
+        return self._check_plan(self.plan() if plan is None else plan), capacity
 
     def _pipeline(
         self, plan: Plan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
@@ -270,15 +286,8 @@ class LanguageModel:
     def _stream(
         self, request: Request, plan: Plan, scheduler: Scheduler, cycles_per_step: int
     ) -> Iterator[str | GenerationResult]:
-        watch = request.watch or self.intake.watch(request.sampling)
-        sequence, shown = scheduler.add(dataclasses.replace(request, watch=watch)), 0
-        assert sequence.watch is not None
-        while not sequence.finished:
-            scheduler.advance(cycles_per_step)
-            end = len(sequence.watch.text) if sequence.finished else sequence.watch.num_certain()
-            if end > shown:
-                yield sequence.watch.text[shown:end]
-                shown = end
+        sequence = scheduler.add(watched(request, self.intake))
+        yield from filter(None, pieces(scheduler, sequence, cycles_per_step))
         yield result_of(sequence, plan, scheduler.totals, tokenizer=self.tokenizer, kernels=self.kernels)
 
     def _check_plan(self, plan: Any) -> Plan:

@@ -58,6 +58,7 @@ def statistics(plan: Plan, sequence: RunningSequence | None = None, *, kernels: 
         num_tokens=0 if sequence is None else len(sequence.token_ids),
         drafted=0 if sequence is None else sum(n * one.draft_length for one, n in sequence.cycles_of.items()),
         choices={} if sequence is None else {one.label: n for one, n in sequence.cycles_of.items()},
+        reused_prompt_tokens=0 if sequence is None else sequence.num_reused,
         compile_s=0.0,
         device=jax.devices()[0].device_kind,
         kernels=kernels,

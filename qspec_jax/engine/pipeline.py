@@ -71,6 +71,7 @@ class Pipeline:
         max_new_tokens: int | Any = 128,
         sampling: SamplingParams | Mapping[str, Any] | Any = None,
         chat: bool | Any = None,
+        session: str | Any = None,
     ) -> None:
         """Queues a request. One that cannot be served gets a result with the error, and disturbs no other.
 
@@ -78,10 +79,12 @@ class Pipeline:
             prompt: a text, token ids (a list or an array), or the messages of a conversation.
             max_new_tokens, chat: as in :meth:`LanguageModel.generate`.
             sampling: how tokens are drawn: parameters, or a mapping of some of them.
+            session: a name for requests that go on with one another's text, such as the turns of a conversation. What
+                a row still holds of it, generated tokens included, is not read again.
         """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "chat": chat}
         stats = statistics(self._plan, kernels=self._kernels)
-        self.add(self._intake.attempt(prompt, stats, max_seq_len=self.max_seq_len, **options))
+        self.add(self._intake.attempt(prompt, stats, max_seq_len=self.max_seq_len, session=session, **options))
 
     def add(self, request: Request | GenerationResult) -> None:
         """Queues a request that was checked, or the result of one that failed."""

@@ -10,7 +10,7 @@ bits, on the width of the chunk it is read in and on where that begins. With the
 those that the row would have computed, bit for bit, so that a result does not depend on who was there before. For the
 same reason chunks are cut by what the request says of itself (:meth:`Request.chunks`), never by what
 others turn out to have in common with it, and the keys and values of generated tokens, which were verified a few at a
-time, are not reused.
+time, are reused only by a request that asks for it (:mod:`qspec_jax.engine.held_texts`).
 
 Example, chunks of up to 512 tokens, a system prompt S of 600 (chunks S1 and S2) and questions a, b, c::
 
@@ -53,9 +53,28 @@ class HeldChunks:
         """A row is asked to read the last of some chunks, after which it holds all of them."""
         self._held[row] = chunks
 
-    def room_for(self, chunks: Sequence[Chunk], idle: Iterable[int]) -> int:
-        """The idle row that is best for a prompt: which holds most of what it begins with, else holds least."""
-        return min(idle, key=lambda row: (-self._in_common(row, chunks), sum(len(ids) for _, ids in self._held[row])))
+    def keep(self, row: int, num_tokens: int) -> None:
+        """What a row holds after so many tokens is about to be overwritten."""
+        self._held[row] = [(start, ids) for start, ids in self._held[row] if start + len(ids) <= num_tokens]
+
+    def num_shared(self, chunks: Sequence[Chunk]) -> int:
+        """Tokens of a prompt that some row holds."""
+        most = max(self._in_common(row, chunks) for row in range(len(self._held)))
+        return sum(len(ids) for _, ids in chunks[:most])
+
+    def room_for(self, chunks: Sequence[Chunk], idle: Iterable[int], also_held: Sequence[int] = ()) -> int:
+        """The idle row that is best for a prompt: which holds most of what it begins with, else holds least.
+
+        Args:
+            chunks: of the prompt.
+            idle: rows, at least one.
+            also_held: tokens that each row holds besides.
+        """
+
+        def size(row: int) -> int:
+            return max(sum(len(ids) for _, ids in self._held[row]), *also_held[row : row + 1], 0)
+
+        return min(idle, key=lambda row: (-self._in_common(row, chunks), size(row)))
 
     def plan(self, reading: Mapping[int, Sequence[Chunk]]) -> tuple[list[NextChunk], list[int]]:
         """What some rows read next, in any order or at once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Callable, Iterable
 
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.engine.requests import Request
@@ -25,7 +26,7 @@ class RequestQueue:
         self.features = SamplingFeatures()
         self._adding = threading.Lock()
         self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
-        self._needs: set[tuple[frozenset[int], SamplingFeatures]] = set()  # of those, few and each once
+        self._needs: set[tuple[str | None, frozenset[int], SamplingFeatures]] = set()  # of those, by session, each once
         self._waiting: collections.deque[RunningSequence] = collections.deque()
         self._unfinished: dict[RunningSequence, None] = {}  # those that have a row, too
 
@@ -36,24 +37,35 @@ class RequestQueue:
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
         sequence = RunningSequence(request)
-        needs = frozenset(request.widths()), SamplingFeatures.of([request.sampling])
+        needs = request.session, frozenset(request.widths()), SamplingFeatures.of([request.sampling])
         with self._adding:
             self._unfinished[sequence] = None
             self._needs.add(needs)
             self._arrived.append(sequence)
         return sequence
 
-    def take_in(self) -> None:
-        """Notes what the requests need that came since the last step."""
+    def take_in(self, is_held: Callable[[str | None], bool] = lambda _: False) -> None:
+        """Notes what the requests need that came since the last step.
+
+        Args:
+            is_held: whether something of a session's text is: nobody knows then how much of a prompt will be read.
+        """
         if not self._arrived:
             return
         with self._adding:
-            for widths, features in self._needs:
-                self.widths |= widths
-                self.features = self.features.union(features)
+            for session, widths, features in self._needs:
+                self._note(() if is_held(session) else widths, features)
             self._needs.clear()
             self._waiting.extend(self._arrived)
             self._arrived.clear()
+
+    def expect(self, request: Request, widths: Iterable[int]) -> None:
+        """Notes what a request needs, of which chunks of some widths will be read."""
+        self._note(widths, SamplingFeatures.of([request.sampling]))
+
+    def _note(self, widths: Iterable[int], features: SamplingFeatures) -> None:
+        self.widths |= set(widths)
+        self.features = self.features.union(features)
 
     def next(self) -> RunningSequence | None:
         """The one whose turn it is; None if no other waits. Those that were dropped are passed over."""

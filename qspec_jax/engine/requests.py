@@ -30,6 +30,8 @@ class Request:
         prompt: the text of the prompt if it was given as one.
         watch: makes what follows the text of the sequence; None if nothing in it matters before the end.
         prefix_length: tokens with which other prompts may begin as well: those of a system prompt.
+        session: whose text it goes on with (:mod:`qspec_jax.engine.held_texts`); None if its tokens are to depend on
+            nothing else.
     """
 
     token_ids: Sequence[int]
@@ -38,6 +40,7 @@ class Request:
     prompt: str | None = None
     watch: Callable[[], TextWatch] | None = None
     prefix_length: int = 0
+    session: str | None = None
 
     def __repr__(self) -> str:
         return f"Request({len(self.token_ids)} tokens, {self.max_new_tokens} new ones at most, {self.sampling})"
@@ -50,6 +53,14 @@ class Request:
         longest, end = chunks.CHUNK_WIDTHS[-1], len(self.token_ids)
         cut = self.prefix_length if self._is_cut() else 0
         starts = [*range(0, cut, longest), *range(cut, end, longest), end]
+        return self._cut(starts)
+
+    def chunks_after(self, num_tokens: int) -> list[Chunk]:
+        """The same of what comes after so many tokens, at least one less than there are."""
+        end = len(self.token_ids)
+        return self._cut([*range(num_tokens, end, chunks.CHUNK_WIDTHS[-1]), end])
+
+    def _cut(self, starts: Sequence[int]) -> list[Chunk]:
         return [(start, tuple(self.token_ids[start:stop])) for start, stop in itertools.pairwise(starts)]
 
     def _is_cut(self) -> bool:
@@ -70,7 +81,12 @@ class Request:
 
     def widths(self) -> set[int]:
         """What its chunks are padded to."""
-        return {chunks.chunk_width(len(tokens)) for _, tokens in self.chunks()}
+        return widths_of(self.chunks())
+
+
+def widths_of(some: Sequence[Chunk]) -> set[int]:
+    """What some chunks are padded to."""
+    return {chunks.chunk_width(len(tokens)) for _, tokens in some}
 
 
 def _padded(num_tokens: int) -> int:

@@ -39,6 +39,7 @@ class GenerationStats:
         kernels: implementation of the matmuls.
         waited_s: seconds before it got a row.
         choices: cycles by the name of the plan that they ran.
+        reused_prompt_tokens: tokens of its prompt that were not read, since a row of the cache held them.
     """
 
     mode: str
@@ -54,6 +55,7 @@ class GenerationStats:
     kernels: str
     waited_s: float = 0.0
     choices: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reused_prompt_tokens: int = 0
 
     def __repr__(self) -> str:
         figures = {"tokens/s": self.tokens_per_s, "acceptance": self.acceptance_rate}
@@ -139,6 +141,7 @@ class GenerationResult:
             "accepted": stats.accepted,
             "accepted_lengths": list(stats.accepted_lengths),
             "choices": dict(stats.choices),
+            "reused_prompt_tokens": stats.reused_prompt_tokens,
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_cycle": stats.tokens_per_cycle,
             "waited_s": stats.waited_s,

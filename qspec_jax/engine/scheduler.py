@@ -4,7 +4,8 @@ The device is asked for two things, by turns. A *prefill* reads chunks of prompt
 cycles in the generation loop until enough rows are idle, or for about ``burst_s`` seconds. Between them the host takes
 out what has finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk, with short
 bursts between, so that the others go on meanwhile; chunks that a row holds already are not read again
-(:mod:`qspec_jax.engine.prefixes`).
+(:mod:`qspec_jax.engine.prefixes`), nor what a row holds of a request's own session
+(:mod:`qspec_jax.engine.held_texts`).
 
 While a burst runs, whoever called :meth:`Scheduler.advance` turns the tokens of the one before into text: a thread of
 its own dispatches bursts, since a loop on a GPU keeps busy who dispatches it. What a sequence yields does not depend on
@@ -22,7 +23,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -34,12 +35,13 @@ from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
-from qspec_jax.decoding.state import DecodeState, PromptChunk
+from qspec_jax.decoding.state import DecodeState, PromptChunk, with_rows_of
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
+from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.request_queue import RequestQueue
-from qspec_jax.engine.requests import Request
+from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.sequence import RunningSequence
 
@@ -96,6 +98,7 @@ class Scheduler:
         self._is_torn = False  # a step has begun, and not ended
         self._empty_rows()
         self._state: DecodeState | None = None
+        self._inherited: DecodeState | None = None  # rows of a smaller batch, until there is a state
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
@@ -143,6 +146,19 @@ class Scheduler:
             sequence.chunks = []
             self._queue.drop(sequence)
 
+    def expect(self, request: Request, widths: Iterable[int]) -> None:
+        """Has :meth:`compile` compile what a request like this one needs, of which chunks of some widths are read."""
+        with self._running:
+            self._queue.expect(request, widths)
+
+    def inherit(self, other: Scheduler) -> None:
+        """Goes on with what the rows of another one hold, of as many rows and less capacity. It is of no use after."""
+        while other.busy:
+            other.advance()
+        self.totals = other.totals
+        if not other._is_torn:
+            self._held, self._texts, self._inherited = other._held, other._texts, other._state
+
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
         """Waits for the burst under way, and dispatches what comes next.
 
@@ -173,7 +189,7 @@ class Scheduler:
     def _start_again(self) -> None:
         """Has all that is not finished wait again: a step ended half way, and the state may be used up."""
         self._dispatcher.submit(bool).result()  # until no burst is under way, whoever was told of it
-        self._flight, self._state, self._clock = None, None, Clock()
+        self._flight, self._state, self._inherited, self._clock = None, None, None, Clock()
         self.totals.requests += self._queue.start_again()
         for sequence in self._queue.unfinished():
             self.totals.tokens -= len(sequence.token_ids)
@@ -183,7 +199,7 @@ class Scheduler:
     def _empty_rows(self) -> None:
         rows = self.shape.rows
         self._rows: list[RunningSequence | None] = [None] * rows
-        self._held = HeldChunks(rows)
+        self._held, self._texts = HeldChunks(rows), HeldTexts(rows)
         self._retired = np.zeros((rows,), bool)
 
     def _step(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -199,7 +215,7 @@ class Scheduler:
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
         changed = self._receive(jax.device_get(report), watched, made_s) if watched else []
-        self._free(running, finished)
+        self._free(running, finished, report)
         try:
             more = self._go_on(max_cycles)
         finally:
@@ -220,7 +236,7 @@ class Scheduler:
         for count, (report, read) in enumerate(prefills, 1):
             report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
             changed += self._receive(report, read, time.perf_counter())
-            self._free(read, report.finished)
+            self._free(read, report.finished, report)
             seconds = self._clock.landed(more=self._flight is not None or count < len(prefills))
             self.totals.prefill_s += seconds
             self._prefill_s = seconds if count == 1 else self._prefill_s + seconds
@@ -275,12 +291,17 @@ class Scheduler:
                     self.totals.requests += 1
         return changed
 
-    def _free(self, sequences: Mapping[int, RunningSequence], finished: Any) -> None:
+    def _free(self, sequences: Mapping[int, RunningSequence], finished: Any, report: Report) -> None:
         """Frees the rows of sequences that are finished, as the device or the host says."""
         for row, sequence in sequences.items():
             if finished[row] or sequence.finished:
                 self._rows[row] = None
                 self._retired[row] = not finished[row]
+                if (session := sequence.request.session) is not None:
+                    tokens, num_tokens = jax.device_get((report.tokens, report.num_tokens))
+                    # The newest token is not in the cache yet.
+                    generated = tokens[row, : max(0, num_tokens[row] - 1)].tolist()
+                    self._texts.note(row, session, [*sequence.request.token_ids[: sequence.read_up_to], *generated])
 
     def compile(self) -> Shape:
         """Compiles what the requests so far need; the shape of the programs.
@@ -292,7 +313,7 @@ class Scheduler:
             return self._compile()
 
     def _compile(self) -> Shape:
-        self._queue.take_in()
+        self._queue.take_in(self._texts.has)
         wanted = self.shape._replace(features=self._queue.features)
         compiled_s = self._programs.compile_s
         self._programs.compile(self._first_plan, wanted, self._queue.widths, on_event=self._on_event)
@@ -302,30 +323,55 @@ class Scheduler:
         return wanted
 
     def _let_in(self) -> None:
-        """Compiles what the requests need, and gives idle rows to those that wait."""
+        """Gives idle rows to those that wait, and compiles what they need."""
+        self._queue.take_in(self._texts.has)
+        idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
+        entered = []
+        while idle and (entering := self._queue.next()) is not None:
+            row = self._room_for(entering, sorted(idle))
+            idle.remove(row)
+            self._rows[row] = entering
+            self._queue.expect(entering.request, widths_of(entering.chunks))
+            entered.append(entering)
+            if self._chooser is not None:
+                self._chooser.note_entered(1)
         wanted = self._compile()
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
+            if self._inherited is not None:
+                self._state, self._inherited = with_rows_of(self._state, self._inherited), None
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
-        idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
-        while idle and (entering := self._queue.next()) is not None:
-            row = self._held.room_for(entering.chunks, sorted(idle))
-            idle.remove(row)
-            self._rows[row], entering.entered_s = entering, time.perf_counter()
-            if self._chooser is not None:
-                self._chooser.note_entered(1)
+        for sequence in entered:
+            sequence.entered_s = time.perf_counter()
+
+    def _room_for(self, entering: RunningSequence, idle: Sequence[int]) -> int:
+        """An idle row for a sequence, which may go on with the text of its session there."""
+        request = entering.request
+        row, num_kept = self._texts.find(request.session, request.token_ids)
+        if row in idle and num_kept > self._held.num_shared(entering.chunks):
+            entering.go_on_after(num_kept)
+            self.totals.reused_prompt_tokens += num_kept
+            self._held.keep(row, num_kept)
+        else:
+            row = self._held.room_for(entering.chunks, idle, self._texts.sizes())
+        self._texts.forget(row)
+        return row
 
     def _prefill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
         """Dispatches a chunk for each row that still reads its prompt; the reports, and who has read it."""
-        reading = {row: one.chunks for row, one in enumerate(self._rows) if one is not None and one.reading}
+        rows = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
+        reading = {row: one.chunks for row, one in rows.items() if not one.num_kept}
+        own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
         reports = []
-        while reading:
+        while reading or own:
             next_chunks, later = self._held.plan(reading)
+            # They write after all that others may read of their rows.
+            next_chunks, own = [*next_chunks, *own], []
             by_width: dict[int, list[NextChunk]] = {}
             for one in next_chunks:
-                by_width.setdefault(chunk_width(len(reading[one.row][one.index][1])), []).append(one)
+                by_width.setdefault(chunk_width(len(rows[one.row].chunks[one.index][1])), []).append(one)
             reports += [self._dispatch_chunks(width, some) for width, some in sorted(by_width.items())]
             reading = {row: reading[row] for row in later}
         return reports
@@ -354,10 +400,13 @@ class Scheduler:
         for place, (row, _, index) in enumerate(next_chunks):
             sequence = self._rows[row]
             assert sequence is not None
-            self.totals.reused_prompt_tokens += sum(len(ids) for _, ids in sequence.chunks[sequence.num_read : index])
-            self.totals.computed_prompt_tokens += len(sequence.chunks[index][1])
-            sequence.num_read = index + 1
-            self._held.note(row, sequence.chunks[: index + 1])
+            start, token_ids = sequence.chunks[index]
+            sequence.num_reused += start - sequence.read_up_to
+            self.totals.reused_prompt_tokens += start - sequence.read_up_to
+            self.totals.computed_prompt_tokens += len(token_ids)
+            sequence.num_read, sequence.read_up_to = index + 1, start + len(token_ids)
+            if not sequence.num_kept:  # otherwise what it reads has other bits than that of a request of no session
+                self._held.note(row, sequence.chunks[: index + 1])
             sequence.request.put_chunk(chunks, place, sequence.chunks[index])
             sampling.append(sequence.request.sampling)
         sampling += sampling[:1] * (self.shape.rows - len(next_chunks))

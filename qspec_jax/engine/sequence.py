@@ -25,6 +25,9 @@ class RunningSequence:
         watch: the text, if the request asks for it.
         logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
         chunks, num_read: of its prompt, and how many of them its row holds.
+        num_kept: tokens of its prompt that its row held from earlier in its session; the chunks are those after them.
+        num_reused: tokens of its prompt that were not read, these included.
+        read_up_to: tokens of its prompt that its row holds.
     """
 
     def __init__(self, request: Request):
@@ -45,7 +48,12 @@ class RunningSequence:
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
         self.chunks = request.chunks()
-        self.num_read = 0
+        self.num_read = self.num_kept = self.num_reused = self.read_up_to = 0
+
+    def go_on_after(self, num_tokens: int) -> None:
+        """Its row holds so many tokens of its prompt already."""
+        self.num_kept = self.num_reused = self.read_up_to = num_tokens
+        self.chunks = self.request.chunks_after(num_tokens)
 
     @property
     def reading(self) -> bool:

@@ -97,6 +97,14 @@ class KVCache:
         lengths, blocks = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, 0), ours, theirs)
         return KVCache(layers, lengths, blocks)
 
+    def with_entries_of(self, smaller: KVCache) -> KVCache:
+        """The same positions with the entries and lengths of another cache, which has as many rows and fewer positions.
+
+        Nobody has weighed the blocks of its rows.
+        """
+        layers = jax.tree.map(lambda a, b: a.at[..., : b.shape[-3], :, :].set(b), self.layers, smaller.layers)
+        return dataclasses.replace(self, layers=layers, lengths=smaller.lengths)
+
     @property
     def capacity(self) -> int:
         """Positions each sequence can hold."""

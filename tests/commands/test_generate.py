@@ -22,7 +22,7 @@ from tests.weights import tiny_checkpoints
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "mode", "draft", "draft_length", "cycles"),
-    *("error", "waited_s", "logprobs", "top_logprobs", "choices"),
+    *("error", "waited_s", "logprobs", "top_logprobs", "choices", "reused_prompt_tokens"),
     *("drafted", "accepted", "accepted_lengths", "acceptance_rate", "tokens_per_cycle", "prefill_s", "decode_s"),
     *("compile_s", "tokens_per_s", "device", "kernels"),
 }

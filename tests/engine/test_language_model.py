@@ -158,6 +158,7 @@ def test_a_result_as_a_dictionary_has_the_documented_keys(model):
             "prompt",
             "prompt_token_ids",
             "choices",
+            "reused_prompt_tokens",
             "text",
             "token_ids",
             "finish_reason",
