@@ -42,19 +42,6 @@ if TYPE_CHECKING:
     from qspec_jax.engine.pipeline import Pipeline
     from qspec_jax.engine.requests import Request
 
-# The fields of `SamplingParams`: type, default, help.
-_SAMPLING_OPTIONS: dict[str, tuple[type, float, str]] = {
-    "temperature": (float, 0.0, "divides the logits; 0 is greedy"),
-    "top-k": (int, 0, "draw from the X most likely tokens; 0 is all"),
-    "top-p": (float, 1.0, "draw from the fewest tokens of this probability together"),
-    "min-p": (float, 0.0, "draw from tokens this likely, relative to the most likely one"),
-    "repetition-penalty": (float, 1.0, "weakens tokens of prompt and output"),
-    "presence-penalty": (float, 0.0, "taken from the logits of tokens in the output"),
-    "frequency-penalty": (float, 0.0, "the same, for every time a token is there"),
-    "seed": (int, 0, "of the noise, counted up from prompt to prompt"),
-    "min-new-tokens": (int, 0, "tokens before a stop token or string ends the text"),
-}
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
@@ -63,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate text with QSpec: drafts at a cheap precision, verified at 16-bit activations.",
     )
     add = parser.add_argument
-    add("--model", help="hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)")
+    options.add_model(parser)
     texts: dict[str, Any] = {"type": options.text_of, "action": "append", "default": [], "metavar": "TEXT"}
     add("--prompt", **texts, help="a prompt; repeat for several")
     lines = (
@@ -87,11 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")
-    sampling = parser.add_argument_group("sampling", "by default the most likely token is chosen")
-    for option, (kind, default, text) in _SAMPLING_OPTIONS.items():
-        sampling.add_argument(
-            f"--{option}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
-        )
+    sampling = options.add_sampling(parser)
     sampling.add_argument("--stop", **texts, help="ends the text; repeatable")
     sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
     logprobs = "report log-probabilities of each token and the N most likely ones in JSON (default: of none)"
@@ -306,8 +289,8 @@ def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
 
 def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a line that has none of its own."""
-    names = [option.replace("-", "_") for option in _SAMPLING_OPTIONS]
-    sampling = {name: getattr(arguments, name) for name in [*names, "stop", "logprobs", "typical_acceptance"]}
+    own = {name: getattr(arguments, name) for name in ("stop", "logprobs", "typical_acceptance")}
+    sampling = {**options.sampling_of(arguments), **own}
     SamplingParams.of(sampling)  # refuses what makes no sense before a model is loaded
     return {**sampling, "max_new_tokens": arguments.max_new_tokens, "chat": arguments.chat}
 

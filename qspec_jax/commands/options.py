@@ -21,6 +21,19 @@ KERNELS = ("auto", "reference", "triton", "mosaic")
 GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
 _DTYPE_HELP = "default: float32 on the CPU, bfloat16 elsewhere"
 
+# Fields of `SamplingParams`: type, default, help.
+SAMPLING: dict[str, tuple[type, float, str]] = {
+    "temperature": (float, 0.0, "divides the logits; 0 is greedy"),
+    "top-k": (int, 0, "draw from the X most likely tokens; 0 is all"),
+    "top-p": (float, 1.0, "draw from the fewest tokens of this probability together"),
+    "min-p": (float, 0.0, "draw from tokens this likely, relative to the most likely one"),
+    "repetition-penalty": (float, 1.0, "weakens tokens of prompt and output"),
+    "presence-penalty": (float, 0.0, "taken from the logits of tokens in the output"),
+    "frequency-penalty": (float, 0.0, "the same, for every time a token is there"),
+    "seed": (int, 0, "of the noise, counted up from prompt to prompt"),
+    "min-new-tokens": (int, 0, "tokens before a stop token or string ends the text"),
+}
+
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
@@ -40,6 +53,25 @@ def text_of(argument: str) -> str:
             raise argparse.ArgumentTypeError(
                 "it is not UTF-8; give it in UTF-8, or write it to a file in UTF-8 and use --prompt-file"
             ) from None
+
+
+def add_model(parser: Parser) -> None:
+    """``--model``."""
+    text = "hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("--model", help=text)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group of the options in :data:`SAMPLING`, to which a command may add others."""
+    group = parser.add_argument_group("sampling", "by default the most likely token is chosen")
+    for option, (kind, default, text) in SAMPLING.items():
+        group.add_argument(f"--{option}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
+    return group
+
+
+def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of :data:`SAMPLING` say, by the names of ``SamplingParams``."""
+    return {name: getattr(arguments, name) for name in (option.replace("-", "_") for option in SAMPLING)}
 
 
 def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") -> None:
