@@ -132,13 +132,17 @@ def _unkept_program(message: str) -> str | None:
     return f"compiled programs are not kept: {reason}; {_VARIABLE}=FOLDER names another folder, {_VARIABLE}=off none"
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends the process. After an interruption no thread is waited for: nobody can stop a compiler.
 
+    Args:
+        code: of the exit.
+        at_once: wait for no thread in any case; somebody waits at a terminal.
+
     Raises:
-        SystemExit: always, unless it was interrupted.
+        SystemExit: unless no thread is waited for.
     """
-    if code in INTERRUPTED:
+    if at_once or code in INTERRUPTED:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
