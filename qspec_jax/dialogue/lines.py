@@ -78,17 +78,25 @@ class PlainLines(Lines):
         return "\n".join(parts).strip() or None
 
     def _line(self, prompt: str) -> str | None:
-        if self._asks and sys.stderr is not None:
-            print(prompt, end="", file=sys.stderr, flush=True)
+        self._ask(prompt)
         self._number += 1
-        data = sys.stdin.buffer.readline()
-        if not data:
-            return None
+        data = b""
+        try:
+            data = sys.stdin.buffer.readline()
+            if not data:
+                return None
+        finally:
+            if not data.endswith(b"\n"):  # Ctrl-D or Ctrl-C, after which the terminal is within the line
+                self._ask("\n")
         try:
             return decode(data).rstrip("\n")
         except ValueError as error:
             reason = str(error).removeprefix("line 1 ")
             raise UsageError(f"line {self._number} of the standard input {reason}") from error
+
+    def _ask(self, text: str) -> None:
+        if self._asks and sys.stderr is not None:
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 class EditedLines(Lines):

@@ -111,10 +111,12 @@ def piped(monkeypatch, data, *, asks=False):
             read.append(error)
 
 
-def test_a_pipe_has_a_message_on_each_line(monkeypatch):
+def test_a_pipe_has_a_message_on_each_line(monkeypatch, capsys):
     data = "\ufeffone\r\n\n  \ntwo\\\nhé".encode()
     assert piped(monkeypatch, data) == ["one", "two\\", "hé"]
+    assert capsys.readouterr().err == ""
     assert piped(monkeypatch, data, asks=True) == ["one", "two\nhé"]
+    assert capsys.readouterr().err == "> > > > . \n> \n"
     first, error, last = piped(monkeypatch, b"a\n\xff\nb\n")
     assert (first, last) == ("a", "b")
     assert "line 2 of the standard input is not UTF-8" in str(error)
