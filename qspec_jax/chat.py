@@ -18,7 +18,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.errors import OutputError, QSpecError, UsageError
 from qspec_jax.weights.resolve import check_model_name, resolve_model
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def converse(conversation: Conversation, lines: Lines, *, is_watched: bool) -> i
             except CtrlC as pressed:
                 if not any(pressed.args):
                     say("Ctrl-D or /exit leaves")
+            except OutputError:  # nobody would see the answers to come
+                raise
             except QSpecError as error:
                 say(f"error: {error}")
                 code = 0 if is_watched else 1

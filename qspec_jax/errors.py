@@ -27,6 +27,10 @@ class DeviceError(QSpecError):
     """A device that cannot be used: none is there, or its driver or JAX's plugin for it does not fit."""
 
 
+class OutputError(QSpecError):
+    """What a command prints cannot be written."""
+
+
 class DeviceWarning(UserWarning):
     """Another device than the one that is there, or one without kernels: slower than it could be."""
 

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from qspec_jax.errors import QSpecError
+from qspec_jax.errors import OutputError, QSpecError
 from qspec_jax.files import json_lines
 
 
@@ -21,7 +21,7 @@ def show(text: str = "", *, end: str = "\n") -> None:
 
     Raises:
         BrokenPipeError: nobody reads it any more.
-        QSpecError: it cannot be written.
+        OutputError: it cannot be written.
     """
     stream = sys.stdout
     if stream is None:
@@ -86,7 +86,7 @@ def finish() -> None:
     """Writes what is buffered of the standard output; as the process ends nobody could say that it failed.
 
     Raises:
-        BrokenPipeError, QSpecError: as :func:`show`.
+        BrokenPipeError, OutputError: as :func:`show`.
     """
     if sys.stdout is not None and not sys.stdout.closed:
         with _told_of_failure():
@@ -116,7 +116,7 @@ def _told_of_failure():
     except (OSError, ValueError) as error:
         discard(sys.stdout)
         reason = error.strerror or error if isinstance(error, OSError) else error
-        raise QSpecError(f"cannot write the standard output: {reason}") from error
+        raise OutputError(f"cannot write the standard output: {reason}") from error
 
 
 def _encodable(text: str, encoding: str | None) -> str:

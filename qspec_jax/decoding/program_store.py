@@ -13,9 +13,9 @@ layers of a decoder takes longer than anything else at a start. Here a program i
   key tells devices apart, for a CPU the features of that CPU.
 
 Code that somebody else runs in the same process is none of them: a function of this library replaced at run time, or a
-file edited after it was imported. So only ``python -m qspec_jax.generate`` uses a store; where a program that imports
-this library wants one, it sets ``model.programs.store`` itself. A decoder with modules of other packages, or on several
-devices, has none.
+file edited after it was imported. So only the commands ``generate`` and ``chat`` use a store; where a program that
+imports this library wants one, it sets ``model.programs.store`` itself. A decoder with modules of other packages, or on
+several devices, has none.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import qspec_jax
 from qspec_jax import chat
 from qspec_jax.dialogue.conversation import Conversation
 from qspec_jax.dialogue.lines import PlainLines
+from qspec_jax.errors import OutputError
 from tests.dialogue.stub import Session
 from tests.weights import tiny_checkpoints
 
@@ -113,6 +114,19 @@ with lines.while_others_write():
     code = guarded(lambda: chat.converse(talk, lines, is_watched=True))
 leave(code)
 """
+
+
+def test_answers_that_nobody_can_see_are_not_computed(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    lines_of(monkeypatch, "a", "b", "c")
+    monkeypatch.setattr("sys.stdout", Full())
+    conversation = Conversation(Session())
+    with pytest.raises(OutputError, match="No space left"):
+        chat.converse(conversation, PlainLines(asks=False), is_watched=False)
+    assert len(conversation.session.asked) == 1
 
 
 READS = "\x1b[?2004h"  # with which prompt_toolkit begins to read a line
