@@ -10,6 +10,7 @@ from qspec_jax.decoding.plan import AutoPlan, Plan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown
+from qspec_jax.engine.answer import Answer
 from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
 from qspec_jax.engine.outcome import result_of, statistics
 from qspec_jax.engine.pipeline import Pipeline
@@ -17,6 +18,7 @@ from qspec_jax.engine.prompts import Prompt, prompts_of
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
@@ -232,6 +234,32 @@ class LanguageModel:
         plan, capacity = self._checked(plan, max_seq_len)
         options: dict[str, Any] = {"kernels": self.kernels, "capacity": capacity, "on_event": on_event}
         return Session(self.intake, self.programs, plan, **options)
+
+    def service(
+        self,
+        plan: Plan | Any = None,
+        *,
+        batch_size: int | Any = 8,
+        max_seq_len: int | Any = None,
+        on_event: Callable[[str], None] | None = None,
+        on_end: Callable[[Answer], None] | None = None,
+    ) -> Service:
+        """A batch with a thread that runs it: each request is answered piece by piece, and may be cancelled.
+
+        Arguments and errors are those of :meth:`pipeline`. ``on_end`` is called by the thread with each answer that is
+        done.
+        """
+        plan, capacity = self._checked(plan, max_seq_len)
+        return Service(
+            self.intake,
+            self.programs,
+            plan.in_cache(capacity),
+            kernels=self.kernels,
+            batch_size=_count("batch_size", batch_size),
+            capacity=capacity,
+            on_event=on_event,
+            on_end=on_end,
+        )
 
     def _checked(self, plan: Any, max_seq_len: Any) -> tuple[Plan, int]:
         """The plan and the capacity of a batch whose requests are not known yet."""

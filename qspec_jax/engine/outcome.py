@@ -25,11 +25,11 @@ def result_of(
     tokenizer: Tokenizer | None,
     kernels: str,
 ) -> GenerationResult:
-    """What a sequence has yielded; it was ``interrupted`` if it is not finished."""
+    """What a sequence has yielded; it was ``interrupted`` if it is not finished, or was cancelled."""
     sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
     stopped = sequence.watch is not None and sequence.watch.stopped
     reason: FinishReason = "length"
-    if not sequence.finished:
+    if not sequence.finished or sequence.cancelled:
         reason = "interrupted"
     elif stopped or token_ids[-1] in sampling.stop_token_ids:
         reason = "stop"

@@ -27,12 +27,18 @@ class RequestQueue:
         self._adding = threading.Lock()
         self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
         self._needs: set[tuple[str | None, frozenset[int], SamplingFeatures]] = set()  # of those, by session, each once
-        self._waiting: collections.deque[RunningSequence] = collections.deque()
+        self._waiting: collections.OrderedDict[RunningSequence, None] = collections.OrderedDict()
         self._unfinished: dict[RunningSequence, None] = {}  # those that have a row, too
+        self._gone: list[RunningSequence] = []  # dropped since the last step, perhaps of those that had just arrived
 
-    def __bool__(self) -> bool:
-        """Whether any waits."""
-        return bool(self._arrived or self._waiting)
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._arrived) + len(self._waiting)
+
+    def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
+        """Notes what requests to come may need."""
+        self.widths |= set(widths)
+        self.features = self.features.union(features)
 
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
@@ -51,33 +57,29 @@ class RequestQueue:
             is_held: whether something of a session's text is: nobody knows then how much of a prompt will be read.
         """
         if not self._arrived:
+            self._gone.clear()
             return
         with self._adding:
             for session, widths, features in self._needs:
-                self._note(() if is_held(session) else widths, features)
+                self.expect(() if is_held(session) else widths, features)
             self._needs.clear()
-            self._waiting.extend(self._arrived)
+            self._waiting.update(dict.fromkeys(self._arrived))
             self._arrived.clear()
-
-    def expect(self, request: Request, widths: Iterable[int]) -> None:
-        """Notes what a request needs, of which chunks of some widths will be read."""
-        self._note(widths, SamplingFeatures.of([request.sampling]))
-
-    def _note(self, widths: Iterable[int], features: SamplingFeatures) -> None:
-        self.widths |= set(widths)
-        self.features = self.features.union(features)
+        for sequence in self._gone:
+            self._waiting.pop(sequence, None)
+        self._gone.clear()
 
     def next(self) -> RunningSequence | None:
-        """The one whose turn it is; None if no other waits. Those that were dropped are passed over."""
-        while self._waiting:
-            sequence = self._waiting.popleft()
-            if not sequence.finished:
-                return sequence
-        return None
+        """The one whose turn it is; None if no other waits."""
+        return self._waiting.popitem(last=False)[0] if self._waiting else None
 
     def drop(self, sequence: RunningSequence) -> None:
         """Forgets a sequence that is finished, also before its turn."""
         self._unfinished.pop(sequence, None)
+        if sequence in self._waiting:
+            del self._waiting[sequence]
+        else:
+            self._gone.append(sequence)
 
     def start_again(self) -> int:
         """Has all wait that were not dropped, those that have a row first; how many of them are finished."""

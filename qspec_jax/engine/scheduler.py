@@ -35,6 +35,7 @@ from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
+from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, with_rows_of
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
@@ -134,22 +135,33 @@ class Scheduler:
         """Whether a request waits or runs."""
         return bool(self._queue) or any(sequence is not None for sequence in self._rows)
 
+    @property
+    def num_rows_in_use(self) -> int:
+        """Rows that a sequence has."""
+        return sum(sequence is not None for sequence in self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._queue)
+
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
         return self._queue.add(request)
+
+    def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
+        """Has :meth:`compile` compile what requests to come may need: widths of chunks, and kinds of sampling."""
+        with self._running:
+            self._queue.expect(widths, features)
 
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
         with self._running:
             self.totals.requests += sequence.entered_s is not None and not sequence.finished
+            sequence.cancelled = sequence.cancelled or not sequence.finished
             sequence.finished = True
             sequence.chunks = []
             self._queue.drop(sequence)
-
-    def expect(self, request: Request, widths: Iterable[int]) -> None:
-        """Has :meth:`compile` compile what a request like this one needs, of which chunks of some widths are read."""
-        with self._running:
-            self._queue.expect(request, widths)
 
     def inherit(self, other: Scheduler) -> None:
         """Goes on with what the rows of another one hold, of as many rows and less capacity. It is of no use after."""
@@ -331,7 +343,7 @@ class Scheduler:
             row = self._room_for(entering, sorted(idle))
             idle.remove(row)
             self._rows[row] = entering
-            self._queue.expect(entering.request, widths_of(entering.chunks))
+            self._queue.expect(widths_of(entering.chunks), SamplingFeatures.of([entering.request.sampling]))
             entered.append(entering)
             if self._chooser is not None:
                 self._chooser.note_entered(1)

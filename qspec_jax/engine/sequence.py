@@ -20,6 +20,7 @@ class RunningSequence:
         accepted_lengths: cycles by number of accepted drafts.
         cycles_of: the same by the plan that they ran.
         finished: no more tokens come.
+        cancelled: that is because nobody wants them.
         added_s, entered_s: when it was added, and when it got a row.
         arrivals: when new tokens were made, and how many.
         watch: the text, if the request asks for it.
@@ -41,7 +42,7 @@ class RunningSequence:
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
-        self.finished = False
+        self.finished = self.cancelled = False
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
         self.watch = None if request.watch is None else request.watch()

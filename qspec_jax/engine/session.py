@@ -15,7 +15,7 @@ import jax
 from qspec_jax.decoding.chunks import chunk_width
 from qspec_jax.decoding.plan import Plan
 from qspec_jax.decoding.programs import Programs
-from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.sampling_params import SamplingFeatures, SamplingParams
 from qspec_jax.decoding.values import at_least_1
 from qspec_jax.engine.intake import Intake
 from qspec_jax.engine.outcome import result_of
@@ -107,7 +107,7 @@ class Session:
         """
         request = self._request(prompt, **options)
         scheduler = self._scheduler_for(request)
-        scheduler.expect(request, {*request.widths(), chunk_width(1)})
+        scheduler.expect({*request.widths(), chunk_width(1)}, SamplingFeatures.of([request.sampling]))
         scheduler.compile()
 
     def stop(self) -> None:

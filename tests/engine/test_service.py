@@ -1,0 +1,204 @@
+"""A service: tokens come as they are made, each answer is what the request yields alone, and what ends frees its row."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.errors import OutOfMemoryError, QSpecError, UsageError
+from tests import tiny
+
+LENGTH = 128
+LONG = {"max_new_tokens": 110}
+
+
+class Letters:
+    """A tokenizer, and its decoder of a stream, in which a token is a letter."""
+
+    eos_token_ids = ()
+    special_tokens: dict[int, str] = {}  # noqa: RUF012
+    has_chat_template = False
+
+    def stream_decoder(self):
+        return self
+
+    def decode(self, tokens):
+        return "".join(chr(ord("A") + token) for token in tokens)
+
+    push = decode
+
+    def finish(self):
+        return ""
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny.language_model()
+    made.tokenizer = Letters()
+    return made
+
+
+@pytest.fixture
+def service(model):
+    with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as made:
+        yield made
+        wait_until(lambda: made.num_rows_in_use == made.num_waiting == len(made) == 0)
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def alone(service, prompt, **options):
+    """What a request yields while nothing else runs, taken at once."""
+    return service.submit(prompt, **options).result(20.0)
+
+
+def test_pieces_come_as_they_are_made_and_are_the_result(service):
+    expected = alone(service, [5, 6, 7], **LONG)
+    answer = service.submit([5, 6, 7], **LONG)
+    pieces = list(answer)
+    assert len(pieces) > 2
+    assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    result = answer.result()
+    assert "".join(piece.text for piece in pieces) == result.text == expected.text
+    assert sum((piece.token_ids for piece in pieces), []) == result.token_ids == expected.token_ids
+    assert (answer.done, answer.take()) == (True, None)
+
+
+def test_a_stop_string_is_never_shown_whatever_the_pieces(service):
+    text = alone(service, [5, 6, 7], **LONG).text
+    for place in (3, 40, 90):
+        stop = text[place : place + 4]
+        pieces = list(service.submit([5, 6, 7], **LONG, sampling={"stop": [stop]}))
+        assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+
+
+def test_what_is_cancelled_frees_its_row_and_changes_no_other(service):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(96) for _ in range(rng.choice((1, 9, 30)))] for _ in range(12)]
+    expected = [alone(service, prompt, max_new_tokens=20).token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+
+        def ask(index):
+            answer = service.submit(prompts[index], max_new_tokens=20)
+            if index % 3 == 0:
+                for _ in zip(range(index % 2), answer, strict=False):
+                    pass
+                answer.cancel()
+            return answer.result(20.0)
+
+        results = list(pool.map(ask, range(12)))
+    for index, result in enumerate(results):
+        if result.finish_reason == "interrupted":
+            assert index % 3 == 0
+            assert result.token_ids == expected[index][: len(result.token_ids)]
+        else:
+            assert result.token_ids == expected[index]
+
+
+def test_one_that_waits_is_cancelled_before_it_has_a_row(service):
+    running = [service.submit([5, 6], **LONG) for _ in range(2)]
+    waiting = service.submit([7, 8], **LONG)
+    waiting.cancel()
+    result = waiting.result(20.0)
+    assert (result.finish_reason, result.token_ids, result.text) == ("interrupted", [], "")
+    assert list(waiting)[-1].finished
+    for answer in running:
+        answer.cancel()
+        answer.cancel()
+
+
+def test_those_that_left_while_they_waited_are_not_kept(service):
+    running = [service.submit([5, 6], **LONG) for _ in range(2)]
+    for _ in range(50):
+        service.submit([7, 8], **LONG).cancel()
+    wait_until(lambda: service.num_waiting <= 2 and len(service) <= 2)
+    for answer in running:
+        answer.cancel()
+
+
+def test_a_request_that_cannot_be_served_is_refused_at_once(service):
+    with pytest.raises(UsageError, match="do not fit max_seq_len"):
+        service.submit([5] * 100, **LONG)
+    with pytest.raises(UsageError, match="temperature"):
+        service.submit([5], sampling={"temperature": -1})
+
+
+def test_an_error_of_the_device_that_passes_is_not_seen(service, monkeypatch):
+    expected, original, calls = alone(service, [5, 6, 7], **LONG), Programs.loop, []
+
+    def fails_once(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OutOfMemoryError("full")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Programs, "loop", fails_once)
+    pieces = list(service.submit([5, 6, 7], **LONG))
+    assert len(calls) > 3
+    assert sum((piece.token_ids for piece in pieces), []) == expected.token_ids
+    assert "".join(piece.text for piece in pieces) == expected.text
+
+
+def test_an_error_that_stays_fails_what_runs_and_nothing_later(service, monkeypatch):
+    def fails(self, *arguments, **options):
+        raise OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "loop", fails)
+        answers = [service.submit([5, 6, 7], **LONG) for _ in range(3)]
+        for answer in answers:
+            with pytest.raises(QSpecError, match="the request failed: full"):
+                list(answer)
+            with pytest.raises(QSpecError, match="the request failed: full"):
+                answer.result(20.0)
+        wait_until(lambda: service.num_rows_in_use == 0)
+    assert service.submit([5, 6, 7], max_new_tokens=5).result(20.0).finish_reason == "length"
+
+
+def test_text_that_cannot_be_made_fails_its_request_alone(service, monkeypatch):
+    def fails(tokens):
+        raise ValueError("no such token")
+
+    good, bad = service.submit([5, 6], max_new_tokens=9), service.submit([5, 6, 7], **LONG)
+    monkeypatch.setattr(bad._watch, "push", fails)
+    with pytest.raises(QSpecError, match="no such token"):
+        bad.result(20.0)
+    assert len(good.result(20.0).token_ids) == 9
+
+
+def test_a_service_that_is_closed_ends_what_runs_and_takes_no_more(model):
+    service = model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH)
+    answers = [service.submit([5, 6], **LONG) for _ in range(4)]
+    taken = threading.Thread(target=lambda: [list(answer) for answer in answers], daemon=True)
+    taken.start()
+    assert service.close(20.0)
+    taken.join(20.0)
+    assert not taken.is_alive()
+    assert {answer.result(0.0).finish_reason for answer in answers} <= {"interrupted", "length"}
+    with pytest.raises(QSpecError, match="closed"):
+        service.submit([5, 6], **LONG)
+    assert service.close()
+
+
+def test_a_result_is_waited_for_no_longer_than_is_asked(service):
+    with pytest.raises(TimeoutError):
+        service.submit([5, 6], **LONG).result(0.0)
+
+
+def test_a_service_tells_when_an_answer_changes_and_when_it_is_done(model):
+    ended, changed = [], threading.Event()
+    with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH, on_end=ended.append) as service:
+        answer = service.submit([5, 6], max_new_tokens=3, on_change=changed.set)
+        assert changed.wait(20)
+        answer.result(20.0)
+        wait_until(lambda: ended == [answer])
