@@ -46,6 +46,7 @@ def model():
 @pytest.fixture
 def service(model):
     with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as made:
+        made._scheduler._burst_s = 0.003  # pieces also of a model that is so small
         yield made
         wait_until(lambda: made.num_rows_in_use == made.num_waiting == len(made) == 0)
 
@@ -138,13 +139,13 @@ def test_an_error_of_the_device_that_passes_is_not_seen(service, monkeypatch):
 
     def fails_once(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise OutOfMemoryError("full")
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Programs, "loop", fails_once)
     pieces = list(service.submit([5, 6, 7], **LONG))
-    assert len(calls) > 3
+    assert len(calls) > 2
     assert sum((piece.token_ids for piece in pieces), []) == expected.token_ids
     assert "".join(piece.text for piece in pieces) == expected.text
 
