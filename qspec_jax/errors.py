@@ -11,6 +11,10 @@ class UsageError(QSpecError, ValueError):
     """An argument that makes no sense; the command line exits with code 2."""
 
 
+class TooLongError(UsageError):
+    """A prompt that leaves no room for its new tokens."""
+
+
 class UnsupportedModelError(QSpecError, ValueError):
     """A checkpoint of an architecture, or with an option, that is not supported."""
 

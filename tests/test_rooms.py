@@ -21,8 +21,8 @@ qspec_jax.quantization    qspec_jax.decoding
 qspec_jax.weights
 qspec_jax.recipes         qspec_jax.engine
 qspec_jax.__init__        qspec_jax.commands
-qspec_jax.evaluation      qspec_jax.dialogue        qspec_jax.inspection
-qspec_jax.generate        qspec_jax.quantize        qspec_jax.evaluate    qspec_jax.harness    qspec_jax.info    qspec_jax.chat    qspec_jax.texts    qspec_jax.bench
+qspec_jax.evaluation      qspec_jax.dialogue        qspec_jax.inspection    qspec_jax.serving
+qspec_jax.generate        qspec_jax.quantize        qspec_jax.evaluate    qspec_jax.harness    qspec_jax.info    qspec_jax.chat    qspec_jax.serve    qspec_jax.texts    qspec_jax.bench
 """  # noqa: E501 - a room a column
 LEVELS = [line.split() for line in ROOMS.strip().splitlines()]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -94,7 +94,7 @@ def test_no_file_imports_itself_through_others():
 
 def test_a_file_at_the_root_is_a_command_and_a_folder_says_what_it_is():
     root = {path.stem for path in (ROOT / "qspec_jax").glob("*.py")}
-    assert root == {"__init__", "chat", "errors", "evaluate", "generate", "harness", "info", "quantize", "texts"}
+    assert root == {"__init__", "chat", "errors", "evaluate", "generate", "harness", "info", "quantize", "serve", "texts"}
     for path in (ROOT / "qspec_jax").rglob("*/__init__.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1, f"{path} holds more than its docstring"

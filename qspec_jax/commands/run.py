@@ -143,11 +143,16 @@ def leave(code: int, *, at_once: bool = False) -> NoReturn:
         SystemExit: unless no thread is waited for.
     """
     if at_once or code in INTERRUPTED:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        end_at_once(code)
     sys.exit(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process, and waits for no thread."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def keep_compiled_programs() -> ProgramStore | None:

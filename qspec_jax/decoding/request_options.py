@@ -50,7 +50,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_length": ((), "max_new_tokens, which does not count the prompt"),
     "eos_token_id": ((), "stop_token_ids"),
 }
-_KNOWN = {name.replace("_", ""): name for name in (*REQUEST_OPTIONS, *_OTHER_NAMES, *_REFUSED, "do_sample")}
+NAMES = (*REQUEST_OPTIONS, *_OTHER_NAMES, *_REFUSED, "do_sample", "top_logprobs")
+"""All that have a meaning, if only that they are refused."""
+_KNOWN = {name.replace("_", ""): name for name in NAMES}
 
 
 def check_max_new_tokens(value: Any) -> int:

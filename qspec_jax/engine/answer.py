@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from qspec_jax.engine.outcome import finish_reason_of
 from qspec_jax.engine.requests import Request
-from qspec_jax.engine.results import GenerationResult
+from qspec_jax.engine.results import FinishReason, GenerationResult
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.errors import QSpecError
 from qspec_jax.tokenizer.watch import TextWatch
@@ -72,6 +73,11 @@ class Answer:
     def done(self) -> bool:
         """No more comes: it is finished, was cancelled, or has failed."""
         return self._ended
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why no more comes of one that is done."""
+        return "error" if self.error is not None else finish_reason_of(self.sequence)
 
     def take(self) -> Piece | None:
         """What is new; None if there is nothing.

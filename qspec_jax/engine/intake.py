@@ -13,7 +13,7 @@ from qspec_jax.engine.outcome import failure
 from qspec_jax.engine.prompts import Prompt, prompts_of, read_prompt
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, GenerationStats
-from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.errors import QSpecError, TooLongError, UsageError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.tokenizer.watch import TextWatch
 
@@ -56,13 +56,14 @@ def check_length(num_tokens: int, max_new_tokens: int, *, max_seq_len: Any, cont
         context: that the model allows.
 
     Raises:
-        UsageError: it does not fit, or ``max_seq_len`` makes no sense.
+        TooLongError: it does not fit.
+        UsageError: ``max_seq_len`` makes no sense.
     """
     if max_seq_len is not None:
         values.between("max_seq_len", max_seq_len, 1, context, f"between 1 and the model's context of {context}")
     if num_tokens + max_new_tokens > (max_seq_len or context):
         what = f"max_seq_len={max_seq_len}" if max_seq_len else f"the model's context of {context}"
-        raise UsageError(
+        raise TooLongError(
             f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
             f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else "")
         )

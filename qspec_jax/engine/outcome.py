@@ -26,24 +26,26 @@ def result_of(
     kernels: str,
 ) -> GenerationResult:
     """What a sequence has yielded; it was ``interrupted`` if it is not finished, or was cancelled."""
-    sampling, token_ids = sequence.request.sampling, list(sequence.token_ids)
-    stopped = sequence.watch is not None and sequence.watch.stopped
-    reason: FinishReason = "length"
-    if not sequence.finished or sequence.cancelled:
-        reason = "interrupted"
-    elif stopped or token_ids[-1] in sampling.stop_token_ids:
-        reason = "stop"
+    sampling, token_ids, watch = sequence.request.sampling, list(sequence.token_ids), sequence.watch
     text = tokenizer.decode(token_ids) if tokenizer else ""
     return GenerationResult(
         prompt=sequence.request.prompt,
         prompt_token_ids=list(sequence.request.token_ids),
-        text=sequence.watch.text if sequence.watch is not None and stopped else text,
+        text=watch.text if watch is not None and watch.stopped else text,
         token_ids=token_ids,
-        finish_reason=reason,
+        finish_reason=finish_reason_of(sequence),
         stats=dataclasses.replace(statistics(plan, sequence, kernels=kernels), compile_s=totals.compile_s),
         logprobs=None if sampling.logprobs is None else sequence.logprobs,
         top_logprobs=sequence.top_logprobs if sampling.logprobs else None,
     )
+
+
+def finish_reason_of(sequence: RunningSequence) -> FinishReason:
+    """Why no more tokens come of a sequence."""
+    if not sequence.finished or sequence.cancelled:
+        return "interrupted"
+    stopped = sequence.watch is not None and sequence.watch.stopped
+    return "stop" if stopped or sequence.token_ids[-1] in sequence.request.sampling.stop_token_ids else "length"
 
 
 def statistics(plan: Plan, sequence: RunningSequence | None = None, *, kernels: str) -> GenerationStats:

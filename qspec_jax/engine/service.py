@@ -82,6 +82,11 @@ class Service:
         return self._scheduler.totals
 
     @property
+    def healthy(self) -> bool:
+        """It takes requests, and they are served."""
+        return not self._closed and (self._thread is None or self._thread.is_alive())
+
+    @property
     def num_rows_in_use(self) -> int:
         """Rows that a request has, those included that were cancelled a moment ago."""
         return self._scheduler.num_rows_in_use
@@ -200,9 +205,9 @@ class Service:
                     self.cancel_all(error)
                     time.sleep(_AFTER_FAILURE_S)
                 continue
-            answers = [self._answers[sequence] for sequence in changed if sequence in self._answers]
-            if any([self._hand_out(answer) for answer in answers]):
-                failures = 0
+            for sequence in changed:
+                if sequence in self._answers and self._hand_out(self._answers[sequence]):
+                    failures = 0
 
     def _wait(self) -> bool:
         """Waits until there is something to do, and ends what was cancelled; False once it is closed."""

@@ -144,6 +144,12 @@ class Tokenizer:
         with self._lock:
             return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def token_text(self, token_id: int) -> str:
+        """What a token is within a text; a special token as it is written, half a character as a replacement."""
+        if token_id in self.special_tokens:
+            return self.special_tokens[token_id]
+        return self.decode([token_id, token_id])[len(self.decode([token_id])) :]  # the first one may lose its space
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the files from which :func:`load_tokenizer` makes this tokenizer again into a directory.
 

@@ -1,4 +1,4 @@
-"""A service: tokens come as they are made, each answer is what the request yields alone, and what ends frees its row."""
+"""A service: tokens come as they are made, an answer is what the request yields alone, and its end frees its row."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_pieces_come_as_they_are_made_and_are_the_result(service):
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     result = answer.result()
     assert "".join(piece.text for piece in pieces) == result.text == expected.text
-    assert sum((piece.token_ids for piece in pieces), []) == result.token_ids == expected.token_ids
+    assert [token for piece in pieces for token in piece.token_ids] == result.token_ids == expected.token_ids
     assert (answer.done, answer.take()) == (True, None)
 
 
@@ -146,7 +146,7 @@ def test_an_error_of_the_device_that_passes_is_not_seen(service, monkeypatch):
     monkeypatch.setattr(Programs, "loop", fails_once)
     pieces = list(service.submit([5, 6, 7], **LONG))
     assert len(calls) > 2
-    assert sum((piece.token_ids for piece in pieces), []) == expected.token_ids
+    assert [token for piece in pieces for token in piece.token_ids] == expected.token_ids
     assert "".join(piece.text for piece in pieces) == expected.text
 
 

@@ -1,0 +1,273 @@
+"""The paths of the server: what of OpenAI's API it answers, its health, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qspec_jax.engine.requests import Request as EngineRequest
+from qspec_jax.engine.service import Service
+from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.serving.asked import Asked, Kind, read_body, requests_of
+from qspec_jax.serving.limits import Limits
+from qspec_jax.serving.metrics import CONTENT_TYPE, Metrics
+from qspec_jax.serving.refusals import NOT_AGAIN, ApiError, failure_of
+from qspec_jax.serving.shapes import Shapes
+from qspec_jax.serving.streams import GONE, Changes, ClientGoneError, EventStream, all_done, events, while_there
+
+HEALTH = "/health"
+_MOST_READING = 256  # bodies that are read at a time
+_DISCARDED = 16  # times the limit that is read of a body that is too large, so that its sender hears why
+_USUAL_S, _LONGEST_WAIT_S = 1.0, 60  # of an answer, while nobody knows; and what a client is told to wait at most
+
+
+class Api:
+    """Answers requests with a service.
+
+    Attributes:
+        app: for a server of ASGI.
+        num_open: answers that are made or wait; none once all clients are served or have left.
+    """
+
+    def __init__(
+        self, service: Service, metrics: Metrics, *, model: str, limits: Limits, api_key: str | None = None
+    ) -> None:
+        """For a model of some name. With an ``api_key``, all but the health is for those who have it.
+
+        Raises:
+            UsageError: the model has no tokenizer.
+        """
+        if service.intake.tokenizer is None:
+            raise UsageError(f"{model} has no tokenizer, and clients send text; give a model that has one")
+        self._service, self._metrics, self._limits, self._model = service, metrics, limits, model
+        self._tokenizer = service.intake.tokenizer
+        self._created = int(time.time())
+        self._key = None if api_key is None else _digest(api_key)
+        self.num_open, self._reading, self._is_ending = 0, 0, False
+        self._answer_s = _USUAL_S  # about how long one takes
+        routes = [
+            Route("/v1/completions", functools.partial(self._answer, kind=Kind.TEXT), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(self._answer, kind=Kind.CHAT), methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
+            Route(HEALTH, self._health),
+            Route("/metrics", self._show_metrics),
+        ]
+        self._paths = {route.path for route in routes}
+        handlers: Any = {ApiError: _refused, HTTPException: _not_found, Exception: _broken}
+        self.app: ASGIApp = self._guarded(Starlette(routes=routes, exception_handlers=handlers))
+
+    def end(self) -> None:
+        """Takes no more requests; those that run after the time of grace fail."""
+        self._is_ending = True
+        error = ApiError(503, "the server is shutting down", code="shutting_down")
+        asyncio.get_running_loop().call_later(self._limits.grace_s, self._service.cancel_all, error)
+
+    # ---- every request
+
+    def _guarded(self, app: ASGIApp) -> ASGIApp:
+        """Asks for the key, and counts."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                return
+            path = scope["path"] if scope["path"] in self._paths else "other"
+
+            async def counted(message: Message) -> None:
+                if message["type"] == "http.response.start" and not _is_stream(message):
+                    self._metrics.count_request(path, message["status"])
+                await send(message)
+
+            try:
+                self._check_key(scope)
+            except ApiError as error:
+                await error.response()(scope, receive, counted)
+            else:
+                await app(scope, receive, counted)
+
+        return guarded
+
+    def _check_key(self, scope: Scope) -> None:
+        """Refuses who does not have the key, in a time that does not depend on what was given."""
+        if self._key is None or scope["path"] == HEALTH:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        if not hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._key) or scheme.lower() != b"bearer":
+            message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
+            headers = {"www-authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)
+
+    # ---- paths
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._model:
+            message = f"there is no model {request.path_params['name']!r}; this server has {self._model!r} alone"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return JSONResponse(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        length = self._service.max_seq_len
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "qspec-jax",
+            "max_model_len": length,
+        }
+
+    async def _health(self, request: Request) -> Response:
+        status = "shutting down" if self._is_ending else "ok" if self._service.healthy else "the engine has stopped"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _answer(self, request: Request, *, kind: Kind) -> Any:
+        until_s = asyncio.get_running_loop().time() + self._limits.request_s
+        if self._is_ending:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        _check_content_type(request)
+        asked = read_body(await self._body(request), kind, model=self._model)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._places(asked.num_answers))
+            tokenise = functools.partial(requests_of, limits=self._limits, max_seq_len=self._service.max_seq_len)
+            wanted = await asyncio.to_thread(tokenise, asked, self._service.intake)
+            return await self._run(request, asked, wanted, held, until_s)
+
+    async def _run(
+        self, request: Request, asked: Asked, wanted: list[EngineRequest], held: contextlib.ExitStack, until_s: float
+    ) -> Any:
+        """The answers to a request; what is ``held`` for it is given back at their end."""
+        changes, answers = Changes(), []
+        for one in wanted:
+            answers.append(answer := self._service.add(one, on_change=changes))
+            held.callback(answer.cancel)
+        shapes = Shapes(asked, model=self._model, tokenizer=self._tokenizer)
+        if asked.stream:
+            after = held.pop_all()
+
+            def at_end(status: int) -> None:
+                after.close()
+                self._metrics.count_request(request.url.path, status)
+
+            return EventStream(events(answers, shapes, changes), until_s=until_s, at_end=at_end)
+        try:
+            await while_there(request.receive, all_done(answers, changes), until_s=until_s)
+            return JSONResponse(shapes.whole(answers))
+        except ClientGoneError:
+            return Response(status_code=GONE)
+        except QSpecError as error:
+            raise failure_of(error) from error
+
+    # ---- limits
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request.
+
+        Raises:
+            ApiError: it is too large, or does not come, or there are too many others.
+        """
+        if self._reading >= _MOST_READING:
+            raise self._full()
+        self._reading += 1
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                return await self._read(request)
+        except TimeoutError as error:
+            message = f"the body did not come within {self._limits.body_s:g} s"
+            raise ApiError(408, message, code="body_timeout", headers={**NOT_AGAIN, "connection": "close"}) from error
+        except ClientDisconnect as error:
+            raise ApiError(GONE, "the client has left") from error
+        finally:
+            self._reading -= 1
+
+    async def _read(self, request: Request) -> bytes:
+        most, pieces, size = self._limits.max_body, [], 0
+        declared = request.headers.get("content-length", "")
+        is_waited_for = "expect" in request.headers  # who asks before sending need not be heard out
+        if not (is_waited_for and declared.isdecimal() and int(declared) > most):
+            async for piece in request.stream():
+                size += len(piece)
+                pieces.append(piece if size <= most else b"")
+                if size > most * _DISCARDED:
+                    break
+            if size <= most:
+                return b"".join(pieces)
+        message = f"the body is larger than {most} bytes; send less, or raise --max-body"
+        raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+    @contextlib.contextmanager
+    def _places(self, count: int) -> Iterator[None]:
+        """Room for some answers, until they are done.
+
+        Raises:
+            ApiError: there is none.
+        """
+        room = self._service.batch_size + self._limits.max_waiting
+        if count > room:
+            raise ApiError(400, f"{count} answers at once: this server has room for {room}; lower n", param="n")
+        if self.num_open + count > room:
+            raise self._full()
+        self.num_open += count
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.num_open -= count
+            self._answer_s += 0.1 * (time.monotonic() - began_s - self._answer_s)
+
+    def _full(self) -> ApiError:
+        wait = min(_LONGEST_WAIT_S, max(1, math.ceil(self._answer_s)))
+        message = f"{self.num_open} answers are made or wait, and there is no room for more; try again in {wait} s"
+        return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
+
+
+def _is_stream(message: Message) -> bool:
+    """Whether an answer is sent in pieces, and is counted when it ends."""
+    return any(value.startswith(b"text/event-stream") for name, value in message["headers"] if name == b"content-type")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _check_content_type(request: Request) -> None:
+    """Refuses what a page of another site could send without being asked: JSON makes its browser ask."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != "application/json" and not given.endswith("+json"):
+        message = f"content-type {given[:60]!r}: send JSON, with the header Content-Type: application/json"
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:100]}: {error.detail}; see GET /v1/models and docs/serving.md"
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return ApiError(500, "the server has failed; its log says how", code="internal_error").response()
