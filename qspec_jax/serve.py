@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)")
     options.add_kernels(parser)
+    ahead = "compile at the start what sampling needs; all has penalties, biases and log-probabilities (default: usual)"
+    add("--compile", choices=("usual", "all"), default="usual", help=ahead)
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--max-waiting", type=int, default=64, metavar="N", help="answers that wait for a row (default: 64)")
@@ -179,7 +181,7 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
 
     def compile_ahead(model: LanguageModel) -> None:
         model.programs.store = store
-        service_of(model).compile()
+        service_of(model).compile(everything=arguments.compile == "all")
         say(f"programs took {model.programs.compile_s:.1f} s")
 
     model = qspec_jax.load(
@@ -192,7 +194,7 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
     )
     model.programs.store = store
     service = service_of(model)
-    service.compile()
+    service.compile(everything=arguments.compile == "all")
     return model, service
 
 

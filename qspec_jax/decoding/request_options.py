@@ -55,6 +55,11 @@ NAMES = (*REQUEST_OPTIONS, *_OTHER_NAMES, *_REFUSED, "do_sample", "top_logprobs"
 _KNOWN = {name.replace("_", ""): name for name in NAMES}
 
 
+def our_name(name: str) -> str:
+    """What an option is called here; a name that means nothing else is its own."""
+    return _OTHER_NAMES.get(name, name)
+
+
 def check_max_new_tokens(value: Any) -> int:
     """A limit of new tokens.
 

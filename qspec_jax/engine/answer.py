@@ -92,7 +92,7 @@ class Answer:
         text, tokens = self._text[self._shown_text :], slice(self._shown_tokens, len(self._token_ids))
         if not text and tokens.start == tokens.stop:
             if self.error is not None:
-                raise self._failure()
+                raise self.failure()
             if not self._ended or self._told_of_end:
                 return None
         self._shown_text, self._shown_tokens = len(self._text), tokens.stop
@@ -128,15 +128,15 @@ class Answer:
             if not self._changed.wait_for(lambda: self._ended, timeout):
                 raise TimeoutError(f"the answer is not done after {timeout} s")
         if self.error is not None:
-            raise self._failure()
+            raise self.failure()
         return self._result_of(self.sequence)
 
     def cancel(self) -> None:
         """Ends it: its row is free by the next burst, and no more comes. Nothing happens to one that is done."""
         self._cancel(self)
 
-    def _failure(self) -> QSpecError:
-        """A new error each time, since raising one changes it."""
+    def failure(self) -> QSpecError:
+        """What :meth:`take` and :meth:`result` raise of one that has failed; a new one each time."""
         failed = QSpecError(f"the request failed: {self.error}")
         failed.__cause__ = self.error
         return failed

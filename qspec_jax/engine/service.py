@@ -27,7 +27,8 @@ from qspec_jax.errors import QSpecError
 # Tokens come to those who wait for them after each burst, and so does the turn of a request that has just come.
 _BURST_S = 0.1
 _AFTER_FAILURE_S = 0.1  # before the device is asked again
-_PLAIN_SAMPLING = SamplingFeatures.of([SamplingParams(temperature=1.0, top_p=0.5)])
+_USUAL_SAMPLING = SamplingFeatures(draws=True, truncates=True)
+_ALL_SAMPLING = _USUAL_SAMPLING._replace(penalises=True, biases=True, scores=True)
 
 
 class Service:
@@ -100,16 +101,18 @@ class Service:
         """Answers that are not done."""
         return len(self._answers)
 
-    def compile(self) -> None:
-        """Compiles what requests of any length and usual sampling need, which otherwise waits for the first of them.
+    def compile(self, *, everything: bool = False) -> None:
+        """Compiles what requests of any length need, which otherwise waits for the first of them.
 
-        Penalties, biases and log-probabilities are compiled once a request asks for them.
+        Args:
+            everything: penalties, biases and log-probabilities, too, which are else compiled once a request has them.
 
         Raises:
             OutOfMemoryError, UsageError: as :meth:`LanguageModel.generate`.
         """
         longest = chunk_width(min(self.max_seq_len, CHUNK_WIDTHS[-1]))
-        self._scheduler.expect([width for width in CHUNK_WIDTHS if width <= longest], _PLAIN_SAMPLING)
+        widths = [width for width in CHUNK_WIDTHS if width <= longest]
+        self._scheduler.expect(widths, _ALL_SAMPLING if everything else _USUAL_SAMPLING)
         self._scheduler.compile()
 
     def submit(

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from qspec_jax.decoding.request_options import our_name
 from qspec_jax.errors import QSpecError, TooLongError, UsageError
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -56,7 +57,8 @@ def refusal_of(error: UsageError, names: Iterable[str] = ()) -> ApiError:
         names: of the request's parameters; the first that the message has is the one that is wrong.
     """
     message = str(error)
-    places = {name: match.start() for name in names if (match := re.search(rf"\b{re.escape(name)}\b", message))}
+    found = {name: re.search(rf"\b({re.escape(name)}|{re.escape(our_name(name))})s?\b", message) for name in names}
+    places = {name: match.start() for name, match in found.items() if match is not None}
     code = "context_length_exceeded" if isinstance(error, TooLongError) else None
     return ApiError(400, message, param=min(places, key=places.__getitem__, default=None), code=code)
 

@@ -40,8 +40,11 @@ class Scores:
         """The tokens that may be shown with a piece."""
         tops = piece.top_logprobs or [{}] * len(piece.token_ids)
         for token_id, logprob, top in zip(piece.token_ids, piece.logprobs, tops, strict=True):
-            self._held.append(Scored(token_id, self._made, logprob, top))
+            before = self._made
             self._made += len(self._decoder.push([token_id]))
+            # It may come with what is left of a character that never ended.
+            offset = max(before, self._made - len(self._text(token_id)))
+            self._held.append(Scored(token_id, offset, logprob, top))
         self._shown += len(piece.text)
         taken = [one for one in self._held if one.offset < self._shown]
         self._held = self._held[len(taken) :]

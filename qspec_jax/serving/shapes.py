@@ -44,6 +44,8 @@ class Shapes:
         """
         choices = []
         for index, answer in enumerate(answers):
+            if answer.error is not None:
+                raise answer.failure()
             piece = answer.take() or Piece("", [], [], [], finished=True)
             message: dict[str, Any] = {"text": piece.text}
             if self._asked.kind is Kind.CHAT:
