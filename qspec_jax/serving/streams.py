@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from qspec_jax.engine.answer import Answer
 from qspec_jax.errors import QSpecError
+from qspec_jax.files import json_lines
 from qspec_jax.serving.refusals import NOT_AGAIN, ApiError, failure_of
 from qspec_jax.serving.shapes import Shapes
 
@@ -146,6 +146,6 @@ async def _end(send: Send, error: ApiError | None = None) -> None:
 
 
 def _event(value: dict[str, Any]) -> dict[str, Any]:
-    # In ASCII, since some clients split lines where Unicode does.
-    body = b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+    # Without what some clients take for the end of a line.
+    body = f"data: {json_lines.dumps(value)}\n\n".encode()
     return {"type": "http.response.body", "body": body, "more_body": True}

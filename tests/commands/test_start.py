@@ -39,6 +39,16 @@ COMMANDS = {
         ["--temperature", "-1"],
         ["--model", "no/such.gguf"],
     ],
+    "qspec_jax.serve": [
+        *HELP,
+        ["--mode", "w4a2"],
+        ["--port", "65536"],
+        ["--timeout", "0"],
+        ["--max-waiting", "-1"],
+        ["--draft-length", "99"],
+        ["--api-key-file", "no/such.key"],
+        ["no/such.gguf"],
+    ],
     "qspec_jax.quantize": [
         *HELP,
         ["default"],

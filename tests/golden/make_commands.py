@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from qspec_jax import chat, evaluate, generate, info, quantize, texts
+from qspec_jax import chat, evaluate, generate, info, quantize, serve, texts
 from qspec_jax.bench import __main__ as bench
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
@@ -27,6 +27,8 @@ _ABOUT = {
     "python -m qspec_jax.generate": "Generates text. Give `--prompt`, `--prompt-file` or both. "
     "With `--output`, a run that was interrupted goes on where it was.",
     "python -m qspec_jax.chat": "Talks, at a terminal or line by line of the standard input: [Chat](chat.md).",
+    "python -m qspec_jax.serve": "Serves a model to clients of OpenAI's API: [Serving](serving.md). It needs "
+    "`pip install 'qspec-jax[serve]'`.",
     "python -m qspec_jax.quantize": "Writes a model as a 4-bit checkpoint. Every command takes the checkpoint as a "
     "model. [Quantisation](quantization.md) compares the recipes.",
     "python -m qspec_jax.evaluate": "Scores a text at every precision, and drafts on prompts. "
@@ -59,7 +61,7 @@ python -m qspec_jax.harness run --model qspec --model_args model=CHECKPOINT,mode
 
 def page() -> str:
     """The whole page."""
-    parsers = [module.build_parser() for module in (generate, chat, quantize, evaluate, texts, info)]
+    parsers = [module.build_parser() for module in (generate, chat, serve, quantize, evaluate, texts, info)]
     sections = [section(parser) for parser in parsers]
     return "\n".join([_HEAD, *sections, _HARNESS, *(section(parser) for parser in bench_parsers())])
 

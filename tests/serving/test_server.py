@@ -7,16 +7,22 @@ import http.client
 import json
 import random
 import re
+import shlex
+import shutil
 import socket
-import struct
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
+from tests.serving.clients import call, error_of, leave, opened, plain, requests_under_load
 from tests.serving.conftest import LENGTH, LIMITS, ROWS, running, wait_until
+from tests.test_documents import code, statements
 
+BLOCKS = [block for block in code("docs/serving.md") if block.marker == "needs: server"]
+LINES = [words for block in BLOCKS if block.language == "sh" for words in statements(block.text) if words[0] == "curl"]
 CHAT = [{"role": "user", "content": "Why?"}]
 GREEDY = {"model": "tiny", "temperature": 0}
 
@@ -26,24 +32,6 @@ def client(served):
     made = openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0)
     with made:
         yield made
-
-
-def call(served, method, path, body=None, headers=None):
-    """Status, headers and body of a request of any kind."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-    try:
-        connection.request(method, path, body, {"content-type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()
-
-
-def error_of(served, *arguments, **options):
-    status, _, body = call(served, *arguments, **options)
-    error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return status, error["code"], error["message"]
 
 
 def letters(text):
@@ -216,21 +204,6 @@ def test_a_client_without_the_key_is_refused(model):
         assert call(served, "GET", "/health")[0] == 200
 
 
-def opened(served, path="/v1/completions", **body):
-    """A connection that has asked for something and not read the answer yet."""
-    connection = socket.create_connection(("127.0.0.1", served.port), timeout=20)
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
-    return connection
-
-
-def leave(connection, *, abruptly):
-    if abruptly:  # a reset, as of a client that was killed
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_rows(idle, stream, monkeypatch):
     # As long as it takes to see that they are in use.
@@ -245,32 +218,34 @@ def test_a_client_that_leaves_frees_its_rows(idle, stream, monkeypatch):
         assert time.monotonic() - began < 2
 
 
+# ---- the page
+
+
+def here(text, served):
+    assert "127.0.0.1:8000" in text
+    return text.replace("127.0.0.1:8000", f"127.0.0.1:{served.port}")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("words", LINES, ids=lambda words: " ".join(words)[:60])
+def test_a_line_of_curl_is_answered(words, idle):
+    command = shlex.split(here(shlex.join(words), idle))
+    got = subprocess.run([*command, "--silent", "--fail"], check=True, capture_output=True, text=True).stdout
+    if "metrics" in words[-1]:
+        assert "qspec_rows 4.0" in got
+    elif '"stream": true' in words[-1]:
+        assert got.endswith("data: [DONE]\n\n")
+    else:
+        assert json.loads(got)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_a_block_of_python_is_answered(block, idle, capsys):
+    exec(compile(here(block.text, idle), str(block), "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 # ---- under load
-
-
-def plain(served, body):
-    """An answer's text, whole or in pieces."""
-    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    status, _, got = call(served, "POST", path, json.dumps(body).encode())
-    if status != 200:
-        return status, json.loads(got)["error"]["code"]
-    if not body.get("stream"):
-        choice = json.loads(got)["choices"][0]
-        return status, choice["message"]["content"] if "messages" in body else choice["text"]
-    events = got.decode().removesuffix("\n\n").split("\n\n")
-    assert events.pop() == "data: [DONE]"
-    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-    return status, "".join(one["text"] if "text" in one else one["delta"].get("content", "") for one in choices)
-
-
-def requests_under_load(count):
-    rng, made = random.Random(1), []
-    for index in range(count):
-        prompt = "".join(rng.choice("abcdefgh") for _ in range(rng.choice((1, 9, 25))))
-        kind = {"messages": [{"role": "user", "content": prompt}]} if index % 3 == 0 else {"prompt": prompt}
-        drawn = {"temperature": rng.choice((0, 0.7, 1.5)), "seed": index, "stop": [["q"], []][index % 2]}
-        made.append({**kind, **drawn, "max_tokens": rng.choice((1, 20, 60)), "stream": index % 4 < 2})
-    return made
 
 
 def test_under_load_every_answer_that_arrives_is_that_of_the_request_alone(idle):
@@ -340,5 +315,5 @@ def test_what_takes_longer_than_the_time_of_grace_fails_and_is_told(model):
         received = b""
         while more := stream.recv(10_000):
             received += more
-        assert b'"code":"shutting_down"' in received
+        assert b'"code": "shutting_down"' in received
         stream.close()
