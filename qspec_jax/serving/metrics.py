@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -21,7 +22,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        options = {"registry": self._registry}
+        options: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter("qspec_requests", "Requests, by path and status", ["path", "status"], **options)
         self._prompt = Counter("qspec_prompt_tokens", "Tokens of prompts", **options)
         self._made = Counter("qspec_generated_tokens", "Tokens made for answers", **options)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qspec_jax.engine.answer import Piece
 from qspec_jax.serving.asked import Kind
 from qspec_jax.tokenizer.tokenizer import Tokenizer
+
 _LEAST = -9999.0  # that stands for less in OpenAI's API, as JSON has no infinity
 
 

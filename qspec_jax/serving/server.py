@@ -25,6 +25,7 @@ class Server(uvicorn.Server):
             http="h11",
             ws="none",
             lifespan="off",
+            log_config=None,  # which would close handlers of others
             log_level="warning",
             access_log=False,
             proxy_headers=False,
