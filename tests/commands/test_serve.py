@@ -33,7 +33,7 @@ def test_a_signal_ends_a_server_that_has_been_asked_for_its_models(quick, capsys
     port, got = free_port(), {}
 
     def ask():
-        for _ in range(1000):
+        for _ in range(6000):
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=20) as response:
                     got.update(json.load(response))
@@ -45,7 +45,7 @@ def test_a_signal_ends_a_server_that_has_been_asked_for_its_models(quick, capsys
     client = threading.Thread(target=ask)
     client.start()
     assert serve.main(["--port", str(port), "--name", "mine", "--mode", "w4a16"]) == 0
-    client.join(20)
+    client.join(60)
     assert [model["id"] for model in got["data"]] == ["mine"]
     said = capsys.readouterr().err.splitlines()
     assert said[-2:] == [f"serving mine at http://127.0.0.1:{port}/v1; Ctrl-C ends it", "ended"]
