@@ -201,9 +201,11 @@ class Api:
 
     async def _read(self, request: Request) -> bytes:
         most, pieces, size = self._limits.max_body, [], 0
-        declared = request.headers.get("content-length", "")
-        is_waited_for = "expect" in request.headers  # who asks before sending need not be heard out
-        if not (is_waited_for and declared.isdecimal() and int(declared) > most):
+        length = request.headers.get("content-length", "")
+        declared = int(length[:18]) if length.isdecimal() else 0
+        # Who asks before sending, or would send for long, is not heard out.
+        patience = most if "expect" in request.headers else most * _DISCARDED
+        if declared <= patience:
             async for piece in request.stream():
                 size += len(piece)
                 pieces.append(piece if size <= most else b"")

@@ -192,7 +192,10 @@ def requests_of(asked: Asked, intake: Intake, *, limits: Limits, max_seq_len: in
         try:
             request = _request(asked, prompt, intake, limits, max_seq_len, what)
         except UsageError as error:
-            raise refusal_of(error, (asked.kind.value, "logit_bias", "stop_token_ids", "max_tokens")) from error
+            names = ("logit_bias", "stop_token_ids", "max_tokens")
+            if isinstance(error, TooLongError):
+                names = ()
+            raise refusal_of(error, names, otherwise=asked.kind.value) from error
         seeds = range(asked.num_choices)
         requests += [
             dataclasses.replace(request, sampling=request.sampling.with_seed_after(count)) if count else request

@@ -49,18 +49,19 @@ class ApiError(QSpecError):
         return JSONResponse(self.to_dict(), self.status, self.headers)
 
 
-def refusal_of(error: UsageError, names: Iterable[str] = ()) -> ApiError:
+def refusal_of(error: UsageError, names: Iterable[str] = (), *, otherwise: str | None = None) -> ApiError:
     """What a client is told of an argument that makes no sense.
 
     Args:
         error: of this library.
         names: of the request's parameters; the first that the message has is the one that is wrong.
+        otherwise: the one that is wrong where the message has none.
     """
     message = str(error)
     found = {name: re.search(rf"\b({re.escape(name)}|{re.escape(our_name(name))})s?\b", message) for name in names}
     places = {name: match.start() for name, match in found.items() if match is not None}
     code = "context_length_exceeded" if isinstance(error, TooLongError) else None
-    return ApiError(400, message, param=min(places, key=places.__getitem__, default=None), code=code)
+    return ApiError(400, message, param=min(places, key=places.__getitem__, default=otherwise), code=code)
 
 
 def failure_of(error: QSpecError) -> ApiError:

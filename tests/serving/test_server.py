@@ -157,7 +157,9 @@ def test_errors_reach_the_client_by_their_kinds(client, idle):
         (("POST", "/v1/completions", b" " * (LIMITS.max_body + 1)), 413, "body_too_large"),
         (("POST", "/v1/completions", b" " * 10**6), 413, "body_too_large"),
         (("POST", "/v1/completions", b" " * (LIMITS.max_body + 1), {"expect": "100-continue"}), 413, "body_too_large"),
+        (("POST", "/v1/completions", b"", {"content-length": str(10**12)}), 413, "body_too_large"),
         (("POST", "/v1/completions", b'{"prompt": "a", "n": 33}'), 400, None),
+        (("POST", "/v1/chat/completions", b'{"messages": [{"role": "user"}]}'), 400, None),
     ],
 )
 def test_what_is_refused_has_the_right_status(idle, arguments, status, code):
