@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
     from qspec_jax.decoding.sampling_params import SamplingParams
     from qspec_jax.device.compilation_cache import enable_compilation_cache
+    from qspec_jax.engine.answer import Answer, Piece
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.engine.load import load, save
     from qspec_jax.engine.pipeline import Pipeline
     from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
+    from qspec_jax.engine.service import Service
     from qspec_jax.engine.session import Session
     from qspec_jax.errors import (
         CheckpointError,
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationQuantization",
+    "Answer",
     "AutoPlan",
     "CheckpointError",
     "DecodingPlan",
@@ -44,12 +47,14 @@ __all__ = [
     "Lookup",
     "ModelConfig",
     "OutOfMemoryError",
+    "Piece",
     "Pipeline",
     "Precision",
     "QSpecError",
     "QuantConfig",
     "RunTotals",
     "SamplingParams",
+    "Service",
     "Session",
     "UnsupportedModelError",
     "UsageError",
@@ -63,6 +68,7 @@ __all__ = [
 _MODULES = {
     "ActivationQuantization": "qspec_jax.model.config",
     "CheckpointError": "qspec_jax.errors",
+    "Answer": "qspec_jax.engine.answer",
     "AutoPlan": "qspec_jax.decoding.plan",
     "DecodingPlan": "qspec_jax.decoding.plan",
     "DeviceError": "qspec_jax.errors",
@@ -72,12 +78,14 @@ _MODULES = {
     "Lookup": "qspec_jax.decoding.plan",
     "ModelConfig": "qspec_jax.model.config",
     "OutOfMemoryError": "qspec_jax.errors",
+    "Piece": "qspec_jax.engine.answer",
     "Pipeline": "qspec_jax.engine.pipeline",
     "Precision": "qspec_jax.model.precision",
     "QSpecError": "qspec_jax.errors",
     "QuantConfig": "qspec_jax.model.config",
     "RunTotals": "qspec_jax.engine.results",
     "SamplingParams": "qspec_jax.decoding.sampling_params",
+    "Service": "qspec_jax.engine.service",
     "Session": "qspec_jax.engine.session",
     "UnsupportedModelError": "qspec_jax.errors",
     "UsageError": "qspec_jax.errors",

@@ -94,7 +94,8 @@ def test_no_file_imports_itself_through_others():
 
 def test_a_file_at_the_root_is_a_command_and_a_folder_says_what_it_is():
     root = {path.stem for path in (ROOT / "qspec_jax").glob("*.py")}
-    assert root == {"__init__", "chat", "errors", "evaluate", "generate", "harness", "info", "quantize", "serve", "texts"}
+    commands = {"chat", "evaluate", "generate", "harness", "info", "quantize", "serve", "texts"}
+    assert root == {"__init__", "errors", *commands}
     for path in (ROOT / "qspec_jax").rglob("*/__init__.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1, f"{path} holds more than its docstring"
