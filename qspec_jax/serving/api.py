@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qspec_jax.engine.requests import Request as EngineRequest
+from qspec_jax.engine.answer import Answer
 from qspec_jax.engine.service import Service
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.serving.asked import Asked, Kind, read_body, requests_of
@@ -31,7 +31,7 @@ from qspec_jax.serving.streams import GONE, Changes, ClientGoneError, EventStrea
 
 HEALTH = "/health"
 _MOST_READING = 256  # bodies that are read at a time
-_DISCARDED = 16  # times the limit that is read of a body that is too large, so that its sender hears why
+_DISCARDED = 2**24  # bytes beyond the limit that are read and thrown away, so that their sender hears why
 _USUAL_S, _LONGEST_WAIT_S = 1.0, 60  # of an answer, while nobody knows; and what a client is told to wait at most
 
 
@@ -40,7 +40,6 @@ class Api:
 
     Attributes:
         app: for a server of ASGI.
-        num_open: answers that are made or wait; none once all clients are served or have left.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Api:
         self._tokenizer = service.intake.tokenizer
         self._created = int(time.time())
         self._key = None if api_key is None else _digest(api_key)
-        self.num_open, self._reading, self._is_ending = 0, 0, False
+        self._entering, self._reading, self._is_ending = 0, 0, False
         self._answer_s = _USUAL_S  # about how long one takes
         routes = [
             Route("/v1/completions", functools.partial(self._answer, kind=Kind.TEXT), methods=["POST"]),
@@ -70,6 +69,11 @@ class Api:
         self._paths = {route.path for route in routes}
         handlers: Any = {ApiError: _refused, HTTPException: _not_found, Exception: _broken}
         self.app: ASGIApp = self._guarded(Starlette(routes=routes, exception_handlers=handlers))
+
+    @property
+    def num_open(self) -> int:
+        """Answers that are made, wait or are about to. One that is done but not read yet takes no room from others."""
+        return self._entering + len(self._service)
 
     def end(self) -> None:
         """Takes no more requests; those that run after the time of grace fail."""
@@ -146,20 +150,26 @@ class Api:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         _check_content_type(request)
         asked = read_body(await self._body(request), kind, model=self._model)
-        with contextlib.ExitStack() as held:
-            held.enter_context(self._places(asked.num_answers))
-            tokenise = functools.partial(requests_of, limits=self._limits, max_seq_len=self._service.max_seq_len)
-            wanted = await asyncio.to_thread(tokenise, asked, self._service.intake)
-            return await self._run(request, asked, wanted, held, until_s)
-
-    async def _run(
-        self, request: Request, asked: Asked, wanted: list[EngineRequest], held: contextlib.ExitStack, until_s: float
-    ) -> Any:
-        """The answers to a request; what is ``held`` for it is given back at their end."""
         changes, answers = Changes(), []
-        for one in wanted:
-            answers.append(answer := self._service.add(one, on_change=changes))
-            held.callback(answer.cancel)
+        with contextlib.ExitStack() as held:
+            with self._places(asked.num_answers):
+                tokenise = functools.partial(requests_of, limits=self._limits, max_seq_len=self._service.max_seq_len)
+                for one in await asyncio.to_thread(tokenise, asked, self._service.intake):
+                    answers.append(answer := self._service.add(one, on_change=changes))
+                    held.callback(answer.cancel)
+            held.callback(self._note_time, answers)
+            return await self._reply(request, asked, answers, changes, held, until_s)
+
+    async def _reply(
+        self,
+        request: Request,
+        asked: Asked,
+        answers: list[Answer],
+        changes: Changes,
+        held: contextlib.ExitStack,
+        until_s: float,
+    ) -> Any:
+        """What is sent to a client; what is ``held`` for it ends with that."""
         shapes = Shapes(asked, model=self._model, tokenizer=self._tokenizer)
         if asked.stream:
             after = held.pop_all()
@@ -176,6 +186,13 @@ class Api:
             return Response(status_code=GONE)
         except QSpecError as error:
             raise failure_of(error) from error
+
+    def _note_time(self, answers: list[Answer]) -> None:
+        """Learns how long answers take."""
+        for answer in answers:
+            if answer.done and answer.sequence.arrivals:
+                took_s = answer.sequence.arrivals[-1][0] - answer.submitted_s
+                self._answer_s += 0.1 * (took_s - self._answer_s)
 
     # ---- limits
 
@@ -204,12 +221,12 @@ class Api:
         length = request.headers.get("content-length", "")
         declared = int(length[:18]) if length.isdecimal() else 0
         # Who asks before sending, or would send for long, is not heard out.
-        patience = most if "expect" in request.headers else most * _DISCARDED
+        patience = most if "expect" in request.headers else most + _DISCARDED
         if declared <= patience:
             async for piece in request.stream():
                 size += len(piece)
                 pieces.append(piece if size <= most else b"")
-                if size > most * _DISCARDED:
+                if size > most + _DISCARDED:
                     break
             if size <= most:
                 return b"".join(pieces)
@@ -218,7 +235,7 @@ class Api:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Room for some answers, until they are done.
+        """Room for some answers, until they are asked of the service.
 
         Raises:
             ApiError: there is none.
@@ -228,13 +245,11 @@ class Api:
             raise ApiError(400, f"{count} answers at once: this server has room for {room}; lower n", param="n")
         if self.num_open + count > room:
             raise self._full()
-        self.num_open += count
-        began_s = time.monotonic()
+        self._entering += count
         try:
             yield
         finally:
-            self.num_open -= count
-            self._answer_s += 0.1 * (time.monotonic() - began_s - self._answer_s)
+            self._entering -= count
 
     def _full(self) -> ApiError:
         wait = min(_LONGEST_WAIT_S, max(1, math.ceil(self._answer_s)))

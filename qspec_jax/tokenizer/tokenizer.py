@@ -49,6 +49,7 @@ class Tokenizer:
         self._beginning: tuple[Any, list[int]] = ([], [])  # system messages, and tokens of a conversation with them
         added = backend.added_tokens_decoder.items()
         self.special_tokens = {token_id: str(token.content) for token_id, token in added if token.special}
+        self._texts = dict(self.special_tokens)  # of tokens that somebody has asked for
 
     def __repr__(self) -> str:
         template = "a" if self.has_chat_template else "no"
@@ -146,9 +147,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """What a token is within a text; a special token as it is written, half a character as a replacement."""
-        if token_id in self.special_tokens:
-            return self.special_tokens[token_id]
-        return self.decode([token_id, token_id])[len(self.decode([token_id])) :]  # the first one may lose its space
+        if (known := self._texts.get(token_id)) is None:  # the first token of a text may lose its space
+            known = self.decode([token_id, token_id])[len(self.decode([token_id])) :]
+            self._texts[token_id] = known
+        return known
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the files from which :func:`load_tokenizer` makes this tokenizer again into a directory.

@@ -27,9 +27,13 @@ def error_of(served, *arguments, **options):
     return status, error["code"], error["message"]
 
 
-def opened(served, path="/v1/completions", **body):
-    """A connection that has asked for something and not read the answer yet."""
-    connection = socket.create_connection(("127.0.0.1", served.port), timeout=60)
+def opened(served, path="/v1/completions", *, receive_bytes=None, **body):
+    """A connection that has asked for something and not read the answer yet, of which it can hold so many bytes."""
+    connection = socket.socket()
+    connection.settimeout(60)
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect(("127.0.0.1", served.port))
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)

@@ -61,7 +61,7 @@ def running(model, *, api_key=None, limits=LIMITS, burst_s=0.01):
     service._on_end = metrics.count_answer
     service._scheduler._burst_s = burst_s
     # All that tests need, compiled at once.
-    service._scheduler.expect([32, 64], SamplingFeatures(draws=True, truncates=True, biases=True, scores=True))
+    service._scheduler.expect([32], SamplingFeatures(draws=True, truncates=True, biases=True, scores=True))
     metrics.watch(service)
     api = Api(service, metrics, model="tiny", limits=limits, api_key=api_key)
     with contextlib.closing(bind("127.0.0.1", 0)) as listening:

@@ -176,11 +176,11 @@ def test_a_body_that_does_not_come_is_not_waited_for(idle, monkeypatch):
 
 def test_a_full_queue_says_when_to_come_back(idle):
     room = ROWS + LIMITS.max_waiting
-    idle.api.num_open += room
+    idle.api._entering += room
     try:
         status, headers, body = call(idle, "POST", "/v1/completions", b'{"prompt": "a"}')
     finally:
-        idle.api.num_open -= room
+        idle.api._entering -= room
     assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full")
     assert 1 <= int(headers["retry-after"]) <= 60
 
@@ -225,6 +225,15 @@ def test_a_client_that_leaves_frees_its_rows(slow, stream):
         leave(connection, abruptly=abruptly)
         slow.wait_until_idle()
         assert slow.service.totals.tokens - before < 150 * (ROWS + 2)
+
+
+def test_a_client_that_does_not_read_takes_no_room_from_others(idle):
+    body = {"prompt": "abc", "max_tokens": 60, "n": 16, "logprobs": 20, "stream": True}
+    connection = opened(idle, receive_bytes=2048, **body)
+    wait_until(lambda: idle.service.num_rows_in_use > 0)
+    idle.wait_until_idle()
+    assert plain(idle, {"prompt": "abc", "max_tokens": 3})[0] == 200
+    leave(connection, abruptly=True)
 
 
 def test_an_answer_that_takes_too_long_ends_and_says_so(slow, monkeypatch):
@@ -287,7 +296,7 @@ def test_under_load_every_answer_that_arrives_is_that_of_the_request_alone(idle)
     alone = [plain(idle, body) for body in bodies]
     assert {status for status, _ in alone} == {200}
     rng = random.Random(2)
-    kinds = rng.choices(("plain", "leaves", "malformed", "oversized", "slow"), (6, 3, 1, 1, 1), k=72)
+    kinds = rng.choices(("plain", "leaves", "malformed", "oversized", "slow"), (6, 3, 1, 1, 1), k=60)
 
     def one(index):
         kind, body = kinds[index], bodies[index % len(bodies)]
@@ -306,10 +315,10 @@ def test_under_load_every_answer_that_arrives_is_that_of_the_request_alone(idle)
         return kind, index, None
 
     with ThreadPoolExecutor(16) as pool:
-        results = list(pool.map(one, range(72)))
+        results = list(pool.map(one, range(60)))
     served = [(index, got) for kind, index, got in results if kind == "plain"]
     assert all(got in (alone[index % len(bodies)], (429, "queue_full")) for index, got in served)
-    assert sum(got[0] == 200 for _, got in served) >= 15
+    assert sum(got[0] == 200 for _, got in served) >= 12
     assert {got for kind, _, got in results if kind == "malformed"} == {400}
     assert {got for kind, _, got in results if kind == "oversized"} == {413}
 

@@ -403,3 +403,12 @@ def test_no_more_tensors_are_read_for_a_tokenizer_that_cannot_be_opened():
     opening.set_exception(CheckpointError("damaged"))
     with pytest.raises(CheckpointError, match="damaged"):
         next(tensors)
+
+
+def test_the_text_of_a_token_is_that_within_a_text(demo_gguf):
+    tokenizer = load_tokenizer(demo_gguf)
+    text = "The sky, 12 times: Wörter"
+    assert "".join(map(tokenizer.token_text, tokenizer.encode(text))) == text
+    end = tokenizer.eos_token_ids[0]
+    assert tokenizer.token_text(end) == tokenizer.special_tokens[end]
+    assert tokenizer.token_text(tokenizer.encode("🐟")[0]) == "\ufffd"
