@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import logging
 import math
 import os
 import socket
@@ -105,6 +106,7 @@ def _serve(arguments: argparse.Namespace, listening: socket.socket, api_key: str
     server = Server(Api(service, metrics, model=name, limits=limits, api_key=api_key), limits)
     if api_key is None and not is_loopback(listening):
         say(f"warning: whoever reaches {address_of(listening)} may use it; --api-key-file FILE asks for a key")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # nothing of each client that left
     say(f"serving {name} at {address_of(listening)}/v1; Ctrl-C ends it")
     try:
         server.run(sockets=[listening])

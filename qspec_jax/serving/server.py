@@ -26,7 +26,7 @@ class Server(uvicorn.Server):
             ws="none",
             lifespan="off",
             log_config=None,  # which would close handlers of others
-            log_level="warning",
+            log_level="error",  # nothing of each request that is no HTTP
             access_log=False,
             proxy_headers=False,
             server_header=False,
