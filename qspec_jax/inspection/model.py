@@ -200,6 +200,6 @@ def _text(config: ModelConfig, tokenizer: Tokenizer | None, problem: str | None)
     template = None if tokenizer is None else tokenizer.chat_template
     return {
         "tokenizer": {"problem": problem, "vocab_size": None if tokenizer is None else tokenizer.vocab_size},
-        "end_tokens": {token: None if tokenizer is None else tokenizer.token_text(token) for token in ends},
+        "end_tokens": {token: None if tokenizer is None else tokenizer.vocabulary_token(token) for token in ends},
         "chat_template": template,
     }

@@ -72,7 +72,7 @@ class Tokenizer:
         template = self._backend.chat_template
         return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else template or None
 
-    def token_text(self, token_id: int) -> str | None:
+    def vocabulary_token(self, token_id: int) -> str | None:
         """How a token is written in the vocabulary, special tokens too; None where there is no such token."""
         return self._token(token_id)
 
