@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
-from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
+from qspec_jax.commands.output import is_colored, is_terminal, require_standard_output, say, show, show_json
 from qspec_jax.commands.prompt_files import (
     Prompt,
     PromptLine,
@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")
+    draft_help = "show which drafts were accepted, corrected and rejected; with --json their token ids"
+    add("--show-draft", action="store_true", help=draft_help)
     sampling = options.add_sampling(parser)
     sampling.add_argument("--stop", **texts, help="ends the text; repeatable")
     sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
@@ -100,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_model_name(arguments.model)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
-    stream = arguments.stream if arguments.stream is not None else is_terminal(sys.stdout)
+    stream = arguments.stream if arguments.stream is not None else is_terminal(sys.stdout) and not arguments.show_draft
     if stream and not arguments.json:
         return _run_streaming(arguments, lines, defaults)
     start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults)
@@ -115,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if len(lines) > 1:
             show(f"### {heading(line.prompt)}")
-        show(result.text)
+        show(result.show().text(color=is_colored(sys.stdout)) if arguments.show_draft else result.text)
     if not arguments.json:
         say(summary(results, pipeline.totals.decode_s))
     code = _complain(lines, {index: result.error for index, result in enumerate(results)})
@@ -127,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
     names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {"model": model_identity(arguments.model), **{name: getattr(arguments, name) for name in names}}
+    if arguments.show_draft:
+        settings["show_draft"] = True
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
     try:
         first = file.num_finished
@@ -204,6 +208,7 @@ def _start(
     settings: dict[str, Any] = {
         "batch_size": 1 if alone else arguments.batch_size,
         "max_seq_len": arguments.max_seq_len,
+        "keep_drafts": arguments.show_draft,
         "on_event": lambda event: say(f"{event} ..."),
     }
     return model.run(requests, plan, first=first, **settings)
@@ -301,6 +306,8 @@ def _check_counts(arguments: argparse.Namespace) -> None:
     options.check_positive(arguments, *names)
     options.check_counts(arguments, "batch_size", "num_samples")
     options.check_draft_length(arguments.draft_length)
+    if arguments.show_draft and arguments.stream and not arguments.json and arguments.output is None:
+        raise UsageError("--show-draft shows a text that is complete, and not as it comes; leave --stream out")
 
 
 def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:

@@ -59,6 +59,11 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
+def is_colored(stream: Any) -> bool:
+    """Whether colours are seen on a standard stream: on a terminal that has some, unless ``NO_COLOR`` is set."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def require_standard_output(instead: str) -> None:
     """Refuses to work for results that nobody would see.
 

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
         features: what their sampling needs.
         lookup: drafts are looked up in the texts.
         num_blocks: of the cache, that drafts read; 0 where they read all of it.
+        kept_drafts: of a cycle, kept for people to look at; 0 where nobody asks.
     """
 
     rows: int
@@ -33,11 +34,13 @@ class Shape(NamedTuple):
     features: SamplingFeatures = SamplingFeatures()
     lookup: bool = False
     num_blocks: int = 0
+    kept_drafts: int = 0
 
     @classmethod
-    def of(cls, plan: Plan, *, rows: int, capacity: int) -> Shape:
+    def of(cls, plan: Plan, *, rows: int, capacity: int, keep_drafts: bool = False) -> Shape:
         """What a plan needs, for the most likely tokens."""
-        return cls(rows, capacity, lookup=plan.lookup, num_blocks=plan.num_blocks)
+        kept = plan.draft_length if keep_drafts else 0
+        return cls(rows, capacity, lookup=plan.lookup, num_blocks=plan.num_blocks, kept_drafts=kept)
 
 
 def fitting_capacity(num_tokens: int) -> int:

@@ -26,6 +26,7 @@ from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
+from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.laid_out import LaidOut, compile_all
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
@@ -270,7 +271,10 @@ class Programs:
         scores = state.scores
         if shape.features.scores and scores is None:
             scores = TokenScores.zeros(shape.rows, shape.capacity)
-        return dataclasses.replace(state, sampler=sampler, scores=scores)
+        record = state.record
+        if shape.kept_drafts and record is None:
+            record = DraftRecord.idle(shape.rows, shape.capacity, shape.kept_drafts)
+        return dataclasses.replace(state, sampler=sampler, scores=scores, record=record)
 
     def lower_prefill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
         """Lowers the program that reads chunks of a width into rows; its state is donated."""

@@ -89,6 +89,7 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
         sampler=None if sampler is None else sampler.after(first_tokens, chunk.last[:, None]),
         scores=scores,
         history=history,
+        record=None if state.record is None else state.record.cleared(),
     )
 
 
@@ -227,7 +228,10 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
         scores = None if state.scores is None else TokenScores.of(logits, target_tokens)
-        state = emit(dataclasses.replace(state, cache=cache), start, target_tokens, num_accepted, scores)
+        if (record := state.record) is not None:
+            record = record.after(state.num_tokens, ~state.finished, draft_tokens, num_accepted)
+        state = dataclasses.replace(state, cache=cache, record=record)
+        state = emit(state, start, target_tokens, num_accepted, scores)
     if masses is None or plan.draft_view is None:
         return state
     with jax.named_scope("choose_blocks"):

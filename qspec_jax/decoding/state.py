@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from pallas_kernels.arrays.shown import with_shapes
+from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
 from qspec_jax.decoding.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
@@ -86,6 +87,7 @@ class DecodeState:
         sampler: how tokens are drawn; None for the most likely ones.
         scores: of ``tokens``; None where nobody asks.
         history: ``[B, S]`` int32, the tokens of prompt and output by position; None where drafts are not looked up.
+        record: of the cycles; None where nobody asks.
     """
 
     cache: KVCache
@@ -99,6 +101,7 @@ class DecodeState:
     sampler: Sampler | None = None
     scores: TokenScores | None = None
     history: Int32[Array, "B S"] | None = None
+    record: DraftRecord | None = None
 
     def __repr__(self) -> str:
         return with_shapes(self)
@@ -158,7 +161,7 @@ class Report:
     Attributes:
         tokens, num_tokens, finished, accepted_lengths: of the state.
         cycles: run by the dispatch; 0 of a prefill.
-        scores: of the tokens, where somebody asks.
+        scores, record: of the tokens and of their cycles, where somebody asks.
     """
 
     tokens: Int32[Array, "B capacity"]
@@ -167,6 +170,7 @@ class Report:
     accepted_lengths: Int32[Array, "B lengths"]
     cycles: Int32[Array, ""]
     scores: TokenScores | None = None
+    record: DraftRecord | None = None
 
     def __repr__(self) -> str:
         return with_shapes(self)
@@ -174,7 +178,8 @@ class Report:
     @classmethod
     def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
         """Of a state after some cycles."""
-        return cls(state.tokens, state.num_tokens, state.finished, state.accepted_lengths, cycles, state.scores)
+        counts = state.num_tokens, state.finished, state.accepted_lengths, cycles
+        return cls(state.tokens, *counts, state.scores, state.record)
 
 
 @typing.no_type_check  # as above

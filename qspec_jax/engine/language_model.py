@@ -9,7 +9,7 @@ from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import AutoPlan, Plan, plan_of
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown
+from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.engine.answer import Answer
 from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
 from qspec_jax.engine.outcome import result_of, statistics
@@ -123,6 +123,7 @@ class LanguageModel:
         batch_size: int | Any = 8,
         sampling: SamplingParams | Mapping[str, Any] | Sequence[Any] | Any = None,
         num_samples: int | Any = 1,
+        keep_drafts: bool | Any = False,
         on_event: Callable[[str], None] | None = None,
         progress: bool = False,
     ) -> list[GenerationResult]:
@@ -146,6 +147,7 @@ class LanguageModel:
                 parameters, or mappings of some. None chooses the most likely tokens. What a prompt yields depends on
                 its own parameters alone.
             num_samples: results for every prompt, one after the other, each with the next seed.
+            keep_drafts: keep what was drafted, for :meth:`GenerationResult.show`. Tokens do not depend on it.
             on_event: called with a few words when a long step (compiling) begins.
             progress: show finished prompts, tokens/s and tokens per cycle on the standard error stream.
 
@@ -170,7 +172,8 @@ class LanguageModel:
             for index in [place // num_samples]
         ]
         require_some(requests)
-        pipeline = self.run(requests, plan, batch_size=batch_size, max_seq_len=max_seq_len, on_event=on_event)
+        of_run: dict[str, Any] = {"batch_size": batch_size, "max_seq_len": max_seq_len, "keep_drafts": keep_drafts}
+        pipeline = self.run(requests, plan, on_event=on_event, **of_run)
         return pipeline.collect(progress=progress)
 
     def run(
@@ -181,6 +184,7 @@ class LanguageModel:
         first: int = 0,
         batch_size: int | Any = 8,
         max_seq_len: int | Any = None,
+        keep_drafts: bool | Any = False,
         on_event: Callable[[str], None] | None = None,
     ) -> Pipeline:
         """A pipeline with the requests of :meth:`attempt` from ``first`` on in it, and room for the longest of all.
@@ -195,7 +199,8 @@ class LanguageModel:
         longest = max((len(one.token_ids) + one.max_new_tokens for one in served), default=1)
         batch_size = _count("batch_size", batch_size)
         rows, capacity = min(batch_size, max(1, len(served))), _capacity(max_seq_len, fitting_capacity(longest))
-        pipeline = self._pipeline(plan, batch_size=rows, capacity=capacity, on_event=on_event)
+        kept = _keep_drafts(keep_drafts)
+        pipeline = self._pipeline(plan, batch_size=rows, capacity=capacity, keep_drafts=kept, on_event=on_event)
         for request in requests[first:]:
             pipeline.add(request)
         return pipeline
@@ -206,6 +211,7 @@ class LanguageModel:
         *,
         batch_size: int | Any = 8,
         max_seq_len: int | Any = None,
+        keep_drafts: bool | Any = False,
         on_event: Callable[[str], None] | None = None,
     ) -> Pipeline:
         """A batch that requests enter one by one, and leave when they are finished.
@@ -215,13 +221,15 @@ class LanguageModel:
             batch_size: requests that run together.
             max_seq_len: cache positions of each, prompt and new tokens together; None for the model's context, up
                 to 4096.
+            keep_drafts: as in :meth:`generate`.
             on_event: called with a few words when a long step (compiling) begins.
 
         Raises:
             UsageError: an argument makes no sense.
         """
         plan, capacity = self._checked(plan, max_seq_len)
-        return self._pipeline(plan, batch_size=batch_size, capacity=capacity, on_event=on_event)
+        kept = _keep_drafts(keep_drafts)
+        return self._pipeline(plan, batch_size=batch_size, capacity=capacity, keep_drafts=kept, on_event=on_event)
 
     def session(
         self,
@@ -269,7 +277,13 @@ class LanguageModel:
         return self._check_plan(self.plan() if plan is None else plan), capacity
 
     def _pipeline(
-        self, plan: Plan, *, batch_size: int, capacity: int, on_event: Callable[[str], None] | None
+        self,
+        plan: Plan,
+        *,
+        batch_size: int,
+        capacity: int,
+        keep_drafts: bool,
+        on_event: Callable[[str], None] | None,
     ) -> Pipeline:
         return Pipeline(
             self.intake,
@@ -279,6 +293,7 @@ class LanguageModel:
             batch_size=_count("batch_size", batch_size),
             capacity=capacity,
             on_event=on_event,
+            keep_drafts=keep_drafts,
         )
 
     def stream(
@@ -294,6 +309,7 @@ class LanguageModel:
         max_seq_len: int | Any = None,
         sampling: SamplingParams | Mapping[str, Any] | Any = None,
         cycles_per_step: int | Any = 1,
+        keep_drafts: bool | Any = False,
         on_event: Callable[[str], None] | None = None,
     ) -> Iterator[str | GenerationResult]:
         """Generates for one prompt and yields pieces of text as they come, then the result.
@@ -308,7 +324,8 @@ class LanguageModel:
         fitting = fitting_capacity(len(request.token_ids) + request.max_new_tokens)
         capacity = _capacity(max_seq_len, fitting)
         plan = plan.in_cache(capacity)
-        scheduler = Scheduler(self.programs, plan, rows=1, capacity=capacity, on_event=on_event)
+        batch: dict[str, Any] = {"rows": 1, "capacity": capacity, "keep_drafts": _keep_drafts(keep_drafts)}
+        scheduler = Scheduler(self.programs, plan, on_event=on_event, **batch)
         return self._stream(request, plan, scheduler, cycles_per_step)
 
     def _stream(
@@ -349,6 +366,10 @@ def _plan(given: Any) -> Plan:
 def _count(name: str, given: Any) -> int:
     """A number of rows or samples, each of which the host holds."""
     return between(name, at_least_1(name, given), 1, MAX_COUNT, f"at most {MAX_COUNT}")
+
+
+def _keep_drafts(given: Any) -> bool:
+    return truth("keep_drafts", given, "True or False")
 
 
 def _capacity(max_seq_len: Any, otherwise: int) -> int:

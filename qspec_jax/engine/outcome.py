@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from qspec_jax.decoding.plan import Plan
+from qspec_jax.engine.drafts import Drafts
 from qspec_jax.engine.prompts import Prompt
 from qspec_jax.engine.results import FinishReason, GenerationResult, GenerationStats, RunTotals
 from qspec_jax.engine.sequence import RunningSequence
@@ -37,6 +38,7 @@ def result_of(
         stats=dataclasses.replace(statistics(plan, sequence, kernels=kernels), compile_s=totals.compile_s),
         logprobs=None if sampling.logprobs is None else sequence.logprobs,
         top_logprobs=sequence.top_logprobs if sampling.logprobs else None,
+        drafts=None if sequence.drafted is None else Drafts.of(token_ids, sequence.drafted, tokenizer),
     )
 
 

@@ -41,11 +41,13 @@ class Pipeline:
         batch_size: int,
         capacity: int,
         on_event: Callable[[str], None] | None,
+        keep_drafts: bool = False,
     ):
         """See :meth:`LanguageModel.pipeline`."""
         self.max_seq_len = min(capacity, intake.config.max_position_embeddings)
         self._intake, self._programs, self._plan, self._kernels = intake, programs, plan, kernels
-        self._make_scheduler = lambda: Scheduler(programs, plan, rows=batch_size, capacity=capacity, on_event=on_event)
+        options: dict[str, Any] = {"rows": batch_size, "capacity": capacity, "keep_drafts": keep_drafts}
+        self._make_scheduler = lambda: Scheduler(programs, plan, on_event=on_event, **options)
         self._scheduler = self._make_scheduler()
         self._entries: collections.deque[RunningSequence | GenerationResult] = collections.deque()
         self._taking = threading.RLock()  # held to run the device and to take results

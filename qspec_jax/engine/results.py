@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.draft_view import DraftView
+from qspec_jax.engine.drafts import Drafts
+from qspec_jax.errors import UsageError
 
 FinishReason = Literal["stop", "length", "error", "interrupted"]
 
@@ -105,6 +108,7 @@ class GenerationResult:
         error: what was wrong with the request, otherwise None.
         logprobs: log-probability of each of ``token_ids`` at the verify precision, None where it was not asked for.
         top_logprobs: for each of them, those of the most likely tokens by token id; None likewise.
+        drafts: what its cycles drafted; None likewise (``keep_drafts``).
     """
 
     prompt: str | None
@@ -116,14 +120,36 @@ class GenerationResult:
     error: str | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    drafts: Drafts | None = dataclasses.field(default=None, repr=False)
+
+    def show(self) -> DraftView:
+        """The text with what became of each draft, coloured in a notebook.
+
+        Raises:
+            UsageError: drafts were made, and not kept.
+        """
+        stats = self.stats
+        if self.error is not None:
+            return DraftView.without_drafts("", f"There is no text: {self.error}")
+        if self.drafts is not None:
+            return DraftView.of(self.drafts)
+        if not self.token_ids:
+            return DraftView.without_drafts("", "There is no text: it was interrupted before its first token.")
+        if stats.draft_length:
+            raise UsageError("the drafts of this text were not kept; generate it with keep_drafts=True")
+        return DraftView.without_drafts(self.text, f"{stats.mode} is plain decoding: there are no drafts to show.")
 
     def __repr__(self) -> str:
         end = f"{self.finish_reason}: {self.error}" if self.error else self.finish_reason
         return f"GenerationResult({_beginning(self.text)}, {len(self.token_ids)} tokens, {end})"
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat, JSON-serialisable form: one line of ``python -m qspec_jax.generate --json``."""
+        """A flat, JSON-serialisable form: one line of ``python -m qspec_jax.generate --json``.
+
+        It has ``drafts``, those of each cycle, where they were kept.
+        """
         stats = self.stats
+        kept = {} if self.drafts is None else {"drafts": [dataclasses.asdict(one) for one in self.drafts.cycles]}
         return {
             "prompt": self.prompt,
             "prompt_token_ids": self.prompt_token_ids,
@@ -151,6 +177,7 @@ class GenerationResult:
             "tokens_per_s": stats.tokens_per_s,
             "device": stats.device,
             "kernels": stats.kernels,
+            **kept,
         }
 
 

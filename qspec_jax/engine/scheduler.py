@@ -73,6 +73,7 @@ class Scheduler:
         burst_s: float = _BURST_S,
         on_event: Callable[[str], None] | None = None,
         state_of: Plan | None = None,
+        keep_drafts: bool = False,
     ):
         """Makes a batch; compiling and allocating wait for the first request.
 
@@ -84,8 +85,9 @@ class Scheduler:
             burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
             state_of: keep what this plan needs instead: programs of one of its choices are then those it would run.
+            keep_drafts: keep what each cycle drafts: the programs are then others.
         """
-        self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity)
+        self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity, keep_drafts=keep_drafts)
         self.totals = RunTotals(rows=rows)
         self._programs, self._burst_s = programs, burst_s
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
@@ -293,6 +295,7 @@ class Scheduler:
                 new = slice(len(sequence.token_ids), report.num_tokens[row])
                 sequence.receive(report.tokens[row, new].tolist(), finished=bool(report.finished[row]), made_s=made_s)
                 sequence.receive_scores(report.scores, row, new)
+                sequence.receive_cycles(report.record, row, new.start)
                 lengths = report.accepted_lengths[row].tolist()
                 self.totals.tokens += len(sequence.token_ids) - new.start
                 self.totals.count_cycles(sequence.accepted_lengths, lengths)

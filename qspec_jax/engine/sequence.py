@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
+from qspec_jax.engine.drafts import DraftedCycle, cycles_in
 from qspec_jax.engine.requests import Request
 
 
@@ -25,6 +27,7 @@ class RunningSequence:
         arrivals: when new tokens were made, and how many.
         watch: the text, if the request asks for it.
         logprobs, top_logprobs: of each new token, and of the most likely ones, if the request asks for them.
+        drafted: its cycles, where they are kept; otherwise None.
         chunks, num_read: of its prompt, and how many of them its row holds.
         num_kept: tokens of its prompt that its row held from earlier in its session; the chunks are those after them.
         num_reused: tokens of its prompt that were not read, these included.
@@ -48,6 +51,7 @@ class RunningSequence:
         self.watch = None if request.watch is None else request.watch()
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
+        self.drafted: list[DraftedCycle] | None = None
         self.chunks = request.chunks()
         self.num_read = self.num_kept = self.num_reused = self.read_up_to = 0
 
@@ -99,3 +103,8 @@ class RunningSequence:
         values = scores.top_logprobs[row, kept, :wanted].tolist()
         for some, theirs in zip(tokens, values, strict=True):
             self.top_logprobs.append({one: value for one, value in zip(some, theirs, strict=True) if one != NO_TOKEN})
+
+    def receive_cycles(self, record: DraftRecord | None, row: int, begin: int) -> None:
+        """Appends the cycles of the tokens that came, from the place ``begin`` on."""
+        if record is not None:
+            self.drafted = (self.drafted or []) + cycles_in(record, row, self.token_ids, begin=begin)

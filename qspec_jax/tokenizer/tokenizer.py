@@ -163,6 +163,12 @@ class Tokenizer:
         """A decoder that takes the tokens of one text piece by piece."""
         return StreamDecoder(self)
 
+    def name_of_textless(self, token_id: int) -> str | None:
+        """What stands for a token that is no part of any text: a special one's name; None for others."""
+        if self._token(token_id) is None:
+            return f"<{token_id}>"
+        return self.special_tokens.get(token_id)
+
     def _is_visible(self, token_id: int) -> bool:
         return token_id not in self.special_tokens and self._token(token_id) is not None
 
