@@ -10,8 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qspec_jax.decoding.own_program import begin_decoding
     from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
     from qspec_jax.decoding.sampling_params import SamplingParams
+    from qspec_jax.decoding.speculative import cycle
+    from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
+    from qspec_jax.decoding.state import DecodeState
     from qspec_jax.device.compilation_cache import enable_compilation_cache
     from qspec_jax.engine.answer import Answer, Piece
     from qspec_jax.engine.language_model import LanguageModel
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
     from qspec_jax.model.precision import Precision
     from qspec_jax.model.view import View
+    from qspec_jax.quantization.rtn import quantize_rtn
 
 __version__ = "0.1.0"
 
@@ -39,6 +44,7 @@ __all__ = [
     "Answer",
     "AutoPlan",
     "CheckpointError",
+    "DecodeState",
     "DecodingPlan",
     "DeviceError",
     "GenerationResult",
@@ -59,8 +65,13 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "View",
+    "acceptance_for",
+    "begin_decoding",
+    "cycle",
     "enable_compilation_cache",
+    "expected_tokens",
     "load",
+    "quantize_rtn",
     "save",
 ]
 
@@ -70,6 +81,7 @@ _MODULES = {
     "CheckpointError": "qspec_jax.errors",
     "Answer": "qspec_jax.engine.answer",
     "AutoPlan": "qspec_jax.decoding.plan",
+    "DecodeState": "qspec_jax.decoding.state",
     "DecodingPlan": "qspec_jax.decoding.plan",
     "DeviceError": "qspec_jax.errors",
     "GenerationResult": "qspec_jax.engine.results",
@@ -90,8 +102,13 @@ _MODULES = {
     "UnsupportedModelError": "qspec_jax.errors",
     "UsageError": "qspec_jax.errors",
     "View": "qspec_jax.model.view",
+    "acceptance_for": "qspec_jax.decoding.speedup",
+    "begin_decoding": "qspec_jax.decoding.own_program",
+    "cycle": "qspec_jax.decoding.speculative",
     "enable_compilation_cache": "qspec_jax.device.compilation_cache",
+    "expected_tokens": "qspec_jax.decoding.speedup",
     "load": "qspec_jax.engine.load",
+    "quantize_rtn": "qspec_jax.quantization.rtn",
     "save": "qspec_jax.engine.load",
 }
 

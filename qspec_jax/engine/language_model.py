@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.plan import AutoPlan, Plan, plan_of
+from qspec_jax.decoding.costs import PassBytes
+from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
@@ -108,6 +109,34 @@ class LanguageModel:
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
         return plan_of(mode, **options, quantized=self.quantization is not None)
+
+    def decoder_for(self, plan: Plan | Any) -> Decoder:
+        """The decoder with its weights as a plan's kernels read them, for a program of your own.
+
+        Weights that another plan needs in another order are rewritten: take the decoder after the last of its plans.
+
+        Raises:
+            UsageError: the plan is none of this model.
+        """
+        plan = self._check_plan(plan)
+        for one in plan.choices if isinstance(plan, AutoPlan) else (plan,):
+            self.programs.lay_out_weights(one)
+        return self.decoder
+
+    def cycle_bytes(self, plan: DecodingPlan | Any, *, rows: int | Any = 1, context: int | Any) -> int:
+        """Bytes that a cycle of a plan reads: weights, keys and values, in its drafts and its verification.
+
+        Args:
+            plan: with no choice in it.
+            rows: sequences that run together.
+            context: tokens of each.
+
+        Raises:
+            UsageError: an argument makes no sense.
+        """
+        plan = static(self._check_plan(plan))
+        sizes = {"rows": at_least_1("rows", rows), "context": at_least_1("context", context)}
+        return PassBytes.of(self.decoder).of_cycle(plan, **sizes)
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,15 @@ from qspec_jax.engine.drafts import Drafts
 from qspec_jax.errors import UsageError
 
 FinishReason = Literal["stop", "length", "error", "interrupted"]
+
+
+def acceptance_by_position(accepted_lengths: Sequence[int]) -> tuple[float, ...]:
+    """Share of cycles in which the first, second, ... draft was accepted, of cycles by number of accepted drafts.
+
+    One over the one before is the share of the cycles that came so far.
+    """
+    at_least = list(itertools.accumulate(reversed(accepted_lengths)))[::-1]
+    return tuple(count / at_least[0] for count in at_least[1:]) if at_least and at_least[0] else ()
 
 
 _MOST_CHARACTERS = 60  # of a text in a line
@@ -81,6 +91,11 @@ class GenerationStats:
     def acceptance_rate(self) -> float | None:
         """Accepted over drafted tokens; None where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Share of all cycles in which the first, second, ... draft was accepted; empty where none was made."""
+        return acceptance_by_position(self.accepted_lengths)
 
     @property
     def tokens_per_cycle(self) -> float | None:
@@ -276,6 +291,12 @@ class RunTotals:
         """What a cycle yields for a sequence; None without a cycle."""
         accepted = sum(length * cycles for length, cycles in enumerate(self.accepted_lengths))
         return 1 + accepted / self.sequence_cycles if self.sequence_cycles else None
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Share of all cycles in which the first, second, ... draft was accepted; empty where none was made."""
+        longest = max((one.draft_length for one in self.choices.values()), default=0)
+        return acceptance_by_position(self.accepted_lengths[: longest + 1])
 
     @property
     def occupancy(self) -> float | None:

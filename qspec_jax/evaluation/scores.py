@@ -21,7 +21,7 @@ from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.prompts import Prompt
-from qspec_jax.engine.results import GenerationResult
+from qspec_jax.engine.results import GenerationResult, acceptance_by_position
 from qspec_jax.errors import UsageError
 from qspec_jax.model.precision import Precision
 
@@ -209,7 +209,6 @@ def _draft_score(
     accepted = sum(s.accepted for s in stats)
     none = [0] * (plan.draft_length + 1)
     lengths = np.sum([none, *(s.accepted_lengths for s in stats)], axis=0)  # cycles by number of accepted drafts
-    at_least = np.cumsum(lengths[::-1])[::-1] / cycles
     return DraftScore(
         draft=str(plan.draft_source),
         draft_length=plan.draft_length,
@@ -217,7 +216,7 @@ def _draft_score(
         num_tokens=sum(s.num_tokens for s in stats),
         acceptance_rate=accepted / max(1, sum(s.drafted for s in stats)),
         tokens_per_cycle=1 + accepted / cycles,
-        acceptance_by_position=tuple(at_least[1:].tolist()),
+        acceptance_by_position=acceptance_by_position(lengths.tolist()) or (0.0,) * plan.draft_length,
         identical=sum(result.token_ids == plain.token_ids for result, plain in ran),
         kind=kind,
     )

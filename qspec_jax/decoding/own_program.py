@@ -1,0 +1,94 @@
+"""The way into the cycle from a JAX program of your own: read prompts, then repeat :func:`speculative.cycle`.
+
+Everything here may be traced. The engine has more: rows that requests enter one by one, prompts in chunks, text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from qspec_jax.decoding import speculative
+from qspec_jax.decoding.draft_record import DraftRecord
+from qspec_jax.decoding.plan import Plan, static
+from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
+from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
+from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
+from qspec_jax.decoding.values import at_least_1, shown, truth
+from qspec_jax.errors import UsageError
+from qspec_jax.model.decoder import Decoder
+
+
+def begin_decoding(
+    decoder: Decoder,
+    tokens: Int32[Array, "B T"],
+    num_tokens: Int32[Array, " B"],
+    *,
+    plan: Plan,
+    max_new_tokens: int | Any,
+    stop_tokens: Sequence[int] = (),
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+    keep_drafts: bool | Any = False,
+) -> DecodeState:
+    """Reads prompts, and chooses the first new token of each: the state before the first cycle.
+
+    Args:
+        decoder: of :meth:`LanguageModel.decoder_for`, which has the weights as the plan reads them.
+        tokens: prompts, padded on the right.
+        num_tokens: of each prompt, at least 1.
+        plan: what each cycle does, none that chooses; where drafts have a budget, one ``in_cache`` of ``T +
+            max_new_tokens`` positions.
+        max_new_tokens: of each sequence.
+        stop_tokens: a sequence ends with the first of them; up to 16.
+        sampling: of all sequences, or of each. Its stop strings have no meaning here, where there is no text.
+        keep_drafts: keep what each cycle drafts, in ``record``.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    plan, (batch, width) = static(plan), tokens.shape
+    max_new_tokens = at_least_1("max_new_tokens", max_new_tokens)
+    params = [sampling] * batch if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != batch:
+        raise UsageError(f"there are {len(params)} sampling parameters for {batch} prompts; give one for each")
+    features = SamplingFeatures.of(params)
+    capacity = width + max_new_tokens
+    if plan.in_cache(capacity) != plan:
+        raise UsageError(
+            f"drafts of {plan.label} would read all of a cache of {capacity}; use plan.in_cache({capacity})"
+        )
+    cache = decoder.create_cache(batch=batch, capacity=capacity, num_blocks=plan.num_blocks)
+    state = DecodeState.idle(cache, lookup=plan.lookup)
+    if features.scores:
+        state = dataclasses.replace(state, scores=TokenScores.zeros(batch, capacity))
+    if truth("keep_drafts", keep_drafts, "True or False") and plan.draft_length:
+        state = dataclasses.replace(state, record=DraftRecord.idle(batch, capacity, plan.draft_length))
+    chunk = PromptChunk(
+        tokens=tokens,
+        num_tokens=num_tokens,
+        start=jnp.zeros((batch,), jnp.int32),
+        last=jnp.ones((batch,), bool),
+        max_new_tokens=jnp.full((batch,), max_new_tokens, jnp.int32),
+        stop_tokens=_stop_tokens(params, stop_tokens),
+        sampler=Sampler.create(params, features),
+        prompt=tokens if features.penalises else None,
+    )
+    state, chunk = jax.tree.map(jnp.asarray, (state, chunk))
+    return speculative.prefill(decoder, state, chunk, plan=plan)
+
+
+def _stop_tokens(params: Sequence[SamplingParams], stop_tokens: Sequence[int]) -> Int32[Array, "B stops"]:
+    """The tokens that end each sequence, filled up."""
+    filled = np.full((len(params), MAX_STOP_TOKENS), NO_TOKEN, np.int32)
+    for row, one in enumerate(params):
+        ending = tuple(dict.fromkeys([*stop_tokens, *one.stop_token_ids]))
+        if len(ending) > MAX_STOP_TOKENS:
+            raise UsageError(f"stop_tokens={shown(ending)}: use up to {MAX_STOP_TOKENS}")
+        filled[row, : len(ending)] = ending
+    return jnp.asarray(filled)

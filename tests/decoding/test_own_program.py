@@ -1,0 +1,96 @@
+"""The cycle inside a JAX program of one's own, and what a cost model reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import qspec_jax
+from qspec_jax import SamplingParams
+from qspec_jax.engine.results import acceptance_by_position
+from qspec_jax.errors import UsageError
+from tests import tiny
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.language_model()
+
+
+def own_program(model, plan, **options):
+    """Tokens of :data:`PROMPTS`, by one program with the cycle in a loop of its own."""
+    graph, weights = nnx.split(model.decoder_for(plan))
+
+    @jax.jit
+    def program(weights, tokens, num_tokens):
+        decoder = nnx.merge(graph, weights)
+        state = qspec_jax.begin_decoding(decoder, tokens, num_tokens, plan=plan, **options)
+        return lax.while_loop(
+            lambda state: ~state.finished.all(), lambda state: qspec_jax.cycle(decoder, state, plan=plan), state
+        )
+
+    width = max(map(len, PROMPTS))
+    tokens = jnp.asarray([prompt + [0] * (width - len(prompt)) for prompt in PROMPTS], jnp.int32)
+    return program(weights, tokens, jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32))
+
+
+@pytest.mark.parametrize("mode", ["qspec", "lookup"])
+def test_a_program_of_ones_own_yields_the_tokens_of_the_engine(model, mode):
+    sampling = [SamplingParams(stop_token_ids=(7,)), SamplingParams(temperature=1.2, seed=3, presence_penalty=0.5)]
+    plan = model.plan(mode, draft="w4a8")
+    options = {"max_new_tokens": 10, "stop_tokens": (33,)}
+    state = own_program(model, plan, sampling=sampling, keep_drafts=True, **options)
+    asked = [dataclasses.replace(one, stop_token_ids=(*one.stop_token_ids, 33)) for one in sampling]
+    expected = model.generate(PROMPTS, mode=mode, draft="w4a8", max_new_tokens=10, sampling=asked)
+    found = [row[:count].tolist() for row, count in zip(np.asarray(state.tokens), state.num_tokens, strict=True)]
+    assert found == [result.token_ids for result in expected]
+    assert (np.asarray(state.record.accepted) >= 0).sum() == sum(result.stats.cycles for result in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 4, "sampling": [SamplingParams()]}, "1 sampling parameters for 2 prompts"),
+        ({"max_new_tokens": 4, "stop_tokens": range(17)}, "use up to 16"),
+        ({"max_new_tokens": 4, "keep_drafts": 2}, "keep_drafts=2"),
+        ({"max_new_tokens": 4, "plan": {"mode": "auto"}}, "chooses from several plans"),
+        ({"max_new_tokens": 4, "plan": {"draft_context": 112}}, r"use plan.in_cache\(7\)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(model, options, message):
+    plan = model.plan(draft="w4a8", **options.pop("plan", {}))
+    with pytest.raises(UsageError, match=message):
+        own_program(model, plan, **options)
+
+
+def test_bytes_of_a_cycle_and_acceptance_by_position(model):
+    plain, drafting = model.plan("w4a16"), model.plan(draft="w4a8", draft_length=3)
+    short, long = (model.cycle_bytes(plain, context=context) for context in (1, 101))
+    position = 2 * model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 4
+    assert long - short == 100 * position
+    assert model.cycle_bytes(drafting, context=101) == 4 * long
+    for wrong in ({"plan": model.plan("auto"), "context": 1}, {"plan": plain, "context": 0}, {"plan": 3, "context": 1}):
+        with pytest.raises(UsageError):
+            model.cycle_bytes(wrong["plan"], context=wrong["context"])
+    assert acceptance_by_position([1, 0, 1, 2]) == (0.75, 0.75, 0.5)
+    assert acceptance_by_position([4]) == acceptance_by_position([]) == acceptance_by_position([0, 0]) == ()
+    batch = model.run([model.attempt([5, 6], drafting, max_new_tokens=8)], drafting)
+    (result,) = batch.collect()
+    assert result.stats.acceptance_by_position == batch.totals.acceptance_by_position
+    assert sum(result.stats.acceptance_by_position) == pytest.approx(result.stats.tokens_per_cycle - 1)
+
+
+def test_public_names_of_the_cost_model_agree():
+    assert qspec_jax.expected_tokens(0.5, 2) == 1.75
+    assert qspec_jax.acceptance_for(1.75, 2) == pytest.approx(0.5)
+    weight = qspec_jax.quantize_rtn(jnp.ones((8, 64), jnp.float32), group_size=32)
+    assert (weight.num_outputs, weight.num_inputs) == (8, 64)
