@@ -7,9 +7,21 @@ from pathlib import Path
 
 import pytest
 
-# What the cell tagged "parameters" sets for a reader, and a test for itself: fewer programs of fewer tokens.
-SMALLER = {"NUM_TOKENS": 8, "DRAFT_LENGTHS": (3,)}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+# What the cell tagged "parameters" of each sets for a reader, and a test for itself: fewer programs of fewer tokens.
+SMALLER = {
+    "01_quickstart": {"NUM_TOKENS": 8, "DRAFT_LENGTHS": (3,)},
+    "02_where_speculation_pays": {"NUM_TOKENS": 8, "DRAFT_LENGTHS": (1, 3), "COPIED_BYTES": 2**22},
+    "03_kernels": {"NUM_OUTPUTS": 256, "NUM_INPUTS": 256, "ROWS": (1, 4), "SIDE": 128, "COPIED_BYTES": 2**22},
+    "04_your_pipeline": {"NUM_TOKENS": 8},
+}
+# What each prints, as often, and the pictures that it draws.
+PRINTS = {
+    "01_quickstart": ({"4 of 4 outputs equal plain decoding": 2, "rejected draft": 2}, 1),
+    "02_where_speculation_pays": ({"speed-up": 2, "c_d = ": 1, "tokens per cycle": 3, "a plain step could take": 1}, 3),
+    "03_kernels": ({"reference": 2, "W4A8": 2, "TFLOP/s": 1}, 1),
+    "04_your_pipeline": ({"of 4 right, and equal to the program above": 1}, 0),
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -19,21 +31,39 @@ def test_a_notebook_is_stored_without_outputs(path):
         assert cell.get("execution_count") is None
 
 
+def test_every_notebook_is_run():
+    assert list(SMALLER) == list(PRINTS) == [path.stem for path in NOTEBOOKS]
+
+
+def with_smaller_parameters(path, nbformat):
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    smaller = SMALLER[path.stem]
+    assert [line.split(" = ")[0] for line in parameters.source.splitlines()] == list(smaller)
+    parameters.source = "\n".join(f"{name} = {value}" for name, value in smaller.items())
+    return notebook
+
+
 @pytest.mark.contract
 @pytest.mark.demo
 @pytest.mark.usefixtures("demo_gguf")
 @pytest.mark.filterwarnings("default")  # of the notebook machinery
-@pytest.mark.slow  # 45 s: a kernel of its own, and the demo model
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_draws(path):
+@pytest.mark.slow  # 50 s: a kernel, which all share as its start and the demo model's programs cost most
+def test_the_notebooks_run_and_draw():
     nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")
     nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebook'")
-    notebook = nbformat.read(path, as_version=4)
-    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    assert [line.split(" = ")[0] for line in parameters.source.splitlines()] == list(SMALLER)
-    parameters.source = "\n".join(f"{name} = {value}" for name, value in SMALLER.items())
-    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
-    assert text.count("4 of 4 outputs equal plain decoding") == 2
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    notebooks = [with_smaller_parameters(path, nbformat) for path in NOTEBOOKS]
+    # One model for all, and nothing else: each begins with no name that another has set.
+    begin = "import functools, qspec_jax\nqspec_jax.load = functools.cache(qspec_jax.load)\n"
+    cells = [nbformat.v4.new_code_cell(begin)]
+    for notebook in notebooks:
+        cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+    folder = {"metadata": {"path": str(NOTEBOOKS[0].parent)}}
+    together = nbformat.v4.new_notebook(cells=cells, metadata=notebooks[0].metadata)
+    nbclient.NotebookClient(together, timeout=900, resources=folder).execute()
+    for path, notebook in zip(NOTEBOOKS, notebooks, strict=True):
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        text = "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs)
+        prints, pictures = PRINTS[path.stem]
+        assert {part: text.count(part) for part in prints} == prints
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
