@@ -175,6 +175,7 @@ def _element(kind: Kind, body: str, title: str = "") -> str:
 
 def _html_row(place: int, accepted: int, made: int) -> str:
     share = accepted / made
-    bar = f'<div style="width:{10 * share:.1f}em;height:0.8em;background-color:rgb(0,158,115)"></div>'
+    bar = f'<div style="width:{share:.0%};height:0.8em;background-color:rgb(0,158,115)"></div>'
+    bar = f'<div style="width:10em">{bar}</div>'
     cells = (f"draft {place}", bar, f"{share:.0%}", f"{accepted} of {made} accepted")
     return "<tr>" + "".join(f'<td style="text-align:left;padding:0 0.6em 0 0">{cell}</td>' for cell in cells) + "</tr>"
