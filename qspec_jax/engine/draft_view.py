@@ -118,10 +118,11 @@ class DraftView:
 
     def _html_foot(self) -> str:
         if self.note:
-            return f"<p><i>{html.escape(_visible(self.note))}</i></p>"
+            return f"<p style='margin:0.8em 0'><i>{html.escape(_visible(self.note))}</i></p>"
         legend = " &nbsp; ".join(_element(kind, _NAMES[kind]) for kind in self._legend)
         rows = "".join(_html_row(place, *counts) for place, counts in enumerate(self.by_position, 1))
-        return f'<p>{legend}</p><table style="border-collapse:collapse;color:inherit">{rows}</table>'
+        table = f'<table style="border-collapse:collapse;color:inherit">{rows}</table>'
+        return f'<p style="margin:0.8em 0">{legend}</p>{table}'
 
 
 def _runs(pieces: Iterable[Piece]) -> list[tuple[Kind, str]]:
