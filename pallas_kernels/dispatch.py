@@ -25,6 +25,7 @@ import jax
 REFERENCE = "reference"
 TRITON = "triton"
 MOSAIC = "mosaic"
+TPU = "tpu"
 # Inputs times outputs from which Mosaic is the faster one on Hopper, at any number of rows (docs/results.md).
 _LARGE_WEIGHT = 4_000_000
 
@@ -51,6 +52,7 @@ BACKENDS = {
     # bfloat16 tensor cores and `fma.rn.bf16x2` begin with Ampere; `wgmma` is Hopper's alone.
     TRITON: Backend(("gpu", "cuda"), "an NVIDIA GPU", ((8, 0), None, "8.0 or newer")),
     MOSAIC: Backend(("gpu", "cuda"), "an NVIDIA GPU", ((9, 0), (10, 0), "9.x (Hopper)")),
+    TPU: Backend(("tpu",), "a TPU"),
 }
 IMPLEMENTATIONS = (*BACKENDS, REFERENCE)
 
@@ -241,10 +243,11 @@ def _platform_obstacle(name: str, platform: str | None) -> str | None:
     if name == REFERENCE:
         return None
     backend = BACKENDS[name]
-    where = platform or jax.default_backend()
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    where = platform or (jax.default_backend() if described is None else described.platform)
     if where not in backend.platforms:
         return f"needs {backend.device}; this is {where}"
-    if platform is not None or backend.compute_capability is None:
+    if platform is not None or described is not None or backend.compute_capability is None:
         return None
     device = jax.devices()[0]
     if "rocm" in device.client.platform_version.lower():

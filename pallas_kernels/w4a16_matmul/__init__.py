@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
-from pallas_kernels.dispatch import MOSAIC, TRITON, Implementations, order_of_trial
+from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_of_trial
 
 _OP = "w4a16_matmul"
 # A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
 # reads. The reference reads all, and names that of checkpoints.
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

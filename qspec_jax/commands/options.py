@@ -17,7 +17,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
 
-KERNELS = ("auto", "reference", "triton", "mosaic")
+KERNELS = ("auto", "reference", "triton", "mosaic", "tpu")
 GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
 _DTYPE_HELP = "default: float32 on the CPU, bfloat16 elsewhere"
 

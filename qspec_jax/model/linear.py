@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, value_of
 from pallas_kernels.arrays.shown import shown
-from pallas_kernels.dispatch import MOSAIC, REFERENCE
+from pallas_kernels.dispatch import MOSAIC, REFERENCE, TPU
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
@@ -43,8 +43,8 @@ def activation_quantization(quantization: QuantConfig, view: View) -> Activation
 
 
 def other_kernels(kernels: str | None) -> str | None:
-    """The implementation of what surrounds the matmuls of ``kernels``; Mosaic has matmuls only."""
-    return None if kernels == MOSAIC else kernels
+    """The implementation of what surrounds the matmuls of ``kernels``; some have not all operations."""
+    return None if kernels in (MOSAIC, TPU) else kernels
 
 
 # A new weight gets the order of codes that the kernels of these read fastest. A plan with another draft has the weights

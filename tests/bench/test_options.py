@@ -111,7 +111,7 @@ def test_usage_errors_exit_with_2_and_one_line(capsys, command, arguments, messa
     [
         (["kernels", "--rows", "1,x"], "--rows 1,x cannot be read; write positive whole numbers, such as --rows 1,16"),
         (["kernels", "--rows", "0"], "--rows 0 cannot be read"),
-        (["kernels", "--implementations", "cutlass"], "cutlass is unknown; use some of triton, mosaic, reference"),
+        (["kernels", "--implementations", "cutlass"], "cutlass is unknown; use some of triton, mosaic, tpu, reference"),
         (["kernels", "--json", "/nonexistent/out.json"], "there is no directory /nonexistent; create it first"),
         (["kernels", "--plot", "/"], "--plot / is a directory; give the name of a file"),
         (["tune", "--candidates", "0"], "--candidates 0 must be at least 1"),

@@ -74,18 +74,20 @@ OPS = (
 
 @on_cpu
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["triton", "mosaic"])
-def test_a_named_implementation_runs_or_raises(op, name):
+@pytest.mark.parametrize(
+    ("name", "device"), [("triton", "an NVIDIA GPU"), ("mosaic", "an NVIDIA GPU"), ("tpu", "a TPU")]
+)
+def test_a_named_implementation_runs_or_raises(op, name, device):
     with pytest.raises(NotImplementedError) as error:
         calls(name)[op]()
-    assert str(error.value) == (
-        f"{op}: implementation '{name}' needs an NVIDIA GPU; this is cpu; use 'reference' or None"
-    )
+    assert str(error.value) == f"{op}: implementation '{name}' needs {device}; this is cpu; use 'reference' or None"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_name_lists_the_known_ones(op):
-    with pytest.raises(ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of triton, mosaic, reference"):
+    with pytest.raises(
+        ValueError, match=rf"{op}: unknown implementation 'cuda'; use one of triton, mosaic, tpu, reference"
+    ):
         calls("cuda")[op]()
 
 
@@ -97,7 +99,7 @@ def test_none_works_everywhere(op):
 
 def test_available_implementations_are_listed_in_the_order_of_trial():
     assert available_implementations("cpu") == ("reference",)
-    assert available_implementations("tpu") == ("reference",)
+    assert available_implementations("tpu") == ("tpu", "reference")
     assert available_implementations("cuda") == ("triton", "mosaic", "reference")
     assert available_implementations()[-1] == "reference"
 
@@ -165,26 +167,28 @@ def test_a_new_backend_is_a_row_of_the_table_a_file_and_an_entry(monkeypatch):
         obstacle=lambda dtype, weight: None if weight.layout is Layout.WGMMA else "needs tiles",
         w4a16_matmul=lambda x, weight: jnp.full((*x.shape[:-1], weight.num_outputs), 7, x.dtype),
     )
-    monkeypatch.setitem(sys.modules, "pallas_kernels.w4a16_matmul.tpu", file)
+    monkeypatch.setitem(sys.modules, "pallas_kernels.w4a16_matmul.npu", file)
     implementations = sys.modules["pallas_kernels.w4a16_matmul"]._IMPLEMENTATIONS
-    monkeypatch.setitem(implementations.modules, "tpu", "pallas_kernels.w4a16_matmul.tpu")
-    monkeypatch.setitem(BACKENDS, "tpu", Backend(("tpu",), "a TPU"))
+    monkeypatch.setitem(implementations.modules, "npu", "pallas_kernels.w4a16_matmul.npu")
+    monkeypatch.setitem(BACKENDS, "npu", Backend(("npu",), "an NPU"))
     weight, x = random_weight(64, 256, 64, symmetric=True), random_rows(2, 256)
 
-    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'tpu' needs a TPU; this is cpu; use"):
-        w4a16_matmul(x, weight, implementation="tpu")
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; use one of triton, mosaic, tpu, reference"):
+    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'npu' needs an NPU; this is cpu; use"):
+        w4a16_matmul(x, weight, implementation="npu")
+    with pytest.raises(
+        ValueError, match="unknown implementation 'cuda'; use one of triton, mosaic, tpu, npu, reference"
+    ):
         w4a16_matmul(x, weight, implementation="cuda")
-    assert available_implementations("tpu") == ("tpu", "reference")
+    assert available_implementations("npu") == ("npu", "reference")
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'tpu' needs tiles; use 'reference'"):
-        w4a16_matmul(x, weight, implementation="tpu")
-    assert best_layout(weight, x.dtype) is best_layout(weight, x.dtype, implementation="tpu") is Layout.WGMMA
+    monkeypatch.setattr(jax, "default_backend", lambda: "npu")
+    with pytest.raises(NotImplementedError, match="w4a16_matmul: implementation 'npu' needs tiles; use 'reference'"):
+        w4a16_matmul(x, weight, implementation="npu")
+    assert best_layout(weight, x.dtype) is best_layout(weight, x.dtype, implementation="npu") is Layout.WGMMA
     tiled = with_layout(weight, Layout.WGMMA)
-    assert w4a16_matmul(x, tiled).tolist() == w4a16_matmul(x, tiled, implementation="tpu").tolist() == [[7] * 64] * 2
-    with pytest.raises(NotImplementedError, match="rms_norm: implementation 'tpu' does not exist for this operation"):
-        rms_norm(x, x[0], epsilon=1e-5, implementation="tpu")
+    assert w4a16_matmul(x, tiled).tolist() == w4a16_matmul(x, tiled, implementation="npu").tolist() == [[7] * 64] * 2
+    with pytest.raises(NotImplementedError, match="rms_norm: implementation 'npu' does not exist for this operation"):
+        rms_norm(x, x[0], epsilon=1e-5, implementation="npu")
     np.testing.assert_array_equal(
         rms_norm(x, x[0], epsilon=1e-5), rms_norm(x, x[0], epsilon=1e-5, implementation="reference")
     )
@@ -222,7 +226,7 @@ def test_a_device_is_examined_by_its_compute_capability(monkeypatch, op_with, na
 def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypatch):
     """JAX has deprecated the Triton backend, and its Mosaic GPU interface changes."""
     weight, x = random_weight(64, 256, 64, symmetric=True), random_rows(2, 256)
-    for name in ("gpu_triton", "gpu_mosaic"):
+    for name in ("gpu_triton", "gpu_mosaic", "tpu"):
         monkeypatch.setitem(sys.modules, f"pallas_kernels.w4a16_matmul.{name}", None)
     expected = w4a16_matmul(x, weight, implementation="reference")
     np.testing.assert_array_equal(w4a16_matmul(x, weight), expected)

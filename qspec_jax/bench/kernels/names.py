@@ -11,4 +11,4 @@ PRODUCERS = (
 OPS = (*MATMULS, BASELINE, *PRODUCERS)
 # Those of pallas_kernels, the best first, and torch's.
 TORCH = "torch"
-IMPLEMENTATIONS = ("triton", "mosaic", "reference", TORCH)
+IMPLEMENTATIONS = ("triton", "mosaic", "tpu", "reference", TORCH)

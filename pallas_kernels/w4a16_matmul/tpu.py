@@ -1,0 +1,116 @@
+"""``w4a16_matmul`` as a Pallas kernel for TPUs, compiled for v5e, v6e and 7x; no TPU has run it.
+
+Codes become ``16 * (code - 8)`` in bfloat16, which is exact; the scales multiply the float32 sums. Rows of other types
+are cut into bfloat16 pieces that hold all their bits, so that every product of the matrix unit is exact. An asymmetric
+weight adds ``(8 * scale - offset) * (sum of the rows' inputs of the group)``. See
+:mod:`pallas_kernels.backends.tpu.matmul`.
+
+More rows than a decode has are bound by arithmetic: there the weight is dequantised once, and XLA multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize, layout_obstacle
+from pallas_kernels.backends.tpu import matmul, words
+
+LAYOUT = Layout.PLANES
+_TILE_ROWS = 16  # of 16 bits
+
+
+def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
+    """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
+    del dtype  # all three of the public function work
+    return matmul.obstacle(weight.num_inputs, weight.group_size) or layout_obstacle(weight.layout, LAYOUT)
+
+
+def w4a16_matmul(
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, interpret: Any = False
+) -> Float[Array, "*batch N"]:
+    """See the public function."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > matmul.MAX_ROWS and x.dtype != jnp.float32:
+        outputs = _dequantized_matmul(rows, weight)
+    else:
+        outputs = _matmul(rows, weight, interpret=interpret)
+    return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+
+
+@jax.jit
+def _dequantized_matmul(x: Array, weight: QuantizedWeight) -> Array:
+    floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
+    return matmul.dot_transposed(x, floats).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def _matmul(x: Array, weight: QuantizedWeight, *, interpret: Any) -> Array:
+    num_rows = x.shape[0]
+    pieces = [matmul.padded(piece, _TILE_ROWS) for piece in words.bfloat16_pieces(x)]
+    height = pieces[0].shape[0]
+    rows = matmul.padded(jnp.concatenate(pieces), _TILE_ROWS)
+    per_group = [array for array in (weight.scale, weight.offset) if array is not None]
+    product = matmul.launch(
+        functools.partial(_kernel, num_scales=len(per_group), group_size=weight.group_size),
+        rows,
+        (),
+        weight,
+        per_group,
+        num_scales=len(per_group),
+        out_dtype=x.dtype if len(pieces) == 1 else jnp.float32,
+        interpret=interpret,
+        name="w4a16",
+    )
+    parts = [product[i * height : i * height + num_rows] for i in range(len(pieces))]
+    return functools.reduce(jnp.add, reversed(parts)).astype(x.dtype)
+
+
+def _kernel(
+    low_ref,  # [block_m, K/2] bf16
+    high_ref,
+    packed_ref,  # [block_n, K/2] uint8
+    *refs,  # scale and perhaps offset [G, block_n], output [block_m, block_n], as many scratch arrays as of the first
+    num_scales: int,
+    group_size: int,
+):
+    group_refs, out_ref, scale_refs = refs[:num_scales], refs[num_scales], refs[num_scales + 1 :]
+    scale_ref, *shift_refs = scale_refs
+    half, (block_m, block_n) = packed_ref.shape[1], out_ref.shape
+    run, whole_rows = matmul.scale_run(2 * half, group_size), group_size == 2 * half
+    matmul.read_scales(group_refs, scale_refs)
+
+    def plane(carry, x, codes, first_input):
+        """Adds one plane's chunk to the scaled product, or (one group) to product and row sums, still unscaled."""
+        product, row_sum = carry
+        if whole_rows:
+            product = product + matmul.dot_transposed(x, codes)
+            return product, row_sum + matmul.row_sum(x) if shift_refs else row_sum
+        runs = matmul.by_runs(x, run)
+        partial = matmul.dot_transposed(runs, codes)
+        for r in range(runs.shape[0] // block_m):
+            rows = slice(r * block_m, (r + 1) * block_m)
+            group = pl.ds(lax.div(first_input + r * run, group_size), 1)
+            product = product + partial[rows] * scale_ref[group, :]
+            for shift_ref in shift_refs:
+                product = product + matmul.row_sum(runs[rows]) * shift_ref[group, :]
+        return product, row_sum
+
+    def chunk(columns, start, carry):
+        low, high = (codes.astype(jnp.bfloat16) for codes in words.decode_planes(packed_ref[:, columns]))
+        carry = plane(carry, low_ref[:, columns], low, start)
+        return plane(carry, high_ref[:, columns], high, start + half)
+
+    zeros = jnp.zeros((block_m, block_n), jnp.float32), jnp.zeros((block_m, 1), jnp.float32)
+    product, row_sum = matmul.for_each_chunk(half, chunk, zeros)
+    if whole_rows:
+        product = product * scale_ref[...]
+        for shift_ref in shift_refs:
+            product = product + row_sum * shift_ref[...]
+    out_ref[...] = product.astype(out_ref.dtype)

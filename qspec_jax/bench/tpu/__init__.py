@@ -1,0 +1,1 @@
+"""``bench tpu``: what the TPU's compiler makes of the kernels, on a machine without a TPU."""

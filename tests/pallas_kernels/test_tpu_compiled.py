@@ -1,0 +1,67 @@
+"""The TPU's own compiler takes every kernel for three generations, and puts nothing around it; no TPU is needed.
+
+Lowering accepts much that the compiler does not: element types, blocks that do not fit, layouts that it has to copy.
+``QSPEC_JAX_THOROUGH=1`` compiles all shapes and numbers of rows; otherwise each generation gets some.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import QuantizedActivation, w4a4_matmul, w4a16_matmul
+from tests.conftest import THOROUGH
+from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
+
+pytest.importorskip("libtpu")
+
+from qspec_jax.bench.tpu.compiler import GENERATIONS, compile_for
+
+pytestmark = pytest.mark.contract  # as users compile
+
+# K, N, group size, symmetric.
+SHAPES = [(4096, 6144, 128, True), (576, 960, 32, False), (14336, 4096, 14336, True), (28672, 8192, 128, True)]
+ROWS = (1, 8, 64, 256)
+
+
+def some(cases: list, generation: str) -> list:
+    """All of them, or those of a generation: each case is compiled for one."""
+    place = list(GENERATIONS).index(generation)
+    return cases if THOROUGH else cases[place :: len(GENERATIONS)]
+
+
+def for_each_generation(cases: list):
+    pairs = [(generation, case) for generation in GENERATIONS for case in some(cases, generation)]
+    return pytest.mark.parametrize(("generation", "case"), pairs, ids=str)
+
+
+def compile_alone(generation, function, *args, **options) -> jax.stages.Compiled:
+    """A program that is one kernel, and what is so little that it never reaches the device's memory."""
+    program = compile_for(generation, function, *args, **options)
+    assert "tpu_custom_call" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    return program
+
+
+W4A16 = [(shape, rows, "bfloat16") for shape in SHAPES for rows in (ROWS if THOROUGH else (8,))]
+W4A16 += [(SHAPES[0], 8, "float32"), (SHAPES[1], 8, "float16")]
+
+
+@for_each_generation(W4A16)
+def test_w4a16_compiles_without_temporaries(generation, case):
+    shape, num_rows, dtype = case
+    compile_alone(generation, w4a16_matmul, array(num_rows, shape[0], dtype=jnp.dtype(dtype)), abstract_weight(*shape))
+
+
+# One scale per token, or asymmetric groups.
+W4A8 = [(shape, rows, grouped) for shape in SHAPES[:3] for rows in (ROWS if THOROUGH else (8,)) for grouped in (0, 1)]
+
+
+@for_each_generation(W4A8)
+def test_w4a8_compiles_without_temporaries(generation, case):
+    shape, num_rows, grouped = case
+    k, _, group_size, _ = shape
+    per_group = array(num_rows, k // group_size if grouped else 1, dtype=jnp.float32)
+    x = QuantizedActivation(array(num_rows, k, dtype=jnp.int8), per_group, per_group if grouped else None, bits=8)
+    compile_alone(generation, lambda x, w: w4a4_matmul(x, w, dtype=jnp.bfloat16), x, abstract_weight(*shape))

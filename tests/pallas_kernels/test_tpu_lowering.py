@@ -1,0 +1,42 @@
+"""Every kernel for TPUs lowers to Mosaic at real model shapes; neither a TPU nor libtpu is needed."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import QuantizedActivation, w4a4_matmul, w4a16_matmul
+from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
+from tests.pallas_kernels.tpu_cases import DEVICE_KINDS, tpu_program
+
+pytestmark = pytest.mark.newest_jax
+
+KERNEL_CALL = "tpu_custom_call"
+# K, N, group size, symmetric: of the demo model and of Llama-3-8B.
+SHAPES = [(576, 960, 32, False), (4096, 6144, 128, True), (14336, 4096, 14336, True)]
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(1, "bfloat16"), (40, "float16"), (300, "float32")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16_is_one_kernel_wherever_a_tpu_is_described(shape, num_rows, dtype):
+    x = array(num_rows, shape[0], dtype=jnp.dtype(dtype))
+    assert tpu_program(w4a16_matmul, x, abstract_weight(*shape)).count(KERNEL_CALL) == 1
+
+
+def test_xla_multiplies_a_w4a16_prefill_of_16_bits():
+    program = tpu_program(w4a16_matmul, array(257, 4096, dtype=jnp.bfloat16), abstract_weight(*SHAPES[1]))
+    assert KERNEL_CALL not in program
+
+
+@pytest.mark.parametrize("generation", DEVICE_KINDS)
+@pytest.mark.parametrize("x_symmetric", [True, False], ids=["x_sym", "x_asym"])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_w4a8_multiplies_integers_where_the_unit_has_them(shape, x_symmetric, generation):
+    k, _, group_size, _ = shape
+    per_group = array(4, k // group_size, dtype=jnp.float32)
+    x = QuantizedActivation(array(4, k, dtype=jnp.int8), per_group, None if x_symmetric else per_group, bits=8)
+    program = tpu_program(
+        lambda x, w: w4a4_matmul(x, w, dtype=jnp.bfloat16), x, abstract_weight(*shape), generation=generation
+    )
+    assert program.count(KERNEL_CALL) == 1
+    assert (f"tensor<32x{k}xbf16>" in program) == (generation == "7x")
