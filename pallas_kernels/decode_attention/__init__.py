@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention.reference import BLOCK
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "decode_attention"
 # A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -7,11 +7,11 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "float_matmul"
 # A file has float_matmul and obstacle(num_rows, dtype).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.partial_sums import PartialSums
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "rotate_and_write"
 # A file has rotate_and_write and obstacle().
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -6,12 +6,17 @@ Lowering accepts much that the compiler does not: element types, blocks that do 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, w4a4_matmul, w4a16_matmul
+from pallas_kernels import QuantizedActivation, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels.decode_attention import tpu as attention_tpu
+from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from tests.conftest import THOROUGH
+from tests.pallas_kernels.kernel_cases import AttentionCase
 from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
 
 pytest.importorskip("libtpu")
@@ -42,6 +47,43 @@ def compile_alone(generation, function, *args, **options) -> jax.stages.Compiled
     assert "tpu_custom_call" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes == 0
     return program
+
+
+# Tokens, heads, key/value heads, head dimension, slots, window.
+ATTENTION = [
+    AttentionCase(4, 32, 8, 128, 2048),
+    AttentionCase(4, 9, 3, 64, 640),
+    AttentionCase(1, 8, 2, 96, 1000, window=500),
+    AttentionCase(17, 32, 8, 128, 8192),
+    AttentionCase(1, 28, 4, 128, 4096),
+    AttentionCase(2, 8, 1, 256, 64),
+]
+
+
+@for_each_generation([(case, dtype) for case in ATTENTION for dtype in ("bfloat16", "float32")])
+def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, case):
+    sizes, dtype = case
+    width, dtype = sizes.num_kv_heads * sizes.head_dim, jnp.dtype(dtype)
+    query = array(4, sizes.num_tokens, sizes.num_heads, sizes.head_dim, dtype=dtype)
+    cache, new = array(4, sizes.slots, width, dtype=dtype), array(4, sizes.num_tokens, width, dtype=dtype)
+    lengths = array(4, dtype=jnp.int32)
+    attend = functools.partial(attention_tpu.attend, window=sizes.window)
+    compile_alone(generation, attend, query, cache, cache, lengths)
+    write = compile_alone(generation, rotate_tpu.write, cache, cache, new, new, lengths, donate_argnums=(0, 1))
+    assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
+
+
+@for_each_generation([(k, dtype) for k in (4096, 14336, 1536) for dtype in ("bfloat16", "float32", "float16")])
+def test_hadamard_compiles_without_temporaries(generation, case):
+    k, dtype = case
+    compile_alone(generation, hadamard, array(5, k, dtype=jnp.dtype(dtype)))
+
+
+@for_each_generation([(n, k, rows) for n, k in ((128256, 4096), (152064, 8192)) for rows in (1, 64, 256)])
+def test_float_matmul_compiles_without_temporaries(generation, case):
+    n, k, rows = case
+    x, weight = array(rows, k, dtype=jnp.bfloat16), array(n, k, dtype=jnp.bfloat16)
+    compile_alone(generation, float_matmul, x, weight)
 
 
 W4A16 = [(shape, rows, "bfloat16") for shape in SHAPES for rows in (ROWS if THOROUGH else (8,))]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
+from pallas_kernels.decode_attention import tpu as attention_tpu
+from pallas_kernels.float_matmul import tpu as float_tpu
+from pallas_kernels.hadamard import tpu as hadamard_tpu
+from pallas_kernels.hadamard.matrices import hadamard_matrix
+from pallas_kernels.rotate_and_write import reference as rotate_reference
+from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from pallas_kernels.w4a4_matmul import tpu as w4a4_tpu
 from pallas_kernels.w4a16_matmul import tpu as w4a16_tpu
 from tests.pallas_kernels.kernel_cases import (
+    AttentionCase,
     activation_in_float64,
+    attention_in_float64,
     random_rows,
     random_weight,
     relative_error,
@@ -81,6 +90,124 @@ def test_w4a4_takes_codes_of_four_bits_and_leading_axes():
     out = w4a4_tpu.w4a4_matmul(x, weight, dtype=jnp.float32, integers=True, interpret=True)
     exact = activation_in_float64(quantize_activations(random_rows(2, 3, 256).reshape(6, 256), bits=4))
     assert relative_error(out.reshape(6, 16), exact @ weight_in_float64(weight).T) < 2e-6
+
+
+# Tokens, heads, key/value heads, head dimension, slots, window: groups of 1, 3 and 4 queries; heads that share lanes,
+# all of them or some; two blocks of slots; a window that begins in the second; a head of more than 128 lanes.
+ATTENTION = [
+    AttentionCase(4, 6, 2, 64, 130),
+    AttentionCase(2, 9, 3, 32, 600),
+    AttentionCase(3, 4, 2, 128, 1500, window=600),
+    AttentionCase(1, 2, 2, 192, 64),
+]
+
+
+@modes
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_is_the_formula(case, interpret):
+    """An empty cache, a full one, and a token past the last slot, which sees the slots there are."""
+    lengths = [0, case.slots // 2, case.slots - 1]
+    arrays = case.arrays(3, jnp.float32)
+    given = jnp.asarray(lengths, jnp.int32)
+    out = attention_tpu.decode_attention(*arrays, given, window=case.window, interpret=interpret)
+    np.testing.assert_allclose(out, attention_in_float64(*arrays, lengths, case.window), rtol=2e-5, atol=2e-6)
+
+
+def test_attention_in_bfloat16_reads_no_block_that_nobody_sees():
+    case, lengths = AttentionCase(2, 4, 2, 64, 1600, window=85), [700]
+    query, keys, values = case.arrays(1, jnp.bfloat16)
+    seen = np.zeros(case.slots, bool)
+    seen[512:1024] = True
+    keys, values = (jnp.where(seen[:, None, None], array, jnp.nan) for array in (keys, values))
+    out = attention_tpu.decode_attention(
+        query, keys, values, jnp.asarray(lengths, jnp.int32), window=case.window, interpret=True
+    )
+    expected = attention_in_float64(*case.arrays(1, jnp.bfloat16), lengths, case.window)
+    assert relative_error(out.astype(jnp.float32), expected) < 4e-3
+
+
+def test_attention_with_masses_is_attention_and_the_masses_of_the_reference():
+    case, lengths = AttentionCase(2, 4, 2, 64, 96), jnp.asarray([40, 70], jnp.int32)
+    arrays = case.arrays(2, jnp.float32)
+    out, masses = attention_tpu.decode_attention_with_masses(
+        *arrays, lengths, block_size=16, window=None, interpret=True
+    )
+    np.testing.assert_array_equal(out, attention_tpu.decode_attention(*arrays, lengths, window=None, interpret=True))
+    assert masses.shape == (2, 2, 6)
+    np.testing.assert_allclose(masses.sum(-1), 1, atol=1e-5)
+
+
+# Slots of tiles that both modes take: the simulation refuses an aliased array that is no whole number of blocks.
+@modes
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, jnp.float32), (4, jnp.bfloat16), (17, jnp.bfloat16)])
+def test_new_slots_are_written_where_they_belong_and_nothing_else_is(num_tokens, dtype, interpret):
+    """Within a tile, across two or three of them, and past the last slot, where they are dropped."""
+    lengths = jnp.asarray([0, 14, 33, 46], jnp.int32)
+    angles = 9 * random_rows(4, num_tokens, 32)
+    qkv = random_rows(4, num_tokens, 8, 64, dtype=dtype)
+    keys, values = (random_rows(4, 48, 2, 64, dtype=dtype, seed=seed) for seed in (2, 3))
+    arguments = (qkv, jnp.cos(angles), jnp.sin(angles), keys, values, lengths)
+    out = rotate_tpu.rotate_and_write(*arguments, interpret=interpret)
+    expected = jax.jit(rotate_reference.rotate_and_write)(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, out, expected)
+
+
+# A power of two alone; cores of 12 and 28 rows, of which a part may be in the tiles of lanes.
+@pytest.mark.parametrize(
+    ("num_inputs", "dtype", "interpret"),
+    [
+        (128, "float32", MODES["quick"]),
+        (1024, "bfloat16", MODES["simulated"]),
+        (1536, "float32", MODES["simulated"]),
+        (3584, "float16", MODES["quick"]),
+    ],
+    ids=str,
+)
+def test_hadamard_equals_the_dense_product_in_float64(num_inputs, dtype, interpret):
+    x = random_rows(2, 3, num_inputs, dtype=jnp.dtype(dtype))
+    out = hadamard_tpu.hadamard(x, interpret=interpret)
+    exact = np.asarray(x, np.float64) @ hadamard_matrix(num_inputs).T.astype(np.float64) / np.sqrt(num_inputs)
+    assert out.dtype == x.dtype
+    assert relative_error(out, exact) < (3e-7 if dtype == "float32" else 0.6 * float(jnp.finfo(out.dtype).eps))
+
+
+@modes
+@pytest.mark.parametrize("shape", [(200, 128, 5), (520, 256, 17)], ids=str)
+def test_float_matmul_equals_the_definition_in_float64(shape, interpret):
+    n, k, num_rows = shape
+    x, weight = (random_rows(rows, k, dtype=jnp.bfloat16, seed=rows) for rows in (num_rows, n))
+    out = float_tpu.float_matmul(x, weight, interpret=interpret)
+    assert (out.dtype, out.shape) == (jnp.float32, (num_rows, n))
+    assert relative_error(out, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("told", "end"),
+    [
+        (hadamard_tpu.obstacle(11008), "needs a core of at most 64 rows; that of K=11008 has 172"),
+        (hadamard_tpu.obstacle(576), "needs 128 values for each row of the core; K=576 has 16"),
+        (hadamard_tpu.obstacle(14336), None),
+        (float_tpu.obstacle(1, jnp.dtype("float32")), "needs bfloat16; x is float32"),
+        (float_tpu.obstacle(257, jnp.dtype("bfloat16")), "needs 1 to 256 rows; x has 257"),
+        (
+            attention_tpu.obstacle(1, 64),
+            "needs caches [B, S, KH * HD]: XLA would copy those of four axes before each call",
+        ),
+        (attention_tpu.obstacle(18, 64, flat=True), "needs at most 17 tokens per sequence; these are 18"),
+        (attention_tpu.obstacle(1, 320, flat=True), "needs a head dimension of at most 256; this is 320"),
+        (
+            attention_tpu.obstacle(1, 64, jnp.dtype("float16"), flat=True),
+            "needs float32 or bfloat16: a TPU does not load float16",
+        ),
+        (
+            rotate_tpu.obstacle(jnp.dtype("float16"), flat=True),
+            "needs float32 or bfloat16: a TPU does not load float16",
+        ),
+        (rotate_tpu.obstacle(jnp.dtype("bfloat16"), flat=True), None),
+    ],
+)
+def test_what_a_kernel_does_not_serve_is_said(told, end):
+    assert told == end
 
 
 def test_every_float16_scale_is_decoded_exactly():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, w4a4_matmul, w4a16_matmul
+from pallas_kernels import QuantizedActivation, decode_attention, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels.decode_attention import tpu as attention_tpu
+from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
 from tests.pallas_kernels.tpu_cases import DEVICE_KINDS, tpu_program
 
@@ -26,6 +30,29 @@ def test_w4a16_is_one_kernel_wherever_a_tpu_is_described(shape, num_rows, dtype)
 def test_xla_multiplies_a_w4a16_prefill_of_16_bits():
     program = tpu_program(w4a16_matmul, array(257, 4096, dtype=jnp.bfloat16), abstract_weight(*SHAPES[1]))
     assert KERNEL_CALL not in program
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", [(1, 32, 8, 128, 2048), (17, 9, 3, 64, 640), (4, 8, 2, 96, 1000)], ids=str)
+def test_attention_and_writes_are_one_kernel_each(shape, dtype):
+    num_tokens, heads, kv_heads, head_dim, slots = shape
+    query, cache = array(2, num_tokens, heads, head_dim, dtype=dtype), array(2, slots, kv_heads * head_dim, dtype=dtype)
+    new, lengths = array(2, num_tokens, kv_heads * head_dim, dtype=dtype), array(2, dtype=jnp.int32)
+    attend = functools.partial(attention_tpu.attend, window=500)
+    assert tpu_program(attend, query, cache, cache, lengths).count(KERNEL_CALL) == 1
+    assert tpu_program(rotate_tpu.write, cache, cache, new, new, lengths).count(KERNEL_CALL) == 1
+
+
+def test_a_cache_of_four_axes_is_left_to_xla():
+    query, cache = array(2, 1, 8, 64, dtype=jnp.bfloat16), array(2, 512, 2, 64, dtype=jnp.bfloat16)
+    assert KERNEL_CALL not in tpu_program(decode_attention, query, cache, cache, array(2, dtype=jnp.int32))
+
+
+def test_hadamard_and_float_matmul_are_one_kernel_each():
+    x = array(5, 14336, dtype=jnp.bfloat16)
+    assert tpu_program(hadamard, x).count(KERNEL_CALL) == 1
+    assert KERNEL_CALL not in tpu_program(hadamard, array(5, 11008, dtype=jnp.bfloat16))
+    assert tpu_program(float_matmul, x, array(2048, 14336, dtype=jnp.bfloat16)).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("generation", DEVICE_KINDS)
