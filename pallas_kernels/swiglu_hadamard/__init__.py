@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.hadamard.matrices import core_order
 
 _OP = "swiglu_hadamard"
 # A file has swiglu_hadamard and obstacle(num_inputs, block).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

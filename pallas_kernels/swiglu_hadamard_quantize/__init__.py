@@ -6,13 +6,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import Layout
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
 from pallas_kernels.swiglu_hadamard import checked_sizes
 
 _OP = "swiglu_hadamard_quantize"
 # A file has swiglu_hadamard_quantize and obstacle(num_inputs, block, group_size, outlier_groups).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 
 
 def swiglu_hadamard_quantize(

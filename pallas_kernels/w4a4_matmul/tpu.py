@@ -24,7 +24,7 @@ from pallas_kernels.backends.tpu import matmul, words
 from pallas_kernels.backends.tpu.generation import has_integer_unit
 
 LAYOUT = Layout.PLANES
-_TILE_ROWS = 32  # of 8 bits
+_TILE_ROWS = {True: 32, False: 16}  # of int8, and of bfloat16
 
 
 def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
@@ -53,8 +53,8 @@ def w4a4_matmul(
 
 @functools.partial(jax.jit, static_argnames=("dtype", "integers", "interpret"))
 def _matmul(x: QuantizedActivation, weight: QuantizedWeight, *, dtype: DTypeLike, integers: bool, interpret: Any):
-    num_rows = x.codes.shape[0]
-    codes = matmul.padded(x.codes, _TILE_ROWS)
+    num_rows, tile = x.codes.shape[0], _TILE_ROWS[integers]
+    codes = matmul.padded(x.codes, tile)
     per_row = [x.scale]
     per_group = [array for array in (weight.scale, weight.offset) if array is not None]
     num_scales = len(per_group)
@@ -67,7 +67,7 @@ def _matmul(x: QuantizedActivation, weight: QuantizedWeight, *, dtype: DTypeLike
     product = matmul.launch(
         functools.partial(_kernel, num_scales=num_scales, num_per_row=len(per_row), **sizes),
         codes if integers else codes.astype(jnp.bfloat16),
-        [matmul.padded(array, _TILE_ROWS) for array in per_row],
+        [matmul.padded(array, tile) for array in per_row],
         weight,
         per_group,
         num_scales=num_scales,

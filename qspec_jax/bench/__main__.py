@@ -22,12 +22,13 @@ from qspec_jax.bench.decode import command as decode
 from qspec_jax.bench.kernels import command as kernels
 from qspec_jax.bench.speedup import command as speedup
 from qspec_jax.bench.throughput import command as throughput
+from qspec_jax.bench.tpu import command as tpu
 from qspec_jax.bench.tune import command as tune
 from qspec_jax.commands.output import require_standard_output
 from qspec_jax.commands.run import exit_code, leave
 from qspec_jax.files.lock import locked
 
-COMMANDS = (kernels, decode, speedup, throughput, tune)
+COMMANDS = (kernels, decode, speedup, throughput, tune, tpu)
 
 
 def build_parser() -> argparse.ArgumentParser:

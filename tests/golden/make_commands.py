@@ -46,6 +46,8 @@ _ABOUT = {
     "Acceptance says something about real models only.",
     "python -m qspec_jax.bench tune": "Finds the fastest tiles of the Triton matmuls, and writes their table. It needs "
     "an NVIDIA GPU.",
+    "python -m qspec_jax.bench tpu": "Counts cycles of the TPU kernels in the code of the TPU's compiler. It needs "
+    "libtpu, and no TPU: [TPU](tpu.md).",
 }
 _HARNESS = """\
 ## python -m qspec_jax.harness

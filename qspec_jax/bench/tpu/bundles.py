@@ -57,8 +57,9 @@ def parse(lines: Iterable[str]) -> Loop:
         match = _BUNDLE.match(line)
         if match:
             depth = match[2].count(">")
-            # Some bundles within a loop have no marks: it ends with the branch back, and what that one delays.
-            while ended[-1] and depth < len(loops):
+            # Some bundles within a loop have no marks: it ends with the branch back, and what that one delays. One
+            # whose branch is not known ends where the marks become fewer.
+            while depth < len(loops) - 1 and (ended[-1] or (exits[-1] == "" and depth)):
                 for stack in (loops, exits, ended):
                     stack.pop()
             if match[1] == "LB":

@@ -1,0 +1,87 @@
+"""What ``bench tpu`` compiles: the kernels at the shapes of a model's decode, and what they have to read and write."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from pallas_kernels import Layout, QuantizedActivation, QuantizedWeight
+from pallas_kernels.decode_attention import tpu as attention
+from pallas_kernels.rotate_and_write import tpu as rotation
+from qspec_jax.bench.presets import distinct, linear_shapes
+from qspec_jax.model.config import ModelConfig
+
+_WRITTEN = 32  # slots of the tiles that new tokens fall into, at most two, read and written
+
+OPS = ("w4a16", "w4a8", "attention", "write", "hadamard", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call to compile.
+
+    Attributes:
+        op: one of :data:`OPS`.
+        shape: for people.
+        function, args, options: as for :func:`qspec_jax.bench.tpu.compiler.compile_for`.
+        num_bytes: that cross the memory's bus in one call.
+    """
+
+    op: str
+    shape: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    num_bytes: int
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def cases(config: ModelConfig, *, rows: int, context: int, group_size: int, tokens: int) -> Iterator[Case]:
+    """Of a decode of ``rows`` sequences, whose attention is of ``tokens`` new tokens over a full cache."""
+    yield from _matmuls(config, rows=rows, group_size=group_size)
+    width = config.num_kv_heads * config.head_dim
+    cache, new = (_array(rows, length, width, dtype="bfloat16") for length in (context, tokens))
+    query = _array(rows, tokens, config.num_heads, config.head_dim, dtype="bfloat16")
+    lengths = _array(rows, dtype="int32")
+    shape = f"{rows} x {tokens} tokens, {context} slots"
+    attend = functools.partial(attention.attend, window=None)
+    yield Case("attention", shape, attend, (query, cache, cache, lengths), _bytes((query, query, cache, cache)))
+    written = 4 * rows * _WRITTEN * width * cache.dtype.itemsize  # keys and values, to and fro
+    donated = {"donate_argnums": (0, 1)}
+    yield Case("write", shape, rotation.write, (cache, cache, new, new, lengths), written, donated)
+    x = _array(rows, config.intermediate_size, dtype="bfloat16")
+    yield Case("hadamard", f"{rows} x {x.shape[1]}", pallas_kernels.hadamard, (x,), 2 * _bytes(x))
+    x, weight = (_array(n, config.hidden_size, dtype="bfloat16") for n in (rows, config.vocab_size))
+    logits = 4 * rows * config.vocab_size
+    shape = f"{rows} x {config.hidden_size} x {config.vocab_size}"
+    yield Case("head", shape, pallas_kernels.float_matmul, (x, weight), _bytes((x, weight)) + logits)
+
+
+def _matmuls(config: ModelConfig, *, rows: int, group_size: int) -> Iterator[Case]:
+    multiply = functools.partial(pallas_kernels.w4a4_matmul, dtype=jnp.bfloat16)
+    for linear in distinct(linear_shapes(config)):
+        shape = f"{rows} x {linear}"
+        weight, outputs = _weight(linear.k, linear.n, group_size), 2 * rows * linear.n
+        x = _array(rows, linear.k, dtype="bfloat16")
+        yield Case("w4a16", shape, pallas_kernels.w4a16_matmul, (x, weight), _bytes((x, weight)) + outputs)
+        codes, scale = _array(rows, linear.k, dtype="int8"), _array(rows, 1, dtype="float32")
+        x = QuantizedActivation(codes, scale, None, bits=8)
+        yield Case("w4a8", shape, multiply, (x, weight), _bytes((x, weight)) + outputs)
+
+
+def _weight(k: int, n: int, group_size: int) -> QuantizedWeight:
+    scale = _array(k // group_size, n, dtype="float16")
+    return QuantizedWeight(_array(n, k // 2, dtype="uint8"), scale, None, None, Layout.PLANES)  # type: ignore[arg-type]
+
+
+def _array(*shape: int, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
