@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import quantize_activations, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
@@ -233,3 +235,30 @@ def test_all_numbers_of_rows_add_in_one_order():
         width = matmul.block_n(packed)
         assert width % 256 == 0
         assert 2 * width * k // 2 <= 8 * 2**20
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_copy_that_nobody_waits_for_is_noticed(waits):
+    """Of the simulation itself: the kernels above leave their copies to Pallas, which waits."""
+
+    def kernel(x_ref, out_ref, block_ref, arrived):
+        copy = pltpu.make_async_copy(x_ref, block_ref, arrived)
+        copy.start()
+        if waits:
+            copy.wait()
+        out_ref[...] = block_ref[...] + 1
+
+    x = random_rows(8, 128)
+    call = pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=MODES["simulated"],
+    )
+    if waits:
+        np.testing.assert_array_equal(call(x), x + 1)
+        return
+    with pytest.raises(Exception, match="(?i)race|assert|nan|semaphore") as failure, races_raise():
+        assert np.isfinite(call(x)).all()
+    assert failure.type is not TypeError
