@@ -259,6 +259,6 @@ def test_a_copy_that_nobody_waits_for_is_noticed(waits):
     if waits:
         np.testing.assert_array_equal(call(x), x + 1)
         return
-    with pytest.raises(Exception, match="(?i)race|assert|nan|semaphore") as failure, races_raise():
+    with pytest.raises(Exception, match=r"(?i)race|assert|nan|semaphore") as failure, races_raise():
         assert np.isfinite(call(x)).all()
     assert failure.type is not TypeError
