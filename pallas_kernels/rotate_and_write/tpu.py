@@ -45,9 +45,13 @@ def rotate_and_write(
     num_kv_heads = keys.shape[2]
     first_key = qkv.shape[2] - 2 * num_kv_heads
     query, key, value = jnp.split(value_of(qkv), (first_key, first_key + num_kv_heads), axis=2)
-    flat = [array.reshape(*array.shape[:2], -1) for array in (keys, values, reference.rotate(key, cosine, sine), value)]
-    written = write(*flat, lengths, interpret=interpret)
-    return reference.rotate(query, cosine, sine), *[array.reshape(keys.shape) for array in written]
+    new = _flat(reference.rotate(key, cosine, sine)), _flat(value)
+    new_keys, new_values = write(_flat(keys), _flat(values), *new, lengths, interpret=interpret)
+    return reference.rotate(query, cosine, sine), new_keys.reshape(keys.shape), new_values.reshape(values.shape)
+
+
+def _flat(heads: Array) -> Array:
+    return heads.reshape(*heads.shape[:2], -1)
 
 
 def write(
@@ -63,8 +67,8 @@ def write(
     batch, num_slots, width = keys.shape
     num_tokens = new_keys.shape[1]
     if num_tokens > MAX_DECODE_TOKENS:  # a prefill writes as much as it reads: XLA does that well
-        pairs = (keys, new_keys), (values, new_values)
-        return tuple(reference.write(slots[:, :, None], new[:, :, None], lengths)[:, :, 0] for slots, new in pairs)
+        keys = reference.write(keys[:, :, None], new_keys[:, :, None], lengths)[:, :, 0]
+        return keys, reference.write(values[:, :, None], new_values[:, :, None], lengths)[:, :, 0]
     block = min(_SLOTS, num_slots)
     num_blocks = pl.cdiv(num_slots, block)
 
@@ -74,22 +78,21 @@ def write(
     slot_spec = pl.BlockSpec((None, block, width), slot_block)
     new_spec = pl.BlockSpec((None, num_tokens, width), lambda b, step, lengths: (b, 0, 0))
     cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
-    return tuple(
-        pl.pallas_call(
-            functools.partial(_kernel, num_tokens=num_tokens, slot_block=slot_block),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(batch, pl.cdiv(num_tokens - 1, block) + 1),
-                in_specs=[slot_spec, slot_spec, new_spec, new_spec],
-                out_specs=[slot_spec, slot_spec],
-            ),
-            out_shape=[cache, cache],
-            input_output_aliases={1: 0, 2: 1},
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-            interpret=interpret,
-            name="write_slots",
-        )(lengths, keys, values, new_keys, new_values)
-    )
+    new_keys_and_values: Any = pl.pallas_call(
+        functools.partial(_kernel, num_tokens=num_tokens, slot_block=slot_block),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, pl.cdiv(num_tokens - 1, block) + 1),
+            in_specs=[slot_spec, slot_spec, new_spec, new_spec],
+            out_specs=[slot_spec, slot_spec],
+        ),
+        out_shape=[cache, cache],
+        input_output_aliases={1: 0, 2: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="write_slots",
+    )(lengths, keys, values, new_keys, new_values)
+    return tuple(new_keys_and_values)
 
 
 def _kernel(lengths_ref, keys_ref, values_ref, new_keys_ref, new_values_ref, *out_refs, num_tokens: int, slot_block):

@@ -30,8 +30,6 @@ from tests.pallas_kernels.kernel_cases import (
 )
 from tests.pallas_kernels.tpu_cases import MODES, modes, races_raise
 
-pytestmark = pytest.mark.newest_jax
-
 
 @pytest.fixture(autouse=True)
 def no_races():
@@ -86,6 +84,7 @@ def test_w4a8_equals_the_definition_in_float64(case, interpret):
     assert relative_error(out, activation_in_float64(x) @ weight_in_float64(weight).T) < 2e-6
 
 
+@pytest.mark.newest_jax
 def test_w4a4_takes_codes_of_four_bits_and_leading_axes():
     weight = random_weight(16, 256, 64, symmetric=True, scale_dtype=jnp.float32)
     x = quantize_activations(random_rows(2, 3, 256), bits=4)
@@ -104,6 +103,7 @@ ATTENTION = [
 ]
 
 
+@pytest.mark.newest_jax
 @modes
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_attention_is_the_formula(case, interpret):
@@ -237,6 +237,7 @@ def test_all_numbers_of_rows_add_in_one_order():
         assert 2 * width * k // 2 <= 8 * 2**20
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_copy_that_nobody_waits_for_is_noticed(waits):
     """Of the simulation itself: the kernels above leave their copies to Pallas, which waits."""

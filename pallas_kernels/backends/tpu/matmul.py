@@ -113,7 +113,8 @@ def _planes(x: Array, block_m: int) -> tuple[tuple[Array, Array], list[pl.BlockS
     half = x.shape[1] // 2
     if half % LANES == 0:
         return (x, x), [pl.BlockSpec((block_m, half), lambda n, m, plane=plane: (m, plane)) for plane in range(2)]
-    return tuple(jnp.split(x, 2, axis=1)), [pl.BlockSpec((block_m, half), lambda n, m: (m, 0))] * 2
+    low, high = jnp.split(x, 2, axis=1)
+    return (low, high), [pl.BlockSpec((block_m, half), lambda n, m: (m, 0))] * 2
 
 
 def read_scales(group_refs: Sequence[Any], scale_refs: Sequence[Any]) -> None:

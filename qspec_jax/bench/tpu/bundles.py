@@ -31,6 +31,8 @@ class Loop:
     bundles: int = 0
     turns: int | None = None
     is_pipeline: bool = False
+    exit: str | None = None  # the predicate of its last branch, once that is known
+    has_ended: bool = False
     inner: list[Loop] = dataclasses.field(default_factory=list)
 
     def cycles(self) -> int:
@@ -52,25 +54,27 @@ def parse(lines: Iterable[str]) -> Loop:
     """The loops of one operation."""
     lines = list(lines)
     text = "\n".join(lines)
-    loops, exits, ended = [Loop(turns=1)], [""], [False]  # the innermost last
+    loops = [Loop(turns=1)]  # the innermost last
     for line in lines:
-        match = _BUNDLE.match(line)
-        if match:
+        if match := _BUNDLE.match(line):
             depth = match[2].count(">")
             # Some bundles within a loop have no marks: it ends with the branch back, and what that one delays. One
             # whose branch is not known ends where the marks become fewer.
-            while depth < len(loops) - 1 and (ended[-1] or (exits[-1] == "" and depth)):
-                for stack in (loops, exits, ended):
-                    stack.pop()
+            while depth < len(loops) - 1 and (loops[-1].has_ended or (not loops[-1].exit and depth)):
+                loops.pop()
             if match[1] == "LB":
-                loops[-1].inner.append(Loop(is_pipeline="iteration index, stage" in line or "stage =" in line))
-                for stack, value in ((loops, loops[-1].inner[-1]), (exits, ""), (ended, False)):
-                    stack.append(value)
+                loops[-1].inner.append(Loop(is_pipeline="iteration index, stage" in line))
+                loops.append(loops[-1].inner[-1])
             loops[-1].bundles += 1
-        for predicate, name, bound in _EXIT.findall(line):
-            step = re.search(_STEP.format(re.escape(name)), text)
-            turns = int(bound) // (int(step[1]) if step else 1)
-            loops[-1].turns = turns - _STAGES if loops[-1].is_pipeline and turns > _STAGES else turns
-            exits[-1] = predicate
-        ended[-1] = ended[-1] or (exits[-1] != "" and _BACK.format(exits[-1]) in line)
+        _note_exit(loops[-1], line, text)
     return loops[0]
+
+
+def _note_exit(loop: Loop, line: str, text: str) -> None:
+    """The turns of a loop, where a line tests whether to leave it, and whether it branches back."""
+    for predicate, name, bound in _EXIT.findall(line):
+        step = re.search(_STEP.format(re.escape(name)), text)
+        turns = int(bound) // (int(step[1]) if step else 1)
+        loop.turns = turns - _STAGES if loop.is_pipeline and turns > _STAGES else turns
+        loop.exit = predicate
+    loop.has_ended = loop.has_ended or (loop.exit is not None and _BACK.format(loop.exit) in line)

@@ -76,10 +76,10 @@ def _matmuls(config: ModelConfig, *, rows: int, group_size: int) -> Iterator[Cas
 
 def _weight(k: int, n: int, group_size: int) -> QuantizedWeight:
     scale = _array(k // group_size, n, dtype="float16")
-    return QuantizedWeight(_array(n, k // 2, dtype="uint8"), scale, None, None, Layout.PLANES)  # type: ignore[arg-type]
+    return QuantizedWeight(_array(n, k // 2, dtype="uint8"), scale, None, None, Layout.PLANES)
 
 
-def _array(*shape: int, dtype: str) -> jax.ShapeDtypeStruct:
+def _array(*shape: int, dtype: str) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 

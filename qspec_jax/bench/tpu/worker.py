@@ -41,7 +41,7 @@ def _compiled(generation: str, folder: Path, case: Any) -> dict[str, Any]:
     memory: Any = program.memory_analysis()
     return {
         "status": "ok",
-        "is_kernel": "tpu_custom_call" in program.as_text(),
+        "is_kernel": "tpu_custom_call" in (program.as_text() or ""),
         "cycles": sum(by_operation.values()),
         "cycles_by_operation": by_operation,
         "cycles_of_bytes": round(GENERATIONS[generation].cycles(case.num_bytes)),
