@@ -19,6 +19,7 @@ from pallas_kernels.rotate_and_write import reference as rotate_reference
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from pallas_kernels.w4a4_matmul import tpu as w4a4_tpu
 from pallas_kernels.w4a16_matmul import tpu as w4a16_tpu
+from tests.conftest import THOROUGH
 from tests.pallas_kernels.kernel_cases import (
     AttentionCase,
     activation_in_float64,
@@ -37,11 +38,17 @@ def no_races():
         yield
 
 
+def alternating(cases: list) -> list:
+    """Each case in one of the modes, the first in both; ``QSPEC_JAX_THOROUGH=1`` takes all in both."""
+    pairs = [pytest.param(case, mode, id=f"{case}-{name}") for case in cases for name, mode in MODES.items()]
+    return pairs if THOROUGH else [pairs[0], *pairs[1::4], *pairs[2::4]]
+
+
 # N, K, group size, symmetric: several runs in a chunk of lanes; planes that are no whole chunks, and a run that both of
 # them share; one scale for all; a group of several chunks, and outputs that fill no block.
-@modes
 @pytest.mark.parametrize(
-    "shape", [(48, 256, 32, True), (32, 576, 64, False), (16, 576, 576, False), (520, 512, 256, True)], ids=str
+    ("shape", "interpret"),
+    alternating([(48, 256, 32, True), (32, 576, 64, False), (16, 576, 576, False), (520, 512, 256, True)]),
 )
 def test_w4a16_equals_the_definition_in_float64(shape, interpret):
     *sizes, symmetric = shape
@@ -50,8 +57,7 @@ def test_w4a16_equals_the_definition_in_float64(shape, interpret):
     assert relative_error(w4a16_tpu.w4a16_matmul(x, weight, interpret=interpret), expected) < 3e-7
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("num_rows", [33, 257])
+@pytest.mark.parametrize(("num_rows", "dtype"), [(33, jnp.float16), (33, jnp.bfloat16), (257, jnp.bfloat16)])
 def test_w4a16_rounds_once_to_the_dtype_of_x(num_rows, dtype):
     """Also a prefill, for which the weight itself is rounded."""
     weight, x = random_weight(32, 256, 64, symmetric=False), random_rows(num_rows, 256, dtype=dtype)
@@ -63,17 +69,17 @@ def test_w4a16_rounds_once_to_the_dtype_of_x(num_rows, dtype):
 
 
 # N, K, group size, symmetric; group size of the activations, symmetric, and whether the unit has integers.
-@modes
 @pytest.mark.parametrize(
-    "case",
-    [
-        (48, 256, 64, True, 256, True, True),
-        (32, 256, 64, False, 32, False, True),
-        (32, 576, 64, False, 576, False, True),
-        (16, 576, 576, False, 576, True, True),
-        (32, 256, 64, False, 128, True, False),
-    ],
-    ids=str,
+    ("case", "interpret"),
+    alternating(
+        [
+            (48, 256, 64, True, 256, True, True),
+            (32, 256, 64, False, 32, False, True),
+            (32, 576, 64, False, 576, False, True),
+            (16, 576, 576, False, 576, True, True),
+            (32, 256, 64, False, 128, True, False),
+        ]
+    ),
 )
 def test_w4a8_equals_the_definition_in_float64(case, interpret):
     n, k, group_size, symmetric, x_group, x_symmetric, integers = case
