@@ -299,6 +299,13 @@ def test_the_default_draft_follows_the_compute_capability(monkeypatch, capabilit
     assert plan.default_draft_precision().value == expected
 
 
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "TPU7x"])
+def test_the_default_draft_of_a_tpu_is_w4a8(monkeypatch, kind):
+    """Memory bounds it already, or the matrix unit has no integers at all: W4A4 would take as long."""
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"platform": "tpu", "device_kind": kind})()])
+    assert plan.default_draft_precision() is Precision.W4A8
+
+
 def test_unknown_kernels_and_dtypes_are_refused_before_anything_is_read():
     with pytest.raises(UsageError, match="kernels='cutlass' is unknown; use auto or one of"):
         qspec_jax.load("/nonexistent", kernels="cutlass")
