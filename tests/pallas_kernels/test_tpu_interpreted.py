@@ -17,12 +17,15 @@ from pallas_kernels.hadamard import tpu as hadamard_tpu
 from pallas_kernels.hadamard.matrices import hadamard_matrix
 from pallas_kernels.rotate_and_write import reference as rotate_reference
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
+from pallas_kernels.swiglu_hadamard_quantize import reference as producer_reference
+from pallas_kernels.swiglu_hadamard_quantize import tpu as producer_tpu
 from pallas_kernels.w4a4_matmul import tpu as w4a4_tpu
 from pallas_kernels.w4a16_matmul import tpu as w4a16_tpu
 from tests.conftest import THOROUGH
 from tests.pallas_kernels.kernel_cases import (
     AttentionCase,
     activation_in_float64,
+    assert_nearly_the_same,
     attention_in_float64,
     random_rows,
     random_weight,
@@ -177,6 +180,13 @@ def test_hadamard_equals_the_dense_product_in_float64(num_inputs, dtype, interpr
     exact = np.asarray(x, np.float64) @ hadamard_matrix(num_inputs).T.astype(np.float64) / np.sqrt(num_inputs)
     assert out.dtype == x.dtype
     assert relative_error(out, exact) < (3e-7 if dtype == "float32" else 0.6 * float(jnp.finfo(out.dtype).eps))
+
+
+def test_what_is_gated_transformed_and_quantised_is_nearly_that_of_the_reference():
+    gate_up, settings = random_rows(3, 512), {"bits": 8, "group_size": 64, "symmetric": True, "clip_ratio": 0.9}
+    out = producer_tpu.swiglu_hadamard_quantize(gate_up, block=128, outlier_groups=0, interpret=True, **settings)
+    expected = producer_reference.swiglu_hadamard_quantize(gate_up, block=128, outlier_groups=0, **settings)
+    assert_nearly_the_same(out, expected, jnp.dtype("float32"), equal_codes=0.99)
 
 
 @modes

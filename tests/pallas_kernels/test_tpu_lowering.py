@@ -7,7 +7,16 @@ import functools
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, decode_attention, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels import (
+    QuantizedActivation,
+    decode_attention,
+    float_matmul,
+    hadamard,
+    swiglu_hadamard,
+    swiglu_hadamard_quantize,
+    w4a4_matmul,
+    w4a16_matmul,
+)
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
@@ -51,6 +60,9 @@ def test_a_cache_of_four_axes_is_left_to_xla():
 def test_hadamard_and_float_matmul_are_one_kernel_each():
     x = array(5, 14336, dtype=jnp.bfloat16)
     assert tpu_program(hadamard, x).count(KERNEL_CALL) == 1
+    for producer in (swiglu_hadamard, functools.partial(swiglu_hadamard_quantize, bits=8)):
+        gate_up = array(5, 2 * 14336, dtype=jnp.bfloat16)
+        assert tpu_program(functools.partial(producer, block=14336), gate_up).count(KERNEL_CALL) == 1
     assert KERNEL_CALL not in tpu_program(hadamard, array(5, 11008, dtype=jnp.bfloat16))
     assert tpu_program(float_matmul, x, array(2048, 14336, dtype=jnp.bfloat16)).count(KERNEL_CALL) == 1
 
