@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
-
-from qspec_jax.decoding.draft_record import DraftRecord
-from qspec_jax.decoding.sampling import NO_TOKEN
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -106,17 +102,6 @@ class Drafts:
             )
             for place in range(1, longest + 1)
         ]
-
-
-def cycles_in(record: DraftRecord, row: int, token_ids: Sequence[int], *, begin: int) -> list[DraftedCycle]:
-    """The cycles of a row from the place ``begin`` of its new tokens on; the record is in host memory."""
-    accepted = record.accepted[row, begin : len(token_ids)].tolist()
-    starts = [begin + place for place, count in enumerate(accepted) if count != NO_TOKEN]
-    found = []
-    for start, end in itertools.pairwise([*starts, len(token_ids)]):
-        drafts = tuple(token for token in record.drafts[row, start].tolist() if token != NO_TOKEN)
-        found.append(DraftedCycle(drafts, accepted[start - begin], tuple(token_ids[start:end])))
-    return found
 
 
 def _pieces(first: Sequence[int], cycles: Sequence[DraftedCycle], tokenizer: Tokenizer | None) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
-from qspec_jax.engine.drafts import DraftedCycle, cycles_in
+from qspec_jax.engine.drafts import DraftedCycle
 from qspec_jax.engine.requests import Request
 
 
@@ -107,4 +108,15 @@ class RunningSequence:
     def receive_cycles(self, record: DraftRecord | None, row: int, begin: int) -> None:
         """Appends the cycles of the tokens that came, from the place ``begin`` on."""
         if record is not None:
-            self.drafted = (self.drafted or []) + cycles_in(record, row, self.token_ids, begin=begin)
+            self.drafted = (self.drafted or []) + _cycles_in(record, row, self.token_ids, begin=begin)
+
+
+def _cycles_in(record: DraftRecord, row: int, token_ids: Sequence[int], *, begin: int) -> list[DraftedCycle]:
+    """The cycles of a row from the place ``begin`` of its new tokens on; the record is in host memory."""
+    accepted = record.accepted[row, begin : len(token_ids)].tolist()
+    starts = [begin + place for place, count in enumerate(accepted) if count != NO_TOKEN]
+    found = []
+    for start, end in itertools.pairwise([*starts, len(token_ids)]):
+        drafts = tuple(token for token in record.drafts[row, start].tolist() if token != NO_TOKEN)
+        found.append(DraftedCycle(drafts, accepted[start - begin], tuple(token_ids[start:end])))
+    return found
