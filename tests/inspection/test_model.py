@@ -58,7 +58,7 @@ def no_weight_is_read(monkeypatch, models):
     ("name", "said"),
     [
         ("hf", ["Qwen3ForCausalLM", "14 as floats, rounded", "32, asymmetric", "{# a c", "3 '<|im"]),
-        ("model.gguf", ["GGUF file", "Llama, ", "tokenizer       none: ", "end tokens      2\n"]),
+        ("model.gguf", ["GGUF file", "Llama, ", "tokenizer       none:", "end tokens      2\n"]),
         ("saved", ["checkpoint of qspec_jax", "recipe gptq", "a scale per row, symmetric", "it was saved without one"]),
     ],
 )
