@@ -14,9 +14,10 @@ from qspec_jax.weights.checkpoint.arrays import group_names
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import tiny
+from tests.conftest import THOROUGH
 from tests.weights import checkpoint_writer
 
-NUM_KILLS = 20
+NUM_KILLS = 20 if THOROUGH else 12
 
 
 @pytest.fixture(scope="module")
