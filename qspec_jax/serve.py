@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "QSPEC_JAX_API_KEY"
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _CLOSE_S = 10.0  # that the engine may take to stop
+_ROWS = 8
+# Each step of a CPU reads the whole cache, which of 8 rows of 4,096 positions is 8 times as much.
+_ROWS_OF_A_CPU, _LENGTH_ON_A_CPU = 4, 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,8 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_draft(parser)
     options.add_draft_length(parser)
     options.add_draft_context(parser)
-    add("--max-seq-len", type=int, metavar="N", help="cache positions of a row (default: the context, up to 4096)")
-    options.add_batch_size(parser, "rows of the batch: answers that are made together (default: 8)")
+    add(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help=f"cache positions of a row (default: the context, up to 4096; on a CPU up to {_LENGTH_ON_A_CPU})",
+    )
+    text = f"rows of the batch: answers that are made together (default: {_ROWS}; on a CPU {_ROWS_OF_A_CPU})"
+    add("--batch-size", "--slots", type=int, metavar="N", help=text)
     options.add_dtype(parser)
     options.add_group_size(parser, "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)")
     options.add_kernels(parser)
@@ -170,6 +179,16 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     )
 
 
+def _size(arguments: argparse.Namespace, model: LanguageModel) -> dict[str, int | None]:
+    """Rows of the batch, and positions of each."""
+    import jax
+
+    rows, length = _ROWS, None
+    if jax.default_backend() == "cpu":
+        rows, length = _ROWS_OF_A_CPU, min(_LENGTH_ON_A_CPU, model.config.max_position_embeddings)
+    return {"batch_size": arguments.batch_size or rows, "max_seq_len": arguments.max_seq_len or length}
+
+
 def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageModel, Service]:
     """The model, and a service with the programs that usual requests need."""
     store = keep_compiled_programs()
@@ -178,7 +197,7 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
     def service_of(model: LanguageModel) -> Service:
         names = ("draft", "draft_length", "draft_context")
         plan = model.plan(arguments.mode, **{name: getattr(arguments, name) for name in names})
-        settings: dict[str, Any] = {"batch_size": arguments.batch_size, "max_seq_len": arguments.max_seq_len}
+        settings = _size(arguments, model)
         return model.service(plan, **settings, on_event=lambda event: say(f"{event} ..."), on_end=metrics.count_answer)
 
     def compile_ahead(model: LanguageModel) -> None:

@@ -173,7 +173,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:
     """Raises UsageError for more than the host can hold one by one."""
     for name in names:
-        if (value := getattr(arguments, name)) > MAX_COUNT:
+        if (value := getattr(arguments, name)) is not None and value > MAX_COUNT:
             raise UsageError(f"{option_of(name)} {value} must be at most {MAX_COUNT}")
 
 

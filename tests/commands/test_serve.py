@@ -81,3 +81,12 @@ def test_the_key_is_that_of_the_file_or_else_of_the_variable(tmp_path, monkeypat
     assert serve._api_key(None) == "of-the-variable"
     monkeypatch.delenv(serve.KEY_VARIABLE)
     assert serve._api_key(None) is None
+
+
+def test_a_cpu_reads_a_small_cache_unless_asked_for_another(model, monkeypatch):
+    parse = serve.build_parser().parse_args
+    assert serve._size(parse([]), model) == {"batch_size": 4, "max_seq_len": model.config.max_position_embeddings}
+    asked = parse(["--batch-size", "9", "--max-seq-len", "2000"])
+    assert serve._size(asked, model) == {"batch_size": 9, "max_seq_len": 2000}
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert serve._size(parse([]), model) == {"batch_size": 8, "max_seq_len": None}
