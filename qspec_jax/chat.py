@@ -158,8 +158,10 @@ def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[Lang
     say("starting ...")
     store = keep_compiled_programs()
     import qspec_jax
+    from qspec_jax.device.start import start_device
     from qspec_jax.engine.load import open_model
 
+    start_device()
     quantization = None if arguments.mode == "float" else options.quantization_of(arguments.group_size)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     example = [*system, {"role": "user", "content": "Hello! How are you?"}]

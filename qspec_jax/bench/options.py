@@ -42,6 +42,9 @@ def default_preset() -> str:
     """The one that suits this device."""
     import jax
 
+    from qspec_jax.device.start import start_device
+
+    start_device()
     return "llama-3-8b" if jax.default_backend() == "gpu" else "smollm2-135m"
 
 

@@ -7,6 +7,7 @@ JAX in ``start.py``.
 from __future__ import annotations
 
 import re
+import traceback
 
 from qspec_jax.errors import DeviceError, OutOfMemoryError, QSpecError
 
@@ -37,6 +38,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explained(error: BaseException) -> QSpecError | None:
     """One line for a failure that the machine is the cause of, with what to do; None for any other."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    if _is_of_the_start(error):
+        from qspec_jax.device.start import why_no_backend  # JAX is there already: it has failed
+
+        return DeviceError(why_no_backend(str(error)))
     if is_out_of_memory(error):
         return OutOfMemoryError(f"out of memory: {line}; {MEMORY_REMEDY}")
     if _is_of_jax(error) and _DRIVER.search(str(error)):
@@ -54,6 +59,13 @@ def explained(error: BaseException) -> QSpecError | None:
         package = error.name.partition(".")[0]
         return QSpecError(f"the package {package} is missing; install this library anew, with what it needs")
     return None
+
+
+def _is_of_the_start(error: BaseException) -> bool:
+    """Whether JAX has found no backend; where none is left it says so by an AssertionError without a word."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__") if frames else None
+    return isinstance(error, (RuntimeError, AssertionError)) and raised_in == "jax._src.xla_bridge"
 
 
 def _is_of_jax(error: BaseException) -> bool:

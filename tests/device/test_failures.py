@@ -16,6 +16,15 @@ def no_module(name: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
+def of_the_start(error: Exception) -> Exception:
+    """The error as JAX's file of backends raises it."""
+    try:
+        exec("raise error", {"__name__": "jax._src.xla_bridge", "error": error})
+    except (RuntimeError, AssertionError) as raised:
+        return raised
+    raise AssertionError("nothing was raised")
+
+
 MEMORY = [
     "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.",
     "INTERNAL: Failed to create cuBLAS handle",
@@ -42,6 +51,9 @@ DRIVER = [
         (RuntimeError("jaxlib version 0.9.0 is newer than and incompatible with jax version 0.8"), DeviceError),
         (RuntimeError("This version of jaxlib was built using AVX instructions, which your CPU"), DeviceError),
         (no_module("flax.nnx"), QSpecError),
+        (of_the_start(RuntimeError("Unable to initialize backend 'foo': it is not in the list.\nmore")), DeviceError),
+        (of_the_start(AssertionError()), DeviceError),
+        (AssertionError(), None),
         (no_module("qspec_jax.nothing"), None),
         (JaxRuntimeError("INTERNAL: something else"), None),
         (RuntimeError("RESOURCE_EXHAUSTED"), None),

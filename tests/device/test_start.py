@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from types import SimpleNamespace
@@ -175,3 +176,23 @@ def test_what_jax_logs_is_held_back_where_a_line_says_the_same(machine, monkeypa
         start.start_device()
     assert [issubclass(one.category, DeviceWarning) for one in caught] == [True] * gpu
     assert caplog.messages == ([] if gpu else ["something"])
+
+
+@pytest.mark.parametrize("command", ["bench decode", "bench kernels", "bench speedup", "bench tune", "chat"])
+def test_commands_start_the_device_before_they_ask_which_one_it_is(machine, command, capsys, monkeypatch):
+    """Otherwise JAX's own traceback is there first, and its own words on a GPU that it cannot use."""
+    rest = command.split()[1:]
+    main = importlib.import_module("qspec_jax.bench.__main__" if rest else "qspec_jax.chat").main
+    asked = []
+
+    def fail():
+        asked.append(list(logging.getLogger("jax._src.xla_bridge").filters))
+        raise AssertionError
+
+    machine(JAX_PLATFORMS="cuda", platform=fail)
+    monkeypatch.setenv("QSPEC_JAX_CACHE", "off")
+    settings = dict.fromkeys(["jax_platforms", "jax_compilation_cache_dir", "jax_enable_compilation_cache"])
+    monkeypatch.setattr(jax, "config", SimpleNamespace(**settings, update=lambda *setting: None))
+    assert main(rest) == 1
+    assert "error: JAX has no device for JAX_PLATFORMS=cuda: there is no device" in capsys.readouterr().err
+    assert asked[0]

@@ -150,7 +150,9 @@ def _check_device() -> None:
     import pallas_kernels
     from pallas_kernels.dispatch import TRITON
     from qspec_jax.bench.timing import WALL_NOTICE, kernel_clock_works
+    from qspec_jax.device.start import start_device
 
+    start_device()
     if TRITON not in pallas_kernels.available_implementations():
         raise UsageError(
             f"tune measures the Triton kernels, which do not work on this {jax.default_backend()} device; run it on "
