@@ -73,6 +73,7 @@ def test_it_prints_a_line_for_each_call_and_says_that_nothing_was_measured(monke
     failed = {"op": "head", "shape": "8", "status": "failed", "error": "no VMEM"}
     outcomes = {"v5e": [RESULT], "7x": [{**RESULT, "is_kernel": False}, failed]}
     monkeypatch.setattr(command, "counted", lambda name, settings: given.append(settings) or iter(outcomes[name]))
+    monkeypatch.setenv("TPU_LIBRARY_PATH", __file__)
     path = tmp_path / "report.json"
     assert main(["tpu", "--generations", "v5e,7x", "--ops", "w4a16,head", "--json", str(path)]) == 1
     out = capsys.readouterr().out
@@ -95,6 +96,15 @@ def test_it_prints_a_line_for_each_call_and_says_that_nothing_was_measured(monke
 def test_usage_errors_come_before_anything_is_compiled(argv, message, capsys):
     assert main(["tpu", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_the_compiler_nothing_is_begun(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert main(["tpu"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == "error: the TPU's compiler, libtpu, is not installed; run pip install 'qspec-jax[tpu]'\n"
 
 
 def test_a_process_that_ends_early_is_an_error(monkeypatch):

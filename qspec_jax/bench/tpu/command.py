@@ -6,6 +6,7 @@ No TPU is needed, and none is used: figures are counts, not times (docs/tpu.md).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, size = PRESETS[arguments.model], arguments.group_size
     if size < 1 or config.hidden_size % size or config.intermediate_size % size:
         raise UsageError(f"--group-size {size} does not divide the rows of {arguments.model}; use 32, 64 or 128")
+    _check_compiler()
     settings = {name: getattr(arguments, name) for name in ("model", "rows", "tokens", "context", "group_size")}
     show(f"{NOTICE}\n{_COLUMNS.format('', 'op', 'shape', 'cycles', 'of bytes', 'ratio', 'temporary')}")
     results = []
@@ -65,6 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         report = {"notice": NOTICE, "settings": settings, "results": results}
         options.write_report(arguments.json, report)
     return 0 if all(result["status"] == "ok" for result in results) else 1
+
+
+def _check_compiler() -> None:
+    if importlib.util.find_spec("libtpu") is None and not Path(os.environ.get("TPU_LIBRARY_PATH", "")).is_file():
+        raise QSpecError("the TPU's compiler, libtpu, is not installed; run pip install 'qspec-jax[tpu]'")
 
 
 def table_row(result: dict[str, Any]) -> str:
