@@ -187,6 +187,10 @@ def verdict(outcomes: list[Outcome]) -> str:
     rest = f"; {left} were left out, as the time was up" if left else ""
     if failed:
         return f"{len(failed)} of {len(compared)} comparisons failed{rest}"
+    if not compared:
+        return f"nothing was compared, so that nothing is known of this device{rest}"
+    if not kernels and available_implementations() != (REFERENCE,):
+        return f"no kernel was compared; the reference's {len(compared)} results are within the bounds{rest}"
     if not kernels:
         return (
             f"only the reference (XLA's plain operations) runs on this device: its {len(compared)} results are within "

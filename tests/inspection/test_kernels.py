@@ -98,6 +98,13 @@ def test_when_the_time_is_up_the_rest_is_listed(gate):
     assert [one.ok for one in outcomes] == [None]
     assert "1 were left out, as the time was up" in verdict(outcomes)
     assert "not run, reference: left out: the time was up" in self_test_text(outcomes)
+    assert verdict(outcomes).startswith("nothing was compared")
+
+
+def test_a_device_whose_kernels_were_not_compared_is_not_said_to_have_none(gate, backend):
+    backend(right)
+    ours = [one for one in run([gate]) if one.implementation == "reference"]
+    assert verdict(ours) == "no kernel was compared; the reference's 1 results are within the bounds"
 
 
 def test_a_long_error_is_one_line():
