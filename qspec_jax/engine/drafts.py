@@ -51,6 +51,10 @@ class DraftedCycle:
         yield from ((Kind.REJECTED, token) for token in self.drafts[self.accepted :])
         yield from ((self._last_kind, token) for token in self.tokens[self.accepted :])
 
+    def to_dict(self) -> dict[str, int | list[int]]:
+        """For JSON."""
+        return {"drafts": list(self.drafts), "accepted": self.accepted, "tokens": list(self.tokens)}
+
     @property
     def _last_kind(self) -> Kind:
         if not self.drafts:

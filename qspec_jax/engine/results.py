@@ -95,7 +95,7 @@ class GenerationStats:
     @property
     def acceptance_by_position(self) -> tuple[float, ...]:
         """Share of all cycles in which the first, second, ... draft was accepted; empty where none was made."""
-        return acceptance_by_position(self.accepted_lengths)
+        return acceptance_by_position(self.accepted_lengths) if self.drafted else ()
 
     @property
     def tokens_per_cycle(self) -> float | None:
@@ -164,7 +164,7 @@ class GenerationResult:
         It has ``drafts``, those of each cycle, where they were kept.
         """
         stats = self.stats
-        kept = {} if self.drafts is None else {"drafts": [dataclasses.asdict(one) for one in self.drafts.cycles]}
+        kept = {} if self.drafts is None else {"drafts": [one.to_dict() for one in self.drafts.cycles]}
         return {
             "prompt": self.prompt,
             "prompt_token_ids": self.prompt_token_ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
+import json
 import re
 
 import jax
@@ -86,6 +87,9 @@ def test_tokens_do_not_depend_on_it_and_every_cycle_is_there(model, mode):
         assert sum(len(cycle.drafts) for cycle in cycles) == result.stats.drafted
         assert sum(accepted for accepted, _ in result.drafts.by_position()) == result.stats.accepted
         assert len(result.to_dict()["drafts"]) == result.stats.cycles
+        assert json.loads(json.dumps(result.to_dict()["drafts"])) == result.to_dict()["drafts"]
+        every = [accepted / len(cycles) for accepted, _ in result.drafts.by_position()]
+        assert list(result.stats.acceptance_by_position) == every
         repr(result.show()), result.show()._repr_html_()
 
 
