@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS, chunk_width
@@ -208,9 +208,14 @@ class Service:
                     self.cancel_all(error)
                     time.sleep(_AFTER_FAILURE_S)
                 continue
-            for sequence in changed:
-                if sequence in self._answers and self._hand_out(self._answers[sequence]):
+            for answer in self._answers_of(changed):
+                if self._hand_out(answer):
                     failures = 0
+
+    def _answers_of(self, sequences: Iterable[RunningSequence]) -> list[Answer]:
+        """Those of some sequences. One that is added just now may have been taken by the step already."""
+        with self._changed:
+            return [self._answers[one] for one in sequences if one in self._answers]
 
     def _wait(self) -> bool:
         """Waits until there is something to do, and ends what was cancelled; False once it is closed."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.engine.answer import Answer
 from qspec_jax.errors import OutOfMemoryError, QSpecError, UsageError
 from tests import tiny
 
@@ -125,6 +126,32 @@ def test_those_that_left_while_they_waited_are_not_kept(service):
     wait_until(lambda: service.num_waiting <= 2 and len(service) <= 2)
     for answer in running:
         answer.cancel()
+
+
+def test_one_that_is_done_before_its_answer_is_there_is_handed_out(service, monkeypatch):
+    """A step under way may take in, and finish, what another thread is still adding."""
+    begun, added, ended, advance = *(threading.Event() for _ in range(3)), service._scheduler.advance
+
+    def step():
+        begun.set()
+        assert added.wait(60.0)
+        changed = advance()
+        ended.set()
+        return changed
+
+    class Late(Answer):
+        def __init__(self, *arguments, **options):
+            added.set()
+            assert ended.wait(60.0)
+            super().__init__(*arguments, **options)
+
+    other = service.submit([5], **LONG)
+    monkeypatch.setattr(service._scheduler, "advance", step)
+    assert begun.wait(60.0)
+    monkeypatch.setattr("qspec_jax.engine.service.Answer", Late)
+    answer = service.submit([7], max_new_tokens=1)
+    assert len(answer.result(5.0).token_ids) == 1
+    other.cancel()
 
 
 def test_a_request_that_cannot_be_served_is_refused_at_once(service):
