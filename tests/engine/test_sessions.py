@@ -118,18 +118,18 @@ def test_a_row_that_must_grow_keeps_what_it_holds(model, monkeypatch):
     assert session.totals.requests == 2
 
 
+def new_batch(model):
+    return model.pipeline(model.plan("w4a16"), batch_size=2, max_seq_len=64)
+
+
+def run(batch, prompt, session=None):
+    batch.submit(prompt, session=session, max_new_tokens=6)
+    return next(batch.results())
+
+
 def test_requests_of_no_session_depend_on_none(model):
     """Whatever the rows hold; and a session goes on where its row was not taken by others."""
-    plan = model.plan("w4a16")
-
-    def run(batch, prompt, session=None):
-        batch.submit(prompt, session=session, max_new_tokens=6)
-        return next(batch.results())
-
-    def new_batch():
-        return model.pipeline(plan, batch_size=2, max_seq_len=64)
-
-    batch = new_batch()
+    batch = new_batch(model)
     said = run(batch, FIRST, "a").token_ids
     prompt = [*FIRST, *said, *MORE]
     results = [run(batch, prompt), run(batch, prompt, "b"), run(batch, [7, 8, 9], "b"), run(batch, prompt, "a")]
@@ -137,7 +137,16 @@ def test_requests_of_no_session_depend_on_none(model):
     results.append(run(batch, [*prompt, *results[-1].token_ids, 1], "a"))
     assert results[-1].stats.reused_prompt_tokens == len(prompt) + 5
     for one in results:
-        assert run(new_batch(), one.prompt_token_ids).token_ids == one.token_ids
+        assert run(new_batch(model), one.prompt_token_ids).token_ids == one.token_ids
+
+
+def test_what_a_session_writes_over_is_shared_with_nobody(model):
+    """A chunk that its row held, and of which the session's next prompt kept a part."""
+    batch, prompt = new_batch(model), [*range(50)]
+    expected = run(batch, prompt, "a").token_ids
+    assert run(batch, [*prompt[:10], *range(80, 60, -1)], "a").stats.reused_prompt_tokens == 10
+    result = run(batch, prompt)
+    assert (result.stats.reused_prompt_tokens, result.token_ids) == (0, expected)
 
 
 def test_what_a_session_cannot_do_is_named(model):
