@@ -62,6 +62,7 @@ class Api:
             Route("/v1/completions", functools.partial(self._answer, kind=Kind.TEXT), methods=["POST"]),
             Route("/v1/chat/completions", functools.partial(self._answer, kind=Kind.CHAT), methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/v1/models/", self._models),  # which would be a model without a name
             Route("/v1/models/{name:path}", self._one_model),
             Route(HEALTH, self._health),
             Route("/metrics", self._show_metrics),

@@ -124,6 +124,7 @@ def test_biases_change_the_tokens(client, idle):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "qspec-jax"
+    assert client.get("/models/", cast_to=object)["data"][0]["id"] == "tiny"
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9'"):
         client.models.retrieve("gpt-9")
 
