@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.answer import Answer
+from qspec_jax.engine.request_queue import RequestQueue
+from qspec_jax.engine.requests import Request
 from qspec_jax.errors import OutOfMemoryError, QSpecError, UsageError
 from tests import tiny
 
@@ -113,10 +116,19 @@ def test_one_that_waits_is_cancelled_before_it_has_a_row(service):
     waiting.cancel()
     result = waiting.result(60.0)
     assert (result.finish_reason, result.token_ids, result.text) == ("interrupted", [], "")
+    assert waiting.sequence.cancelled  # in the engine, too
     assert list(waiting)[-1].finished
     for answer in running:
         answer.cancel()
         answer.cancel()
+
+
+def test_one_that_leaves_before_a_step_has_seen_it_gets_no_row():
+    queue, request = RequestQueue(), Request([5, 6], 4, SamplingParams())
+    gone, other = queue.add(request), queue.add(request)
+    queue.drop(gone)
+    queue.take_in()
+    assert (len(queue), queue.next(), queue.next()) == (1, other, None)
 
 
 def test_those_that_left_while_they_waited_are_not_kept(service):

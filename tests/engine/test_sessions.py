@@ -149,6 +149,16 @@ def test_what_a_session_writes_over_is_shared_with_nobody(model):
     assert (result.stats.reused_prompt_tokens, result.token_ids) == (0, expected)
 
 
+def test_a_row_that_others_took_holds_nothing_of_a_session(model):
+    batch = new_batch(model)
+    expected = run(batch, FIRST, "a").token_ids
+    for other in ([*range(30)], [*range(60, 90)]):  # one for each row
+        batch.submit(other, max_new_tokens=6)
+    batch.collect()
+    result = run(batch, FIRST, "a")
+    assert (result.stats.reused_prompt_tokens, result.token_ids) == (0, expected)
+
+
 def test_what_a_session_cannot_do_is_named(model):
     with pytest.raises(UsageError, match="do not fit max_seq_len=256"):
         answer(session_of(model), FIRST, 240)
