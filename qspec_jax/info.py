@@ -95,10 +95,10 @@ def _self_test(arguments: argparse.Namespace) -> int:
     from qspec_jax.inspection.machine import describe_machine
     from qspec_jax.inspection.self_test import all_cases, compared_with, run_cases, verdict
 
+    known = dict.fromkeys(case.op for case in all_cases(small=True))
+    if unknown := [op for op in arguments.op if op not in known]:
+        raise UsageError(f"--op {unknown[0]} is no operation; use {', '.join(known)}")
     cases = all_cases(arguments.op, small=arguments.interpreted)
-    if not cases:
-        known = ", ".join(dict.fromkeys(case.op for case in all_cases(small=True)))
-        raise UsageError(f"--op {arguments.op[0]} is no operation; use {known}")
     facts = describe_machine()
     if facts["problem"] is not None:
         from qspec_jax.errors import DeviceError

@@ -149,6 +149,7 @@ def test_the_command_prints_a_report_and_an_exit_code(gate, backend, function, c
     assert json.loads(capsys.readouterr().out)["verdict"] == report["verdict"]
 
 
-def test_an_unknown_operation_is_refused(capsys):
-    assert info.main(["--self-test", "--op", "softmax"]) == 2
+@pytest.mark.parametrize("beside", [(), ("--op", "swiglu")])
+def test_an_unknown_operation_is_refused(beside, capsys):
+    assert info.main(["--self-test", *beside, "--op", "softmax"]) == 2
     assert "--op softmax is no operation; use w4a16_matmul, " in capsys.readouterr().err
