@@ -30,7 +30,7 @@ def begin_decoding(
     tokens: Int32[Array, "B T"],
     num_tokens: Int32[Array, " B"],
     *,
-    plan: Plan,
+    plan: Plan | Any,
     max_new_tokens: int | Any,
     stop_tokens: Sequence[int] = (),
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen

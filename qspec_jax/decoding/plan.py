@@ -204,14 +204,16 @@ class AutoPlan:
 Plan = DecodingPlan | AutoPlan
 
 
-def static(plan: Plan) -> DecodingPlan:
+def static(plan: Plan | Any) -> DecodingPlan:
     """A plan in which nothing is chosen.
 
     Raises:
-        UsageError: it is a choice.
+        UsageError: it is a choice, or no plan.
     """
     if isinstance(plan, AutoPlan):
         raise UsageError(f"{plan.mode} chooses from several plans; name one of them: a mode and a draft length")
+    if not isinstance(plan, DecodingPlan):
+        raise UsageError(f"plan={shown(plan)}: use what LanguageModel.plan returns, or a DecodingPlan")
     return plan
 
 

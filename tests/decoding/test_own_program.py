@@ -72,6 +72,13 @@ def test_what_makes_no_sense_is_refused(model, options, message):
         own_program(model, plan, **options)
 
 
+def test_what_is_no_plan_is_refused(model):
+    with pytest.raises(UsageError, match=r"plan='qspec': use what LanguageModel\.plan returns"):
+        qspec_jax.begin_decoding(
+            model.decoder, jnp.ones((1, 2), jnp.int32), jnp.ones(1, jnp.int32), plan="qspec", max_new_tokens=4
+        )
+
+
 def test_bytes_of_a_cycle_and_acceptance_by_position(model):
     plain, drafting = model.plan("w4a16"), model.plan(draft="w4a8", draft_length=3)
     short, long = (model.cycle_bytes(plain, context=context) for context in (1, 101))
