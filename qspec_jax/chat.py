@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show
-from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
+from qspec_jax.commands.run import exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.errors import OutputError, QSpecError, UsageError
@@ -156,7 +156,6 @@ def _begin(arguments: argparse.Namespace, sampling: dict[str, Any]) -> Conversat
 def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[LanguageModel, Session]:
     """The model, and a session with the programs that a first message needs."""
     say("starting ...")
-    store = keep_compiled_programs()
     import qspec_jax
     from qspec_jax.device.start import start_device
     from qspec_jax.engine.load import open_model
@@ -172,20 +171,11 @@ def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[Lang
         return model.session(plan, max_seq_len=arguments.max_seq_len, on_event=lambda event: say(f"{event} ..."))
 
     def compile_ahead(model: LanguageModel) -> None:
-        model.programs.store = store
         session = session_of(model)
         room = session.max_seq_len - session.num_tokens(example)
         session.compile(example, max_new_tokens=min(arguments.max_new_tokens, room), sampling=sampling)
 
-    model = qspec_jax.load(
-        arguments.model,
-        quantization=quantization,
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
-        progress=is_terminal(sys.stderr),
-        compile_ahead=compile_ahead,
-    )
-    model.programs.store = store
+    model = load_and_compile(qspec_jax.load, arguments, compile_ahead)
     return model, session_of(model)
 
 

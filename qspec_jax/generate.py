@@ -29,7 +29,7 @@ from qspec_jax.commands.prompt_files import (
     repeated_ids,
     result_entry,
 )
-from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
+from qspec_jax.commands.run import exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
@@ -313,26 +313,13 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:
     """The model, with the programs that the pipeline of ``start`` will need."""
     say("starting ...")
-    store = keep_compiled_programs()
     import qspec_jax
 
-    quantization = None if arguments.mode == "float" else options.quantization_of(arguments.group_size)
-
     def compile_ahead(model: LanguageModel) -> None:
-        model.programs.store = store
         start(model).compile()
         say(f"programs took {model.programs.compile_s:.1f} s")
 
-    model = qspec_jax.load(
-        arguments.model,
-        quantization=quantization,
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
-        progress=is_terminal(sys.stderr),
-        compile_ahead=compile_ahead,
-    )
-    model.programs.store = store
-    return model
+    return load_and_compile(qspec_jax.load, arguments, compile_ahead)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
-from qspec_jax.commands.output import is_terminal, say
-from qspec_jax.commands.run import end_at_once, exit_code, keep_compiled_programs
+from qspec_jax.commands.output import say
+from qspec_jax.commands.run import end_at_once, exit_code, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.weights.resolve import check_model_name
@@ -191,7 +190,6 @@ def _size(arguments: argparse.Namespace, model: LanguageModel) -> dict[str, int 
 
 def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageModel, Service]:
     """The model, and a service with the programs that usual requests need."""
-    store = keep_compiled_programs()
     import qspec_jax
 
     def service_of(model: LanguageModel) -> Service:
@@ -201,19 +199,10 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
         return model.service(plan, **settings, on_event=lambda event: say(f"{event} ..."), on_end=metrics.count_answer)
 
     def compile_ahead(model: LanguageModel) -> None:
-        model.programs.store = store
         service_of(model).compile(everything=arguments.compile == "all")
         say(f"programs took {model.programs.compile_s:.1f} s")
 
-    model = qspec_jax.load(
-        arguments.model,
-        quantization=None if arguments.mode == "float" else options.quantization_of(arguments.group_size),
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
-        progress=is_terminal(sys.stderr),
-        compile_ahead=compile_ahead,
-    )
-    model.programs.store = store
+    model = load_and_compile(qspec_jax.load, arguments, compile_ahead)
     service = service_of(model)
     service.compile(everything=arguments.compile == "all")
     return model, service

@@ -17,13 +17,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qspec_jax.commands.output import discard, finish, open_standard_streams, say, show
+from qspec_jax.commands.options import quantization_of
+from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.device.failures import explained
 from qspec_jax.errors import CheckpointWarning, DeviceWarning, QSpecError, RequantizationWarning, UsageError
 
 if TYPE_CHECKING:
     from qspec_jax.decoding.program_store import ProgramStore
+    from qspec_jax.engine.language_model import LanguageModel
 
 _VARIABLE = "QSPEC_JAX_CACHE"
 INTERRUPTED = (130, 143, 129)  # by Ctrl-C, SIGTERM and SIGHUP
@@ -153,6 +155,37 @@ def end_at_once(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def load_and_compile(
+    load: Callable[..., LanguageModel], arguments: argparse.Namespace, compile_ahead: Callable[[LanguageModel], None]
+) -> LanguageModel:
+    """The model of a command that generates; programs are found again, or compiled while its weights are read.
+
+    Args:
+        load: :func:`qspec_jax.load`.
+        arguments: ``model``, ``mode``, ``group_size``, ``dtype`` and ``kernels``.
+        compile_ahead: compiles what will be needed, with a model whose weights are not there yet.
+
+    Raises:
+        QSpecError: as ``load``.
+    """
+    store = keep_compiled_programs()
+
+    def with_store(model: LanguageModel) -> None:
+        model.programs.store = store
+        compile_ahead(model)
+
+    model = load(
+        arguments.model,
+        quantization=None if arguments.mode == "float" else quantization_of(arguments.group_size),
+        dtype=arguments.dtype,
+        kernels=arguments.kernels,
+        progress=is_terminal(sys.stderr),
+        compile_ahead=with_store,
+    )
+    model.programs.store = store
+    return model
 
 
 def keep_compiled_programs() -> ProgramStore | None:
