@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.decode_attention import check_arrays, check_block_size
+from pallas_kernels.decode_attention import by_heads, check_arrays, check_block_size
 from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "block_attention"
@@ -18,8 +18,8 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 def block_attention(
     query: Float[Array, "B T H HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "B S *heads"],
+    values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
     blocks: Int32[Array, "B L KH N"],
     layer: Int32[Array, ""],
@@ -47,6 +47,7 @@ def block_attention(
         ValueError: shapes or dtypes do not fit together, or the name of the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
     check_arrays(_OP, query, keys, values, window)
     check_block_size(_OP, block_size)
     batch, num_tokens, _, head_dim = query.shape

@@ -9,15 +9,15 @@ from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "decode_attention"
-# A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim).
+# A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim, dtype).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def decode_attention(
     query: Float[Array, "B T H HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "B S *heads"],
+    values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
     *,
     window: int | None = None,
@@ -31,7 +31,8 @@ def decode_attention(
 
     Args:
         query: ``[B, T, H, HD]`` float32, bfloat16 or float16, rotated.
-        keys, values: ``[B, S, KH, HD]`` in the dtype of ``query``; the entries of the new tokens are there already.
+        keys, values: ``[B, S, KH * HD]`` in the dtype of ``query``, or ``[B, S, KH, HD]``; the entries of the new
+            tokens are there already.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` sees slots up to
             ``lengths + t``, or the last one.
         window: slots a token sees, its own included; None for all.
@@ -45,16 +46,17 @@ def decode_attention(
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
     check_arrays(_OP, query, keys, values, window)
     _, num_tokens, _, head_dim = query.shape
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim, query.dtype))
     return chosen.decode_attention(query, keys, values, lengths, window=window)
 
 
 def decode_attention_with_masses(
     query: Float[Array, "B T H HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "B S *heads"],
+    values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
     *,
     block_size: int,
@@ -77,11 +79,23 @@ def decode_attention_with_masses(
         ValueError: as there, or ``block_size`` is no multiple of 16.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
     check_arrays(_OP, query, keys, values, window)
     check_block_size(_OP, block_size)
     _, num_tokens, _, head_dim = query.shape
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim, query.dtype))
     return chosen.decode_attention_with_masses(query, keys, values, lengths, block_size=block_size, window=window)
+
+
+def by_heads(cache: Float[Array, "B S *heads"], head_dim: int) -> Float[Array, "B S KH HD"]:
+    """Keys or values as implementations take them, of an array whose heads may lie side by side; nothing is copied.
+
+    An array that is no whole number of heads stays as it is, for the check of arguments to name.
+    """
+    if cache.ndim != 3:
+        return cache
+    whole = cache.shape[2] % head_dim == 0
+    return cache.reshape(*cache.shape[:2], -1, head_dim) if whole else cache[:, :, None]
 
 
 def check_block_size(op: str, block_size: int) -> None:

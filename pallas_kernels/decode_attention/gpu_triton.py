@@ -89,8 +89,9 @@ class Problem:
         return jnp.minimum(position + 1, self.slots)
 
 
-def obstacle(num_tokens: int, head_dim: int) -> str | None:
+def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
     """Why these kernels cannot serve a call, as the end of a sentence; None if they can."""
+    del dtype  # all three of the public function work
     if num_tokens > MAX_DECODE_TOKENS:
         return f"needs at most {MAX_DECODE_TOKENS} tokens per sequence; these are {num_tokens}"
     if head_dim > _MAX_HEAD_DIM:

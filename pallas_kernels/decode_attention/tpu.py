@@ -31,10 +31,8 @@ _BLOCK_SLOTS = 512
 _UNSEEN = -1e30  # finite: exp(_UNSEEN - _UNSEEN) of a block that a row does not see must not be NaN
 
 
-def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None, *, flat: bool = False) -> str | None:
+def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
-    if not flat:
-        return "needs caches [B, S, KH * HD]: XLA would copy those of four axes before each call"
     if dtype == jnp.float16:
         return "needs float32 or bfloat16: a TPU does not load float16"
     if num_tokens > reference.MAX_DECODE_TOKENS:

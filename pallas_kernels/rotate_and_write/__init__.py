@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.decode_attention import by_heads
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "rotate_and_write"
-# A file has rotate_and_write and obstacle().
+# A file has rotate_and_write and obstacle(dtype).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -18,12 +19,12 @@ def rotate_and_write(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "B S *heads"],
+    values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S *heads"], Float[Array, "B S *heads"]]:
     """Rotates queries and keys, and writes keys and values into the cache; the equations stand in the reference.
 
     The Triton kernel writes into the memory of ``keys`` and ``values`` where a program may give it up (a loop's
@@ -33,7 +34,7 @@ def rotate_and_write(
         qkv: ``[B, T, H + 2 * KH, HD]`` float32, bfloat16 or float16: the heads of queries, then keys, then values; or
             the partial sums of it.
         cosine, sine: ``[B, T, HD / 2]`` float32, of the angle of each pair of each token.
-        keys, values: ``[B, S, KH, HD]`` in the dtype of ``qkv``.
+        keys, values: ``[B, S, KH * HD]`` in the dtype of ``qkv``, or ``[B, S, KH, HD]``.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` takes slot ``lengths + t``. One
             past the last slot is dropped.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
@@ -45,9 +46,12 @@ def rotate_and_write(
         ValueError: shapes or dtypes do not fit together, or the name of the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    given = keys.shape, values.shape
+    keys, values = by_heads(keys, qkv.shape[3]), by_heads(values, qkv.shape[3])
     _check(qkv, cosine, sine, keys, values)
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle())
-    return chosen.rotate_and_write(qkv, cosine, sine, keys, values, lengths)
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(qkv.dtype))
+    query, keys, values = chosen.rotate_and_write(qkv, cosine, sine, keys, values, lengths)
+    return query, keys.reshape(given[0]), values.reshape(given[1])
 
 
 def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, values: Array) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
@@ -20,7 +21,7 @@ from pallas_kernels.backends.triton import registers
 from pallas_kernels.backends.triton.producers import rounded_to
 
 
-def obstacle() -> None:
+def obstacle(dtype: DTypeLike | None = None) -> None:
     """Why this kernel cannot serve a call: it serves all that the public function takes."""
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
@@ -23,11 +24,11 @@ from pallas_kernels.rotate_and_write import reference
 _SLOTS = 16
 
 
-def obstacle(dtype: jnp.dtype | None = None, *, flat: bool = False) -> str | None:
+def obstacle(dtype: DTypeLike | None = None) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
-    if not flat:
-        return "needs caches [B, S, KH * HD]: XLA would copy those of four axes before each call"
-    return "needs float32 or bfloat16: a TPU does not load float16" if dtype == jnp.float16 else None
+    if dtype is not None and jnp.dtype(dtype) == jnp.float16:
+        return "needs float32 or bfloat16: a TPU does not load float16"
+    return None
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

@@ -207,21 +207,17 @@ def test_float_matmul_equals_the_definition_in_float64(shape, interpret):
         (hadamard_tpu.obstacle(14336), None),
         (float_tpu.obstacle(1, jnp.dtype("float32")), "needs bfloat16; x is float32"),
         (float_tpu.obstacle(257, jnp.dtype("bfloat16")), "needs 1 to 256 rows; x has 257"),
+        (attention_tpu.obstacle(18, 64), "needs at most 17 tokens per sequence; these are 18"),
+        (attention_tpu.obstacle(1, 320), "needs a head dimension of at most 256; this is 320"),
         (
-            attention_tpu.obstacle(1, 64),
-            "needs caches [B, S, KH * HD]: XLA would copy those of four axes before each call",
-        ),
-        (attention_tpu.obstacle(18, 64, flat=True), "needs at most 17 tokens per sequence; these are 18"),
-        (attention_tpu.obstacle(1, 320, flat=True), "needs a head dimension of at most 256; this is 320"),
-        (
-            attention_tpu.obstacle(1, 64, jnp.dtype("float16"), flat=True),
+            attention_tpu.obstacle(1, 64, jnp.dtype("float16")),
             "needs float32 or bfloat16: a TPU does not load float16",
         ),
         (
-            rotate_tpu.obstacle(jnp.dtype("float16"), flat=True),
+            rotate_tpu.obstacle(jnp.dtype("float16")),
             "needs float32 or bfloat16: a TPU does not load float16",
         ),
-        (rotate_tpu.obstacle(jnp.dtype("bfloat16"), flat=True), None),
+        (rotate_tpu.obstacle(jnp.dtype("bfloat16")), None),
     ],
 )
 def test_what_a_kernel_does_not_serve_is_said(told, end):

@@ -52,9 +52,11 @@ def test_attention_and_writes_are_one_kernel_each(shape, dtype):
     assert tpu_program(rotate_tpu.write, cache, cache, new, new, lengths).count(KERNEL_CALL) == 1
 
 
-def test_a_cache_of_four_axes_is_left_to_xla():
-    query, cache = array(2, 1, 8, 64, dtype=jnp.bfloat16), array(2, 512, 2, 64, dtype=jnp.bfloat16)
-    assert KERNEL_CALL not in tpu_program(decode_attention, query, cache, cache, array(2, dtype=jnp.int32))
+@pytest.mark.parametrize(("dtype", "num_calls"), [(jnp.bfloat16, 1), (jnp.float16, 0)], ids=["bf16", "f16"])
+def test_float16_is_left_to_xla(dtype, num_calls):
+    query, cache = array(2, 1, 8, 64, dtype=dtype), array(2, 512, 128, dtype=dtype)
+    program = tpu_program(decode_attention, query, cache, cache, array(2, dtype=jnp.int32))
+    assert program.count(KERNEL_CALL) == num_calls
 
 
 def test_hadamard_and_float_matmul_are_one_kernel_each():
