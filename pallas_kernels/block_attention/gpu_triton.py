@@ -293,6 +293,7 @@ def choose_blocks(
     interpret: bool = False,
 ) -> Int32[Array, "B L KH N"]:
     """See the public function."""
+    registers.ignore_triton_deprecation()
     batch, layers, heads, there = masses.shape
     if num_blocks >= there:  # nothing to choose
         return reference.choose_blocks(

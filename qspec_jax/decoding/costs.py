@@ -1,8 +1,9 @@
 """What a cycle of each plan takes: measured here, in another setting, on another day, or guessed by the bytes it reads.
 
-A decode step is limited by the memory that it reads: the weights, and the keys and values of all rows. So the time of a
-cycle in one setting tells its time in another one, and that of one plan the time of a similar one, in the ratio of
-their bytes. That is good enough to say what is worth a trial; what is chosen was measured.
+A decode step is limited by the memory that it reads: the weights, and the keys and values of rows that are not idle. So
+the time of a cycle in one setting tells its time in another one, and that of one plan the time of a similar one, in the
+ratio of their bytes. What a step takes besides is learnt from plain decoding at two loads. That is good enough to say
+what is worth a trial; what is chosen was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,8 +27,33 @@ from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 
 _SOUND_S = 0.2  # of a measurement with which others are compared
 _MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
-_STEPS_PER_DOUBLING = 2  # settings of contexts
-_REACH = 4  # of these: how far a measurement tells
+_STEPS_PER_DOUBLING = 2  # buckets of loads
+_REACH = 4.0  # of these: how far a measurement tells by its bytes alone
+_MOST_FIXED = 0.95  # of a step that takes the same at any load
+
+
+class Setting(NamedTuple):
+    """What a cycle runs on.
+
+    Attributes:
+        rows: of the batch.
+        active: rows that are not idle; attention reads nothing of the others.
+        context: tokens in each of these, about.
+    """
+
+    rows: int
+    active: int
+    context: int
+
+    @property
+    def load(self) -> int:
+        """Tokens in the cache for each row of the batch: the bytes of a plain step depend on nothing else."""
+        return max(1, round(self.active * self.context / self.rows))
+
+    @classmethod
+    def of_load(cls, rows: int, load: int) -> Setting:
+        """All rows with so many tokens each."""
+        return cls(rows, rows, load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +98,7 @@ class PassBytes:
 
 
 class CostTable:
-    """Seconds per cycle by plan, rows and context, kept in a file if there is one.
+    """Seconds per cycle by plan, rows and load (:class:`Setting`), kept in a file if there is one.
 
     A file that is damaged or cannot be read or written is as good as none.
 
@@ -97,13 +123,13 @@ class CostTable:
                 acceptance = {str(source): [float(one) for one in some] for source, some in read["acceptance"].items()}
                 self._seconds, self.acceptance = seconds, acceptance
 
-    def note(self, plan: DecodingPlan, seconds: float, *, rows: int, context: int, weight: float = 1.0) -> None:
+    def note(self, plan: DecodingPlan, seconds: float, setting: Setting, *, weight: float = 1.0) -> None:
         """Takes a measurement of a cycle into account, which took ``weight`` seconds."""
         known = self._seconds.setdefault(_name(plan), {})
-        bucket = _bucket(context)
-        # As if the context were in the middle of its bucket.
-        seconds *= self._ratio(plan, rows, _middle(bucket), context)
-        key = f"{rows}x{bucket}"
+        bucket = _bucket(setting.load)
+        # As if the load were in the middle of its bucket.
+        seconds *= self._ratio(plan, Setting.of_load(setting.rows, _middle(bucket)), setting)
+        key = f"{setting.rows}x{bucket}"
         before, trusted = known.get(key, seconds), self._weights.get((_name(plan), key), 0.0)
         if key in known and not trusted:
             trusted = weight  # of another run: as good as this measurement
@@ -111,39 +137,48 @@ class CostTable:
         self._weights[_name(plan), key] = min(trusted + weight, _MEMORY_S)
         self._changed = True
 
-    def is_exact(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:
-        """Whether a cycle was measured at this context."""
-        return f"{rows}x{_bucket(context)}" in self._seconds.get(_name(plan), {})
+    def is_exact(self, plan: DecodingPlan, setting: Setting) -> bool:
+        """Whether a cycle was measured at this load."""
+        return f"{setting.rows}x{_bucket(setting.load)}" in self._seconds.get(_name(plan), {})
 
-    def is_sound(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:
+    def is_sound(self, plan: DecodingPlan, setting: Setting) -> bool:
         """Whether a cycle is known that was measured for long enough, or in another process, to be compared with."""
-        name, bucket = _name(plan), self._nearest(plan, rows=rows, context=context)
-        if bucket is None:
-            return False
-        return self._weights.get((name, f"{rows}x{bucket}"), _SOUND_S) >= _SOUND_S
+        name, here, reach = _name(plan), _bucket(setting.load), self._reach(plan, setting.rows)
+        near = [bucket for bucket in self._buckets(name, setting.rows) if abs(bucket - here) <= reach]
+        weights = [self._weights.get((name, f"{setting.rows}x{bucket}"), _SOUND_S) for bucket in near]
+        return bool(near) and sum(weights) >= _SOUND_S
 
-    def known(self, plan: DecodingPlan, *, rows: int, context: int) -> float | None:
-        """Seconds of a cycle as measured at a context as near as can be; None where it was not."""
-        nearest = self._nearest(plan, rows=rows, context=context)
+    def known(self, plan: DecodingPlan, setting: Setting) -> float | None:
+        """Seconds of a cycle as measured at a load as near as can be; None where it was not."""
+        nearest = self._nearest(plan, setting)
         if nearest is None:
             return None
-        seconds = self._seconds[_name(plan)][f"{rows}x{nearest}"]
-        return seconds * self._ratio(plan, rows, context, _middle(nearest))
+        seconds = self._seconds[_name(plan)][f"{setting.rows}x{nearest}"]
+        return seconds * self._ratio(plan, setting, Setting.of_load(setting.rows, _middle(nearest)))
 
-    def _nearest(self, plan: DecodingPlan, *, rows: int, context: int) -> int | None:
-        """The setting of contexts nearest to one in which a plan was measured, if any within reach was."""
-        known, here = self._seconds.get(_name(plan), {}), _bucket(context)
-        buckets = [int(key.partition("x")[2]) for key in known if key.partition("x")[0] == str(rows)]
-        nearest = min(buckets, key=lambda bucket: abs(bucket - here), default=None)
-        return None if nearest is None or abs(nearest - here) > _REACH else nearest
+    def _nearest(self, plan: DecodingPlan, setting: Setting) -> int | None:
+        """The bucket of loads nearest to one in which a plan was measured, if any within reach was."""
+        here = _bucket(setting.load)
+        nearest = min(self._buckets(_name(plan), setting.rows), key=lambda bucket: abs(bucket - here), default=None)
+        reach = self._reach(plan, setting.rows)
+        return None if nearest is None or abs(nearest - here) > reach else nearest
 
-    def guess(self, plan: DecodingPlan, plans: Mapping[DecodingPlan, float], *, rows: int, context: int) -> float:
+    def _reach(self, plan: DecodingPlan, rows: int) -> float:
+        """How many buckets away a measurement tells: any number once plain decoding is known at two loads."""
+        return _REACH if len(self._buckets(_name(DecodingPlan(plan.verify)), rows)) < 2 else math.inf
+
+    def _buckets(self, name: str, rows: int) -> list[int]:
+        """The buckets of loads in which a plan was measured."""
+        keys = [key.partition("x") for key in self._seconds.get(name, {})]
+        return [int(bucket) for batch, _, bucket in keys if batch == str(rows)]
+
+    def guess(self, plan: DecodingPlan, plans: Mapping[DecodingPlan, float], setting: Setting) -> float:
         """Seconds of a cycle from what is known of other plans.
 
         Args:
             plan: of which to guess.
             plans: seconds of plans that are known here; plain decoding at least.
-            rows, context: the setting.
+            setting: what it would run on.
         """
 
         plain = next(one for one in plans if one.draft is None)
@@ -151,8 +186,7 @@ class CostTable:
         if alike:  # a cycle takes a plain step, and as much again for each draft
             nearest = min(alike, key=lambda one: abs(one.draft_length - plan.draft_length))
             return plans[plain] + (plans[nearest] - plans[plain]) * plan.draft_length / nearest.draft_length
-        size = self.num_bytes.of_cycle
-        return plans[plain] * size(plan, rows=rows, context=context) / size(plain, rows=rows, context=context)
+        return plans[plain] * self._size(plan, setting) / self._size(plain, setting)
 
     def save(self) -> None:
         """Writes what was measured since it was read, all of it or nothing."""
@@ -165,10 +199,27 @@ class CostTable:
             replace(self.path, text.encode())
             self._changed = False
 
-    def _ratio(self, plan: DecodingPlan, rows: int, context: int, other: int) -> float:
-        """Bytes of a cycle at a context over those at another one."""
-        size = self.num_bytes.of_cycle
-        return size(plan, rows=rows, context=context) / size(plan, rows=rows, context=other)
+    def _ratio(self, plan: DecodingPlan, setting: Setting, other: Setting) -> float:
+        """Bytes of a cycle in a setting over those in another one."""
+        return self._size(plan, setting) / self._size(plan, other)
+
+    def _size(self, plan: DecodingPlan, setting: Setting) -> float:
+        """Bytes of a cycle, and as many more as could be read in the time that its passes take whatever they read."""
+        passes = 1 + (plan.draft_length if plan.draft_view is not None else 0)
+        read = self.num_bytes.of_cycle(plan, rows=setting.active, context=setting.context)
+        return read + passes * self._fixed_bytes(DecodingPlan(plan.verify), setting.rows)
+
+    def _fixed_bytes(self, plain: DecodingPlan, rows: int) -> float:
+        """What could be read in that part of a pass that takes the same at any load; 0 until two loads are known."""
+        buckets = self._buckets(_name(plain), rows)
+        if len(buckets) < 2:
+            return 0.0
+        few, many = min(buckets), max(buckets)
+        sizes = [self.num_bytes.of_cycle(plain, rows=rows, context=_middle(bucket)) for bucket in (few, many)]
+        seconds = [self._seconds[_name(plain)][f"{rows}x{bucket}"] for bucket in (few, many)]
+        per_byte = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+        fixed_s = min(max(0.0, seconds[0] - per_byte * sizes[0]), _MOST_FIXED * seconds[0])
+        return sizes[0] * fixed_s / (seconds[0] - fixed_s)
 
 
 def table_path(folder: Path, decoder: Decoder) -> Path:
@@ -190,8 +241,8 @@ def _name(plan: DecodingPlan) -> str:
     return f"{plan.verify.name} {plan.draft_source} {plan.draft_length}"
 
 
-def _bucket(context: int) -> int:
-    return round(_STEPS_PER_DOUBLING * math.log2(max(context, 1)))
+def _bucket(load: int) -> int:
+    return round(_STEPS_PER_DOUBLING * math.log2(load))
 
 
 def _middle(bucket: int) -> int:

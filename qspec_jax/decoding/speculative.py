@@ -125,12 +125,16 @@ def draft(
     draft_length: int,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
+    idle: Bool[Array, " B"] | None = None,
 ) -> tuple[Int32[Array, "B gamma"], KVCache]:
-    """Decodes ``draft_length`` tokens one by one by the cheap view; ``first`` is the place of the first one."""
+    """Decodes ``draft_length`` tokens one by one by the cheap view; ``first`` is the place of the first one.
+
+    ``idle`` is as in :meth:`Decoder.run`.
+    """
 
     def step(carry: tuple[Array, KVCache, Sampler | None], index: Array):
         token, cache, sampler = carry
-        logits, cache = model(token[:, None], cache, precision=view)
+        logits, cache = model(token[:, None], cache, precision=view, idle=idle)
         tokens = choose(logits, sampler, first=None if first is None else first + index)
         if sampler is not None:
             sampler = sampler.after(tokens, jnp.ones(tokens.shape, bool))
@@ -155,6 +159,7 @@ def propose(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> tuple[
             draft_length=plan.draft_length,
             sampler=state.sampler,
             first=state.num_tokens,
+            idle=state.finished,
         )
 
     if state.history is None or not plan.lookup:
@@ -179,14 +184,15 @@ def verify(
     weigh: int | None = None,
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
+    idle: Bool[Array, " B"] | None = None,
 ) -> Verification:
     """The tokens the target chooses after the last token and after each draft.
 
-    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten. ``weigh`` is as in
-    :meth:`Decoder.run`.
+    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten. ``weigh`` and
+    ``idle`` are as in :meth:`Decoder.run`.
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
-    logits, cache, masses = model.run(tokens, cache, precision=view, weigh=weigh)
+    logits, cache, masses = model.run(tokens, cache, precision=view, weigh=weigh, idle=idle)
     return Verification(choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache, masses)
 
 
@@ -224,6 +230,7 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
             weigh=plan.weigh,
             sampler=state.sampler,
             first=state.num_tokens,
+            idle=state.finished,
         )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)

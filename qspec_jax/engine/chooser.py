@@ -13,15 +13,15 @@ been compiled, and wherever none is faster.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from qspec_jax.decoding.costs import CostTable
+from qspec_jax.decoding.costs import CostTable, Setting
 from qspec_jax.decoding.plan import DecodingPlan
 
 _MAX_LOSS = 0.01  # of the time, spent on trials
 _BETTER = 1.02  # times faster than what runs, to take its place
 _PROMISING = 1.02  # times faster than what runs, to be worth a trial
-_UNCERTAIN = 0.97  # the same, where the time is known from another context
+_UNCERTAIN = 0.97  # the same, where the time is known from another load
 _FIRST_LOSS_S = 0.1  # that trials may lose at the beginning
 _TRIAL_DRAFTS = 48  # sequences times cycles of a trial, about
 _TRIAL_CYCLES, _TRIAL_S = range(2, 65), 0.05  # of a trial: at least so many, and at most; and about so long
@@ -142,12 +142,13 @@ class Chooser:
         self._trial: DecodingPlan | None = None
         self._elapsed_s = self._lost_s = 0.0
         self._overhead_s = 0.0  # of a burst
-        self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, context
+        self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, load
         self._cycle = 0  # of all plans
         # By source: when to hope again for more than was seen, and how long to wait after that.
         self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._patience: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._entered = 0
+        self._evenness: Mapping[str | None, float] = {}
 
     def note_entered(self, count: int) -> None:
         """Sequences have entered: their texts may be of another kind."""
@@ -157,28 +158,36 @@ class Chooser:
             self._patience = dict.fromkeys(self._patience, _FIRST_PATIENCE)
             self._hope_at = {source: min(at, self._cycle + _FIRST_PATIENCE) for source, at in self._hope_at.items()}
 
-    def choose(self, *, context: int, active: int) -> Burst:
-        """What to run next, with so many tokens in each row and so many rows that are not idle."""
-        plain = self._plans[0]
-        seconds = self._known(context)
-        if not self._costs.is_sound(plain, rows=self._rows, context=context):  # everything else is compared with it
+    def choose(self, *, context: int, active: int, evenness: Mapping[str | None, float] | None = None) -> Burst:
+        """What to run next.
+
+        Args:
+            context: tokens in each row that is not idle, about.
+            active: rows that are not idle.
+            evenness: by source of drafts, how evenly sequences end (:func:`qspec_jax.engine.sequence.evenness`), where
+                nobody waits for their rows: what counts then is when the last one ends.
+        """
+        self._evenness = evenness or {}
+        plain, setting = self._plans[0], Setting(self._rows, active, context)
+        seconds = self._known(setting)
+        if not self._costs.is_sound(plain, setting):  # everything else is compared with it
             is_cold = plain not in self._warm
             cycles = self._trial_cycles(active, None) if is_cold else None
             return Burst(plain, _LEARNING_BURST_S, cycles, "the time of a plain step is not known yet")
         rates = {
-            plan: self._tokens(plan) / one
+            plan: self._even(plan) * self._tokens(plan) / one
             for plan, one in seconds.items()
             if plan == plain or (self._is_ready(plan) and self._has_been_seen(plan))
         }
         best = max(rates, key=rates.__getitem__)
         if rates[best] > rates.get(self._current, 0.0) * _BETTER:
             self._current = best
-        candidate = wanted = self._candidate(seconds, rates[self._current], context)
+        candidate = wanted = self._candidate(seconds, rates[self._current], setting)
         if wanted is not None and not self._is_ready(wanted):
             self._prepare(wanted)
-            candidate = self._candidate(seconds, rates[self._current], context, ready_only=True)
+            candidate = self._candidate(seconds, rates[self._current], setting, ready_only=True)
         if candidate is not None and self._lost_s <= _FIRST_LOSS_S + _MAX_LOSS * self._elapsed_s:
-            cycles = self._trial_cycles(active, self._guess(candidate, seconds, context))
+            cycles = self._trial_cycles(active, self._guess(candidate, seconds, setting))
             if candidate not in self._warm:
                 cycles = _TRIAL_CYCLES[0]
             self._trial = candidate
@@ -198,7 +207,7 @@ class Chooser:
             cycles: of the device.
             seconds: of all of them.
             histogram: cycles of sequences by their accepted drafts, 0 to ``draft_length`` of them.
-            context: tokens in each row, about.
+            context: tokens in each row that is not idle, about.
         """
         self._cycle += cycles
         acceptance = self.acceptance[plan.draft_source]
@@ -207,15 +216,16 @@ class Chooser:
             self._costs.acceptance[plan.draft_source] = acceptance.profile(len(acceptance.tried))
         if not cycles:
             return
+        setting = Setting(self._rows, max(1, round(sum(histogram) / cycles)), context)
         first = plan not in self._warm
         self._warm.add(plan)
         self._elapsed_s += seconds
         if not first:
-            self._learn_overhead(plan, cycles, seconds, context)
+            self._learn_overhead(plan, cycles, seconds, setting)
             running_s = max(seconds - self._overhead_s, 0.5 * seconds)
-            self._costs.note(plan, running_s / cycles, rows=self._rows, context=context, weight=seconds)
+            self._costs.note(plan, running_s / cycles, setting, weight=seconds)
             if plan == self._trial:  # its first run loads a program, which is paid once
-                self._account(plan, cycles, running_s, context)
+                self._account(plan, cycles, running_s, setting)
 
     def _trial_cycles(self, active: int, cycle_s: float | None) -> int:
         """Cycles that tell the acceptance of so many rows, and the time of a cycle, if it is about this long."""
@@ -224,23 +234,23 @@ class Chooser:
             enough.append(round(_TRIAL_S / cycle_s))
         return min(max(enough), _TRIAL_CYCLES[-1])
 
-    def _learn_overhead(self, plan: DecodingPlan, cycles: int, seconds: float, context: int) -> None:
+    def _learn_overhead(self, plan: DecodingPlan, cycles: int, seconds: float, setting: Setting) -> None:
         """Learns what a burst takes besides its cycles, from a short one and a long one of the same plan.
 
         Where cycles take a millisecond, it would else be most of what a trial measures.
         """
         last = self._last_burst.get(plan)
-        self._last_burst[plan] = cycles, seconds, context
-        if last is None or abs(last[2] - context) > context / 4:
+        self._last_burst[plan] = cycles, seconds, setting.load
+        if last is None or abs(last[2] - setting.load) > setting.load / 4:
             return
         (few, short_s), (many, long_s) = sorted([last[:2], (cycles, seconds)])
         if many >= 3 * few:
             found = (many * short_s - few * long_s) / (many - few)
             self._overhead_s = 0.5 * self._overhead_s + 0.5 * min(max(found, 0.0), _MAX_OVERHEAD_S)
 
-    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, context: int) -> None:
+    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, setting: Setting) -> None:
         """Counts what a trial lost, and says when its source may be hoped for again."""
-        known = self._known(context)
+        known = self._known(setting)
         if self._current in known:
             rate = self._tokens(self._current) / known[self._current]
             self._lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
@@ -249,7 +259,7 @@ class Chooser:
             self._patience[source] = _FIRST_PATIENCE if worth else min(_LONGEST_PATIENCE, 4 * self._patience[source])
 
     def _candidate(
-        self, seconds: dict[DecodingPlan, float], rate: float, context: int, *, ready_only: bool = False
+        self, seconds: dict[DecodingPlan, float], rate: float, setting: Setting, *, ready_only: bool = False
     ) -> DecodingPlan | None:
         """The plan that could be the fastest of those that were not measured, or not for long."""
         hoped = {}
@@ -260,11 +270,11 @@ class Chooser:
             # The source of the drafts that run is seen all the time: nothing to hope for.
             is_seen = self._current.draft_source == plan.draft_source
             hopes = not self._has_been_seen(plan) or (not is_seen and self._cycle >= self._hope_at[plan.draft_source])
-            is_exact = self._costs.is_exact(plan, rows=self._rows, context=context)
+            is_exact = self._costs.is_exact(plan, setting)
             if is_exact and not hopes and self._is_ready(plan):
                 continue
             tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else None)
-            one = tokens / self._guess(plan, seconds, context)
+            one = self._even(plan) * tokens / self._guess(plan, seconds, setting)
             if one > rate * (_UNCERTAIN if plan in seconds and not is_exact else _PROMISING):
                 hoped[plan] = one
         return max(hoped, key=hoped.__getitem__, default=None)
@@ -273,17 +283,20 @@ class Chooser:
         acceptance = self.acceptance[plan.draft_source]
         return bool(acceptance.cycles or acceptance.expected)
 
-    def _known(self, context: int) -> dict[DecodingPlan, float]:
-        found = {plan: self._costs.known(plan, rows=self._rows, context=context) for plan in self._plans}
+    def _known(self, setting: Setting) -> dict[DecodingPlan, float]:
+        found = {plan: self._costs.known(plan, setting) for plan in self._plans}
         return {plan: one for plan, one in found.items() if one is not None}
 
-    def _guess(self, plan: DecodingPlan, seconds: dict[DecodingPlan, float], context: int) -> float:
+    def _guess(self, plan: DecodingPlan, seconds: dict[DecodingPlan, float], setting: Setting) -> float:
         if plan in seconds:
             return seconds[plan]
-        return self._costs.guess(plan, seconds, rows=self._rows, context=context)
+        return self._costs.guess(plan, seconds, setting)
 
     def _tokens(self, plan: DecodingPlan) -> float:
         return self.acceptance[plan.draft_source].tokens_per_cycle(plan.draft_length)
+
+    def _even(self, plan: DecodingPlan) -> float:
+        return self._evenness.get(plan.draft_source, 1.0)
 
     def _reason(self, rates: dict[DecodingPlan, float], seconds: dict[DecodingPlan, float]) -> str:
         """Why the plan that runs was chosen."""

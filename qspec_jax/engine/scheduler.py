@@ -41,15 +41,15 @@ from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
-from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.sequence import RunningSequence, evenness
 
 _BURST_S = 0.5
-# Of the bursts between the chunks of a long prompt: so long at most, and so many times as long as reading a chunk took.
-_PREFILL_BURST_S, _BURSTS_PER_PREFILL = 0.05, 4
 _FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
+_FIRST_BURST_S = 0.05  # of one between chunks of prompts, before the time of a chunk is known
 _MAX_CYCLES = 4096
 # With others waiting, a burst ends when this share of the rows has finished in it.
 _REFILL_SHARE = 1 / 16
@@ -105,7 +105,7 @@ class Scheduler:
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
         self._cycle_s: float | None = None
-        self._prefill_s = 0.0  # that the last chunks of prompts took
+        self._reading = Reading()
         self._why = ""  # the plan of the next burst was chosen
         self._clock = Clock()
 
@@ -244,16 +244,20 @@ class Scheduler:
             return []
         changed = []
         self._let_in()
-        prefills = self._prefill()
+        read_before = self.totals.prefill_s
+        prefills, num_chunks = self._prefill()
         if self._decoding():
             self._dispatch(max_cycles)
         for count, (report, read) in enumerate(prefills, 1):
-            report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
-            changed += self._receive(report, read, time.perf_counter())
-            self._free(read, report.finished, report)
-            seconds = self._clock.landed(more=self._flight is not None or count < len(prefills))
-            self.totals.prefill_s += seconds
-            self._prefill_s = seconds if count == 1 else self._prefill_s + seconds
+            if read:  # the others have no news, but for the last one, which says when all were done
+                report = jax.device_get(report)  # an index into it would wait for the burst that has been dispatched
+                changed += self._receive(report, read, time.perf_counter())
+                self._free(read, report.finished, report)
+            elif count == len(prefills):
+                jax.block_until_ready(report)
+            self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(prefills))
+        if num_chunks:
+            self._reading.note(num_chunks, self.totals.prefill_s - read_before)
         return changed
 
     def _count(self, cycles: int, seconds: float, running: Mapping[int, RunningSequence], lengths: Any) -> None:
@@ -267,17 +271,22 @@ class Scheduler:
             before = sequence.accepted_lengths or [0] * len(lengths[row])
             gained = lengths[row][: len(new)] - np.asarray(before[: len(new)])
             new += gained
-            sequence.count_cycles(self._plan, int(gained.sum()))
+            sequence.count_cycles(self._plan, gained.tolist())
         self.totals.count_burst(self._plan, cycles, seconds, new.tolist(), why=self._why)
         if self._chooser is not None:
-            options = {"cycles": cycles, "seconds": seconds, "histogram": new.tolist(), "context": self._context()}
-            self._chooser.observe(self._plan, **options)
+            options = {"cycles": cycles, "seconds": seconds, "histogram": new.tolist()}
+            self._chooser.observe(self._plan, **options, context=self._context())
 
     def _context(self) -> int:
         """Tokens that a row holds, on average over those that decode."""
         decoding = self._decoding().values()
         tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
         return round(tokens / max(1, len(decoding)))
+
+    def _evenness(self) -> dict[str | None, float]:
+        assert self._chooser is not None
+        decoding = self._decoding().values()
+        return {source: evenness(decoding, source) for source in self._chooser.acceptance}
 
     def _receive(
         self, report: Report, sequences: Mapping[int, RunningSequence], made_s: float
@@ -374,9 +383,22 @@ class Scheduler:
         self._texts.forget(row)
         return row
 
-    def _prefill(self) -> list[tuple[Report, dict[int, RunningSequence]]]:
-        """Dispatches a chunk for each row that still reads its prompt; the reports, and who has read it."""
-        rows = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
+    def _prefill(self) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int]:
+        """Dispatches chunks of the prompts that rows still read, until those that decode have waited long enough.
+
+        Returns:
+            reports, each with who has read its prompt; and the number of chunks.
+        """
+        reports, num_chunks = [], 0
+        while True:
+            reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
+            if not reading or (reports and self._reading.is_enough(num_chunks, more=len(reading))):
+                return reports, num_chunks
+            num_chunks += len(reading)
+            reports += self._read(reading)
+
+    def _read(self, rows: Mapping[int, RunningSequence]) -> list[tuple[Report, dict[int, RunningSequence]]]:
+        """Dispatches the next chunk of some rows."""
         reading = {row: one.chunks for row, one in rows.items() if not one.num_kept}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
         reports = []
@@ -431,12 +453,13 @@ class Scheduler:
         """Dispatches a burst."""
         rows, active = self.shape.rows, len(self._decoding())
         until = rows
-        if self._queue or any(self._reading(row) for row in range(rows)):
+        if self._queue or self._anyone_reads():
             until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
         assert self._state is not None
         cycles = self._fitting_cycles()
         if self._chooser is not None:
-            burst = self._chooser.choose(context=self._context(), active=active)
+            even = {} if self._queue else self._evenness()
+            burst = self._chooser.choose(context=self._context(), active=active, evenness=even)
             self._plan, self._why = burst.plan, burst.why
             cycles = burst.cycles or self._fitting_cycles(burst.cycle_s, burst.seconds)
             max_cycles = None if max_cycles is None else min(cycles, max_cycles)
@@ -457,15 +480,14 @@ class Scheduler:
         cycle_s = cycle_s or self._cycle_s
         if cycle_s is None:
             return _FIRST_CYCLES
-        prefilling = any(self._reading(row) for row in range(self.shape.rows))
         seconds = seconds or self._burst_s
-        if prefilling:  # those that read should not wait much longer for the others than the others for them
-            seconds = min(seconds, _PREFILL_BURST_S, _BURSTS_PER_PREFILL * self._prefill_s or _PREFILL_BURST_S)
+        if self._anyone_reads():
+            decoding = len(self._decoding())
+            seconds = min(seconds, self._reading.burst_s(decoding=decoding, rows=self.shape.rows) or _FIRST_BURST_S)
         return max(1, min(_MAX_CYCLES, round(seconds / cycle_s)))
 
-    def _reading(self, row: int) -> bool:
-        sequence = self._rows[row]
-        return sequence is not None and sequence.reading
+    def _anyone_reads(self) -> bool:
+        return any(one is not None and one.reading for one in self._rows)
 
     def _decoding(self) -> dict[int, RunningSequence]:
         """Sequences that have read their prompts, by row."""

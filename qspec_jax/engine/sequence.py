@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import DecodingPlan
@@ -12,6 +12,8 @@ from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
 from qspec_jax.engine.drafts import DraftedCycle
 from qspec_jax.engine.requests import Request
+
+_MEAN_CYCLES = 8  # in which a sequence yields what others do, until more is known of it
 
 
 class RunningSequence:
@@ -22,6 +24,7 @@ class RunningSequence:
         token_ids: new tokens.
         accepted_lengths: cycles by number of accepted drafts.
         cycles_of: the same by the plan that they ran.
+        yields: by source of drafts, its tokens and cycles.
         finished: no more tokens come.
         cancelled: that is because nobody wants them.
         added_s, entered_s: when it was added, and when it got a row.
@@ -46,6 +49,7 @@ class RunningSequence:
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
+        self.yields: dict[str | None, tuple[int, int]] = {}
         self.finished = self.cancelled = False
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
@@ -76,10 +80,13 @@ class RunningSequence:
             times |= {"prefill_s": first_s - self.entered_s, "decode_s": last_s - first_s}
         return times
 
-    def count_cycles(self, plan: DecodingPlan, cycles: int) -> None:
-        """Notes cycles that it took part in."""
-        if cycles:
+    def count_cycles(self, plan: DecodingPlan, histogram: Sequence[int]) -> None:
+        """Notes cycles that it took part in, by how many of their drafts were accepted."""
+        if cycles := sum(histogram):
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
+            tokens = sum((accepted + 1) * count for accepted, count in enumerate(histogram))
+            before = self.yields.get(plan.draft_source, (0, 0))
+            self.yields[plan.draft_source] = before[0] + tokens, before[1] + cycles
 
     def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
         """Appends new tokens, up to the one with which a stop string ends the text; they were made at ``made_s``."""
@@ -109,6 +116,29 @@ class RunningSequence:
         """Appends the cycles of the tokens that came, from the place ``begin`` on."""
         if record is not None:
             self.drafted = (self.drafted or []) + _cycles_in(record, row, self.token_ids, begin=begin)
+
+
+def evenness(sequences: Collection[RunningSequence], source: str | None) -> float:
+    """How evenly sequences end that get their drafts from a source.
+
+    A text that a source serves badly ends last, and all others wait for it.
+
+    Args:
+        sequences: those that decode, while nobody waits for their rows.
+        source: of drafts; see ``DecodingPlan.draft_source``.
+
+    Returns:
+        the time until the last one ends, if all yielded what they do on average, over the time that it will take:
+        1 if nothing is known of them.
+    """
+    seen = [one.yields.get(source, (0, 0)) for one in sequences]
+    tokens, cycles = (sum(counts) for counts in zip(*seen, strict=True)) if seen else (0, 0)
+    if not cycles:
+        return 1.0
+    mean = tokens / cycles
+    left = [one.request.max_new_tokens - len(one.token_ids) for one in sequences]
+    paces = [(own + _MEAN_CYCLES * mean) / (its + _MEAN_CYCLES) / mean for own, its in seen]
+    return max(1, *left) / max(1.0, *(tokens / pace for tokens, pace in zip(left, paces, strict=True)))
 
 
 def _cycles_in(record: DraftRecord, row: int, token_ids: Sequence[int], *, begin: int) -> list[DraftedCycle]:

@@ -26,6 +26,7 @@ class TokenContext(NamedTuple):
     """What every layer needs to know of the new tokens: computed once per call."""
 
     lengths: Int32[Array, " B"]
+    seen: Int32[Array, " B"]  # as many of these as attention reads: none of sequences that are idle
     rotations: tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]
     blocks: Int32[Array, "B L KH N"] | None = None  # that a view with a budget reads, of all layers
     layer: Int32[Array, ""] | None = None  # which of them this is; None where there are no blocks
@@ -132,7 +133,7 @@ class Attention(nnx.Module):
         """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
         # A prefill is a large matrix product, which the reference leaves to XLA.
         kernels = self.kernels if query.shape[1] <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
-        arrays = query, cache.keys, cache.values, context.lengths
+        arrays = query, cache.keys, cache.values, context.seen
         options: Any = {"window": view.window(self.config.sliding_window), "implementation": kernels}
         if context.blocks is not None and context.layer is not None:
             table = context.blocks, context.layer

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 import pallas_kernels
 from pallas_kernels import value_of
@@ -102,9 +102,10 @@ class Decoder(nnx.Module):
         *,
         precision: Precision | View,
         logits_at: Int32[Array, " B"] | None = None,
+        idle: Bool[Array, " B"] | None = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
         """:meth:`run` without masses."""
-        logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at)
+        logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at, idle=idle)
         return logits, cache
 
     def run(
@@ -115,6 +116,7 @@ class Decoder(nnx.Module):
         precision: Precision | View,
         logits_at: Int32[Array, " B"] | None = None,
         weigh: int | None = None,
+        idle: Bool[Array, " B"] | None = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache, Float32[Array, "B L KH NB"] | None]:
         """Runs ``T`` new tokens of each sequence, the first of which takes position ``cache.lengths``.
 
@@ -125,13 +127,14 @@ class Decoder(nnx.Module):
             precision: what the pass reads: one of the usual precisions, or any view; static.
             logits_at: index into ``T`` of the one token per sequence whose logits are wanted.
             weigh: positions of the blocks whose masses are wanted; static.
+            idle: sequences whose results nobody reads. Attention reads as little of them as of an empty sequence.
 
         Returns:
             float32 logits (``T_out = T``, or 1 with ``logits_at``), the cache with ``lengths + T``, and the masses of
             its blocks (``pallas_kernels.decode_attention_with_masses``) or None.
         """
         with _exact_float32(self.dtype):
-            stream, cache, masses = self._hidden(tokens, cache, view=View.of(precision), weigh=weigh)
+            stream, cache, masses = self._hidden(tokens, cache, view=View.of(precision), weigh=weigh, idle=idle)
             if logits_at is not None:
                 stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
@@ -158,12 +161,19 @@ class Decoder(nnx.Module):
         return dataclasses.replace(cache, blocks=blocks)
 
     def _hidden(
-        self, tokens: Int32[Array, "B T"], cache: KVCache, *, view: View, weigh: int | None
+        self,
+        tokens: Int32[Array, "B T"],
+        cache: KVCache,
+        *,
+        view: View,
+        weigh: int | None,
+        idle: Bool[Array, " B"] | None,
     ) -> tuple[ResidualStream, KVCache, Float32[Array, "B L KH NB"] | None]:
         new_tokens = tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
         context = TokenContext(
             lengths=cache.lengths,
+            seen=cache.lengths if idle is None else jnp.where(idle, 0, cache.lengths),
             rotations=rope.rotation(positions, self.config),
             blocks=None if view.cache_budget is None else cache.blocks,
         )

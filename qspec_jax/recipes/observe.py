@@ -117,7 +117,7 @@ def _run(layer: DecoderLayer, stream: Float32[Array, "B T D"]) -> ResidualStream
     batch, num_tokens, _ = stream.shape
     positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
     lengths: Int32[Array, " B"] = jnp.zeros((batch,), jnp.int32)
-    context = TokenContext(lengths, rope.rotation(positions, config))
+    context = TokenContext(lengths, lengths, rope.rotation(positions, config))
     empty = jnp.zeros((batch, num_tokens, config.num_kv_heads, config.head_dim), jnp.float32)
     stream_after, _, _ = layer(ResidualStream(stream), LayerCache(empty, empty), context, view=View.of(Precision.FLOAT))
     return stream_after

@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from qspec_jax.decoding.costs import CostTable, PassBytes
+from qspec_jax.decoding.costs import CostTable, PassBytes, Setting
 from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup, plan_of, static
+from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.chooser import Acceptance, Chooser
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.sequence import RunningSequence, evenness
 from qspec_jax.errors import UsageError
 from qspec_jax.model.view import View
 
@@ -108,6 +111,37 @@ def test_where_nothing_can_win_nothing_else_is_compiled():
     assert device.seconds[PLAIN] > 0.98 * WHILE_S
 
 
+def test_where_nobody_waits_the_last_to_end_counts():
+    """Lookup serves one text badly, for which all others would wait; while others wait, it is the fastest."""
+    device = Device(rows=16, context=8192, acceptance={"w4a8@1024": 0.95, "lookup": 0.9})
+    chooser = chooser_on(device, CostTable(BYTES))
+    for plan in (PLAIN, LOOKUPS[-1], DRAFTING[-1]) * 2:
+        device.ready_s[plan] = 0.0
+        counts = {"cycles": 50, "seconds": 50 * device.cycle_s(plan), "histogram": device.histogram(plan, 50)}
+        chooser.observe(plan, **counts, context=8192)
+    options = {"context": 8192, "active": 16}
+    assert chooser.choose(**options).plan.draft_source == "lookup"
+    assert chooser.choose(**options, evenness={"lookup": 0.3}).plan.draft_source == "w4a8@1024"
+
+
+def test_how_evenly_sequences_end():
+    plan, other = LOOKUPS[0], DRAFTING[0]
+
+    def sequence(new: int, cycles: dict[DecodingPlan, list[int]]) -> RunningSequence:
+        one = RunningSequence(Request([1], new, SamplingParams()))
+        for ran, histogram in cycles.items():
+            one.count_cycles(ran, histogram)
+        return one
+
+    fast, slow = ({plan: [0, 0, 0, 1000]}, {plan: [1000, 0, 0, 0]})
+    # Both yield 2.5 on average: 100 tokens take 40 cycles, and the slow one 100.
+    assert evenness([sequence(100, fast), sequence(100, slow)], "lookup") == pytest.approx(0.4, rel=0.02)
+    assert evenness([sequence(100, fast), sequence(10, slow)], "lookup") == pytest.approx(1.6, rel=0.02)
+    assert evenness([sequence(100, fast), sequence(100, slow)], other.draft_source) == 1.0
+    assert evenness([sequence(100, fast), sequence(100, {})], "lookup") == 1.0
+    assert evenness([], "lookup") == 1.0
+
+
 def test_it_changes_its_mind_when_the_text_does():
     chances = {"w4a8": 0.9, "w4a8@1024": 0.95, "lookup": 0.1}
     device = Device(rows=16, context=8192, acceptance=chances)
@@ -148,17 +182,44 @@ def test_acceptance_is_counted_by_place():
 def test_costs_tell_those_of_other_contexts_and_plans():
     costs = CostTable(BYTES)
     draft, longer = DRAFTING[-2], DRAFTING[-1]
-    costs.note(PLAIN, 0.010, rows=16, context=8192)
-    assert costs.known(PLAIN, rows=16, context=8192) == pytest.approx(0.010)
-    at_4096 = costs.known(PLAIN, rows=16, context=4096)
+    costs.note(PLAIN, 0.010, Setting(16, 16, 8192))
+    assert costs.known(PLAIN, Setting(16, 16, 8192)) == pytest.approx(0.010)
+    at_4096 = costs.known(PLAIN, Setting(16, 16, 4096))
     expected = 0.010 * BYTES.of_cycle(PLAIN, rows=16, context=4096) / BYTES.of_cycle(PLAIN, rows=16, context=8192)
     assert at_4096 == pytest.approx(expected)
-    assert costs.known(PLAIN, rows=8, context=8192) is costs.known(PLAIN, rows=16, context=128) is None
-    assert not costs.is_exact(PLAIN, rows=16, context=4096)
-    by_bytes = costs.guess(draft, {PLAIN: 0.010}, rows=16, context=8192)
+    assert costs.known(PLAIN, Setting(8, 8, 8192)) is costs.known(PLAIN, Setting(16, 16, 128)) is None
+    assert not costs.is_exact(PLAIN, Setting(16, 16, 4096))
+    by_bytes = costs.guess(draft, {PLAIN: 0.010}, Setting(16, 16, 8192))
     assert 0.01 < by_bytes < 0.01 * (draft.draft_length + 1)
-    by_length = costs.guess(longer, {PLAIN: 0.010, draft: 0.020}, rows=16, context=8192)
+    by_length = costs.guess(longer, {PLAIN: 0.010, draft: 0.020}, Setting(16, 16, 8192))
     assert by_length == pytest.approx(0.010 + 0.010 * longer.draft_length / draft.draft_length)
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.0013], ids=["bytes alone", "mostly kernels"])
+def test_costs_of_a_batch_that_empties(step_s):
+    """Known at full load and at half of it, they are known for few rows, in which attention reads nothing of others."""
+    rows, context, costs = 64, 8192, CostTable(PassBytes(75_000_000, 23_040))
+    draft = DecodingPlan(View(), BUDGET, 3)
+
+    def seconds(plan: DecodingPlan, setting: Setting) -> float:
+        passes = 1 + (plan.draft_length if plan.draft_view is not None else 0)
+        return costs.num_bytes.of_cycle(plan, rows=setting.active, context=setting.context) / 3e12 + passes * step_s
+
+    for plan, active in ((PLAIN, 64), (PLAIN, 30), (draft, 64)):
+        setting = Setting(rows, active, context)
+        for _ in range(2):
+            costs.note(plan, seconds(plan, setting), setting)
+    for plan, active in ((PLAIN, 20), (PLAIN, 50), (PLAIN, 1), (draft, 50), (draft, 20), (draft, 1)):
+        setting = Setting(rows, active, context)
+        assert costs.known(plan, setting) == pytest.approx(seconds(plan, setting), rel=0.1)
+
+
+def test_steps_measured_at_several_loads_are_sound_together():
+    costs = CostTable(BYTES)
+    for active in (16, 12, 8):
+        assert not costs.is_sound(PLAIN, Setting(16, active, 4096))
+        costs.note(PLAIN, 0.010, Setting(16, active, 4096), weight=0.09)
+    assert costs.is_sound(PLAIN, Setting(16, 8, 4096))
 
 
 def test_costs_are_kept(tmp_path):
@@ -166,12 +227,12 @@ def test_costs_are_kept(tmp_path):
     costs = CostTable(BYTES, path)
     costs.save()
     assert not path.exists()  # nothing was measured
-    costs.note(PLAIN, 0.010, rows=16, context=8192)
+    costs.note(PLAIN, 0.010, Setting(16, 16, 8192))
     costs.acceptance["w4a8"] = [0.9, 0.8]
     costs.save()
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
     read = CostTable(BYTES, path)
-    assert read.known(PLAIN, rows=16, context=8192) == pytest.approx(0.010)
+    assert read.known(PLAIN, Setting(16, 16, 8192)) == pytest.approx(0.010)
     assert read.acceptance == {"w4a8": [0.9, 0.8]}
 
 
@@ -179,7 +240,7 @@ def test_costs_are_kept(tmp_path):
 def test_a_damaged_table_is_as_good_as_none(tmp_path, content):
     path = tmp_path / "table.json"
     path.write_text(content)
-    assert CostTable(BYTES, path).known(PLAIN, rows=1, context=64) is None
+    assert CostTable(BYTES, path).known(PLAIN, Setting(1, 1, 64)) is None
 
 
 def test_what_there_is_to_choose_from():
@@ -218,4 +279,4 @@ def test_a_plain_step_is_measured_for_long_enough_before_anything_else_is_tried(
         if burst.plan == PLAIN and len(bursts) > 1:
             break
     assert bursts == [PLAIN, PLAIN]
-    assert chooser._costs.known(PLAIN, rows=16, context=2048) == pytest.approx(0.0013, rel=0.05)
+    assert chooser._costs.known(PLAIN, Setting(16, 16, 2048)) == pytest.approx(0.0013, rel=0.05)

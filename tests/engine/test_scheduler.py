@@ -15,6 +15,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import OutOfMemoryError
@@ -228,6 +229,27 @@ def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
         *(("prefill", 16, [1]), ("loop", 2)),
         *(("prefill", 8, [1]), ("loop", 2)),
     ]
+
+
+def test_chunks_that_take_no_time_are_read_at_once(monkeypatch):
+    monkeypatch.setattr("qspec_jax.engine.reading._MOST_WAIT_S", 9.0)
+    log = fake_run([(3, 20), (40, 2)], rows=2)
+    assert log[:6] == [
+        *(("prefill", 8, [0]), ("prefill", 16, [1]), ("loop", 2)),
+        *(("prefill", 16, [1]), ("prefill", 8, [1]), ("loop", 2)),
+    ]
+
+
+def test_those_that_decode_wait_for_few_chunks_and_get_their_share(monkeypatch):
+    monkeypatch.setattr("qspec_jax.engine.reading._MOST_WAIT_S", 0.05)
+    reading = Reading()
+    assert reading.is_enough(1, more=1)  # nobody knows yet what a chunk takes
+    assert reading.burst_s(decoding=3, rows=4) is None
+    reading.note(4, 0.040)
+    assert [reading.is_enough(chunks, more=1) for chunks in (1, 4, 5)] == [False, False, True]
+    assert reading.is_enough(1, more=5)
+    assert reading.burst_s(decoding=4, rows=4) == pytest.approx(0.020)
+    assert reading.burst_s(decoding=1, rows=4) == pytest.approx(0.005)
 
 
 def test_a_request_of_one_token_needs_no_cycle():

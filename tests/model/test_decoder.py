@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 
@@ -79,6 +80,27 @@ def test_prefill_equals_token_by_token_decoding(precision):
         one_by_one.append(logits)
     assert_agree(np.concatenate(one_by_one, axis=1), at_once, precision)
     np.testing.assert_array_equal(cache.lengths, [TOKENS.shape[1]] * 2)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_attention_reads_nothing_of_idle_sequences(scan_layers):
+    """Nor does what they hold change, and the others have their bits."""
+    decoder = tiny.decoder(scan_layers=scan_layers)
+    _, cache = decoder(TOKENS, decoder.create_cache(batch=2, capacity=64), precision=Precision.W4A16)
+    length = TOKENS.shape[1]
+    # The first sequence holds something else, but for the first three places.
+    other = dataclasses.replace(cache, layers=jax.tree.map(lambda a: a.at[..., 0, 3:length, :].add(1.0), cache.layers))
+    run = functools.partial(decoder, TOKENS[:, :3], precision=Precision.W4A16)
+    idle = jnp.asarray([True, False])
+    (expected, _), (of_other, _) = run(cache), run(other)
+    (logits, _), (of_other_idle, after) = run(cache, idle=idle), run(other, idle=idle)
+    assert not np.array_equal(expected[0], of_other[0])
+    np.testing.assert_array_equal(logits[0], of_other_idle[0])
+    for found in (logits, of_other_idle):
+        np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(after.lengths, [length + 3] * 2)
+    for one, before in zip(jax.tree.leaves(after.layers), jax.tree.leaves(other.layers), strict=True):
+        np.testing.assert_array_equal(one[..., 0, :length, :], before[..., 0, :length, :])
 
 
 def test_sequences_of_different_lengths_do_not_influence_each_other():

@@ -1,0 +1,31 @@
+"""For how long those that decode wait while others read their prompts.
+
+Reading a chunk costs the same whenever it is done, but until the last one its row yields nothing. So chunks are read
+one after another, for as long as those that decode can be expected to wait, and the bursts between are short.
+"""
+
+from __future__ import annotations
+
+_MOST_WAIT_S = 0.05  # that those that decode wait for chunks, or as long as a chunk of each row takes
+# Of the time that reading took: what a burst between chunks takes if all other rows decode, and less if fewer do.
+_BURST_SHARE = 0.5
+
+
+class Reading:
+    """The pace of reading, by what chunks took before."""
+
+    def __init__(self) -> None:
+        self._chunk_s: float | None = None  # that a chunk took the last time
+        self._read_s = 0.0  # that chunks took since the last burst
+
+    def note(self, num_chunks: int, seconds: float) -> None:
+        """Takes the time into account that chunks took between two bursts."""
+        self._chunk_s, self._read_s = seconds / num_chunks, seconds
+
+    def is_enough(self, num_chunks: int, more: int) -> bool:
+        """Whether those that decode have waited long enough, for so many chunks, to wait for no more than these."""
+        return self._chunk_s is None or (num_chunks + more) * self._chunk_s > _MOST_WAIT_S
+
+    def burst_s(self, *, decoding: int, rows: int) -> float | None:
+        """Seconds of a burst while prompts are read; None if nobody knows how long that takes."""
+        return _BURST_SHARE * self._read_s * decoding / rows or None
