@@ -196,6 +196,7 @@ class DecoderLayer(nnx.Module):
         kernels: str | None,
         dtype: DTypeLike,
         layers: tuple[int, ...] = (),
+        sum_over: str | None = None,
     ):
         anatomy = layer_anatomy(config)
 
@@ -210,6 +211,7 @@ class DecoderLayer(nnx.Module):
                 kernels=kernels,
                 dtype=dtype,
                 layers=layers,
+                sum_over=sum_over if spec.writes_stream else None,
             )
 
         def norm(path: str) -> RMSNorm:

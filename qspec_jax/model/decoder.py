@@ -27,13 +27,17 @@ from jaxtyping import Array, Bool, Float32, Int32
 import pallas_kernels
 from pallas_kernels import value_of
 from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.device.mesh import MODEL
+from qspec_jax.errors import UsageError
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenContext
 from qspec_jax.model.cache import KVCache, LayerCache
+from qspec_jax.model.collectives import embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.linear import WeightFormat, in_pieces
+from qspec_jax.model.linear import WeightFormat, complete_formats, in_pieces
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.sharding import cached_config, local_config, local_formats
 from qspec_jax.model.view import AHEAD, RECENT, View
 
 
@@ -41,6 +45,9 @@ class Decoder(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
+        config: of the whole model.
+        split: devices that share it; each runs a smaller decoder (``sharding.py``), as which this one is called.
+        axis: of the mesh that they are on; None for one device.
         embedding: ``[V, D]``; also the LM head where the config ties them.
         layers: ``num_layers`` modules, or one that holds them all stacked (``scan_layers``).
     """
@@ -54,6 +61,7 @@ class Decoder(nnx.Module):
         kernels: str | None = None,
         dtype: DTypeLike = jnp.float32,
         scan_layers: bool = True,
+        split: int = 1,
     ):
         """Allocates the parameters as zeros.
 
@@ -65,25 +73,35 @@ class Decoder(nnx.Module):
             kernels: implementation name for the operations of ``pallas_kernels``, None for the best that works.
             dtype: of embedding, norms, biases, LM head, cache and activations.
             scan_layers: stack the layers and scan over them (see the module docstring).
+            split: devices that share the model; what is allocated is what one of them has.
         """
         self.config = config
+        self.split = split
+        self.axis = MODEL if split > 1 else None
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         # Kernels of another name do not serve every dtype and number of rows of an LM head.
         self.head_kernels = REFERENCE if kernels == REFERENCE else None
-        default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
-        complete = {name: (formats or {}).get(name, default) for name in layer_anatomy(config).linears}
+        complete = local_formats(
+            config, complete_formats(layer_anatomy(config).linears, quantization, formats), split
+        )
+        tied, local = config.tie_word_embeddings, local_config(config, split)
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
-        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.embedding = nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List(
             DecoderLayer(
-                config, formats=complete, quantization=quantization, kernels=kernels, dtype=dtype, layers=leading
+                local,
+                formats=complete,
+                quantization=quantization,
+                kernels=kernels,
+                dtype=dtype,
+                layers=leading,
+                sum_over=self.axis,
             )
             for _ in range(count)
         )
         self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.lm_head = None if tied else nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype))
 
     def __repr__(self) -> str:
         config = self.config
@@ -91,9 +109,10 @@ class Decoder(nnx.Module):
         return f"Decoder({sizes}, {config.vocab_size} tokens, {self.dtype})"
 
     def create_cache(self, *, batch: int, capacity: int, num_blocks: int = 0) -> KVCache:
-        """An empty cache, arranged as the layers are; see :meth:`KVCache.create`."""
+        """An empty cache, that of all devices, arranged as the layers are; see :meth:`KVCache.create`."""
         sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
-        return KVCache.create(self.config, **sizes, dtype=self.dtype, stacked=self.scan_layers)
+        config = cached_config(self.config, self.split)
+        return KVCache.create(config, **sizes, dtype=self.dtype, stacked=self.scan_layers)
 
     def __call__(
         self,
@@ -130,9 +149,18 @@ class Decoder(nnx.Module):
             idle: sequences whose results nobody reads. Attention reads as little of them as of an empty sequence.
 
         Returns:
-            float32 logits (``T_out = T``, or 1 with ``logits_at``), the cache with ``lengths + T``, and the masses of
-            its blocks (``pallas_kernels.decode_attention_with_masses``) or None.
+            float32 logits (``T_out = T``, or 1 with ``logits_at``), of the tokens of the vocabulary that this device
+            has; the cache with ``lengths + T``, and the masses of its blocks
+            (``pallas_kernels.decode_attention_with_masses``) or None.
+
+        Raises:
+            UsageError: several devices share the model, and this is not the program of one of them.
         """
+        if self.axis is not None and not is_bound(self.axis):
+            raise UsageError(
+                f"this decoder is on a mesh ({self.axis}={self.split}), whose programs run it: use the methods of "
+                "LanguageModel, or load the model without a mesh to call it"
+            )
         with _exact_float32(self.dtype):
             stream, cache, masses = self._hidden(tokens, cache, view=View.of(precision), weigh=weigh, idle=idle)
             if logits_at is not None:
@@ -177,7 +205,7 @@ class Decoder(nnx.Module):
             rotations=rope.rotation(positions, self.config),
             blocks=None if view.cache_budget is None else cache.blocks,
         )
-        stream = ResidualStream(jnp.take(self.embedding.get_value(), tokens, axis=0))
+        stream = ResidualStream(embed(self.embedding.get_value(), tokens, self.axis))
         if isinstance(cache.layers, LayerCache):
             stream, layers, masses = self._scan(stream, cache.layers, context, view=view, weigh=weigh)
         else:
@@ -243,12 +271,19 @@ def abstract_decoder(
     dtype: DTypeLike = jnp.float32,
     scan_layers: bool = True,
     kernels: str | None = None,
+    split: int = 1,
 ) -> Decoder:
-    """A decoder of shapes and dtypes; its parameters take no memory."""
+    """A decoder of shapes and dtypes; its parameters take no memory. With ``split``, what one of so many devices has."""
 
     def build() -> Decoder:
         return Decoder(
-            config, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=scan_layers
+            config,
+            quantization=quantization,
+            formats=formats,
+            kernels=kernels,
+            dtype=dtype,
+            scan_layers=scan_layers,
+            split=split,
         )
 
     return nnx.eval_shape(build)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from pallas_kernels.arrays.shown import shown
 from pallas_kernels.dispatch import MOSAIC, REFERENCE, TPU
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.errors import UsageError
+from qspec_jax.model.collectives import add_up
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
@@ -35,6 +36,14 @@ class WeightFormat:
 
     group_size: int | None
     symmetric: bool
+
+
+def complete_formats(
+    paths: Iterable[str], quantization: QuantConfig | None, formats: Mapping[str, WeightFormat | None] | None
+) -> dict[str, WeightFormat | None]:
+    """How each linear is stored: as ``formats`` says of it, else as ``quantization`` does."""
+    default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
+    return {path: (formats or {}).get(path, default) for path in paths}
 
 
 def activation_quantization(quantization: QuantConfig, view: View) -> ActivationQuantization | None:
@@ -55,7 +64,8 @@ _USUAL_VIEWS = (View.of(Precision.W4A16), View.of(Precision.W4A8))
 class Linear(nnx.Module):
     """``y = x @ weight.T + bias`` with a weight in 4 bits or in floating point.
 
-    A leading ``layers`` shape stacks the arrays of several layers, for a scan over them.
+    A leading ``layers`` shape stacks the arrays of several layers, for a scan over them. With ``sum_over``, the devices
+    of that axis of a mesh have some inputs each, and the output is the sum over all of them.
     """
 
     def __init__(
@@ -69,7 +79,9 @@ class Linear(nnx.Module):
         kernels: str | None,
         dtype: DTypeLike,
         layers: tuple[int, ...] = (),
+        sum_over: str | None = None,
     ):
+        self.sum_over = sum_over
         self.quantization = quantization
         self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
@@ -101,7 +113,7 @@ class Linear(nnx.Module):
         settings = self.input_quantization(view)
         if settings is not None and not isinstance(x, QuantizedActivation):
             x = pallas_kernels.quantize_activations(x, **settings)
-        y = self._product(x, view)
+        y = add_up(self._product(x, view), self.sum_over)
         return y if self.bias is None else value_of(y) + self.bias.get_value()
 
     def input_quantization(self, view: View) -> dict[str, Any] | None:

@@ -1,0 +1,88 @@
+"""What the devices that share a model tell each other, in the program of one of them.
+
+Each has some channels of every sum over inputs, and some tokens of the vocabulary. Sums are gathered and added in the
+order of the devices, never in that of a library: the order of a library depends on where in a message a number lies,
+so that a token would have other bits beside others than alone. What is gathered is a ``PartialSums``, which the norm
+kernels add as they load it.
+
+The axis is None where a device has all of a model: nothing is told then.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import MAX_DECODE_TOKENS, PartialSums
+from pallas_kernels.arrays.partial_sums import tree_sum
+
+
+def is_bound(axis: str) -> bool:
+    """Whether this is the program of a device on a mesh with such an axis."""
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def add_up(y: Float[Array, "*batch N"] | PartialSums, axis: str | None) -> Float[Array, "*batch N"] | PartialSums:
+    """The sums over all inputs, of those over the inputs of each device. They are rounded once, after the last addition.
+
+    Where a sequence has many tokens, a prefill, each device adds up those of some and tells the others: the same sums
+    from fewer bytes.
+    """
+    if axis is None:
+        return y
+    dtype, count = y.dtype, lax.axis_size(axis)
+    own = tree_sum([y.parts[index] for index in range(len(y.parts))]) if isinstance(y, PartialSums) else y
+    if own.ndim == 3 and own.shape[1] > MAX_DECODE_TOKENS and own.shape[1] % count == 0:
+        batch, tokens, outputs = own.shape
+        shares = own.reshape(batch, count, tokens // count, outputs)
+        share = PartialSums(_as_float32(lax.all_to_all(shares, axis, split_axis=1, concat_axis=0)), dtype)
+        return lax.all_gather(share.value(), axis, axis=1, tiled=True)
+    return PartialSums(_as_float32(lax.all_gather(own, axis)), dtype)
+
+
+def _as_float32(parts: Float[Array, "P *batch N"]) -> Float32[Array, "P *batch N"]:
+    return parts.astype(jnp.float32)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int32[Array, "B T"], axis: str | None) -> Float[Array, "B T D"]:
+    """Rows of a table, of which each device has some."""
+    if axis is None:
+        return jnp.take(table, tokens, axis=0)
+    place = tokens - lax.axis_index(axis) * table.shape[0]
+    is_here = (place >= 0) & (place < table.shape[0])
+    rows = jnp.take(table, jnp.where(is_here, place, 0), axis=0)
+    return lax.psum(jnp.where(is_here[..., None], rows, jnp.zeros((), rows.dtype)), axis)  # one is not zero: exact
+
+
+def most_likely(logits: Float32[Array, "B T V"], axis: str | None) -> Int32[Array, "B T"]:
+    """The lowest of the most likely tokens, of logits of which each device has some."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if axis is None:
+        return best
+    largest = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+    # One message, in which a float32 travels as its bits.
+    pair = lax.bitcast_convert_type(largest, jnp.int32), best + lax.axis_index(axis) * logits.shape[-1]
+    bits, tokens = jnp.moveaxis(lax.all_gather(jnp.stack(pair), axis), 1, 0)
+    device = jnp.argmax(lax.bitcast_convert_type(bits, jnp.float32), axis=0)
+    return jnp.take_along_axis(tokens, device[None], axis=0)[0]
+
+
+def all_logits(logits: Float32[Array, "B T V"], axis: str | None) -> Float32[Array, "B T all_V"]:
+    """The logits of the whole vocabulary, of which each device has some."""
+    return logits if axis is None else lax.all_gather(logits, axis, axis=logits.ndim - 1, tiled=True)
+
+
+def sum_over(number: Int32[Array, ""], axis: str | None) -> Int32[Array, ""]:
+    """The sum of a whole number over the devices of an axis."""
+    return number if axis is None else lax.psum(number, axis)
+
+
+def rows_of_all(tree: jax.typing.ArrayLike | object, axis: str | None) -> object:
+    """Arrays of rows, of which each device has some, whole."""
+    return tree if axis is None else jax.tree.map(lambda rows: lax.all_gather(rows, axis, tiled=True), tree)
