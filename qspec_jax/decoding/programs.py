@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
@@ -28,12 +29,14 @@ from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.laid_out import LaidOut, compile_all
+from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores
+from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores, with_rows_of
 from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
@@ -50,10 +53,14 @@ class Programs:
         compile_s: seconds that took, and those of reading programs from the store.
         store: where programs of other processes are found, None for nowhere.
         costs: what cycles of this model take; kept beside the store, if there is one.
+        mesh: that the decoder is on; None for one device. What runs there is kept nowhere but in this process.
     """
 
-    def __init__(self, decoder: Decoder):
+    _on_mesh: OnMesh | None = None
+
+    def __init__(self, decoder: Decoder, mesh: Mesh | None = None):
         self.decoder = decoder
+        self._on_mesh = None if mesh is None else OnMesh(mesh)
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
@@ -62,6 +69,16 @@ class Programs:
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
         self._lock = threading.RLock()
         self._laid_out = LaidOut(decoder)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """See the class."""
+        return None if self._on_mesh is None else self._on_mesh.mesh
+
+    @property
+    def num_row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split: their number must be a multiple of it."""
+        return 1 if self._on_mesh is None else self._on_mesh.num_row_shards
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -78,9 +95,14 @@ class Programs:
         """See the class; read when it is first asked for."""
         with self._lock:
             if self._costs is None:
-                path = None if self.store is None else table_path(self.store.folder.parent / "costs", self.decoder)
+                path = None if not self._keeps else table_path(self.store.folder.parent / "costs", self.decoder)
                 self._costs = CostTable(PassBytes.of(self.decoder), path)
             return self._costs
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether other processes find what this one compiled and measured."""
+        return self.store is not None and self._on_mesh is None
 
     def save_costs(self) -> None:
         """Writes what was measured, if anybody asked for costs."""
@@ -168,7 +190,7 @@ class Programs:
     ) -> None:
         began = time.perf_counter()
         with self._lock:
-            keys = program_keys(missing, self.decoder) if self.store is not None else {}
+            keys = program_keys(missing, self.decoder) if self._keeps else {}
         found = self._stored(keys)
         missing = {name: lower for name, lower in missing.items() if name not in found}
         if missing:
@@ -216,7 +238,7 @@ class Programs:
         width = chunks.tokens.shape[1]
         program, leaves = self._program(_prefill_key(plan, shape, width), plan, shape, (width,))
         with explain_out_of_memory("while generating"):
-            return program(leaves, state, chunks, rows, sources, np.int32(count))
+            return self._run(program, leaves, state, chunks, rows, sources, np.int32(count))
 
     def loop(
         self,
@@ -234,7 +256,10 @@ class Programs:
         """
         program, leaves = self._program(_loop_key(plan, shape), plan, shape, ())
         with explain_out_of_memory("while generating"):
-            return program(leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
+            return self._run(program, leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
+
+    def _run(self, program: Any, *arguments: Any) -> Any:
+        return program(*arguments) if self._on_mesh is None else self._on_mesh.run(program, *arguments)
 
     def _program(
         self, key: tuple[Any, ...], plan: DecodingPlan, shape: Shape, widths: Iterable[int]
@@ -261,12 +286,23 @@ class Programs:
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
+        return self._idle(shape) if self._on_mesh is None else self._on_mesh.made(lambda: self._idle(shape))
+
+    def _idle(self, shape: Shape) -> DecodeState:
         sizes = {"batch": shape.rows, "capacity": shape.capacity, "num_blocks": shape.num_blocks}
         cache = self.decoder.create_cache(**sizes)
-        return self.with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
+        return self._with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
+
+    def with_rows_of(self, state: DecodeState, smaller: DecodeState) -> DecodeState:
+        """Idle rows that hold what those of another state do; see the function. The first state is used up."""
+        return with_rows_of(state, smaller) if self._on_mesh is None else self._on_mesh.with_rows_of(state, smaller)
 
     def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
         """A state with what the features of a shape need besides; the sequences in it go on as before."""
+        made = self._with_features(state, shape)
+        return made if self._on_mesh is None else self._on_mesh.placed(made)
+
+    def _with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
         sampler = Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features, state.sampler)
         scores = state.scores
         if shape.features.scores and scores is None:
@@ -278,34 +314,36 @@ class Programs:
 
     def lower_prefill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
         """Lowers the program that reads chunks of a width into rows; its state is donated."""
-        laid_out = self._laid_out
+        laid_out, rows_over = self._laid_out, self._rows_over
 
         def prefill(leaves, state, chunks, rows, sources, count):
-            state = speculative.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, plan=plan)
-            return state, Report.of(state, count * 0)
+            options: dict[str, Any] = {"plan": plan, "rows_over": rows_over}
+            state = speculative.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, **options)
+            return state, Report.of(state, count * 0, rows_over=rows_over)
 
-        state = jax.eval_shape(lambda: self.idle_state(shape))
+        state = jax.eval_shape(lambda: self._idle(shape))
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
-            return jax.jit(prefill, donate_argnums=1).lower(laid_out.leaves, state, chunks, rows, rows, np.int32(0))
+            return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
-        per_check, laid_out = cycles_per_check(plan), self._laid_out
+        laid_out, rows_over = self._laid_out, self._rows_over
+        options: dict[str, Any] = {"cycles_per_check": cycles_per_check(plan), "rows_over": rows_over}
 
         def loop(leaves, state, retired, max_cycles, until_finished):
+            retired = own_rows(retired, len(state.finished), rows_over)
             state = dataclasses.replace(state, finished=state.finished | retired)
-            state, cycles = speculative.generate(
-                laid_out.merge(leaves), state, max_cycles, until_finished, plan=plan, cycles_per_check=per_check
-            )
-            return state, Report.of(state, cycles)
+            limits = max_cycles, until_finished
+            state, cycles = speculative.generate(laid_out.merge(leaves), state, *limits, plan=plan, **options)
+            return state, Report.of(state, cycles, rows_over=rows_over)
 
-        state = jax.eval_shape(lambda: self.idle_state(shape))
+        state = jax.eval_shape(lambda: self._idle(shape))
         retired = np.zeros((shape.rows,), bool)
-        with early_launch.early_launch(launches_early(self.decoder, plan, shape.rows)):
-            return jax.jit(loop, donate_argnums=1).lower(laid_out.leaves, state, retired, np.int32(0), np.int32(0))
+        with early_launch.early_launch(self._launches_early(plan, shape.rows)):
+            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0))
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -315,13 +353,36 @@ class Programs:
         ``advance`` is what the loop repeats, see :func:`speculative.generate`.
         """
         options: dict[str, Any] = {"plan": plan, "cycles_per_check": cycles_per_check(plan), "advance": advance}
+        options["rows_over"] = self._rows_over
         laid_out = self._laid_out
 
         def loop(leaves, state, max_cycles):
             return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
-        with early_launch.early_launch(launches_early(self.decoder, plan, len(state.last_token))):
-            return jax.jit(loop, donate_argnums=1).lower(laid_out.leaves, state, np.int32(0))
+        with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
+            return self._lower(loop, laid_out, state, np.int32(0), reports=False)
+
+    @property
+    def _rows_over(self) -> str | None:
+        """The axis of the mesh over which rows are split, None for none."""
+        return None if self._on_mesh is None else self._on_mesh.rows_over
+
+    def _launches_early(self, plan: DecodingPlan, rows: int) -> bool:
+        # Nobody has tried it beside the kernels that carry messages.
+        return self._on_mesh is None and launches_early(self.decoder, plan, rows)
+
+    def _lower(
+        self,
+        program: Callable[..., Any],
+        laid_out: LaidOut,
+        state: DecodeState,
+        *others: Any,
+        reports: bool = True,
+    ) -> jax.stages.Lowered:
+        """Lowers ``program(leaves, state, *others)``, whose state is donated, for one device or the mesh."""
+        if self._on_mesh is not None:
+            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports)
+        return jax.jit(program, donate_argnums=1).lower(laid_out.leaves, state, *others)
 
     def check_cache(self, *, rows: int, capacity: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from qspec_jax.decoding.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
+from qspec_jax.model.collectives import most_likely
 
 NO_TOKEN = -1
 
@@ -150,6 +151,7 @@ def choose(
     *,
     first: Int32[Array, " B"] | None = None,
     drafts: Int32[Array, "B T_minus_1"] | None = None,
+    axis: str | None = None,
 ) -> Int32[Array, "B T"]:
     """The next token after each of ``T`` tokens; the lowest of equally good ones, or a draft that is typical.
 
@@ -158,10 +160,12 @@ def choose(
         sampler: None chooses the most likely tokens.
         first: place among the new tokens of the first token chosen; needed with a sampler.
         drafts: the tokens between those that are chosen: the second is chosen as if the first draft had been.
+        axis: of a mesh whose devices have the logits of some tokens each; not with a sampler, which sees all of them.
     """
     if sampler is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return most_likely(logits, axis)
     assert first is not None
+    assert axis is None
     places = first[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
     if sampler.biases is not None:
         logits = _biased(logits, sampler, places)

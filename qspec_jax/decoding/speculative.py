@@ -34,6 +34,7 @@ from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import Sampler, choose
 from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.model.cache import KVCache
+from qspec_jax.model.collectives import all_logits, sum_over
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.view import View
 
@@ -42,7 +43,7 @@ class Verification(NamedTuple):
     """What a verification finds: the target's tokens and logits, the cache it wrote, what the blocks of it weighed."""
 
     tokens: Int32[Array, "B gamma_plus_1"]
-    logits: Float32[Array, "B gamma_plus_1 V"]
+    logits: Float32[Array, "B gamma_plus_1 V_of_device"]
     cache: KVCache
     masses: Float32[Array, "B L KH NB"] | None
 
@@ -64,9 +65,10 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
         logits_at=chunk.num_tokens - 1,
     )
     sampler, end = chunk.sampler, chunk.start + chunk.num_tokens
+    logits, axis = _as_chosen_from(model, logits, sampler, scored=state.scores is not None)
     if sampler is not None and chunk.prompt is not None:
         sampler = sampler.for_prompts(chunk.prompt, end, logits.shape[-1])
-    first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32))
+    first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32), axis=axis)
     first, scores = first_tokens[:, 0], state.scores
     if scores is not None:
         found = TokenScores.of(logits, first_tokens)
@@ -93,6 +95,19 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
     )
 
 
+def _as_chosen_from(
+    model: Decoder, logits: Float32[Array, "B T V"], sampler: Sampler | None, *, scored: bool
+) -> tuple[Float32[Array, "B T V_seen"], str | None]:
+    """Logits of all tokens, or those that a device has where the most likely token is all that is wanted of them.
+
+    Returns:
+        the logits, and the axis over whose devices they are spread; None for all of them.
+    """
+    if sampler is None and not scored:
+        return logits, model.axis
+    return all_logits(logits, model.axis), None
+
+
 def prefill_rows(
     model: Decoder,
     state: DecodeState,
@@ -102,12 +117,21 @@ def prefill_rows(
     count: Int32[Array, ""],
     *,
     plan: DecodingPlan,
+    rows_over: str | None = None,
 ) -> DecodeState:
     """Reads the first ``count`` of ``P`` chunks of prompts into ``rows``, while the other rows stay as they are.
 
     ``sources`` are the rows that hold what the prompts begin with, up to these chunks; see ``engine.prefixes``.
     One after the other, each as a batch of one: what a prompt yields cannot depend on what enters beside it.
+
+    Where the devices of an axis ``rows_over`` have some rows each, each reads its own. They copy from nowhere else.
     """
+    if rows_over is not None:
+        first = lax.axis_index(rows_over) * len(state.finished)
+        is_own = (rows >= first) & (rows < first + len(state.finished)) & (jnp.arange(len(rows)) < count)
+        order = jnp.argsort(~is_own, stable=True)
+        rows, sources, chunks = jax.tree.map(lambda array: array[order], (rows - first, sources - first, chunks))
+        count = is_own.astype(jnp.int32).sum()
 
     def enter(index: Array, state: DecodeState) -> DecodeState:
         entered = prefill(model, state.row(sources[index]), chunks.row(index), plan=plan)
@@ -135,7 +159,8 @@ def draft(
     def step(carry: tuple[Array, KVCache, Sampler | None], index: Array):
         token, cache, sampler = carry
         logits, cache = model(token[:, None], cache, precision=view, idle=idle)
-        tokens = choose(logits, sampler, first=None if first is None else first + index)
+        logits, axis = _as_chosen_from(model, logits, sampler, scored=False)
+        tokens = choose(logits, sampler, first=None if first is None else first + index, axis=axis)
         if sampler is not None:
             sampler = sampler.after(tokens, jnp.ones(tokens.shape, bool))
         return (tokens[:, 0], cache, sampler), tokens[:, 0]
@@ -185,15 +210,18 @@ def verify(
     sampler: Sampler | None = None,
     first: Int32[Array, " B"] | None = None,
     idle: Bool[Array, " B"] | None = None,
+    scored: bool = False,
 ) -> Verification:
     """The tokens the target chooses after the last token and after each draft.
 
-    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten. ``weigh`` and
-    ``idle`` are as in :meth:`Decoder.run`.
+    ``cache`` must be rolled back to before ``last_token``: its draft entries are overwritten. ``weigh`` and ``idle``
+    are as in :meth:`Decoder.run`. With ``scored``, the logits that are returned are those of the whole vocabulary in
+    any case.
     """
     tokens = jnp.concatenate([last_token[:, None], draft_tokens], axis=1)
     logits, cache, masses = model.run(tokens, cache, precision=view, weigh=weigh, idle=idle)
-    return Verification(choose(logits, sampler, first=first, drafts=draft_tokens), logits, cache, masses)
+    logits, axis = _as_chosen_from(model, logits, sampler, scored=scored)
+    return Verification(choose(logits, sampler, first=first, drafts=draft_tokens, axis=axis), logits, cache, masses)
 
 
 def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
@@ -231,6 +259,7 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
             sampler=state.sampler,
             first=state.num_tokens,
             idle=state.finished,
+            scored=state.scores is not None,
         )
     with jax.named_scope("accept"):
         num_accepted = accept(draft_tokens, target_tokens)
@@ -304,6 +333,7 @@ def generate(
     plan: DecodingPlan,
     cycles_per_check: int = 1,
     advance: Callable[..., DecodeState] = cycle,
+    rows_over: str | None = None,
 ) -> tuple[DecodeState, Int32[Array, ""]]:
     """Runs cycles on the device until enough sequences have finished, or ``max_cycles`` of them.
 
@@ -316,23 +346,32 @@ def generate(
         cycles_per_check: cycles between two looks at whether to go on; a GPU's host waits for each look. Those after
             the last sequence has finished change nothing.
         advance: ``advance(model, state, plan=plan)`` is what is repeated; a benchmark repeats a part of a cycle.
+        rows_over: the axis of a mesh whose devices have some rows each; all of them run as many cycles.
 
     Returns:
         the state after the cycles, and their number.
     """
     enough = state.finished.shape[0] if until_finished is None else until_finished
+    if until_finished is None and rows_over is not None:
+        enough *= lax.axis_size(rows_over)
     state, others = _needed(state, plan)
 
-    def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
-        count, state = carry
-        return (count < max_cycles) & (state.finished.astype(jnp.int32).sum() < enough)
+    def finished(state: DecodeState) -> Int32[Array, ""]:
+        return state.finished.astype(jnp.int32).sum()
 
-    def one_cycle(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        count, state = carry
+    def of_all_devices(state: DecodeState) -> Int32[Array, ""] | None:
+        return None if rows_over is None else sum_over(finished(state), rows_over)
+
+    def unfinished(carry: tuple[Array, Array | None, DecodeState]) -> Bool[Array, ""]:
+        count, known, state = carry
+        return (count < max_cycles) & ((finished(state) if known is None else known) < enough)
+
+    def one_cycle(carry: tuple[Array, Array | None, DecodeState]) -> tuple[Array, Array | None, DecodeState]:
+        count, _, state = carry
         state = lax.fori_loop(0, cycles_per_check, lambda _, state: advance(model, state, plan=plan), state)
-        return count + cycles_per_check, state
+        return count + cycles_per_check, of_all_devices(state), state
 
-    count, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), state))
+    count, _, state = lax.while_loop(unfinished, one_cycle, (jnp.int32(0), of_all_devices(state), state))
     return _with_others(state, others), count
 
 

@@ -24,6 +24,7 @@ from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
 from qspec_jax.decoding.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS
 from qspec_jax.model.cache import KVCache
+from qspec_jax.model.collectives import rows_of_all
 
 
 @typing.no_type_check  # as a pytree it also holds shapes and other stand-ins for arrays
@@ -145,7 +146,9 @@ class DecodeState:
 def with_rows_of(state: DecodeState, smaller: DecodeState) -> DecodeState:
     """Idle rows that hold what those of another state do, of which there are as many, with less capacity."""
     history = state.history
-    if history is not None and smaller.history is not None:
+    if isinstance(history, jax.Array) and smaller.history is not None:  # on a mesh
+        history = history.at[:, : smaller.cache.capacity].set(smaller.history)
+    elif history is not None and smaller.history is not None:
         history = np.array(history)
         history[:, : smaller.cache.capacity] = np.asarray(smaller.history)
     cache = state.cache.with_entries_of(smaller.cache)
@@ -176,10 +179,11 @@ class Report:
         return with_shapes(self)
 
     @classmethod
-    def of(cls, state: DecodeState, cycles: Int32[Array, ""]) -> Report:
-        """Of a state after some cycles."""
-        counts = state.num_tokens, state.finished, state.accepted_lengths, cycles
-        return cls(state.tokens, *counts, state.scores, state.record)
+    def of(cls, state: DecodeState, cycles: Int32[Array, ""], *, rows_over: str | None = None) -> Report:
+        """Of a state after some cycles; of the rows of all devices of an axis, where each has some."""
+        arrays = state.tokens, state.num_tokens, state.finished, state.accepted_lengths, state.scores, state.record
+        tokens, num_tokens, finished, accepted_lengths, scores, record = rows_of_all(arrays, rows_over)
+        return cls(tokens, num_tokens, finished, accepted_lengths, cycles, scores, record)
 
 
 @typing.no_type_check  # as above

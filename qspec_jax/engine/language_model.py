@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jax.sharding import Mesh
+
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
@@ -46,6 +48,7 @@ class LanguageModel:
         quantization: None if the weights are floating point.
         kernels: the implementation its matmuls run on.
         name: where it was loaded from.
+        mesh: the devices that share it; None for one.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class LanguageModel:
         kernels: str,
         name: str = "model",
         stop_tokens: Sequence[int] = (),
+        mesh: Mesh | None = None,
     ):
         self.decoder = decoder
         self.tokenizer = tokenizer
@@ -65,7 +69,7 @@ class LanguageModel:
         self.name = name
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
-        self.programs = Programs(decoder)
+        self.programs = Programs(decoder, mesh)
 
     def __repr__(self) -> str:
         weights = (
@@ -77,6 +81,11 @@ class LanguageModel:
     def config(self) -> ModelConfig:
         """Shape and options of the decoder."""
         return self.decoder.config
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """See the class."""
+        return self.programs.mesh
 
     @property
     def intake(self) -> Intake:

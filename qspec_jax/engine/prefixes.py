@@ -22,7 +22,7 @@ Example, chunks of up to 512 tokens, a system prompt S of 600 (chunks S1 and S2)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 Chunk = tuple[int, Sequence[int]]
@@ -44,9 +44,13 @@ class NextChunk(NamedTuple):
 
 
 class HeldChunks:
-    """The chunks that each row holds of the last prompt that it read: those before its end are never overwritten."""
+    """The chunks that each row holds of the last prompt that it read: those before its end are never overwritten.
 
-    def __init__(self, rows: int):
+    Rows may lie on several devices, as many on each, in order. No row can be copied to another device.
+    """
+
+    def __init__(self, rows: int, num_devices: int = 1):
+        self._per_device = rows // num_devices
         self._held: list[Sequence[Chunk]] = [[] for _ in range(rows)]
 
     def note(self, row: int, chunks: Sequence[Chunk]) -> None:
@@ -62,8 +66,10 @@ class HeldChunks:
         most = max(self._in_common(row, chunks) for row in range(len(self._held)))
         return sum(len(ids) for _, ids in chunks[:most])
 
-    def room_for(self, chunks: Sequence[Chunk], idle: Iterable[int], also_held: Sequence[int] = ()) -> int:
+    def room_for(self, chunks: Sequence[Chunk], idle: Collection[int], also_held: Sequence[int] = ()) -> int:
         """The idle row that is best for a prompt: which holds most of what it begins with, else holds least.
+
+        Of several devices, the one that holds most of it, else the one with most idle rows.
 
         Args:
             chunks: of the prompt.
@@ -74,7 +80,15 @@ class HeldChunks:
         def size(row: int) -> int:
             return max(sum(len(ids) for _, ids in self._held[row]), *also_held[row : row + 1], 0)
 
-        return min(idle, key=lambda row: (-self._in_common(row, chunks), size(row)))
+        in_common = [self._in_common(row, chunks) for row in range(len(self._held))]
+
+        def of_device(row: int) -> int:
+            return max(in_common[other] for other in self._beside(row))
+
+        def num_idle(row: int) -> int:
+            return sum(other in idle for other in self._beside(row))
+
+        return min(idle, key=lambda row: (-of_device(row), -in_common[row], -num_idle(row), size(row)))
 
     def plan(self, reading: Mapping[int, Sequence[Chunk]]) -> tuple[list[NextChunk], list[int]]:
         """What some rows read next, in any order or at once.
@@ -91,7 +105,7 @@ class HeldChunks:
         for row, chunks in reading.items():
             source, index = self._best_source(row, chunks)
             up_to = chunks[: index + 1]
-            shared = index + 1 < len(chunks) and up_to in written.values()
+            shared = index + 1 < len(chunks) and up_to in (written.get(other) for other in self._beside(row))
             if shared or row in sources or source in written:
                 later.append(row)
                 continue
@@ -103,12 +117,17 @@ class HeldChunks:
     def _best_source(self, row: int, chunks: Sequence[Chunk]) -> tuple[int, int]:
         """The row that holds most of the chunks, by preference the one that reads them, and how many."""
         source, most = row, self._in_common(row, chunks)
-        for other in range(len(self._held)):
+        for other in self._beside(row):
             if most + 1 == len(chunks):
                 break
             if (count := self._in_common(other, chunks)) > most:
                 source, most = other, count
         return source, most
+
+    def _beside(self, row: int) -> range:
+        """The rows of the same device."""
+        first = row - row % self._per_device
+        return range(first, first + self._per_device)
 
     def _in_common(self, row: int, chunks: Sequence[Chunk]) -> int:
         """How many chunks of a prompt a row holds, but for the last one, from which the first new token comes."""

@@ -36,7 +36,7 @@ from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.decoding.state import DecodeState, PromptChunk, with_rows_of
+from qspec_jax.decoding.state import DecodeState, PromptChunk
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.held_texts import HeldTexts
@@ -80,13 +80,14 @@ class Scheduler:
         Args:
             programs: of the model.
             plan: what a cycle does, or what to choose from.
-            rows: sequences that run together.
+            rows: sequences that run together; on a mesh they become a multiple of its axis ``data``.
             capacity: cache positions of each.
             burst_s: about how long a burst lasts, and thus how long a result or an interruption may have to wait.
             on_event: called with a few words when a long step begins.
             state_of: keep what this plan needs instead: programs of one of its choices are then those it would run.
             keep_drafts: keep what each cycle drafts: the programs are then others.
         """
+        rows = -(-rows // programs.num_row_shards) * programs.num_row_shards
         self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity, keep_drafts=keep_drafts)
         self.totals = RunTotals(rows=rows)
         self._programs, self._burst_s = programs, burst_s
@@ -213,7 +214,7 @@ class Scheduler:
     def _empty_rows(self) -> None:
         rows = self.shape.rows
         self._rows: list[RunningSequence | None] = [None] * rows
-        self._held, self._texts = HeldChunks(rows), HeldTexts(rows)
+        self._held, self._texts = HeldChunks(rows, self._programs.num_row_shards), HeldTexts(rows)
         self._retired = np.zeros((rows,), bool)
 
     def _step(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -363,7 +364,7 @@ class Scheduler:
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
             if self._inherited is not None:
-                self._state, self._inherited = with_rows_of(self._state, self._inherited), None
+                self._state, self._inherited = self._programs.with_rows_of(self._state, self._inherited), None
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted

@@ -10,10 +10,12 @@ The axis is None where a device has all of a model: nothing is told then.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import MAX_DECODE_TOKENS, PartialSums
 from pallas_kernels.arrays.partial_sums import tree_sum
@@ -83,6 +85,11 @@ def sum_over(number: Int32[Array, ""], axis: str | None) -> Int32[Array, ""]:
     return number if axis is None else lax.psum(number, axis)
 
 
-def rows_of_all(tree: jax.typing.ArrayLike | object, axis: str | None) -> object:
-    """Arrays of rows, of which each device has some, whole."""
+def own_rows(array: Shaped[Array, "rows *rest"], num_rows: int, axis: str | None) -> Shaped[Array, "own *rest"]:
+    """Of an array of all rows those of this device, of which each has so many."""
+    return array if axis is None else lax.dynamic_slice_in_dim(array, lax.axis_index(axis) * num_rows, num_rows)
+
+
+def rows_of_all(tree: Any, axis: str | None) -> Any:
+    """Arrays of rows, of which each device has some, of all rows."""
     return tree if axis is None else jax.tree.map(lambda rows: lax.all_gather(rows, axis, tiled=True), tree)

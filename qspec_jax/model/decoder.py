@@ -109,9 +109,13 @@ class Decoder(nnx.Module):
         return f"Decoder({sizes}, {config.vocab_size} tokens, {self.dtype})"
 
     def create_cache(self, *, batch: int, capacity: int, num_blocks: int = 0) -> KVCache:
-        """An empty cache, that of all devices, arranged as the layers are; see :meth:`KVCache.create`."""
+        """An empty cache, arranged as the layers are; see :meth:`KVCache.create`.
+
+        In the program of one of several devices it is that of this device, elsewhere that of all of them.
+        """
         sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
-        config = cached_config(self.config, self.split)
+        is_local = self.axis is not None and is_bound(self.axis)
+        config = (local_config if is_local else cached_config)(self.config, self.split)
         return KVCache.create(config, **sizes, dtype=self.dtype, stacked=self.scan_layers)
 
     def __call__(

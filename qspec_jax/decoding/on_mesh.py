@@ -1,0 +1,135 @@
+"""Programs on a mesh: each is one ``shard_map``, in which a device runs a decoder of its own (``model/sharding.py``).
+
+XLA's own partitioner has nothing to decide then: the only collectives are those that ``model/collectives.py`` names,
+two per layer and two more for each pass, and the sums and reports over rows of ``data``.
+
+What the host gives a program (chunks, rows, counts) is the same on all devices, and each takes what is its own. So is
+what the host reads of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qspec_jax.decoding.state import DecodeState, with_rows_of
+from qspec_jax.device.mesh import DATA, MODEL
+from qspec_jax.model.sharding import cache_spec
+
+_SAME = PartitionSpec()
+# Two programs that devices begin in different orders would wait for each other's messages for ever.
+_dispatching = threading.RLock()
+
+
+class OnMesh:
+    """How the programs of a decoder run on a mesh.
+
+    Attributes:
+        mesh: with the axes ``data`` and ``model``.
+        rows_over: the axis over which rows are split; None where all devices have all rows.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.rows_over = DATA if mesh.shape[DATA] > 1 else None
+
+    @property
+    def num_row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.mesh.shape[DATA]
+
+    def lower(
+        self,
+        program: Callable[..., Any],
+        leaves: Sequence[Any],
+        state: DecodeState,
+        *others: Any,
+        reports: bool = True,
+    ) -> jax.stages.Lowered:
+        """Lowers ``program(leaves, state, *others)``; its state is donated.
+
+        Args:
+            program: of one device. It returns a state, and with ``reports`` something that is the same on all devices.
+            leaves: the arrays of a decoder of the mesh, or their shapes with shardings.
+            state: of all rows; its shapes are enough.
+            others: what is the same on all devices.
+            reports: see ``program``.
+        """
+        of_state, same = self.state_specs(state), jax.tree.map(lambda _: _SAME, others)
+        specs = [leaf.sharding.spec for leaf in leaves], of_state, *same
+        mapped = self.map(program, specs, (of_state, _SAME) if reports else of_state)
+        shapes = self._shapes((state, *others), (of_state, *same))
+        return jax.jit(mapped, donate_argnums=1).lower(leaves, *shapes)
+
+    def map(self, program: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """A program of one device as one of all."""
+        # Kernels do not say over which axes their results vary, which JAX would check otherwise.
+        return jax.shard_map(
+            functools.wraps(program)(lambda *arguments: program(*arguments)),
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+    def run(self, program: Any, *arguments: Any) -> Any:
+        """Calls a compiled program. Of all threads one at a time hands work to the devices."""
+        with _dispatching:
+            return program(*arguments)
+
+    def state_specs(self, state: DecodeState) -> DecodeState:
+        """How the arrays of a state lie: rows over ``data``, and heads of the cache over ``model``."""
+        rows = PartitionSpec(DATA)
+        cache = jax.tree.map(lambda _: rows, state.cache)
+        of_layers = jax.tree.map(lambda array: cache_spec(stacked=array.ndim == 4), state.cache.layers)
+        blocks = None if cache.blocks is None else PartitionSpec(DATA, None, MODEL)
+        cache = dataclasses.replace(cache, layers=of_layers, blocks=blocks)
+        others = jax.tree.map(lambda _: rows, dataclasses.replace(state, cache=None))
+        return dataclasses.replace(others, cache=cache)
+
+    def made(self, make: Callable[[], DecodeState]) -> DecodeState:
+        """A new state, each device's part of which is made on that device."""
+
+        def arrays() -> DecodeState:
+            return jax.tree.map(jnp.asarray, make())
+
+        shardings = self._shardings(self.state_specs(jax.eval_shape(arrays)))
+        return self.run(jax.jit(arrays, out_shardings=shardings))
+
+    def placed(self, state: DecodeState) -> DecodeState:
+        """A state some of whose arrays are in host memory, on the mesh."""
+
+        def place(array: Any, sharding: NamedSharding) -> jax.Array:
+            if isinstance(array, np.ndarray):
+                return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+            return array
+
+        return jax.tree.map(place, state, self._shardings(self.state_specs(state)))
+
+    def with_rows_of(self, state: DecodeState, smaller: DecodeState) -> DecodeState:
+        """:func:`qspec_jax.decoding.state.with_rows_of` of states on the mesh; the first is used up."""
+        shardings = self._shardings(self.state_specs(state))
+        return self.run(jax.jit(with_rows_of, out_shardings=shardings, donate_argnums=0), state, smaller)
+
+    def _shardings(self, specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
+
+    def _shapes(self, arrays: Any, specs: Any) -> Any:
+        """Shapes and dtypes of arrays with how they lie."""
+
+        def shape(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, arrays, self._shardings(specs))
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
