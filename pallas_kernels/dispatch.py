@@ -249,7 +249,7 @@ def _platform_obstacle(name: str, platform: str | None) -> str | None:
         return f"needs {backend.device}; this is {where}"
     if platform is not None or described is not None or backend.compute_capability is None:
         return None
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if "rocm" in device.client.platform_version.lower():
         return f"needs {backend.device}; this is an AMD GPU"
     capability = tuple(int(part) for part in device.compute_capability.split("."))

@@ -79,3 +79,10 @@ def test_public_names_are_the_ones_that_type_checkers_see():
         assert getattr(qspec_jax, name).__name__ == name
     with pytest.raises(AttributeError, match="module 'qspec_jax' has no attribute 'Qspec'"):
         qspec_jax.Qspec  # noqa: B018 - looked up, that is all
+
+
+def test_only_devices_of_this_process_are_asked():
+    """``jax.devices()`` lists those of other processes first, of which this one can ask nothing."""
+    everywhere = {ROOT / "qspec_jax/decoding/program_store.py"}  # the platform as a whole
+    for path in [*modules_of("pallas_kernels"), *modules_of("qspec_jax")]:
+        assert path in everywhere or "jax.devices(" not in path.read_text(), path

@@ -42,4 +42,4 @@ def is_supported() -> bool:
     """
     if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 12):
         return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+    return str(getattr(jax.local_devices()[0], "compute_capability", "")).startswith("9.")

@@ -18,7 +18,7 @@ from qspec_jax.device.start import start_device
 def environment(argv: Sequence[str]) -> dict[str, str | None]:
     """What a figure must be read with; ``argv`` are the arguments of the command."""
     start_device()
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "device": device.device_kind,
         "platform": device.platform,

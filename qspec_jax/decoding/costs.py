@@ -225,7 +225,7 @@ class CostTable:
 def table_path(folder: Path, decoder: Decoder) -> Path:
     """Where costs of a decoder are kept: its shape, device, and the versions of all that decides how long it takes."""
     weights = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(_state(decoder))]
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kernels = decoder.layers[0].attention.kernels
     facts: Any = (decoder.config, weights, kernels, device.device_kind, jax.__version__, source_digest())
     return folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"

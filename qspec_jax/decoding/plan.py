@@ -34,7 +34,7 @@ def default_draft_precision() -> Precision:
     """
     import jax  # the names above are for commands, which parse without it
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is not None and "." in str(capability):
         major, minor = (int(part) for part in str(capability).split("."))

@@ -136,7 +136,7 @@ def passed_over() -> Iterator[None]:
 def _is_foreign(decoder: Decoder) -> bool:
     """Whether it is more than this library's code on one device of one process."""
     modules = {type(module).__module__.partition(".")[0] for _, module in nnx.iter_modules(decoder)}
-    elsewhere = _devices(jax.tree.leaves(nnx.state(decoder))) - {jax.devices()[0]}
+    elsewhere = _devices(jax.tree.leaves(nnx.state(decoder))) - {jax.local_devices()[0]}
     return not modules <= {*_OWN_PACKAGES} or bool(elsewhere) or jax.process_count() > 1
 
 

@@ -206,7 +206,7 @@ class Programs:
         """Those programs with a key that the store has, read side by side."""
         if self.store is None or not keys:
             return {}
-        device = jax.devices()[0]  # the default device: decoders that are elsewhere have no keys
+        device = jax.local_devices()[0]  # the default device: decoders that are elsewhere have no keys
         with ThreadPoolExecutor() as pool:
             programs = pool.map(functools.partial(self.store.load, device=device), keys.values())
             return {name: program for name, program in zip(keys, programs, strict=True) if program is not None}

@@ -19,7 +19,7 @@ _TO_COMPILE = 300_000_000
 
 def available_bytes() -> int | None:
     """Free memory of the default device, or None where neither the device nor the system tells."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
@@ -77,7 +77,7 @@ def check_memory(needed_bytes: int, *, what: str) -> None:
     available = available_bytes()
     if available is not None and needed_bytes > available:
         raise OutOfMemoryError(
-            f"{what} need {needed_bytes / 1e9:.2f} GB and {jax.devices()[0].device_kind} has "
+            f"{what} need {needed_bytes / 1e9:.2f} GB and {jax.local_devices()[0].device_kind} has "
             f"{available / 1e9:.2f} GB free; {MEMORY_REMEDY}"
         )
     if available is not None and available - needed_bytes < _TO_COMPILE and jax.default_backend() == "cpu":

@@ -87,7 +87,7 @@ def without_kernels() -> str | None:
     """What to say of an accelerator for which there are no kernels; None where there are some."""
     if available_implementations() != (REFERENCE,):
         return None
-    kind = jax.devices()[0].device_kind
+    kind = jax.local_devices()[0].device_kind
     name = next(iter(BACKENDS))
     why = f"{name} {backend_obstacle(name)}"
     return f"no kernel of this library runs on {kind}, and XLA's own operations do the work, more slowly: {why}"

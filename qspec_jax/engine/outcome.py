@@ -64,7 +64,7 @@ def statistics(plan: Plan, sequence: RunningSequence | None = None, *, kernels: 
         choices={} if sequence is None else {one.label: n for one, n in sequence.cycles_of.items()},
         reused_prompt_tokens=0 if sequence is None else sequence.num_reused,
         compile_s=0.0,
-        device=jax.devices()[0].device_kind,
+        device=jax.local_devices()[0].device_kind,
         kernels=kernels,
         **seconds,
     )

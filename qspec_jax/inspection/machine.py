@@ -52,7 +52,7 @@ def _device_facts() -> dict[str, Any]:
     except DeviceError as error:
         return {**nothing, "problem": str(error)}
     notes = [str(one.message) for one in caught if issubclass(one.category, DeviceWarning)]
-    devices = jax.devices()
+    devices = jax.local_devices()
     return {
         "platform": jax.default_backend(),
         "runtime": " ".join(devices[0].client.platform_version.split()) or None,

@@ -80,7 +80,7 @@ def describe_model(
                 config, kernels=placement["kernels"], dtype=placement["dtype"], **shapes
             ).items()
         },
-        "device": jax.devices()[0].device_kind,
+        "device": jax.local_devices()[0].device_kind,
         **_text(config, tokenizer, problem),
     }
 

@@ -151,8 +151,8 @@ def _expected(case: KernelCase, operands: tuple[Any, ...]) -> Any:
 
 def _reference_device() -> Any:
     with contextlib.suppress(RuntimeError):
-        return jax.devices("cpu")[0]
-    return jax.devices()[0]
+        return jax.local_devices(backend="cpu")[0]
+    return jax.local_devices()[0]
 
 
 def compared_with() -> str:

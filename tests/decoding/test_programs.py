@@ -94,7 +94,7 @@ def test_no_kernel_starts_early_where_xla_multiplies_or_a_draft_has_activations_
 def test_kernels_start_early_on_hopper_from_jax_0_12_on(monkeypatch, backend, version, capability, supported):
     device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "__version_info__", version)
     assert early_launch.is_supported() is supported
 

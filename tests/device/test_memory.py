@@ -45,7 +45,7 @@ def test_the_least_of_all_limits_counts_on_a_cpu(monkeypatch):
     import resource
 
     device = SimpleNamespace(platform="cpu", memory_stats=lambda: None)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(memory, "_of_container", lambda: 10**15)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (10**16, 10**16))
     assert memory.available_bytes() == pytest.approx(memory._of_system(), rel=0.2)

@@ -154,7 +154,7 @@ def test_a_gpu_without_kernels_is_named_once(machine, monkeypatch, kind, capabil
     machine(platform="gpu", gpu=True)
     client = SimpleNamespace(platform_version=version)
     device = SimpleNamespace(device_kind=kind, compute_capability=capability, client=client)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

@@ -295,14 +295,14 @@ def test_the_default_draft_is_w4a8_where_int4_is_not_faster(model):
 )
 def test_the_default_draft_follows_the_compute_capability(monkeypatch, capability, expected):
     device = type("Device", (), {"platform": "gpu", "compute_capability": capability})()
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert plan.default_draft_precision().value == expected
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "TPU7x"])
 def test_the_default_draft_of_a_tpu_is_w4a8(monkeypatch, kind):
     """Memory bounds it already, or the matrix unit has no integers at all: W4A4 would take as long."""
-    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"platform": "tpu", "device_kind": kind})()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [type("Device", (), {"platform": "tpu", "device_kind": kind})()])
     assert plan.default_draft_precision() is Precision.W4A8
 
 

@@ -116,7 +116,7 @@ def on_gpu(monkeypatch, capability):
     client = SimpleNamespace(platform_version="cuda 13000")
     device = SimpleNamespace(platform="gpu", compute_capability=capability, client=client, device_kind="a GPU")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [device])
 
 
 def runs(monkeypatch, capability, config=LLAMA_8B):

@@ -210,7 +210,7 @@ def test_a_device_is_examined_by_its_compute_capability(monkeypatch, op_with, na
     version = "rocm 60300" if capability == "rocm" else "cuda 13000"
     device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     select = op_with(**{name: fits})
     assert (name in available_implementations()) == (told is None)
     assert select(None) == ("reference" if told else name)

@@ -14,7 +14,7 @@ _WITHOUT_INTEGERS = ("TPU7x",)  # device kinds whose matrix unit multiplies floa
 def device_kind() -> str:
     """As JAX names it: ``TPU v5 lite``, ``TPU v6 lite``, ``TPU7x``."""
     described = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if described is None else described.device_kind
+    return jax.local_devices()[0].device_kind if described is None else described.device_kind
 
 
 def has_integer_unit() -> bool:

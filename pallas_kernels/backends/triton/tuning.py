@@ -285,5 +285,5 @@ def tuned_config(op: str, m: int, weight: QuantizedWeight) -> TileConfig | None:
         k=weight.num_inputs,
         group_size=weight.group_size,
         symmetric=weight.symmetric,
-        device_kind=jax.devices()[0].device_kind,
+        device_kind=jax.local_devices()[0].device_kind,
     )

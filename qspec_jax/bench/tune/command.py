@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     for problem in problems:
         problem.check()
-    device_kind = jax.devices()[0].device_kind
+    device_kind = jax.local_devices()[0].device_kind
     path = arguments.output or shipped_table_path(device_kind)
     table = open_table(path, device_kind)
     facts = environment(arguments.argv)
@@ -139,7 +139,7 @@ def _laboratory_and_space(problem: Problem, repeats: int) -> tuple[Any, Any]:
     from qspec_jax.bench.tune.laboratory import TritonLaboratory
     from qspec_jax.bench.tune.tile_space import TileSpace
 
-    num_cores = getattr(jax.devices()[0], "core_count", None)
+    num_cores = getattr(jax.local_devices()[0], "core_count", None)
     space = TileSpace(problem) if num_cores is None else TileSpace(problem, num_cores)
     return TritonLaboratory(problem, repeats=repeats), space
 
