@@ -1,15 +1,14 @@
 """Fills a decoder from a source, one tensor at a time.
 
-Each tensor is read, quantised and written into its place in host memory, and each array goes to the device
-once it is complete: nothing is compiled but the quantisation itself. Tensors that share an array (query, key
-and value; gate and up; all layers of a scanned model) are written into their rows of it. The peak is the
-finished model plus the largest tensor.
+Each tensor is read, quantised and written into its place in host memory, and each array goes to its device, or the
+devices of a mesh (:mod:`qspec_jax.weights.placing`), once it is complete: nothing is compiled but the quantisation
+itself. Tensors that share an array (query, key and value; gate and up) are written into their rows of it, and layers
+of a scanned model into their stack. The peak is the finished model plus the largest array of a layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,26 +20,34 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import QuantizedWeight, dequantize, pack_codes, with_layout
+from pallas_kernels import Layout, QuantizedWeight, dequantize, pack_codes
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, check_group_size
 from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec, layer_anatomy
 from qspec_jax.quantization.rtn import quantize_rtn
+from qspec_jax.weights.placing import Placing, Stack, of_parts, parameters_of, parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
+
+_DEFAULT = Placing()
 
 
 class _Place(NamedTuple):
-    """Where a canonical tensor goes: a parameter of the decoder, its first row there, its layer if stacked."""
+    """Where a canonical tensor goes: a parameter by its path, its first row there, its layer if stacked."""
 
-    parameter: nnx.Param
+    path: str
     row: int
     layer: int | None
+
+    @property
+    def array(self) -> tuple[str, int | None]:
+        """What is complete at once."""
+        return self.path, self.layer
 
 
 def load_decoder(
@@ -51,9 +58,10 @@ def load_decoder(
     dtype: DTypeLike,
     kernels: str | None,
     scan_layers: bool,
+    placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Decoder:
-    """Builds the decoder of a checkpoint on the default device.
+    """Builds the decoder of a checkpoint on its device, or on a mesh.
 
     Args:
         source: an opened, checked checkpoint.
@@ -62,6 +70,7 @@ def load_decoder(
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``.
+        placing: puts each array where it belongs: the default device, or a mesh.
         progress: wraps the iteration over the tensors.
 
     Raises:
@@ -75,7 +84,7 @@ def load_decoder(
     if quantization is not None:
         _warn_of_requantization(source)
 
-    decoder = abstract_decoder(
+    decoder = placing.abstract_decoder(
         source.config,
         quantization=quantization,
         formats=formats,
@@ -83,25 +92,66 @@ def load_decoder(
         dtype=dtype,
         scan_layers=scan_layers,
     )
-    needed = num_bytes(decoder)
-    check_memory(needed, what=f"the weights of {source.path.name}")
+    placing.check_memory(decoder, name=source.path.name)
     places = {name: _place(decoder, spec) for name, spec in source.specs.items()}
-    with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {needed / 1e9:.2f} GB"):
-        _fill(places, source.entries, progress)
+    size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
+    with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {size}"):
+        filling = _Filling(dict(parameters_of(decoder)), places, placing, num_layers=source.config.num_layers)
+        filling.run(source.entries, progress)
         return jax.block_until_ready(decoder)
 
 
-def _fill(
-    places: Mapping[str, _Place], entries: Mapping[str, TensorEntry], progress: Callable[[Iterable], Iterable]
-) -> None:
-    """Reads every tensor that has a place into it; the parameters are abstract before, and on the device after."""
-    parts_to_come = Counter(id(place.parameter) for place in places.values())
-    for name in progress(list(places)):
-        parameter = places[name].parameter
-        _write_tensor(places[name], _read(name, entries[name]))
-        parts_to_come[id(parameter)] -= 1
-        if not parts_to_come[id(parameter)]:
-            parameter.set_value(jax.tree.map(jax.device_put, parameter.get_value()))
+class _Filling:
+    """Parameters that are abstract before, and on their devices after."""
+
+    def __init__(
+        self, parameters: Mapping[str, nnx.Param], places: Mapping[str, _Place], placing: Placing, *, num_layers: int
+    ):
+        self._parameters, self._places, self._placing, self._num_layers = parameters, places, placing, num_layers
+        self._tensors_to_come = Counter(place.array for place in places.values())
+        self._layers_to_come = Counter(path for path, _ in self._tensors_to_come)
+        self._incomplete: dict[tuple[str, int | None], Any] = {}  # values in host memory, in planes
+        self._stacks: dict[str, dict[str, Stack]] = {}
+
+    def run(self, entries: Mapping[str, TensorEntry], progress: Callable[[Iterable], Iterable]) -> None:
+        """Reads every tensor that has a place into it."""
+        for name in progress(list(self._places)):
+            place = self._places[name]
+            self._write(place, _read(name, entries[name]))
+            self._tensors_to_come[place.array] -= 1
+            if not self._tensors_to_come[place.array]:
+                self._complete(*place.array)
+
+    def _write(self, place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
+        """Writes a tensor into its rows of an array, which is allocated by the first that comes."""
+        target = self._incomplete.get(place.array)
+        if target is None:
+            target = _allocated(self._parameters[place.path].get_value(), stacked=place.layer is not None)
+        self._incomplete[place.array] = _with_tensor(target, place.row, tensor)
+
+    def _complete(self, path: str, layer: int | None) -> None:
+        """Gives an array to its devices, or to its stack, and a stack that has all its layers to its devices."""
+        parameter, value = self._parameters[path], self._incomplete.pop((path, layer))
+        layout = getattr(parameter.get_value(), "layout", Layout.PLANES)
+
+        def arranged(part: str, array: np.ndarray) -> np.ndarray:
+            return self._placing.arranged(f"{path}{part}", array, layout if part == ".packed" else Layout.PLANES)
+
+        arrays = {part: arranged(part, array) for part, array in parts_of(value).items()}
+        if layer is None:
+            placed = {part: self._placing.put(f"{path}{part}", array) for part, array in arrays.items()}
+            parameter.set_value(of_parts(placed, layout=layout))
+            return
+        options: Any = {"num_layers": self._num_layers}
+        stacks = self._stacks.setdefault(
+            path, {part: Stack(self._placing, f"{path}{part}", **options) for part in arrays}
+        )
+        for part, array in arrays.items():
+            stacks[part].write(layer, array)
+        self._layers_to_come[path] -= 1
+        if not self._layers_to_come[path]:
+            placed = {part: stack.put() for part, stack in self._stacks.pop(path).items()}
+            parameter.set_value(of_parts(placed, layout=layout))
 
 
 def load_layer(source: Source, index: int) -> DecoderLayer:
@@ -116,8 +166,8 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
         lambda: DecoderLayer(config, formats=formats, quantization=None, kernels=REFERENCE, dtype=jnp.float32)
     )
     specs = [spec for spec in source.specs.values() if spec.layer == index]
-    places = {spec.name: _Place(_at(layer, spec.array), spec.first_row, layer=None) for spec in specs}
-    _fill(places, source.entries, iter)
+    places = {spec.name: _Place(spec.array, spec.first_row, layer=None) for spec in specs}
+    _Filling(dict(parameters_of(layer)), places, _DEFAULT, num_layers=1).run(source.entries, iter)
     return layer
 
 
@@ -189,16 +239,10 @@ def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:
 
 def _place(decoder: Decoder, spec: ParameterSpec) -> _Place:
     if spec.layer is None:
-        return _Place(_at(decoder, spec.array), spec.first_row, layer=None)
+        return _Place(spec.array, spec.first_row, layer=None)
     if decoder.scan_layers:
-        return _Place(_at(decoder.layers[0], spec.array), spec.first_row, spec.layer)
-    return _Place(_at(decoder.layers[spec.layer], spec.array), spec.first_row, layer=None)
-
-
-def _at(module: nnx.Module, path: str) -> nnx.Param:
-    found = functools.reduce(getattr, path.split("."), module)
-    assert isinstance(found, nnx.Param), path
-    return found
+        return _Place(f"layers.0.{spec.array}", spec.first_row, spec.layer)
+    return _Place(spec.path, spec.first_row, layer=None)
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
@@ -208,35 +252,30 @@ def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
         raise CheckpointError(f"cannot read tensor {name}: {error}") from error
 
 
-def _write_tensor(place: _Place, tensor: np.ndarray | QuantizedTensor) -> None:
-    """Writes a tensor into its rows of a parameter in host memory, which is allocated by the first that comes."""
-    target = jax.tree.map(_allocated, place.parameter.get_value())
-    rows = slice(place.row, place.row + _num_rows(tensor))
+def _allocated(value: Any, *, stacked: bool) -> Any:
+    """Arrays in host memory for an abstract parameter, or for one layer of a stack."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape[stacked:], leaf.dtype), value)
+
+
+def _with_tensor(target: Any, row: int, tensor: np.ndarray | QuantizedTensor) -> Any:
+    """A parameter in host memory with a tensor in its rows; of wider scales, if those of the tensor are."""
+    rows = slice(row, row + _num_rows(tensor))
     if isinstance(target, QuantizedWeight):
         part = _as_format(tensor, group_size=target.group_size, symmetric=target.symmetric)
-        part = with_layout(part, target.layout)
         target = _widened(target, part.scale.dtype)
-        _layer_of(target.packed, place)[rows] = part.packed
-        _layer_of(target.scale, place)[:, rows] = part.scale
+        target.packed[rows] = part.packed
+        target.scale[:, rows] = part.scale
         if target.offset is not None:
-            _layer_of(target.offset, place)[:, rows] = part.offset
-    else:
-        if isinstance(tensor, QuantizedTensor):
-            tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, _packed(tensor))))
-        _layer_of(target, place)[rows] = tensor
-    place.parameter.set_value(target)
-
-
-def _allocated(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else np.empty(array.shape, array.dtype)
+            target.offset[:, rows] = part.offset
+        return target
+    if isinstance(tensor, QuantizedTensor):
+        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, _packed(tensor))))
+    target[rows] = tensor
+    return target
 
 
 def _num_rows(tensor: np.ndarray | QuantizedTensor) -> int:
     return len(tensor.codes if isinstance(tensor, QuantizedTensor) else tensor)
-
-
-def _layer_of(array: Any, place: _Place) -> Any:
-    return array if place.layer is None else array[place.layer]
 
 
 def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pallas_kernels
 import qspec_jax
@@ -26,8 +26,10 @@ from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
 from qspec_jax.model.view import View
 from qspec_jax.weights.checkpoint import arrays
+from qspec_jax.weights.checkpoint.manifest import hash_array
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
+from qspec_jax.weights.placing import Placing
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -229,39 +231,50 @@ def test_a_later_value_that_needs_more_bits_is_noticed():
     assert arrays.narrowed(array).dtype == ml_dtypes.bfloat16
 
 
-def test_arrays_go_where_the_rule_says(saved):
-    sharding = NamedSharding(jax.make_mesh((1,), ("model",)), PartitionSpec())
-    asked = {}
+class Halves(Placing):
+    """Rows of packed weights in reverse, and cut in as many parts as a mesh has devices."""
 
-    def rule(name, shape):
-        asked[name] = shape
-        return sharding
+    def __init__(self, num_devices):
+        self.mesh = jax.make_mesh((num_devices,), ("model",), axis_types=(AxisType.Auto,))
+        self.asked = {}
 
-    decoder = restore_decoder(open_checkpoint(saved), shardings=rule, scan_layers=False)
-    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(nnx.state(decoder)))
-    assert asked["layers.1.mlp.down.weight.packed"] == (64, 64)
-    assert asked["embedding"] == (96, 64)
+    def ordered(self, path, array):
+        self.asked[path] = array.shape
+        return array[::-1] if path.endswith(".packed") else array
+
+    in_stored_order = ordered
+
+    def sharding(self, path, shape):
+        rows = ("model",) if path.endswith(".packed") else ()
+        return NamedSharding(self.mesh, PartitionSpec(*rows))
+
+    def stacked_sharding(self, path, shape):
+        return NamedSharding(self.mesh, PartitionSpec(None, *self.sharding(path, shape).spec))
+
+
+def check_placing(saved, num_devices):
+    whole = restore_decoder(open_checkpoint(saved), scan_layers=True).layers[0].mlp.down.weight.get_value()
+    for scan_layers in (True, False):
+        halves = Halves(num_devices)
+        decoder = restore_decoder(open_checkpoint(saved), placing=halves, scan_layers=scan_layers)
+        assert halves.asked["embedding"] == (96, 64)
+        assert halves.asked[f"layers.{1 - scan_layers}.mlp.down.weight.packed"] == (64, 64)
+        packed = decoder.layers[0].mlp.down.weight.get_value().packed
+        assert packed.addressable_data(0).shape[-2:] == (64 // num_devices, 64), packed.sharding
+        np.testing.assert_array_equal(packed[0] if scan_layers else packed, whole.packed[0][::-1])
+        assert decoder.embedding.get_value().is_fully_replicated
+        for group in ("model", "layers.1"):
+            for name, array in arrays.stored_arrays(decoder, group, halves).items():
+                assert hash_array(array) == open_checkpoint(saved).manifest.arrays[name].sha256, name
+
+
+def test_arrays_go_where_they_are_placed_and_come_back_as_they_were(saved):
+    check_placing(saved, 1)
 
 
 def test_arrays_are_split_over_devices_as_they_are_restored(saved):
     """In a process with two devices; one is not enough to tell."""
-    code = f"""
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
-from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
-mesh = jax.make_mesh((2,), ("model",))
-def rule(name, shape):
-    rows = {{"packed": -2, "scale": -1, "offset": -1}}.get(name.rsplit(".", 1)[-1])
-    spec = [None] * len(shape)
-    if rows is not None:
-        spec[rows] = "model"
-    return NamedSharding(mesh, PartitionSpec(*spec))
-for scan_layers in (True, False):
-    decoder = restore_decoder(open_checkpoint({str(saved)!r}), shardings=rule, scan_layers=scan_layers)
-    packed = decoder.layers[0].mlp.down.weight.get_value().packed
-    assert packed.addressable_data(0).shape[-2:] == (32, 64), packed.sharding
-    assert decoder.embedding.get_value().is_fully_replicated
-"""
+    code = f"from tests.weights.test_checkpoint import check_placing; check_placing({str(saved)!r}, 2)"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
 

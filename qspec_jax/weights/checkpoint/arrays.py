@@ -16,22 +16,21 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels import Layout, QuantizedWeight
-from pallas_kernels.arrays.weight import order_bytes
+from pallas_kernels import Layout
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.weights.checkpoint.manifest import ArrayRecord
+from qspec_jax.weights.placing import Placing, Stack, layout_of, of_parts, parameters_of, parts_of
 
 MODEL_GROUP = "model"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _NARROW_DTYPES = (ml_dtypes.bfloat16, np.float16)
 _SAMPLE = 4096
-_WEIGHT_ARRAYS = ("packed", "scale", "offset")
 _SCALES = (".scale", ".offset")
+_DEFAULT = Placing()
 _GROUPS_AT_ONCE = min(4, os.cpu_count() or 1)  # each in a thread: reading, hashing and reordering leave Python alone
 
 
@@ -65,15 +64,20 @@ def expected_shapes(
     }
 
 
-def stored_arrays(decoder: Decoder, group: str) -> dict[str, np.ndarray]:
+def stored_arrays(decoder: Decoder, group: str, placing: Placing = _DEFAULT) -> dict[str, np.ndarray]:
     """The arrays of one group as they are stored, in host memory; on a CPU without copying them.
 
     Scales and offsets keep their dtype; other floats are given in the narrowest that holds their values exactly.
+
+    Args:
+        decoder: any.
+        group: one of :func:`group_names`.
+        placing: what put its arrays where they are.
     """
     arrays = {}
     for stored, place in _places(decoder).items():
         if group_of(stored) == group:
-            array = order_bytes(_to_host(place.leaf, place.layer), place.layout, inverse=True)
+            array = placing.stored(place.name, place.leaf, place.layer, place.layout)
             arrays[stored] = array if stored.endswith(_SCALES) else narrowed(array)
     return arrays
 
@@ -81,19 +85,19 @@ def stored_arrays(decoder: Decoder, group: str) -> dict[str, np.ndarray]:
 def fill(
     decoder: Decoder,
     read_group: Callable[[str], Mapping[str, np.ndarray]],
-    place: Callable[[str, np.ndarray], Array],
+    placing: Placing,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Gives an abstract decoder its arrays.
 
     Args:
-        decoder: of :func:`abstract_decoder`.
+        decoder: of :meth:`Placing.abstract_decoder`.
         read_group: the arrays of a group. It is called for a few groups at once, in threads, and for no more before
             one of them is placed, so that the host holds those few.
-        place: puts an array of the decoder, whose path is its first argument, onto its device.
+        placing: puts the arrays onto their devices.
         progress: wraps the iteration over the groups.
     """
-    stacks: dict[str, np.ndarray] = {}
+    stacks: dict[str, Stack] = {}
     placed: dict[str, Array] = {}
     places = _places(decoder)
 
@@ -101,7 +105,7 @@ def fill(
         """A group's arrays as the decoder holds them."""
         arrays = dict(read_group(group))
         for stored in arrays:
-            array = order_bytes(arrays[stored], places[stored].layout)
+            array = placing.arranged(places[stored].name, arrays[stored], places[stored].layout)
             wanted = array.dtype if stored.endswith(_SCALES) else places[stored].leaf.dtype
             arrays[stored] = array.astype(wanted, copy=False)
         return arrays
@@ -112,17 +116,19 @@ def fill(
     for _, arrays in zip(progress(groups), _in_threads(read, groups, at_once=at_once), strict=True):
         while arrays:
             stored, array = arrays.popitem()
-            name, layer, leaf, _ = places[stored]
+            name, layer, _, _ = places[stored]
             if layer is None:
-                placed[name] = place(name, array)
+                placed[name] = placing.put(name, array)
             else:
-                _write_layer(stacks, name, layer, array, shape=leaf.shape)
+                if name not in stacks:
+                    stacks[name] = Stack(placing, name, num_layers=decoder.config.num_layers)
+                stacks[name].write(layer, array)
     for name in list(stacks):
-        placed[name] = place(name, stacks.pop(name))
-    for name, parameter in _parameters(decoder):
+        placed[name] = stacks.pop(name).put()
+    for name, parameter in parameters_of(decoder):
         value = parameter.get_value()
-        parts = {part: placed[f"{name}{part}"] for part in _leaves(value)}
-        parameter.set_value(_value(parts, layout=_layout(value, ".packed")))
+        parts = {part: placed[f"{name}{part}"] for part in parts_of(value)}
+        parameter.set_value(of_parts(parts, layout=layout_of(value, ".packed")))
 
 
 def _in_threads(function: Callable[[str], Any], items: Sequence[str], *, at_once: int) -> Iterator[Any]:
@@ -156,62 +162,19 @@ def dtype_fits(name: str, record: ArrayRecord) -> bool:
     return record.dtype in allowed.get(kind, FLOAT_DTYPES)
 
 
-def _write_layer(
-    stacks: dict[str, np.ndarray], name: str, layer: int, array: np.ndarray, *, shape: tuple[int, ...]
-) -> None:
-    """Writes a layer into its stack, which is made first, and made wider if the layer's dtype is."""
-    stack = stacks.get(name)
-    if stack is None:
-        stack = stacks[name] = np.empty(shape, array.dtype)
-    elif stack.dtype.itemsize < array.dtype.itemsize:
-        stack = stacks[name] = stack.astype(array.dtype)
-    stack[layer] = array
-
-
 def _holds(array: np.ndarray, dtype: Any) -> bool:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         there_and_back = array.astype(dtype).astype(np.float32)
     return bool(np.array_equal(there_and_back.view(np.uint32), array.view(np.uint32)))
 
 
-def _parameters(decoder: Decoder) -> Iterator[tuple[str, nnx.Param]]:
-    for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
-        yield ".".join(map(str, path)), _at(decoder, path)
-
-
-def _at(decoder: Decoder, path: tuple[Any, ...]) -> nnx.Param:
-    found: Any = decoder
-    for step in path:
-        found = found[step] if isinstance(step, int) else getattr(found, step)
-    return found
-
-
-def _leaves(value: Any) -> dict[str, Any]:
-    """The arrays of a parameter by what follows its name; the sums of a weight are left out."""
-    if not isinstance(value, QuantizedWeight):
-        return {"": value}
-    arrays = {f".{name}": getattr(value, name) for name in _WEIGHT_ARRAYS}
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _layout(value: Any, part: str) -> Layout:
-    """The order of the bytes of a part of a parameter."""
-    return value.layout if isinstance(value, QuantizedWeight) and part == ".packed" else Layout.PLANES
-
-
-def _value(parts: Mapping[str, Array], *, layout: Layout) -> Any:
-    if "" in parts:
-        return parts[""]
-    return QuantizedWeight(parts[".packed"], parts[".scale"], parts.get(".offset"), layout=layout)
-
-
 def _places(decoder: Decoder) -> dict[str, _Place]:
     """Where each stored array is in the decoder, by the name it is stored under."""
     places = {}
-    for name, parameter in _parameters(decoder):
+    for name, parameter in parameters_of(decoder):
         value = parameter.get_value()
-        for part, leaf in _leaves(value).items():
-            layout = _layout(value, part)
+        for part, leaf in parts_of(value).items():
+            layout = layout_of(value, part)
             path = f"{name}{part}"
             if decoder.scan_layers and path.startswith("layers.0."):
                 inner = path.removeprefix("layers.0.")
@@ -220,12 +183,3 @@ def _places(decoder: Decoder) -> dict[str, _Place]:
             else:
                 places[path] = _Place(path, None, leaf, layout)
     return places
-
-
-def _to_host(array: Array, layer: int | None) -> np.ndarray:
-    """An array, or one layer of a stack; a view of it on a CPU."""
-    if jax.default_backend() == "cpu":
-        return np.asarray(array) if layer is None else np.asarray(array)[layer]
-    one = array if layer is None else array[layer]
-    # Another handle of the same buffer: an array keeps the host copy that was made of it.
-    return np.asarray(one.addressable_data(0) if one.is_fully_replicated else one)

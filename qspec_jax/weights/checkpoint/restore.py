@@ -16,26 +16,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
-from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import QuantConfig
-from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.arrays import dtype_fits, expected_shapes, fill, group_of
 from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
+from qspec_jax.weights.placing import Placing
 from qspec_jax.weights.tokenizers import load_tokenizer
 
 _SMALL_BYTES = 1 << 20
 _MAX_LISTED = 8
+_DEFAULT = Placing()
 _REMEDY = "fetch the checkpoint again, or write it again with python -m qspec_jax.quantize"
-
-ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
-"""From the path of a decoder's array (``layers.3.mlp.down.weight.packed``; layer 0 stands for a stack) and its
-shape to how it is sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +132,7 @@ def restore_decoder(
     dtype: DTypeLike = jnp.float32,
     kernels: str | None = None,
     scan_layers: bool = True,
-    shardings: ShardingRule | None = None,
+    placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Decoder:
     """Restores the decoder, with 4-bit weights bit for bit as they were saved.
@@ -147,7 +143,7 @@ def restore_decoder(
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``; independent of how the saved model was arranged.
-        shardings: where each array goes, None for the default device.
+        placing: puts each array where it belongs: the default device, or a mesh.
         progress: wraps the iteration over the parts of the model.
 
     Raises:
@@ -155,7 +151,7 @@ def restore_decoder(
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
     """
     manifest, name = checkpoint.manifest, checkpoint.path.name
-    decoder = abstract_decoder(
+    decoder = placing.abstract_decoder(
         manifest.model,
         quantization=quantization or manifest.quantization,
         formats=manifest.formats,
@@ -163,15 +159,10 @@ def restore_decoder(
         scan_layers=scan_layers,
         kernels=kernels,
     )
-    needed = num_bytes(decoder)
-    if shardings is None:
-        check_memory(needed, what=f"the weights of {name}")
-
-    def place(path: str, array: np.ndarray) -> Array:
-        return jax.device_put(array, None if shardings is None else shardings(path, array.shape))
-
-    with explain_out_of_memory(f"while restoring {name}, whose weights take {needed / 1e9:.2f} GB"):
-        fill(decoder, checkpoint.read_group, place, progress)
+    placing.check_memory(decoder, name=name)
+    size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
+    with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):
+        fill(decoder, checkpoint.read_group, placing, progress)
         return jax.block_until_ready(decoder)
 
 

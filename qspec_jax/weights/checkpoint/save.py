@@ -38,6 +38,7 @@ from qspec_jax.weights.checkpoint.manifest import (
     is_checkpoint,
     read_content,
 )
+from qspec_jax.weights.placing import Placing
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ ARRAYS, TOKENIZER = "arrays", "tokenizer"
 _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
 _METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
 _NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
+_DEFAULT = Placing()
 
 
 def save_checkpoint(
@@ -56,6 +58,7 @@ def save_checkpoint(
     quantization: QuantConfig | None,
     recipe: Mapping[str, Any] = _NO_RECIPE,
     overwrite: bool = False,
+    placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Manifest:
     """Writes a quantised model as a checkpoint directory.
@@ -67,6 +70,7 @@ def save_checkpoint(
         quantization: of the decoder.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
         overwrite: replace a checkpoint that is there. It stays what it is until the new one is complete.
+        placing: what put the decoder's arrays where they are: a mesh's are written as those of one device.
         progress: wraps the iteration over the parts of the model.
 
     Returns:
@@ -83,7 +87,7 @@ def save_checkpoint(
     try:
         with _temporary_sibling(path) as temporary:
             data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
-            arrays = _write_arrays(data / ARRAYS, decoder, progress)
+            arrays = _write_arrays(data / ARRAYS, decoder, placing, progress)
             if tokenizer is not None:
                 tokenizer.save(data / TOKENIZER)
             manifest = Manifest(
@@ -148,14 +152,16 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
     return formats
 
 
-def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable], Iterable]) -> dict[str, ArrayRecord]:
+def _write_arrays(
+    folder: Path, decoder: Decoder, placing: Placing, progress: Callable[[Iterable], Iterable]
+) -> dict[str, ArrayRecord]:
     import orbax.checkpoint as ocp
 
     records: dict[str, ArrayRecord] = {}
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
         for group in progress(group_names(decoder.config)):
-            arrays = stored_arrays(decoder, group)
+            arrays = stored_arrays(decoder, group, placing)
             with _errors_of_the_system():
                 checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
             for name, array in arrays.items():

@@ -1,0 +1,164 @@
+"""Where the arrays of a decoder go: onto the default device, or onto a mesh, each device its share.
+
+Whoever reads a model has one array at a time in host memory, as checkpoints store it: whole, its rows in the order of
+the projections, its bytes in planes. :meth:`Placing.arranged` puts rows and bytes into the order that devices hold, and
+:meth:`Placing.put` gives each device what it holds and no more. Layers that are stacked are cut as they come
+(:class:`Stack`): a host never has the stack of another one's devices. :meth:`Placing.stored` is the way back.
+
+An array is called by its path in the decoder, ``layers.3.mlp.down.weight.packed``; layer 0 stands for a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from pallas_kernels import Layout, QuantizedWeight
+from pallas_kernels.arrays.weight import order_bytes
+from qspec_jax.device.memory import check_memory
+from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+
+_Region = tuple[tuple[int | None, int | None], ...]  # of an array: first and end of each axis
+_WEIGHT_ARRAYS = ("packed", "scale", "offset")
+
+
+class Placing:
+    """All arrays go to the default device, as they are. Others override how they are ordered and cut."""
+
+    def abstract_decoder(self, config: ModelConfig, **options: Any) -> Decoder:
+        """A decoder of shapes, whose weights have the layout in which devices hold them."""
+        return abstract_decoder(config, **options)
+
+    def num_bytes(self, decoder: Decoder) -> int:
+        """Bytes of a decoder's arrays on the device that holds most of them."""
+        return num_bytes(decoder)
+
+    def check_memory(self, decoder: Decoder, *, name: str) -> None:
+        """Raises OutOfMemoryError where the arrays of a decoder cannot fit."""
+        check_memory(self.num_bytes(decoder), what=f"the weights of {name}")
+
+    def ordered(self, path: str, array: np.ndarray) -> np.ndarray:
+        """An array, or one layer of a stack, with its rows in the order in which devices hold them."""
+        return array
+
+    def in_stored_order(self, path: str, array: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`ordered`."""
+        return array
+
+    def sharding(self, path: str, shape: tuple[int, ...]) -> Sharding | None:
+        """How an array of :meth:`ordered` is cut; None for the default device."""
+        return None
+
+    def stacked_sharding(self, path: str, shape: tuple[int, ...]) -> Sharding | None:
+        """The same for a stack of such arrays, whose ``shape`` is that of one."""
+        return None
+
+    def arranged(self, path: str, array: np.ndarray, layout: Layout = Layout.PLANES) -> np.ndarray:
+        """A stored array as devices hold it, in host memory."""
+        return order_bytes(self.ordered(path, array), layout)
+
+    def put(self, path: str, array: np.ndarray) -> Array:
+        """Gives the devices of this process what they hold of an array of :meth:`arranged`."""
+        sharding = self.sharding(path, array.shape)
+        if sharding is None:
+            return jax.device_put(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def stored(self, path: str, array: Array, layer: int | None, layout: Layout = Layout.PLANES) -> np.ndarray:
+        """An array of the decoder, or one layer of a stack, as it is stored; a view of it on a CPU where it can be."""
+        return self.in_stored_order(path, order_bytes(_to_host(array, layer), layout, inverse=True))
+
+
+class Stack:
+    """The stack of an array of all layers, of which the host has what its devices will hold."""
+
+    def __init__(self, placing: Placing, path: str, *, num_layers: int):
+        self._placing, self._path, self._num_layers = placing, path, num_layers
+        self._shape: tuple[int, ...] = ()
+        self._shares: dict[_Region, np.ndarray] = {}
+        self._regions: Mapping[jax.Device, _Region] | None = None
+
+    def write(self, layer: int, array: np.ndarray) -> None:
+        """Takes a layer, an array of :meth:`Placing.arranged`; the stack gets the widest dtype of its layers."""
+        if not self._shares:
+            self._begin(array)
+        for region, share in self._shares.items():
+            if share.dtype.itemsize < array.dtype.itemsize:
+                share = self._shares[region] = share.astype(array.dtype)
+            share[layer] = array[_index(region)]
+
+    def _begin(self, array: np.ndarray) -> None:
+        self._shape = array.shape
+        sharding = self._placing.sharding(self._path, array.shape)
+        if sharding is not None:
+            indices = sharding.addressable_devices_indices_map(array.shape)
+            self._regions = {device: _region(index) for device, index in indices.items() if index is not None}
+        for region in {((None, None),) * array.ndim} if self._regions is None else {*self._regions.values()}:
+            self._shares[region] = np.empty((self._num_layers, *array[_index(region)].shape), array.dtype)
+
+    def put(self) -> Array:
+        """The stack on its devices; what the host had of it is let go."""
+        shares, self._shares = self._shares, {}
+        sharding = self._placing.stacked_sharding(self._path, self._shape)
+        if sharding is None or self._regions is None:
+            return jax.device_put(shares.popitem()[1])
+        on_devices = [jax.device_put(shares[region], device) for device, region in self._regions.items()]
+        return jax.make_array_from_single_device_arrays((self._num_layers, *self._shape), sharding, on_devices)
+
+
+def _region(index: tuple[slice, ...]) -> _Region:
+    """An index of slices, which Python before 3.12 takes for no key."""
+    return tuple((one.start, one.stop) for one in index)
+
+
+def _index(region: _Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+def parameters_of(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
+    """The parameters of a decoder, or of a layer, with their paths."""
+    for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        yield ".".join(map(str, path)), _at(module, path)
+
+
+def _at(module: nnx.Module, path: tuple[Any, ...]) -> nnx.Param:
+    found: Any = module
+    for step in path:
+        found = found[step] if isinstance(step, int) else getattr(found, step)
+    return found
+
+
+def parts_of(value: Any) -> dict[str, Any]:
+    """The arrays of a parameter by what follows its path; the sums of a weight, which follow from it, are left out."""
+    if not isinstance(value, QuantizedWeight):
+        return {"": value}
+    arrays = {f".{name}": getattr(value, name) for name in _WEIGHT_ARRAYS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def layout_of(value: Any, part: str) -> Layout:
+    """The order of the bytes of a part of a parameter."""
+    return value.layout if isinstance(value, QuantizedWeight) and part == ".packed" else Layout.PLANES
+
+
+def of_parts(parts: Mapping[str, Any], *, layout: Layout) -> Any:
+    """The parameter of some arrays, the inverse of :func:`parts_of`."""
+    if "" in parts:
+        return parts[""]
+    return QuantizedWeight(parts[".packed"], parts[".scale"], parts.get(".offset"), layout=layout)
+
+
+def _to_host(array: Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of a stack; a view of it on a CPU that holds it whole."""
+    if jax.default_backend() == "cpu" and array.is_fully_addressable:
+        return np.asarray(array) if layer is None else np.asarray(array)[layer]
+    one = array if layer is None else array[layer]
+    # Another handle of the same buffer: an array keeps the host copy that was made of it.
+    return np.asarray(one.addressable_data(0) if one.is_fully_replicated else one)
