@@ -157,10 +157,10 @@ class Shards:
         return decoder
 
 
-def parameters(decoder: Decoder) -> Iterator[tuple[str, nnx.Param]]:
-    """All parameters of a decoder by their paths: ``layers.3.attention.qkv.weight``."""
-    for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
-        found: Any = decoder
+def parameters(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
+    """All parameters of a decoder, or of a layer, by their paths: ``layers.3.attention.qkv.weight``."""
+    for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        found: Any = module
         for step in path:
             found = found[step] if isinstance(step, int) else getattr(found, step)
         yield ".".join(map(str, path)), found

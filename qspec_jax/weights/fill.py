@@ -30,8 +30,9 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec, layer_anatomy
+from qspec_jax.model.shards import parameters
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.weights.placing import Placing, Stack, of_parts, parameters_of, parts_of
+from qspec_jax.weights.placing import Placing, Stack, of_parts, parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 _DEFAULT = Placing()
@@ -84,7 +85,7 @@ def load_decoder(
     if quantization is not None:
         _warn_of_requantization(source)
 
-    decoder = placing.abstract_decoder(
+    decoder = placing.whole(
         source.config,
         quantization=quantization,
         formats=formats,
@@ -96,20 +97,18 @@ def load_decoder(
     places = {name: _place(decoder, spec) for name, spec in source.specs.items()}
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {size}"):
-        filling = _Filling(dict(parameters_of(decoder)), places, placing, num_layers=source.config.num_layers)
-        filling.run(source.entries, progress)
-        return jax.block_until_ready(decoder)
+        _Filling(decoder, places, placing).run(source.entries, progress)
+        return jax.block_until_ready(placing.finished(decoder))
 
 
 class _Filling:
     """Parameters that are abstract before, and on their devices after."""
 
-    def __init__(
-        self, parameters: Mapping[str, nnx.Param], places: Mapping[str, _Place], placing: Placing, *, num_layers: int
-    ):
-        self._parameters, self._places, self._placing, self._num_layers = parameters, places, placing, num_layers
+    def __init__(self, module: nnx.Module, places: Mapping[str, _Place], placing: Placing):
+        self._parameters, self._places, self._placing = dict(parameters(module)), places, placing
         self._tensors_to_come = Counter(place.array for place in places.values())
-        self._layers_to_come = Counter(path for path, _ in self._tensors_to_come)
+        self._layers_of = Counter(path for path, _ in self._tensors_to_come)
+        self._layers_to_come = Counter(self._layers_of)
         self._incomplete: dict[tuple[str, int | None], Any] = {}  # values in host memory, in planes
         self._stacks: dict[str, dict[str, Stack]] = {}
 
@@ -142,7 +141,7 @@ class _Filling:
             placed = {part: self._placing.put(f"{path}{part}", array) for part, array in arrays.items()}
             parameter.set_value(of_parts(placed, layout=layout))
             return
-        options: Any = {"num_layers": self._num_layers}
+        options: Any = {"num_layers": self._layers_of[path]}
         stacks = self._stacks.setdefault(
             path, {part: Stack(self._placing, f"{path}{part}", **options) for part in arrays}
         )
@@ -167,7 +166,7 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
     )
     specs = [spec for spec in source.specs.values() if spec.layer == index]
     places = {spec.name: _Place(spec.array, spec.first_row, layer=None) for spec in specs}
-    _Filling(dict(parameters_of(layer)), places, _DEFAULT, num_layers=1).run(source.entries, iter)
+    _Filling(layer, places, _DEFAULT).run(source.entries, iter)
     return layer
 
 

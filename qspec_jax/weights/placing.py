@@ -10,13 +10,12 @@ An array is called by its path in the decoder, ``layers.3.mlp.down.weight.packed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import Layout, QuantizedWeight
@@ -24,6 +23,8 @@ from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.device.memory import check_memory
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.sharding import from_shard_order, spec_of, to_shard_order
+from qspec_jax.model.shards import Shards, parameters
 
 _Region = tuple[tuple[int | None, int | None], ...]  # of an array: first and end of each axis
 _WEIGHT_ARRAYS = ("packed", "scale", "offset")
@@ -32,37 +33,35 @@ _WEIGHT_ARRAYS = ("packed", "scale", "offset")
 class Placing:
     """All arrays go to the default device, as they are. Others override how they are ordered and cut."""
 
-    def abstract_decoder(self, config: ModelConfig, **options: Any) -> Decoder:
-        """A decoder of shapes, whose weights have the layout in which devices hold them."""
+    def whole(self, config: ModelConfig, **options: Any) -> Decoder:
+        """An abstract decoder for a reader to fill, of the shapes that are stored; ``options`` of abstract_decoder."""
         return abstract_decoder(config, **options)
 
+    def finished(self, decoder: Decoder) -> Decoder:
+        """What a decoder of :meth:`whole` is, once its parameters hold arrays that were put onto their devices."""
+        return decoder
+
     def num_bytes(self, decoder: Decoder) -> int:
-        """Bytes of a decoder's arrays on the device that holds most of them."""
+        """Bytes of an abstract decoder's arrays on a device."""
         return num_bytes(decoder)
 
     def check_memory(self, decoder: Decoder, *, name: str) -> None:
-        """Raises OutOfMemoryError where the arrays of a decoder cannot fit."""
+        """Raises OutOfMemoryError where the arrays of an abstract decoder cannot fit."""
         check_memory(self.num_bytes(decoder), what=f"the weights of {name}")
 
-    def ordered(self, path: str, array: np.ndarray) -> np.ndarray:
-        """An array, or one layer of a stack, with its rows in the order in which devices hold them."""
-        return array
-
-    def in_stored_order(self, path: str, array: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`ordered`."""
-        return array
-
-    def sharding(self, path: str, shape: tuple[int, ...]) -> Sharding | None:
-        """How an array of :meth:`ordered` is cut; None for the default device."""
-        return None
-
-    def stacked_sharding(self, path: str, shape: tuple[int, ...]) -> Sharding | None:
-        """The same for a stack of such arrays, whose ``shape`` is that of one."""
+    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """How an array of :meth:`arranged` is cut; None for the default device."""
         return None
 
     def arranged(self, path: str, array: np.ndarray, layout: Layout = Layout.PLANES) -> np.ndarray:
-        """A stored array as devices hold it, in host memory."""
-        return order_bytes(self.ordered(path, array), layout)
+        """A stored array, or one layer of a stack, as devices hold it, in host memory.
+
+        Args:
+            path: of the array.
+            array: with 4-bit codes in ``Layout.PLANES``.
+            layout: of those codes in the decoder of :meth:`whole`.
+        """
+        return order_bytes(array, layout)
 
     def put(self, path: str, array: np.ndarray) -> Array:
         """Gives the devices of this process what they hold of an array of :meth:`arranged`."""
@@ -72,8 +71,50 @@ class Placing:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def stored(self, path: str, array: Array, layer: int | None, layout: Layout = Layout.PLANES) -> np.ndarray:
-        """An array of the decoder, or one layer of a stack, as it is stored; a view of it on a CPU where it can be."""
-        return self.in_stored_order(path, order_bytes(_to_host(array, layer), layout, inverse=True))
+        """An array of the decoder, or one layer of a stack, as it is stored; on a CPU a view where that can be."""
+        return order_bytes(_to_host(array, layer), layout, inverse=True)
+
+
+class MeshPlacing(Placing):
+    """Arrays go to the devices of a mesh in shard order (``model/sharding.py``), and come back from it."""
+
+    def __init__(self, shards: Shards):
+        self._shards = shards
+        values = ((name, parameter.get_value()) for name, parameter in parameters(shards.local))
+        self._layouts = {f"{name}.packed": layout_of(value, ".packed") for name, value in values}
+
+    def whole(self, config: ModelConfig, **options: Any) -> Decoder:
+        """See the base; what the decoder is, the shards know."""
+        return self._shards.whole()
+
+    def finished(self, decoder: Decoder) -> Decoder:
+        """See the base."""
+        return self._shards.filled(decoder)
+
+    def num_bytes(self, decoder: Decoder) -> int:
+        """See the base."""
+        return num_bytes(self._shards.local)
+
+    def check_memory(self, decoder: Decoder, *, name: str) -> None:
+        """See the base."""
+        own = self._shards.mesh.local_devices
+        together = len(own) if own and own[0].platform == "cpu" else 1  # devices with one memory
+        needed = together * self.num_bytes(decoder)
+        check_memory(needed, what=f"what {together or 1} of {self._shards.mesh.size} devices have of {name}")
+
+    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """See the base."""
+        return NamedSharding(self._shards.mesh, spec_of(path, shape))
+
+    def arranged(self, path: str, array: np.ndarray, layout: Layout = Layout.PLANES) -> np.ndarray:
+        """See the base; the layout is that of the kernels that read a device's part."""
+        config, split = self._shards.local.config, self._shards.split
+        return to_shard_order(path, array, config, split, layout=self._layouts.get(path, Layout.PLANES))
+
+    def stored(self, path: str, array: Array, layer: int | None, layout: Layout = Layout.PLANES) -> np.ndarray:
+        """See the base."""
+        config, split = self._shards.local.config, self._shards.split
+        return from_shard_order(path, _to_host(array, layer), config, split, layout=layout)
 
 
 class Stack:
@@ -106,9 +147,10 @@ class Stack:
     def put(self) -> Array:
         """The stack on its devices; what the host had of it is let go."""
         shares, self._shares = self._shares, {}
-        sharding = self._placing.stacked_sharding(self._path, self._shape)
-        if sharding is None or self._regions is None:
+        layer = self._placing.sharding(self._path, self._shape)
+        if layer is None or self._regions is None:
             return jax.device_put(shares.popitem()[1])
+        sharding = NamedSharding(layer.mesh, PartitionSpec(None, *layer.spec))
         on_devices = [jax.device_put(shares[region], device) for device, region in self._regions.items()]
         return jax.make_array_from_single_device_arrays((self._num_layers, *self._shape), sharding, on_devices)
 
@@ -120,19 +162,6 @@ def _region(index: tuple[slice, ...]) -> _Region:
 
 def _index(region: _Region) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in region)
-
-
-def parameters_of(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
-    """The parameters of a decoder, or of a layer, with their paths."""
-    for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        yield ".".join(map(str, path)), _at(module, path)
-
-
-def _at(module: nnx.Module, path: tuple[Any, ...]) -> nnx.Param:
-    found: Any = module
-    for step in path:
-        found = found[step] if isinstance(step, int) else getattr(found, step)
-    return found
 
 
 def parts_of(value: Any) -> dict[str, Any]:

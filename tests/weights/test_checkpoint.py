@@ -238,18 +238,16 @@ class Halves(Placing):
         self.mesh = jax.make_mesh((num_devices,), ("model",), axis_types=(AxisType.Auto,))
         self.asked = {}
 
-    def ordered(self, path, array):
+    def arranged(self, path, array, layout=Layout.PLANES):
         self.asked[path] = array.shape
         return array[::-1] if path.endswith(".packed") else array
 
-    in_stored_order = ordered
+    def stored(self, path, array, layer, layout=Layout.PLANES):
+        return self.arranged(path, super().stored(path, array, layer))
 
     def sharding(self, path, shape):
         rows = ("model",) if path.endswith(".packed") else ()
         return NamedSharding(self.mesh, PartitionSpec(*rows))
-
-    def stacked_sharding(self, path, shape):
-        return NamedSharding(self.mesh, PartitionSpec(None, *self.sharding(path, shape).spec))
 
 
 def check_placing(saved, num_devices):

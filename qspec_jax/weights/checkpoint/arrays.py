@@ -22,8 +22,9 @@ from pallas_kernels import Layout
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.shards import parameters
 from qspec_jax.weights.checkpoint.manifest import ArrayRecord
-from qspec_jax.weights.placing import Placing, Stack, layout_of, of_parts, parameters_of, parts_of
+from qspec_jax.weights.placing import Placing, Stack, layout_of, of_parts, parts_of
 
 MODEL_GROUP = "model"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -91,7 +92,7 @@ def fill(
     """Gives an abstract decoder its arrays.
 
     Args:
-        decoder: of :meth:`Placing.abstract_decoder`.
+        decoder: of :meth:`Placing.whole`.
         read_group: the arrays of a group. It is called for a few groups at once, in threads, and for no more before
             one of them is placed, so that the host holds those few.
         placing: puts the arrays onto their devices.
@@ -125,7 +126,7 @@ def fill(
                 stacks[name].write(layer, array)
     for name in list(stacks):
         placed[name] = stacks.pop(name).put()
-    for name, parameter in parameters_of(decoder):
+    for name, parameter in parameters(decoder):
         value = parameter.get_value()
         parts = {part: placed[f"{name}{part}"] for part in parts_of(value)}
         parameter.set_value(of_parts(parts, layout=layout_of(value, ".packed")))
@@ -171,7 +172,7 @@ def _holds(array: np.ndarray, dtype: Any) -> bool:
 def _places(decoder: Decoder) -> dict[str, _Place]:
     """Where each stored array is in the decoder, by the name it is stored under."""
     places = {}
-    for name, parameter in parameters_of(decoder):
+    for name, parameter in parameters(decoder):
         value = parameter.get_value()
         for part, leaf in parts_of(value).items():
             layout = layout_of(value, part)

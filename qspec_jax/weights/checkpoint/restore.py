@@ -151,7 +151,7 @@ def restore_decoder(
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
     """
     manifest, name = checkpoint.manifest, checkpoint.path.name
-    decoder = placing.abstract_decoder(
+    decoder = placing.whole(
         manifest.model,
         quantization=quantization or manifest.quantization,
         formats=manifest.formats,
@@ -163,7 +163,7 @@ def restore_decoder(
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):
         fill(decoder, checkpoint.read_group, placing, progress)
-        return jax.block_until_ready(decoder)
+        return jax.block_until_ready(placing.finished(decoder))
 
 
 def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
