@@ -15,6 +15,7 @@ from typing import Any
 from qspec_jax.commands import options
 from qspec_jax.commands.output import require_standard_output, show, show_json
 from qspec_jax.commands.run import exit_code, leave
+from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files import json_lines
 from qspec_jax.files.whole import check_writable, write_whole
@@ -36,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_kernels(parser)
+    mesh = "what each of so many devices would hold: data=N,model=N; there need not be so many"
+    add("--mesh", metavar="AXES", help=mesh)
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--output", type=Path, metavar="FILE", help="also write the JSON object into a file")
     test = parser.add_argument_group("self-test", "of the kernels, on whatever device is here")
@@ -74,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     start_device()
     chosen = None if arguments.group_size is None else options.quantization_of(arguments.group_size)
     path = resolve_model(arguments.model)
-    facts = describe_model(path, quantization=chosen, dtype=arguments.dtype, kernels=arguments.kernels)
+    mesh = parse_mesh(arguments.mesh or "model=1")
+    facts = describe_model(path, quantization=chosen, dtype=arguments.dtype, kernels=arguments.kernels, mesh=mesh)
     _print(arguments, facts, text.model_text(facts))
     return 0
 
@@ -84,6 +88,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--self-test takes no MODEL: it is of kernels at the widths of models; leave one of them out")
     if not arguments.self_test and (arguments.interpreted or arguments.op):
         raise UsageError("--interpreted and --op are options of --self-test; give that as well")
+    if arguments.mesh is not None:
+        if arguments.model is None:
+            raise UsageError("--mesh is of a MODEL, which is missing: give one, or 'default'")
+        parse_mesh(arguments.mesh)
     options.check_positive(arguments, "max_seconds")
     check_model_name(arguments.model)
     check_writable(arguments.output, option="--output")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from qspec_jax.bench.decode import command as decode
 from qspec_jax.bench.kernels import command as kernels
+from qspec_jax.bench.scaling import command as scaling
 from qspec_jax.bench.speedup import command as speedup
 from qspec_jax.bench.throughput import command as throughput
 from qspec_jax.bench.tpu import command as tpu
@@ -28,7 +29,7 @@ from qspec_jax.commands.output import require_standard_output
 from qspec_jax.commands.run import exit_code, leave
 from qspec_jax.files.lock import locked
 
-COMMANDS = (kernels, decode, speedup, throughput, tune, tpu)
+COMMANDS = (kernels, decode, speedup, throughput, tune, tpu, scaling)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -38,6 +38,16 @@ PRESETS = {
         head_dim=128,
         max_position_embeddings=8192,
     ),
+    "llama-3.1-405b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_layers=126,
+        num_heads=128,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+    ),
     "qwen2.5-14b": ModelConfig(
         vocab_size=152064,
         hidden_size=5120,

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from qspec_jax.decoding.chunks import fitting_capacity
+from qspec_jax.decoding.mesh_costs import position_bytes
 from qspec_jax.device.memory import available_bytes
+from qspec_jax.device.mesh import MeshShape
 from qspec_jax.errors import QSpecError
 from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
@@ -19,6 +21,7 @@ from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options
+from qspec_jax.model.sharding import check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
@@ -26,6 +29,7 @@ from qspec_jax.weights.fill import weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
 from qspec_jax.weights.source import Source
 
+_ONE_DEVICE = MeshShape()
 BATCHES = (1, 8, 32, 128)
 CONTEXTS = (1024, 4096, 16384, 65536)
 
@@ -41,7 +45,12 @@ class _Stored:
 
 
 def describe_model(
-    path: Path, *, quantization: QuantConfig | None = None, dtype: str | None = None, kernels: str = "auto"
+    path: Path,
+    *,
+    quantization: QuantConfig | None = None,
+    dtype: str | None = None,
+    kernels: str = "auto",
+    mesh: MeshShape = _ONE_DEVICE,
 ) -> dict[str, Any]:
     """Facts by name, for JSON.
 
@@ -49,9 +58,10 @@ def describe_model(
         path: of ``resolve_model``.
         quantization: of weights that are rounded as they are read; None for that of the checkpoint, or the usual one.
         dtype, kernels: as of :func:`qspec_jax.load`.
+        mesh: devices like this one that share the model; there need not be so many.
 
     Raises:
-        UsageError: an argument makes no sense for this model.
+        UsageError: an argument makes no sense for this model, or it does not split among so many devices.
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     placement = decoder_options(kernels, dtype)
@@ -63,6 +73,7 @@ def describe_model(
         source, chosen = open_source(path), quantization or QuantConfig()
         config, formats, stored = source.config, weight_formats(source, chosen), _stored_source(path, source)
     assert formats is not None
+    check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}
     return {
@@ -73,13 +84,9 @@ def describe_model(
         "disk_bytes": model_bytes(path),
         "shapes": _shapes(config),
         "quantization": _quantization(config, stored, formats, chosen),
-        "memory": _memory(config, placement, shapes),
-        "kernels": {
-            name: [dataclasses.asdict(choice) for choice in choices]
-            for name, choices in kernel_choices(
-                config, kernels=placement["kernels"], dtype=placement["dtype"], **shapes
-            ).items()
-        },
+        "mesh": {"data": mesh.data, "model": mesh.model},
+        "memory": _memory(config, placement, shapes, mesh),
+        "kernels": _kernels(config, placement, shapes, mesh),
         "device": jax.local_devices()[0].device_kind,
         **_text(config, tokenizer, problem),
     }
@@ -166,22 +173,37 @@ def _quantization(
     }
 
 
-def _memory(config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes of weights and caches, and what fits beside the weights."""
-    decoder = abstract_decoder(config, **shapes, **placement)
+def _kernels(
+    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape
+) -> dict[str, Any]:
+    """What one device runs, whose shapes are those of a smaller model."""
+    formats = {"formats": local_formats(config, shapes["formats"], mesh.model)}
+    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"]}
+    found = kernel_choices(local_config(config, mesh.model), **options)
+    return {name: [dataclasses.asdict(choice) for choice in choices] for name, choices in found.items()}
+
+
+def _memory(
+    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape
+) -> dict[str, Any]:
+    """Bytes of weights and caches on a device, and what fits beside the weights; batches are those of all devices."""
+    decoder = abstract_decoder(config, **shapes, **placement, split=mesh.model)
     weights, free = num_bytes(decoder), available_bytes()
     contexts = sorted({min(size, config.max_position_embeddings) for size in CONTEXTS})
-    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * placement["dtype"].itemsize
+    per_position = position_bytes(config, mesh.model, dtype_bytes=placement["dtype"].itemsize)
     one = {context: fitting_capacity(context) * per_position for context in contexts}
     left = None if free is None else free - weights
+    fitting = {context: max(0, (left or 0) // size) * mesh.data for context, size in one.items()}
     return {
         "dtype": placement["dtype"].name,
         "weight_bytes": weights,
         "cache_bytes_per_token": per_position,
-        "cache_bytes": {context: {batch: size * batch for batch in BATCHES} for context, size in one.items()},
+        "cache_bytes": {
+            context: {batch: size * -(-batch // mesh.data) for batch in BATCHES} for context, size in one.items()
+        },
         "free_bytes": free,
         "weights_fit": None if left is None else left >= 0,
-        "largest_batch": None if left is None else {context: max(0, left // size) for context, size in one.items()},
+        "largest_batch": None if left is None else fitting,
     }
 
 

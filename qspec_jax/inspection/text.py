@@ -97,7 +97,10 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
     note = "Prefill and XLA's temporaries take more; the largest batch leaves them nothing."
     if memory["weights_fit"] is False:
         note = "The weights alone do not fit this device."
-    head = f"Memory in {memory['dtype']}: weights {_size(memory['weight_bytes'])}{free}; caches:"
+    mesh = facts["mesh"]
+    several = mesh["data"] * mesh["model"] > 1
+    where = f" on each device of data={mesh['data']},model={mesh['model']}" if several else ""
+    head = f"Memory in {memory['dtype']}{where}: weights {_size(memory['weight_bytes'])}{free}; caches:"
     return [*textwrap.wrap(head, WIDTH), *_table(rows), *textwrap.wrap(note, WIDTH)]
 
 

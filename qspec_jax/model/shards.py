@@ -177,7 +177,9 @@ def _map_parts(function: Callable[[str, Any], Any], name: str, value: Any) -> An
     if not isinstance(value, QuantizedWeight):
         return function(name, value)
     names = [field.name for field in dataclasses.fields(value) if not field.metadata.get("static")]
-    made = {part: function(f"{name}.{part}", getattr(value, part)) for part in names if getattr(value, part) is not None}
+    made = {
+        part: function(f"{name}.{part}", getattr(value, part)) for part in names if getattr(value, part) is not None
+    }
     return dataclasses.replace(value, **made)
 
 

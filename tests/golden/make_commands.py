@@ -48,6 +48,8 @@ _ABOUT = {
     "an NVIDIA GPU.",
     "python -m qspec_jax.bench tpu": "Counts cycles of the TPU kernels in the code of the TPU's compiler. It needs "
     "libtpu, and no TPU: [TPU](tpu.md).",
+    "python -m qspec_jax.bench scaling": "Predicts memory, traffic and speed on many devices, by formula: "
+    "[Scaling](scaling.md). Nothing is run.",
 }
 _HARNESS = """\
 ## python -m qspec_jax.harness

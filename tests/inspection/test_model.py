@@ -103,6 +103,9 @@ def test_what_does_not_fit_or_is_unknown_is_said(models, monkeypatch, free, larg
         (["{}/empty"], 1, "has no config.json"),
         (["{}/saved", "--kernels", "triton"], 2, "kernels='triton' does not work on this cpu device"),
         (["{}/hf", "--group-size", "128"], 2, "cannot quantise this model"),
+        (["{}/hf", "--mesh", "model=7"], 2, "mesh: model=7 does not split"),
+        (["{}/hf", "--mesh", "pipe=2"], 2, "use data=N,model=N"),
+        (["--mesh", "model=2"], 2, "--mesh is of a MODEL, which is missing"),
     ],
 )
 def test_errors_are_those_of_the_other_commands(models, capsys, arguments, code, line):
@@ -110,6 +113,22 @@ def test_errors_are_those_of_the_other_commands(models, capsys, arguments, code,
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert line in said
+
+
+def test_a_mesh_shares_weights_heads_and_rows_without_so_many_devices(models, capsys):
+    def memory(*arguments):
+        assert info.main([f"{models}/saved", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["memory"]
+
+    one, two, four = memory(), memory("--mesh", "model=2"), memory("--mesh", "data=3,model=2")
+    assert one["weight_bytes"] > two["weight_bytes"] > one["weight_bytes"] / 2  # norms are on both
+    assert two["cache_bytes_per_token"] * 2 == one["cache_bytes_per_token"]
+    assert four["weight_bytes"] == two["weight_bytes"]
+    first = next(iter(one["cache_bytes"]))
+    assert four["cache_bytes"][first]["8"] == two["cache_bytes"][first]["1"] * 3
+    assert four["largest_batch"][first] % 3 == 0
+    assert info.main([f"{models}/saved", "--mesh", "data=3,model=2"]) == 0
+    assert "on each device of data=3,model=2" in " ".join(capsys.readouterr().out.split())
 
 
 def on_gpu(monkeypatch, capability):

@@ -1,0 +1,1 @@
+"""What a model would take on many devices, by formula."""

@@ -1,0 +1,86 @@
+"""The formulas of a mesh: against what one GPU measured, and what a compiled program sends."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from qspec_jax import QuantConfig
+from qspec_jax.bench.presets import PRESETS
+from qspec_jax.bench.scaling.hardware import HARDWARE
+from qspec_jax.decoding.mesh_costs import Drafting, Traffic, decode_traffic, device_bytes, position_bytes, predict
+from qspec_jax.device.mesh import MeshShape
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
+
+LLAMA = PRESETS["llama-3-8b"]
+ONE = MeshShape()
+
+
+def local(config, split=1):
+    quantization = QuantConfig(group_size=128, symmetric=True)
+    options = {"dtype": "bfloat16", "kernels": "reference", "scan_layers": True, "split": split}
+    return abstract_decoder(config, quantization=quantization, formats=None, **options)
+
+
+# Rows, context, drafts; plain step and cycle as docs/results.md has them.
+MEASURED = [
+    (1, 512, 3, 2.43, 9.81),
+    (16, 512, 3, 2.96, 12.71),
+    (32, 4096, 3, 9.07, 2.60 * 9.07),
+    (32, 4096, 5, 9.07, 3.78 * 9.07),
+    (16, 8000, 5, 8.82, 3.25 * 8.82),
+    (16, 16384, 5, 15.02, 2.44 * 15.02),
+    (1, 32768, 3, 4.52, 2.84 * 4.52),
+]
+
+
+@pytest.mark.parametrize(("rows", "context", "drafts", "step_ms", "cycle_ms"), MEASURED)
+def test_on_one_gpu_it_is_within_a_sixth_of_what_was_measured(rows, context, drafts, step_ms, cycle_ms):
+    settings = {"rows": rows, "context": context, "drafting": Drafting(drafts)}
+    found = predict(local(LLAMA), ONE, HARDWARE["h100"], **settings)
+    assert 1e3 * found.step_s == pytest.approx(step_ms, rel=1 / 6)
+    assert 1e3 * found.cycle_s == pytest.approx(cycle_ms, rel=1 / 6)
+    assert found.traffic == Traffic(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "split", "megabytes"),
+    [(1, 2, 1.05), (1, 4, 3.1), (1, 8, 7.3), (16, 2, 17), (16, 4, 50), (16, 8, 117), (64, 2, 67), (64, 8, 470)],
+)
+def test_traffic_is_mostly_the_sums_of_two_linears_a_layer(tokens, split, megabytes):
+    found = decode_traffic(LLAMA, split, tokens=tokens, dtype_bytes=2)
+    assert found.messages == 2 * 32 + 2
+    assert found.num_bytes / 1e6 == pytest.approx(megabytes, rel=0.03)
+    drawn = decode_traffic(LLAMA, split, tokens=tokens, dtype_bytes=2, draws=True)
+    logits = 4 * tokens * LLAMA.vocab_size * (split - 1) // split
+    assert drawn.num_bytes - found.num_bytes == logits - 8 * (split - 1) * tokens
+
+
+def test_devices_share_weights_and_cache_and_repeat_heads_where_there_are_too_few():
+    whole, eighth = local(LLAMA), local(LLAMA, 8)
+    assert num_bytes(eighth) == pytest.approx(num_bytes(whole) / 8, rel=0.01)
+    sizes = [position_bytes(LLAMA, split, dtype_bytes=2) for split in (1, 2, 8, 16, 32)]
+    assert sizes == [131072, 65536, 16384, 16384, 16384]
+    held = device_bytes(eighth, MeshShape(2, 8), rows=32, context=1000)
+    assert held.cache == 16 * 1024 * 16384
+    assert held.total == held.weights + held.cache + held.temporaries
+    more = device_bytes(eighth, MeshShape(2, 8), rows=33, context=1000)
+    assert more.cache == held.cache * 17 // 16
+    cache = jax.eval_shape(lambda: whole.create_cache(batch=4, capacity=64))
+    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+    assert device_bytes(whole, ONE, rows=4, context=64).cache == taken
+
+
+def test_replicas_decode_as_one_and_a_slow_link_costs():
+    hardware, settings = HARDWARE["h100"], {"context": 512, "drafting": Drafting()}
+    one = predict(local(LLAMA), ONE, hardware, rows=16, **settings)
+    two = predict(local(LLAMA), MeshShape(2, 1), hardware, rows=32, **settings)
+    assert two.tokens_per_s == pytest.approx(2 * one.tokens_per_s)
+    shared = predict(local(LLAMA, 2), MeshShape(1, 2), hardware, rows=16, **settings)
+    slow = dataclasses.replace(hardware, links=hardware.network)
+    assert predict(local(LLAMA, 2), MeshShape(1, 2), slow, rows=16, **settings).link_s > 1.5 * shared.link_s
+    assert one.step_s / 2 < shared.step_s < one.step_s
+    across = predict(local(LLAMA, 16), MeshShape(1, 16), hardware, rows=1, **settings)
+    assert across.link_s == pytest.approx(across.traffic.seconds(hardware.network))
