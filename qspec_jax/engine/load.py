@@ -12,8 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.compilation_cache import enable_compilation_cache
+from qspec_jax.device.mesh import make_mesh
 from qspec_jax.device.start import start_device
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
@@ -22,11 +25,13 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.placement import decoder_options, kernels_in_use
+from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.placing import MeshPlacing, Placing
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
 
@@ -40,7 +45,8 @@ class OpenedModel:
         quantization: how draft activations are quantised; None for floating-point weights.
         formats: of each linear; None for floating-point weights.
         tokenizer: reads its tokenizer.
-        read: reads its weights into a decoder; takes ``progress`` and what :func:`decoder_options` returns.
+        read: reads its weights into a decoder; takes ``progress``, ``placing`` and what :func:`decoder_options`
+            returns.
     """
 
     name: str
@@ -49,6 +55,18 @@ class OpenedModel:
     formats: Mapping[str, WeightFormat] | None
     tokenizer: Callable[[], Tokenizer | None]
     read: Callable[..., Decoder]
+
+    def shapes(self, placement: Mapping[str, Any]) -> Decoder:
+        """The decoder of one device without its arrays; ``placement`` is what :func:`decoder_options` returns."""
+        return abstract_decoder(self.config, quantization=self.quantization, formats=self.formats, **placement)
+
+    def shards(self, mesh: Mesh, placement: Mapping[str, Any]) -> Shards:
+        """How the model lies on a mesh.
+
+        Raises:
+            UsageError: it does not split among so many devices.
+        """
+        return Shards.of(self.config, mesh, quantization=self.quantization, formats=self.formats, **placement)
 
 
 def open_model(path: Path, quantization: QuantConfig | Literal["auto"] | None) -> OpenedModel:
@@ -81,10 +99,11 @@ def load(
     quantization: QuantConfig | Literal["auto"] | Any = "auto",
     dtype: str | None = None,
     kernels: str = "auto",
+    mesh: Mesh | str | Any = None,
     progress: bool = False,
     compile_ahead: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
-    """Loads a model onto the default device, quantising it tensor by tensor.
+    """Loads a model onto the default device, or the devices of a mesh, quantising it tensor by tensor.
 
     JAX keeps compiled programs in the user's cache folder from then on, unless it has a cache folder already or
     ``QSPEC_JAX_CACHE=off`` is set: see :func:`qspec_jax.enable_compilation_cache`. A folder that cannot be written
@@ -100,6 +119,9 @@ def load(
             whatever is given. None to have the weights in floating point (mode ``float`` only).
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
+        mesh: devices that share the model: ``"data=2,model=4"`` of JAX's first devices, or a ``jax.sharding.Mesh`` with
+            one or both of these axes. Rows of a batch are split over ``data``; heads, channels and vocabulary over
+            ``model``. No device holds more than its share. None for the default device alone.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
             compiles (:meth:`Pipeline.compile`) the loaded model has, too. An error in it is ignored: programs are then
@@ -110,7 +132,7 @@ def load(
         a model ready to :meth:`~qspec_jax.LanguageModel.generate`.
 
     Raises:
-        UsageError: an argument makes no sense here.
+        UsageError: an argument makes no sense here, or the mesh does not fit the model or the devices.
         DeviceError: JAX finds no device, or cannot use it.
         CheckpointError, UnsupportedModelError, OutOfMemoryError: the model cannot be loaded.
     """
@@ -120,15 +142,18 @@ def load(
         raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
     with contextlib.suppress(OSError):
         enable_compilation_cache()
+    on = make_mesh(mesh)
     opened = open_model(resolve_model(model), quantization)
+    shards = None if on is None else opened.shards(on, placement)
     shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.
     pool = ThreadPoolExecutor(2, thread_name_prefix="load")
     try:
         tokenizer = pool.submit(opened.tokenizer)
-        programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, kernels, placement)
-        decoder = opened.read(progress=ending_with(tokenizer, shown), **placement)
-        loaded = _assemble(opened, decoder, tokenizer.result(), kernels)
+        programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, kernels, placement, shards)
+        placing = Placing() if shards is None else MeshPlacing(shards)
+        decoder = opened.read(progress=ending_with(tokenizer, shown), placing=placing, **placement)
+        loaded = _assemble(opened, decoder, tokenizer.result(), kernels, on)
         if programs.exception() is None and (compiled := programs.result()) is not None:
             loaded.programs.adopt(compiled)
         return loaded
@@ -136,10 +161,12 @@ def load(
         pool.shutdown(wait=False, cancel_futures=True)  # an error or an interruption waits for no compiler
 
 
-def _assemble(opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str) -> LanguageModel:
+def _assemble(
+    opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str, mesh: Mesh | None
+) -> LanguageModel:
     """A model around a decoder, which may have shapes alone."""
-    in_use = kernels_in_use(decoder, kernels)
-    return LanguageModel(decoder, tokenizer, quantization=opened.quantization, kernels=in_use, name=opened.name)
+    options: dict[str, Any] = {"quantization": opened.quantization, "name": opened.name, "mesh": mesh}
+    return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
 
 def _programs_ahead(
@@ -148,12 +175,14 @@ def _programs_ahead(
     tokenizer: Future[Tokenizer | None],
     kernels: str,
     placement: Mapping[str, Any],
+    shards: Shards | None,
 ) -> Programs | None:
     """The programs that ``compile_ahead`` compiles for a model of shapes."""
     if compile_ahead is None:
         return None
-    shell = abstract_decoder(opened.config, quantization=opened.quantization, formats=opened.formats, **placement)
-    compile_ahead(model := _assemble(opened, shell, tokenizer.result(), kernels))
+    shell = opened.shapes(placement) if shards is None else shards.shapes()
+    mesh = None if shards is None else shards.mesh
+    compile_ahead(model := _assemble(opened, shell, tokenizer.result(), kernels, mesh))
     return model.programs
 
 

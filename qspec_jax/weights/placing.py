@@ -3,7 +3,7 @@
 Whoever reads a model has one array at a time in host memory, as checkpoints store it: whole, its rows in the order of
 the projections, its bytes in planes. :meth:`Placing.arranged` puts rows and bytes into the order that devices hold, and
 :meth:`Placing.put` gives each device what it holds and no more. Layers that are stacked are cut as they come
-(:class:`Stack`): a host never has the stack of another one's devices. :meth:`Placing.stored` is the way back.
+(:class:`Stack`): a host never has the stack of another one's devices.
 
 An array is called by its path in the decoder, ``layers.3.mlp.down.weight.packed``; layer 0 stands for a stack.
 """
@@ -23,7 +23,7 @@ from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.device.memory import check_memory
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
-from qspec_jax.model.sharding import from_shard_order, spec_of, to_shard_order
+from qspec_jax.model.sharding import spec_of, to_shard_order
 from qspec_jax.model.shards import Shards, parameters
 
 _Region = tuple[tuple[int | None, int | None], ...]  # of an array: first and end of each axis
@@ -70,13 +70,9 @@ class Placing:
             return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    def stored(self, path: str, array: Array, layer: int | None, layout: Layout = Layout.PLANES) -> np.ndarray:
-        """An array of the decoder, or one layer of a stack, as it is stored; on a CPU a view where that can be."""
-        return order_bytes(_to_host(array, layer), layout, inverse=True)
-
 
 class MeshPlacing(Placing):
-    """Arrays go to the devices of a mesh in shard order (``model/sharding.py``), and come back from it."""
+    """Arrays go to the devices of a mesh in shard order (``model/sharding.py``)."""
 
     def __init__(self, shards: Shards):
         self._shards = shards
@@ -110,11 +106,6 @@ class MeshPlacing(Placing):
         """See the base; the layout is that of the kernels that read a device's part."""
         config, split = self._shards.local.config, self._shards.split
         return to_shard_order(path, array, config, split, layout=self._layouts.get(path, Layout.PLANES))
-
-    def stored(self, path: str, array: Array, layer: int | None, layout: Layout = Layout.PLANES) -> np.ndarray:
-        """See the base."""
-        config, split = self._shards.local.config, self._shards.split
-        return from_shard_order(path, _to_host(array, layer), config, split, layout=layout)
 
 
 class Stack:
@@ -182,12 +173,3 @@ def of_parts(parts: Mapping[str, Any], *, layout: Layout) -> Any:
     if "" in parts:
         return parts[""]
     return QuantizedWeight(parts[".packed"], parts[".scale"], parts.get(".offset"), layout=layout)
-
-
-def _to_host(array: Array, layer: int | None) -> np.ndarray:
-    """An array, or one layer of a stack; a view of it on a CPU that holds it whole."""
-    if jax.default_backend() == "cpu" and array.is_fully_addressable:
-        return np.asarray(array) if layer is None else np.asarray(array)[layer]
-    one = array if layer is None else array[layer]
-    # Another handle of the same buffer: an array keeps the host copy that was made of it.
-    return np.asarray(one.addressable_data(0) if one.is_fully_replicated else one)

@@ -26,7 +26,6 @@ from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
 from qspec_jax.model.view import View
 from qspec_jax.weights.checkpoint import arrays
-from qspec_jax.weights.checkpoint.manifest import hash_array
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.placing import Placing
@@ -242,9 +241,6 @@ class Halves(Placing):
         self.asked[path] = array.shape
         return array[::-1] if path.endswith(".packed") else array
 
-    def stored(self, path, array, layer, layout=Layout.PLANES):
-        return self.arranged(path, super().stored(path, array, layer))
-
     def sharding(self, path, shape):
         rows = ("model",) if path.endswith(".packed") else ()
         return NamedSharding(self.mesh, PartitionSpec(*rows))
@@ -261,12 +257,9 @@ def check_placing(saved, num_devices):
         assert packed.addressable_data(0).shape[-2:] == (64 // num_devices, 64), packed.sharding
         np.testing.assert_array_equal(packed[0] if scan_layers else packed, whole.packed[0][::-1])
         assert decoder.embedding.get_value().is_fully_replicated
-        for group in ("model", "layers.1"):
-            for name, array in arrays.stored_arrays(decoder, group, halves).items():
-                assert hash_array(array) == open_checkpoint(saved).manifest.arrays[name].sha256, name
 
 
-def test_arrays_go_where_they_are_placed_and_come_back_as_they_were(saved):
+def test_arrays_go_where_they_are_placed(saved):
     check_placing(saved, 1)
 
 

@@ -17,11 +17,13 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+import qspec_jax
 from pallas_kernels import Layout
 from qspec_jax import ModelConfig, QuantConfig
 from qspec_jax.device.mesh import make_mesh
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.model.decoder import num_bytes
+from qspec_jax.model.sharding import from_shard_order
 from qspec_jax.model.shards import Shards, parameters
 from qspec_jax.weights import placing
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
@@ -55,24 +57,27 @@ def check_all(folder):
 def check_mesh(folder, family, quantization, mesh):
     config = ModelConfig.from_hf({**tiny.hf_config(family), "head_dim": 32})
     source = tiny.source(config)
-    formats = weight_formats(source, quantization)
-    for scan_layers in (True, False):
+    formats, of_layout = weight_formats(source, quantization), {}
+    for scan_layers in (False, True):
         options = {"dtype": jnp.dtype("float32"), "kernels": "reference", "scan_layers": scan_layers}
         shards = Shards.of(config, mesh, quantization=quantization, formats=formats, **options)
         whole = load_decoder(source, quantization=quantization, formats=formats, **options)
         expected, onto = shards.distributed(whole), MeshPlacing(shards)
         loaded = load_decoder(source, quantization=quantization, formats=formats, placing=onto, **options)
         assert_same(loaded, expected)
+        of_layout[scan_layers] = loaded
         own = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(nnx.state(loaded)))
         assert own == num_bytes(shards.local) < num_bytes(whole) * 0.8
         if not folder.exists():
             save_checkpoint(folder, whole, tokenizer=None, quantization=quantization)
         checkpoint = open_checkpoint(folder)
         assert_same(restore_decoder(checkpoint, placing=onto, **options), expected)
-        again = folder.parent / f"{folder.name} again"
-        saved = save_checkpoint(
-            again, loaded, tokenizer=None, quantization=quantization, placing=onto, overwrite=again.exists()
-        )
+    model = qspec_jax.load(folder, mesh=mesh, kernels="reference", dtype="float32")
+    assert model.mesh == mesh
+    assert_same(model.decoder, of_layout[True])
+    for name, decoder in (("scanned", model.decoder), ("unrolled", of_layout[False])):
+        again = folder.parent / f"{folder.name} {name}"
+        saved = save_checkpoint(again, decoder, tokenizer=None, quantization=quantization)
         assert saved.arrays == checkpoint.manifest.arrays  # shapes, dtypes and hashes
         assert saved.formats == checkpoint.manifest.formats
 
@@ -129,7 +134,7 @@ def test_what_is_stored_is_what_was_arranged(family, split, layout):
             path, array = f"{name}{part}", rng.integers(0, 256, leaf.shape).astype(leaf.dtype)
             arranged = onto.arranged(path, array)
             rows[path] = arranged.shape[0] / array.shape[0]
-            back = onto.stored(path, jnp.asarray(arranged), None, layout if part == ".packed" else Layout.PLANES)
+            back = from_shard_order(path, arranged, config, split, layout=layout)
             assert back.tobytes() == array.tobytes(), path
     assert rows["layers.0.mlp.down.weight.packed"] == 1
     assert rows["layers.0.attention.qkv.weight.packed"] == (1 if split == 2 else 1.5)

@@ -22,6 +22,7 @@ from pallas_kernels import Layout
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.sharding import from_shard_order
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.checkpoint.manifest import ArrayRecord
 from qspec_jax.weights.placing import Placing, Stack, layout_of, of_parts, parts_of
@@ -31,7 +32,6 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _NARROW_DTYPES = (ml_dtypes.bfloat16, np.float16)
 _SAMPLE = 4096
 _SCALES = (".scale", ".offset")
-_DEFAULT = Placing()
 _GROUPS_AT_ONCE = min(4, os.cpu_count() or 1)  # each in a thread: reading, hashing and reordering leave Python alone
 
 
@@ -65,20 +65,15 @@ def expected_shapes(
     }
 
 
-def stored_arrays(decoder: Decoder, group: str, placing: Placing = _DEFAULT) -> dict[str, np.ndarray]:
-    """The arrays of one group as they are stored, in host memory; on a CPU without copying them.
+def stored_arrays(decoder: Decoder, group: str) -> dict[str, np.ndarray]:
+    """The arrays of one group as they are stored, in host memory; on a CPU without copying them where that can be.
 
     Scales and offsets keep their dtype; other floats are given in the narrowest that holds their values exactly.
-
-    Args:
-        decoder: any.
-        group: one of :func:`group_names`.
-        placing: what put its arrays where they are.
     """
     arrays = {}
-    for stored, place in _places(decoder).items():
+    for stored, (name, layer, leaf, layout) in _places(decoder).items():
         if group_of(stored) == group:
-            array = placing.stored(place.name, place.leaf, place.layer, place.layout)
+            array = from_shard_order(name, _to_host(leaf, layer), decoder.config, decoder.split, layout=layout)
             arrays[stored] = array if stored.endswith(_SCALES) else narrowed(array)
     return arrays
 
@@ -184,3 +179,12 @@ def _places(decoder: Decoder) -> dict[str, _Place]:
             else:
                 places[path] = _Place(path, None, leaf, layout)
     return places
+
+
+def _to_host(array: Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of a stack; a view of it on a CPU that holds it whole."""
+    if jax.default_backend() == "cpu":
+        return np.asarray(array) if layer is None else np.asarray(array)[layer]
+    one = array if layer is None else array[layer]
+    # Another handle of the same buffer: an array keeps the host copy that was made of it.
+    return np.asarray(one.addressable_data(0) if one.is_fully_replicated else one)

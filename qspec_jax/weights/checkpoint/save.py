@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
@@ -38,7 +40,6 @@ from qspec_jax.weights.checkpoint.manifest import (
     is_checkpoint,
     read_content,
 )
-from qspec_jax.weights.placing import Placing
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -47,7 +48,6 @@ ARRAYS, TOKENIZER = "arrays", "tokenizer"
 _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
 _METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
 _NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
-_DEFAULT = Placing()
 
 
 def save_checkpoint(
@@ -58,36 +58,38 @@ def save_checkpoint(
     quantization: QuantConfig | None,
     recipe: Mapping[str, Any] = _NO_RECIPE,
     overwrite: bool = False,
-    placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Manifest:
     """Writes a quantised model as a checkpoint directory.
 
     Args:
         path: of the directory.
-        decoder: with 4-bit weights, in either arrangement of its layers. Its floats are written exactly.
+        decoder: with 4-bit weights, in either arrangement of its layers. Its floats are written exactly, and what lies
+            on a mesh as if it lay on one device.
         tokenizer: of the model, if it has one.
         quantization: of the decoder.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
         overwrite: replace a checkpoint that is there. It stays what it is until the new one is complete.
-        placing: what put the decoder's arrays where they are: a mesh's are written as those of one device.
         progress: wraps the iteration over the parts of the model.
 
     Returns:
         what was written into ``qspec.json``.
 
     Raises:
-        UsageError: the weights are floating point, or there is a checkpoint and ``overwrite`` is not set.
+        UsageError: the weights are floating point or on devices of several processes, or there is a checkpoint and
+            ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
     """
     if quantization is None:
         raise UsageError("only 4-bit weights are saved; load the model with a QuantConfig")
+    if jax.process_count() > 1:
+        raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
     path = Path(os.path.abspath(path))
     check_destination(path, num_bytes(decoder), overwrite=overwrite)
     try:
         with _temporary_sibling(path) as temporary:
             data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
-            arrays = _write_arrays(data / ARRAYS, decoder, placing, progress)
+            arrays = _write_arrays(data / ARRAYS, decoder, progress)
             if tokenizer is not None:
                 tokenizer.save(data / TOKENIZER)
             manifest = Manifest(
@@ -152,16 +154,14 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
     return formats
 
 
-def _write_arrays(
-    folder: Path, decoder: Decoder, placing: Placing, progress: Callable[[Iterable], Iterable]
-) -> dict[str, ArrayRecord]:
+def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable], Iterable]) -> dict[str, ArrayRecord]:
     import orbax.checkpoint as ocp
 
     records: dict[str, ArrayRecord] = {}
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
         for group in progress(group_names(decoder.config)):
-            arrays = stored_arrays(decoder, group, placing)
+            arrays = stored_arrays(decoder, group)
             with _errors_of_the_system():
                 checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
             for name, array in arrays.items():
