@@ -1,27 +1,33 @@
 """Models of a given shape with random 4-bit weights: as fast as real ones, and there in seconds.
 
 A decoder is arranged exactly as :func:`qspec_jax.load` arranges it, and filled array by array on the device, so that
-memory holds the model and the random bits of one array. What it generates is noise.
+memory holds the model and the random bits of one array. On a mesh each device makes its own part. What a model
+generates is noise.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight
 from qspec_jax.bench.random_arrays import random_normal, random_weight
-from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.device.memory import explain_out_of_memory
+from qspec_jax.device.mesh import MODEL, make_mesh
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import abstract_decoder, num_bytes
+from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.placement import decoder_options, kernels_in_use
+from qspec_jax.model.shards import Shards, parameters
+from qspec_jax.weights.placing import MeshPlacing, Placing
 
 
 def synthetic_model(
@@ -31,6 +37,7 @@ def synthetic_model(
     dtype: str | None = None,
     kernels: str = "auto",
     name: str = "synthetic",
+    mesh: Mesh | str | None = None,
 ) -> LanguageModel:
     """A model without a tokenizer. Weights are of about ``1 / sqrt(K)``, which keeps activations finite.
 
@@ -40,25 +47,39 @@ def synthetic_model(
         dtype: of what is not quantised, as in :func:`qspec_jax.load`.
         kernels: as in :func:`qspec_jax.load`.
         name: of the model.
+        mesh: as in :func:`qspec_jax.load`.
 
     Raises:
-        UsageError: ``dtype`` or ``kernels`` make no sense here.
+        UsageError: ``dtype``, ``kernels`` or ``mesh`` make no sense here.
         OutOfMemoryError: the model does not fit; raised before anything is made where that can be told.
     """
     arrangement = decoder_options(kernels, dtype)
-    decoder = abstract_decoder(config, quantization=quantization, formats=None, **arrangement)
-    needed = num_bytes(decoder)
-    check_memory(needed, what=f"the weights of {name}")
-    state = nnx.state(decoder, nnx.Param)
+    on = make_mesh(mesh)
+    shapes: dict[str, Any] = {"quantization": quantization, "formats": None, **arrangement}
+    shards = None if on is None else Shards.of(config, on, **shapes)
+    decoder = abstract_decoder(config, **shapes) if shards is None else shards.shapes()
+    placing = Placing() if shards is None else MeshPlacing(shards)
+    placing.check_memory(decoder, name=name)
     keys = _Keys()
+    with explain_out_of_memory(f"while making {name}, whose weights take {placing.num_bytes(decoder) / 1e9:.2f} GB"):
+        likes = parameters(decoder if shards is None else shards.local)
+        for (path, parameter), (_, like) in zip(list(parameters(decoder)), likes, strict=True):
+            made = _random_like if on is None else functools.partial(_on_mesh, on, parameter.get_value())
+            # One after the other: allocation would otherwise run ahead of the temporary arrays that are freed.
+            parameter.set_value(jax.block_until_ready(made(keys.next(), like.get_value(), kind=_kind(path))))
+    in_use = kernels_in_use(decoder, kernels)
+    return LanguageModel(decoder, None, quantization=quantization, kernels=in_use, name=name, mesh=on)
 
-    def fill(path: tuple[Any, ...], like: Any) -> Any:
-        # One after the other: allocation would otherwise run ahead of the temporary arrays that are freed.
-        return jax.block_until_ready(_random_like(keys.next(), like, kind=_kind(path)))
 
-    with explain_out_of_memory(f"while making {name}, whose weights take {needed / 1e9:.2f} GB"):
-        nnx.update(decoder, jax.tree.map_with_path(fill, state, is_leaf=_is_quantized))
-    return LanguageModel(decoder, None, quantization=quantization, kernels=kernels_in_use(decoder, kernels), name=name)
+def _on_mesh(mesh: Mesh, whole: Any, key: Array, like: Any, *, kind: str) -> Any:
+    """A parameter of which each device makes its own part, like ``like``; of what all have, that of the first."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, whole)
+
+    def make(key: Array) -> Any:
+        value = _random_like(jax.random.fold_in(key, lax.axis_index(MODEL)), like, kind=kind)
+        return jax.tree.map(lambda leaf, spec: leaf if MODEL in spec else lax.all_gather(leaf, MODEL)[0], value, specs)
+
+    return jax.jit(jax.shard_map(make, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(key)
 
 
 class _Keys:
@@ -72,13 +93,9 @@ class _Keys:
         return key
 
 
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedWeight)
-
-
-def _kind(path: tuple[Any, ...]) -> str:
+def _kind(path: str) -> str:
     """``norm``, ``bias`` or ``matrix``, by the path of a parameter in the decoder."""
-    names = [str(getattr(step, "key", getattr(step, "name", step))) for step in path]
+    names = path.split(".")
     if any(name.endswith("norm") for name in names):
         return "norm"
     return "bias" if "bias" in names else "matrix"

@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 import qspec_jax
 from pallas_kernels import Layout
 from qspec_jax import ModelConfig, QuantConfig
+from qspec_jax.bench.synthetic import synthetic_model
 from qspec_jax.device.mesh import make_mesh
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.model.decoder import num_bytes
+from qspec_jax.model.placement import decoder_options
 from qspec_jax.model.sharding import from_shard_order
 from qspec_jax.model.shards import Shards, parameters
 from qspec_jax.weights import placing
@@ -51,6 +53,7 @@ def check_all(folder):
     check_mesh(Path(folder) / "tied", "smollm2_tied", FORMATS["groups"], mesh)
     check_mesh(Path(folder) / "norms", "qwen3_qk_norm", FORMATS["groups"], mesh)
     check_a_stack_is_never_whole(mesh)
+    check_that_synthetic_weights_are_made_where_they_belong(half)
     check_that_what_does_not_fit_is_refused(Path(folder) / "norms", mesh)
 
 
@@ -91,6 +94,21 @@ def assert_same(one, other):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def check_that_synthetic_weights_are_made_where_they_belong(mesh):
+    config = ModelConfig.from_hf(tiny.hf_config("llama_with_biases"))
+    quantization = FORMATS["whole rows"]
+    decoder = synthetic_model(config, quantization=quantization, mesh=mesh, kernels="reference").decoder
+    shards = Shards.of(config, mesh, quantization=quantization, formats=None, **decoder_options("reference", None))
+    for leaf, like in zip(*(jax.tree.leaves(nnx.state(one)) for one in (decoder, shards.shapes())), strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+        parts = {shard.device: np.asarray(shard.data) for shard in leaf.addressable_shards}
+        for row in mesh.devices.T:  # the places of the data axis hold the same
+            assert np.array_equal(parts[row[0]], parts[row[1]])
+        one, other = (parts[device] for device in mesh.devices[0])
+        assert leaf.is_fully_replicated == np.array_equal(one, other)
 
 
 def check_a_stack_is_never_whole(mesh):
