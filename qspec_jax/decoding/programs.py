@@ -276,11 +276,11 @@ class Programs:
         quantises activations with a zero point. Neither is ever undone: plans that alternate keep their programs.
         """
         with self._lock:
-            changed = lay_out(self.decoder, plan.views)
+            changed = lay_out(self.decoder, plan.views, self.mesh)
             quantization = linears(self.decoder)[0].quantization
             recipes = [] if quantization is None else [activation_quantization(quantization, one) for one in plan.views]
             if any(recipe is not None and not recipe.symmetric for recipe in recipes):
-                changed |= add_group_sums(self.decoder)
+                changed |= add_group_sums(self.decoder, self.mesh)
             if changed:
                 self._laid_out = LaidOut(self.decoder)
 

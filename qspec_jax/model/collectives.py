@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import MAX_DECODE_TOKENS, PartialSums
 from pallas_kernels.arrays.partial_sums import tree_sum
@@ -31,7 +31,7 @@ def is_bound(axis: str) -> bool:
 
 
 def add_up(y: Float[Array, "*batch N"] | PartialSums, axis: str | None) -> Float[Array, "*batch N"] | PartialSums:
-    """The sums over all inputs, of those over the inputs of each device. They are rounded once, after the last addition.
+    """The sums over all inputs, of those over the inputs of each device; rounded once, after the last addition.
 
     Where a sequence has many tokens, a prefill, each device adds up those of some and tells the others: the same sums
     from fewer bytes.
@@ -85,9 +85,9 @@ def sum_over(number: Int32[Array, ""], axis: str | None) -> Int32[Array, ""]:
     return number if axis is None else lax.psum(number, axis)
 
 
-def own_rows(array: Shaped[Array, "rows *rest"], num_rows: int, axis: str | None) -> Shaped[Array, "own *rest"]:
-    """Of an array of all rows those of this device, of which each has so many."""
-    return array if axis is None else lax.dynamic_slice_in_dim(array, lax.axis_index(axis) * num_rows, num_rows)
+def own_rows(flags: Bool[Array, " rows"], num_rows: int, axis: str | None) -> Bool[Array, " own_rows"]:
+    """Of flags of all rows those of this device, of which each has so many."""
+    return flags if axis is None else lax.dynamic_slice_in_dim(flags, lax.axis_index(axis) * num_rows, num_rows)
 
 
 def rows_of_all(tree: Any, axis: str | None) -> Any:

@@ -82,9 +82,7 @@ class Decoder(nnx.Module):
         self.scan_layers = scan_layers
         # Kernels of another name do not serve every dtype and number of rows of an LM head.
         self.head_kernels = REFERENCE if kernels == REFERENCE else None
-        complete = local_formats(
-            config, complete_formats(layer_anatomy(config).linears, quantization, formats), split
-        )
+        complete = local_formats(config, complete_formats(layer_anatomy(config).linears, quantization, formats), split)
         tied, local = config.tie_word_embeddings, local_config(config, split)
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
         self.embedding = nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype))
@@ -277,7 +275,7 @@ def abstract_decoder(
     kernels: str | None = None,
     split: int = 1,
 ) -> Decoder:
-    """A decoder of shapes and dtypes; its parameters take no memory. With ``split``, what one of so many devices has."""
+    """A decoder of shapes and dtypes; its parameters take no memory. With ``split``, that of one of so many devices."""
 
     def build() -> Decoder:
         return Decoder(

@@ -1,24 +1,42 @@
-"""The order in memory of a decoder's 4-bit weights, as a set of views needs it."""
+"""The order in memory of a decoder's 4-bit weights, as a set of views needs it.
+
+On a mesh the order is that of each device's part of a weight, and its sums are those over the inputs that it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import with_group_sums
+from pallas_kernels import Layout, QuantizedWeight, with_group_sums, with_layout
+from qspec_jax.device.mesh import MODEL
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear
 from qspec_jax.model.view import View
 
-_with_group_sums = jax.jit(with_group_sums, static_argnums=1)
 
+def lay_out(decoder: Decoder, views: Sequence[View], mesh: Mesh | None = None) -> bool:
+    """Lays every 4-bit linear out for kernels that serve the views; True if any was not.
 
-def lay_out(decoder: Decoder, views: Sequence[View]) -> bool:
-    """Lays every 4-bit linear out for kernels that serve the views; True if any was not."""
-    return sum(linear.lay_out_for(views) for linear in linears(decoder)) > 0
+    It becomes PLANES if a kernel of the views cannot read its order: PLANES is the order that every kernel but Mosaic
+    reads. A weight never goes back to its first order: that would mean to compile every program again whenever two
+    plans alternate.
+    """
+    changed = False
+    for linear, weight in _quantized(decoder):
+        if weight.layout is Layout.PLANES:
+            continue
+        layout = linear.layout_for(_of_device(weight, mesh), views)
+        if layout is not weight.layout:
+            linear.weight.set_value(_on_each_device(_with_layout, layout, weight, mesh, linear.sum_over))
+            changed = True
+    return changed
 
 
 def linears(decoder: Decoder) -> list[Linear]:
@@ -26,16 +44,67 @@ def linears(decoder: Decoder) -> list[Linear]:
     return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 
-def add_group_sums(decoder: Decoder) -> bool:
+def add_group_sums(decoder: Decoder, mesh: Mesh | None = None) -> bool:
     """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
     changed = False
-    for _, module in nnx.iter_modules(decoder):
-        if not isinstance(module, Linear) or module.quantization is None:
+    for linear, weight in _quantized(decoder):
+        if linear.quantization is None or weight.group_sum is not None:
             continue
-        weight: Any = module.weight.get_value()
-        recipes = (module.quantization.w4a4, module.quantization.w4a8)
-        sizes = [recipe.group_size or weight.num_inputs for recipe in recipes if not recipe.symmetric]
-        if sizes and weight.group_sum is None:
-            module.weight.set_value(_with_group_sums(weight, min(sizes)))
+        num_inputs = _of_device(weight, mesh).num_inputs
+        recipes = (linear.quantization.w4a4, linear.quantization.w4a8)
+        if sizes := [recipe.group_size or num_inputs for recipe in recipes if not recipe.symmetric]:
+            linear.weight.set_value(_on_each_device(_with_group_sums, min(sizes), weight, mesh, linear.sum_over))
             changed = True
     return changed
+
+
+def _quantized(decoder: Decoder) -> Iterator[tuple[Linear, Any]]:
+    for linear in linears(decoder):
+        if isinstance(weight := linear.weight.get_value(), QuantizedWeight):
+            yield linear, weight
+
+
+def _of_device(weight: Any, mesh: Mesh | None) -> Any:
+    """The shapes of what one device has of a weight."""
+    if mesh is None:
+        return weight
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype), weight)
+
+
+_with_layout = jax.jit(with_layout, static_argnums=1, donate_argnums=0)
+_with_group_sums = jax.jit(with_group_sums, static_argnums=1)
+
+
+def _on_each_device(
+    function: Callable[[Any, Any], Any], option: Any, weight: Any, mesh: Mesh | None, sum_over: str | None
+) -> Any:
+    """``function(weight, option)`` of what each device has of a weight."""
+    if mesh is None:
+        return function(weight, option)
+    specs = jax.tree.map(lambda array: array.sharding.spec, weight)
+    leaves, structure = jax.tree.flatten(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    return _mapped(function, option, mesh, tuple(leaves), structure, sum_over)(weight)
+
+
+@functools.cache
+def _mapped(
+    function: Callable[[Any, Any], Any],
+    option: Any,
+    mesh: Mesh,
+    leaves: tuple[PartitionSpec, ...],
+    structure: Any,
+    sum_over: str | None,
+) -> Callable[[Any], Any]:
+    """That function on a mesh, for weights that lie as these specs say."""
+    specs = jax.tree.unflatten(structure, leaves)
+    if function is _with_group_sums:
+        *layers, _, _ = specs.packed  # [..., N, K/2]; sums are [..., A, N]
+        per_group = (MODEL, None) if sum_over is not None else (None, MODEL)
+        out_specs = dataclasses.replace(specs, group_sum=PartitionSpec(*layers, *per_group))
+    else:
+        out_specs = dataclasses.replace(specs, layout=option)
+
+    def of_device(weight: QuantizedWeight) -> QuantizedWeight:
+        return function(weight, option)
+
+    return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False))

@@ -87,7 +87,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         weight = _empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
         if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
-            weight = dataclasses.replace(weight, layout=self._layout_for(weight, _USUAL_VIEWS))
+            weight = dataclasses.replace(weight, layout=self.layout_for(weight, _USUAL_VIEWS))
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
@@ -137,22 +137,7 @@ class Linear(nnx.Module):
             "implementation": other_kernels(self.kernels),
         }
 
-    def lay_out_for(self, views: Iterable[View]) -> bool:
-        """Rewrites the weight as PLANES if a kernel of the views cannot read its order; True if that changed it.
-
-        PLANES is the order that every kernel but Mosaic reads. A weight never goes back to its first order: that would
-        mean to compile every program again whenever two plans alternate.
-        """
-        weight = self.weight.get_value()
-        if not isinstance(weight, QuantizedWeight) or weight.layout is Layout.PLANES:
-            return False
-        layout = self._layout_for(weight, views)
-        if layout is weight.layout:
-            return False
-        self.weight.set_value(_with_layout(weight, layout))
-        return True
-
-    def _layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
+    def layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
         """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.
 
         With ``kernels`` asked for by name, the order is that of their W4A16 matmul. A draft that these kernels cannot
@@ -214,11 +199,6 @@ def in_pieces(
         pieces = [value_of(piece) for piece in pieces]
     # Partial sums have an axis of parts in front of that of the batch.
     return jax.tree.map(lambda *some: jnp.concatenate(some, axis=-3), *pieces)
-
-
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
-    return pallas_kernels.with_layout(weight, layout)
 
 
 def _empty_weight(

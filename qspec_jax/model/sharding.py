@@ -163,8 +163,8 @@ def cache_spec(*, stacked: bool) -> PartitionSpec:
 
 
 def to_shard_order(
-    path: str, array: Shaped[np.ndarray, "..."], config: ModelConfig, split: int, *, layout: Layout = Layout.PLANES
-) -> Shaped[np.ndarray, "..."]:
+    path: str, array: np.ndarray, config: ModelConfig, split: int, *, layout: Layout = Layout.PLANES
+) -> np.ndarray:
     """An array of a whole decoder in host memory as ``split`` devices share it.
 
     Args:
@@ -184,8 +184,8 @@ def to_shard_order(
 
 
 def from_shard_order(
-    path: str, array: Shaped[np.ndarray, "..."], config: ModelConfig, split: int, *, layout: Layout = Layout.PLANES
-) -> Shaped[np.ndarray, "..."]:
+    path: str, array: np.ndarray, config: ModelConfig, split: int, *, layout: Layout = Layout.PLANES
+) -> np.ndarray:
     """The inverse of :func:`to_shard_order`."""
     if path.endswith(".packed"):
         array = order_bytes(array, layout, inverse=True)

@@ -5,7 +5,7 @@ Whoever reads a model fills :meth:`Shards.whole`, whose arrays go through :meth:
 
     shards = Shards.of(config, mesh, quantization=quantization, formats=formats, **decoder_options)
     decoder = shards.whole()
-    ...     # each parameter of it gets an array of `shards.place(path, array)`, of a quantised one for each of its arrays
+    ...     # each array of each parameter becomes what `shards.place(path, array)` returns
     decoder = shards.filled(decoder)
 
 Leaves of the decoder of a mesh are arrays of all devices, in shard order (``sharding.py``); in the program of a device
