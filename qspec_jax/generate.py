@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)"
     options.add_group_size(parser, group)
     options.add_kernels(parser)
+    options.add_mesh(parser)
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of text")
@@ -129,6 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
     names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {"model": model_identity(arguments.model), **{name: getattr(arguments, name) for name in names}}
+    if arguments.mesh is not None:
+        settings["mesh"] = arguments.mesh
     if arguments.show_draft:
         settings["show_draft"] = True
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))

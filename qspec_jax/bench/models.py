@@ -25,7 +25,7 @@ class ModelRequest:
     Attributes:
         name, config, path: the model; ``path`` is None for synthetic weights.
         quantization: of the 4-bit modes; None for what the model brings.
-        dtype, kernels: as in :func:`qspec_jax.load`.
+        dtype, kernels, mesh: as in :func:`qspec_jax.load`.
     """
 
     name: str
@@ -34,10 +34,11 @@ class ModelRequest:
     quantization: QuantConfig | None
     dtype: str | None
     kernels: str
+    mesh: str | None
 
     def load(self, *, floating_point: bool) -> LanguageModel:
         """The model with 4-bit weights, or in floating point."""
-        placement: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
+        placement: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels, "mesh": self.mesh}
         if self.path is None:
             from qspec_jax.bench.synthetic import synthetic_model
 
@@ -104,4 +105,5 @@ def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, p
         "quantization": chosen_quantization(arguments, config),
         "dtype": arguments.dtype,
         "kernels": arguments.kernels,
+        "mesh": arguments.mesh,
     }

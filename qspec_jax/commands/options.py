@@ -13,6 +13,7 @@ from typing import Any
 
 from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
 from qspec_jax.decoding.values import MAX_COUNT
+from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
@@ -121,6 +122,19 @@ def add_group_size(parser: Parser, text: str) -> None:
 def add_kernels(parser: Parser) -> None:
     """``--kernels``."""
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="default: auto")
+
+
+def add_mesh(parser: Parser) -> None:
+    """``--mesh``."""
+    text = "devices that share the rows of a batch, and the model: data=N,model=N, or one of them (default: one device)"
+    parser.add_argument("--mesh", type=_mesh, metavar="AXES", help=text)
+
+
+def _mesh(text: str) -> str:
+    try:
+        return str(parse_mesh(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_dtype(parser: Parser, text: str = _DTYPE_HELP) -> None:

@@ -64,10 +64,14 @@ class OnMesh:
             reports: see ``program``.
         """
         of_state, same = self.state_specs(state), jax.tree.map(lambda _: _SAME, others)
-        specs = [leaf.sharding.spec for leaf in leaves], of_state, *same
+        specs = _specs_of(leaves), of_state, *same
         mapped = self.map(program, specs, (of_state, _SAME) if reports else of_state)
         shapes = self._shapes((state, *others), (of_state, *same))
         return jax.jit(mapped, donate_argnums=1).lower(leaves, *shapes)
+
+    def map_same(self, program: Callable[..., Any], leaves: Sequence[Any]) -> Callable[..., Any]:
+        """``program(leaves, others)`` of one device, whose result is the same on all, as one of all devices."""
+        return self.map(program, (_specs_of(leaves), _SAME), _SAME)
 
     def map(self, program: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """A program of one device as one of all."""
@@ -129,6 +133,10 @@ class OnMesh:
             return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding)
 
         return jax.tree.map(shape, arrays, self._shardings(specs))
+
+
+def _specs_of(leaves: Sequence[Any]) -> list[PartitionSpec]:
+    return [leaf.sharding.spec for leaf in leaves]
 
 
 def _is_spec(value: Any) -> bool:

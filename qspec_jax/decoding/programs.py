@@ -362,6 +362,19 @@ class Programs:
         with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
             return self._lower(loop, laid_out, state, np.int32(0), reports=False)
 
+    def function(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """A compiled ``compute(decoder, *arrays)`` as a function of the arrays, with the weights as they lie now.
+
+        On a mesh it is the program of each device, with a decoder of its own, and returns the same on all.
+        """
+        laid_out = self._laid_out
+
+        def run(leaves, arrays):
+            return compute(laid_out.merge(leaves), *arrays)
+
+        program = jax.jit(run if self._on_mesh is None else self._on_mesh.map_same(run, laid_out.leaves))
+        return lambda *arrays: self._run(program, laid_out.leaves, arrays)
+
     @property
     def _rows_over(self) -> str | None:
         """The axis of the mesh over which rows are split, None for none."""

@@ -33,11 +33,13 @@ class MeshShape(NamedTuple):
 def parse_mesh(text: str) -> MeshShape:
     """The sizes that a text such as ``data=2,model=4`` names; an axis that it does not name has one.
 
+    A semicolon is as good as a comma, which has another meaning in some lists of arguments.
+
     Raises:
         UsageError: it names no such axes, one twice, or no number of devices.
     """
     found: dict[str, int] = {}
-    for part in text.split(","):
+    for part in re.split("[,;]", text):
         matched = re.fullmatch(rf"\s*({DATA}|{MODEL})\s*=\s*([0-9]{{1,9}})\s*", part)
         if matched is None or matched[1] in found or not 1 <= int(matched[2]) <= _MOST:
             raise UsageError(f"mesh={text[:60]!r}: {_USE}, of at least 1 device each")

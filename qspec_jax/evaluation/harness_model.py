@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float32, Int32
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -23,12 +22,14 @@ from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import INT32_MAX, at_least_1, between, refuse
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import QSpecError, UsageError
+from qspec_jax.model.collectives import all_logits
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
-_ARGUMENTS = ("model", "mode", "draft", "draft_length", "dtype", "kernels", "batch_size", "max_length")
+_ARGUMENTS = ("model", "mode", "draft", "draft_length", "dtype", "kernels", "mesh", "batch_size", "max_length")
 _WITHOUT_MEANING = ("device", "max_batch_size", "trust_remote_code")  # given to every class of lm-eval
 Scores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
@@ -46,6 +47,7 @@ class HarnessModel(TemplateLM):
         draft_length: int | str = 3,
         dtype: str | None = None,
         kernels: str = "auto",
+        mesh: str | None = None,
         batch_size: int | str | None = 8,
         max_length: int | str = 2048,
         pretrained: str | None = None,
@@ -57,6 +59,7 @@ class HarnessModel(TemplateLM):
             model: what ``qspec_jax.load`` takes (``default`` for the demo model), or a loaded model.
             mode, draft, draft_length: as in ``LanguageModel.generate``.
             dtype, kernels: as in ``qspec_jax.load``.
+            mesh: as well, with a semicolon between its axes: ``mesh=data=2;model=4``.
             batch_size: sequences that run together; ``auto`` is 8.
             max_length: tokens of a sequence, at most the model's context.
             pretrained: ``model``, as other classes of lm-eval call it.
@@ -79,7 +82,7 @@ class HarnessModel(TemplateLM):
         if not isinstance(model, LanguageModel):
             quantization: Any = None if mode == "float" else "auto"
             name = None if model == "default" else model
-            model = qspec_jax.load(name, quantization=quantization, dtype=dtype, kernels=kernels)
+            model = qspec_jax.load(name, quantization=quantization, dtype=dtype, kernels=kernels, mesh=mesh)
         if model.tokenizer is None:
             raise UsageError(f"{model.name} has no tokenizer, which the harness needs")
         self.model, self.tokens, self.mode = model, model.tokenizer, mode
@@ -233,17 +236,14 @@ def _number(name: str, value: Any) -> Any:
 def _scores_function(model: LanguageModel, precision: Precision | View) -> Scores:
     """A compiled ``tokens [B, T] -> (log-likelihoods, is greedy) [B, T - 1]``."""
     model.programs.lay_out_weights(DecodingPlan(precision))
-    graph, state = nnx.split(model.decoder)
 
-    @jax.jit
-    def scores(state: nnx.State, tokens: Array) -> tuple[Array, Array]:
-        decoder = nnx.merge(graph, state)
+    def scores(decoder: Decoder, tokens: Array) -> tuple[Array, Array]:
         cache = decoder.create_cache(batch=tokens.shape[0], capacity=tokens.shape[1])
-        logits = decoder(tokens, cache, precision=precision)[0][:, :-1]
+        logits = all_logits(decoder(tokens, cache, precision=precision)[0][:, :-1], decoder.axis)
         chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == tokens[:, 1:]
 
-    return lambda tokens: scores(state, tokens)
+    return model.programs.function(scores)
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from qspec_jax.decoding.plan import DecodingPlan
@@ -23,6 +22,8 @@ from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.prompts import Prompt
 from qspec_jax.engine.results import GenerationResult, acceptance_by_position
 from qspec_jax.errors import UsageError
+from qspec_jax.model.collectives import all_logits
+from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.precision import Precision
 
 Logits = Callable[[Int32[Array, "1 T"]], Float32[Array, "1 T V"]]
@@ -128,15 +129,12 @@ def logits_function(model: LanguageModel, precision: Precision) -> Logits:
     if precision is not Precision.FLOAT and model.quantization is None:
         raise UsageError(f"precision {precision.value} needs 4-bit weights; load the model with a QuantConfig")
     model.programs.lay_out_weights(DecodingPlan(precision))
-    graph, state = nnx.split(model.decoder)
 
-    @jax.jit
-    def logits(state: nnx.State, tokens: Array) -> Array:
-        decoder = nnx.merge(graph, state)
+    def logits(decoder: Decoder, tokens: Array) -> Array:
         cache = decoder.create_cache(batch=1, capacity=tokens.shape[1])
-        return decoder(tokens, cache, precision=precision)[0]
+        return all_logits(decoder(tokens, cache, precision=precision)[0], decoder.axis)
 
-    return lambda tokens: logits(state, tokens)
+    return model.programs.function(logits)
 
 
 def score_drafts(

@@ -64,6 +64,7 @@ def add_command(commands: Any) -> None:
     burst = f"that the device runs before the host looks (default: {_BURST_S}, at a rate {_BURST_S_AT_A_RATE})"
     add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
     shared.add_kernels(parser)
+    shared.add_mesh(parser)
     shared.add_group_size(parser, "inputs per weight scale, as in decode")
     shared.add_asymmetric(parser)
     shared.add_dtype(parser)
