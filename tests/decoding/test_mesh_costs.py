@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
-from qspec_jax import QuantConfig
+from qspec_jax import DecodingPlan, ModelConfig, QuantConfig, SamplingParams, View
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.scaling.hardware import HARDWARE
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.mesh_costs import Drafting, Traffic, decode_traffic, device_bytes, position_bytes, predict
-from qspec_jax.device.mesh import MeshShape
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.device.mesh import MeshShape, make_mesh
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
+from qspec_jax.model.shards import Shards
+from tests import tiny
 
 LLAMA = PRESETS["llama-3-8b"]
 ONE = MeshShape()
+ROOT = Path(__file__).parents[2]
+ROWS = 8
 
 
 def local(config, split=1):
@@ -84,3 +97,41 @@ def test_replicas_decode_as_one_and_a_slow_link_costs():
     assert one.step_s / 2 < shared.step_s < one.step_s
     across = predict(local(LLAMA, 16), MeshShape(1, 16), hardware, rows=1, **settings)
     assert across.link_s == pytest.approx(across.traffic.seconds(hardware.network))
+
+
+def test_traffic_is_what_a_compiled_program_sends():
+    """In a process with four devices: nothing is run there."""
+    code = "from tests.decoding import test_mesh_costs; test_mesh_costs.check_traffic()"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, timeout=300)
+
+
+def check_traffic():
+    drafting = DecodingPlan(View(), View(activation_bits=8), 3)
+    check_loop("data=2,model=2", drafting, SamplingParams(), passes=[1, 4])
+    check_loop("data=1,model=4", DecodingPlan(View()), SamplingParams(temperature=1.0), passes=[1])
+
+
+def check_loop(text, plan, sampling, *, passes):
+    """The drafts of a loop are one pass in its program, and the verification is another."""
+    mesh, config = make_mesh(text), ModelConfig.from_hf(tiny.hf_config("wide_heads"))
+    options = {"formats": None, "dtype": "float32", "kernels": "reference", "scan_layers": False}
+    shards = Shards.of(config, mesh, quantization=QuantConfig(32, symmetric=True), **options)
+    shape = Shape(ROWS, 64, features=SamplingFeatures.of([sampling]))
+    program = Programs(shards.shapes(), mesh).lower_loop(plan, shape).compile().as_text()
+    split, rows, draws = mesh.shape["model"], ROWS // mesh.shape["data"], sampling.temperature > 0
+    expected = [decode_traffic(config, split, tokens=rows * new, dtype_bytes=4, draws=draws) for new in passes]
+    assert sent_over_model(program, mesh) == Traffic(
+        sum(one.messages for one in expected), sum(one.num_bytes for one in expected)
+    )
+
+
+def sent_over_model(program, mesh):
+    """Of the collectives in a program whose devices share a model, what each receives."""
+    split, received = mesh.shape["model"], []
+    groups = "},{".join(",".join(map(str, range(first, first + split))) for first in range(0, mesh.size, split))
+    pattern = r" = (\w+?)(\d+)\[([\d,]*)\]\S* ([\w-]+)\(.*replica_groups=\{\{" + re.escape(groups) + r"\}\}"
+    for _, bits, sizes, kind in re.findall(pattern, program):
+        size = math.prod(int(one) for one in sizes.split(",") if one) * int(bits) // 8
+        received.append(size * (split - 1) // split * {"all-gather": 1, "all-reduce": 2}[kind])
+    return Traffic(len(received), sum(received))
