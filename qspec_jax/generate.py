@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_colored, is_terminal, require_standard_output, say, show, show_json
+from qspec_jax.commands.processes import add_processes, follow, joined
 from qspec_jax.commands.prompt_files import (
     Prompt,
     PromptLine,
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--logprobs", type=int, metavar="N", help=logprobs)
     typical = "lossy: also accept drafts of this probability, less where many tokens are likely (default: off)"
     sampling.add_argument("--typical-acceptance", type=float, metavar="EPSILON", help=typical)
+    add_processes(parser)
     options.add_debug(parser)
     return parser
 
@@ -96,6 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and generates; the exit code."""
     _check_counts(arguments)
+    with joined(arguments) as group:
+        if group is None or group.leads:
+            return _run(arguments)
+        return follow(group, lambda: _load(arguments, None))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         require_standard_output("give --output FILE")
     lines = _read_prompts(arguments)
@@ -313,13 +322,14 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         raise UsageError("--show-draft shows a text that is complete, and not as it comes; leave --stream out")
 
 
-def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:
-    """The model, with the programs that the pipeline of ``start`` will need."""
+def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline] | None) -> LanguageModel:
+    """The model, with the programs that the pipeline of ``start`` will need, if there is one."""
     say("starting ...")
     import qspec_jax
 
     def compile_ahead(model: LanguageModel) -> None:
-        start(model).compile()
+        if start is not None:
+            start(model).compile()
         say(f"programs took {model.programs.compile_s:.1f} s")
 
     return load_and_compile(qspec_jax.load, arguments, compile_ahead)

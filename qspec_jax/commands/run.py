@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qspec_jax.commands.options import quantization_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
+from qspec_jax.device import processes
 from qspec_jax.device.failures import explained
 from qspec_jax.errors import CheckpointWarning, DeviceWarning, QSpecError, RequantizationWarning, UsageError
 
@@ -137,6 +138,8 @@ def _unkept_program(message: str) -> str | None:
 def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends the process. After an interruption no thread is waited for: nobody can stop a compiler.
 
+    Nor is one of several processes held up: JAX would wait for the others.
+
     Args:
         code: of the exit.
         at_once: wait for no thread in any case; somebody waits at a terminal.
@@ -144,7 +147,7 @@ def leave(code: int, *, at_once: bool = False) -> NoReturn:
     Raises:
         SystemExit: unless no thread is waited for.
     """
-    if at_once or code in INTERRUPTED:
+    if at_once or code in INTERRUPTED or processes.current is not None:
         end_at_once(code)
     sys.exit(code)
 

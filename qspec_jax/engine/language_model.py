@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
+from qspec_jax.decoding.led_programs import programs_of
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
-from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.engine.answer import Answer
@@ -69,7 +69,7 @@ class LanguageModel:
         self.name = name
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
-        self.programs = Programs(decoder, mesh)
+        self.programs = programs_of(decoder, mesh)
 
     def __repr__(self) -> str:
         weights = (

@@ -12,9 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.device import processes
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.device.mesh import make_mesh
 from qspec_jax.device.start import start_device
@@ -142,6 +144,7 @@ def load(
         raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
     with contextlib.suppress(OSError):
         enable_compilation_cache()
+    _check_processes(mesh)
     on = make_mesh(mesh)
     opened = open_model(resolve_model(model), quantization)
     shards = None if on is None else opened.shards(on, placement)
@@ -161,6 +164,18 @@ def load(
         pool.shutdown(wait=False, cancel_futures=True)  # an error or an interruption waits for no compiler
 
 
+def _check_processes(mesh: Any) -> None:
+    """Raises UsageError where several processes would not run one model together."""
+    count = jax.process_count()
+    if count > 1 and mesh is None:
+        raise UsageError(f"this is one of {count} processes, which share a mesh; give mesh= over all their devices")
+    if count > 1 and processes.current is None:
+        raise UsageError(
+            f"this is one of {count} processes, and nobody says what all of them run; use the commands with "
+            "--coordinator (docs/scaling.md), or one process"
+        )
+
+
 def _assemble(
     opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str, mesh: Mesh | None
 ) -> LanguageModel:
@@ -178,7 +193,7 @@ def _programs_ahead(
     shards: Shards | None,
 ) -> Programs | None:
     """The programs that ``compile_ahead`` compiles for a model of shapes."""
-    if compile_ahead is None:
+    if compile_ahead is None or jax.process_count() > 1:  # which compile in an order that all keep
         return None
     shell = opened.shapes(placement) if shards is None else shards.shapes()
     mesh = None if shards is None else shards.mesh

@@ -1,0 +1,124 @@
+"""Processes that find each other, or end with a line that says who is missing or wrong; no JAX is asked."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from qspec_jax.device import meeting
+from qspec_jax.device.meeting import AUTO, Membership, in_cluster
+from qspec_jax.errors import DeviceError, UsageError
+
+
+@pytest.fixture
+def coordinator():
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    return f"localhost:{port}"
+
+
+def meet(members, connect_s=5.0):
+    """What each of them ends with."""
+
+    def one(member):
+        try:
+            meeting._meet(member, connect_s)
+        except DeviceError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(one, members))
+
+
+def test_all_go_on_once_all_have_come(coordinator):
+    assert meet([Membership(coordinator, 3, one) for one in (2, 0, 1)]) == [None] * 3
+    assert meet([Membership(coordinator, 1, 0)]) == [None]
+
+
+def test_who_does_not_come_is_named_by_all_who_came(coordinator):
+    first, second = meet([Membership(coordinator, 4, one) for one in (0, 2)], connect_s=1.0)
+    assert first == second
+    assert first.startswith("process 1, 3 of 4 did not come within 1 s: start each with its own --process-id")
+
+
+def test_processes_that_disagree_are_told_what_about(coordinator):
+    found = meet([Membership(coordinator, 2, 0), Membership(coordinator, 3, 1)], connect_s=1.0)
+    assert found[1] == "--num-processes is 3 here and 2 in process 0; give all processes the same"
+    assert "process 1 of 2 did not come" in found[0]
+    found = meet([Membership(coordinator, 3, 0), Membership(coordinator, 3, 1), Membership(coordinator, 3, 1)], 1.0)
+    assert any("--process-id 1 is given to two processes" in one for one in found)
+
+
+def test_nobody_there_and_somebody_else_there_are_told_apart(coordinator):
+    assert "cannot be reached at --coordinator" in meet([Membership(coordinator, 2, 1)], 0.3)[0]
+    with socket.create_server(("", int(coordinator.rpartition(":")[2]))) as other, ThreadPoolExecutor(1) as pool:
+        assert "cannot listen at --coordinator" in meet([Membership(coordinator, 2, 0)], 0.3)[0]
+
+        def answer():
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\n")
+
+        answered = pool.submit(answer)
+        assert "something else listens there" in meet([Membership(coordinator, 2, 1)], 0.3)[0]
+        answered.result()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((None, 2, None), "--coordinator is missing"),
+        ((None, None, 0), "--coordinator is missing"),
+        (("a:1", 2, None), "--num-processes or --process-id is missing"),
+        (("a:1", None, 1), "--num-processes or --process-id is missing"),
+        (("auto", 2, None), "auto asks the cluster for the other two"),
+        (("a:1", 2, 2), "--process-id 2 must be one of 0 to 1"),
+        (("a:1", 2, -1), "--process-id -1 must be one of 0 to 1"),
+        (("a:1", 0, 0), "--num-processes 0 must be at least 1"),
+        (("a", 2, 1), "--coordinator a: use HOST:PORT"),
+        (("a:0", 2, 1), "--coordinator a:0: use HOST:PORT"),
+        (("a:70000", 2, 1), "use HOST:PORT"),
+        (("http://a:1", 2, 1), "use HOST:PORT"),
+        ((":1", 2, 1), "use HOST:PORT"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, error):
+    with pytest.raises(UsageError, match=error):
+        Membership.of(*options)
+
+
+def test_options_that_do():
+    assert Membership.of(None, None, None) is None
+    assert Membership.of("auto", None, None) == Membership(AUTO)
+    assert Membership.of("[::1]:1234", 2, 1) == Membership("[::1]:1234", 2, 1)
+    assert meeting._address("[::1]:1234") == ("::1", 1234)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # in a batch script, which is one process
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_a_cluster_is_what_plainly_starts_several(environment, expected):
+    assert in_cluster(environment) is expected
+
+
+def test_no_cluster_and_auto_is_refused(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    with pytest.raises(UsageError, match=r"no cluster says who the processes are \(coordinator_address should"):
+        meeting.join(Membership(AUTO))

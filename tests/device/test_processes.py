@@ -1,0 +1,133 @@
+"""What processes tell each other, and how one that is gone is missed; the coordinator is a dictionary."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from qspec_jax.device import processes
+from qspec_jax.device.processes import Group
+from qspec_jax.errors import DeviceError
+
+
+class Client:
+    """What JAX's client of its coordinator does, as far as it is used."""
+
+    def __init__(self):
+        self.kept, self.is_gone = {}, False
+
+    def key_value_set_bytes(self, key, value, allow_overwrite=False):
+        self.check()
+        assert allow_overwrite or key not in self.kept
+        self.kept[key] = value
+
+    def key_value_delete(self, key):
+        del self.kept[key]
+
+    def key_value_dir_get_bytes(self, folder):
+        self.check()
+        return [(key, value) for key, value in self.kept.items() if key.startswith(folder)]
+
+    def blocking_key_value_get_bytes(self, key, timeout_ms):
+        self.check()
+        if key not in self.kept:
+            self.is_gone = True  # next time
+            raise RuntimeError("DEADLINE_EXCEEDED: nothing came")
+        return self.kept[key]
+
+    def check(self):
+        if self.is_gone:
+            raise RuntimeError("UNAVAILABLE: connection refused\nand more")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    for name, seconds in (("_BEAT_S", 0.01), ("SILENT_S", 0.3), ("_LEAVE_S", 0.3), ("_LAST_S", 0.0)):
+        monkeypatch.setattr(processes, name, seconds)
+
+
+def groups(count):
+    client = Client()
+    return client, [Group(client, process, count) for process in range(count)]
+
+
+def test_messages_come_in_order_to_each_and_the_oldest_are_let_go(monkeypatch):
+    monkeypatch.setattr(processes, "_KEPT", 3)
+    client, (leader, one, other) = groups(3)
+    heard, also = one.hear(), other.hear()
+    for number in range(8):
+        leader.tell({"number": number})
+        assert next(heard) == next(also) == {"number": number}
+    assert len(client.kept) == 3
+
+
+def test_a_leader_that_has_nothing_to_do_is_waited_for_and_one_that_is_gone_is_not():
+    _, (leader, one) = groups(2)
+    leader.tell("all")
+    heard = one.hear()
+    assert next(heard) == "all"
+    with pytest.raises(DeviceError, match=r"process 0 has ended, .* \(UNAVAILABLE: connection refused\)"):
+        next(heard)  # after one wait in vain
+
+
+def lost(watching, *, beside=(), then=lambda: None):
+    """What a process loses, while others leave signs of life until something happens."""
+    came, told = threading.Event(), []
+
+    def note(line):
+        told.append(line)
+        came.set()
+
+    for other in beside:
+        other.watch(lambda _: None)
+    watching.watch(note)
+    then()
+    assert came.wait(10)
+    for one in (watching, *beside):
+        one.leave()
+    return told
+
+
+def test_a_process_that_is_silent_or_never_there_is_named():
+    _, (leader, one, _) = groups(3)
+    (line,) = lost(leader, beside=[one])
+    assert line.startswith("process 2 has given no sign of life for 0 s")
+
+
+def test_an_error_is_passed_on_to_all():
+    client, (leader, one) = groups(2)
+    (line,) = lost(leader, beside=[one], then=lambda: one.fail("no such file"))
+    assert line == "process 1: no such file"
+    assert "qspec_jax/left/0" in client.kept
+
+
+def test_a_coordinator_that_is_gone_ends_those_that_follow():
+    client, (_, one) = groups(2)
+    (line,) = lost(one, then=lambda: setattr(client, "is_gone", True))
+    assert line == "process 0 has ended, or cannot be reached any more (UNAVAILABLE: connection refused)"
+    one.fail("nobody can be told")
+
+
+def test_the_leader_leaves_last():
+    _, (leader, one) = groups(2)
+    leaving = threading.Thread(target=leader.leave)
+    leaving.start()
+    leaving.join(0.1)
+    assert leaving.is_alive()
+    one.leave()
+    leaving.join(10)
+    assert not leaving.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", True),
+        ("INTERNAL: NCCL operation ncclAllGather failed: unhandled system error", True),
+        ("RESOURCE_EXHAUSTED: out of memory", False),
+        ("list index out of range", False),
+    ],
+)
+def test_a_lost_message_is_known_by_who_carries_it(error, expected):
+    assert processes.is_lost_message(RuntimeError(error)) is expected
