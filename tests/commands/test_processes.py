@@ -1,0 +1,172 @@
+"""A command in several processes on the CPU, whose messages gloo carries: results, a death, and the way on.
+
+Each process is bounded in time, and killed at the end: SIGTERM means something to JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qspec_jax
+from qspec_jax import QuantConfig, generate
+from qspec_jax.device.meeting import Membership
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+MOST_S = 120
+
+
+@contextlib.contextmanager
+def started(count, command):
+    """So many processes of a command, told who they are by three arguments."""
+    with socket.create_server(("localhost", 0)) as free:
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "QSPEC_JAX_CACHE": "off"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    members = [(coordinator, str(count), str(process)) for process in range(count)]
+    running = [subprocess.Popen(command(*one), cwd=ROOT, env=environment, **pipes) for one in members]
+    try:
+        yield running
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+
+
+def ended(running):
+    """Exit code, standard output and last line of the standard error stream of each."""
+    end = time.monotonic() + MOST_S
+    said = [one.communicate(timeout=end - time.monotonic()) for one in running]
+    return [(one.returncode, out, err.splitlines()[-1]) for one, (out, err) in zip(running, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_path):
+    folder = tmp_path_factory.mktemp("processes")
+    prompts = [{"prompt": " ".join(f"w{1 + (7 * line + k) % 46}" for k in range(4))} for line in range(24)]
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in prompts))
+    return folder, tiny_path
+
+
+def arguments(files, output):
+    folder, model = files
+    names = {"model": model, "prompt-file": folder / "prompts.jsonl", "output": folder / output, "batch-size": 2}
+    names |= {"max-new-tokens": 96, "mode": "w4a16", "kernels": "reference"}
+    return [f"--{name}={value}" for name, value in names.items()]
+
+
+def results(files, output):
+    path = files[0] / output
+    return [json.loads(line)["token_ids"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_process_that_is_killed_ends_the_job_and_the_next_one_goes_on(files, capfd):
+    def command(coordinator, count, process):
+        who = ["--coordinator", coordinator, "--num-processes", count, "--process-id", process, "--mesh", "data=2"]
+        return [sys.executable, "-m", "qspec_jax.generate", *arguments(files, "several.jsonl"), *who]
+
+    with started(2, command) as (leader, other):
+        end = time.monotonic() + MOST_S
+        while not results(files, "several.jsonl") and leader.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        other.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        (code, _, said), _ = ended([leader, other])
+    assert (code, time.monotonic() - began < 60) == (1, True)
+    assert said.startswith("error: another process has ended, or the network between them failed")
+    kept = results(files, "several.jsonl")
+    assert 0 < len(kept) < 24
+    with started(2, command) as running:
+        (code, out, said), (other_code, other_out, other_said) = ended(running)
+    assert (code, other_code, out, other_out) == (0, 0, "", ""), (said, other_said)
+    assert "tokens/s" in said
+    assert generate.main(arguments(files, "one.jsonl")) == 0
+    assert results(files, "several.jsonl") == results(files, "one.jsonl")
+    assert results(files, "several.jsonl")[: len(kept)] == kept
+    capfd.readouterr()
+
+
+ROW_INVARIANCE = """
+import sys
+from qspec_jax.device import meeting
+group = meeting.join(meeting.Membership.of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+group.watch(lambda line: sys.exit(line))
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from pallas_kernels import value_of
+from qspec_jax.device.mesh import MODEL, make_mesh
+from qspec_jax.model.collectives import add_up
+
+mesh = make_mesh("model=3")
+
+def differing(add):
+    def both():
+        y = jax.random.normal(jax.random.key(lax.axis_index(MODEL)), (16, 1, 1024))
+        apart = jnp.concatenate([add(y[row : row + 1]) for row in range(16)])
+        return (add(y) != apart).sum()
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
+    return int(np.asarray(jax.jit(mapped)()))
+
+print(differing(lambda y: value_of(add_up(y, MODEL))), differing(lambda y: lax.psum(y, MODEL)), file=sys.stderr)
+group.leave()
+import os; os._exit(0)
+"""
+
+
+def test_rows_have_the_same_bits_alone_and_beside_others_on_three_devices():
+    """With two nothing can differ, and devices of one process add in order. A library's own sum shows what can."""
+    with started(3, lambda *who: [sys.executable, "-c", ROW_INVARIANCE, *who]) as running:
+        for code, _, said in ended(running):
+            ordered, of_the_library = map(int, said.split())
+            assert (code, ordered) == (0, 0)
+            assert of_the_library > 0
+
+
+def test_a_model_is_loaded_by_several_only_where_somebody_says_what_all_run(monkeypatch, tiny_path):
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    with pytest.raises(qspec_jax.UsageError, match=r"one of 3 processes, which share a mesh; give mesh="):
+        qspec_jax.load(tiny_path)
+    with pytest.raises(qspec_jax.UsageError, match="nobody says what all of them run; use the commands"):
+        qspec_jax.load(tiny_path, mesh="data=3")
+    with pytest.raises(qspec_jax.UsageError, match="a model is saved by one process"):
+        qspec_jax.save(tiny.language_model(quantization=QuantConfig()), tiny_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--coordinator", "a:1", "--num-processes", "2", "--process-id", "0"], "several processes share a mesh"),
+        (["--process-id", "0"], "--coordinator is missing"),
+    ],
+)
+def test_options_are_refused_before_anything_is_started(capfd, files, options, error):
+    assert generate.main([*arguments(files, "refused.jsonl"), *options]) == 2
+    assert error in capfd.readouterr().err
+    assert not results(files, "refused.jsonl")
+
+
+def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, capfd, files):
+    asked = []
+
+    def join(membership):
+        asked.append(membership)
+        raise qspec_jax.UsageError("no cluster after all")
+
+    monkeypatch.setattr("qspec_jax.device.meeting.join", join)
+    monkeypatch.setattr("qspec_jax.commands.processes._keep_standard_output", lambda: None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    assert generate.main([*arguments(files, "refused.jsonl"), "--mesh", "data=2"]) == 2
+    assert asked == [Membership("auto")]
+    capfd.readouterr()
