@@ -238,12 +238,22 @@ def _names() -> tuple[str, ...]:
     return (*BACKENDS, REFERENCE)
 
 
+def described_device() -> Any:
+    """The device that a program is lowered for without being there; None where it is one of this machine.
+
+    A mesh describes its devices as well, in the program of one of them: those can be asked themselves.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    is_here = described is not None and described.device_kind == jax.local_devices()[0].device_kind
+    return None if is_here else described
+
+
 def _platform_obstacle(name: str, platform: str | None) -> str | None:
     """Why an implementation cannot run on a platform, as the end of a sentence; None if it can."""
     if name == REFERENCE:
         return None
     backend = BACKENDS[name]
-    described = jax.sharding.get_abstract_mesh().abstract_device
+    described = described_device()
     where = platform or (jax.default_backend() if described is None else described.platform)
     if where not in backend.platforms:
         return f"needs {backend.device}; this is {where}"

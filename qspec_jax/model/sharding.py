@@ -82,9 +82,10 @@ def check_split(
     if not problems:
         return
     options = quantization, formats
-    fitting = [str(n) for n in range(1, config.num_heads + 1) if not list(_obstacles(config, n, *options))]
+    *others, last = [str(n) for n in range(1, config.num_heads + 1) if not list(_obstacles(config, n, *options))]
+    fitting = f"{', '.join(others)} or {last}" if others else last
     raise UsageError(
-        f"mesh: {MODEL}={split} does not split {', '.join(problems)}; of this model, use {MODEL}={' or '.join(fitting)}"
+        f"mesh: {MODEL}={split} does not split {', '.join(problems)}; of this model, use {MODEL}={fitting}"
     )
 
 

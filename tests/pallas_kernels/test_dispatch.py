@@ -222,6 +222,24 @@ def test_a_device_is_examined_by_its_compute_capability(monkeypatch, op_with, na
     assert str(error.value) == f"op: implementation '{name}' {told}; use 'reference' or None"
 
 
+def test_a_device_of_a_mesh_is_examined_as_well(monkeypatch):
+    """In a program of several devices JAX describes them, as it does those that are not there."""
+    client = SimpleNamespace(platform_version="cuda 13000")
+    ada = SimpleNamespace(client=client, compute_capability="8.9", device_kind="NVIDIA L4")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [ada])
+
+    def available(kind):
+        described = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+        mesh = SimpleNamespace(abstract_device=described)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+            return available_implementations()
+
+    assert available(ada.device_kind) == ("triton", "reference")
+    assert available("NVIDIA H100 80GB HBM3") == ("triton", "mosaic", "reference")
+
+
 @on_cpu
 def test_a_backend_that_cannot_be_imported_is_passed_over(any_platform, monkeypatch):
     """JAX has deprecated the Triton backend, and its Mosaic GPU interface changes."""

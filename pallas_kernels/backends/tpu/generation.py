@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.dispatch import described_device
+
 _WITHOUT_INTEGERS = ("TPU7x",)  # device kinds whose matrix unit multiplies floating point alone
 
 
 def device_kind() -> str:
     """As JAX names it: ``TPU v5 lite``, ``TPU v6 lite``, ``TPU7x``."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
+    described = described_device()
     return jax.local_devices()[0].device_kind if described is None else described.device_kind
 
 

@@ -1,0 +1,53 @@
+"""Models on meshes of eight devices, for ``on_eight_devices_*.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.device.mesh import make_mesh
+from qspec_jax.engine.language_model import LanguageModel
+from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.shards import Shards
+from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.placing import MeshPlacing, Placing
+from tests import tiny
+
+# What eight devices can share: two heads of keys and values are on several of them.
+SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256}
+PROMPTS = [
+    [5, 6, 7],
+    list(range(10, 25)),
+    [90],
+    [11, 12, 13, 14, 15, 16, 17],
+    [3] * 30,
+    list(range(31)),
+    [8, 9],
+    [2, 50],
+]
+# Greedy ones beside others: rows of a program with a sampler.
+SAMPLED = [
+    SamplingParams(temperature=0.9 * (index % 3), top_p=0.9, seed=index, repetition_penalty=1 + index % 2 / 5)
+    for index in range(len(PROMPTS))
+]
+
+
+@functools.cache
+def model(family="llama2", mesh=None, *, scan_layers=True, quantized=True, dtype="float32"):
+    """A tiny model of a family, on one device or a mesh."""
+    config = ModelConfig.from_hf({**tiny.hf_config(family), **SHAPE})
+    source = tiny.source(dataclasses.replace(config, eos_token_ids=()))
+    quantization = QuantConfig() if quantized else None
+    formats, on = weight_formats(source, quantization), make_mesh(mesh)
+    options = {"quantization": quantization, "formats": formats, "kernels": "reference"}
+    options |= {"dtype": jnp.dtype(dtype), "scan_layers": scan_layers}
+    placing = Placing() if on is None else MeshPlacing(Shards.of(source.config, on, **options))
+    decoder = load_decoder(source, placing=placing, **options)
+    return LanguageModel(decoder, None, quantization=quantization, kernels="reference", name="tiny", mesh=on)
+
+
+def tokens(results):
+    return [result.token_ids for result in results]
