@@ -6,12 +6,16 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+from tokenizers import Tokenizer as Words
+from tokenizers import models, pre_tokenizers
 
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.device.mesh import make_mesh
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.shards import Shards
+from qspec_jax.tokenizer.backend import PlainBackend
+from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.placing import MeshPlacing, Placing
 from tests import tiny
@@ -36,17 +40,25 @@ SAMPLED = [
 
 
 @functools.cache
-def model(family="llama2", mesh=None, *, scan_layers=True, quantized=True, dtype="float32"):
+def model(family="llama2", mesh=None, *, scan_layers=True, dtype="float32", with_text=False):
     """A tiny model of a family, on one device or a mesh."""
     config = ModelConfig.from_hf({**tiny.hf_config(family), **SHAPE})
     source = tiny.source(dataclasses.replace(config, eos_token_ids=()))
-    quantization = QuantConfig() if quantized else None
+    quantization = QuantConfig()
     formats, on = weight_formats(source, quantization), make_mesh(mesh)
     options = {"quantization": quantization, "formats": formats, "kernels": "reference"}
     options |= {"dtype": jnp.dtype(dtype), "scan_layers": scan_layers}
     placing = Placing() if on is None else MeshPlacing(Shards.of(source.config, on, **options))
     decoder = load_decoder(source, placing=placing, **options)
-    return LanguageModel(decoder, None, quantization=quantization, kernels="reference", name="tiny", mesh=on)
+    options = {"quantization": quantization, "kernels": "reference", "name": "tiny", "mesh": on}
+    return LanguageModel(decoder, _characters() if with_text else None, **options)
+
+
+def _characters():
+    """Every token is a character."""
+    words = Words(models.WordLevel({chr(256 + index): index for index in range(96)}, unk_token=chr(256)))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return Tokenizer(PlainBackend(words))
 
 
 def tokens(results):

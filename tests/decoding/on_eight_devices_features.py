@@ -1,0 +1,145 @@
+"""What requests can ask for, on meshes: run by ``test_on_mesh.py``, in a process with eight devices."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from qspec_jax.decoding import chunks, own_program
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.device.mesh import make_mesh, shape_of
+from qspec_jax.engine import requests
+from qspec_jax.engine.prefixes import HeldChunks
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.errors import UsageError
+from qspec_jax.evaluation.scores import logits_function
+from qspec_jax.model.precision import Precision
+from tests.decoding.on_mesh import PROMPTS, model, tokens
+
+MESH = "data=2,model=4"
+BATCH = {"batch_size": 4, "max_new_tokens": 20, "max_seq_len": 64}
+
+
+@pytest.fixture(scope="module")
+def on_mesh():
+    return model("smollm2_tied", MESH)
+
+
+@pytest.fixture(scope="module")
+def plain(on_mesh):
+    return tokens(on_mesh.generate(PROMPTS, mode="w4a16", **BATCH))
+
+
+def test_lookups_and_what_is_shown_of_drafts(on_mesh, plain):
+    found = on_mesh.generate(PROMPTS, mode="lookup", keep_drafts=True, **BATCH)
+    assert tokens(found) == plain
+    for result in found:
+        assert [token for cycle in result.drafts.cycles for token in cycle.tokens] == result.token_ids[1:]
+    assert any(result.stats.acceptance_rate for result in found)
+
+
+def test_drafts_that_read_part_of_the_cache(on_mesh):
+    options = {"batch_size": 2, "max_new_tokens": 24, "max_seq_len": 256}
+    prompts = [[*range(30)] * 5, [*range(40, 70)] * 4]
+    expected = tokens(on_mesh.generate(prompts, mode="w4a16", **options))
+    drafted = on_mesh.generate(prompts, mode="qspec", draft="w4a8", draft_context=112, **options)
+    assert tokens(drafted) == expected
+
+
+def test_the_fastest_plan_is_chosen_and_changes_no_token(on_mesh, plain):
+    assert tokens(on_mesh.generate(PROMPTS, mode="auto", draft="w4a8", **BATCH)) == plain
+
+
+def test_scores_come_with_a_request_that_enters_beside_others(on_mesh, plain):
+    pipeline = on_mesh.pipeline(on_mesh.plan("w4a16"), batch_size=4, max_seq_len=64)
+    pipeline.submit(PROMPTS[0], max_new_tokens=20)
+    pipeline._scheduler.advance(1)
+    pipeline.submit(PROMPTS[1], max_new_tokens=20, sampling={"logprobs": 3})
+    first, scored = pipeline.results()
+    assert tokens([first, scored]) == plain[:2]
+    text = jnp.asarray([[*PROMPTS[1], *scored.token_ids]], jnp.int32)
+    logits = np.asarray(logits_function(model("smollm2_tied"), Precision.W4A16)(text))[0, len(PROMPTS[1]) - 1 : -1]
+    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.array(scored.token_ids)[:, None], 1)[:, 0]
+    np.testing.assert_allclose(scored.logprobs, expected, atol=1e-3)
+
+
+def test_logits_are_those_of_one_device(on_mesh):
+    text = jnp.asarray([PROMPTS[1]], jnp.int32)
+    together, alone = (
+        np.asarray(logits_function(one, Precision.W4A16)(text)) for one in (on_mesh, model("smollm2_tied"))
+    )
+    np.testing.assert_allclose(together, alone, atol=2e-5 * np.abs(alone).max())
+
+
+def test_a_conversation_grows(monkeypatch):
+    """Its rows move into those of a larger cache, on the same devices."""
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (32,))
+    talks = [model("llama2", mesh, with_text=True).session(max_seq_len=256) for mesh in ("model=2", None)]
+    first = [talk.generate([*range(40, 60)], max_new_tokens=30) for talk in talks]
+    again = [talk.generate([*range(40, 60), *first[1].token_ids, 5], max_new_tokens=30) for talk in talks]
+    assert tokens(first[:1] + again[:1]) == tokens(first[1:] + again[1:])
+    assert again[0].stats.reused_prompt_tokens == again[1].stats.reused_prompt_tokens > 40
+
+
+def test_prefixes_are_copied_from_rows_of_the_same_device_alone(on_mesh, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (16,))
+    monkeypatch.setattr(requests, "LEAST_SAVED", 8)
+    shared = [7, 3, 9, 1] * 4
+    wanted = [Request([*shared, 20 + index, 5], 6 + index, SamplingParams(), prefix_length=16) for index in range(8)]
+
+    def finish(scheduler, some):
+        sequences = [scheduler.add(one) for one in some]
+        while scheduler.busy:
+            scheduler.advance(4)
+        return [sequence.token_ids for sequence in sequences]
+
+    plan = on_mesh.plan("w4a16")
+    together, apart = (Scheduler(on_mesh.programs, plan, rows=4, capacity=64) for _ in range(2))
+    yielded = finish(together, wanted)
+    assert together.totals.reused_prompt_tokens == 6 * len(shared)  # all but the first one on each device
+    for one, expected in zip(wanted, yielded, strict=True):
+        apart._held = HeldChunks(4, 2)
+        assert finish(apart, [one]) == [expected]
+
+
+def test_rows_are_a_multiple_of_the_devices_that_share_them(on_mesh, plain):
+    assert tokens(on_mesh.generate(PROMPTS[:3], mode="w4a16", **{**BATCH, "batch_size": 3})) == plain[:3]
+    assert Scheduler(on_mesh.programs, on_mesh.plan("w4a16"), rows=3, capacity=64).shape.rows == 4
+
+
+def test_two_threads_do_not_wait_for_each_others_messages(on_mesh, plain):
+    def run(_):
+        return tokens(on_mesh.generate(PROMPTS, mode="w4a16", **BATCH))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(6))) == [plain] * 6
+
+
+def test_a_program_of_ones_own_is_refused(on_mesh):
+    plan = on_mesh.plan("w4a16")
+    with pytest.raises(UsageError, match=r"on a mesh .model=4.*load the model without a mesh"):
+        own_program.begin_decoding(
+            on_mesh.decoder_for(plan), jnp.ones((1, 8), jnp.int32), jnp.full(1, 8), plan=plan, max_new_tokens=8
+        )
+
+
+def test_a_mesh_of_jax_is_used_as_it_is_arranged():
+    devices = np.array(jax.devices()[:6])
+    turned = make_mesh(Mesh(devices.reshape(3, 2), ("model", "data")))
+    assert shape_of(turned) == (2, 3)
+    assert [device.id for device in turned.devices[1]] == [1, 3, 5]
+    explicit = make_mesh(jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,)))
+    assert explicit.axis_types == (AxisType.Auto,) * 2
+    assert shape_of(explicit) == (1, 2)
+    assert make_mesh(Mesh(devices[3:4], ("model",))).size == 1  # not the default device
+
+
+def test_more_devices_than_there_are_is_refused_with_meshes_that_fit():
+    with pytest.raises(UsageError, match="has 16 devices, and there are 8; use up to data=2,model=4 or data=8,model=1"):
+        make_mesh("data=4,model=4")
