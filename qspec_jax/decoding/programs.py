@@ -286,7 +286,11 @@ class Programs:
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        return self._idle(shape) if self._on_mesh is None else self._on_mesh.made(lambda: self._idle(shape))
+        return self.made(lambda: self._idle(shape))
+
+    def made(self, make: Callable[[], DecodeState]) -> DecodeState:
+        """The state that a function makes, where programs take it."""
+        return make() if self._on_mesh is None else self._on_mesh.made(make)
 
     def _idle(self, shape: Shape) -> DecodeState:
         sizes = {"batch": shape.rows, "capacity": shape.capacity, "num_blocks": shape.num_blocks}

@@ -148,7 +148,7 @@ class _Report:
     def add(self, one: Measurement) -> None:
         self.measurements.append(one)
         self._update()
-        show(table_row(one, self.copy_tb_per_s))
+        show(table_row(one, self.copy_tb_per_s, on_mesh=self.request.mesh is not None))
         if self.breakdown and one.part == "step":
             show(breakdown_table(one))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ Status = Literal["ok", "unsupported", "failed"]
 _DISPATCH_S = 0.25  # that a timed dispatch should last, so that what it costs itself does not count
 _MIN_REPETITIONS, _MAX_REPETITIONS = 4, 2000
 _PROFILED_REPETITIONS = 8
+_CARRIES_MESSAGES = re.compile("nccl|all_?reduce|all_?gather|all_?to_?all", re.IGNORECASE)  # of NCCL, and XLA's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,13 @@ class Measurement:
         return None if self.kernels is None else sum(microseconds for _, _, microseconds in self.kernels) / 1e3
 
     @property
+    def collective_ms(self) -> float | None:
+        """The time of kernels that carry messages between devices, in which they also wait for each other."""
+        if self.kernels is None:
+            return None
+        return sum(us for name, _, us in self.kernels if _CARRIES_MESSAGES.search(name)) / 1e3
+
+    @property
     def idle_share(self) -> float | None:
         """Share of the time in which no kernel runs; None also where kernels overlap by more than that."""
         if self.kernel_ms is None or self.milliseconds is None or self.kernel_ms > self.milliseconds:
@@ -99,6 +108,7 @@ class Measurement:
             "bound_ms": bound_ms,
             "share_of_bound": share,
             "kernel_ms": self.kernel_ms,
+            "collective_ms": self.collective_ms,
             "idle_share": self.idle_share,
         }
 
@@ -149,7 +159,8 @@ class _Loop:
         return cls(model, part, setting, program, time.perf_counter() - began)
 
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:
-        self._state = context_state(self.model, self.setting, num_blocks=self.part.plan.num_blocks)
+        num_blocks = self.part.plan.num_blocks
+        self._state = self.model.programs.made(lambda: context_state(self.model, self.setting, num_blocks=num_blocks))
         per_step_ms = 1e3 / self.part.steps_per_repetition
         together = cycles_per_check(self.part.plan)
         self._run(together)
@@ -180,7 +191,9 @@ class _Loop:
 
     def _kernels(self) -> tuple[tuple[str, float, float], ...] | None:
         recorded = recorded_kernels(lambda: self._dispatch(_PROFILED_REPETITIONS))
-        steps = _PROFILED_REPETITIONS * self.part.steps_per_repetition
+        mesh = self.model.mesh
+        devices = 1 if mesh is None else len(mesh.local_devices)
+        steps = _PROFILED_REPETITIONS * self.part.steps_per_repetition * devices  # of all of which kernels are recorded
         return by_kernel(recorded, steps) if recorded else None
 
 

@@ -20,6 +20,7 @@ from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import DecodingPlan, static
 from qspec_jax.decoding.state import DecodeState
+from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
@@ -137,7 +138,7 @@ def decoding_parts(
 
 
 def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens: int) -> dict[str, int]:
-    """Bytes that one pass over the model must move, by what they are.
+    """Bytes that one pass over the model must move, by what they are; on a mesh, those that a device must.
 
     Weights (codes, scales and all else of the layers) and LM head once, the rows of the embedding, and the keys and
     values of the context (within the window or the budget, if any) and of the new tokens. Activations and logits do
@@ -152,11 +153,13 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     position_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_position))
     limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
     seen = min(limit for limit in limits if limit is not None)
+    data, split = (1, 1) if model.mesh is None else shape_of(model.mesh)
+    rows = setting.batch // data
     return {
-        "weights": model.nbytes - outside - unread,
-        "lm_head": head_bytes,
-        "embedding": setting.batch * new_tokens * config.hidden_size * embedding.dtype.itemsize,
-        "cache": setting.batch * (seen + new_tokens) * position_bytes,
+        "weights": (model.nbytes - outside - unread) // split,
+        "lm_head": head_bytes // split,
+        "embedding": rows * new_tokens * config.hidden_size * embedding.dtype.itemsize,
+        "cache": rows * (seen + new_tokens) * position_bytes // split,
     }
 
 

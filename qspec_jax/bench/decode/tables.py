@@ -38,8 +38,11 @@ def table_head() -> str:
     return _COLUMNS.format(*names, "ms", "tokens/s", "GB", "bound", "idle", "compile s")
 
 
-def table_row(one: Measurement, copy_tb_per_s: float) -> str:
-    """A measurement as a line; ``bound`` is the share of the time that its bytes take at the copy bandwidth."""
+def table_row(one: Measurement, copy_tb_per_s: float, *, on_mesh: bool = False) -> str:
+    """A measurement as a line; ``bound`` is the share of the time that its bytes take at the copy bandwidth.
+
+    On a mesh the bytes are those of one device, and the time in collectives stands behind, where kernels have a clock.
+    """
     figures = one.to_dict(copy_tb_per_s)
     line = _COLUMNS.format(
         one.part,
@@ -55,6 +58,8 @@ def table_row(one: Measurement, copy_tb_per_s: float) -> str:
         _number(one.idle_share, ".0%"),
         _number(one.compile_s, ".1f"),
     )
+    if one.status == "ok" and on_mesh and one.collective_ms is not None:
+        line = f"{line}  {one.collective_ms:.3f} ms in collectives"
     return line if one.status != "failed" else f"{line}  FAILED"
 
 
