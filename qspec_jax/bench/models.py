@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.device.mesh import make_mesh, shape_of
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig, QuantConfig, parse_group_size
 from qspec_jax.model.parameters import layer_anatomy
@@ -35,6 +37,20 @@ class ModelRequest:
     dtype: str | None
     kernels: str
     mesh: str | None
+
+    def check_device(self, batches: Sequence[int] = ()) -> None:
+        """Raises UsageError where kernels, dtype or mesh make no sense on the devices here, or for some batches."""
+        from qspec_jax.model.linear import complete_formats
+        from qspec_jax.model.placement import decoder_options
+        from qspec_jax.model.sharding import check_split
+
+        decoder_options(self.kernels, self.dtype)
+        if (mesh := make_mesh(self.mesh)) is None:
+            return
+        shape, formats = shape_of(mesh), complete_formats(layer_anatomy(self.config).linears, self.quantization, None)
+        check_split(self.config, shape.model, quantization=self.quantization, formats=formats)
+        if uneven := [batch for batch in batches if batch % shape.data]:
+            raise UsageError(f"--batch {uneven[0]} is no multiple of the {shape.data} parts that --mesh {shape} makes")
 
     def load(self, *, floating_point: bool) -> LanguageModel:
         """The model with 4-bit weights, or in floating point."""

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from qspec_jax import generate
+from qspec_jax import chat, evaluate, generate, serve
+from qspec_jax.bench.__main__ import build_parser as bench_parser
 from qspec_jax.commands.options import text_of
 
 
@@ -29,3 +30,18 @@ def test_a_text_of_another_encoding_is_refused_with_a_remedy(in_ascii):
     for text in (in_ascii("é", "latin-1"), "\ud83d"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"not UTF-8; .*--prompt-file"):
             text_of(text)
+
+
+TAKING_A_MESH = {"chat": (chat.build_parser, []), "evaluate": (evaluate.build_parser, [])}
+TAKING_A_MESH |= {"generate": (generate.build_parser, []), "serve": (serve.build_parser, [])}
+TAKING_A_MESH |= {f"bench {name}": (bench_parser, [name]) for name in ("decode", "speedup", "throughput")}
+
+
+@pytest.mark.parametrize("command", TAKING_A_MESH)
+def test_a_mesh_is_read_with_the_options(capsys, command):
+    build, words = TAKING_A_MESH[command]
+    assert build().parse_args([*words, "--mesh", "model=2"]).mesh == "data=1,model=2"
+    with pytest.raises(SystemExit) as ended:
+        build().parse_args([*words, "--mesh", "modle=2"])
+    assert ended.value.code == 2
+    assert "use data=N,model=N, such as data=2,model=4" in capsys.readouterr().err

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from qspec_jax.bench.decode.measure import measure_parts
+from qspec_jax.bench.decode.parts import Part, Setting
 from qspec_jax.decoding import chunks, own_program
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.device.mesh import make_mesh, shape_of
@@ -119,6 +121,14 @@ def test_two_threads_do_not_wait_for_each_others_messages(on_mesh, plain):
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(run, range(6))) == [plain] * 6
+
+
+def test_parts_of_a_cycle_are_timed(on_mesh):
+    plan = on_mesh.plan(draft="w4a8", draft_length=2)
+    parts, setting = [Part("draft", plan), Part("verify", plan)], Setting.create(batch=4, context=32, longest_draft=2)
+    for one in measure_parts(on_mesh, parts, setting, repeats=1, repetitions=1):
+        assert (one.status, one.reason) == ("ok", None)
+        assert one.num_bytes["weights"] < model("smollm2_tied").nbytes / 3  # those of a device
 
 
 def test_a_program_of_ones_own_is_refused(on_mesh):

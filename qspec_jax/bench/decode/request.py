@@ -12,7 +12,6 @@ from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model, rota
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import DRAFTS, MODES
-from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,12 +65,7 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
         name, config = rotated(name, config, arguments.hadamard_block, path)
     request = DecodeRequest(**asked_model(arguments, name, config, path), **combined)
     _check_context(request)
-    data = parse_mesh(arguments.mesh).data if arguments.mesh else 1
-    if uneven := [batch for batch in request.batches if batch % data]:
-        raise UsageError(f"--batch {uneven[0]} is no multiple of the {data} parts of --mesh {arguments.mesh}")
-    from qspec_jax.model.placement import decoder_options
-
-    decoder_options(arguments.kernels, arguments.dtype)  # asks the device
+    request.check_device(request.batches)
     return request
 
 

@@ -161,9 +161,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
         lookup_chances=None if looked_up is None else parse_chances(looked_up, option="--lookup-acceptance"),
         prompts=prompts,
     )
-    from qspec_jax.model.placement import decoder_options
-
-    decoder_options(arguments.kernels, arguments.dtype)  # asks the device
+    request.check_device(request.batches)
     return request
 
 

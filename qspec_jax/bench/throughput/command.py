@@ -129,9 +129,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
             f"{config.max_position_embeddings}; lower one of them"
         )
     request = ModelRequest(**asked_model(arguments, name, config, path))
-    from qspec_jax.model.placement import decoder_options
-
-    decoder_options(arguments.kernels, arguments.dtype)  # asks the device
+    request.check_device()
     return request, modes, rows
 
 
