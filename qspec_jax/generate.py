@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     with joined(arguments) as group:
         if group is None or group.leads:
             return _run(arguments)
-        return follow(group, lambda: _load(arguments, None))
+        return follow(group, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -322,14 +322,13 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         raise UsageError("--show-draft shows a text that is complete, and not as it comes; leave --stream out")
 
 
-def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline] | None) -> LanguageModel:
-    """The model, with the programs that the pipeline of ``start`` will need, if there is one."""
+def _load(arguments: argparse.Namespace, start: Callable[[LanguageModel], Pipeline]) -> LanguageModel:
+    """The model, with the programs that the pipeline of ``start`` will need."""
     say("starting ...")
     import qspec_jax
 
     def compile_ahead(model: LanguageModel) -> None:
-        if start is not None:
-            start(model).compile()
+        start(model).compile()
         say(f"programs took {model.programs.compile_s:.1f} s")
 
     return load_and_compile(qspec_jax.load, arguments, compile_ahead)

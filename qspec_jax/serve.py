@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import say
+from qspec_jax.commands.processes import add_processes, follow, joined
 from qspec_jax.commands.run import end_at_once, exit_code, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import QSpecError, UsageError
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds for a request (default: 600)")
     add("--body-timeout", type=float, default=30.0, metavar="S", help="seconds for its body to come (default: 30)")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds for what runs at the end (default: 30)")
+    add_processes(parser)
     options.add_debug(parser)
     return parser
 
@@ -91,8 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and serves it; the exit code."""
     _check(arguments)
-    api_key = _api_key(arguments.api_key_file)
     check_model_name(arguments.model)
+    with joined(arguments) as group:
+        return _run(arguments) if group is None or group.leads else follow(group, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    api_key = _api_key(arguments.api_key_file)
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise QSpecError(f"a server needs {missing[0]}: pip install 'qspec-jax[serve]'")
     from qspec_jax.serving.listening import bind

@@ -83,6 +83,7 @@ def test_public_names_are_the_ones_that_type_checkers_see():
 
 def test_only_devices_of_this_process_are_asked():
     """``jax.devices()`` lists those of other processes first, of which this one can ask nothing."""
-    everywhere = {ROOT / "qspec_jax/decoding/program_store.py"}  # the platform as a whole
+    # The platform as a whole, and meshes of all devices.
+    everywhere = {ROOT / "qspec_jax/decoding/program_store.py", ROOT / "qspec_jax/device/mesh.py"}
     for path in [*modules_of("pallas_kernels"), *modules_of("qspec_jax")]:
         assert path in everywhere or "jax.devices(" not in path.read_text(), path

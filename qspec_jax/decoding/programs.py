@@ -35,7 +35,7 @@ from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores, with_rows_of
-from qspec_jax.device.memory import check_memory, explain_out_of_memory
+from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
@@ -405,7 +405,11 @@ class Programs:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""
         cache = jax.eval_shape(lambda: self.decoder.create_cache(batch=rows, capacity=capacity))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        check_memory(needed, what=f"the caches of {rows} sequences of {capacity} tokens")
+        what = f"the caches of {rows} sequences of {capacity} tokens"
+        if (mesh := self.mesh) is not None:  # rows and heads of which are split evenly
+            together = sharing_memory(mesh)
+            needed, what = needed * together // mesh.size, f"on {together} of {mesh.size} devices, {what}"
+        check_memory(needed, what=what)
 
 
 def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:

@@ -91,10 +91,11 @@ def join(membership: Membership, *, connect_s: int = CONNECT_S) -> Group:
     config: Any = jax.config
     config.update("jax_enable_preemption_service", False)  # which would take SIGTERM for its own
     config.update("jax_enable_recoverability", True)  # JAX would end others with a signal before they can say why
-    wanted = {} if membership.coordinator == AUTO else {"coordinator_address": membership.coordinator}
-    if membership.num_processes is not None:
+    wanted: dict[str, Any] = {}
+    if membership.coordinator != AUTO:
+        wanted |= {"coordinator_address": membership.coordinator}
         wanted |= {"num_processes": membership.num_processes, "process_id": membership.process_id}
-    waits = {"initialization_timeout": connect_s, "heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 20}
+    waits: dict[str, Any] = {"initialization_timeout": connect_s, "heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 20}
     try:
         jax.distributed.initialize(**wanted, **waits)
     except (ValueError, TypeError) as error:

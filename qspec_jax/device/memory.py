@@ -1,4 +1,4 @@
-"""Whether something fits into the memory of the default device, said before it is tried."""
+"""Whether something fits into the memory of a device, said before it is tried."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from qspec_jax.device.failures import MEMORY_REMEDY, is_out_of_memory
 from qspec_jax.errors import DeviceWarning, OutOfMemoryError
@@ -83,6 +84,12 @@ def check_memory(needed_bytes: int, *, what: str) -> None:
     if available is not None and available - needed_bytes < _TO_COMPILE and jax.default_backend() == "cpu":
         left = f"leave {(available - needed_bytes) / 1e6:.0f} MB, and compiling takes some {_TO_COMPILE / 1e6:.0f} MB"
         warnings.warn(f"{what} {left}: the system may kill this process", DeviceWarning, stacklevel=3)
+
+
+def sharing_memory(mesh: Mesh) -> int:
+    """How many of a mesh's devices have the memory that :func:`available_bytes` tells: a CPU's are all one machine."""
+    own = mesh.local_devices
+    return max(1, len(own)) if jax.default_backend() == "cpu" else 1
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ class _Signs:
 
     def __init__(self, processes: Any):
         now = time.monotonic()
-        self._seen = dict.fromkeys(processes, ("", now))
+        self._seen: dict[int, tuple[str, float]] = dict.fromkeys(processes, ("", now))
 
     def lost(self, signs: dict[int, str]) -> str | None:
         """What to say of a process that has been silent for too long, None if there is none."""

@@ -162,7 +162,7 @@ def parameters(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
     for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         found: Any = module
         for step in path:
-            found = found[step] if isinstance(step, int) else getattr(found, step)
+            found = found[step] if isinstance(step, int) else getattr(found, str(step))
         yield ".".join(map(str, path)), found
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.arrays.weight import order_bytes
-from qspec_jax.device.memory import check_memory
+from qspec_jax.device.memory import check_memory, sharing_memory
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.model.sharding import spec_of, to_shard_order
@@ -93,10 +93,8 @@ class MeshPlacing(Placing):
 
     def check_memory(self, decoder: Decoder, *, name: str) -> None:
         """See the base."""
-        own = self._shards.mesh.local_devices
-        together = len(own) if own and own[0].platform == "cpu" else 1  # devices with one memory
-        needed = together * self.num_bytes(decoder)
-        check_memory(needed, what=f"what {together or 1} of {self._shards.mesh.size} devices have of {name}")
+        together, of = sharing_memory(self._shards.mesh), self._shards.mesh.size
+        check_memory(together * self.num_bytes(decoder), what=f"what {together} of {of} devices have of {name}")
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """See the base."""
@@ -115,7 +113,7 @@ class Stack:
         self._placing, self._path, self._num_layers = placing, path, num_layers
         self._shape: tuple[int, ...] = ()
         self._shares: dict[_Region, np.ndarray] = {}
-        self._regions: Mapping[jax.Device, _Region] | None = None
+        self._regions: Mapping[Any, _Region] | None = None  # by device
 
     def write(self, layer: int, array: np.ndarray) -> None:
         """Takes a layer, an array of :meth:`Placing.arranged`; the stack gets the widest dtype of its layers."""

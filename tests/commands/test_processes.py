@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qspec_jax
-from qspec_jax import QuantConfig, generate
+from qspec_jax import QuantConfig, generate, serve
 from qspec_jax.device.meeting import Membership
 from tests import tiny
 
@@ -170,3 +171,12 @@ def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, cap
     assert generate.main([*arguments(files, "refused.jsonl"), "--mesh", "data=2"]) == 2
     assert asked == [Membership("auto")]
     capfd.readouterr()
+
+
+@pytest.mark.parametrize("command", [generate, serve])
+def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files, command):
+    group = SimpleNamespace(leads=False)
+    monkeypatch.setattr(command, "joined", lambda arguments: contextlib.nullcontext(group))
+    monkeypatch.setattr(command, "follow", lambda found, arguments: 7 if found is group else 0)
+    options = {generate: ["--prompt-file", "no/such.txt", "--model"], serve: ["--api-key-file", "no/such.key"]}
+    assert command.main([*options[command], str(files[1])]) == 7

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
 from qspec_jax.decoding import chunks, programs
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import Linear
 from qspec_jax.model.precision import Precision
 from tests import tiny
@@ -168,3 +169,21 @@ def test_room_for_a_cache_is_asked_for_before_it_is_there_and_not_again(monkeypa
     assert asked == [{"rows": 2, "capacity": 64}]
     of_model.compile(PLAIN, shape._replace(capacity=128), [32])
     assert len(asked) == 2
+
+
+def test_a_cache_is_checked_by_what_the_devices_of_a_memory_have(monkeypatch):
+    asked = []
+    monkeypatch.setattr(programs, "check_memory", lambda needed, *, what: asked.append((needed, what)))
+    config = ModelConfig.from_hf(tiny.BASE_HF_CONFIG)
+    options = {"quantization": QuantConfig(), "formats": None, "kernels": "reference"}
+    programs.Programs(abstract_decoder(config, **options)).check_cache(rows=4, capacity=64)
+    mesh = Mesh(np.array(jax.local_devices() * 4).reshape(2, 2), ("data", "model"))
+    on_mesh = programs.Programs(abstract_decoder(config, split=2, **options), mesh)
+    for backend in ("gpu", "cpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        on_mesh.check_cache(rows=4, capacity=64)
+    (one, what), (each, on_one), (together, _) = asked
+    assert what == "the caches of 4 sequences of 64 tokens"
+    assert on_one == f"on 1 of 4 devices, {what}"
+    assert each * 4 == one
+    assert together == each * len(mesh.local_devices)

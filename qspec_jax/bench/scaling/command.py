@@ -117,7 +117,7 @@ def _decoders(
                 raise
             continue
         settings: Any = {"dtype": "bfloat16", "kernels": "reference", "scan_layers": True, "split": mesh.model}
-        yield mesh, abstract_decoder(config, quantization=quantization, formats=formats, **settings)
+        yield mesh, abstract_decoder(config, quantization=quantization, formats=None, **settings)
 
 
 def _quantization(config: ModelConfig, split: int, group_size: str | None) -> QuantConfig:
