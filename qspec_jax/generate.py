@@ -101,7 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
     with joined(arguments) as group:
         if group is None or group.leads:
             return _run(arguments)
-        return follow(group, arguments)
+        import qspec_jax
+
+        return follow(group, qspec_jax.load, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -95,7 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     check_model_name(arguments.model)
     with joined(arguments) as group:
-        return _run(arguments) if group is None or group.leads else follow(group, arguments)
+        if group is None or group.leads:
+            return _run(arguments)
+        import qspec_jax
+
+        return follow(group, qspec_jax.load, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -10,13 +10,17 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from qspec_jax.commands.options import Parser
 from qspec_jax.commands.output import say
 from qspec_jax.commands.run import load_and_compile
 from qspec_jax.device import meeting, processes
 from qspec_jax.errors import QSpecError, UsageError
+
+if TYPE_CHECKING:
+    from qspec_jax.engine.language_model import LanguageModel
 
 _LOST = (
     "another process has ended, or the network between them failed ({error}). What is finished is kept; with --output, "
@@ -80,22 +84,22 @@ def _keep_standard_output() -> None:
     sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 - as long as the process
 
 
-def follow(group: processes.Group, arguments: argparse.Namespace) -> int:
+def follow(group: processes.Group, load: Callable[..., LanguageModel], arguments: argparse.Namespace) -> int:
     """Loads the model of a command, and does what the process that leads says; the exit code.
 
     Args:
         group: in which this process does not lead.
+        load: :func:`qspec_jax.load`.
         arguments: as of :func:`load_and_compile`.
 
     Raises:
         QSpecError: the model cannot be loaded, or a call fails.
     """
-    import qspec_jax
     from qspec_jax.decoding.led_programs import Call
     from qspec_jax.decoding.led_programs import follow as make_calls
 
     say(f"process {group.process} of {group.count} follows process 0")
-    model = load_and_compile(qspec_jax.load, arguments, lambda _: None)
+    model = load_and_compile(load, arguments, lambda _: None)
 
     def calls() -> Iterator[Call]:
         for message in group.hear():

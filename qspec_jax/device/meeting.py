@@ -95,7 +95,7 @@ def join(membership: Membership, *, connect_s: int = CONNECT_S) -> Group:
     if membership.coordinator != AUTO:
         wanted |= {"coordinator_address": membership.coordinator}
         wanted |= {"num_processes": membership.num_processes, "process_id": membership.process_id}
-    waits: dict[str, Any] = {"initialization_timeout": connect_s, "heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 20}
+    waits: dict[str, Any] = {"initialization_timeout": connect_s, "heartbeat_timeout_seconds": 100}
     try:
         jax.distributed.initialize(**wanted, **waits)
     except (ValueError, TypeError) as error:

@@ -177,6 +177,6 @@ def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, cap
 def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files, command):
     group = SimpleNamespace(leads=False)
     monkeypatch.setattr(command, "joined", lambda arguments: contextlib.nullcontext(group))
-    monkeypatch.setattr(command, "follow", lambda found, arguments: 7 if found is group else 0)
+    monkeypatch.setattr(command, "follow", lambda found, load, arguments: 7 if found is group else 0)
     options = {generate: ["--prompt-file", "no/such.txt", "--model"], serve: ["--api-key-file", "no/such.key"]}
     assert command.main([*options[command], str(files[1])]) == 7
