@@ -108,8 +108,8 @@ def test_traffic_is_what_a_compiled_program_sends():
 
 def check_traffic():
     drafting = DecodingPlan(View(), View(activation_bits=8), 3)
-    check_loop("data=2,model=2", drafting, SamplingParams(), passes=[1, 4])
-    check_loop("data=1,model=4", DecodingPlan(View()), SamplingParams(temperature=1.0), passes=[1])
+    check_loop("model=2", drafting, SamplingParams(), passes=[1, 4])
+    check_loop("model=4", DecodingPlan(View()), SamplingParams(temperature=1.0), passes=[1])
 
 
 def check_loop(text, plan, sampling, *, passes):
@@ -119,19 +119,17 @@ def check_loop(text, plan, sampling, *, passes):
     shards = Shards.of(config, mesh, quantization=QuantConfig(32, symmetric=True), **options)
     shape = Shape(ROWS, 64, features=SamplingFeatures.of([sampling]))
     program = Programs(shards.shapes(), mesh).lower_loop(plan, shape).compile().as_text()
-    split, rows, draws = mesh.shape["model"], ROWS // mesh.shape["data"], sampling.temperature > 0
-    expected = [decode_traffic(config, split, tokens=rows * new, dtype_bytes=4, draws=draws) for new in passes]
-    assert sent_over_model(program, mesh) == Traffic(
+    split, draws = mesh.size, sampling.temperature > 0
+    expected = [decode_traffic(config, split, tokens=ROWS * new, dtype_bytes=4, draws=draws) for new in passes]
+    assert sent(program, split) == Traffic(
         sum(one.messages for one in expected), sum(one.num_bytes for one in expected)
     )
 
 
-def sent_over_model(program, mesh):
-    """Of the collectives in a program whose devices share a model, what each receives."""
-    split, received = mesh.shape["model"], []
-    groups = "},{".join(",".join(map(str, range(first, first + split))) for first in range(0, mesh.size, split))
-    pattern = r" = (\w+?)(\d+)\[([\d,]*)\]\S* ([\w-]+)\(.*replica_groups=\{\{" + re.escape(groups) + r"\}\}"
-    for _, bits, sizes, kind in re.findall(pattern, program):
+def sent(program, split):
+    """Of the collectives in a program of devices that all share a model, what each receives."""
+    received = []
+    for bits, sizes, kind in re.findall(r" = [a-z]+(\d+)\[([\d,]*)\]\S* ([\w-]+)\(.*replica_groups=", program):
         size = math.prod(int(one) for one in sizes.split(",") if one) * int(bits) // 8
         received.append(size * (split - 1) // split * {"all-gather": 1, "all-reduce": 2}[kind])
     return Traffic(len(received), sum(received))
