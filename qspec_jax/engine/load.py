@@ -172,7 +172,7 @@ def _check_processes(mesh: Any) -> None:
     if count > 1 and processes.current is None:
         raise UsageError(
             f"this is one of {count} processes, and nobody says what all of them run; use the commands with "
-            "--coordinator (docs/scaling.md), or one process"
+            "--coordinator (docs/mesh.md), or one process"
         )
 
 
