@@ -95,14 +95,15 @@ class Programs:
         """See the class; read when it is first asked for."""
         with self._lock:
             if self._costs is None:
-                path = None if not self._keeps else table_path(self.store.folder.parent / "costs", self.decoder)
+                store = self._kept_in
+                path = None if store is None else table_path(store.folder.parent / "costs", self.decoder)
                 self._costs = CostTable(PassBytes.of(self.decoder), path)
             return self._costs
 
     @property
-    def _keeps(self) -> bool:
-        """Whether other processes find what this one compiled and measured."""
-        return self.store is not None and self._on_mesh is None
+    def _kept_in(self) -> ProgramStore | None:
+        """Where other processes find what this one compiled and measured; nowhere on a mesh."""
+        return None if self._on_mesh is not None else self.store
 
     def save_costs(self) -> None:
         """Writes what was measured, if anybody asked for costs."""
@@ -190,7 +191,7 @@ class Programs:
     ) -> None:
         began = time.perf_counter()
         with self._lock:
-            keys = program_keys(missing, self.decoder) if self._keeps else {}
+            keys = program_keys(missing, self.decoder) if self._kept_in is not None else {}
         found = self._stored(keys)
         missing = {name: lower for name, lower in missing.items() if name not in found}
         if missing:

@@ -83,7 +83,8 @@ def _on_each_device(
         return function(weight, option)
     specs = jax.tree.map(lambda array: array.sharding.spec, weight)
     leaves, structure = jax.tree.flatten(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
-    return _mapped(function, option, mesh, tuple(leaves), structure, sum_over)(weight)
+    num_stacks = weight.packed.ndim - 2
+    return _mapped(function, option, mesh, tuple(leaves), structure, sum_over, num_stacks)(weight)
 
 
 @functools.cache
@@ -94,13 +95,13 @@ def _mapped(
     leaves: tuple[PartitionSpec, ...],
     structure: Any,
     sum_over: str | None,
+    num_stacks: int,
 ) -> Callable[[Any], Any]:
-    """That function on a mesh, for weights that lie as these specs say."""
+    """That function on a mesh, for weights that lie as these specs say, with so many axes of layers in front."""
     specs = jax.tree.unflatten(structure, leaves)
     if function is _with_group_sums:
-        *layers, _, _ = specs.packed  # [..., N, K/2]; sums are [..., A, N]
         per_group = (MODEL, None) if sum_over is not None else (None, MODEL)
-        out_specs = dataclasses.replace(specs, group_sum=PartitionSpec(*layers, *per_group))
+        out_specs = dataclasses.replace(specs, group_sum=PartitionSpec(*[None] * num_stacks, *per_group))
     else:
         out_specs = dataclasses.replace(specs, layout=option)
 

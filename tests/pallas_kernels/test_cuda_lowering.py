@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.backends.early_launch import early_launch
@@ -24,7 +25,10 @@ from pallas_kernels.swiglu_hadamard import gpu_triton as swiglu_hadamard_triton
 from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as swiglu_hadamard_quantize_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
+from qspec_jax.device.mesh import MODEL
+from qspec_jax.model.collectives import add_up
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
 
 pytestmark = pytest.mark.newest_jax
@@ -376,3 +380,28 @@ def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
             early = cuda_program(function, *args)
         assert early.count("griddepcontrol.launch_dependents") == num_signals
         assert "griddepcontrol" not in cuda_program(function, *args)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_kernels_of_several_devices_lower_with_the_sum_between_them(layout):
+    """A matmul of some inputs, the gathered sums of all, and the norm that adds them in order as it loads them."""
+    multiply = {Layout.PLANES: w4a16_triton, Layout.WGMMA: w4a16_mosaic}[layout].w4a16_matmul
+
+    def of_device(x, weight, stream, gain):
+        update = add_up(multiply(x, weight), MODEL)
+        assert len(update.parts) == 2
+        return plain_norm_triton.add_rms_norm(stream, update, gain, epsilon=1e-5)
+
+    axis_types = (jax.sharding.AxisType.Auto,)
+    described = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((2,), (MODEL,), axis_types=axis_types, abstract_device=described)
+    specs = QuantizedWeight(P(None, MODEL), P(MODEL), None, P(MODEL), layout)
+    in_specs = P(None, MODEL), specs, P(), P()
+    program = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
+    rows, gain = array(4, 4096, dtype=jnp.bfloat16), array(4096, dtype=jnp.bfloat16)
+    weight = abstract_weight(8192, 4096, 128, True, layout)
+    lowered = jax.jit(program).trace(array(4, 8192, dtype=jnp.bfloat16), weight, rows, gain)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.all_gather") == 1
+    assert KERNEL_CALL in text
+    assert ("mosaic_gpu" in text) == (layout is Layout.WGMMA)
