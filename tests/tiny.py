@@ -7,13 +7,19 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
 
+from pallas_kernels import Layout, QuantizedWeight, with_layout
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.sharding import spec_of, to_shard_order
+from qspec_jax.model.shards import Shards, parameters
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.source import Source, TensorEntry
 
@@ -116,3 +122,26 @@ def language_model(
     config = dataclasses.replace(config or ModelConfig.from_hf(BASE_HF_CONFIG), eos_token_ids=())
     made = decoder(config, quantization=quantization, **options)
     return LanguageModel(made, None, quantization=quantization, kernels="reference", name="tiny")
+
+
+def distributed(whole: Decoder, shards: Shards) -> Decoder:
+    """The decoder of a mesh with the arrays of one on a single device: put there one by one, each from memory."""
+    made = nnx.clone(shards.local)
+    source = dict(parameters(whole))
+
+    def put(path: str, array: Any, layout: Layout = Layout.PLANES) -> Any:
+        array = to_shard_order(path, np.asarray(array), whole.config, shards.split, layout=layout)
+        sharding = NamedSharding(shards.mesh, spec_of(path, array.shape))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    for path, parameter in parameters(made):
+        value, like = source[path].get_value(), parameter.get_value()
+        if not isinstance(value, QuantizedWeight):
+            parameter.set_value(put(path, value))
+            continue
+        value = with_layout(jax.tree.map(np.asarray, dataclasses.replace(value, group_sum=None)), Layout.PLANES)
+        parts = {part: getattr(value, part) for part in ("scale", "offset") if getattr(value, part) is not None}
+        arrays = {part: put(f"{path}.{part}", array) for part, array in parts.items()}
+        packed = put(f"{path}.packed", value.packed, like.layout)
+        parameter.set_value(dataclasses.replace(like, packed=packed, **arrays))
+    return made

@@ -1,12 +1,7 @@
-"""A decoder whose arrays lie on a mesh: which shapes they have there, and how each of them gets there.
+"""A decoder whose arrays lie on a mesh: which shapes they have there, and how it is made of the arrays of a whole one.
 
-Whoever reads a model fills :meth:`Shards.whole`, whose arrays go through :meth:`Shards.place` one by one, and
-:meth:`Shards.filled` makes the decoder of the mesh of them::
-
-    shards = Shards.of(config, mesh, quantization=quantization, formats=formats, **decoder_options)
-    decoder = shards.whole()
-    ...     # each array of each parameter becomes what `shards.place(path, array)` returns
-    decoder = shards.filled(decoder)
+Whoever reads a model fills :meth:`Shards.whole` with arrays in shard order, each on its devices
+(``weights/placing.py``), and :meth:`Shards.filled` makes the decoder of the mesh of them.
 
 Leaves of the decoder of a mesh are arrays of all devices, in shard order (``sharding.py``); in the program of a device
 they are its own part, and the decoder is a smaller one.
@@ -20,19 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
-from pallas_kernels import Layout, QuantizedWeight, with_layout
+from pallas_kernels import Layout, QuantizedWeight
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat, complete_formats
 from qspec_jax.model.parameters import layer_anatomy
-from qspec_jax.model.sharding import check_split, from_shard_order, spec_of, to_shard_order
+from qspec_jax.model.sharding import check_split, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +94,8 @@ class Shards:
 
         return self._with_arrays(lambda name, value: _map_parts(on_mesh, name, value))
 
-    def place(self, path: str, array: np.ndarray) -> Array:
-        """Puts an array of the whole model onto the mesh. A process gives its devices what they hold, and no more.
-
-        Args:
-            path: of the array: ``layers.3.attention.qkv.weight.packed``.
-            array: in host memory, the same in all processes, with 4-bit codes in ``Layout.PLANES``; of ``scan_layers``,
-                the stack of all layers.
-        """
-        layout = self._layouts.get(path, Layout.PLANES)
-        array = to_shard_order(path, np.asarray(array), self.local.config, self.split, layout=layout)
-        sharding = NamedSharding(self.mesh, spec_of(path, array.shape))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
     def filled(self, whole: Decoder) -> Decoder:
-        """The decoder of the mesh with the placed arrays of one that :meth:`whole` made."""
+        """The decoder of the mesh with the arrays of one that :meth:`whole` made, which are on their devices by now."""
         placed = dict(parameters(whole))
 
         def of_whole(name: str, value: Any) -> Any:
@@ -123,31 +103,6 @@ class Shards:
             return dataclasses.replace(found, layout=value.layout) if isinstance(value, QuantizedWeight) else found
 
         return self._with_arrays(of_whole)
-
-    def distributed(self, whole: Decoder) -> Decoder:
-        """The decoder of the mesh with the arrays of one on a single device, in any layout."""
-        placed = dict(parameters(whole))
-
-        def of_whole(name: str, value: Any) -> Any:
-            found = placed[name].get_value()
-            if isinstance(found, QuantizedWeight):
-                found = dataclasses.replace(in_planes(found), layout=value.layout)
-            return _map_parts(lambda path, leaf: self.place(path, np.asarray(leaf)), name, found)
-
-        return self._with_arrays(of_whole)
-
-    def host_array(self, path: str, array: Array, *, layout: Layout = Layout.PLANES) -> np.ndarray:
-        """The inverse of :meth:`place`, of an array all of which this process can read.
-
-        ``layout`` is that of 4-bit codes now, which a plan may have changed.
-        """
-        return from_shard_order(path, np.asarray(array), self.local.config, self.split, layout=layout)
-
-    @functools.cached_property
-    def _layouts(self) -> dict[str, Layout]:
-        """Of 4-bit codes as a device has them, by path."""
-        values = ((name, parameter.get_value()) for name, parameter in parameters(self.local))
-        return {f"{name}.packed": value.layout for name, value in values if isinstance(value, QuantizedWeight)}
 
     def _with_arrays(self, arrays: Callable[[str, Any], Any]) -> Decoder:
         """A decoder of the mesh, each parameter of which is what a function makes of its name and that of a device."""
@@ -164,12 +119,6 @@ def parameters(module: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
         for step in path:
             found = found[step] if isinstance(step, int) else getattr(found, str(step))
         yield ".".join(map(str, path)), found
-
-
-def in_planes(weight: QuantizedWeight) -> QuantizedWeight:
-    """A weight with its codes in ``Layout.PLANES``, in host memory, without sums that follow from it."""
-    in_host_memory = jax.tree.map(np.asarray, dataclasses.replace(weight, group_sum=None))
-    return with_layout(in_host_memory, Layout.PLANES)
 
 
 def _map_parts(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:

@@ -48,7 +48,8 @@ def test_lookups_and_what_is_shown_of_drafts(on_mesh, plain):
     assert any(result.stats.acceptance_rate for result in found)
 
 
-def test_drafts_that_read_part_of_the_cache(on_mesh):
+def test_drafts_that_read_part_of_the_cache(on_mesh, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (32,))
     options = {"batch_size": 2, "max_new_tokens": 24, "max_seq_len": 256}
     prompts = [[*range(30)] * 5, [*range(40, 70)] * 4]
     expected = tokens(on_mesh.generate(prompts, mode="w4a16", **options))

@@ -65,7 +65,7 @@ def check_mesh(folder, family, quantization, mesh):
         options = {"dtype": jnp.dtype("float32"), "kernels": "reference", "scan_layers": scan_layers}
         shards = Shards.of(config, mesh, quantization=quantization, formats=formats, **options)
         whole = load_decoder(source, quantization=quantization, formats=formats, **options)
-        expected, onto = shards.distributed(whole), MeshPlacing(shards)
+        expected, onto = tiny.distributed(whole, shards), MeshPlacing(shards)
         loaded = load_decoder(source, quantization=quantization, formats=formats, placing=onto, **options)
         assert_same(loaded, expected)
         of_layout[scan_layers] = loaded
