@@ -11,9 +11,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from qspec_jax.commands.options import Parser
+from qspec_jax.commands.options import Parser, option_of
 from qspec_jax.commands.output import say
 from qspec_jax.commands.run import load_and_compile
 from qspec_jax.device import meeting, processes
@@ -22,6 +23,7 @@ from qspec_jax.errors import QSpecError, UsageError
 if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
 
+_ALIKE = ("mesh", "mode", "dtype", "group_size", "kernels")  # a model may lie elsewhere on another host
 _LOST = (
     "another process has ended, or the network between them failed ({error}). What is finished is kept; with --output, "
     "the same commands go on with it"
@@ -64,6 +66,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[processes.Group | None]:
     group.watch(processes.end_with)
     processes.current = group
     try:
+        _agree(group, arguments)
         yield group
     except BaseException as error:
         group.fail("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
@@ -74,6 +77,18 @@ def joined(arguments: argparse.Namespace) -> Iterator[processes.Group | None]:
     if group.leads:
         group.tell(processes.End())
     group.leave()
+
+
+def _agree(group: processes.Group, arguments: argparse.Namespace) -> None:
+    """Raises UsageError where this process would not run what process 0 does."""
+    options = {option_of(name): getattr(arguments, name) for name in _ALIKE}
+    said = {**options, "qspec_jax": version("qspec-jax"), "jax": version("jax")}
+    if group.leads:
+        group.tell(said)
+        return
+    for name, value in next(group.hear()).items():
+        if said[name] != value:
+            raise UsageError(f"{name} is {said[name]} here and {value} in process 0; give all processes the same")
 
 
 def _keep_standard_output() -> None:

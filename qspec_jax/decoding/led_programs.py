@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import threading
 import weakref
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from qspec_jax.decoding.chunks import Shape
@@ -27,6 +29,8 @@ from qspec_jax.device import processes
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.decoder import Decoder
 
+_SMALL_BYTES = 1 << 20
+_SAME = "same"  # no call: what process 0 has loaded
 _USED_UP = ("prefill", "loop", "with_rows_of")  # calls of which the first state is donated
 
 
@@ -176,17 +180,33 @@ def programs_of(decoder: Decoder, mesh: Mesh | None) -> Programs:
     group = processes.current
     if mesh is None or group is None or not group.leads:
         return Programs(decoder, mesh)
+    group.tell(Call(_SAME, (digest(decoder),), {}, None, ()))
     return LeadingPrograms(decoder, mesh, group.tell)
+
+
+def digest(decoder: Decoder) -> str:
+    """Tells models apart: by the shapes of all arrays, and the values of small ones that every device has: norms."""
+    found = hashlib.sha256(repr(decoder.config).encode())
+    for path, leaf in jax.tree.leaves_with_path(nnx.state(decoder)):
+        found.update(repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))).encode())
+        if leaf.is_fully_replicated and leaf.nbytes <= _SMALL_BYTES:
+            found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def follow(programs: Programs, calls: Iterable[Call]) -> None:
     """Makes the calls of the process that leads, until there are no more.
 
     Raises:
+        UsageError: another model was loaded there.
         QSpecError: as the calls do.
     """
     states: dict[int, DecodeState] = {}
     for call in calls:
+        if call.name == _SAME:
+            if call.arguments != (digest(programs.decoder),):
+                raise UsageError("the model here is not that of process 0; give all processes the same files")
+            continue
         for number in call.dropped:
             states.pop(number, None)
         given = [states[one.number] if isinstance(one, _State) else one for one in call.arguments]

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,11 @@ import pytest
 
 import qspec_jax
 from qspec_jax import QuantConfig, generate, serve
+from qspec_jax.commands import processes
 from qspec_jax.device.meeting import Membership
+from qspec_jax.device.processes import Group
 from tests import tiny
+from tests.device.test_processes import Client
 
 ROOT = Path(__file__).parents[2]
 MOST_S = 120
@@ -180,3 +184,13 @@ def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files
     monkeypatch.setattr(command, "follow", lambda found, load, arguments: 7 if found is group else 0)
     options = {generate: ["--prompt-file", "no/such.txt", "--model"], serve: ["--api-key-file", "no/such.key"]}
     assert command.main([*options[command], str(files[1])]) == 7
+
+
+def test_options_that_differ_are_named_by_who_follows():
+    given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
+    client = Client()
+    leader, same, other = Group(client, 0, 3), Group(client, 1, 3), Group(client, 2, 3)
+    processes._agree(leader, Namespace(**given))
+    processes._agree(same, Namespace(**given))
+    with pytest.raises(qspec_jax.UsageError, match="--mesh is data=1,model=2 here and data=2,model=1 in process 0"):
+        processes._agree(other, Namespace(**{**given, "mesh": "data=1,model=2"}))

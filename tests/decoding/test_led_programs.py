@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import pickle
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from qspec_jax import DecodingPlan, View
+from qspec_jax import DecodingPlan, QuantConfig, View
 from qspec_jax.decoding import led_programs
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.led_programs import LeadingPrograms, follow
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.state import DecodeState, PromptChunk, Report
+from qspec_jax.device import processes
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.model.decoder import Decoder
+from tests import tiny
 
 SHAPE, PLAN = Shape(2, 64), DecodingPlan(View())
 RETIRED = np.zeros(2, bool)
@@ -143,3 +146,16 @@ def test_what_is_no_program_of_a_batch_is_refused(base):
 
 def test_one_process_has_programs_of_its_own(base):
     assert type(led_programs.programs_of(object.__new__(Decoder), None)) is Programs
+
+
+def test_another_model_is_refused_by_who_follows(monkeypatch):
+    """By the norms, which every device has whole."""
+    told = []
+    monkeypatch.setattr(processes, "current", SimpleNamespace(leads=True, tell=told.append))
+    mesh = Mesh([jax.local_devices()], ("data", "model"))
+    led = led_programs.programs_of(tiny.decoder(), mesh)
+    assert isinstance(led, LeadingPrograms)
+    follow(Programs(tiny.decoder()), told)
+    for other in (tiny.decoder(seed=1), tiny.decoder(quantization=QuantConfig(64))):
+        with pytest.raises(UsageError, match="the model here is not that of process 0"):
+            follow(Programs(other), told)
