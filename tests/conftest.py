@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-import jaxtyping
+from tests import annotations
 
 # Neither tests nor the commands that they start read or write the user's compilation cache.
 os.environ["QSPEC_JAX_CACHE"] = "off"
@@ -24,7 +24,7 @@ os.environ["QSPEC_JAX_CACHE"] = "off"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before the packages are imported, so that every annotated function checks shapes and dtypes.
-jaxtyping.install_import_hook(["qspec_jax", "pallas_kernels"], "beartype.beartype")
+annotations.install(["qspec_jax", "pallas_kernels"])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
