@@ -9,8 +9,6 @@ from qspec_jax import SamplingParams
 from qspec_jax.decoding.lookup import look_up, rewrite, write
 from tests import tiny
 
-pytestmark = pytest.mark.contract
-
 PROMPTS = [[5, 6, 7] * 6, [30, 31, 32, 33, 34], list(range(40, 56)) * 2, [8]]
 OPTIONS = {"draft": "w4a8", "draft_length": 3, "max_new_tokens": 24, "max_seq_len": 128, "batch_size": 3}
 
@@ -78,7 +76,7 @@ def model():
     return tiny.language_model()
 
 
-@pytest.mark.parametrize("mode", ["lookup", "lookup-qspec"])
+@pytest.mark.parametrize("mode", [pytest.param("lookup", marks=pytest.mark.contract), "lookup-qspec"])
 def test_looked_up_drafts_change_no_token(model, mode):
     sampling = [SamplingParams(), SamplingParams(temperature=0.5, seed=3), SamplingParams(), SamplingParams()]
     plain = model.generate(PROMPTS, mode="w4a16", sampling=sampling, **OPTIONS)

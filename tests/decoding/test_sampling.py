@@ -249,7 +249,9 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch, first_see
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.language_model()
+    model = tiny.language_model()
+    model.programs.lay_out_weights(model.plan(draft="w4a4"))  # programs from before its sums would be compiled again
+    return model
 
 
 # Log-probabilities too, as in test_intake.py: the programs are the same.
@@ -277,12 +279,11 @@ def token_ids(results):
 def test_a_seed_gives_the_same_text_with_and_without_drafts(run, name):
     each = [SamplingParams(**OPTIONS[name], seed=seed) for seed in (3, 4, 5)]
     plain = token_ids(run(PROMPTS, each, mode="w4a16"))
-    results = run(PROMPTS, each, draft="w4a4", draft_length=3)
+    results = run(PROMPTS, each, draft="w4a4")
     assert token_ids(results) == plain
     assert 0 < sum(result.stats.accepted for result in results) < sum(result.stats.drafted for result in results)
 
 
-@pytest.mark.contract
 def test_drafts_draw_with_the_noise_of_the_verification(run):
     """With noise of their own the text would be the same, but most drafts would be wrong."""
     each = [SamplingParams(temperature=1.0, seed=seed) for seed in range(24)]
@@ -291,7 +292,6 @@ def test_drafts_draw_with_the_noise_of_the_verification(run):
     assert accepted > 0.8 * drafted
 
 
-@pytest.mark.contract
 def test_drafts_are_penalised_for_the_drafts_before_them(run):
     """Biases and penalties leave one text, in which two tokens take turns: what knows of all before is right."""
     sampling = SamplingParams(frequency_penalty=100.0, logit_bias={10: 1e4, 11: 1e4 - 50})
@@ -304,18 +304,18 @@ def test_drafts_are_penalised_for_the_drafts_before_them(run):
 def test_a_request_is_the_same_alone_and_among_others(model, run):
     """Alone with programs that have no sampler, or less of one, and are of another shape."""
     each = [SamplingParams(), WARM, SamplingParams(temperature=1.2, top_k=9, frequency_penalty=0.5, seed=1)]
-    together = token_ids(run(PROMPTS, each, draft="w4a8"))
-    turned = token_ids(run(PROMPTS[::-1], each[::-1], draft="w4a8"))
+    together = token_ids(run(PROMPTS, each, draft="w4a4"))
+    turned = token_ids(run(PROMPTS[::-1], each[::-1], draft="w4a4"))
     assert together == turned[::-1]
-    assert together[0] == model.generate(PROMPTS, draft="w4a8", max_new_tokens=24)[0].token_ids
-    assert together[1] == model.generate([PROMPTS[1]], draft="w4a8", max_new_tokens=24, sampling=[WARM])[0].token_ids
+    assert together[0] == model.generate(PROMPTS, draft="w4a4", max_new_tokens=24)[0].token_ids
+    assert together[1] == model.generate([PROMPTS[1]], draft="w4a4", max_new_tokens=24, sampling=[WARM])[0].token_ids
 
 
 @pytest.mark.contract
 def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
     """One for all that needs everything shares the programs of the other tests."""
     one_for_all = dataclasses.replace(EVERYTHING, top_k=20, seed=7)
-    options = {"draft": "w4a8", "max_new_tokens": 16, "max_seq_len": 64, "batch_size": 4}
+    options = {"draft": "w4a4", "max_new_tokens": 16, "max_seq_len": 64, "batch_size": 4}
     texts = token_ids(model.generate([PROMPTS[0]] * 4, sampling=one_for_all, **options))
     assert len({tuple(text) for text in texts}) == 4
     third = dataclasses.replace(one_for_all, seed=9)
@@ -324,7 +324,7 @@ def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
 
 @pytest.mark.contract
 def test_greedy_requests_run_the_program_without_a_sampler(model):
-    options = {"draft": "w4a8", "max_new_tokens": 24}
+    options = {"draft": "w4a4", "max_new_tokens": 24}
     greedy = token_ids(model.generate(PROMPTS, **options))
     programs = len(model.programs)
     assert token_ids(model.generate(PROMPTS, sampling=SamplingParams(top_k=3, seed=9), **options)) == greedy

@@ -11,8 +11,6 @@ from qspec_jax import SamplingParams, UsageError
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
-pytestmark = pytest.mark.contract
-
 PROMPTS = [[5, 6, 7], [30, 31, 32, 33, 34], [60] * 9]
 
 

@@ -22,8 +22,6 @@ from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
-pytestmark = pytest.mark.contract
-
 WIDTHS = (8, 16)  # of chunks here: a prompt of more than 16 tokens enters in several
 CAPACITY = 128
 SAMPLING = [
