@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ DEMO_MODEL = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 LLAMA_3_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 
 
+@functools.cache
 def random_weight(
     n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16, seed: int = 0
 ) -> QuantizedWeight:
@@ -25,9 +27,15 @@ def random_weight(
     codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
     scale = rng.uniform(0.5, 1.5, (k // group_size, n)) / np.sqrt(k) / 4
     offset = None if symmetric else jnp.asarray(scale * rng.uniform(5, 10, scale.shape), scale_dtype)
-    return with_group_sums(QuantizedWeight(pack_codes(jnp.asarray(codes)), jnp.asarray(scale, scale_dtype), offset))
+    return _packed(codes, jnp.asarray(scale, scale_dtype), offset)
 
 
+@jax.jit  # one program, not one for each operation
+def _packed(codes, scale, offset):
+    return with_group_sums(QuantizedWeight(pack_codes(codes), scale, offset))
+
+
+@functools.cache
 def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> jax.Array:
     """Normal values with a mean, so that zero points matter."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) + 0.25, dtype)

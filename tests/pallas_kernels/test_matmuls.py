@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, w4a4_matmul, w4a16_matmul, with_group_sums
+from pallas_kernels import quantize_activations as quantize
+from pallas_kernels import w4a4_matmul, w4a16_matmul, with_group_sums
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -26,14 +27,16 @@ from tests.pallas_kernels.kernel_cases import (
 )
 
 W4A16 = {
-    "reference": w4a16_reference.w4a16_matmul,
+    "reference": jax.jit(w4a16_reference.w4a16_matmul),
     "triton": functools.partial(w4a16_triton.w4a16_matmul, interpret=True),
 }
 W4A4 = {
-    "reference": w4a4_reference.w4a4_matmul,
+    "reference": jax.jit(w4a4_reference.w4a4_matmul, static_argnames="dtype"),
     "triton": functools.partial(w4a4_triton.w4a4_matmul, interpret=True),
 }
 IMPLEMENTATIONS = ("reference", "triton")
+# One program, not one for each of its operations.
+quantize_activations = jax.jit(quantize, static_argnames=("bits", "group_size", "symmetric"))
 # (N, K, group size); 576 splits into planes of 288 = 9 * 32, and with groups of 64 one group spans both planes.
 WEIGHTS = ((48, 256, 32), (16, 512, 128), (32, 256, 256), (32, 576, 64), (16, 576, 576))
 
