@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import time
 import types
 
 import jax
@@ -201,9 +202,13 @@ def test_speculation_needs_all_of_its_parts():
     assert speculations([step, draft, verify, elsewhere], {}) == []
 
 
+def pause(repetitions):
+    time.sleep(1e-4 * int(repetitions))
+
+
 def with_idle_loops(monkeypatch):
-    """Loops that are there at once and do nothing."""
-    lowered = types.SimpleNamespace(compile=lambda: lambda leaves, state, repetitions: state)
+    """Loops that are there at once and do nothing, for longer than the kernels that are said to run in them."""
+    lowered = types.SimpleNamespace(compile=lambda: lambda leaves, state, repetitions: pause(repetitions) or state)
     monkeypatch.setattr(Programs, "lower_repetition", lambda self, *arguments, **options: lowered)
 
 
