@@ -160,6 +160,25 @@ def test_parts_are_measured_once_and_what_they_are_compared_with_is_added(model)
     ]
     assert len(parts) == 1 + 4 + 2 + 4
     assert [str(part) for part in decoding_parts(model, ["w4a8"])] == ["step w4a8"]
+    assert [str(part) for part in decoding_parts(model, ["lookup"], drafts=["w4a8"], draft_lengths=[3])] == [
+        "step w4a16",
+        "verify w4a16, 4 tokens",
+        "cycle w4a16, 3 lookup drafts",
+    ]
+
+
+@on_cpu
+def test_drafts_that_are_looked_up_cost_a_verification(tmp_path, capsys):
+    code, report = report_of(tmp_path, "--mode", "lookup", "--draft-length", "2")
+    assert code == 0
+    found = [(one["part"], one["draft"], one["draft_length"], one["status"]) for one in report["measurements"]]
+    assert found == [("step", None, 0, "ok"), ("verify", None, 2, "ok"), ("cycle", "lookup", 2, "ok")]
+    plain, verify, cycle = report["measurements"]
+    assert cycle["num_bytes"] == verify["num_bytes"]  # no pass more
+    (speculation,) = report["speculation"]
+    assert (speculation["draft"], speculation["draft_ratio"]) == ("lookup", 0.0)
+    assert speculation["costs"]["loop"] == pytest.approx(cycle["milliseconds"] / plain["milliseconds"])
+    assert "2 lookup drafts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

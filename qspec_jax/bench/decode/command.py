@@ -44,7 +44,8 @@ def add_command(commands: Any) -> None:
     shared.add_preset(parser, PRESETS)
     add("--batch", default="1", metavar="B,...", help="sequences (default: 1)")
     add("--context", default="512", metavar="N,...", help="tokens in the cache of each (default: 512)")
-    modes = f"{_DEFAULT_MODES.replace(',', ', ')}, and float: weights in floating point (default: all but float)"
+    modes = f"{_DEFAULT_MODES.replace(',', ', ')}, lookup: drafts"
+    modes += " looked up in the text, and float: weights in floating point (default: all but these two)"
     add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
     add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")

@@ -153,14 +153,14 @@ class _Loop:
     @classmethod
     def compile(cls, model: LanguageModel, part: Part, setting: Setting) -> _Loop:
         model.programs.check_cache(rows=setting.batch, capacity=setting.capacity)
-        shapes = jax.eval_shape(lambda: context_state(model, setting, num_blocks=part.plan.num_blocks))
+        shapes = jax.eval_shape(lambda: context_state(model, setting, **_state_options(part)))
         began = time.perf_counter()
         program = model.programs.lower_repetition(part.plan, shapes, advance=part.advance).compile()
         return cls(model, part, setting, program, time.perf_counter() - began)
 
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:
-        num_blocks = self.part.plan.num_blocks
-        self._state = self.model.programs.made(lambda: context_state(self.model, self.setting, num_blocks=num_blocks))
+        options = _state_options(self.part)
+        self._state = self.model.programs.made(lambda: context_state(self.model, self.setting, **options))
         per_step_ms = 1e3 / self.part.steps_per_repetition
         together = cycles_per_check(self.part.plan)
         self._run(together)
@@ -216,10 +216,10 @@ def speculations(
             continue
         setting, length = (one.batch, one.context), one.draft_length
         plain = times.get(("step", one.precision, None, 0, *setting))
-        draft = times.get(("draft", one.draft, one.draft, length, *setting))
+        draft = 0.0 if one.draft == "lookup" else times.get(("draft", one.draft, one.draft, length, *setting))
         verifies = [times.get(("verify", one.precision, draft, length, *setting)) for draft in (one.draft, None)]
         verify = next((milliseconds for milliseconds in verifies if milliseconds), None)
-        if plain and draft and verify and one.milliseconds:
+        if plain and draft is not None and verify and one.milliseconds:
             score = accepted.get((one.draft, length))
             found.append(Speculation(one.draft, length, *setting, plain, draft, verify, one.milliseconds, score))
     return found
@@ -256,5 +256,8 @@ def _attempt(task: Callable[[], Any], part: Part, setting: Setting) -> Any:
 
 
 def _subject(part: Part, setting: Setting) -> Measurement:
-    draft = None if part.draft is None else part.draft.name
-    return Measurement(part.name, part.view.name, draft, part.plan.draft_length, **dataclasses.asdict(setting))
+    return Measurement(part.name, part.view.name, part.source, part.plan.draft_length, **dataclasses.asdict(setting))
+
+
+def _state_options(part: Part) -> dict[str, Any]:
+    return {"num_blocks": part.plan.num_blocks, "lookup": part.name == "cycle" and part.plan.lookup}

@@ -7,6 +7,7 @@ so that all repetitions cost the same and no sequence finishes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -70,12 +71,19 @@ class Part:
         """What the drafts read that the part makes, or for which it weighs the cache."""
         return None if self.name == "verify" and self.plan.weigh is None else self.plan.draft_view
 
+    @property
+    def source(self) -> str | None:
+        """Where the drafts come from that the part makes, or for which it weighs the cache."""
+        if self.name == "cycle" and self.plan.draft_view is None:
+            return self.plan.draft_source
+        return None if self.draft is None else self.draft.name
+
     def in_cache(self, capacity: int) -> Part:
         """The part with the plan that does the same with caches of some positions."""
         return dataclasses.replace(self, plan=self.plan.in_cache(capacity))
 
     def __str__(self) -> str:
-        drafts = f"{self.plan.draft_length} {self.draft.name} drafts" if self.draft and self.name != "verify" else ""
+        drafts = f"{self.plan.draft_length} {self.source} drafts" if self.source and self.name != "verify" else ""
         tokens = f"{self.plan.draft_length + 1} tokens" if self.name == "verify" else ""
         tokens += f", weighing for {self.draft.name}" if self.name == "verify" and self.draft else ""
         return ", ".join(filter(None, (f"{self.name} {self.view.name}", drafts, tokens)))
@@ -113,25 +121,30 @@ def decoding_parts(
     draft_lengths: Sequence[int] = (),
     draft_contexts: Sequence[str | int] = ("full",),
 ) -> list[Part]:
-    """The parts of some modes of :meth:`LanguageModel.plan`: with ``qspec`` all that it is made of and compared with.
+    """The parts of some modes of :meth:`LanguageModel.plan`.
+
+    With ``qspec`` or ``lookup`` they are all that a cycle is made of, and what it is compared with.
 
     Raises:
         UsageError: as :meth:`LanguageModel.plan`.
     """
-    plain = [mode for mode in modes if mode != "qspec"]
+    plain = [mode for mode in modes if mode not in ("qspec", "lookup")]
     if len(plain) == len(modes):
         return [Part("step", static(model.plan(mode))) for mode in plain]
     steps = [Part("step", static(model.plan(mode))) for mode in dict.fromkeys(["w4a16", *plain])]
+    combined = itertools.product(draft_contexts, draft_lengths, drafts) if "qspec" in modes else ()
     plans = [
         static(model.plan(draft=draft, draft_length=length, draft_context=context))
-        for context, length, draft in itertools.product(draft_contexts, draft_lengths, drafts)
+        for context, length, draft in combined
     ]
+    if "lookup" in modes:
+        plans += [static(model.plan("lookup", draft_length=length)) for length in draft_lengths]
     plans = list(dict.fromkeys(plans))
     # A verification depends on the drafts by their number, and by whether it weighs blocks for them.
     verifications = {(plan.draft_length, plan.num_blocks): Part("verify", plan) for plan in plans}
     return [
         *steps,
-        *(Part("draft", plan) for plan in plans),
+        *(Part("draft", plan) for plan in plans if plan.draft_view is not None),
         *verifications.values(),
         *(Part("cycle", plan) for plan in plans),
     ]
@@ -163,25 +176,28 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     }
 
 
-def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0) -> DecodeState:
-    """Unfinished sequences of ``context`` tokens, with random keys, values and last token.
+def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0, lookup: bool = False) -> DecodeState:
+    """Unfinished sequences of ``context`` tokens, with random keys, values and tokens.
 
     Of ``num_blocks`` of the cache, which a view with a budget reads, the numbers are random as well, and ascending.
+    ``lookup`` is whether drafts are looked up in the tokens.
     """
     rows, sizes = (setting.batch,), {"capacity": setting.capacity, "num_blocks": num_blocks}
     empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, **sizes))
-    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 2 + len(jax.tree.leaves(empty.layers))))
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 3 + len(jax.tree.leaves(empty.layers))))
     layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
     blocks = None
     if empty.blocks is not None:
         scores = jax.random.uniform(next(keys), (*empty.blocks.shape[:-1], setting.context // View.cache_block))
         blocks = jnp.sort(jnp.argsort(scores, axis=-1)[..., :num_blocks].astype(jnp.int32), axis=-1)
     cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32), blocks)
+    tokens = functools.partial(jax.random.randint, minval=0, maxval=model.config.vocab_size, dtype=jnp.int32)
     return jax.tree.map(
         jnp.asarray,
         dataclasses.replace(
             DecodeState.idle(cache),
-            last_token=jax.random.randint(next(keys), rows, 0, model.config.vocab_size, jnp.int32),
+            last_token=tokens(next(keys), rows),
+            history=tokens(next(keys), (*rows, setting.capacity)) if lookup else None,
             num_tokens=jnp.ones(rows, jnp.int32),
             max_new_tokens=jnp.full(rows, setting.capacity, jnp.int32),
             finished=jnp.zeros(rows, bool),

@@ -17,6 +17,7 @@ from qspec_jax.errors import UsageError
 if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
 
+DECODE_MODES = (*MODES, "lookup")
 NEW_TOKENS = 64  # per prompt, to measure acceptance
 _PROMPTS = (
     "Explain how a refrigerator keeps food cold.",
@@ -46,7 +47,7 @@ class DecodeRequest(ModelRequest):
     @property
     def longest_draft(self) -> int:
         """0 without speculation."""
-        return max(self.draft_lengths) if "qspec" in self.modes else 0
+        return max(self.draft_lengths) if _speculates(self.modes) else 0
 
 
 def read_request(arguments: argparse.Namespace) -> DecodeRequest:
@@ -71,7 +72,7 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
 
 def _combinations(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a request that say what to combine, and its prompts."""
-    modes = options.parse_names(arguments.mode, option="--mode", known=MODES)
+    modes = options.parse_names(arguments.mode, option="--mode", known=DECODE_MODES)
     combined = {
         "batches": options.parse_numbers(arguments.batch, option="--batch"),
         "contexts": options.parse_numbers(arguments.context, option="--context"),
@@ -81,16 +82,20 @@ def _combinations(arguments: argparse.Namespace) -> dict[str, Any]:
         "draft_contexts": [shared.parse_draft_context(one) for one in options.split_list([arguments.draft_context])],
         "prompts": _prompts(arguments, modes),
     }
-    if arguments.plot and "qspec" not in modes:
+    if arguments.plot and not _speculates(modes):
         raise UsageError("--plot draws the speed-up of speculation; add qspec to --mode, or leave --plot out")
     return combined
 
 
 def _draft_lengths(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[int]:
     lengths = options.parse_numbers(arguments.draft_length, option="--draft-length")
-    if "qspec" in modes:
+    if _speculates(modes):
         shared.check_draft_length(max(lengths))
     return lengths
+
+
+def _speculates(modes: Sequence[str]) -> bool:
+    return "qspec" in modes or "lookup" in modes
 
 
 def _prompts(arguments: argparse.Namespace, modes: Sequence[str]) -> Sequence[str]:
