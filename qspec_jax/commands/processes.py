@@ -93,10 +93,13 @@ def _agree(group: processes.Group, arguments: argparse.Namespace) -> None:
 
 def _keep_standard_output() -> None:
     """Has results alone on the standard output: the library that carries a CPU's messages prints there as well."""
+    if sys.stdout is None:  # it is closed
+        return
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 - as long as the process
+    like = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    sys.stdout = open(own, "w", **like)  # noqa: SIM115 - for as long as the process
 
 
 def follow(group: processes.Group, load: Callable[..., LanguageModel], arguments: argparse.Namespace) -> int:
