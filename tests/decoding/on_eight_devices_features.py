@@ -132,6 +132,14 @@ def test_rows_are_a_multiple_of_the_devices_that_share_them(on_mesh, plain):
     assert Scheduler(on_mesh.programs, on_mesh.plan("w4a16"), rows=3, capacity=64).shape.rows == 4
 
 
+def test_devices_stop_once_the_rows_of_all_have_finished(on_mesh):
+    pipeline = on_mesh.pipeline(on_mesh.plan("w4a16"), batch_size=4, max_seq_len=64)
+    for prompt in PROMPTS[:4]:
+        pipeline.submit(prompt, max_new_tokens=20)
+    assert [len(result.token_ids) for result in pipeline.results()] == [20] * 4
+    assert pipeline.totals.cycles == 19  # the first token comes with the prompt
+
+
 def test_two_threads_do_not_wait_for_each_others_messages(on_mesh, plain):
     def run(_):
         return tokens(on_mesh.generate(PROMPTS, mode="w4a16", **BATCH))
