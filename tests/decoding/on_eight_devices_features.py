@@ -140,6 +140,18 @@ def test_devices_stop_once_the_rows_of_all_have_finished(on_mesh):
     assert pipeline.totals.cycles == 19  # the first token comes with the prompt
 
 
+def test_a_request_that_is_cancelled_leaves_the_others_alone(on_mesh, plain):
+    scheduler = Scheduler(on_mesh.programs, on_mesh.plan("w4a16"), rows=4, capacity=64)
+    sequences = [scheduler.add(Request(prompt, 20, SamplingParams())) for prompt in PROMPTS[:5]]
+    scheduler.advance(2)
+    scheduler.cancel(sequences[2])  # a row of the second part
+    while scheduler.busy:
+        scheduler.advance(4)
+    kept = [0, 1, 3, 4]
+    assert [sequences[index].token_ids for index in kept] == [plain[index] for index in kept]
+    assert len(sequences[2].token_ids) < 20
+
+
 def test_two_threads_do_not_wait_for_each_others_messages(on_mesh, plain):
     def run(_):
         return tokens(on_mesh.generate(PROMPTS, mode="w4a16", **BATCH))

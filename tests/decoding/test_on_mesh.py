@@ -5,12 +5,36 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
+
+from qspec_jax.decoding.on_mesh import OnMesh
+from qspec_jax.device.mesh import AXES
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("equal", "features")  # two processes, so that each of these tests stays below the limit of CPU time
+
+
+def test_one_thread_at_a_time_hands_work_to_devices():
+    """Of whatever meshes: devices that begin two programs in different orders wait for each other for ever."""
+    meshes = [OnMesh(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES)) for _ in range(2)]
+    running, most = [], []
+
+    def program(index):
+        running.append(index)
+        time.sleep(0.005)
+        most.append(len(running))
+        running.remove(index)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda index: meshes[index % 2].run(program, index), range(8)))
+    assert most == [1] * 8
 
 
 @pytest.mark.parametrize("part", PARTS)
