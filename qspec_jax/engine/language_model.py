@@ -23,6 +23,7 @@ from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
+from qspec_jax.device.mesh import shape_of
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
@@ -75,7 +76,8 @@ class LanguageModel:
         weights = (
             f"{num_bytes(self.decoder) / 1e6:.0f} MB of {'floating-point' if self.quantization is None else '4-bit'}"
         )
-        return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels)"
+        where = "" if self.mesh is None else f" on {shape_of(self.mesh)}"
+        return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels{where})"
 
     @property
     def config(self) -> ModelConfig:

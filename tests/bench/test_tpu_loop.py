@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.device.mesh import AXES
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.shards import Shards
 from tests.conftest import THOROUGH
 
 pytest.importorskip("libtpu")
@@ -52,3 +58,22 @@ def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
     assert program.memory_analysis().temp_size_in_bytes < cache / 20
     # Each layer, of the draft and of the verification: four matmuls, attention and a write; and each pass, the LM head.
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
+
+
+@pytest.mark.contract
+def test_the_loop_of_four_devices_copies_no_cache_and_sends_two_sums_for_each_layer():
+    """Besides, each pass sends a row of the embedding and a choice: of the draft and of the verification."""
+    devices, rows, capacity = described_devices("v6e")[:4], 8, 8192
+    mesh = Mesh(np.array(devices).reshape(1, 4), AXES)
+    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
+    shards = Shards.of(SMALL, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
+    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
+    program = Programs(shards.shapes(), mesh).lower_loop(plan, Shape(rows=rows, capacity=capacity)).compile()
+    text, width = program.as_text(), SMALL.head_dim  # one head of each device
+    lines = [line for line in text.splitlines() if f"bf16[{rows},{capacity},{width}]" in line]
+    assert lines
+    assert not [line for line in lines if " copy(" in line or " transpose(" in line]
+    assert program.memory_analysis().temp_size_in_bytes < 2 * SMALL.num_layers * rows * capacity * width * 2 / 10
+    sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    assert len(sent) == 2 * (2 * SMALL.num_layers + 2)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)

@@ -176,6 +176,11 @@ def test_a_program_of_ones_own_is_refused(on_mesh):
         )
 
 
+def test_a_model_says_where_it_is(on_mesh):
+    assert repr(on_mesh).endswith("reference kernels on data=2,model=4)")
+    assert shape_of(on_mesh.mesh) == (2, 4)
+
+
 def test_a_mesh_of_jax_is_used_as_it_is_arranged():
     devices = np.array(jax.devices()[:6])
     turned = make_mesh(Mesh(devices.reshape(3, 2), ("model", "data")))
