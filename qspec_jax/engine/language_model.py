@@ -13,6 +13,7 @@ from qspec_jax.decoding.led_programs import programs_of
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
+from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.answer import Answer
 from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
 from qspec_jax.engine.outcome import result_of, statistics
@@ -23,7 +24,6 @@ from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
-from qspec_jax.device.mesh import shape_of
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
