@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+import qspec_jax
 from pallas_kernels import with_group_sums
 from qspec_jax.bench.decode.measure import measure_parts
 from qspec_jax.bench.decode.parts import Part, Setting
@@ -174,6 +175,24 @@ def test_a_program_of_ones_own_is_refused(on_mesh):
         own_program.begin_decoding(
             on_mesh.decoder_for(plan), jnp.ones((1, 8), jnp.int32), jnp.full(1, 8), plan=plan, max_new_tokens=8
         )
+
+
+def test_what_was_compiled_while_weights_were_read_is_not_compiled_again(tmp_path):
+    qspec_jax.save(model("llama2"), tmp_path / "saved")
+    options = {"batch_size": 2, "max_seq_len": 64}
+
+    def compile_ahead(shapes):
+        pipeline = shapes.pipeline(**options)
+        pipeline.submit(PROMPTS[0], max_new_tokens=8)
+        pipeline.compile()
+
+    where = {"mesh": "data=2,model=2", "kernels": "reference", "dtype": "float32"}
+    loaded = qspec_jax.load(tmp_path / "saved", compile_ahead=compile_ahead, **where)
+    assert loaded.num_compilations == 2  # the loop, and one width of prefill
+    pipeline = loaded.pipeline(**options)
+    pipeline.submit(PROMPTS[0], max_new_tokens=8)
+    assert [len(result.token_ids) for result in pipeline.results()] == [8]
+    assert loaded.num_compilations == 2
 
 
 def test_a_model_says_where_it_is(on_mesh):
