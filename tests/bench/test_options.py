@@ -31,6 +31,7 @@ def selected(*arguments):
         ("llama-3-8b", LLAMA_3_8B),
         ("llama-3.1-8b", LLAMA_3_8B),
         ("llama-3-70b", ((8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192))),
+        ("llama-3.1-405b", ((16384, 18432), (16384, 16384), (16384, 106496), (53248, 16384))),
         ("qwen2.5-14b", ((5120, 7168), (5120, 5120), (5120, 27648), (13824, 5120))),
         ("smollm2-135m", DEMO_MODEL),
     ],
@@ -40,7 +41,8 @@ def test_presets_are_the_fused_linears(preset, shapes):
 
 
 def test_every_preset_is_tested_above():
-    assert set(PRESETS) == {"llama-2-7b", "llama-3-8b", "llama-3.1-8b", "llama-3-70b", "qwen2.5-14b", "smollm2-135m"}
+    llamas = {"llama-2-7b", "llama-3-8b", "llama-3.1-8b", "llama-3-70b", "llama-3.1-405b"}
+    assert set(PRESETS) == {*llamas, "qwen2.5-14b", "smollm2-135m"}
 
 
 def test_a_checkpoint_gives_the_shapes_of_its_config(tmp_path):
