@@ -38,7 +38,7 @@ def test_of_a_model_its_parts_and_its_batch(shell):
 
 
 def test_of_a_cache_and_what_is_decoded(shell):
-    layer = "LayerCache(keys=float32[2,64,2,16], values=float32[2,64,2,16])"
+    layer = "LayerCache(keys=float32[2,64,32], values=float32[2,64,32])"
     cache = f"KVCache(2 layers of {layer}, lengths=int32[2])"
     made = jax.eval_shape(lambda: shell.decoder.create_cache(batch=2, capacity=64))
     assert repr(made) == cache
