@@ -12,6 +12,7 @@ import ctypes
 import functools
 import gc
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,10 @@ from tests import annotations
 os.environ["QSPEC_JAX_CACHE"] = "off"
 # Threads of torch and NumPy wait for each other by spinning, which costs most where every core has a worker already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In a background job Ctrl-C is ignored, and commands that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the packages are imported, so that every annotated function checks shapes and dtypes.
 annotations.install(["qspec_jax", "pallas_kernels"])

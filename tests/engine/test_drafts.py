@@ -38,6 +38,7 @@ def cycle_without_the_record(model, state, *, plan):
         drafts, cache = speculative.propose(model, state, plan=plan)
     with jax.named_scope("verify"):
         options = {"view": plan.verify, "weigh": plan.weigh, "sampler": state.sampler, "first": state.num_tokens}
+        options |= {"idle": state.finished, "scored": state.scores is not None}
         rolled_back = cache.with_lengths(start)
         tokens, logits, cache, _ = speculative.verify(model, state.last_token, drafts, rolled_back, **options)
     with jax.named_scope("accept"):
