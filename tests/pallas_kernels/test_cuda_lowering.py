@@ -313,8 +313,12 @@ def test_weighing_choosing_and_reading_blocks_lower(shape):
     lengths, layer = array(2, dtype=jnp.int32), array(dtype=jnp.int32)
     sizes = {"block_size": 16, "recent": 64, "ahead": 17}
     choose = functools.partial(block_triton.choose_blocks, num_blocks=8, **sizes)
-    masses, table = array(2, 3, kv_heads, 100, dtype=jnp.float32), array(2, 3, kv_heads, 8, dtype=jnp.int32)
-    # First, while no other kernel has silenced JAX's notice of its Triton backend.
+    # Of a size that no other case has: JAX remembers traces, in which nobody silences its notice of the Triton backend.
+    masses, table = (
+        array(2, 3, kv_heads, 100 + tokens, dtype=jnp.float32),
+        array(2, 3, kv_heads, 8, dtype=jnp.int32),
+    )
+    # First, while no other kernel has silenced it.
     assert cuda_program(choose, masses, lengths).count(KERNEL_CALL) == 1
     weigh = functools.partial(attention_triton.decode_attention_with_masses, block_size=16, window=None)
     assert cuda_program(weigh, query, cache, cache, lengths).count(KERNEL_CALL) == 3
