@@ -9,11 +9,11 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import by_heads, check_arrays, check_block_size
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "block_attention"
-# A file has block_attention, choose_blocks and obstacle(num_tokens, head_dim).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+# A file has block_attention, choose_blocks and obstacle(num_tokens, head_dim, dtype, slots).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 
 
 def block_attention(
@@ -30,7 +30,7 @@ def block_attention(
 ) -> Float[Array, "B T H HD"]:
     """Attends from ``T`` new tokens to the slots of some blocks that they see; the equations stand in the reference.
 
-    The Triton kernel reads the slots of these blocks and no others, from the cache as it is: nothing is copied.
+    The kernels read the slots of these blocks and no others, from the cache as it is: nothing is copied.
 
     Args:
         query, keys, values, lengths, window, implementation: as in :func:`decode_attention`.
@@ -50,10 +50,11 @@ def block_attention(
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
     check_arrays(_OP, query, keys, values, window)
     check_block_size(_OP, block_size)
-    batch, num_tokens, _, head_dim = query.shape
+    (batch, num_tokens, _, head_dim), slots = query.shape, keys.shape[1]
     if blocks.ndim != 4 or (blocks.shape[0], blocks.shape[2]) != (batch, keys.shape[2]):
         raise ValueError(f"block_attention: blocks are {blocks.shape}; use [{batch}, L, {keys.shape[2]}, N]")
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim))
+    about = num_tokens, head_dim, query.dtype, slots
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(*about))
     return chosen.block_attention(query, keys, values, lengths, blocks, layer, block_size=block_size, window=window)
 
 

@@ -59,8 +59,9 @@ class _BlockProblem(whole.Problem):
         return listed, tiles * self.block_slots
 
 
-def obstacle(num_tokens: int, head_dim: int) -> str | None:
+def obstacle(num_tokens: int, head_dim: int, dtype: DTypeLike | None = None, slots: int = 0) -> str | None:
     """Why these kernels cannot serve a call, as the end of a sentence; None if they can."""
+    del dtype, slots  # all that the public function takes
     if num_tokens > 1:
         return f"needs one token per sequence, as drafts have; these are {num_tokens}"
     return whole.obstacle(num_tokens, head_dim)

@@ -25,10 +25,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import reference
 
-_LANES = 128
+LANES = 128
 _ROWS = 16  # of a tile of 16 bits
 _BLOCK_SLOTS = 512
-_UNSEEN = -1e30  # finite: exp(_UNSEEN - _UNSEEN) of a block that a row does not see must not be NaN
+UNSEEN = -1e30  # finite: exp(UNSEEN - UNSEEN) of a block that a row does not see must not be NaN
 
 
 def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
@@ -73,7 +73,7 @@ def decode_attention_with_masses(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What the kernel is told: tokens, queries of a key/value head, and their rows up to whole tiles.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Sizes:
 
     @property
     def share(self) -> int:
-        return min(self.num_kv, math.lcm(self.head_dim, _LANES) // self.head_dim)
+        return min(self.num_kv, math.lcm(self.head_dim, LANES) // self.head_dim)
 
     @property
     def num_tiles(self) -> int:
@@ -140,7 +140,7 @@ def attend(
     batch, num_tokens, num_heads, head_dim = query.shape
     _, slots, flat = keys.shape
     num_kv = flat // head_dim
-    sizes = _Sizes(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window)
+    sizes = Sizes(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window)
 
     def slot_block(b, s, lengths):
         return b, jnp.minimum(sizes.first_block(lengths[b]) + s, sizes.last_block(lengths[b])), 0
@@ -155,17 +155,17 @@ def attend(
             grid=(batch, sizes.num_steps),
             in_specs=[tile_spec, slot_spec, slot_spec],
             out_specs=tile_spec,
-            scratch_shapes=[pltpu.VMEM((*tiles, width), jnp.float32) for width in (_LANES, _LANES, sizes.width)],
+            scratch_shapes=[pltpu.VMEM((*tiles, width), jnp.float32) for width in (LANES, LANES, sizes.width)],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, *tiles, sizes.width), query.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",
-    )(lengths, _to_tiles(query, sizes), keys, values)
-    return _from_tiles(out, sizes).reshape(query.shape)
+    )(lengths, to_tiles(query, sizes), keys, values)
+    return from_tiles(out, sizes).reshape(query.shape)
 
 
-def _to_tiles(query: Array, sizes: _Sizes) -> Array:
+def to_tiles(query: Array, sizes: Sizes) -> Array:
     """``[B, tiles, share * padded, width]``: row ``t * group + g`` of a head, in the lanes of its keys."""
     batch, num_kv = query.shape[0], sizes.num_kv
     query = query.reshape(batch, sizes.num_tokens, num_kv, sizes.group, sizes.head_dim).transpose(0, 2, 1, 3, 4)
@@ -178,7 +178,7 @@ def _to_tiles(query: Array, sizes: _Sizes) -> Array:
     return query.reshape(batch, sizes.num_tiles, sizes.share * sizes.padded, sizes.width)
 
 
-def _from_tiles(out: Array, sizes: _Sizes) -> Array:
+def from_tiles(out: Array, sizes: Sizes) -> Array:
     """``[B, T, KH, group, HD]``, each head from its own lanes."""
     batch = out.shape[0]
     out = out.reshape(batch, sizes.num_tiles, sizes.share, sizes.padded, sizes.share, sizes.head_dim)
@@ -199,7 +199,7 @@ def _kernel(
     sum_ref,
     total_ref,  # [tiles, share * padded, width] f32
     *,
-    sizes: _Sizes,
+    sizes: Sizes,
 ):
     step = pl.program_id(1)
     length = lengths_ref[pl.program_id(0)]
@@ -207,7 +207,7 @@ def _kernel(
 
     @pl.when(step == 0)
     def _():
-        max_ref[...] = jnp.full_like(max_ref, _UNSEEN)
+        max_ref[...] = jnp.full_like(max_ref, UNSEEN)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         total_ref[...] = jnp.zeros_like(total_ref)
 
@@ -226,8 +226,22 @@ def _kernel(
             out_ref[tile] = (total_ref[tile] / sum_ref[tile][:, :1]).astype(out_ref.dtype)
 
 
-def _add_block(state, query, keys, values, block, length, sizes: _Sizes):
-    """Adds a block of slots to maxima, sums and totals of a tile's rows."""
+def _add_block(state, query, keys, values, block, length, sizes: Sizes):
+    """Adds a block of slots, those that are seen."""
+    shape = query.shape[0], keys.shape[0]
+    slot = block * sizes.block + lax.broadcasted_iota(jnp.int32, shape, 1)
+    token = lax.broadcasted_iota(jnp.int32, shape, 0) % sizes.padded // sizes.group
+    seen = slot <= jnp.minimum(length + token, sizes.slots - 1)
+    if sizes.window is not None:
+        seen &= slot > length + token - sizes.window
+    if sizes.slots % sizes.block:  # what is copied beyond the last slot may be anything, NaN too
+        inside = block * sizes.block + lax.broadcasted_iota(jnp.int32, values.shape, 0) < sizes.slots
+        values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
+    add_slots(state, query, keys, values, seen, sizes)
+
+
+def add_slots(state, query, keys, values, seen, sizes: Sizes) -> None:
+    """Adds slots to maxima, sums and totals of a tile's rows; values that are not seen must not be NaN."""
     max_ref, sum_ref, total_ref = state
     dot = functools.partial(
         lax.dot_general,
@@ -235,19 +249,11 @@ def _add_block(state, query, keys, values, block, length, sizes: _Sizes):
         preferred_element_type=jnp.float32,
     )
     logits = dot(query, keys, (((1,), (1,)), ((), ()))) * jnp.float32(sizes.head_dim**-0.5)
-    slot = block * sizes.block + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    token = lax.broadcasted_iota(jnp.int32, logits.shape, 0) % sizes.padded // sizes.group
-    seen = slot <= jnp.minimum(length + token, sizes.slots - 1)
-    if sizes.window is not None:
-        seen &= slot > length + token - sizes.window
-    logits = jnp.where(seen, logits, _UNSEEN)
+    logits = jnp.where(seen, logits, UNSEEN)
     largest = max_ref[:, :1]
     new_largest = jnp.maximum(largest, jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.where(seen, jnp.exp(logits - new_largest), 0.0)
     kept = jnp.exp(largest - new_largest)
-    if sizes.slots % sizes.block:  # what is copied beyond the last slot may be anything, NaN too
-        inside = block * sizes.block + lax.broadcasted_iota(jnp.int32, values.shape, 0) < sizes.slots
-        values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
     update = dot(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
     total = kept * sum_ref[:, :1] + jnp.sum(weights, axis=1, keepdims=True)
     sum_ref[...] = jnp.broadcast_to(total, sum_ref.shape)

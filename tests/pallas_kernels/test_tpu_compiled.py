@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import QuantizedActivation, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from tests.conftest import THOROUGH
@@ -71,6 +72,26 @@ def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, ca
     compile_alone(generation, attend, query, cache, cache, lengths)
     write = compile_alone(generation, rotate_tpu.write, cache, cache, new, new, lengths, donate_argnums=(0, 1))
     assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
+
+
+# As above, for one token: entries of a table, slots of a block.
+BLOCKS = [
+    (AttentionCase(1, 32, 8, 128, 8192), 32, 16),
+    (AttentionCase(1, 9, 3, 64, 640, window=500), 12, 16),
+    (AttentionCase(1, 8, 2, 96, 1040), 40, 48),
+    (AttentionCase(1, 8, 1, 256, 64), 5, 128),
+    (AttentionCase(1, 32, 8, 64, 4096), 16, 64),
+]
+
+
+@for_each_generation([(case, dtype) for case in BLOCKS for dtype in ("bfloat16", "float32")])
+def test_attention_to_blocks_compiles_without_a_copy_of_cache_or_tables(generation, case):
+    (sizes, entries, block_size), dtype = case
+    width, dtype = sizes.num_kv_heads * sizes.head_dim, jnp.dtype(dtype)
+    query, cache = array(4, 1, sizes.num_heads, sizes.head_dim, dtype=dtype), array(4, sizes.slots, width, dtype=dtype)
+    tables = array(4, 32, sizes.num_kv_heads, entries, dtype=jnp.int32), array(dtype=jnp.int32)
+    attend = functools.partial(block_tpu.attend, block_size=block_size, window=sizes.window)
+    compile_alone(generation, attend, query, cache, cache, array(4, dtype=jnp.int32), *tables)
 
 
 @for_each_generation([(k, dtype) for k in (4096, 14336, 1536) for dtype in ("bfloat16", "float32", "float16")])

@@ -11,6 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import quantize_activations, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
+from pallas_kernels.block_attention import tpu as block_tpu
+from pallas_kernels.block_attention.reference import EVERYTHING
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.float_matmul import tpu as float_tpu
 from pallas_kernels.hadamard import tpu as hadamard_tpu
@@ -32,6 +34,7 @@ from tests.pallas_kernels.kernel_cases import (
     relative_error,
     weight_in_float64,
 )
+from tests.pallas_kernels.test_block_attention import listed_attention
 from tests.pallas_kernels.tpu_cases import MODES, modes, races_raise
 
 
@@ -148,6 +151,49 @@ def test_attention_with_masses_is_attention_and_the_masses_of_the_reference():
     np.testing.assert_allclose(masses.sum(-1), 1, atol=1e-5)
 
 
+# Slots of a block: heads that fill no tile of lanes, so that all of them are copied; heads that share one, and a last
+# block that is shorter; two chunks of a table, and a window that begins within a block.
+@pytest.mark.parametrize(
+    ("case", "block_size", "dtype", "mode"),
+    [
+        (AttentionCase(1, 3, 3, 64, 160), 16, "float32", "simulated"),
+        (AttentionCase(1, 8, 4, 64, 160), 48, "bfloat16", "quick"),
+        (AttentionCase(1, 4, 2, 128, 1040, window=700), 128, "float32", "simulated"),
+    ],
+    ids=str,
+)
+def test_attention_to_blocks_is_the_formula_whatever_else_there_is(case, block_size, dtype, mode):
+    """Rows: an empty cache, a stale table in no order, everything, past the last slot, and a token that sees nothing.
+
+    What no head lists is NaN.
+    """
+    lengths, count = [0, case.slots // 2, case.slots - 1, case.slots + 5, 20], -(-case.slots // block_size)
+    tables = np.full((5, 2, case.num_kv_heads, 6), count + 3, np.int32)
+    tables[:, 0] = 0  # of another layer
+    tables[0, 1, :, :2] = [count - 1, 0]
+    tables[1, 1] = [lengths[1] // block_size, 2**30, count - 1, 0, -7, count]
+    tables[1, 1, 0, 5] = 2
+    tables[2, 1] = EVERYTHING
+    tables[3, 1, :, 2:] = [0, count - 1, 1, count - 2]
+    block_of_slot = np.arange(case.slots) // block_size
+    listed = (tables[:, 1, :, :, None] == block_of_slot).any(2) | (tables[:, 1, :, :1] == EVERYTHING)  # [B, KH, S]
+    query, *cache = case.arrays(5, jnp.dtype(dtype))
+    poisoned = [jnp.where(listed.any(1)[..., None, None], array, jnp.nan) for array in cache]
+    out = block_tpu.block_attention(
+        *(query, *poisoned, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.int32(1)),
+        block_size=block_size,
+        window=case.window,
+        interpret=MODES[mode],
+    )
+    assert not out[4].any()
+    group = case.num_heads // case.num_kv_heads
+    for row, head in np.ndindex(4, case.num_kv_heads):
+        own = slice(head * group, (head + 1) * group)
+        one = query[row, :, own], *(array[row, :, head : head + 1] for array in cache)
+        expected = listed_attention(*one, listed[row, head], lengths[row], case)
+        assert relative_error(out[row, :, own].astype(jnp.float32), expected) < (1e-5 if dtype == "float32" else 6e-3)
+
+
 # Slots of tiles that both modes take: the simulation refuses an aliased array that is no whole number of blocks.
 @modes
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(1, jnp.float32), (4, jnp.bfloat16), (17, jnp.bfloat16)])
@@ -213,6 +259,9 @@ def test_float_matmul_equals_the_definition_in_float64(shape, interpret):
             attention_tpu.obstacle(1, 64, jnp.dtype("float16")),
             "needs float32 or bfloat16: a TPU does not load float16",
         ),
+        (block_tpu.obstacle(2, 64), "needs one token per sequence, as drafts have; these are 2"),
+        (block_tpu.obstacle(1, 64, slots=200), "needs whole tiles of 16 slots; these are 200"),
+        (block_tpu.obstacle(1, 320, slots=64), "needs a head dimension of at most 256; this is 320"),
         (
             rotate_tpu.obstacle(jnp.dtype("float16")),
             "needs float32 or bfloat16: a TPU does not load float16",

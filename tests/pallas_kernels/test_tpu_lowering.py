@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels import (
     QuantizedActivation,
+    block_attention,
+    choose_blocks,
     decode_attention,
     float_matmul,
     hadamard,
@@ -57,6 +59,21 @@ def test_float16_is_left_to_xla(dtype, num_calls):
     query, cache = array(2, 1, 8, 64, dtype=dtype), array(2, 512, 128, dtype=dtype)
     program = tpu_program(decode_attention, query, cache, cache, array(2, dtype=jnp.int32))
     assert program.count(KERNEL_CALL) == num_calls
+
+
+@pytest.mark.parametrize(("num_tokens", "slots", "num_calls"), [(1, 640, 1), (2, 640, 0), (1, 1000, 0)])
+def test_attention_to_blocks_is_one_kernel_for_a_token_and_whole_tiles(num_tokens, slots, num_calls):
+    query, cache = array(2, num_tokens, 9, 64, dtype=jnp.bfloat16), array(2, slots, 192, dtype=jnp.bfloat16)
+    tables = array(2, 4, 3, 40, dtype=jnp.int32), array(dtype=jnp.int32)
+    attend = functools.partial(block_attention, block_size=16, window=500)
+    program = tpu_program(attend, query, cache, cache, array(2, dtype=jnp.int32), *tables)
+    assert program.count(KERNEL_CALL) == num_calls
+
+
+def test_xla_chooses_blocks():
+    choose = functools.partial(choose_blocks, num_blocks=8, block_size=16, recent=20, ahead=6)
+    masses, lengths = array(2, 4, 3, 40, dtype=jnp.float32), array(2, dtype=jnp.int32)
+    assert KERNEL_CALL not in tpu_program(choose, masses, lengths)
 
 
 def test_hadamard_and_float_matmul_are_one_kernel_each():

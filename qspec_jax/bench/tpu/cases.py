@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import Layout, QuantizedActivation, QuantizedWeight
+from pallas_kernels.block_attention import tpu as block_attention
 from pallas_kernels.decode_attention import tpu as attention
 from pallas_kernels.rotate_and_write import tpu as rotation
 from qspec_jax.bench.presets import distinct, linear_shapes
@@ -19,7 +20,10 @@ from qspec_jax.model.config import ModelConfig
 
 _WRITTEN = 32  # slots of the tiles that new tokens fall into, at most two, read and written
 
-OPS = ("w4a16", "w4a8", "attention", "write", "hadamard", "head")
+_BLOCKS = (16, 64)  # slots of a block
+_BUDGET = 512  # slots that a draft reads of a longer cache
+
+OPS = ("w4a16", "w4a8", "attention", "blocks", "write", "hadamard", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ def cases(config: ModelConfig, *, rows: int, context: int, group_size: int, toke
     shape = f"{rows} x {tokens} tokens, {context} slots"
     attend = functools.partial(attention.attend, window=None)
     yield Case("attention", shape, attend, (query, cache, cache, lengths), _bytes((query, query, cache, cache)))
+    yield from (_blocks(config, cache, lengths, block_size) for block_size in _BLOCKS)
     written = 4 * rows * _WRITTEN * width * cache.dtype.itemsize  # keys and values, to and fro
     donated = {"donate_argnums": (0, 1)}
     yield Case("write", shape, rotation.write, (cache, cache, new, new, lengths), written, donated)
@@ -60,6 +65,19 @@ def cases(config: ModelConfig, *, rows: int, context: int, group_size: int, toke
     logits = 4 * rows * config.vocab_size
     shape = f"{rows} x {config.hidden_size} x {config.vocab_size}"
     yield Case("head", shape, pallas_kernels.float_matmul, (x, weight), _bytes((x, weight)) + logits)
+
+
+def _blocks(config: ModelConfig, cache: Any, lengths: Any, block_size: int) -> Case:
+    """Attention of one new token to the blocks that a draft with a budget reads."""
+    rows, context, width = cache.shape
+    entries = -(-min(_BUDGET, context) // block_size)
+    query = _array(rows, 1, config.num_heads, config.head_dim, dtype="bfloat16")
+    tables = _array(rows, config.num_layers, config.num_kv_heads, entries, dtype="int32")
+    attend = functools.partial(block_attention.attend, block_size=block_size, window=None)
+    args = query, cache, cache, lengths, tables, _array(dtype="int32")
+    read = 2 * rows * min(entries * block_size, context) * width * cache.dtype.itemsize
+    shape = f"{rows} x {entries} blocks of {block_size}"
+    return Case("blocks", shape, attend, args, _bytes((query, query)) + read)
 
 
 def _matmuls(config: ModelConfig, *, rows: int, group_size: int) -> Iterator[Case]:
