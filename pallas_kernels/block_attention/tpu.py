@@ -154,15 +154,9 @@ def attend(
     interpret: Any = False,
 ) -> Float[Array, "B T H HD"]:
     """Attention to blocks of caches whose heads lie side by side."""
-    batch, num_tokens, num_heads, head_dim = query.shape
-    slots, num_kv = keys.shape[1], keys.shape[2] // head_dim
-    sizes = _Sizes(
-        *(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window),
-        entries=blocks.shape[3],
-        block_size=block_size,
-        itemsize=keys.dtype.itemsize,
-    )
-    heads = num_kv, sizes.padded
+    batch, entries = query.shape[0], blocks.shape[3]
+    sizes = _Sizes.of(query, keys, window, entries=entries, block_size=block_size, itemsize=keys.dtype.itemsize)
+    heads = sizes.num_kv, sizes.padded
     head_spec = pl.BlockSpec((None, *heads, sizes.width), lambda b, lengths, layer: (b, 0, 0, 0))
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
     rows = whole.to_tiles(query, sizes).reshape(batch, *heads, sizes.width)

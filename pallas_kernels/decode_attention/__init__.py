@@ -65,7 +65,8 @@ def decode_attention_with_masses(
 ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
     """As :func:`decode_attention`, bit for bit, and the share of the attention that each block of slots gets.
 
-    The Triton kernel sums the exponentials of a block while it has them: no key is read twice.
+    Kernels sum the exponentials of a block while they have them: no key is read twice. That for TPUs does so where
+    blocks divide its steps of 512 slots, or a cache has no more.
 
     Args:
         query, keys, values, lengths, window, implementation: as there.

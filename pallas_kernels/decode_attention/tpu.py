@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.tpu_masses import Weighing
 
 LANES = 128
 _ROWS = 16  # of a tile of 16 bits
@@ -66,7 +67,11 @@ def decode_attention_with_masses(
     window: int | None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
-    """See the public function. XLA weighs the blocks, and reads the keys a second time."""
+    """See the public function. XLA weighs blocks that do not fit the kernel's, and reads the keys a second time."""
+    flat = [array.reshape(*array.shape[:2], -1) for array in (keys, values)]
+    sizes = Sizes.of(query, flat[0], window)
+    if sizes.weighing(block_size).is_served:
+        return attend_and_weigh(query, *flat, lengths, block_size=block_size, window=window, interpret=interpret)
     arrays = query, keys, values, lengths
     _, masses = reference.decode_attention_with_masses(*arrays, block_size=block_size, window=window)
     return decode_attention(*arrays, window=window, interpret=interpret), masses
@@ -87,6 +92,18 @@ class Sizes:
     num_kv: int
     slots: int
     window: int | None
+
+    @classmethod
+    def of(cls, query: Array, keys: Array, window: int | None, **more: int) -> Any:
+        """Those of arrays whose heads lie side by side."""
+        (_, num_tokens, num_heads, head_dim), (_, slots, flat) = query.shape, keys.shape
+        num_kv = flat // head_dim
+        return cls(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window, **more)
+
+    def weighing(self, block_size: int) -> Weighing:
+        """How blocks are weighed, and by which rows."""
+        rows = reference.weighed_tokens(self.num_tokens, self.group) * self.group
+        return Weighing(block_size, self.slots, self.block, self.num_tiles, self.share, self.padded, rows)
 
     @property
     def rows(self) -> int:
@@ -137,32 +154,59 @@ def attend(
     interpret: Any = False,
 ) -> Float[Array, "B T H HD"]:
     """Attention over caches whose heads lie side by side."""
-    batch, num_tokens, num_heads, head_dim = query.shape
-    _, slots, flat = keys.shape
-    num_kv = flat // head_dim
-    sizes = Sizes(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window)
+    return _call(query, keys, values, lengths, Sizes.of(query, keys, window), None, interpret=interpret)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret"))
+def attend_and_weigh(
+    query: Float[Array, "B T H HD"],
+    keys: Float[Array, "B S W"],
+    values: Float[Array, "B S W"],
+    lengths: Int32[Array, " B"],
+    *,
+    block_size: int,
+    window: int | None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
+    """The same, and the masses of blocks."""
+    sizes = Sizes.of(query, keys, window)
+    weighing = sizes.weighing(block_size)
+    out, masses = _call(query, keys, values, lengths, sizes, weighing, interpret=interpret)
+    return out, weighing.by_heads(masses, sizes.num_kv)
+
+
+def _call(query, keys, values, lengths, sizes: Sizes, weighing: Weighing | None, *, interpret: Any) -> list[Array]:
+    """The kernel's results: attention and, where something weighs, masses."""
+    batch = query.shape[0]
 
     def slot_block(b, s, lengths):
         return b, jnp.minimum(sizes.first_block(lengths[b]) + s, sizes.last_block(lengths[b])), 0
 
+    def whole(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, s, lengths: (b, *(0 for _ in shape)))
+
     tiles = (sizes.num_tiles, sizes.share * sizes.padded)
-    tile_spec = pl.BlockSpec((None, *tiles, sizes.width), lambda b, s, lengths: (b, 0, 0, 0))
-    slot_spec = pl.BlockSpec((None, sizes.block, flat), slot_block)
-    out = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes),
+    slot_spec = pl.BlockSpec((None, sizes.block, keys.shape[2]), slot_block)
+    scratch = [pltpu.VMEM((*tiles, width), jnp.float32) for width in (LANES, LANES, sizes.width)]
+    out_shapes: list[tuple[tuple[int, ...], Any]] = [((*tiles, sizes.width), query.dtype)]
+    if weighing is not None:
+        out_shapes.append((weighing.masses_shape, jnp.float32))
+        scratch.append(pltpu.VMEM(weighing.sums_shape, jnp.float32))
+    results: Any = pl.pallas_call(
+        functools.partial(_kernel, sizes=sizes, weighing=weighing),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, sizes.num_steps),
-            in_specs=[tile_spec, slot_spec, slot_spec],
-            out_specs=tile_spec,
-            scratch_shapes=[pltpu.VMEM((*tiles, width), jnp.float32) for width in (LANES, LANES, sizes.width)],
+            in_specs=[whole(*tiles, sizes.width), slot_spec, slot_spec],
+            out_specs=[whole(*shape) for shape, _ in out_shapes],
+            scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, *tiles, sizes.width), query.dtype),
+        out_shape=[jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in out_shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",
     )(lengths, to_tiles(query, sizes), keys, values)
-    return from_tiles(out, sizes).reshape(query.shape)
+    return [from_tiles(results[0], sizes).reshape(query.shape), *results[1:]]
 
 
 def to_tiles(query: Array, sizes: Sizes) -> Array:
@@ -194,13 +238,12 @@ def _kernel(
     query_ref,  # [tiles, share * padded, width]
     keys_ref,  # [block, W]
     values_ref,
-    out_ref,  # as the queries
-    max_ref,  # [tiles, share * padded, 128] f32, the same in all lanes
-    sum_ref,
-    total_ref,  # [tiles, share * padded, width] f32
-    *,
+    *refs,  # as the queries; masses; [tiles, share * padded, 128] f32, the same in all lanes: maxima and sums; totals
     sizes: Sizes,
+    weighing: Weighing | None,
 ):
+    out_ref, *masses_ref = refs[: 1 if weighing is None else 2]
+    max_ref, sum_ref, total_ref, *block_sums_ref = refs[1 + len(masses_ref) :]
     step = pl.program_id(1)
     length = lengths_ref[pl.program_id(0)]
     block = sizes.first_block(length) + step
@@ -208,26 +251,32 @@ def _kernel(
     @pl.when(step == 0)
     def _():
         max_ref[...] = jnp.full_like(max_ref, UNSEEN)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        for ref in (sum_ref, total_ref, *block_sums_ref):
+            ref[...] = jnp.zeros_like(ref)
 
     @pl.when(block <= sizes.last_block(length))
     def _():
+        belongs: Any = None if weighing is None else weighing.belongs(block)
         for tile in range(sizes.num_tiles):
             start = tile * sizes.width
             lanes = slice(start, min(start + sizes.width, keys_ref.shape[1]))
             state = max_ref.at[tile], sum_ref.at[tile], total_ref.at[tile]
             query = query_ref[tile][:, : lanes.stop - start]
-            _add_block(state, query, keys_ref[:, lanes], values_ref[:, lanes], block, length, sizes)
+            weights, kept = _add_block(state, query, keys_ref[:, lanes], values_ref[:, lanes], block, length, sizes)
+            if weighing is not None:
+                weighing.add(block_sums_ref[0].at[tile], weights, kept, belongs, block)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         for tile in range(sizes.num_tiles):
-            out_ref[tile] = (total_ref[tile] / sum_ref[tile][:, :1]).astype(out_ref.dtype)
+            total = sum_ref[tile][:, :1]
+            out_ref[tile] = (total_ref[tile] / total).astype(out_ref.dtype)
+            if weighing is not None:
+                weighing.finish(masses_ref[0].at[tile], block_sums_ref[0].at[tile], total)
 
 
 def _add_block(state, query, keys, values, block, length, sizes: Sizes):
-    """Adds a block of slots, those that are seen."""
+    """Adds a block of slots, those that are seen; returns what ``add_slots`` does."""
     shape = query.shape[0], keys.shape[0]
     slot = block * sizes.block + lax.broadcasted_iota(jnp.int32, shape, 1)
     token = lax.broadcasted_iota(jnp.int32, shape, 0) % sizes.padded // sizes.group
@@ -237,11 +286,15 @@ def _add_block(state, query, keys, values, block, length, sizes: Sizes):
     if sizes.slots % sizes.block:  # what is copied beyond the last slot may be anything, NaN too
         inside = block * sizes.block + lax.broadcasted_iota(jnp.int32, values.shape, 0) < sizes.slots
         values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
-    add_slots(state, query, keys, values, seen, sizes)
+    return add_slots(state, query, keys, values, seen, sizes)
 
 
-def add_slots(state, query, keys, values, seen, sizes: Sizes) -> None:
-    """Adds slots to maxima, sums and totals of a tile's rows; values that are not seen must not be NaN."""
+def add_slots(state, query, keys, values, seen, sizes: Sizes) -> tuple[Array, Array]:
+    """Adds slots to maxima, sums and totals of a tile's rows; values that are not seen must not be NaN.
+
+    Returns:
+        exponentials of the slots, relative to the largest logit so far, and what scales earlier ones to it.
+    """
     max_ref, sum_ref, total_ref = state
     dot = functools.partial(
         lax.dot_general,
@@ -259,3 +312,4 @@ def add_slots(state, query, keys, values, seen, sizes: Sizes) -> None:
     sum_ref[...] = jnp.broadcast_to(total, sum_ref.shape)
     max_ref[...] = jnp.broadcast_to(new_largest, max_ref.shape)
     total_ref[:, : values.shape[1]] = kept * total_ref[:, : values.shape[1]] + update
+    return weights, kept

@@ -19,6 +19,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.shards import Shards
+from qspec_jax.model.view import View
 from tests.conftest import THOROUGH
 
 pytest.importorskip("libtpu")
@@ -40,16 +41,16 @@ SMALL = ModelConfig(
 @pytest.mark.contract
 @pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v6e"])
 def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
-    """Drafts, verification, attention and writes: each copy of a layer's keys would be an eighth."""
+    """Drafts from a budget, verification, attention and writes: each copy of a layer's keys would be an eighth."""
     (device, *_), rows, capacity = described_devices(generation), 8, 8192
     options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
     decoder = abstract_decoder(SMALL, quantization=QuantConfig(group_size=128), formats=None, **options)
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
     nnx.update(decoder, placed)
-    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
+    plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
     with described(device):
-        lowered = Programs(decoder).lower_loop(plan, Shape(rows=rows, capacity=capacity))
+        lowered = Programs(decoder).lower_loop(plan, Shape(rows, capacity, num_blocks=plan.num_blocks))
     program = lowered.compile()
     width = SMALL.num_kv_heads * SMALL.head_dim
     cache = 2 * SMALL.num_layers * rows * capacity * width * 2
@@ -58,6 +59,7 @@ def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
     assert program.memory_analysis().temp_size_in_bytes < cache / 20
     # Each layer, of the draft and of the verification: four matmuls, attention and a write; and each pass, the LM head.
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
+    assert len(re.findall(r"%block_attention[.\d]* = ", program.as_text())) == SMALL.num_layers
 
 
 @pytest.mark.contract

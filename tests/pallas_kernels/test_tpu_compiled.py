@@ -74,19 +74,28 @@ def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, ca
     assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
 
 
+@for_each_generation([(ATTENTION[0], 16), (ATTENTION[1], 32), (ATTENTION[3], 64)])
+def test_attention_with_masses_compiles_without_a_copy_of_the_cache(generation, case):
+    sizes, block_size = case
+    cache = array(4, sizes.slots, sizes.num_kv_heads * sizes.head_dim, dtype=jnp.bfloat16)
+    query = array(4, sizes.num_tokens, sizes.num_heads, sizes.head_dim, dtype=jnp.bfloat16)
+    weigh = functools.partial(attention_tpu.attend_and_weigh, block_size=block_size, window=sizes.window)
+    compile_alone(generation, weigh, query, cache, cache, array(4, dtype=jnp.int32))
+
+
 # As above, for one token: entries of a table, slots of a block.
 BLOCKS = [
-    (AttentionCase(1, 32, 8, 128, 8192), 32, 16),
-    (AttentionCase(1, 9, 3, 64, 640, window=500), 12, 16),
-    (AttentionCase(1, 8, 2, 96, 1040), 40, 48),
-    (AttentionCase(1, 8, 1, 256, 64), 5, 128),
-    (AttentionCase(1, 32, 8, 64, 4096), 16, 64),
+    (AttentionCase(1, 32, 8, 128, 8192), 32, 16, "bfloat16"),
+    (AttentionCase(1, 9, 3, 64, 640, window=500), 12, 16, "float32"),
+    (AttentionCase(1, 8, 2, 96, 1040), 40, 48, "bfloat16"),
+    (AttentionCase(1, 8, 1, 256, 64), 5, 128, "float32"),
+    (AttentionCase(1, 32, 8, 64, 4096), 16, 64, "bfloat16"),
 ]
 
 
-@for_each_generation([(case, dtype) for case in BLOCKS for dtype in ("bfloat16", "float32")])
+@for_each_generation(BLOCKS)
 def test_attention_to_blocks_compiles_without_a_copy_of_cache_or_tables(generation, case):
-    (sizes, entries, block_size), dtype = case
+    sizes, entries, block_size, dtype = case
     width, dtype = sizes.num_kv_heads * sizes.head_dim, jnp.dtype(dtype)
     query, cache = array(4, 1, sizes.num_heads, sizes.head_dim, dtype=dtype), array(4, sizes.slots, width, dtype=dtype)
     tables = array(4, 32, sizes.num_kv_heads, entries, dtype=jnp.int32), array(dtype=jnp.int32)

@@ -13,6 +13,7 @@ from pallas_kernels import quantize_activations, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
 from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.block_attention.reference import EVERYTHING
+from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.float_matmul import tpu as float_tpu
 from pallas_kernels.hadamard import tpu as hadamard_tpu
@@ -140,15 +141,29 @@ def test_attention_in_bfloat16_reads_no_block_that_nobody_sees():
     assert relative_error(out.astype(jnp.float32), expected) < 4e-3
 
 
-def test_attention_with_masses_is_attention_and_the_masses_of_the_reference():
-    case, lengths = AttentionCase(2, 4, 2, 64, 96), jnp.asarray([40, 70], jnp.int32)
-    arrays = case.arrays(2, jnp.float32)
-    out, masses = attention_tpu.decode_attention_with_masses(
-        *arrays, lengths, block_size=16, window=None, interpret=True
-    )
-    np.testing.assert_array_equal(out, attention_tpu.decode_attention(*arrays, lengths, window=None, interpret=True))
-    assert masses.shape == (2, 2, 6)
-    np.testing.assert_allclose(masses.sum(-1), 1, atol=1e-5)
+@pytest.mark.parametrize(
+    ("case", "lengths", "mode"),
+    [
+        (AttentionCase(2, 4, 2, 64, 96), [40, 95], "simulated"),
+        # A token that does not weigh, two steps and groups of 128 blocks, and a window that begins in the first.
+        (AttentionCase(5, 8, 2, 32, 2090, window=1800), [1900, 2085], "quick"),
+    ],
+    ids=str,
+)
+def test_attention_with_masses_is_attention_and_the_masses_of_the_reference(case, lengths, mode):
+    arrays, lengths = case.arrays(2, jnp.float32), jnp.asarray(lengths, jnp.int32)
+    options = {"window": case.window, "interpret": MODES[mode]}
+    out, masses = attention_tpu.decode_attention_with_masses(*arrays, lengths, block_size=16, **options)
+    np.testing.assert_array_equal(out, attention_tpu.decode_attention(*arrays, lengths, **options))
+    _, expected = attention_reference.decode_attention_with_masses(*arrays, lengths, block_size=16, window=case.window)
+    np.testing.assert_allclose(masses, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("slots", "block_size", "is_served"), [(2048, 16, True), (2048, 48, False), (400, 48, True), (2**20, 16, False)]
+)
+def test_blocks_are_weighed_where_they_fit_a_step_and_the_memory(slots, block_size, is_served):
+    assert attention_tpu.Sizes(4, 4, 128, 8, slots, None).weighing(block_size).is_served == is_served
 
 
 # Slots of a block: heads that fill no tile of lanes, so that all of them are copied; heads that share one, and a last

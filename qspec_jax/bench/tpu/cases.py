@@ -23,7 +23,7 @@ _WRITTEN = 32  # slots of the tiles that new tokens fall into, at most two, read
 _BLOCKS = (16, 64)  # slots of a block
 _BUDGET = 512  # slots that a draft reads of a longer cache
 
-OPS = ("w4a16", "w4a8", "attention", "blocks", "write", "hadamard", "head")
+OPS = ("w4a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,11 @@ def cases(config: ModelConfig, *, rows: int, context: int, group_size: int, toke
     lengths = _array(rows, dtype="int32")
     shape = f"{rows} x {tokens} tokens, {context} slots"
     attend = functools.partial(attention.attend, window=None)
-    yield Case("attention", shape, attend, (query, cache, cache, lengths), _bytes((query, query, cache, cache)))
+    args, num_bytes = (query, cache, cache, lengths), _bytes((query, query, cache, cache))
+    yield Case("attention", shape, attend, args, num_bytes)
+    weigh = functools.partial(attention.attend_and_weigh, block_size=_BLOCKS[0], window=None)
+    masses = 4 * rows * config.num_kv_heads * -(-context // _BLOCKS[0])
+    yield Case("masses", shape, weigh, args, num_bytes + masses)
     yield from (_blocks(config, cache, lengths, block_size) for block_size in _BLOCKS)
     written = 4 * rows * _WRITTEN * width * cache.dtype.itemsize  # keys and values, to and fro
     donated = {"donate_argnums": (0, 1)}

@@ -22,7 +22,7 @@ from qspec_jax.commands.output import say, show
 from qspec_jax.errors import QSpecError, UsageError
 
 GENERATIONS = ("v5e", "v6e", "7x")
-OPS = ("w4a16", "w4a8", "attention", "blocks", "write", "hadamard", "head")
+OPS = ("w4a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
 NOTICE = "counted, not measured: bundles of the TPU compiler's machine code, on a machine without a TPU"
 _DESCRIPTION = """
 Compiles the kernels for TPUs by their own compiler (libtpu), and counts the cycles of its machine code beside those
