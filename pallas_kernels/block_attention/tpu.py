@@ -67,14 +67,12 @@ class _Sizes(whole.Sizes):
 
     Attributes:
         entries: of a table.
-        itemsize: bytes of a key.
         places: blocks of a chunk.
         stride: slots that are copied for a block: fewer where the cache has no more.
     """
 
     entries: int = 1
     block_size: int = BLOCK
-    itemsize: int = 2
 
     @property
     def share(self) -> int:
@@ -155,7 +153,7 @@ def attend(
 ) -> Float[Array, "B T H HD"]:
     """Attention to blocks of caches whose heads lie side by side."""
     batch, entries = query.shape[0], blocks.shape[3]
-    sizes = _Sizes.of(query, keys, window, entries=entries, block_size=block_size, itemsize=keys.dtype.itemsize)
+    sizes = _Sizes.of(query, keys, window, entries=entries, block_size=block_size)
     heads = sizes.num_kv, sizes.padded
     head_spec = pl.BlockSpec((None, *heads, sizes.width), lambda b, lengths, layer: (b, 0, 0, 0))
     in_memory = pl.BlockSpec(memory_space=pl.ANY)

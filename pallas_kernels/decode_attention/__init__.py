@@ -66,7 +66,7 @@ def decode_attention_with_masses(
     """As :func:`decode_attention`, bit for bit, and the share of the attention that each block of slots gets.
 
     Kernels sum the exponentials of a block while they have them: no key is read twice. That for TPUs does so where
-    blocks divide its steps of 512 slots, or a cache has no more.
+    blocks divide its steps, of 512 slots for 8 heads of 128.
 
     Args:
         query, keys, values, lengths, window, implementation: as there.

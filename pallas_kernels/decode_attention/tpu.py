@@ -29,6 +29,7 @@ from pallas_kernels.decode_attention.tpu_masses import Weighing
 LANES = 128
 _ROWS = 16  # of a tile of 16 bits
 _BLOCK_SLOTS = 512
+_BLOCK_BYTES = 8 * 2**20  # of keys and values, two blocks of each; a kernel has 16 MiB on v5e
 UNSEEN = -1e30  # finite: exp(UNSEEN - UNSEEN) of a block that a row does not see must not be NaN
 
 
@@ -84,6 +85,8 @@ class Sizes:
     Attributes:
         share: heads of keys that share a tile of lanes.
         width: lanes of such a tile.
+        itemsize: bytes of a key.
+        block: slots that a step adds, fewer where heads are many.
     """
 
     num_tokens: int
@@ -92,13 +95,14 @@ class Sizes:
     num_kv: int
     slots: int
     window: int | None
+    itemsize: int = 2
 
     @classmethod
     def of(cls, query: Array, keys: Array, window: int | None, **more: int) -> Any:
         """Those of arrays whose heads lie side by side."""
         (_, num_tokens, num_heads, head_dim), (_, slots, flat) = query.shape, keys.shape
-        num_kv = flat // head_dim
-        return cls(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window, **more)
+        num_kv, itemsize = flat // head_dim, keys.dtype.itemsize
+        return cls(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window, itemsize, **more)
 
     def weighing(self, block_size: int) -> Weighing:
         """How blocks are weighed, and by which rows."""
@@ -127,7 +131,8 @@ class Sizes:
 
     @property
     def block(self) -> int:
-        return min(_BLOCK_SLOTS, self.slots)
+        fitting = _BLOCK_BYTES // (4 * self.num_kv * self.head_dim * self.itemsize)
+        return min(_BLOCK_SLOTS, self.slots, max(_ROWS, 1 << fitting.bit_length() - 1))
 
     @property
     def num_steps(self) -> int:

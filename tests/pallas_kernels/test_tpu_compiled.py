@@ -74,7 +74,8 @@ def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, ca
     assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
 
 
-@for_each_generation([(ATTENTION[0], 16), (ATTENTION[1], 32), (ATTENTION[3], 64)])
+# The first of them has so many heads that 512 slots do not fit the memory of v5e.
+@for_each_generation([(AttentionCase(4, 32, 32, 128, 2048), 16), (ATTENTION[1], 32), (ATTENTION[3], 64)])
 def test_attention_with_masses_compiles_without_a_copy_of_the_cache(generation, case):
     sizes, block_size = case
     cache = array(4, sizes.slots, sizes.num_kv_heads * sizes.head_dim, dtype=jnp.bfloat16)
