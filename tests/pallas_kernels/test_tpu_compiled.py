@@ -42,11 +42,11 @@ def for_each_generation(cases: list):
     return pytest.mark.parametrize(("generation", "case"), pairs, ids=str)
 
 
-def compile_alone(generation, function, *args, **options) -> jax.stages.Compiled:
-    """A program that is one kernel, and what is so little that it never reaches the device's memory."""
+def compile_alone(generation, function, *args, most_bytes=0, **options) -> jax.stages.Compiled:
+    """A program that is one kernel, and what never reaches the device's memory but for so many bytes."""
     program = compile_for(generation, function, *args, **options)
     assert "tpu_custom_call" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes == 0
+    assert program.memory_analysis().temp_size_in_bytes <= most_bytes
     return program
 
 
@@ -124,7 +124,10 @@ W4A16 += [(SHAPES[0], 8, "float32"), (SHAPES[1], 8, "float16")]
 @for_each_generation(W4A16)
 def test_w4a16_compiles_without_temporaries(generation, case):
     shape, num_rows, dtype = case
-    compile_alone(generation, w4a16_matmul, array(num_rows, shape[0], dtype=jnp.dtype(dtype)), abstract_weight(*shape))
+    x = array(num_rows, shape[0], dtype=jnp.dtype(dtype))
+    # 64 rows of 28672 are cut into two planes in memory on 7x, which is 3.7 MB; a weight would be 117.
+    rows_alone = 1.02 * x.size * x.dtype.itemsize if (generation, *x.shape) == ("7x", 64, 28672) else 0
+    compile_alone(generation, w4a16_matmul, x, abstract_weight(*shape), most_bytes=rows_alone)
 
 
 # One scale per token, or asymmetric groups.
