@@ -37,6 +37,7 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     assert most == [1] * 8
 
 
+@pytest.mark.slow  # 35 to 45 CPU seconds each, and on a slower machine more than a test may take
 @pytest.mark.parametrize("part", PARTS)
 def test_on_eight_devices(part, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
