@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -113,6 +114,9 @@ class CostTable:
         self._seconds: dict[str, dict[str, float]] = {}
         self._weights: dict[tuple[str, str], float] = {}  # seconds that they were measured for, in this process
         self._changed = False
+        # What follows from the table, until it changes: a choice asks for the same of many plans.
+        self._buckets_of: dict[tuple[str, int], list[int]] = {}
+        self._fixed: dict[tuple[str, int], float] = {}
         if path is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
                 read = json.loads(path.read_text(encoding="utf-8"))
@@ -136,6 +140,8 @@ class CostTable:
         known[key] = (before * trusted + seconds * weight) / (trusted + weight)
         self._weights[_name(plan), key] = min(trusted + weight, _MEMORY_S)
         self._changed = True
+        self._fixed.clear()
+        self._buckets_of.clear()
 
     def is_exact(self, plan: DecodingPlan, setting: Setting) -> bool:
         """Whether a cycle was measured at this load."""
@@ -165,12 +171,14 @@ class CostTable:
 
     def _reach(self, plan: DecodingPlan, rows: int) -> float:
         """How many buckets away a measurement tells: any number once plain decoding is known at two loads."""
-        return _REACH if len(self._buckets(_name(DecodingPlan(plan.verify)), rows)) < 2 else math.inf
+        return _REACH if len(self._buckets(_name(_plain(plan)), rows)) < 2 else math.inf
 
     def _buckets(self, name: str, rows: int) -> list[int]:
         """The buckets of loads in which a plan was measured."""
-        keys = [key.partition("x") for key in self._seconds.get(name, {})]
-        return [int(bucket) for batch, _, bucket in keys if batch == str(rows)]
+        if (name, rows) not in self._buckets_of:
+            keys = [key.partition("x") for key in self._seconds.get(name, {})]
+            self._buckets_of[name, rows] = [int(bucket) for batch, _, bucket in keys if batch == str(rows)]
+        return self._buckets_of[name, rows]
 
     def guess(self, plan: DecodingPlan, plans: Mapping[DecodingPlan, float], setting: Setting) -> float:
         """Seconds of a cycle from what is known of other plans.
@@ -207,7 +215,11 @@ class CostTable:
         """Bytes of a cycle, and as many more as could be read in the time that its passes take whatever they read."""
         passes = 1 + (plan.draft_length if plan.draft_view is not None else 0)
         read = self.num_bytes.of_cycle(plan, rows=setting.active, context=setting.context)
-        return read + passes * self._fixed_bytes(DecodingPlan(plan.verify), setting.rows)
+        plain, rows = _plain(plan), setting.rows
+        key = _name(plain), rows
+        if key not in self._fixed:
+            self._fixed[key] = self._fixed_bytes(plain, rows)
+        return read + passes * self._fixed[key]
 
     def _fixed_bytes(self, plain: DecodingPlan, rows: int) -> float:
         """What could be read in that part of a pass that takes the same at any load; 0 until two loads are known."""
@@ -237,6 +249,12 @@ def _state(decoder: Decoder) -> Any:
     return nnx.state(decoder)
 
 
+@functools.cache
+def _plain(plan: DecodingPlan) -> DecodingPlan:
+    return DecodingPlan(plan.verify)
+
+
+@functools.cache
 def _name(plan: DecodingPlan) -> str:
     return f"{plan.verify.name} {plan.draft_source} {plan.draft_length}"
 
