@@ -32,13 +32,14 @@ import jax
 import numpy as np
 
 from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
-from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
+from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
+from qspec_jax.engine.compile_beside import CompileBeside
 from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.reading import Reading
@@ -93,10 +94,8 @@ class Scheduler:
         self._programs, self._burst_s = programs, burst_s
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
         self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
-        self._chooser = self._make_chooser(plan) if isinstance(plan, AutoPlan) else None
-        self._compiler = ThreadPoolExecutor(1, "qspec_jax compile")
-        self._asked_for: dict[tuple[DecodingPlan, Shape], Future[None]] = {}
         self._on_event = on_event or (lambda _: None)
+        self._chooser = self._make_chooser(plan) if isinstance(plan, AutoPlan) else None
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._is_torn = False  # a step has begun, and not ended
@@ -113,25 +112,15 @@ class Scheduler:
     def _make_chooser(self, plan: AutoPlan) -> Chooser:
         for one in plan.choices:
             self._programs.lay_out_weights(one)  # now, since programs compiled before would be dropped
+        beside = CompileBeside(self._programs, self._on_event)
         return Chooser(
             plan.choices,
             self._programs.costs,
             rows=self.shape.rows,
             burst_s=self._burst_s,
             is_ready=lambda one: self._programs.has_loop(one, self.shape),
-            prepare=self._compile_beside,
+            prepare=lambda one: beside.prepare(one, self.shape),
         )
-
-    def _compile_beside(self, plan: DecodingPlan) -> None:
-        """Compiles the loop of a plan while others run. One that does not compile is never ready."""
-        asked = plan, self.shape
-        if asked not in self._asked_for and all(other.done() for other in self._asked_for.values()):
-            self._asked_for[asked] = self._compiler.submit(self._programs.compile, *asked, ())
-            self._asked_for[asked].add_done_callback(lambda done: self._report_failure(plan, done))
-
-    def _report_failure(self, plan: DecodingPlan, done: Future[None]) -> None:
-        if not done.cancelled() and (error := done.exception()) is not None:
-            self._on_event(f"{plan.label} is left out, as it cannot be compiled: {error}")
 
     @property
     def busy(self) -> bool:
