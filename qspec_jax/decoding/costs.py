@@ -98,6 +98,21 @@ class PassBytes:
         return self.of_cycle(plan, rows=rows, context=context) < plain * (plan.draft_length + 1)
 
 
+@dataclasses.dataclass
+class Trials:
+    """What plans that were tried have lost against the best one, of all that ran in this process.
+
+    Attributes:
+        elapsed_s: of all bursts.
+        lost_s: by trials.
+        allowed_s: that trials may lose whatever has elapsed.
+    """
+
+    elapsed_s: float = 0.0
+    lost_s: float = 0.0
+    allowed_s: float = 0.0
+
+
 class CostTable:
     """Seconds per cycle by plan, rows and load (:class:`Setting`), kept in a file if there is one.
 
@@ -105,12 +120,14 @@ class CostTable:
 
     Attributes:
         acceptance: by source of drafts, the chance of each draft of the last texts, once those before were accepted.
+        trials: which all batches of a model share.
     """
 
     def __init__(self, num_bytes: PassBytes, path: Path | None = None):
         """Reads what is known of a model; ``path`` is a file of :func:`table_path`."""
         self.num_bytes, self.path = num_bytes, path
         self.acceptance: dict[str, list[float]] = {}
+        self.trials = Trials()
         self._seconds: dict[str, dict[str, float]] = {}
         self._weights: dict[tuple[str, str], float] = {}  # seconds that they were measured for, in this process
         self._changed = False

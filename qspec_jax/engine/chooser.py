@@ -5,9 +5,10 @@ from the chance of each draft to be accepted once those before it are (:class:`A
 of drafts share whatever their length; seconds are those of :mod:`qspec_jax.decoding.costs`.
 
 A plan that was never tried here may be faster, and a text may change. So a plan that could win is tried now and then,
-in a burst of few cycles. What trials lose against the best plan is counted, and they may lose :data:`_MAX_LOSS` of the
-time: one that turns out to be slow is paid for by a long time without any. Plain decoding runs until another plan has
-been compiled, and wherever none is faster.
+in a burst of few cycles: of a source of drafts that nobody knows, or hopes for again, its cheapest. What trials lose
+against the best plan is counted for as long as the process lives, and they may lose :data:`_MAX_LOSS` of the time: one
+that turns out to be slow is paid for by a long time without any. Plain decoding runs until another plan has been
+compiled, and wherever none is faster.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MAX_LOSS = 0.01  # of the time, spent on trials
 _BETTER = 1.02  # times faster than what runs, to take its place
 _PROMISING = 1.02  # times faster than what runs, to be worth a trial
 _UNCERTAIN = 0.97  # the same, where the time is known from another load
-_FIRST_LOSS_S = 0.1  # that trials may lose at the beginning
+_FIRST_LOSS_S = 0.1  # that trials may lose at the beginning, where some source of drafts was never seen
 _TRIAL_DRAFTS = 48  # sequences times cycles of a trial, about
 _TRIAL_CYCLES, _TRIAL_S = range(2, 65), 0.05  # of a trial: at least so many, and at most; and about so long
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
@@ -140,7 +141,9 @@ class Chooser:
         self._current = plans[0]
         self._warm: set[DecodingPlan] = set()  # those that have run once, as the first run loads a program
         self._trial: DecodingPlan | None = None
-        self._elapsed_s = self._lost_s = 0.0
+        self._trials = costs.trials
+        if any(source not in costs.acceptance for source in self.acceptance if source is not None):
+            self._trials.allowed_s = _FIRST_LOSS_S
         self._overhead_s = 0.0  # of a burst
         self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, load
         self._cycle = 0  # of all plans
@@ -182,18 +185,14 @@ class Chooser:
         best = max(rates, key=rates.__getitem__)
         if rates[best] > rates.get(self._current, 0.0) * _BETTER:
             self._current = best
-        candidate = wanted = self._candidate(seconds, rates[self._current], setting)
+        promising = self._promising(seconds, rates[self._current], setting)
+        wanted = max(promising, key=promising.__getitem__, default=None)
         if wanted is not None and not self._is_ready(wanted):
             self._prepare(wanted)
-            candidate = self._candidate(seconds, rates[self._current], setting, ready_only=True)
-        if candidate is not None and self._lost_s <= _FIRST_LOSS_S + _MAX_LOSS * self._elapsed_s:
-            cycles = self._trial_cycles(active, self._guess(candidate, seconds, setting))
-            if candidate not in self._warm:
-                cycles = _TRIAL_CYCLES[0]
-            self._trial = candidate
-            return Burst(candidate, None, cycles, "a trial")
+        if (trial := self._next_trial(promising, rates[self._current], seconds, setting)) is not None:
+            return trial
         self._trial = None
-        is_learning = wanted is not None and self._elapsed_s < _LEARNING_S
+        is_learning = wanted is not None and self._trials.elapsed_s < _LEARNING_S
         burst_s = min(_LEARNING_BURST_S, self._burst_s) if is_learning else self._burst_s
         return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
 
@@ -219,13 +218,15 @@ class Chooser:
         setting = Setting(self._rows, max(1, round(sum(histogram) / cycles)), context)
         first = plan not in self._warm
         self._warm.add(plan)
-        self._elapsed_s += seconds
+        self._trials.elapsed_s += seconds
+        running_s = max(seconds - self._overhead_s, 0.5 * seconds)
         if not first:
             self._learn_overhead(plan, cycles, seconds, setting)
-            running_s = max(seconds - self._overhead_s, 0.5 * seconds)
             self._costs.note(plan, running_s / cycles, setting, weight=seconds)
-            if plan == self._trial:  # its first run loads a program, which is paid once
-                self._account(plan, cycles, running_s, setting)
+        elif self._plans[0] in (known := self._known(setting)):  # its first run loads a program, which is paid once
+            running_s = min(running_s, cycles * self._guess(plan, known, setting))
+        if plan == self._trial:
+            self._account(plan, cycles, running_s, setting)
 
     def _trial_cycles(self, active: int, cycle_s: float | None) -> int:
         """Cycles that tell the acceptance of so many rows, and the time of a cycle, if it is about this long."""
@@ -253,31 +254,56 @@ class Chooser:
         known = self._known(setting)
         if self._current in known:
             rate = self._tokens(self._current) / known[self._current]
-            self._lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
-            source, worth = plan.draft_source, plan in known and self._tokens(plan) / known[plan] > rate
+            self._trials.lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
+            source, worth = plan.draft_source, self._tokens(plan) * cycles / seconds > rate
             self._hope_at[source] = self._cycle + self._patience[source]
             self._patience[source] = _FIRST_PATIENCE if worth else min(_LONGEST_PATIENCE, 4 * self._patience[source])
 
-    def _candidate(
-        self, seconds: dict[DecodingPlan, float], rate: float, setting: Setting, *, ready_only: bool = False
-    ) -> DecodingPlan | None:
-        """The plan that could be the fastest of those that were not measured, or not for long."""
+    def _promising(
+        self, seconds: dict[DecodingPlan, float], rate: float, setting: Setting
+    ) -> dict[DecodingPlan, float]:
+        """The plans that could be the fastest of those that were not measured, or not for long, by their hoped rate."""
         hoped = {}
         for plan in self._plans:
-            if plan == self._current or (ready_only and not self._is_ready(plan)):
+            if plan == self._current:
                 continue
-            acceptance = self.acceptance[plan.draft_source]
-            # The source of the drafts that run is seen all the time: nothing to hope for.
-            is_seen = self._current.draft_source == plan.draft_source
-            hopes = not self._has_been_seen(plan) or (not is_seen and self._cycle >= self._hope_at[plan.draft_source])
-            is_exact = self._costs.is_exact(plan, setting)
+            hopes, is_exact = self._hopes(plan), self._costs.is_exact(plan, setting)
             if is_exact and not hopes and self._is_ready(plan):
                 continue
+            acceptance = self.acceptance[plan.draft_source]
             tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else None)
             one = self._even(plan) * tokens / self._guess(plan, seconds, setting)
             if one > rate * (_UNCERTAIN if plan in seconds and not is_exact else _PROMISING):
                 hoped[plan] = one
-        return max(hoped, key=hoped.__getitem__, default=None)
+        return hoped
+
+    def _next_trial(
+        self, promising: Mapping[DecodingPlan, float], rate: float, seconds: dict[DecodingPlan, float], setting: Setting
+    ) -> Burst | None:
+        """A burst of the plan to try, if there is one and trials may lose what it could."""
+        ready = [plan for plan in promising if self._is_ready(plan)]
+        if not ready:
+            return None
+        plan = max(ready, key=promising.__getitem__)
+        if self._hopes(plan):  # its first draft tells most of what there is to know
+            alike = [one for one in ready if one.draft_source == plan.draft_source]
+            plan = min(alike, key=lambda one: self._guess(one, seconds, setting))
+        one_s = self._guess(plan, seconds, setting)
+        cycles = self._trial_cycles(setting.active, one_s) if plan in self._warm else _TRIAL_CYCLES[0]
+        could_lose_s = max(0.0, cycles * (one_s - self._tokens(plan) / rate))
+        allowed_s = self._trials.allowed_s + _MAX_LOSS * self._trials.elapsed_s
+        if self._has_been_seen(plan) and self._trials.lost_s + could_lose_s > allowed_s:
+            return None
+        self._trial = plan
+        return Burst(plan, None, cycles, "a trial")
+
+    def _hopes(self, plan: DecodingPlan) -> bool:
+        """Whether more than was seen may be accepted of its source: it is unknown, or was not tried for long."""
+        if not self._has_been_seen(plan):
+            return True
+        # The source of the drafts that run is seen all the time: nothing to hope for.
+        is_seen = self._current.draft_source == plan.draft_source
+        return not is_seen and self._cycle >= self._hope_at[plan.draft_source]
 
     def _has_been_seen(self, plan: DecodingPlan) -> bool:
         acceptance = self.acceptance[plan.draft_source]

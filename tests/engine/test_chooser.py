@@ -103,6 +103,23 @@ def test_it_finds_what_wins_and_never_loses_much(rows, context, accepted):
     assert tokens > 0.97 * WHILE_S / 2 * best
 
 
+@pytest.mark.parametrize("accepted", [0.97, 0.02])
+@pytest.mark.parametrize(("rows", "context"), [(4, 8192), (64, 512), (64, 8192)])
+def test_short_runs_pay_for_trials_once(rows, context, accepted):
+    """Each run begins with what those before have learnt, and trials lose their share of all of them together."""
+    chances = {"w4a8": accepted, "w4a8@1024": accepted, "lookup": 0.02}
+    device, costs = Device(rows=rows, context=context, acceptance=chances, compile_s=0.0), CostTable(BYTES)
+    device.ready_s, device.seconds = dict.fromkeys(PLANS, 0.0), dict.fromkeys(PLANS, 0.0)  # compiled and loaded
+    best, runs = max(map(device.rate, PLANS)), []
+    for _ in range(8):
+        chooser, before = chooser_on(device, costs), device.now_s
+        tokens = device.run(chooser, 1.0)
+        chooser.note_entered(rows)
+        tokens += device.run(chooser, 1.0)
+        runs.append(tokens / (device.now_s - before) / best)
+    assert np.mean(runs[1:]) > 0.98
+
+
 def test_where_nothing_can_win_nothing_else_is_compiled():
     """Drafts that read as many bytes as a plain step, of a batch in which looking up costs as much as it brings."""
     device = Device(rows=16, context=512, acceptance={"w4a8": 0.99, "w4a8@1024": 0.99, "lookup": 0.0})
