@@ -151,7 +151,7 @@ class Chooser:
         self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._patience: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._entered = 0
-        self._evenness: Mapping[str | None, float] = {}
+        self._evenness: Mapping[str | None, Sequence[float]] = {}
 
     def note_entered(self, count: int) -> None:
         """Sequences have entered: their texts may be of another kind."""
@@ -161,14 +161,23 @@ class Chooser:
             self._patience = dict.fromkeys(self._patience, _FIRST_PATIENCE)
             self._hope_at = {source: min(at, self._cycle + _FIRST_PATIENCE) for source, at in self._hope_at.items()}
 
-    def choose(self, *, context: int, active: int, evenness: Mapping[str | None, float] | None = None) -> Burst:
+    def profiles(self) -> dict[str | None, list[float]]:
+        """By source, the chance of each draft of its longest plan to be accepted once those before it are."""
+        longest: dict[str | None, int] = {}
+        for plan in self._plans:
+            longest[plan.draft_source] = max(longest.get(plan.draft_source, 0), plan.draft_length)
+        return {source: self.acceptance[source].profile(length) for source, length in longest.items()}
+
+    def choose(
+        self, *, context: int, active: int, evenness: Mapping[str | None, Sequence[float]] | None = None
+    ) -> Burst:
         """What to run next.
 
         Args:
             context: tokens in each row that is not idle, about.
             active: rows that are not idle.
-            evenness: by source of drafts, how evenly sequences end (:func:`qspec_jax.engine.sequence.evenness`), where
-                nobody waits for their rows: what counts then is when the last one ends.
+            evenness: by source of drafts and their number, how evenly sequences end where nobody waits for their rows
+                (:func:`qspec_jax.engine.sequence.evenness`): what counts then is when the last one ends.
         """
         self._evenness = evenness or {}
         plain, setting = self._plans[0], Setting(self._rows, active, context)
@@ -322,7 +331,8 @@ class Chooser:
         return self.acceptance[plan.draft_source].tokens_per_cycle(plan.draft_length)
 
     def _even(self, plan: DecodingPlan) -> float:
-        return self._evenness.get(plan.draft_source, 1.0)
+        even = self._evenness.get(plan.draft_source)
+        return 1.0 if even is None else even[plan.draft_length]
 
     def _reason(self, rates: dict[DecodingPlan, float], seconds: dict[DecodingPlan, float]) -> str:
         """Why the plan that runs was chosen."""

@@ -273,10 +273,10 @@ class Scheduler:
         tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
         return round(tokens / max(1, len(decoding)))
 
-    def _evenness(self) -> dict[str | None, float]:
+    def _evenness(self) -> dict[str | None, list[float]]:
         assert self._chooser is not None
-        decoding = self._decoding().values()
-        return {source: evenness(decoding, source) for source in self._chooser.acceptance}
+        decoding, profiles = self._decoding().values(), self._chooser.profiles()
+        return {source: evenness(decoding, source, profile) for source, profile in profiles.items()}
 
     def _receive(
         self, report: Report, sequences: Mapping[int, RunningSequence], made_s: float

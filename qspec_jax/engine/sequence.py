@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import time
 from collections.abc import Collection, Sequence
 
@@ -13,7 +14,7 @@ from qspec_jax.decoding.state import TokenScores
 from qspec_jax.engine.drafts import DraftedCycle
 from qspec_jax.engine.requests import Request
 
-_MEAN_CYCLES = 8  # in which a sequence yields what others do, until more is known of it
+_MEAN_DRAFTS = 8  # of a place that are accepted of a sequence as of others, until more is known of it
 
 
 class RunningSequence:
@@ -24,7 +25,7 @@ class RunningSequence:
         token_ids: new tokens.
         accepted_lengths: cycles by number of accepted drafts.
         cycles_of: the same by the plan that they ran.
-        yields: by source of drafts, its tokens and cycles.
+        drafts: by source of drafts, how many of each place were tried as those before were accepted, and accepted.
         finished: no more tokens come.
         cancelled: that is because nobody wants them.
         added_s, entered_s: when it was added, and when it got a row.
@@ -49,7 +50,7 @@ class RunningSequence:
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
-        self.yields: dict[str | None, tuple[int, int]] = {}
+        self.drafts: dict[str, list[tuple[int, int]]] = {}
         self.finished = self.cancelled = False
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
@@ -84,9 +85,15 @@ class RunningSequence:
         """Notes cycles that it took part in, by how many of their drafts were accepted."""
         if cycles := sum(histogram):
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
-            tokens = sum((accepted + 1) * count for accepted, count in enumerate(histogram))
-            before = self.yields.get(plan.draft_source, (0, 0))
-            self.yields[plan.draft_source] = before[0] + tokens, before[1] + cycles
+            if plan.draft_source is not None:
+                before = self.drafts.get(plan.draft_source, [])
+                self.drafts[plan.draft_source] = _with_cycles(before, histogram)
+
+    def chances(self, source: str | None, profile: Sequence[float]) -> list[float]:
+        """The chance of each draft of a source to be accepted once those before it are: of its own, and of others."""
+        own = self.drafts.get(source or "", [])
+        pairs = itertools.zip_longest(own[: len(profile)], profile, fillvalue=(0, 0))
+        return [(accepted + _MEAN_DRAFTS * chance) / (tried + _MEAN_DRAFTS) for (tried, accepted), chance in pairs]
 
     def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
         """Appends new tokens, up to the one with which a stop string ends the text; they were made at ``made_s``."""
@@ -118,27 +125,43 @@ class RunningSequence:
             self.drafted = (self.drafted or []) + _cycles_in(record, row, self.token_ids, begin=begin)
 
 
-def evenness(sequences: Collection[RunningSequence], source: str | None) -> float:
-    """How evenly sequences end that get their drafts from a source.
+def evenness(sequences: Collection[RunningSequence], source: str | None, profile: Sequence[float]) -> list[float]:
+    """How evenly sequences end that get their drafts from a source, by the number of drafts of a cycle from 0 on.
 
-    A text that a source serves badly ends last, and all others wait for it.
+    A text that a source serves badly ends last, and all others wait for it. The more drafts a cycle has, the longer.
 
     Args:
         sequences: those that decode, while nobody waits for their rows.
         source: of drafts; see ``DecodingPlan.draft_source``.
+        profile: the chance of each draft of a text to be accepted once those before it are, on average.
 
     Returns:
         the time until the last one ends, if all yielded what they do on average, over the time that it will take:
         1 if nothing is known of them.
     """
-    seen = [one.yields.get(source, (0, 0)) for one in sequences]
-    tokens, cycles = (sum(counts) for counts in zip(*seen, strict=True)) if seen else (0, 0)
-    if not cycles:
-        return 1.0
-    mean = tokens / cycles
+    mean = _tokens_per_cycle(profile)
     left = [one.request.max_new_tokens - len(one.token_ids) for one in sequences]
-    paces = [(own + _MEAN_CYCLES * mean) / (its + _MEAN_CYCLES) / mean for own, its in seen]
-    return max(1, *left) / max(1.0, *(tokens / pace for tokens, pace in zip(left, paces, strict=True)))
+    own = [_tokens_per_cycle(one.chances(source, profile)) for one in sequences]
+    even = []
+    for length, of_all in enumerate(mean):
+        cycles = (tokens * of_all / its[length] for tokens, its in zip(left, own, strict=True))
+        even.append(max(1, *left) / max(1.0, *cycles) if left else 1.0)
+    return even
+
+
+def _tokens_per_cycle(chances: Sequence[float]) -> list[float]:
+    """What cycles yield of no draft, one, and so on."""
+    return list(itertools.accumulate(itertools.accumulate([1.0, *chances], operator.mul)))
+
+
+def _with_cycles(before: Sequence[tuple[int, int]], histogram: Sequence[int]) -> list[tuple[int, int]]:
+    """Drafts tried and accepted by place, with those of more cycles, counted by how many were accepted."""
+    left, new = sum(histogram), []
+    for count in histogram[:-1]:
+        new.append((left, left - count))
+        left -= count
+    pairs = itertools.zip_longest(before, new, fillvalue=(0, 0))
+    return [(tried + more, accepted + of_them) for (tried, accepted), (more, of_them) in pairs]
 
 
 def _cycles_in(record: DraftRecord, row: int, token_ids: Sequence[int], *, begin: int) -> list[DraftedCycle]:

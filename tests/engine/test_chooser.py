@@ -138,7 +138,8 @@ def test_where_nobody_waits_the_last_to_end_counts():
         chooser.observe(plan, **counts, context=8192)
     options = {"context": 8192, "active": 16}
     assert chooser.choose(**options).plan.draft_source == "lookup"
-    assert chooser.choose(**options, evenness={"lookup": 0.3}).plan.draft_source == "w4a8@1024"
+    uneven = {"lookup": [1.0, *[0.3] * 7]}
+    assert chooser.choose(**options, evenness=uneven).plan.draft_source == "w4a8@1024"
 
 
 def test_how_evenly_sequences_end():
@@ -151,12 +152,16 @@ def test_how_evenly_sequences_end():
         return one
 
     fast, slow = ({plan: [0, 0, 0, 1000]}, {plan: [1000, 0, 0, 0]})
-    # Both yield 2.5 on average: 100 tokens take 40 cycles, and the slow one 100.
-    assert evenness([sequence(100, fast), sequence(100, slow)], "lookup") == pytest.approx(0.4, rel=0.02)
-    assert evenness([sequence(100, fast), sequence(10, slow)], "lookup") == pytest.approx(1.6, rel=0.02)
-    assert evenness([sequence(100, fast), sequence(100, slow)], other.draft_source) == 1.0
-    assert evenness([sequence(100, fast), sequence(100, {})], "lookup") == 1.0
-    assert evenness([], "lookup") == 1.0
+    half = [0.5, 1.0, 1.0]
+    # On average a cycle of three drafts yields 2.5: 100 tokens take 40 cycles, and the slow one 100.
+    assert evenness([sequence(100, fast), sequence(100, slow)], "lookup", half)[3] == pytest.approx(0.4, rel=0.02)
+    assert evenness([sequence(100, fast), sequence(10, slow)], "lookup", half)[3] == pytest.approx(1.6, rel=0.02)
+    one_draft = evenness([sequence(100, fast), sequence(100, slow)], "lookup", half)
+    assert one_draft[:2] == [1.0, pytest.approx(1 / 1.5, rel=0.02)]
+    assert evenness([sequence(100, fast), sequence(100, slow)], other.draft_source, [0.9]) == pytest.approx([1, 1])
+    assert evenness([sequence(100, fast), sequence(100, {})], "lookup", half)[3] == pytest.approx(1.0)
+    assert evenness([], "lookup", half) == [1.0] * 4
+    assert evenness([sequence(7, {PLAIN: [100]})], None, []) == [1.0]
 
 
 def test_it_changes_its_mind_when_the_text_does():
