@@ -56,7 +56,9 @@ _COMPILER_VARIABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class ProgramStore:
-    """A folder of compiled programs, which may be deleted at any time and is never shrunk.
+    """A folder of compiled programs, which may be deleted at any time.
+
+    The one beside JAX's cache is shrunk with it (:mod:`qspec_jax.device.cache_size`), others are not.
 
     A file that is damaged or cannot be read or written is as good as none. Whoever can write to the folder decides what
     the programs do, and what else runs as they are read: files hold pickled objects.
@@ -71,6 +73,7 @@ class ProgramStore:
         """The program under a key, ready to run on a device; None if it is not there."""
         with contextlib.suppress(Exception):  # whatever is wrong with a file, the program is compiled anew
             content = (self.folder / key).read_bytes()
+            os.utime(self.folder / key)  # what was not used for longest is removed first
             digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             if digest == _digest(key, data):
                 return serialize_executable.deserialize_and_load(*pickle.loads(data), execution_devices=[device])

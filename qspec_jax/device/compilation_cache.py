@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from qspec_jax.device.cache_size import most_bytes, shrink
+
 VARIABLE = "QSPEC_JAX_CACHE"
 OFF = "off"
 # JAX's own default of a second would leave out prefill programs of small models.
@@ -28,8 +30,9 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
 
     This is a setting of the whole process: programs that are not this library's are kept too. It changes nothing
     where ``jax_compilation_cache_dir`` is set already, where ``jax_enable_compilation_cache`` is off, and where the
-    environment says ``QSPEC_JAX_CACHE=off``. The folder may be deleted at any time; JAX never shrinks it. Whoever can
-    write to it decides what the programs do.
+    environment says ``QSPEC_JAX_CACHE=off``. The folder may be deleted at any time. What was not used for longest is
+    removed from it first, until it has no more than ``QSPEC_JAX_CACHE_GB`` gigabytes (10). Whoever can write to it
+    decides what the programs do.
 
     Args:
         folder: to keep them in, made if it is not there; None for what ``QSPEC_JAX_CACHE`` names, or else
@@ -40,6 +43,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
 
     Raises:
         OSError: the folder cannot be made or written, or its disk is full.
+        UsageError: ``QSPEC_JAX_CACHE_GB`` is no size.
     """
     config: Any = jax.config
     if not config.jax_enable_compilation_cache or os.environ.get(VARIABLE) == OFF:
@@ -47,7 +51,9 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     if configured := config.jax_compilation_cache_dir:
         return Path(configured)
     folder = Path(folder or os.environ.get(VARIABLE) or default_folder()).absolute()
+    limit = most_bytes()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shrink(folder, limit)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "cannot be written", str(folder))
     if shutil.disk_usage(folder).free < _LEAST_FREE:  # an entry that is half written would be read for ever

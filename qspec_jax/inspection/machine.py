@@ -18,12 +18,15 @@ from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.device.driver import has_nvidia_gpu, nvidia_driver
 from qspec_jax.device.memory import available_bytes
 from qspec_jax.device.start import start_device
-from qspec_jax.errors import DeviceError, DeviceWarning
+from qspec_jax.errors import DeviceError, DeviceWarning, UsageError
 from qspec_jax.weights.resolve import demo_gguf_path
 
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "tokenizers", "gguf", "numpy")
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "libtpu")
-_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "QSPEC_JAX_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
+_VARIABLES = (
+    *("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"),
+    *("QSPEC_JAX_CACHE", "QSPEC_JAX_CACHE_GB", "HF_HOME", "HF_HUB_OFFLINE"),
+)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -91,7 +94,7 @@ def _cache() -> str:
     """Where compiled programs are kept, or why they are not."""
     try:
         folder = enable_compilation_cache()
-    except OSError as error:
+    except (OSError, UsageError) as error:
         return f"not kept: {error}"
     return "not kept" if folder is None else str(folder)
 

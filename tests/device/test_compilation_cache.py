@@ -159,3 +159,11 @@ def test_nothing_is_kept_on_a_full_disk(tmp_path, monkeypatch, capsys):
     assert keep_compiled_programs() is None
     assert "compiled programs are not kept: [Errno 28] less than 64 MB are free" in capsys.readouterr().err
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_is_full_is_shrunk_as_it_is_switched_on(unconfigured, tmp_path, monkeypatch):
+    old = tmp_path / f"jit_loop-{'0' * 64}-cache"
+    old.write_bytes(bytes(2000))
+    monkeypatch.setenv("QSPEC_JAX_CACHE_GB", "1e-6")
+    assert enable_compilation_cache(tmp_path) == tmp_path
+    assert not old.exists()

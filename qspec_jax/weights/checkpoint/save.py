@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,13 +160,15 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
 
     records: dict[str, ArrayRecord] = {}
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor() as pool:
         for group in progress(group_names(decoder.config)):
             arrays = stored_arrays(decoder, group)
+            hashes = pool.map(hash_array, arrays.values())  # while they are written
             with _errors_of_the_system():
                 checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
-            for name, array in arrays.items():
-                records[name] = ArrayRecord(array.shape, array.dtype.name, hash_array(array))
+            for (name, array), its_hash in zip(arrays.items(), hashes, strict=True):
+                records[name] = ArrayRecord(array.shape, array.dtype.name, its_hash)
     return records
 
 
@@ -186,10 +189,12 @@ def _errors_of_the_system() -> Iterator[None]:
 
 
 def _describe_files(data: Path) -> dict[str, FileRecord]:
+    files = [file for file in sorted(data.rglob("*")) if file.is_file()]
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(hash_file, files))
     return {
-        file.relative_to(data).as_posix(): FileRecord(file.stat().st_size, hash_file(file))
-        for file in sorted(data.rglob("*"))
-        if file.is_file()
+        file.relative_to(data).as_posix(): FileRecord(file.stat().st_size, its_hash)
+        for file, its_hash in zip(files, hashes, strict=True)
     }
 
 
