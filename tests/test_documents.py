@@ -412,6 +412,14 @@ def test_files_that_a_page_names_are_there(page):
             assert (ROOT / name).exists(), f"{page} names {name}, which is not there"
 
 
+def test_every_page_is_in_the_site_and_every_experiment_in_its_index():
+    site, index = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs/lab-notebook/index.md").read_text()
+    docs = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert [page for page in docs if not re.search(rf"\b{re.escape(page)}$", site, re.MULTILINE)] == []
+    experiments = [path.name for path in ROOT.glob("docs/lab-notebook/[0-9]*.md")]
+    assert [name for name in experiments if f"({name})" not in index] == []
+
+
 @pytest.mark.parametrize("page", MOST_LINES)
 def test_a_page_is_read_to_its_end(page):
     assert len(PAGES[page].read_text(encoding="utf-8").splitlines()) <= MOST_LINES[page]
