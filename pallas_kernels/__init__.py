@@ -24,6 +24,7 @@ from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
@@ -57,6 +58,7 @@ __all__ = [
     "hadamard",
     "least_blocks",
     "pack_codes",
+    "prefill_attention",
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",

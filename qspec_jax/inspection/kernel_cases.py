@@ -186,6 +186,10 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     def attended(num_tokens: int) -> tuple[Any, ...]:
         return (_rows(batch, num_tokens, heads, head_dim, dtype=dtype), *cache())
 
+    def pieces() -> tuple[Any, ...]:
+        rows, starts = jnp.asarray([1, 0, 1], jnp.int32), jnp.asarray([_SLOTS - 40, 0, 32], jnp.int32)
+        return (_rows(3, 32, heads, head_dim, dtype=dtype), *cache()[:2], rows, starts)
+
     def rotated() -> tuple[Any, ...]:
         qkv = _rows(batch, _ROWS, heads + 2 * kv_heads, head_dim, dtype=dtype)
         angles = 9 * _rows(batch, _ROWS, head_dim // 2, dtype="float32", seed=5)
@@ -206,6 +210,7 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
         attend = functools.partial(case, "decode_attention", shape=new, operands=operands, wide=True)
         yield attend(function="decode_attention")
         yield attend(function="decode_attention_with_masses", options=_BLOCK)
+    yield case("prefill_attention", "prefill_attention", f"{shape}, 3 pieces of 32 tokens", operands=pieces, wide=True)
     yield case("block_attention", "block_attention", f"{shape}, 12 blocks", operands=listed, options=_BLOCK, wide=True)
     yield dataclasses.replace(
         case("block_attention", "choose_blocks", f"12 of {_SLOTS // 16} blocks", operands=tuple, options=_CHOICE),

@@ -16,6 +16,7 @@ from pallas_kernels.block_attention import gpu_triton as block_triton
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
+from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
 from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
@@ -301,6 +302,16 @@ def test_decode_attention_lowers_to_two_kernels(shape, dtype):
     assert attention_triton.obstacle(tokens, head_dim) is None
     attend = functools.partial(attention_triton.decode_attention, window=500)
     assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_prefill_attention_lowers_to_one_kernel(shape, dtype):
+    _, heads, kv_heads, head_dim, slots = shape
+    query, cache = array(16, 32, heads, head_dim, dtype=dtype), array(4, slots, kv_heads, head_dim, dtype=dtype)
+    attend = functools.partial(prefill_triton.prefill_attention, window=500)
+    table = array(16, dtype=jnp.int32)
+    assert cuda_program(attend, query, cache, cache, table, table).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES[1:5], ids=str)

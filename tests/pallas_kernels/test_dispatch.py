@@ -18,6 +18,7 @@ from pallas_kernels import (
     best_layout_for_codes,
     decode_attention,
     float_matmul,
+    prefill_attention,
     quantize_activations,
     rms_norm,
     rms_norm_quantize,
@@ -52,6 +53,9 @@ def calls(implementation):
         "swiglu": lambda: swiglu(x, implementation=implementation),
         "swiglu_quantize": lambda: swiglu_quantize(x, **named).codes,
         "decode_attention": lambda: decode_attention(heads, cache, cache, lengths, implementation=implementation),
+        "prefill_attention": lambda: prefill_attention(
+            heads, cache, cache, lengths, lengths, implementation=implementation
+        ),
         "rotate_and_write": lambda: rotate_and_write(
             heads, angles, angles, cache, cache, lengths, implementation=implementation
         )[0],
@@ -68,6 +72,7 @@ OPS = (
     "swiglu",
     "swiglu_quantize",
     "decode_attention",
+    "prefill_attention",
     "rotate_and_write",
 )
 

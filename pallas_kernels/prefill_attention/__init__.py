@@ -1,0 +1,70 @@
+"""Attention of pieces of prompts, of several prompts at once, over the rows of one key/value cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.decode_attention import by_heads
+from pallas_kernels.dispatch import TRITON, Implementations
+
+_OP = "prefill_attention"
+# A file has prefill_attention and obstacle(head_dim).
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def prefill_attention(
+    query: Float[Array, "N T H HD"],
+    keys: Float[Array, "B S *heads"],
+    values: Float[Array, "B S *heads"],
+    rows: Int32[Array, " N"],
+    starts: Int32[Array, " N"],
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "N T H HD"]:
+    """Attends from ``N`` pieces of ``T`` tokens, each of one prompt, to the slots of the row that holds it.
+
+    A long prompt is several pieces, which one call may have side by side: the entries of all of them are in the cache
+    already, and a token sees those up to its own. The equations stand in the reference.
+
+    The Triton kernel reads the rows where they lie, and of them the slots that are seen and no others. There, the bits
+    of a token's result depend on nothing but its query and the keys and values that it sees: not on ``N``, on its place
+    in a piece or that of the piece, on the other pieces, or on ``S``.
+
+    Args:
+        query: ``[N, T, H, HD]`` float32, bfloat16 or float16, rotated. Tokens past the end of a prompt may be anything.
+        keys, values: ``[B, S, KH * HD]`` in the dtype of ``query``, or ``[B, S, KH, HD]``.
+        rows: ``[N]`` int32, the row of each piece; negative for a piece of nothing, whose result is zero.
+        starts: ``[N]`` int32, the slot of the first token of each piece: token ``t`` sees slots up to ``starts + t``,
+            or the last one.
+        window: slots a token sees, its own included; None for all.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
+
+    Returns:
+        ``[N, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, ``window`` is not positive, or the name of the
+            implementation is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
+    _check(query, keys, values, window)
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(query.shape[3]))
+    return chosen.prefill_attention(query, keys, values, rows, starts, window=window)
+
+
+def _check(query: Array, keys: Array, values: Array, window: int | None) -> None:
+    _, _, num_heads, head_dim = query.shape
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"{_OP}: query is {query.dtype}; use float32, bfloat16 or float16")
+    if keys.dtype != query.dtype or values.dtype != query.dtype:
+        raise ValueError(f"{_OP}: keys are {keys.dtype} and values {values.dtype}; use {query.dtype}, as query has")
+    if keys.shape != values.shape or keys.shape[3] != head_dim:
+        raise ValueError(f"{_OP}: keys are {keys.shape} and values {values.shape}; use [B, S, KH, {head_dim}] for both")
+    if num_heads % keys.shape[2]:
+        raise ValueError(f"{_OP}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")
+    if window is not None and window < 1:
+        raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")

@@ -1,0 +1,150 @@
+"""``prefill_attention`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
+
+A program attends from up to 64 rows, the queries of one key/value head in neighbouring tokens of a piece, to all slots
+that they see (FlashAttention-2: Dao, 2023). It finds the row of the cache by a table, so that nothing is gathered.
+
+Row invariance: slots are read in blocks from multiples of their size on, in order; a block that a row does not see
+leaves what it has summed as it is, bit for bit; and a tile has as many rows whatever there is to do.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.backends.triton import registers
+from pallas_kernels.decode_attention import gpu_triton as decode
+
+_ROWS = 64  # of a tile
+_MAX_HEAD_DIM = 256
+_SLOTS = 64  # of a block
+_TILE_BYTES = 16384  # of keys, and of values, that a program holds
+
+
+def obstacle(head_dim: int) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+    if head_dim > _MAX_HEAD_DIM:
+        return f"needs a head dimension of at most {_MAX_HEAD_DIM}; this is {head_dim}"
+    return None
+
+
+def prefill_attention(
+    query: Float[Array, "N T H HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    rows: Int32[Array, " N"],
+    starts: Int32[Array, " N"],
+    *,
+    window: int | None,
+    interpret: bool = False,
+) -> Float[Array, "N T H HD"]:
+    """See the public function."""
+    registers.ignore_triton_deprecation()
+    return _attend(query, keys, values, rows, starts, window=window, interpret=interpret)
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames=("window", "interpret"))
+def _attend(
+    query: Array, keys: Array, values: Array, rows: Array, starts: Array, *, window: int | None, interpret: bool
+) -> Array:
+    pieces, num_tokens, num_heads, head_dim = query.shape
+    batch, slots, num_kv_heads, _ = keys.shape
+    problem = decode.Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
+    num_tiles = pl.cdiv(problem.num_rows, _ROWS)
+    piece = pl.BlockSpec((None, num_tokens, num_heads, problem.block_dim), lambda program, piece: (piece, 0, 0, 0))
+    cache = pl.BlockSpec(
+        (batch, slots, None, problem.block_dim), lambda program, piece: (0, 0, lax.div(program, num_tiles), 0)
+    )
+    number = pl.BlockSpec((None,), lambda program, piece: (piece,))
+    return pl.pallas_call(
+        functools.partial(_kernel, problem=problem),
+        # Programs that read the same slots stand next to each other.
+        grid=(num_kv_heads * num_tiles, pieces),
+        in_specs=[number, number, piece, cache, cache],
+        out_specs=piece,
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="prefill_attention",
+    )(rows, starts, query, keys, values)
+
+
+def _kernel(
+    row_ref,  # [] int32
+    start_ref,  # [] int32
+    query_ref,  # [T, H, block_dim]
+    keys_ref,  # [B, S, block_dim]
+    values_ref,  # [B, S, block_dim]
+    out_ref,  # [T, H, block_dim]
+    *,
+    problem: decode.Problem,
+):
+    row, start, group = row_ref[...], start_ref[...], problem.group
+    num_tiles = pl.cdiv(problem.num_rows, _ROWS)
+    kv_head, tile = (part(pl.program_id(0), num_tiles) for part in (lax.div, lax.rem))
+    rows = tile * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
+    shape = (_ROWS, problem.block_dim)
+    tokens = jnp.broadcast_to(lax.div(rows, group)[:, None], shape)
+    heads = jnp.broadcast_to((kv_head * group + lax.rem(rows, group))[:, None], shape)
+    dims = lax.broadcasted_iota(jnp.int32, shape, 1)
+    exists = (tokens < problem.num_tokens) & (dims < problem.head_dim)
+    query = plgpu.load(query_ref.at[tokens, heads, dims], mask=exists, other=jnp.zeros((), query_ref.dtype))
+
+    block_slots = min(_SLOTS, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
+    positions = start + lax.div(rows, group)
+    last_token = jnp.minimum(lax.div(tile * _ROWS + (_ROWS - 1), group), problem.num_tokens - 1)
+    first = lax.div(problem.first_seen(start + lax.div(tile * _ROWS, group)), block_slots)
+    end = jnp.where(row < 0, 0, problem.end_of_seen(start + last_token))
+    attend = functools.partial(
+        _attend_to_block,
+        query=query,
+        positions=jnp.broadcast_to(positions[:, None], (_ROWS, block_slots)),
+        cache_refs=(keys_ref, values_ref),
+        row=jnp.maximum(row, 0),
+        end=end,
+        problem=problem,
+    )
+    blocks = lax.div(end + (block_slots - 1), block_slots)
+    _, total, mixed = lax.fori_loop(first, blocks, attend, decode.nothing((_ROWS,), problem))
+    out = mixed / jnp.where(total > 0, total, 1.0)[:, None]
+    plgpu.store(out_ref.at[tokens, heads, dims], out.astype(out_ref.dtype), mask=exists)
+
+
+def _attend_to_block(
+    block: Array,
+    carry: tuple[Array, Array, Array],  # maximum [rows], total [rows], mixed [rows, block_dim] of the blocks before
+    *,
+    query: Array,  # [rows, block_dim]
+    positions: Array,  # [rows, block_slots]
+    cache_refs: tuple[registers.Ref, registers.Ref],
+    row: Array,
+    end: Array,
+    problem: decode.Problem,
+) -> tuple[Array, Array, Array]:
+    maximum, total, mixed = carry
+    start, block_slots = block * positions.shape[1], positions.shape[1]
+    keys, values = (_load_slots(ref, row, start, end, block_slots, problem) for ref in cache_refs)
+    slots = start + lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+    seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
+    logits = decode.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
+    maximum, kept, weights = decode.raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+    total = total * kept + jnp.sum(weights, axis=1)
+    return maximum, total, mixed * kept[:, None] + decode.dot(weights.astype(values.dtype), values, contract=(1, 0))
+
+
+def _load_slots(
+    ref: registers.Ref, row: Array, start: Array, end: Array, block_slots: int, problem: decode.Problem
+) -> Array:
+    """Keys or values of slots of a row from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
+    shape = (block_slots, problem.block_dim)
+    mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
+    if problem.block_dim != problem.head_dim:
+        mask &= lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim
+    return plgpu.load(ref.at[row, pl.ds(start, block_slots), :], mask=mask, other=jnp.zeros((), ref.dtype))

@@ -1,0 +1,27 @@
+"""The specification of ``prefill_attention`` in ``jax.numpy``, and its implementation on the CPU.
+
+A piece ``n`` attends as ``decode_attention`` does (see its reference), to row ``rows[n]`` of the cache from position
+``starts[n]`` on. A piece of a negative row is zero.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.decode_attention import reference
+
+
+def prefill_attention(
+    query: Float[Array, "N T H HD"],
+    keys: Float[Array, "B S KH HD"],
+    values: Float[Array, "B S KH HD"],
+    rows: Int32[Array, " N"],
+    starts: Int32[Array, " N"],
+    *,
+    window: int | None,
+) -> Float[Array, "N T H HD"]:
+    """Attention over a copy of the row of each piece; see the public function."""
+    held = jnp.maximum(rows, 0)
+    attended = reference.decode_attention(query, keys[held], values[held], starts, window=window)
+    return jnp.where((rows >= 0)[:, None, None, None], attended, jnp.zeros((), query.dtype))
