@@ -22,7 +22,7 @@ from pallas_kernels.block_attention.reference import EVERYTHING
 from pallas_kernels.decode_attention import decode_attention, decode_attention_with_masses
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
-from pallas_kernels.float_matmul import float_matmul
+from pallas_kernels.float_matmul import float_matmul, float_partial_sums
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_activations import quantize_activations
@@ -55,6 +55,7 @@ __all__ = [
     "dequantize",
     "dequantize_activation",
     "float_matmul",
+    "float_partial_sums",
     "hadamard",
     "least_blocks",
     "pack_codes",

@@ -1,16 +1,18 @@
-"""The matmul with a weight in floating point whose result is float32: the LM head."""
+"""The matmul with a weight in floating point: the LM head, and linears that verify at a checkpoint's own floats."""
 
 from __future__ import annotations
 
 import math
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "float_matmul"
-# A file has float_matmul and obstacle(num_rows, dtype).
+# A file has float_matmul, which may leave PartialSums, and obstacle(num_rows, dtype).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -36,6 +38,13 @@ def float_matmul(
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
+    return value_of(float_partial_sums(x, weight, dtype=jnp.float32, implementation=implementation))
+
+
+def float_partial_sums(
+    x: Float[Array, "*batch K"], weight: Float[Array, "N K"], *, dtype: DTypeLike, implementation: str | None = None
+) -> Float[Array, "*batch N"] | PartialSums:
+    """:func:`float_matmul`, rounded to ``dtype``, for a reader that adds what is left to add, if anything is."""
     num_inputs = x.shape[-1]
     if weight.shape[1] != num_inputs or weight.dtype != x.dtype:
         raise ValueError(
@@ -46,4 +55,5 @@ def float_matmul(
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     num_rows = math.prod(x.shape[:-1])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_rows, x.dtype))
-    return chosen.float_matmul(x, weight)
+    product = chosen.float_matmul(x, weight)
+    return PartialSums(product.parts, dtype) if isinstance(product, PartialSums) else product.astype(dtype)

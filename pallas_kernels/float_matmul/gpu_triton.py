@@ -1,11 +1,12 @@
 """``float_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
 For few rows the time is that of reading the weight once. A program computes a tile of ``[block_m, block_n]``
-outputs over all of K; programs that share a tile of the weight are neighbours in the grid, so that the second of
-them finds it in the L2 cache.
+outputs; programs that share a tile of the weight are neighbours in the grid, so that the second of them finds it in
+the L2 cache. Of an LM head it sums over all of K. A narrower weight has too few tiles to keep the memory busy: there
+``split`` programs share the sum, and leave its parts to the operation that reads the result.
 
-Row invariance: ``block_k`` and the tensor-core instruction are the same for every number of rows, and K is not
-split, so the sum of an output has one order.
+Row invariance: ``block_k``, ``split`` and the tensor-core instruction are the same for every number of rows, so the
+sum of an output has one order.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.backends.triton import matmul, registers
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 
 _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
+_MAX_SPLIT = 8  # the reader of the result adds as many parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,8 @@ class TileConfig:
     Attributes:
         block_m: rows per program.
         block_n: outputs per program.
-        block_k: inputs per step; rows keep their bits only among configurations that agree in it.
+        block_k, split: inputs per step, and programs that share the sum over K; rows keep their bits only among
+            configurations that agree in both.
         num_warps: warps per program; fewer than four for 64 rows or more, see :func:`tile_config`.
         num_stages: software pipeline depth.
     """
@@ -41,22 +45,30 @@ class TileConfig:
     block_m: int
     block_n: int
     block_k: int
+    split: int
     num_warps: int
     num_stages: int
 
 
-def tile_config(m: int, n: int) -> TileConfig:
-    """Tiles for ``m`` rows and ``n`` outputs.
+def tile_config(m: int, n: int, k: int) -> TileConfig:
+    """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs.
 
     A tile of the weight takes 16 KB, two or three of which are in flight for each of the two or three programs that
-    fit on an SM: more than the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and so
-    more programs.
+    fit on an SM: more than the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and
+    then a share of K each, and so more programs.
     """
-    block_n = next(block for block in (128, 64, 32) if n >= block * _MIN_PROGRAMS or block == 32)
+    block_n = next((block for block in (128, 64) if n >= block * _MIN_PROGRAMS), 32)
+    split = _split(pl.cdiv(k, _BLOCK_K), pl.cdiv(n, block_n))
     if m > 32:
         # Four warps would take Triton's wgmma path here, which rounds differently from mma.sync.
-        return TileConfig(64, block_n, _BLOCK_K, num_warps=2, num_stages=3)
-    return TileConfig(16 if m <= 16 else 32, block_n, _BLOCK_K, num_warps=4, num_stages=4)
+        return TileConfig(64, block_n, _BLOCK_K, split, num_warps=2, num_stages=3)
+    return TileConfig(16 if m <= 16 else 32, block_n, _BLOCK_K, split, num_warps=4, num_stages=4)
+
+
+def _split(steps: int, tiles: int) -> int:
+    """The fewest equal shares of the steps over K that make enough programs, or the most that there may be."""
+    shares = [share for share in range(1, _MAX_SPLIT + 1) if steps % share == 0]
+    return next((share for share in shares if share * tiles >= _MIN_PROGRAMS), shares[-1])
 
 
 def obstacle(num_rows: int, dtype: jnp.dtype) -> str | None:
@@ -74,28 +86,30 @@ def float_matmul(
     *,
     config: TileConfig | None = None,
     interpret: bool = False,
-) -> Float32[Array, "*batch N"]:
-    """See the public function. ``config`` replaces the choice of tiles."""
+) -> Float32[Array, "*batch N"] | PartialSums:
+    """See the public functions. ``config`` replaces the choice of tiles."""
     registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
-        config = tile_config(rows.shape[0], weight.shape[0])
-    outputs = _matmul(rows, weight, config=config, interpret=interpret)
-    return outputs.reshape(*x.shape[:-1], weight.shape[0])
+        config = tile_config(rows.shape[0], *weight.shape)
+    parts = _matmul(rows, weight, config=config, interpret=interpret)
+    shape = *x.shape[:-1], weight.shape[0]
+    return parts.reshape(shape) if config.split == 1 else PartialSums(parts, jnp.float32).reshape(*shape)
 
 
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _matmul(x: Array, weight: Array, *, config: TileConfig, interpret: bool) -> Array:
     (m, k), n = x.shape, weight.shape[0]
     return pl.pallas_call(
         functools.partial(_kernel, m=m, n=n, config=config),
-        grid=(pl.cdiv(m, config.block_m), pl.cdiv(n, config.block_n)),
+        grid=(pl.cdiv(m, config.block_m), pl.cdiv(n, config.block_n), config.split),
         in_specs=[
-            pl.BlockSpec((config.block_m, k), lambda m, n: (m, 0)),
-            pl.BlockSpec((config.block_n, k), lambda m, n: (n, 0)),
+            pl.BlockSpec((config.block_m, k), lambda m, n, p: (m, 0)),
+            pl.BlockSpec((config.block_n, k), lambda m, n, p: (n, 0)),
         ],
-        out_specs=pl.BlockSpec((config.block_m, config.block_n), lambda m, n: (m, n)),
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        out_specs=pl.BlockSpec((None, config.block_m, config.block_n), lambda m, n, p: (p, m, n)),
+        out_shape=jax.ShapeDtypeStruct((config.split, m, n), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="float_matmul",
@@ -114,15 +128,17 @@ def _kernel(
     k = x_ref.shape[1]
     rows_left = m - pl.program_id(0) * config.block_m
     outputs_left = n - pl.program_id(1) * config.block_n
+    steps = pl.cdiv(pl.cdiv(k, config.block_k), config.split)
+    first_step = pl.program_id(2) * steps
 
     def step(index, total):
-        start = index * config.block_k
+        start = (first_step + index) * config.block_k
         x = _load_tile(x_ref, start, config.block_k, rows_left, whole_rows=m % config.block_m == 0)
         weight = _load_tile(weight_ref, start, config.block_k, outputs_left, whole_rows=n % config.block_n == 0)
         return total + matmul.dot_transposed(x, weight)
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.cdiv(k, config.block_k), step, zeros)
+    total = jax.lax.fori_loop(0, steps, step, zeros)
     row, output = (jax.lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in range(2))
     plgpu.store(out_ref, total, mask=(row < rows_left) & (output < outputs_left))
 

@@ -39,8 +39,12 @@ pytestmark = [
 ROWS = (1, 3, 4, 16, 33, 64, 100, 128, 256)
 ELSEWHERE = np.asarray([7, 90, 3, 3, 255])
 EPSILON = 1e-5
-# (N, K): Llama 3 8B, SmolLM2 135M, Qwen3 8B, a vocabulary that no block divides, K that no step divides, few outputs.
-HEADS = [(128256, 4096), (49152, 576), (151936, 4096), (50257, 768), (32000, 1000), (4096, 4096)]
+# (N, K) of heads: Llama 3 8B, SmolLM2 135M, Qwen3 8B, a vocabulary that no block divides, K that no step divides.
+# Then the linears of Llama 3 8B, most of whose sums programs share.
+HEADS = [
+    *[(128256, 4096), (49152, 576), (151936, 4096), (50257, 768), (32000, 1000)],
+    *[(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+]
 # Hidden sizes of SmolLM2 135M, Llama 3 8B and 70B, Qwen2.5 7B; Qwen3's heads.
 NORMS = [(576,), (4096,), (8192,), (3584,), (32, 128), (8, 128)]
 
@@ -82,12 +86,12 @@ def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
 
 @pytest.mark.parametrize("num_rows", [1, 33, 256])
 def test_every_choice_of_tiles_gives_a_row_the_same_bits(num_rows):
-    """Rows per program, outputs per program, warps and stages are free; only the step over K is not."""
+    """Rows per program, outputs per program, warps and stages are free; only the step over K and the split are not."""
     x, weight = random_rows(num_rows, 576, dtype=jnp.bfloat16), random_weight(49152, 576, jnp.bfloat16)
     expected = np.asarray(float_triton.float_matmul(x, weight))
     for block_m, num_warps in ((16, 4), (32, 4), (64, 2), (16, 2), (32, 2)):
         for block_n, num_stages in ((128, 3), (64, 4), (32, 2)):
-            config = float_triton.TileConfig(block_m, block_n, 64, num_warps, num_stages)
+            config = float_triton.TileConfig(block_m, block_n, 64, 1, num_warps, num_stages)
             out = float_triton.float_matmul(x, weight, config=config)
             np.testing.assert_array_equal(np.asarray(out), expected, err_msg=str(config))
 

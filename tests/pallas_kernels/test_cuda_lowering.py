@@ -192,8 +192,9 @@ def test_swiglu_lowers_to_one_kernel_that_reads_the_halves_in_place(shape, dtype
         (50257, 768, jnp.float16),
         (152064, 8192, jnp.bfloat16),
         (1000, 72, jnp.float16),
+        (4096, 14336, jnp.bfloat16),
     ],
-    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k"],
+    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k", "split"],
 )
 def test_float_matmul_lowers(n, k, dtype, num_rows):
     x, weight = array(num_rows, k, dtype=dtype), array(n, k, dtype=dtype)

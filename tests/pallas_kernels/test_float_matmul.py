@@ -8,18 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import float_matmul
+from pallas_kernels import float_matmul, float_partial_sums, value_of
 from pallas_kernels.float_matmul import gpu_triton as triton
 from pallas_kernels.float_matmul import reference
 from tests.pallas_kernels.kernel_cases import random_rows, relative_error
 
 IMPLEMENTATIONS = {
     "reference": reference.float_matmul,
-    "triton": functools.partial(triton.float_matmul, interpret=True),
+    "triton": lambda x, weight: value_of(triton.float_matmul(x, weight, interpret=True)),
 }
-# (N, K): N not a multiple of a block, K = 64 * 9, K not a multiple of a step, both.
+# (N, K), of all of which programs share the sums: N not a multiple of a block, K = 64 * 9, K not a multiple of a step,
+# both.
 SHAPES = [(200, 128), (96, 576), (64, 96), (33, 40)]
 VOCABULARIES = [(128256, 4096), (49152, 576), (151936, 2560), (152064, 8192), (32000, 4096), (50257, 768)]
+
+# Linears of Llama 3 8B and of one of its halves, of SmolLM2 and of Qwen2.5 0.5B.
+LINEARS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (4096, 7168), (960, 576), (896, 4864)]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
@@ -64,10 +68,11 @@ def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
         np.testing.assert_array_equal(IMPLEMENTATIONS["triton"](x[:num_rows], weight), widest[:num_rows])
 
 
-@pytest.mark.parametrize(("n", "k"), VOCABULARIES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [*VOCABULARIES, *LINEARS], ids=str)
 def test_the_sum_over_k_does_not_depend_on_the_number_of_rows(n, k):
-    configs = [triton.tile_config(m, n) for m in range(1, triton.MAX_ROWS + 1)]
-    assert len({config.block_k for config in configs}) == 1
+    configs = [triton.tile_config(m, n, k) for m in range(1, triton.MAX_ROWS + 1)]
+    assert len({(config.block_k, config.split) for config in configs}) == 1
+    assert -(-k // configs[0].block_k) % configs[0].split == 0
     for config in configs:  # else Triton takes wgmma on Hopper for some of them
         assert config.block_m < 64 or config.num_warps % 4
 
@@ -75,10 +80,23 @@ def test_the_sum_over_k_does_not_depend_on_the_number_of_rows(n, k):
 @pytest.mark.parametrize(("n", "k"), VOCABULARIES, ids=str)
 def test_a_vocabulary_fills_the_device_and_its_tiles_fit_an_sm(n, k):
     for m in (1, 16, 17, 64, 256):
-        config = triton.tile_config(m, n)
+        config = triton.tile_config(m, n, k)
+        assert config.split == 1
         bytes_per_stage = 2 * config.block_k * (config.block_m + config.block_n)
         assert -(-n // config.block_n) >= 2 * 132
         assert config.num_stages * bytes_per_stage <= 99 * 1024  # what a program may have on Ada
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_parts_of_a_sum_are_left_to_who_reads_it_and_rounded_once(dtype, monkeypatch):
+    x, weight = operands(5, 96, 576, jnp.bfloat16)
+    config = triton.TileConfig(16, 32, 64, split=3, num_warps=4, num_stages=2)
+    call = functools.partial(triton.float_matmul, config=config, interpret=True)
+    monkeypatch.setattr(reference, "float_matmul", call)
+    out = float_partial_sums(x, weight, dtype=dtype)
+    assert (out.parts.shape, out.dtype) == ((3, 5, 96), dtype)
+    np.testing.assert_array_equal(out.value(), call(x, weight).value().astype(dtype))
+    assert relative_error(out.value(), product_in_float64(x, weight)) < (1e-6 if dtype == jnp.float32 else 4e-3)
 
 
 @implementations
