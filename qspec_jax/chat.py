@@ -19,6 +19,7 @@ from qspec_jax.commands.run import exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.errors import OutputError, QSpecError, UsageError
+from qspec_jax.model.config import held_weights
 from qspec_jax.weights.resolve import check_model_name, resolve_model
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _check(arguments: argparse.Namespace, opened: OpenedModel, example: list[dic
     """Refuses what this model cannot do, before its weights are read."""
     from qspec_jax.engine.intake import check_length
 
-    plan_of(arguments.mode, **_plan_options(arguments), quantized=opened.quantization is not None)
+    plan_of(arguments.mode, **_plan_options(arguments), held=held_weights(opened.quantization))
     check_length(1, 0, max_seq_len=arguments.max_seq_len, context=opened.config.max_position_embeddings)
     tokenizer = opened.tokenizer()
     if tokenizer is None or not tokenizer.has_chat_template:

@@ -13,7 +13,7 @@ from qspec_jax.bench.presets import PRESETS
 from qspec_jax.device.mesh import make_mesh, shape_of
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig, QuantConfig, parse_group_size
-from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.parameters import largest_group_size, layer_anatomy
 from qspec_jax.weights.resolve import open_source, resolve_model
 
 if TYPE_CHECKING:
@@ -98,11 +98,7 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
     inputs = {path: linear.num_inputs for path, linear in layer_anatomy(config).linears.items()}
     if arguments.model is not None and text is None:
         return None
-    if text is None:
-        fitting = (size for size in (128, 64, 32) if not any(k % size for k in inputs.values()))
-        group_size = next(fitting, None)
-    else:
-        group_size = parse_group_size(text)
+    group_size = largest_group_size(config) if text is None else parse_group_size(text)
     for name, k in inputs.items():
         options.check_group_size(k, group_size, text=text, what=name)
     return QuantConfig(group_size=group_size, symmetric=arguments.model is None and not arguments.asymmetric)

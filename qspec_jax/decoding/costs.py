@@ -25,6 +25,8 @@ from qspec_jax.decoding.program_store import source_digest
 from qspec_jax.files.whole import replace
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
+from qspec_jax.model.layouts import unread_bytes
+from qspec_jax.model.view import View
 
 _SOUND_S = 0.2  # of a measurement with which others are compared
 _MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
@@ -62,14 +64,16 @@ class PassBytes:
     """What passes over a model read.
 
     Attributes:
-        weights: bytes of all weights that a pass reads whatever it does.
+        weights: bytes of all weights but those of a table.
         position: bytes of the keys and values of a position in all layers.
         window: positions that the model itself attends to; None for all.
+        unread: of the weights, those that views of so many ``weight_bits`` leave alone.
     """
 
     weights: int
     position: int
     window: int | None = None
+    unread: Mapping[int | None, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, decoder: Decoder) -> PassBytes:
@@ -78,16 +82,21 @@ class PassBytes:
         position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
         embedding = config.vocab_size * config.hidden_size * decoder.dtype.itemsize
         untied = 0 if decoder.lm_head is None else embedding
-        return cls(bytes_of_decoder(decoder) - untied, position, config.sliding_window)
+        unread = {view.weight_bits: unread_bytes(decoder, view) for view in (View(), View(weight_bits=None))}
+        return cls(bytes_of_decoder(decoder) - untied, position, config.sliding_window, unread)
+
+    def weights_of(self, view: View) -> int:
+        """Bytes of the weights that a pass over a view reads, whatever it does."""
+        return self.weights - self.unread.get(view.weight_bits, 0)
 
     def of_cycle(self, plan: DecodingPlan, *, rows: int, context: int) -> int:
         """Bytes of a cycle: of its drafts, and of the verification."""
         seen = min(context, self.window or context)
-        total = self.weights + rows * seen * self.position
+        total = self.weights_of(plan.verify) + rows * seen * self.position
         if (view := plan.draft_view) is not None:
             budget = view.cache_budget if view.cache_budget and context >= view.cache_full_below else seen
             limits = (seen, budget, view.cache_window or seen)
-            total += plan.draft_length * (self.weights + rows * min(limits) * self.position)
+            total += plan.draft_length * (self.weights_of(view) + rows * min(limits) * self.position)
         return total
 
     def can_win(self, plan: DecodingPlan, *, rows: int, context: int) -> bool:

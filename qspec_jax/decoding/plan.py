@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from qspec_jax.decoding.values import between, listed, shown, whole
@@ -20,6 +20,8 @@ AUTO_LENGTHS = (1, 2, 3, 5, 7)
 AUTO_LOOKUP_LENGTHS = (3, 7)
 MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
+_TARGETS = {"w4a16": View.of(Precision.W4A16), "float": View.of(Precision.FLOAT)}  # what may verify drafts
+VERIFY = (AUTO, *_TARGETS)
 DRAFTS = ("auto", "w4a4", "w4a8")
 DRAFT_CONTEXTS = ("full", "auto")  # or a number of tokens
 DRAFT_BUDGET = 512  # tokens that a draft reads of the cache with `auto`,
@@ -223,7 +225,8 @@ def plan_of(
     draft: str | Any = "auto",
     draft_length: int | str | Any = 3,
     draft_context: str | int | Any = "auto",
-    quantized: bool = True,
+    verify: str | Any = AUTO,
+    held: Collection[int | None] = (4,),
 ) -> Plan:
     """The plan of a mode.
 
@@ -235,43 +238,82 @@ def plan_of(
             :data:`AUTO_LENGTHS` and none.
         draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
             matter of a long text where there is a kernel that reads no others.
-        quantized: whether the model has 4-bit weights.
+        verify: one of :data:`VERIFY`, the target of modes that draft. ``auto`` is ``float`` for a model that holds its
+            checkpoint's own floats and a 4-bit copy, and ``w4a16`` for others. A plain mode is its own target.
+        held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
 
     Raises:
-        UsageError: an unknown mode or draft, a draft length below 1, a draft context that is too small, or a 4-bit mode
-            of a float model.
+        UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small, or
+            weights that the model does not hold.
     """
     part = _part_of_cache(draft_context)
     if not isinstance(mode, str) or mode not in (*MODES, *LOOKUP_MODES, AUTO):
         raise UsageError(f"mode={shown(mode)} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
     if not isinstance(draft, str) or draft not in DRAFTS:
         raise UsageError(f"draft={shown(draft)} is unknown; use one of {', '.join(DRAFTS)}")
-    if mode != "float" and not quantized:
-        raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
+    target = _target_of(mode, verify, held)
     if mode not in ("qspec", *LOOKUP_MODES, AUTO):
-        return DecodingPlan(Precision(mode))
+        return DecodingPlan(target)
     view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
     views = list(dict.fromkeys((view, dataclasses.replace(view, **part))))
     if mode == AUTO:
-        lookups = [DecodingPlan(Precision.W4A16, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]
-        return _chosen_of(mode, views, *lookups)
+        lookups = [DecodingPlan(target, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]
+        return _chosen_of(mode, target, views, *lookups)
     if isinstance(draft_length, str) and draft_length == AUTO:
         if mode != "qspec":
             raise UsageError(
                 f"draft_length={AUTO!r} is of mode='qspec'; give mode={mode!r} a number, or use mode='auto'"
             )
-        return _chosen_of(mode, views)
+        return _chosen_of(mode, target, views)
     draft_length = between("draft_length", draft_length, 1, MAX_DRAFT_LENGTH, f"between 1 and {MAX_DRAFT_LENGTH}")
     if mode == "lookup":
-        return DecodingPlan(Precision.W4A16, Lookup(), draft_length)
+        return DecodingPlan(target, Lookup(), draft_length)
     view = views[-1]
-    return DecodingPlan(Precision.W4A16, Lookup(view) if mode == "lookup-qspec" else view, draft_length)
+    return DecodingPlan(target, Lookup(view) if mode == "lookup-qspec" else view, draft_length)
 
 
-def _chosen_of(mode: str, views: Sequence[View], *others: DecodingPlan) -> AutoPlan:
+def _target_of(mode: str, verify: str | Any, held: Collection[int | None]) -> View:
+    """The view whose output a mode produces.
+
+    Raises:
+        UsageError: there is no such target, it contradicts the mode, or the model has not the weights of both.
+    """
+    verify = check_verify(verify, mode)
+    if mode != "float" and 4 not in held:
+        raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
+    if verify != AUTO and (target := _TARGETS[verify]).weight_bits not in held:
+        others = [name for name, view in _TARGETS.items() if view.weight_bits in held]
+        raise UsageError(
+            f"verify={verify!r} needs weights that this model does not hold; load it with verify={verify!r}, or use "
+            f"verify={' or '.join(map(repr, others))}"
+        )
+    if mode in MODES and mode != "qspec":
+        return View.of(Precision(mode))
+    if verify == AUTO:
+        return _TARGETS["float" if None in held else "w4a16"]
+    return target
+
+
+def check_verify(verify: str | Any, mode: str) -> str:
+    """One of :data:`VERIFY`, for a mode of this file.
+
+    Raises:
+        UsageError: it is none, or a plain mode produces another output.
+    """
+    if not isinstance(verify, str) or verify not in VERIFY:
+        raise UsageError(f"verify={shown(verify)} is unknown; use one of {', '.join(VERIFY)}")
+    if verify not in (AUTO, mode) and mode in MODES and mode != "qspec":
+        raise UsageError(
+            f"mode={mode!r} decodes plainly and has no drafts for verify={verify!r} to verify; use verify={AUTO!r}, "
+            f"or mode={verify!r} or 'qspec'"
+        )
+    return verify
+
+
+def _chosen_of(mode: str, target: View, views: Sequence[View], *others: DecodingPlan) -> AutoPlan:
     """A choice between plain decoding, drafts of some views in every length, and other plans."""
-    drafting = [DecodingPlan(Precision.W4A16, view, length) for view in views for length in AUTO_LENGTHS]
-    return AutoPlan(mode, (DecodingPlan(Precision.W4A16), *others, *drafting))
+    drafting = [DecodingPlan(target, view, length) for view in views for length in AUTO_LENGTHS]
+    return AutoPlan(mode, (DecodingPlan(target), *others, *drafting))
 
 
 def _part_of_cache(draft_context: Any) -> dict[str, int]:

@@ -25,7 +25,7 @@ from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, num_bytes
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ class LanguageModel:
         self.programs = programs_of(decoder, mesh)
 
     def __repr__(self) -> str:
-        weights = (
-            f"{num_bytes(self.decoder) / 1e6:.0f} MB of {'floating-point' if self.quantization is None else '4-bit'}"
-        )
+        held = {4: "4-bit", None: "floating-point"}
+        kinds = " and ".join(held[bits] for bits in held_weights(self.quantization))
+        weights = f"{num_bytes(self.decoder) / 1e6:.0f} MB of {kinds}"
         where = "" if self.mesh is None else f" on {shape_of(self.mesh)}"
         return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels{where})"
 
@@ -111,15 +111,16 @@ class LanguageModel:
         draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
         draft_context: str | int | Any = "auto",
+        verify: str | Any = "auto",
     ) -> Plan:
         """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
 
         Raises:
-            UsageError: an unknown mode or draft, a draft length below 1, a draft context that is too small, or a 4-bit
-                mode of a float model.
+            UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small, or
+                weights that the model does not hold.
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
-        return plan_of(mode, **options, quantized=self.quantization is not None)
+        return plan_of(mode, **options, verify=verify, held=held_weights(self.quantization))
 
     def decoder_for(self, plan: Plan | Any) -> Decoder:
         """The decoder with its weights as a plan's kernels read them, for a program of your own.
@@ -157,6 +158,7 @@ class LanguageModel:
         draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
         draft_context: str | int | Any = "auto",
+        verify: str | Any = "auto",
         max_new_tokens: int | Any = 128,
         chat: bool | Any = None,
         max_seq_len: int | Any = None,
@@ -179,6 +181,8 @@ class LanguageModel:
             draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
             draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 512 that
                 matter of texts from 1,024 on (on a GPU), or a number of them. Tokens do not depend on it.
+            verify: what drafts are verified with, and so what tokens are those of: ``w4a16``, ``float`` for the floats
+                of a model that :func:`qspec_jax.load` loaded with ``verify="float"``, or ``auto`` for what it has.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
@@ -201,7 +205,8 @@ class LanguageModel:
             UsageError: an argument makes no sense, or none of the prompts can be served.
             OutOfMemoryError: the cache does not fit the device.
         """
-        plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
+        drafting: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
+        plan = self.plan(mode, **drafting, verify=verify)
         given = prompts_of(prompts)
         num_samples = _count("num_samples", num_samples)
         params = sampling_of_each(sampling, len(given), num_samples)
@@ -344,6 +349,7 @@ class LanguageModel:
         draft: str | Any = "auto",
         draft_length: int | str | Any = 3,
         draft_context: str | int | Any = "auto",
+        verify: str | Any = "auto",
         max_new_tokens: int | Any = 128,
         chat: bool | Any = None,
         max_seq_len: int | Any = None,
@@ -357,7 +363,8 @@ class LanguageModel:
         Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two pieces, or
         :func:`qspec_jax.decoding.programs.cycles_per_check` if that is more. A piece never ends inside a character.
         """
-        plan = self.plan(mode, draft=draft, draft_length=draft_length, draft_context=draft_context)
+        drafting: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
+        plan = self.plan(mode, **drafting, verify=verify)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "max_seq_len": max_seq_len}
         request = self.intake.request(prompt, what="prompt 1", sampling=sampling, **options)
         cycles_per_step = at_least_1("cycles_per_step", cycles_per_step)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from qspec_jax.decoding.plan import AUTO, check_verify
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device import processes
 from qspec_jax.device.compilation_cache import enable_compilation_cache
@@ -32,6 +33,7 @@ from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
+from qspec_jax.weights.exact import open_exact
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.placing import MeshPlacing, Placing
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
@@ -71,17 +73,32 @@ class OpenedModel:
         return Shards.of(self.config, mesh, quantization=self.quantization, formats=self.formats, **placement)
 
 
-def open_model(path: Path, quantization: QuantConfig | Literal["auto"] | None) -> OpenedModel:
+def open_model(
+    path: Path,
+    quantization: QuantConfig | Literal["auto"] | None,
+    *,
+    verify: str | Any = AUTO,
+    draft_path: Path | None = None,
+) -> OpenedModel:
     """Opens what ``resolve_model`` found: a checkpoint of this library, or a model in another format.
 
     Args:
         path: of the model.
-        quantization: as in :func:`load`.
+        quantization, verify: as in :func:`load`.
+        draft_path: of ``draft_model`` there.
 
     Raises:
-        UsageError: the weights cannot be stored so.
+        UsageError: the weights cannot be stored so, or do not fit together.
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
+    if check_weights(quantization, verify, draft_path):
+        assert quantization is not None
+        exact = open_exact(path, quantization, draft_path)
+        chosen, source = exact.quantization, exact.source
+        options: dict[str, Any] = {"quantization": chosen, "formats": exact.formats, "drafts": exact.drafts}
+        read = functools.partial(load_decoder, source, **options)
+        tokenizer = functools.partial(open_tokenizer, path)
+        return OpenedModel(path.name, source.config, chosen, exact.formats, tokenizer, read)
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         manifest = checkpoint.manifest
@@ -95,6 +112,27 @@ def open_model(path: Path, quantization: QuantConfig | Literal["auto"] | None) -
     return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
 
 
+def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> bool:
+    """Whether a model is to hold its floats beside a 4-bit copy; arguments as of :func:`load`.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    verify = check_verify(verify, "qspec")
+    if not (quantization is None or quantization == "auto" or isinstance(quantization, QuantConfig)):
+        raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
+    keeps_floats = isinstance(quantization, QuantConfig) and quantization.keep_floats
+    if verify not in (AUTO, "float") and (keeps_floats or quantization is None):
+        kept = "keep_floats" if keeps_floats else "quantization=None"
+        raise UsageError(f"verify={verify!r} reads 4-bit weights alone; leave {kept} out, or use verify='float'")
+    if verify == "float" and quantization is None:
+        raise UsageError("verify='float' drafts from a 4-bit copy: leave quantization=None out, or verify='float'")
+    is_exact = keeps_floats or verify == "float"
+    if draft_model is not None and not is_exact:
+        raise UsageError("draft_model is of verify='float', whose drafts it makes; add that, or leave draft_model out")
+    return is_exact
+
+
 def load(
     model: str | os.PathLike[str] | Any = None,
     *,
@@ -102,6 +140,8 @@ def load(
     dtype: str | None = None,
     kernels: str = "auto",
     mesh: Mesh | str | Any = None,
+    verify: str | Any = AUTO,
+    draft_model: str | os.PathLike[str] | Any = None,
     progress: bool = False,
     compile_ahead: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
@@ -124,6 +164,12 @@ def load(
         mesh: devices that share the model: ``"data=2,model=4"`` of JAX's first devices, or a ``jax.sharding.Mesh`` with
             one or both of these axes. Rows of a batch are split over ``data``; heads, channels and vocabulary over
             ``model``. No device holds more than its share. None for the default device alone.
+        verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
+            and tokens are those of plain decoding with the floats. ``w4a16`` for 4-bit weights alone; ``auto`` for
+            that, too, unless ``quantization`` keeps floats.
+        draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
+            ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
+            as fit.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
             compiles (:meth:`Pipeline.compile`) the loaded model has, too. An error in it is ignored: programs are then
@@ -140,13 +186,13 @@ def load(
     """
     start_device()
     placement = decoder_options(kernels, dtype)
-    if not (quantization is None or quantization == "auto" or isinstance(quantization, QuantConfig)):
-        raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
+    check_weights(quantization, verify, draft_model)
     with contextlib.suppress(OSError):
         enable_compilation_cache()
     _check_processes(mesh)
     on = make_mesh(mesh)
-    opened = open_model(resolve_model(model), quantization)
+    draft_path = None if draft_model is None else resolve_model(draft_model, what="draft_model")
+    opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path)
     shards = None if on is None else opened.shards(on, placement)
     shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.

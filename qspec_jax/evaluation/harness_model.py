@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
             raise UsageError("--model_args has model and pretrained, which are one; give one of them")
         model = pretrained if model is None else model
         drafting = {"draft": draft, "draft_length": _number("draft_length", draft_length)}
-        plan_of(mode, **drafting, quantized=mode != "float")  # refuses what makes no sense before a model is loaded
+        plan_of(mode, **drafting, held=(4, None))  # refuses what makes no sense before a model is loaded
         is_auto = batch_size is None or str(batch_size).startswith("auto")
         self.batch_size = 8 if is_auto else at_least_1("batch_size", _number("batch_size", batch_size))
         longest = between("max_length", _number("max_length", max_length), 2, INT32_MAX, "at least 2")

@@ -325,6 +325,8 @@ class QuantConfig:
         w4a4: activations of ``Precision.W4A4``. By default the loudest group of a token keeps 8 bits; with more
             ``outlier_groups`` acceptance rises towards that of ``w4a8``.
         w4a8: activations of ``Precision.W4A8``.
+        keep_floats: the linears of the checkpoint are kept in floating point besides: they verify what the 4-bit copy
+            drafts.
 
     Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are 4-bit
     already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0 and Q4_1) keeps its own codes and groups:
@@ -335,15 +337,27 @@ class QuantConfig:
     symmetric: bool = False
     w4a4: ActivationQuantization = ActivationQuantization(ACTIVATION_GROUP, symmetric=False, outlier_groups=1)
     w4a8: ActivationQuantization = ActivationQuantization()
+    keep_floats: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group_size", fields.whole("group_size", self.group_size, or_none=True))
         object.__setattr__(self, "symmetric", fields.truth("symmetric", self.symmetric))
+        object.__setattr__(self, "keep_floats", fields.truth("keep_floats", self.keep_floats))
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UsageError(f"group_size={self.group_size} is not supported; use 32, 64, 128 or None (whole row)")
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):
                 raise UsageError(f"{name} is of type {type(value).__name__}; use an ActivationQuantization")
+
+
+def held_weights(quantization: QuantConfig | None) -> tuple[int | None, ...]:
+    """``weight_bits`` of the views that a model can serve: 4 for codes, None for a checkpoint's own floats.
+
+    Codes alone serve None as well, dequantised, which is no float of a checkpoint.
+    """
+    if quantization is None:
+        return (None,)
+    return (4, None) if quantization.keep_floats else (4,)
 
 
 def parse_group_size(value: int | str) -> int | None:

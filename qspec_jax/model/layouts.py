@@ -44,6 +44,19 @@ def linears(decoder: Decoder) -> list[Linear]:
     return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 
+def unread_bytes(decoder: Decoder, view: View) -> int:
+    """Bytes of the arrays of linears that a view leaves alone, where a model has two sets of weights."""
+
+    def num_bytes(value: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+
+    return sum(
+        num_bytes(linear.floats.get_value()) + num_bytes(linear.weight.get_value()) - num_bytes(linear.read_by(view))
+        for linear in linears(decoder)
+        if linear.floats is not None
+    )
+
+
 def add_group_sums(decoder: Decoder, mesh: Mesh | None = None) -> bool:
     """Gives every 4-bit linear the group sums that its asymmetric draft activations need; True if any was missing."""
     changed = False

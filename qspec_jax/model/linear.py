@@ -1,7 +1,8 @@
 """The linear layer: the one place where a view decides which matmul runs.
 
 A weight is either a float array ``[N, K]`` or a ``QuantizedWeight``. Every view reads the same
-arrays; only the treatment of the activations and the kernel differ. A draft usually wants its inputs as
+arrays; only the treatment of the activations and the kernel differ. A quantised linear may have its floats besides:
+they are what a view without ``weight_bits`` reads then. A draft usually wants its inputs as
 integers, and from the kernel that computes them: whoever computes them asks ``Linear.input_quantization``.
 """
 
@@ -62,7 +63,7 @@ _USUAL_VIEWS = (View.of(Precision.W4A16), View.of(Precision.W4A8))
 
 
 class Linear(nnx.Module):
-    """``y = x @ weight.T + bias`` with a weight in 4 bits or in floating point.
+    """``y = x @ weight.T + bias`` with a weight in 4 bits, in floating point, or both.
 
     A leading ``layers`` shape stacks the arrays of several layers, for a scan over them. With ``sum_over``, the devices
     of that axis of a mesh have some inputs each, and the output is the sum over all of them.
@@ -89,10 +90,13 @@ class Linear(nnx.Module):
         if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
             weight = dataclasses.replace(weight, layout=self.layout_for(weight, _USUAL_VIEWS))
         self.weight = nnx.Param(weight)
+        keeps_floats = weight_format is not None and quantization is not None and quantization.keep_floats
+        self.floats = nnx.Param(jnp.zeros((*layers, num_outputs, num_inputs), dtype)) if keeps_floats else None
         self.bias = nnx.Param(jnp.zeros((*layers, num_outputs), dtype)) if bias else None
 
     def __repr__(self) -> str:
-        return f"Linear({shown(self.weight.get_value())})"
+        floats = "" if self.floats is None else f", floats {shown(self.floats.get_value())}"
+        return f"Linear({shown(self.weight.get_value())}{floats})"
 
     def __call__(self, x: Float[Array, "*batch K"] | QuantizedActivation, *, view: View) -> Float[Array, "*batch N"]:
         """``x @ weight.T + bias``.
@@ -121,7 +125,7 @@ class Linear(nnx.Module):
 
         None where it reads floating point.
         """
-        weight = self.weight.get_value()
+        weight = self.read_by(view)
         recipe = self._recipe(weight, view)
         if recipe is None:
             return None
@@ -136,6 +140,11 @@ class Linear(nnx.Module):
             "layout": weight.layout,
             "implementation": other_kernels(self.kernels),
         }
+
+    def read_by(self, view: View) -> Array | QuantizedWeight:
+        """The array that a view reads."""
+        beside = self.floats if view.weight_bits is None else None
+        return (self.weight if beside is None else beside).get_value()
 
     def layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
         """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.
@@ -163,7 +172,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch K"] | QuantizedActivation, view: View
     ) -> Float[Array, "*batch N"] | PartialSums:
         """``x @ weight.T`` of inputs in the form that the view reads."""
-        weight = self.weight.get_value()
+        weight = self.read_by(view)
         if isinstance(x, QuantizedActivation):
             assert isinstance(weight, QuantizedWeight)
             return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
@@ -176,8 +185,21 @@ class Linear(nnx.Module):
             raise UsageError(
                 f"precision {view.precision.value} needs 4-bit weights; this model was loaded in floating point"
             )
+        elif self.floats is not None:
+            return in_pieces(lambda rows: self._float_product(rows, weight), x)
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
+
+    def _float_product(
+        self, x: Float[Array, "*batch K"], weight: Float[Array, "N K"]
+    ) -> Float[Array, "*batch N"] | PartialSums:
+        """With floats that verify drafts: rows of new tokens have the same bits whatever is beside them.
+
+        Kernels of another name do not serve every dtype and number of rows. Prefill is left to XLA.
+        """
+        is_prefill = x.ndim == 3 and x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS
+        implementation = REFERENCE if is_prefill or self.kernels == REFERENCE else None
+        return pallas_kernels.float_partial_sums(x, weight, dtype=self.dtype, implementation=implementation)
 
 
 def in_pieces(

@@ -12,7 +12,9 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.config import GROUP_SIZES, ModelConfig
+
+FLOATS = "floats"  # of a quantised linear, the array that holds its weight as the checkpoint does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,11 @@ class ParameterSpec:
         return self.array if self.layer is None else f"layers.{self.layer}.{self.array}"
 
     @property
+    def floats(self) -> ParameterSpec:
+        """Of the weight of a linear: the same in floating point, where a model has both."""
+        return dataclasses.replace(self, name=f"{self.name.rpartition('.')[0]}.{FLOATS}")
+
+    @property
     def rows(self) -> slice:
         """Where it is in that array."""
         return slice(self.first_row, self.first_row + self.shape[0])
@@ -145,6 +152,12 @@ def expected_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
         head = ParameterSpec("lm_head.weight", matrix, "embedding", "lm_head", norm_before=final.name, stream="reads")
         specs.append(head)
     return {spec.name: spec for spec in specs}
+
+
+def largest_group_size(config: ModelConfig) -> int | None:
+    """The largest group of inputs that divides those of every linear; None for the whole row."""
+    sizes = [linear.num_inputs for linear in layer_anatomy(config).linears.values()]
+    return next((size for size in sorted(GROUP_SIZES, reverse=True) if not any(k % size for k in sizes)), None)
 
 
 def layer_parameters(config: ModelConfig, layer: int) -> list[ParameterSpec]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,13 @@ class _Place(NamedTuple):
         return self.path, self.layer
 
 
+class _Target(NamedTuple):
+    """A tensor, and the places that it is written to."""
+
+    entry: TensorEntry
+    places: tuple[_Place, ...]
+
+
 def load_decoder(
     source: Source,
     *,
@@ -59,6 +66,7 @@ def load_decoder(
     dtype: DTypeLike,
     kernels: str | None,
     scan_layers: bool,
+    drafts: Source | None = None,
     placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Decoder:
@@ -71,6 +79,8 @@ def load_decoder(
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``.
+        drafts: a source that the 4-bit copy of the linears is read from, where floats are kept besides; None for the
+            same one.
         placing: puts each array where it belongs: the default device, or a mesh.
         progress: wraps the iteration over the tensors.
 
@@ -82,7 +92,8 @@ def load_decoder(
         RequantizationWarning: linears that are quantised in the file are rounded a second time, or linears that it
             leaves in floating point are rounded.
     """
-    if quantization is not None:
+    keeps_floats = quantization is not None and quantization.keep_floats
+    if quantization is not None and not keeps_floats:  # whose quality does not depend on the 4-bit copy
         _warn_of_requantization(source)
 
     decoder = placing.whole(
@@ -94,29 +105,38 @@ def load_decoder(
         scan_layers=scan_layers,
     )
     placing.check_memory(decoder, name=source.path.name)
-    places = {name: _place(decoder, spec) for name, spec in source.specs.items()}
+    copied = drafts if keeps_floats and drafts is not None else source
+    targets = {name: _targets(decoder, spec, source, copied, keeps_floats) for name, spec in source.specs.items()}
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {size}"):
-        _Filling(decoder, places, placing).run(source.entries, progress)
+        _Filling(decoder, targets, placing).run(progress)
         return jax.block_until_ready(placing.finished(decoder))
 
 
 class _Filling:
     """Parameters that are abstract before, and on their devices after."""
 
-    def __init__(self, module: nnx.Module, places: Mapping[str, _Place], placing: Placing):
-        self._parameters, self._places, self._placing = dict(parameters(module)), places, placing
-        self._tensors_to_come = Counter(place.array for place in places.values())
+    def __init__(self, module: nnx.Module, targets: Mapping[str, Sequence[_Target]], placing: Placing):
+        self._parameters, self._targets, self._placing = dict(parameters(module)), targets, placing
+        self._tensors_to_come = Counter(
+            place.array for some in targets.values() for target in some for place in target.places
+        )
         self._layers_of = Counter(path for path, _ in self._tensors_to_come)
         self._layers_to_come = Counter(self._layers_of)
         self._incomplete: dict[tuple[str, int | None], Any] = {}  # values in host memory, in planes
         self._stacks: dict[str, dict[str, Stack]] = {}
 
-    def run(self, entries: Mapping[str, TensorEntry], progress: Callable[[Iterable], Iterable]) -> None:
-        """Reads every tensor that has a place into it."""
-        for name in progress(list(self._places)):
-            place = self._places[name]
-            self._write(place, _read(name, entries[name]))
+    def run(self, progress: Callable[[Iterable], Iterable]) -> None:
+        """Reads every tensor into its places."""
+        for name in progress(list(self._targets)):
+            for target in self._targets[name]:
+                self._read(name, target)
+
+    def _read(self, name: str, target: _Target) -> None:
+        """Reads a tensor into its places, and lets go of it."""
+        tensor = _read(name, target.entry)
+        for place in target.places:
+            self._write(place, tensor)
             self._tensors_to_come[place.array] -= 1
             if not self._tensors_to_come[place.array]:
                 self._complete(*place.array)
@@ -165,8 +185,11 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
         lambda: DecoderLayer(config, formats=formats, quantization=None, kernels=REFERENCE, dtype=jnp.float32)
     )
     specs = [spec for spec in source.specs.values() if spec.layer == index]
-    places = {spec.name: _Place(spec.array, spec.first_row, layer=None) for spec in specs}
-    _Filling(layer, places, _DEFAULT).run(source.entries, iter)
+    targets = {
+        spec.name: [_Target(source.entries[spec.name], (_Place(spec.array, spec.first_row, layer=None),))]
+        for spec in specs
+    }
+    _Filling(layer, targets, _DEFAULT).run(iter)
     return layer
 
 
@@ -242,6 +265,19 @@ def _place(decoder: Decoder, spec: ParameterSpec) -> _Place:
     if decoder.scan_layers:
         return _Place(f"layers.0.{spec.array}", spec.first_row, spec.layer)
     return _Place(spec.path, spec.first_row, layer=None)
+
+
+def _targets(
+    decoder: Decoder, spec: ParameterSpec, source: Source, copied: Source, keeps_floats: bool
+) -> list[_Target]:
+    """Where a parameter goes, and the floats beside a 4-bit copy of it, which may come from elsewhere."""
+    own, place = source.entries[spec.name], _place(decoder, spec)
+    if not keeps_floats or spec.kind != "linear":
+        return [_Target(own, (place,))]
+    floats = _place(decoder, spec.floats)
+    if copied is source:
+        return [_Target(own, (place, floats))]
+    return [_Target(copied.entries[spec.name], (place,)), _Target(own, (floats,))]
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:

@@ -28,12 +28,13 @@ _OF_DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another format
 
 
-def resolve_model(model: str | os.PathLike[str] | Any) -> Path:
+def resolve_model(model: str | os.PathLike[str] | Any, *, what: str = "model") -> Path:
     """The file or directory of a model, downloaded if need be.
 
     Args:
         model: a local path; a hub id ``organisation/name``; None or ``"default"`` for the demo model,
             SmolLM2-135M-Instruct.
+        what: the argument's name, for errors.
 
     Returns:
         a GGUF file, a Hugging Face directory, or a directory that :mod:`qspec_jax.weights.checkpoint` wrote. One that
@@ -43,22 +44,23 @@ def resolve_model(model: str | os.PathLike[str] | Any) -> Path:
         UsageError: it is no name at all.
         CheckpointError: there is no such path, or the download failed.
     """
-    check_model_name(model)
+    check_model_name(model, what=what)
     if model is None or model == "default":
         return _demo_model()
     if os.path.exists(model):
         return _local_model(Path(model))
-    remedy = "check the id and the network, or give --model the path of a local copy"
+    option = f"--{what.replace('_', '-')}"
+    remedy = f"check the id and the network, or give {option} the path of a local copy"
     path = _download(os.fspath(model), remedy=remedy)
     if next(path.glob("*.safetensors"), None) is None:
         raise CheckpointError(
             f"{os.fspath(model)} has no safetensors on the hub, and nothing else is fetched from there; if it has GGUF "
-            "files, download one (hf download ID FILE) and give --model its path"
+            f"files, download one (hf download ID FILE) and give {option} its path"
         )
     return path
 
 
-def check_model_name(model: str | os.PathLike[str] | Any) -> None:
+def check_model_name(model: str | os.PathLike[str] | Any, *, what: str = "model") -> None:
     """Refuses what :func:`resolve_model` cannot find, without asking the hub.
 
     Raises:
@@ -68,12 +70,12 @@ def check_model_name(model: str | os.PathLike[str] | Any) -> None:
     if model is None:
         return
     if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
-        raise UsageError(f"model={model!r}: use a path or a hub id, as a text or a Path")
+        raise UsageError(f"{what}={model!r}: use a path or a hub id, as a text or a Path")
     if model == "default" or os.path.exists(model):
         return
     if not (isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.endswith(".gguf")):
         raise CheckpointError(
-            f"model {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
+            f"{what} {os.fspath(model)!r}: no such file or directory, and not a hub id (organisation/name); give a "
             "GGUF file, a directory with config.json and safetensors, a checkpoint of qspec_jax.quantize, or a hub id"
         )
 

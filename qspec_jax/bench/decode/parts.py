@@ -25,6 +25,7 @@ from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.layouts import unread_bytes
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.view import View
 
@@ -161,7 +162,9 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     embedding = decoder.embedding.get_value()
     head_bytes = (embedding if decoder.lm_head is None else decoder.lm_head.get_value()).nbytes
     outside = embedding.nbytes + (0 if decoder.lm_head is None else head_bytes)
-    unread = 0 if _reads_group_sums(model, view) else _group_sum_bytes(decoder)
+    unread = unread_bytes(decoder, view)
+    if view.weight_bits is not None and not _reads_group_sums(model, view):
+        unread += _group_sum_bytes(decoder)
     one_position = jax.eval_shape(lambda: decoder.create_cache(batch=1, capacity=1)).layers
     position_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_position))
     limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)

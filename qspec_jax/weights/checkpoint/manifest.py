@@ -78,6 +78,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``qspec.json``, with its own checksum."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        del content["quantization"]["keep_floats"]  # of a model in memory: a checkpoint has codes alone
         return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
 
 

@@ -77,12 +77,17 @@ def save_checkpoint(
         what was written into ``qspec.json``.
 
     Raises:
-        UsageError: the weights are floating point or on devices of several processes, or there is a checkpoint and
-            ``overwrite`` is not set.
+        UsageError: the weights are floating point, in part or all, or on devices of several processes, or there is a
+            checkpoint and ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
     """
     if quantization is None:
         raise UsageError("only 4-bit weights are saved; load the model with a QuantConfig")
+    if quantization.keep_floats:
+        raise UsageError(
+            "only 4-bit weights are saved, and this model has floating-point ones besides; its checkpoint has those. "
+            "Load it with verify='w4a16' to save its 4-bit copy, and give that as draft_model the next time"
+        )
     if jax.process_count() > 1:
         raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
     path = Path(os.path.abspath(path))
