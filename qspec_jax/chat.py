@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_draft(parser)
     options.add_draft_length(parser)
     options.add_draft_context(parser)
+    options.add_verify(parser)
     add("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
     context = "tokens of a conversation (default: the model's context, up to 4096)"
     add("--max-seq-len", type=int, metavar="N", help=context)
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and talks; the exit code."""
     options.check_positive(arguments, "max_new_tokens", "max_seq_len")
     options.check_draft_length(arguments.draft_length)
+    options.check_weights(arguments)
     sampling = {**options.sampling_of(arguments), "stop": arguments.stop}
     SamplingParams.of(sampling)
     require_standard_output("a conversation needs one")
@@ -163,13 +165,15 @@ def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[Lang
     from qspec_jax.engine.load import open_model
 
     start_device()
-    quantization = None if arguments.mode == "float" else options.quantization_of(arguments.group_size)
+    weights = options.weights_of(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     example = [*system, {"role": "user", "content": "Hello! How are you?"}]
-    _check(arguments, open_model(resolve_model(arguments.model), quantization), example)
+    given = weights.pop("draft_model", None)
+    draft_path = None if given is None else resolve_model(given, what="draft_model")
+    _check(arguments, open_model(resolve_model(arguments.model), **weights, draft_path=draft_path), example)
 
     def session_of(model: LanguageModel) -> Session:
-        plan = model.plan(arguments.mode, **_plan_options(arguments))
+        plan = model.plan(arguments.mode, **options.plan_options(arguments))
         return model.session(plan, max_seq_len=arguments.max_seq_len, on_event=lambda event: say(f"{event} ..."))
 
     def compile_ahead(model: LanguageModel) -> None:
@@ -185,17 +189,13 @@ def _check(arguments: argparse.Namespace, opened: OpenedModel, example: list[dic
     """Refuses what this model cannot do, before its weights are read."""
     from qspec_jax.engine.intake import check_length
 
-    plan_of(arguments.mode, **_plan_options(arguments), held=held_weights(opened.quantization))
+    plan_of(arguments.mode, **options.plan_options(arguments), held=held_weights(opened.quantization))
     check_length(1, 0, max_seq_len=arguments.max_seq_len, context=opened.config.max_position_embeddings)
     tokenizer = opened.tokenizer()
     if tokenizer is None or not tokenizer.has_chat_template:
         without = f"{opened.name} has no chat template, so nobody can talk to it"
         raise UsageError(f"{without}; python -m qspec_jax.generate goes on with texts")
     tokenizer.apply_chat(example)  # which may refuse a system prompt
-
-
-def _plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("draft", "draft_length", "draft_context")}
 
 
 if __name__ == "__main__":

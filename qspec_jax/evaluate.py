@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--draft-contexts", default="full", metavar="N,...", help=contexts)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
+    options.add_verify(parser)
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_kernels(parser)
@@ -193,6 +194,9 @@ def _request(arguments: argparse.Namespace) -> _Request:
     options.check_plot(arguments.outlier_plot, option="--outlier-plot")
     for model in (*(arguments.model or ()), arguments.baseline):
         check_model_name(model)
+    options.check_weights(arguments, ["qspec"])
+    if arguments.draft_model is not None and len(arguments.model or ()) > 1:
+        raise UsageError("--draft-model is of one model; give one --model, or leave it out")
     return _Request(precisions, drafts, lengths, contexts, text, prompts)
 
 
@@ -213,7 +217,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
             model,
             model.tokenizer.encode(request.text)[: arguments.max_tokens],
             precisions=[qspec_jax.Precision(precision) for precision in request.precisions],
-            baseline=_load(arguments.baseline or name, arguments, None),
+            baseline=_baseline(name, arguments, model),
             context=arguments.context,
             progress=_progress("text"),
         )
@@ -244,12 +248,21 @@ def _failure(request: _Request, line: PromptLine, reason: str) -> str:
     return f"prompt {number} failed: {reason} ({line.where})"
 
 
+def _baseline(name: str | None, arguments: argparse.Namespace, model: Any) -> Any:
+    """The model to compare with, which is the model itself if it has its floats."""
+    has_floats = arguments.verify == "float" and arguments.baseline is None
+    return model if has_floats else _load(arguments.baseline or name, arguments, None)
+
+
 def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
     import qspec_jax
+
+    weights = {"verify": arguments.verify, "draft_model": arguments.draft_model} if quantization is not None else {}
 
     return qspec_jax.load(
         name,
         quantization=quantization,
+        **weights,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         mesh=arguments.mesh,

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_draft(parser)
     options.add_draft_length(parser)
     options.add_draft_context(parser)
+    options.add_verify(parser)
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
     add("--max-seq-len", type=int, metavar="N", help="cache positions per sequence (default: as many as needed)")
     batch = "rows of the batch: prompts that run together; the next one enters as one is finished (default: 8)"
@@ -145,6 +146,10 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
         settings["mesh"] = arguments.mesh
     if arguments.show_draft:
         settings["show_draft"] = True
+    if arguments.verify != AUTO:
+        settings["verify"] = arguments.verify
+    if arguments.draft_model is not None:
+        settings["draft_model"] = model_identity(arguments.draft_model)
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
     try:
         first = file.num_finished
@@ -174,10 +179,10 @@ def _run_streaming(arguments: argparse.Namespace, lines: list[PromptLine], defau
 
     start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, alone=True)
     model = _load(arguments, start)
-    plan = model.plan(arguments.mode, **_plan_options(arguments))
+    plan = model.plan(arguments.mode, **options.plan_options(arguments))
     requests = _requests(model, plan, lines, arguments, defaults)
     require_some(requests)
-    settings = {"mode": arguments.mode, "max_seq_len": arguments.max_seq_len, **_plan_options(arguments)}
+    settings = {"mode": arguments.mode, "max_seq_len": arguments.max_seq_len, **options.plan_options(arguments)}
     errors: dict[int, str | None] = {}
     for index, (line, request) in enumerate(zip(lines, requests, strict=True)):
         if len(lines) > 1:
@@ -213,7 +218,7 @@ def _start(
     from qspec_jax.engine.intake import require_some
     from qspec_jax.engine.requests import Request
 
-    plan = model.plan(arguments.mode, **_plan_options(arguments))
+    plan = model.plan(arguments.mode, **options.plan_options(arguments))
     requests = _requests(model, plan, lines, arguments, defaults)
     if arguments.output is None:
         require_some(requests)
@@ -253,10 +258,6 @@ def _requests(
 def _numbers(lines: Sequence[PromptLine]) -> list[int]:
     """The place of each line's prompt among the prompts, whose samples are one after the other."""
     return list(itertools.accumulate(int(line.sample == 0) for line in lines))
-
-
-def _plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("draft", "draft_length", "draft_context")}
 
 
 def _complain(lines: Sequence[PromptLine], errors: Mapping[int, str | None]) -> int:
@@ -320,6 +321,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
     options.check_positive(arguments, *names)
     options.check_counts(arguments, "batch_size", "num_samples")
     options.check_draft_length(arguments.draft_length)
+    options.check_weights(arguments)
     if arguments.show_draft and arguments.stream and not arguments.json and arguments.output is None:
         raise UsageError("--show-draft shows a text that is complete, and not as it comes; leave --stream out")
 

@@ -15,6 +15,7 @@ from typing import Any
 from qspec_jax.commands import options
 from qspec_jax.commands.output import require_standard_output, show, show_json
 from qspec_jax.commands.run import exit_code, leave
+from qspec_jax.decoding.plan import AUTO
 from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files import json_lines
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", nargs="?", help=model)
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
+    options.add_verify(parser)
     options.add_kernels(parser)
     mesh = "what each of so many devices would hold: data=N,model=N; there need not be so many"
     add("--mesh", metavar="AXES", help=mesh)
@@ -78,7 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = None if arguments.group_size is None else options.quantization_of(arguments.group_size)
     path = resolve_model(arguments.model)
     mesh = parse_mesh(arguments.mesh or "model=1")
-    facts = describe_model(path, quantization=chosen, dtype=arguments.dtype, kernels=arguments.kernels, mesh=mesh)
+    given = arguments.draft_model
+    facts = describe_model(
+        path,
+        quantization=chosen,
+        dtype=arguments.dtype,
+        kernels=arguments.kernels,
+        mesh=mesh,
+        verify=arguments.verify,
+        draft_path=None if given is None else resolve_model(given, what="draft_model"),
+    )
     _print(arguments, facts, text.model_text(facts))
     return 0
 
@@ -93,6 +104,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError("--mesh is of a MODEL, which is missing: give one, or 'default'")
         parse_mesh(arguments.mesh)
     options.check_positive(arguments, "max_seconds")
+    if arguments.model is None and (arguments.verify != AUTO or arguments.draft_model is not None):
+        raise UsageError("--verify and --draft-model are of a MODEL, which is missing: give one, or 'default'")
+    options.check_weights(arguments, ["qspec"])
     check_model_name(arguments.model)
     check_writable(arguments.output, option="--output")
 

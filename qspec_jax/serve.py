@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_draft(parser)
     options.add_draft_length(parser)
     options.add_draft_context(parser)
+    options.add_verify(parser)
     add(
         "--max-seq-len",
         type=int,
@@ -144,6 +145,7 @@ def _check(arguments: argparse.Namespace) -> None:
     options.check_positive(arguments, "batch_size", "max_seq_len", "max_body", "max_prompt_tokens", "max_new_tokens")
     options.check_counts(arguments, "batch_size", "max_waiting")
     options.check_draft_length(arguments.draft_length)
+    options.check_weights(arguments)
     if arguments.max_waiting < 0:
         raise UsageError(f"--max-waiting {arguments.max_waiting} must be at least 0")
     if not 0 <= arguments.port <= 65535:
@@ -205,8 +207,7 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
     import qspec_jax
 
     def service_of(model: LanguageModel) -> Service:
-        names = ("draft", "draft_length", "draft_context")
-        plan = model.plan(arguments.mode, **{name: getattr(arguments, name) for name in names})
+        plan = model.plan(arguments.mode, **options.plan_options(arguments))
         settings = _size(arguments, model)
         return model.service(plan, **settings, on_event=lambda event: say(f"{event} ..."), on_end=metrics.count_answer)
 

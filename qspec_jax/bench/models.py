@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.decoding.plan import AUTO, MODES
 from qspec_jax.device.mesh import make_mesh, shape_of
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig, QuantConfig, parse_group_size
@@ -27,7 +28,7 @@ class ModelRequest:
     Attributes:
         name, config, path: the model; ``path`` is None for synthetic weights.
         quantization: of the 4-bit modes; None for what the model brings.
-        dtype, kernels, mesh: as in :func:`qspec_jax.load`.
+        verify, draft_model, dtype, kernels, mesh: as in :func:`qspec_jax.load`.
     """
 
     name: str
@@ -37,6 +38,15 @@ class ModelRequest:
     dtype: str | None
     kernels: str
     mesh: str | None
+    verify: str
+    draft_model: str | None
+
+    def passes(self, modes: Sequence[str]) -> list[list[str]]:
+        """The modes by the models that they need: floats alone only where nothing is verified with them."""
+        if self.verify == "float":
+            return [list(modes)]
+        in_float = [mode for mode in modes if mode == "float"]
+        return [some for some in ([mode for mode in modes if mode != "float"], in_float) if some]
 
     def check_device(self, batches: Sequence[int] = ()) -> None:
         """Raises UsageError where kernels, dtype or mesh make no sense on the devices here, or for some batches."""
@@ -59,16 +69,27 @@ class ModelRequest:
             from qspec_jax.bench.synthetic import synthetic_model
 
             quantization = None if floating_point else self.quantization
+            if quantization is not None and self.verify == "float":
+                quantization = dataclasses.replace(quantization, keep_floats=True)
             return synthetic_model(self.config, quantization=quantization, name=self.name, **placement)
         import qspec_jax
 
-        given = None if floating_point else self.quantization or "auto"
-        return qspec_jax.load(self.path, quantization=given, **placement)
+        if floating_point:
+            return qspec_jax.load(self.path, quantization=None, **placement)
+        weights: dict[str, Any] = {"verify": self.verify, "draft_model": self.draft_model}
+        return qspec_jax.load(self.path, quantization=self.quantization or "auto", **weights, **placement)
+
+
+def verification(mode: str, verify: str) -> dict[str, str]:
+    """``verify`` of the plan of a mode, of which a plain one is its own target."""
+    return {"verify": AUTO if mode in MODES and mode != "qspec" else verify}
 
 
 def chosen_model(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path | None]:
     """Name, shape and path of the model asked for; there is no path to synthetic weights."""
     if arguments.model is None:
+        if arguments.draft_model is not None:
+            raise UsageError("--draft-model drafts for a real model; give --model, or leave it out")
         name = arguments.preset or options.default_preset()
         if name not in PRESETS:
             raise UsageError(f"--preset {name} is unknown; use one of {', '.join(PRESETS)}, or --model CHECKPOINT")
@@ -118,4 +139,6 @@ def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, p
         "dtype": arguments.dtype,
         "kernels": arguments.kernels,
         "mesh": arguments.mesh,
+        "verify": arguments.verify,
+        "draft_model": arguments.draft_model,
     }

@@ -18,13 +18,15 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels import QuantizedWeight
+from pallas_kernels import QuantizedWeight, dequantize
 from qspec_jax.bench.random_arrays import random_normal, random_weight
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.device.mesh import MODEL, make_mesh
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import abstract_decoder
+from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.layouts import linears
+from qspec_jax.model.parameters import FLOATS
 from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.model.shards import Shards, parameters
 from qspec_jax.weights.placing import MeshPlacing, Placing
@@ -65,10 +67,27 @@ def synthetic_model(
         likes = parameters(decoder if shards is None else shards.local)
         for (path, parameter), (_, like) in zip(list(parameters(decoder)), likes, strict=True):
             made = _random_like if on is None else functools.partial(_on_mesh, on, parameter.get_value())
+            if path.endswith(f".{FLOATS}"):
+                continue
             # One after the other: allocation would otherwise run ahead of the temporary arrays that are freed.
             parameter.set_value(jax.block_until_ready(made(keys.next(), like.get_value(), kind=_kind(path))))
+        _fill_floats(decoder, on)
     in_use = kernels_in_use(decoder, kernels)
     return LanguageModel(decoder, None, quantization=quantization, kernels=in_use, name=name, mesh=on)
+
+
+def _fill_floats(decoder: Decoder, mesh: Mesh | None) -> None:
+    """Gives linears that keep floats those that their codes mean: drafts are as good as a 4-bit copy's."""
+    for linear in linears(decoder):
+        if linear.floats is None:
+            continue
+        weight, like = linear.weight.get_value(), linear.floats.get_value()
+        made = functools.partial(dequantize, dtype=like.dtype)
+        if mesh is not None:
+            specs = jax.tree.map(lambda leaf: leaf.sharding.spec, weight)
+            out = like.sharding.spec
+            made = jax.shard_map(made, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
+        linear.floats.set_value(jax.block_until_ready(jax.jit(made)(weight)))
 
 
 def _on_mesh(mesh: Mesh, whole: Any, key: Array, like: Any, *, kind: str) -> Any:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, check_draft_context
+from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, VERIFY, check_draft_context, check_verify
 from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
 from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
+from qspec_jax.weights.resolve import check_model_name
 
 KERNELS = ("auto", "reference", "triton", "mosaic", "tpu")
 GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
@@ -112,6 +114,53 @@ def parse_draft_context(text: str) -> str | int:
     value = int(text) if re.fullmatch("[0-9]{1,18}", text.strip()) else text.strip()
     check_draft_context(value)
     return value
+
+
+def add_verify(parser: Parser) -> None:
+    """``--verify`` and ``--draft-model``; see :func:`check_weights`."""
+    text = (
+        "what verifies drafts: float (a model's own weights, kept beside a 4-bit copy), w4a16, or auto (default: auto)"
+    )
+    parser.add_argument("--verify", choices=VERIFY, default=AUTO, help=text)
+    draft_model = "with --verify float, a 4-bit checkpoint of the same model to draft from (default: rounded at load)"
+    parser.add_argument("--draft-model", metavar="CHECKPOINT", help=draft_model)
+
+
+def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> None:
+    """Refuses, before a model is opened, weights that contradict each other or none of the modes.
+
+    Raises:
+        UsageError: that is so.
+        CheckpointError: there is no such draft model.
+    """
+    modes = list(modes) or [arguments.mode]
+    problems = []
+    for mode in modes:
+        try:
+            check_verify(arguments.verify, mode)
+        except UsageError as error:
+            problems.append(error)
+    if len(problems) == len(modes):
+        raise problems[0]
+    if arguments.draft_model is not None and arguments.verify != "float":
+        raise UsageError("--draft-model is of --verify float, whose drafts it makes; add that, or leave it out")
+    check_model_name(arguments.draft_model, what="draft_model")
+
+
+def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``quantization``, ``verify`` and ``draft_model`` of :func:`qspec_jax.load`.
+
+    ``--mode float`` alone needs no 4-bit weights; as the yardstick of ``--verify float`` it reads what verifies there.
+    """
+    if arguments.mode == "float" and arguments.verify == AUTO:
+        return {"quantization": None}
+    given = {"verify": arguments.verify, "draft_model": arguments.draft_model}
+    return {"quantization": quantization_of(arguments.group_size), **given}
+
+
+def plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of ``LanguageModel.plan``."""
+    return {name: getattr(arguments, name) for name in ("draft", "draft_length", "draft_context", "verify")}
 
 
 def add_group_size(parser: Parser, text: str) -> None:

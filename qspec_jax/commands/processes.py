@@ -23,7 +23,7 @@ from qspec_jax.errors import QSpecError, UsageError
 if TYPE_CHECKING:
     from qspec_jax.engine.language_model import LanguageModel
 
-_ALIKE = ("mesh", "mode", "dtype", "group_size", "kernels")  # a model may lie elsewhere on another host
+_ALIKE = ("mesh", "mode", "verify", "dtype", "group_size", "kernels")  # a model may lie elsewhere on another host
 _LOST = (
     "another process has ended, or the network between them failed ({error}). What is finished is kept; with --output, "
     "the same commands go on with it"

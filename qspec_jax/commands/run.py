@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qspec_jax.commands.options import quantization_of
+from qspec_jax.commands.options import weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.device import processes
@@ -167,7 +167,7 @@ def load_and_compile(
 
     Args:
         load: :func:`qspec_jax.load`.
-        arguments: ``model``, ``mode``, ``group_size``, ``dtype``, ``kernels`` and ``mesh``.
+        arguments: ``model``, ``mode``, ``dtype``, ``kernels``, ``mesh`` and those of :func:`weights_of`.
         compile_ahead: compiles what will be needed, with a model whose weights are not there yet.
 
     Raises:
@@ -181,7 +181,7 @@ def load_and_compile(
 
     model = load(
         arguments.model,
-        quantization=None if arguments.mode == "float" else quantization_of(arguments.group_size),
+        **weights_of(arguments),
         dtype=arguments.dtype,
         kernels=arguments.kernels,
         mesh=arguments.mesh,

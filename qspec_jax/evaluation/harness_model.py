@@ -29,7 +29,19 @@ from qspec_jax.model.view import View
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
-_ARGUMENTS = ("model", "mode", "draft", "draft_length", "dtype", "kernels", "mesh", "batch_size", "max_length")
+_ARGUMENTS = (
+    "model",
+    "mode",
+    "draft",
+    "draft_length",
+    "dtype",
+    "kernels",
+    "mesh",
+    "verify",
+    "draft_model",
+    "batch_size",
+    "max_length",
+)
 _WITHOUT_MEANING = ("device", "max_batch_size", "trust_remote_code")  # given to every class of lm-eval
 Scores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
@@ -48,6 +60,8 @@ class HarnessModel(TemplateLM):
         dtype: str | None = None,
         kernels: str = "auto",
         mesh: str | None = None,
+        verify: str = AUTO,
+        draft_model: str | None = None,
         batch_size: int | str | None = 8,
         max_length: int | str = 2048,
         pretrained: str | None = None,
@@ -58,7 +72,7 @@ class HarnessModel(TemplateLM):
         Args:
             model: what ``qspec_jax.load`` takes (``default`` for the demo model), or a loaded model.
             mode, draft, draft_length: as in ``LanguageModel.generate``.
-            dtype, kernels: as in ``qspec_jax.load``.
+            dtype, kernels, verify, draft_model: as in ``qspec_jax.load``; a loaded model has its own ``draft_model``.
             mesh: as well, with a semicolon between its axes: ``mesh=data=2;model=4``.
             batch_size: sequences that run together; ``auto`` is 8.
             max_length: tokens of a sequence, at most the model's context.
@@ -74,15 +88,16 @@ class HarnessModel(TemplateLM):
         if model is not None and pretrained is not None:
             raise UsageError("--model_args has model and pretrained, which are one; give one of them")
         model = pretrained if model is None else model
-        drafting = {"draft": draft, "draft_length": _number("draft_length", draft_length)}
+        drafting = {"draft": draft, "draft_length": _number("draft_length", draft_length), "verify": verify}
         plan_of(mode, **drafting, held=(4, None))  # refuses what makes no sense before a model is loaded
         is_auto = batch_size is None or str(batch_size).startswith("auto")
         self.batch_size = 8 if is_auto else at_least_1("batch_size", _number("batch_size", batch_size))
         longest = between("max_length", _number("max_length", max_length), 2, INT32_MAX, "at least 2")
         if not isinstance(model, LanguageModel):
-            quantization: Any = None if mode == "float" else "auto"
+            quantization: Any = None if mode == "float" and verify == AUTO else "auto"
+            weights: dict[str, Any] = {"quantization": quantization, "verify": verify, "draft_model": draft_model}
             name = None if model == "default" else model
-            model = qspec_jax.load(name, quantization=quantization, dtype=dtype, kernels=kernels, mesh=mesh)
+            model = qspec_jax.load(name, **weights, dtype=dtype, kernels=kernels, mesh=mesh)
         if model.tokenizer is None:
             raise UsageError(f"{model.name} has no tokenizer, which the harness needs")
         self.model, self.tokens, self.mode = model, model.tokenizer, mode

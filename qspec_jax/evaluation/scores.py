@@ -60,7 +60,7 @@ class DraftScore:
         tokens_per_cycle: accepted drafts and the token after them.
         acceptance_by_position: share of cycles in which the first, second, ... draft was accepted. One over the one
             before is the share of the cycles that came so far.
-        identical: prompts whose tokens are those of plain W4A16 decoding.
+        identical: prompts whose tokens are those of plain decoding at the target.
         kind: of the prompts; None for all prompts, whatever their kind.
     """
 
@@ -153,7 +153,7 @@ def score_drafts(
     Args:
         model: with 4-bit weights.
         prompts: texts, conversations or token ids.
-        plans: with drafts.
+        plans: with drafts, and one target.
         kinds: of each prompt, if they are to be scored by kind too; None for a prompt of no kind.
         max_new_tokens: for each prompt.
         batch_size: prompts that run together.
@@ -173,7 +173,7 @@ def score_drafts(
         require_some(requests)
         return model.run(requests, plan, batch_size=batch_size).collect()
 
-    plain = generate(DecodingPlan(Precision.W4A16))
+    plain = generate(DecodingPlan(plans[0].verify if plans else Precision.W4A16))
     failed: set[int] = set()
     _note_failures(plain, failed, on_failure)
     named = [kind for kind in dict.fromkeys(kinds) if kind is not None]

@@ -23,7 +23,7 @@ from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
-_MATMULS = ("w4a16_matmul", "w4a4_matmul")
+_MATMULS = ("w4a16_matmul", "w4a4_matmul", "float_matmul")
 _CAPACITY = 1024
 
 
@@ -60,7 +60,8 @@ def kernel_choices(
     decoder = abstract_decoder(
         one_layer, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=True
     )
-    draft, verify = View.of(default_draft_precision()), View.of(Precision.W4A16)
+    draft = View.of(default_draft_precision())
+    verify = View.of(Precision.FLOAT if quantization.keep_floats else Precision.W4A16)
     passes = {
         f"verify {verify.name}": (verify, 4),
         f"draft {draft.name}": (draft, 1),
@@ -94,10 +95,14 @@ def _choices(decoder: Decoder, view: View, num_tokens: int, views: Sequence[View
 
 
 def _of_any_layout(decoder: Decoder, path: str, view: View) -> Mapping[str, str | None]:
-    """What keeps the matmul of a linear from each implementation, if its codes had the order that this one reads."""
+    """What keeps the matmul of a linear from each implementation, if its codes had the order that this one reads.
+
+    Of a linear that the view reads as floats, which have no order, the call itself tells.
+    """
     linear: Linear = functools.reduce(getattr, path.split("."), decoder.layers[0])
-    weight = linear.weight.get_value()
-    assert isinstance(weight, QuantizedWeight)
+    weight = linear.read_by(view)
+    if not isinstance(weight, QuantizedWeight):
+        return {}
     settings = linear.input_quantization(view)
     with recorded() as log:
         if settings is None:
@@ -117,8 +122,9 @@ def _named(selections: list[Selection], obstacles: list[Mapping[str, str | None]
     for one in selections:
         part, found = (one.op, one.obstacles)
         if one.op in _MATMULS and parts:
-            part, found = parts.pop(0)
-        part = "lm_head" if one.op == "float_matmul" else part
+            part, of_linear = parts.pop(0)
+            found = of_linear or found
+        part = "lm_head" if part == "float_matmul" else part
         usual = (
             f"comes after {one.chosen}, which serves the call" if one.chosen != REFERENCE else "is not asked: XLA is"
         )

@@ -12,6 +12,7 @@ import jax
 
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.mesh_costs import position_bytes
+from qspec_jax.decoding.plan import AUTO
 from qspec_jax.device.memory import available_bytes
 from qspec_jax.device.mesh import MeshShape
 from qspec_jax.errors import QSpecError
@@ -25,6 +26,7 @@ from qspec_jax.model.sharding import check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
+from qspec_jax.weights.exact import open_exact
 from qspec_jax.weights.fill import weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
 from qspec_jax.weights.source import Source
@@ -51,6 +53,8 @@ def describe_model(
     dtype: str | None = None,
     kernels: str = "auto",
     mesh: MeshShape = _ONE_DEVICE,
+    verify: str = AUTO,
+    draft_path: Path | None = None,
 ) -> dict[str, Any]:
     """Facts by name, for JSON.
 
@@ -59,20 +63,14 @@ def describe_model(
         quantization: of weights that are rounded as they are read; None for that of the checkpoint, or the usual one.
         dtype, kernels: as of :func:`qspec_jax.load`.
         mesh: devices like this one that share the model; there need not be so many.
+        verify, draft_path: as of :func:`qspec_jax.load`, the second of its ``draft_model``.
 
     Raises:
         UsageError: an argument makes no sense for this model, or it does not split among so many devices.
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     placement = decoder_options(kernels, dtype)
-    if is_checkpoint(path):
-        manifest = (checkpoint := open_checkpoint(path)).manifest
-        config, formats, chosen = manifest.model, manifest.formats, quantization or manifest.quantization
-        stored = _stored_checkpoint(checkpoint)
-    else:
-        source, chosen = open_source(path), quantization or QuantConfig()
-        config, formats, stored = source.config, weight_formats(source, chosen), _stored_source(path, source)
-    assert formats is not None
+    config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
     check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}
@@ -90,6 +88,30 @@ def describe_model(
         "device": jax.local_devices()[0].device_kind,
         **_text(config, tokenizer, problem),
     }
+
+
+def _opened(
+    path: Path, quantization: QuantConfig | None, verify: str, draft_path: Path | None
+) -> tuple[ModelConfig, QuantConfig, Mapping[str, WeightFormat], _Stored]:
+    """What a model computes, how its linears are to be kept, and how it lies on the disk."""
+    if verify == "float":
+        exact = open_exact(path, quantization or "auto", draft_path)
+        stored = _stored(path, exact.source)
+        if exact.drafts is not None and draft_path is not None:
+            copied = _stored(draft_path, exact.drafts)
+            stored = dataclasses.replace(stored, method=copied.method, linears=copied.linears)
+        return exact.source.config, exact.quantization, exact.formats, stored
+    if is_checkpoint(path):
+        manifest = (checkpoint := open_checkpoint(path)).manifest
+        return manifest.model, quantization or manifest.quantization, manifest.formats, _stored_checkpoint(checkpoint)
+    source, chosen = open_source(path), quantization or QuantConfig()
+    formats = weight_formats(source, chosen)
+    assert formats is not None
+    return source.config, chosen, formats, _stored_source(path, source)
+
+
+def _stored(path: Path, source: Source) -> _Stored:
+    return _stored_checkpoint(open_checkpoint(path)) if is_checkpoint(path) else _stored_source(path, source)
 
 
 def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
@@ -159,6 +181,7 @@ def _quantization(
     linears = layer_anatomy(config).linears
     return {
         "bits": 4,
+        "keeps_floats": quantization.keep_floats,
         "method": stored.method,
         "linears": dict(stored.linears),
         "formats": {

@@ -71,6 +71,8 @@ def _quantization(facts: Mapping[str, Any]) -> list[str]:
         groups = "a scale per row" if group_size is None else f"groups of {group_size}"
         where = "" if len(formats) == 1 else f" ({', '.join(names)})"
         lines.append(_row("weights", f"{facts['bits']} bits, {groups}, {'' if symmetric else 'a'}symmetric{where}"))
+    if facts["keeps_floats"]:
+        lines.append(_row("verify", "float: the linears in floating point besides, which verify what the 4 bits draft"))
     block = facts["hadamard_block"] or "all"
     rotated = f"rotated, Hadamard transform of {block} values before mlp.down" if facts["rotated"] else "not rotated"
     return [*lines, _row("method", f"{facts['method']}; {rotated}"), _row("head", facts["head"])]

@@ -188,6 +188,7 @@ def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files
 
 def test_options_that_differ_are_named_by_who_follows():
     given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
+    given["verify"] = "auto"
     client = Client()
     leader, same, other = Group(client, 0, 3), Group(client, 1, 3), Group(client, 2, 3)
     processes._agree(leader, Namespace(**given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import gguf
@@ -11,11 +12,18 @@ import pytest
 from safetensors.numpy import load_file
 
 import qspec_jax
-from pallas_kernels import QuantizedWeight
-from qspec_jax import QuantConfig, View
+from pallas_kernels import QuantizedWeight, dequantize
+from qspec_jax import QuantConfig, View, chat, evaluate, generate, info, serve
+from qspec_jax.bench import __main__ as bench
+from qspec_jax.bench.decode.parts import Setting, decoding_parts
+from qspec_jax.bench.synthetic import synthetic_model
+from qspec_jax.commands import options
 from qspec_jax.decoding.plan import LOOKUP_MODES, MODES, VERIFY, plan_of
 from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.inspection.model import describe_model
+from qspec_jax.inspection.text import model_text
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, held_weights
+from qspec_jax.model.layouts import linears
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.exact import _differences, open_exact
 from qspec_jax.weights.placing import parts_of
@@ -179,6 +187,68 @@ def test_what_a_model_holds():
         QuantConfig(keep_floats=1)
 
 
+COMMANDS = {
+    "generate": (generate, ["--prompt", "x", "--model"]),
+    "chat": (chat, ["--model"]),
+    "serve": (serve, []),
+    "info": (info, []),
+    "evaluate": (evaluate, ["--text", __file__, "--model"]),
+    "decode": (bench, ["decode", "--model"]),
+    "throughput": (bench, ["throughput", "--model"]),
+    "speedup": (bench, ["speedup", "--model"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--verify", "float", "--draft-model", "missing.gguf"], "error: draft_model 'missing.gguf': no such file"),
+        (["--draft-model", "default"], "error: --draft-model is of --verify float"),
+    ],
+    ids=["missing", "alone"],
+)
+def test_commands_refuse_a_draft_model_before_a_weight_is_read(command, arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("qspec_jax.engine.load.open_model", None)
+    module, line = COMMANDS[command]
+    assert module.main([*line, "default", *arguments]) != 0
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"mode": "float"}, {"quantization": None}),
+        ({"mode": "qspec"}, {"quantization": "auto", "verify": "auto", "draft_model": None}),
+        (
+            {"mode": "float", "verify": "float", "draft_model": "copy"},
+            {"quantization": "auto", "verify": "float", "draft_model": "copy"},
+        ),
+        (
+            {"mode": "auto", "verify": "float", "group_size": "128"},
+            {"quantization": QuantConfig(128), "verify": "float", "draft_model": None},
+        ),
+    ],
+)
+def test_options_say_which_weights_are_loaded(given, expected):
+    defaults = {"verify": "auto", "draft_model": None, "group_size": None}
+    assert options.weights_of(argparse.Namespace(**{**defaults, **given})) == expected
+
+
+def test_synthetic_models_have_floats_that_their_codes_mean():
+    made = synthetic_model(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), quantization=EXACT, kernels="reference")
+    for linear in linears(made.decoder):
+        np.testing.assert_allclose(linear.floats.get_value(), dequantize(linear.weight.get_value()), rtol=1e-6)
+    parts = decoding_parts(made, ["w4a16", "float", "qspec", "lookup"], drafts=["w4a8"], draft_lengths=[3])
+    assert [str(part) for part in parts[:2]] == ["step float", "step w4a16"]
+    assert {part.plan.verify for part in parts if part.name in ("verify", "cycle")} == {FLOAT}
+    setting = Setting.create(batch=1, context=16, longest_draft=3)
+    weights = {part.name: part.num_bytes(made, setting)["weights"] for part in parts}
+    floats = sum(linear.floats.get_value().nbytes for linear in linears(made.decoder))
+    codes = sum(linear.weight.get_value().nbytes for linear in linears(made.decoder))
+    assert weights["verify"] - weights["draft"] == floats - codes
+
+
 # Files: the floats of a Hugging Face directory, and a copy of them in another file.
 def load(path, **options):
     with pytest.MonkeyPatch.context() as patch:
@@ -235,6 +305,16 @@ def test_a_copy_is_rounded_to_the_largest_symmetric_groups_unless_others_are_ask
     assert asked.quantization == QuantConfig(None, keep_floats=True)
     assert load(floats, quantization=asked.quantization).plan().verify == FLOAT
     assert load(floats, verify="w4a16").quantization == QuantConfig()
+
+
+def test_info_says_what_both_take_and_which_codes_draft(floats, tmp_path):
+    path = copy_of("gptq", floats, tmp_path)
+    facts = describe_model(floats, verify="float", draft_path=path, dtype="float32", kernels="reference")
+    assert facts["memory"]["weight_bytes"] == load(floats, verify="float", draft_model=path).nbytes
+    assert facts["quantization"]["linears"] == {"4-bit codes, kept": 14}
+    runs = {choice["part"]: choice["op"] for choice in facts["kernels"]["verify float"]}
+    assert (runs["mlp.down"], runs["lm_head"]) == ("float_matmul", "float_matmul")
+    assert "verify          float" in model_text(facts)
 
 
 REFUSED = {

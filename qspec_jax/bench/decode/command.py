@@ -51,6 +51,7 @@ def add_command(commands: Any) -> None:
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")
     context = "tokens of the cache that drafts read: full, auto, or numbers, as in generate (default: full)"
     add("--draft-context", default="full", metavar="N,...", help=context)
+    shared.add_verify(parser)
     shared.add_kernels(parser)
     shared.add_mesh(parser)
     group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
@@ -83,12 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         show(f"{WALL_NOTICE}; idle: -")
     say("copy bandwidth ...")
     report = _Report(arguments, facts, request, measure_copy(repeats=arguments.repeats))
-    four_bit = [mode for mode in request.modes if mode != "float"]
-    if four_bit:
-        measure(request, four_bit, report)
-    if "float" in request.modes:
+    for modes in request.passes(request.modes):
         gc.collect()  # the other model, whose modules refer to each other
-        measure(request, ["float"], report)
+        measure(request, modes, report)
     if report.speculations:
         show(speculation_table(report.speculations))
     if arguments.plot:
@@ -104,13 +102,14 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
     from qspec_jax.evaluation.scores import score_drafts
 
     say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
-    model = request.load(floating_point="float" in modes)
+    model = request.load(floating_point=list(modes) == ["float"] and request.verify != "float")
     parts = decoding_parts(
         model,
         modes,
         drafts=request.drafts,
         draft_lengths=request.draft_lengths,
         draft_contexts=request.draft_contexts,
+        verify=request.verify,
     )
     plans = [part.plan for part in parts if part.name == "cycle"]
     prompts = fitting_prompts(model, request) if plans else []

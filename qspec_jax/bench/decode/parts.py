@@ -19,7 +19,7 @@ from qspec_jax.bench.description import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.plan import DecodingPlan, static
+from qspec_jax.decoding.plan import AUTO, DecodingPlan, static
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
@@ -121,6 +121,7 @@ def decoding_parts(
     drafts: Sequence[str] = (),
     draft_lengths: Sequence[int] = (),
     draft_contexts: Sequence[str | int] = ("full",),
+    verify: str = AUTO,
 ) -> list[Part]:
     """The parts of some modes of :meth:`LanguageModel.plan`.
 
@@ -132,14 +133,16 @@ def decoding_parts(
     plain = [mode for mode in modes if mode not in ("qspec", "lookup")]
     if len(plain) == len(modes):
         return [Part("step", static(model.plan(mode))) for mode in plain]
-    steps = [Part("step", static(model.plan(mode))) for mode in dict.fromkeys(["w4a16", *plain])]
+    target = static(model.plan(draft_length=1, verify=verify)).verify
+    plans = dict.fromkeys([DecodingPlan(target), *(static(model.plan(mode)) for mode in plain)])
+    steps = [Part("step", plan) for plan in plans]
     combined = itertools.product(draft_contexts, draft_lengths, drafts) if "qspec" in modes else ()
     plans = [
-        static(model.plan(draft=draft, draft_length=length, draft_context=context))
+        static(model.plan(draft=draft, draft_length=length, draft_context=context, verify=verify))
         for context, length, draft in combined
     ]
     if "lookup" in modes:
-        plans += [static(model.plan("lookup", draft_length=length)) for length in draft_lengths]
+        plans += [static(model.plan("lookup", draft_length=length, verify=verify)) for length in draft_lengths]
     plans = list(dict.fromkeys(plans))
     # A verification depends on the drafts by their number, and by whether it weighs blocks for them.
     verifications = {(plan.draft_length, plan.num_blocks): Part("verify", plan) for plan in plans}

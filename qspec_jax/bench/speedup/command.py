@@ -19,14 +19,13 @@ from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, static
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import write_picture
-from qspec_jax.model.view import View
 
 if TYPE_CHECKING:
     from qspec_jax.bench.speedup.grid import Cell
     from qspec_jax.engine.language_model import LanguageModel
 
 _DESCRIPTION = """
-For every batch and context: what plain W4A16 decoding serves, the fastest plan, what a draft step (c_d) and a
+For every batch and context: what plain decoding at the target serves, the fastest plan, what a draft step (c_d) and a
 verification (c_v) take of a plain step, the tokens that a cycle yields (E), and the speed-up E / (gamma c_d + c_v) with
 its limit by bytes. E follows from an acceptance that is given, or measured on the prompts of a real model.
 """
@@ -50,6 +49,7 @@ def add_command(commands: Any) -> None:
     looked_up = "the same of drafts that are looked up in the text (default: these are left out)"
     add("--lookup-acceptance", metavar="A,...", help=looked_up)
     add("--prompt-file", type=Path, metavar="FILE", help="prompts to measure the acceptance of a model with instead")
+    shared.add_verify(parser)
     shared.add_kernels(parser)
     shared.add_mesh(parser)
     shared.add_group_size(parser, "inputs per weight scale, as in decode")
@@ -85,10 +85,11 @@ class SpeedupRequest(ModelRequest):
         """All plans with drafts."""
         combined = itertools.product(self.draft_contexts, self.lengths)
         drafting = [
-            static(model.plan(draft=self.draft, draft_length=length, draft_context=context))
+            static(model.plan(draft=self.draft, draft_length=length, draft_context=context, verify=self.verify))
             for context, length in combined
         ]
-        looking_up = [] if self.lookup_chances is None else [DecodingPlan(View(), Lookup(), n) for n in self.lengths]
+        target = drafting[0].verify
+        looking_up = [] if self.lookup_chances is None else [DecodingPlan(target, Lookup(), n) for n in self.lengths]
         return [*drafting, *looking_up]
 
 
@@ -144,6 +145,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
         raise UsageError("--acceptance and --prompt-file both say what drafts are worth; give one of them")
     given = parse_chances(arguments.acceptance or "0.95", option="--acceptance")
     looked_up = arguments.lookup_acceptance
+    shared.check_weights(arguments, ["qspec"])
     name, config, path = chosen_model(arguments)
     if max(contexts) + max(lengths) + 1 > config.max_position_embeddings:
         raise UsageError(
@@ -218,7 +220,7 @@ def table_row(cell: Cell) -> str:
     nearest = max(cell.gains, key=lambda gain: gain.speedup, default=None)
     if nearest is None:
         return _COLUMNS.format(cell.batch, cell.context, plain, "-", *["-"] * 5).rstrip()
-    name = nearest.name if cell.best is not None else f"w4a16, not {nearest.name}"
+    name = nearest.name if cell.best is not None else f"plain, not {nearest.name}"
     ratios = (f"{nearest.draft_ratio:.2f}", f"{nearest.verify_ratio:.2f}", f"{nearest.tokens_per_cycle:.2f}")
     return _COLUMNS.format(
         cell.batch, cell.context, plain, name, *ratios, f"{nearest.speedup:.2f}", f"{nearest.limit:.2f}"
@@ -258,5 +260,5 @@ def plot_cells(path: Path, cells: Sequence[Cell], *, title: str) -> None:
     axes.set_yticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set(xlabel="tokens in the cache of each sequence", ylabel="sequences")
     axes.set_title(title, fontsize="small")
-    figure.colorbar(image, label="speed-up over plain W4A16")
+    figure.colorbar(image, label="speed-up over plain decoding")
     write_picture(path, figure, dpi=150)

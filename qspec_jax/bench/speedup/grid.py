@@ -119,7 +119,7 @@ def measure_cell(
         repeats, repetitions: as in :func:`measure_parts`.
     """
     plans = list(dict.fromkeys(plan.in_cache(setting.capacity) for plan in plans))
-    plain = DecodingPlan(View())
+    plain = DecodingPlan(plans[0].verify if plans else View())
     parts = _parts_of(plans)
     wanted = [Part("step", plain), *dict.fromkeys(part for some in parts.values() for part in some.values())]
     measured = dict(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
-from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model
+from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model, verification
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
@@ -63,6 +63,7 @@ def add_command(commands: Any) -> None:
     add("--rate", type=float, metavar="R", help="requests per second, Poisson (default: all at once)")
     burst = f"that the device runs before the host looks (default: {_BURST_S}, at a rate {_BURST_S_AT_A_RATE})"
     add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
+    shared.add_verify(parser)
     shared.add_kernels(parser)
     shared.add_mesh(parser)
     shared.add_group_size(parser, "inputs per weight scale, as in decode")
@@ -85,10 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     runs: list[ThroughputRun] = []
     failed: dict[str, None] = {}
     report: dict[str, Any] = {"environment": facts, "models": [], "runs": []}
-    four_bit = [mode for mode in all_modes if mode != "float"]
-    for modes in filter(None, (four_bit, [mode for mode in all_modes if mode == "float"])):
+    for modes in request.passes(all_modes):
         say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
-        model = request.load(floating_point=modes == ["float"])
+        model = request.load(floating_point=modes == ["float"] and request.verify != "float")
         report["models"].append(describe_model(model, synthetic=request.path is None))
         weights = "synthetic weights" if request.path is None else "its own weights"
         show(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
@@ -117,6 +117,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} must be more than 0")
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
+    shared.check_weights(arguments, modes)
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
@@ -155,8 +156,7 @@ def _measure(
 
     burst_s = arguments.burst or (_BURST_S if arguments.rate is None else _BURST_S_AT_A_RATE)
     for mode in modes:
-        names = ("draft", "draft_length", "draft_context")
-        plan = model.plan(mode, **{name: getattr(arguments, name) for name in names})
+        plan = model.plan(mode, **{**shared.plan_options(arguments), **verification(mode, arguments.verify)})
         requests = fitting_requests(model, plan, conversations, arguments, failed)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         for count in rows:
