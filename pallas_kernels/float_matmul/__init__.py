@@ -55,5 +55,4 @@ def float_partial_sums(
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     num_rows = math.prod(x.shape[:-1])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_rows, x.dtype))
-    product = chosen.float_matmul(x, weight)
-    return PartialSums(product.parts, dtype) if isinstance(product, PartialSums) else product.astype(dtype)
+    return chosen.float_matmul(x, weight, dtype=dtype)

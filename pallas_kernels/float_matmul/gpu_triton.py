@@ -5,8 +5,11 @@ outputs; programs that share a tile of the weight are neighbours in the grid, so
 the L2 cache. Of an LM head it sums over all of K. A narrower weight has too few tiles to keep the memory busy: there
 ``split`` programs share the sum, and leave its parts to the operation that reads the result.
 
-Row invariance: ``block_k``, ``split`` and the tensor-core instruction are the same for every number of rows, so the
-sum of an output has one order.
+Weights of linears are the left operand, ``out.T = weight @ x.T``: so Hopper multiplies any number of rows by wgmma,
+whose left side is 64 high. Rows are the left operand of an LM head, of which few are verified.
+
+Row invariance: ``block_k``, ``split``, the sides of the operands and the tensor-core instruction are the same for every
+number of rows, so the sum of an output has one order.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.backends.triton import matmul, registers
@@ -26,7 +30,10 @@ from pallas_kernels.float_matmul.reference import MAX_ROWS
 
 _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
+_MIN_PROGRAMS_OF_LINEARS = 190  # as many keep its memory busy with larger steps
 _MAX_SPLIT = 8  # the reader of the result adds as many parts
+_MOST_OUTPUTS = 40_000  # of a linear; more are a vocabulary
+_LARGE_SHARED_MEMORY = ("9.", "10.")  # compute capabilities of which a program may use 227 KB, and not 99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,7 @@ class TileConfig:
             configurations that agree in both.
         num_warps: warps per program; fewer than four for 64 rows or more, see :func:`tile_config`.
         num_stages: software pipeline depth.
+        weight_first: the weight is the left operand.
     """
 
     block_m: int
@@ -48,27 +56,52 @@ class TileConfig:
     split: int
     num_warps: int
     num_stages: int
+    weight_first: bool = False
 
 
 def tile_config(m: int, n: int, k: int) -> TileConfig:
-    """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs.
+    """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs."""
+    if n <= _MOST_OUTPUTS and n % 64 == 0 and k % 64 == 0:
+        return _tiles_of_linear(m, n, k)
+    return _tiles_of_head(m, n, k)
+
+
+def _tiles_of_linear(m: int, n: int, k: int) -> TileConfig:
+    """Those that were fastest on an H200, where 1 to 96 rows take the time of cuBLAS or less."""
+    block_k = 128 if k % 128 == 0 else 64
+    split = _split(k // block_k, n // 64, min_programs=_MIN_PROGRAMS_OF_LINEARS)
+    block_m, block_n, num_stages = next(
+        tiles for most, tiles in ((16, (16, 64, 4)), (32, (32, 64, 3)), (MAX_ROWS, (64, 64, 3))) if m <= most
+    )
+    if m > 64 and _has_large_shared_memory():
+        block_m, block_n = 128, 128 if n % 128 == 0 else 64
+    return TileConfig(block_m, block_n, block_k, split, num_warps=4, num_stages=num_stages, weight_first=True)
+
+
+def _has_large_shared_memory() -> bool:
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return capability.startswith(_LARGE_SHARED_MEMORY)
+
+
+def _tiles_of_head(m: int, n: int, k: int) -> TileConfig:
+    """Tiles for the outputs of a vocabulary, or of any number.
 
     A tile of the weight takes 16 KB, two or three of which are in flight for each of the two or three programs that
     fit on an SM: more than the 40 KB that keep the memory of an H100 busy. Fewer outputs take narrower tiles, and
     then a share of K each, and so more programs.
     """
     block_n = next((block for block in (128, 64) if n >= block * _MIN_PROGRAMS), 32)
-    split = _split(pl.cdiv(k, _BLOCK_K), pl.cdiv(n, block_n))
+    split = _split(pl.cdiv(k, _BLOCK_K), pl.cdiv(n, block_n), min_programs=_MIN_PROGRAMS)
     if m > 32:
         # Four warps would take Triton's wgmma path here, which rounds differently from mma.sync.
         return TileConfig(64, block_n, _BLOCK_K, split, num_warps=2, num_stages=3)
     return TileConfig(16 if m <= 16 else 32, block_n, _BLOCK_K, split, num_warps=4, num_stages=4)
 
 
-def _split(steps: int, tiles: int) -> int:
+def _split(steps: int, tiles: int, *, min_programs: int) -> int:
     """The fewest equal shares of the steps over K that make enough programs, or the most that there may be."""
     shares = [share for share in range(1, _MAX_SPLIT + 1) if steps % share == 0]
-    return next((share for share in shares if share * tiles >= _MIN_PROGRAMS), shares[-1])
+    return next((share for share in shares if share * tiles >= min_programs), shares[-1])
 
 
 def obstacle(num_rows: int, dtype: jnp.dtype) -> str | None:
@@ -84,22 +117,23 @@ def float_matmul(
     x: Float[Array, "*batch K"],
     weight: Float[Array, "N K"],
     *,
+    dtype: DTypeLike = jnp.float32,
     config: TileConfig | None = None,
     interpret: bool = False,
-) -> Float32[Array, "*batch N"] | PartialSums:
+) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the choice of tiles."""
     registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
         config = tile_config(rows.shape[0], *weight.shape)
-    parts = _matmul(rows, weight, config=config, interpret=interpret)
+    parts = _matmul(rows, weight, dtype=jnp.dtype(dtype), config=config, interpret=interpret)
     shape = *x.shape[:-1], weight.shape[0]
-    return parts.reshape(shape) if config.split == 1 else PartialSums(parts, jnp.float32).reshape(*shape)
+    return parts.reshape(shape) if config.split == 1 else PartialSums(parts, dtype).reshape(*shape)
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _matmul(x: Array, weight: Array, *, config: TileConfig, interpret: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
+def _matmul(x: Array, weight: Array, *, dtype: jnp.dtype, config: TileConfig, interpret: bool) -> Array:
     (m, k), n = x.shape, weight.shape[0]
     return pl.pallas_call(
         functools.partial(_kernel, m=m, n=n, config=config),
@@ -109,7 +143,7 @@ def _matmul(x: Array, weight: Array, *, config: TileConfig, interpret: bool) -> 
             pl.BlockSpec((config.block_n, k), lambda m, n, p: (n, 0)),
         ],
         out_specs=pl.BlockSpec((None, config.block_m, config.block_n), lambda m, n, p: (p, m, n)),
-        out_shape=jax.ShapeDtypeStruct((config.split, m, n), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((config.split, m, n), jnp.float32 if config.split > 1 else dtype),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="float_matmul",
@@ -119,7 +153,7 @@ def _matmul(x: Array, weight: Array, *, config: TileConfig, interpret: bool) -> 
 def _kernel(
     x_ref,  # [block_m, K] bf16 or f16
     weight_ref,  # [block_n, K]
-    out_ref,  # [block_m, block_n] f32
+    out_ref,  # [block_m, block_n]
     *,
     m: int,
     n: int,
@@ -135,10 +169,11 @@ def _kernel(
         start = (first_step + index) * config.block_k
         x = _load_tile(x_ref, start, config.block_k, rows_left, whole_rows=m % config.block_m == 0)
         weight = _load_tile(weight_ref, start, config.block_k, outputs_left, whole_rows=n % config.block_n == 0)
-        return total + matmul.dot_transposed(x, weight)
+        return total + matmul.dot_transposed(*((weight, x) if config.weight_first else (x, weight)))
 
-    zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-    total = jax.lax.fori_loop(0, steps, step, zeros)
+    shape = (config.block_n, config.block_m) if config.weight_first else (config.block_m, config.block_n)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
+    total = (total.T if config.weight_first else total).astype(out_ref.dtype)
     row, output = (jax.lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in range(2))
     plgpu.store(out_ref, total, mask=(row < rows_left) & (output < outputs_left))
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from pallas_kernels.backends.tpu import matmul
 from pallas_kernels.float_matmul import reference
@@ -32,13 +33,17 @@ def obstacle(num_rows: int, dtype: jnp.dtype) -> str | None:
 
 
 def float_matmul(
-    x: Float[Array, "*batch K"], weight: Float[Array, "N K"], *, interpret: Any = False
-) -> Float32[Array, "*batch N"]:
-    """See the public function. XLA multiplies where rows are no whole chunks of lanes: it would copy the weight."""
+    x: Float[Array, "*batch K"],
+    weight: Float[Array, "N K"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    interpret: Any = False,
+) -> Float[Array, "*batch N"]:
+    """See the public functions. XLA multiplies where rows are no whole chunks of lanes: it would copy the weight."""
     if x.shape[-1] % matmul.LANES:
-        return reference.float_matmul(x, weight)
+        return reference.float_matmul(x, weight, dtype=dtype)
     outputs = _matmul(x.reshape(-1, x.shape[-1]), weight, interpret=interpret)
-    return outputs.reshape(*x.shape[:-1], weight.shape[0])
+    return outputs.reshape(*x.shape[:-1], weight.shape[0]).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

@@ -86,7 +86,7 @@ def test_lm_head_is_right_and_each_row_stands_alone(shape, dtype):
 
 @pytest.mark.parametrize("num_rows", [1, 33, 256])
 def test_every_choice_of_tiles_gives_a_row_the_same_bits(num_rows):
-    """Rows per program, outputs per program, warps and stages are free; only the step over K and the split are not."""
+    """Rows per program, outputs per program, warps and stages are free; the step over K and the split are not."""
     x, weight = random_rows(num_rows, 576, dtype=jnp.bfloat16), random_weight(49152, 576, jnp.bfloat16)
     expected = np.asarray(float_triton.float_matmul(x, weight))
     for block_m, num_warps in ((16, 4), (32, 4), (64, 2), (16, 2), (32, 2)):

@@ -193,13 +193,16 @@ def test_swiglu_lowers_to_one_kernel_that_reads_the_halves_in_place(shape, dtype
         (152064, 8192, jnp.bfloat16),
         (1000, 72, jnp.float16),
         (4096, 14336, jnp.bfloat16),
+        (28672, 4096, jnp.bfloat16),
+        (960, 576, jnp.float16),
     ],
-    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k", "split"],
+    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k", "down", "gate_up", "smollm2_qkv"],
 )
 def test_float_matmul_lowers(n, k, dtype, num_rows):
     x, weight = array(num_rows, k, dtype=dtype), array(n, k, dtype=dtype)
     assert float_triton.obstacle(num_rows, jnp.dtype(dtype)) is None
-    assert cuda_program(float_triton.float_matmul, x, weight).count(KERNEL_CALL) == 1
+    call = functools.partial(float_triton.float_matmul, dtype=dtype)
+    assert cuda_program(call, x, weight).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,12 @@ def test_the_sum_over_k_does_not_depend_on_the_number_of_rows(n, k):
     configs = [triton.tile_config(m, n, k) for m in range(1, triton.MAX_ROWS + 1)]
     assert len({(config.block_k, config.split) for config in configs}) == 1
     assert -(-k // configs[0].block_k) % configs[0].split == 0
-    for config in configs:  # else Triton takes wgmma on Hopper for some of them
-        assert config.block_m < 64 or config.num_warps % 4
+    assert len({config.weight_first for config in configs}) == 1
+    for config in configs:  # else Triton takes wgmma on Hopper for some of them, and not for others
+        if config.weight_first:
+            assert (config.block_n % 64, config.num_warps % 4, n % config.block_n, k % config.block_k) == (0, 0, 0, 0)
+        else:
+            assert config.block_m < 64 or config.num_warps % 4
 
 
 @pytest.mark.parametrize(("n", "k"), VOCABULARIES, ids=str)
@@ -85,6 +91,26 @@ def test_a_vocabulary_fills_the_device_and_its_tiles_fit_an_sm(n, k):
         bytes_per_stage = 2 * config.block_k * (config.block_m + config.block_n)
         assert -(-n // config.block_n) >= 2 * 132
         assert config.num_stages * bytes_per_stage <= 99 * 1024  # what a program may have on Ada
+
+
+@pytest.mark.parametrize(("n", "k"), LINEARS, ids=str)
+@pytest.mark.parametrize(("capability", "kilobytes"), [("8.9", 99), ("9.0", 227), ("10.0", 227), ("12.0", 99)])
+def test_tiles_of_linears_fit_an_sm(n, k, capability, kilobytes, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr("jax.local_devices", lambda: [device])
+    for m in (1, 16, 17, 64, 96, 256):
+        config = triton.tile_config(m, n, k)
+        assert config.num_stages * 2 * config.block_k * (config.block_m + config.block_n) <= kilobytes * 1024
+
+
+@pytest.mark.parametrize(("split", "dtype"), [(1, jnp.bfloat16), (3, jnp.float32)])
+def test_either_operand_may_be_the_left_one(split, dtype):
+    x, weight = operands(20, 128, 576, jnp.bfloat16)
+    config = triton.TileConfig(16, 64, 64, split, num_warps=4, num_stages=2)
+    call = functools.partial(triton.float_matmul, x, weight, dtype=dtype, interpret=True)
+    left, right = (value_of(call(config=one)) for one in (config, dataclasses.replace(config, weight_first=True)))
+    assert left.dtype == right.dtype == dtype
+    assert relative_error(right, product_in_float64(x, weight)) < (1e-6 if dtype == jnp.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
