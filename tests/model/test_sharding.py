@@ -23,8 +23,9 @@ from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantCon
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
-from qspec_jax.model.sharding import check_split, from_shard_order, split_axis, to_shard_order
+from qspec_jax.model.sharding import check_split, from_shard_order, spec_of, split_axis, to_shard_order
 from qspec_jax.model.shards import parameters
 from tests import tiny
 
@@ -230,3 +231,16 @@ def test_a_decoder_of_several_devices_is_not_called_by_one():
 
     with pytest.raises(UsageError, match=r"on a mesh .model=2.*load the model without a mesh"):
         jax.eval_shape(call, state)
+
+
+@pytest.mark.parametrize("path", ["attention.qkv", "attention.output", "mlp.gate_up", "mlp.down"])
+def test_floats_beside_codes_are_split_as_floats_alone(path):
+    wide = config(num_key_value_heads=4)
+    linear = layer_anatomy(wide).linears[path]
+    array = np.arange(linear.num_outputs * linear.num_inputs).reshape(linear.num_outputs, -1)
+    beside, alone = f"layers.1.{path}.floats", f"layers.1.{path}.weight"
+    assert spec_of(beside, array.shape) == spec_of(alone, array.shape)
+    assert split_axis(beside, array.shape) is not None
+    shared = to_shard_order(beside, array, wide, 4)
+    np.testing.assert_array_equal(shared, to_shard_order(alone, array, wide, 4))
+    np.testing.assert_array_equal(from_shard_order(beside, shared, wide, 4), array)
