@@ -85,7 +85,7 @@ def _fill_floats(decoder: Decoder, mesh: Mesh | None) -> None:
         made = functools.partial(dequantize, dtype=like.dtype)
         if mesh is not None:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, weight)
-            out = like.sharding.spec
+            out: Any = jax.tree.map(lambda leaf: leaf.sharding.spec, like)
             made = jax.shard_map(made, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
         linear.floats.set_value(jax.block_until_ready(jax.jit(made)(weight)))
 

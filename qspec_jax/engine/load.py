@@ -119,7 +119,8 @@ def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> boo
         UsageError: they contradict each other.
     """
     verify = check_verify(verify, "qspec")
-    if not (quantization is None or quantization == "auto" or isinstance(quantization, QuantConfig)):
+    is_auto = isinstance(quantization, str) and quantization == "auto"
+    if not (quantization is None or is_auto or isinstance(quantization, QuantConfig)):
         raise UsageError(f'quantization={quantization!r}: use "auto", a QuantConfig, or None for floating point')
     keeps_floats = isinstance(quantization, QuantConfig) and quantization.keep_floats
     if verify not in (AUTO, "float") and (keeps_floats or quantization is None):

@@ -38,6 +38,8 @@ class RecipeOptions:
     calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:
+        if self.quantization.keep_floats:
+            raise UsageError("a recipe makes 4-bit weights alone; leave keep_floats out, and give it to qspec_jax.load")
         if self.calibration_tokens < 1:
             raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
         if self.dtype not in DTYPES:

@@ -25,6 +25,7 @@ from qspec_jax.inspection.text import model_text
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, held_weights
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.shards import parameters
+from qspec_jax.recipes.steps import RecipeOptions
 from qspec_jax.weights.exact import _differences, open_exact
 from qspec_jax.weights.placing import parts_of
 from tests import tiny
@@ -165,6 +166,7 @@ def test_targets_that_make_no_sense_are_refused_with_those_that_do(options, word
         ({"verify": "w4a16", "quantization": None}, "leave quantization=None out, or use verify='float'"),
         ({"verify": "w4a16", "quantization": EXACT}, "leave keep_floats out, or use verify='float'"),
         ({"draft_model": "no/such"}, "draft_model is of verify='float'"),
+        ({"quantization": np.array(["auto", "auto"])}, 'use "auto", a QuantConfig, or None'),
         ({"verify": "float", "draft_model": 7}, "^draft_model=7: use a path"),
         ({"verify": "float", "draft_model": "missing.gguf"}, "^draft_model 'missing.gguf': no such file"),
     ],
@@ -185,6 +187,8 @@ def test_what_a_model_holds():
     assert [held_weights(one) for one in (None, QuantConfig(), EXACT)] == [(None,), (4,), (4, None)]
     with pytest.raises(UsageError, match="keep_floats must be True or False"):
         QuantConfig(keep_floats=1)
+    with pytest.raises(UsageError, match="a recipe makes 4-bit weights alone; leave keep_floats out"):
+        RecipeOptions(EXACT)
 
 
 COMMANDS = {
