@@ -41,6 +41,16 @@ def test_a_request_yields_the_same_alone_and_in_any_batch(model, mode, sampling)
         assert served(model, prompts, rows=rows, mode=mode, sampling=sampling) == alone
 
 
+@pytest.mark.parametrize("sampling", [None, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+def test_floats_verify_to_the_tokens_of_plain_decoding_with_them_in_any_batch(demo_gguf, sampling):
+    model = qspec_jax.load(demo_gguf, dtype="bfloat16", verify="float")
+    prompts = make_demo.prompts()
+    plain = served(model, prompts, rows=1, mode="float", sampling=sampling)
+    for rows in (1, 3, 8):
+        assert served(model, prompts, rows=rows, sampling=sampling) == plain
+    assert served(model, prompts, rows=8, mode="float", sampling=sampling) == plain
+
+
 def test_nothing_is_compiled_once_a_batch_runs(model):
     prompts = make_demo.prompts()
     served(model, prompts[:8], rows=8)

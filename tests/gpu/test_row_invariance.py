@@ -6,6 +6,7 @@ tests, this is what makes the tokens of QSpec those of plain decoding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -94,6 +95,17 @@ def test_every_choice_of_tiles_gives_a_row_the_same_bits(num_rows):
             config = float_triton.TileConfig(block_m, block_n, 64, 1, num_warps, num_stages)
             out = float_triton.float_matmul(x, weight, config=config)
             np.testing.assert_array_equal(np.asarray(out), expected, err_msg=str(config))
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 96, 256])
+def test_every_choice_of_tiles_gives_a_row_of_a_linear_the_same_bits(num_rows):
+    x, weight = random_rows(num_rows, 4096, dtype=jnp.bfloat16), random_weight(4096, 4096, jnp.bfloat16)
+    default = float_triton.tile_config(num_rows, 4096, 4096)
+    expected = np.asarray(value_of(float_triton.float_matmul(x, weight)))
+    for block_m, block_n, num_stages in ((16, 64, 4), (32, 128, 3), (64, 64, 3), (64, 128, 2), (128, 64, 2)):
+        tiles = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages}
+        out = value_of(float_triton.float_matmul(x, weight, config=dataclasses.replace(default, **tiles)))
+        np.testing.assert_array_equal(np.asarray(out), expected, err_msg=str(tiles))
 
 
 @pytest.mark.parametrize(
