@@ -1,4 +1,4 @@
-"""The 4-bit weight that every precision reads, and the order of its codes in memory.
+"""The quantised weight that every precision reads, and the order of its codes in memory.
 
 A weight ``w: [N, K]`` (``N`` outputs, ``K`` inputs) is stored as unsigned 4-bit codes with one scale
 and one offset per output and per group of consecutive inputs::
@@ -17,6 +17,12 @@ size. A row of ``K = 8`` inputs::
     byte            0   1   2   3
     low nibble      0   1   2   3       input of the code: the low plane
     high nibble     4   5   6   7       the high plane
+
+A *nested* weight has 8-bit codes ``u``, as two such arrays: ``packed`` has their upper nibbles ``h`` and ``low`` the
+lower ones ``l``, ``u = 16 h + l``. The formula is the same with the code ``u / 16 = h + l / 16``, and the scale is that
+of 16 steps of ``u``: a power of two, so that a float16 scale of 8-bit codes is kept exactly unless it overflows. Its
+*upper nibbles* alone are a 4-bit weight of the same scales and offsets (:func:`upper_nibbles`). They say of ``u / 16``
+that it is ``h`` at least and less than ``h + 1``: they stand for the middle, the code ``h + 1/2``.
 
 :class:`Layout` says in which order the bytes of a row lie.
 """
@@ -39,6 +45,7 @@ from pallas_kernels.arrays.shown import with_shapes
 
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
+TRUNCATED_CODE = 0.5  # what a code stands for beyond itself, if it is the upper nibble of another
 _WGMMA_BYTES = 128  # bytes of a row among which Layout.WGMMA permutes
 WGMMA_CODES = 16  # activation codes among which it does
 _AnyArray = typing.TypeVar("_AnyArray", Array, np.ndarray)
@@ -77,7 +84,7 @@ class Layout(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """A ``[N, K]`` weight in 4 bits. Leading axes (stacked layers) are allowed on every array.
+    """A ``[N, K]`` weight in 4 bits, or nested in 8. Leading axes (stacked layers) are allowed on every array.
 
     Attributes:
         packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring), in the order of
@@ -86,8 +93,11 @@ class QuantizedWeight:
         offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``8 * scale``).
         group_sum: ``[..., A, N]``, the sums of the weights of ``A`` equal runs of inputs, which carry the
             zero point of asymmetrically quantised activations: ``A`` is a multiple of their groups. None
-            where no such activation meets this weight.
+            where no such activation meets this weight. Of a nested weight they are those of its upper nibbles,
+            which alone meet integers.
         layout: the order of the bytes of a row; :func:`with_layout` changes it.
+        low: like ``packed``, the lower nibbles of 8-bit codes, or None for a weight in 4 bits.
+        truncated: the codes are the upper nibbles of 8-bit ones, and stand for half a step more.
     """
 
     packed: Shaped[Array, "*layers N half_K"]
@@ -95,9 +105,16 @@ class QuantizedWeight:
     offset: Shaped[Array, "*layers G N"] | None = None
     group_sum: Shaped[Array, "*layers A N"] | None = None
     layout: Layout = dataclasses.field(default=Layout.PLANES, metadata={"static": True})
+    low: Shaped[Array, "*layers N half_K"] | None = None
+    truncated: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __repr__(self) -> str:
         return with_shapes(self)
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4, or 8 of a nested weight."""
+        return 4 if self.low is None else 8
 
     @property
     def num_outputs(self) -> int:
@@ -149,6 +166,10 @@ def check_weight(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
             f"{op}: x has K={num_inputs} inputs but weight.packed {weight.packed.shape} holds {weight.num_inputs}; "
             "K must be twice the last axis of weight.packed"
         )
+    if weight.low is not None and weight.low.shape != weight.packed.shape:
+        raise ValueError(
+            f"{op}: weight.low has shape {weight.low.shape}; expected that of weight.packed, {weight.packed.shape}"
+        )
     per_group = (weight.num_groups, weight.num_outputs)
     for name in ("scale", "offset"):
         array = getattr(weight, name)
@@ -175,14 +196,36 @@ def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*lay
     return jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)
 
 
+def pack_nested(
+    codes: UInt8[_AnyArray, "*layers N K"],
+) -> tuple[UInt8[_AnyArray, "*layers N half_K"], UInt8[_AnyArray, "*layers N half_K"]]:
+    """``packed`` and ``low`` of unsigned 8-bit codes, on the device or in host memory."""
+    return pack_codes(codes >> 4), pack_codes(codes & 0xF)
+
+
+def unpack_nested(
+    packed: UInt8[Array, "*layers N half_K"], low: UInt8[Array, "*layers N half_K"]
+) -> UInt8[Array, "*layers N K"]:
+    """The inverse of :func:`pack_nested`."""
+    return (unpack_codes(packed) << 4) | unpack_codes(low)
+
+
+def upper_nibbles(weight: QuantizedWeight) -> QuantizedWeight:
+    """The 4-bit weight inside a nested one, of the same arrays; a weight in 4 bits is its own."""
+    return weight if weight.low is None else dataclasses.replace(weight, low=None, truncated=True)
+
+
 def with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
     """The weight with its bytes in the order of ``layout``, on the device or in host memory.
 
     Raises:
         ValueError: K is no multiple of 256, which the order of ``Layout.WGMMA`` needs.
     """
-    packed = order_bytes(order_bytes(weight.packed, weight.layout, inverse=True), layout)
-    return dataclasses.replace(weight, packed=packed, layout=layout)
+
+    def ordered(array: Any) -> Any:
+        return None if array is None else order_bytes(order_bytes(array, weight.layout, inverse=True), layout)
+
+    return dataclasses.replace(weight, packed=ordered(weight.packed), low=ordered(weight.low), layout=layout)
 
 
 def layout_obstacle(layout: Layout, wanted: Layout, *, what: str = "a weight") -> str | None:
@@ -247,12 +290,27 @@ def dequantize_planes(
     )
 
     def plane(codes: Array, scale: Array, offset: Array) -> Array:
-        runs = codes.astype(dtype).reshape(*codes.shape[:-1], half // run, run)
+        runs = codes.reshape(*codes.shape[:-1], half // run, run)
         return (runs * scale - offset).reshape(codes.shape)
 
-    packed = order_bytes(weight.packed, weight.layout, inverse=True)
-    low, high = packed & 0xF, packed >> 4
+    low, high = _float_codes(weight, dtype)
     return plane(low, scales[0], offsets[0]), plane(high, scales[1], offsets[1])
+
+
+def _float_codes(weight: QuantizedWeight, dtype: DTypeLike) -> tuple[Array, Array]:
+    """The codes of both planes: whole numbers of 4 bits, or with the part of a step that nested ones have beyond."""
+
+    def planes(array: Array) -> list[Array]:
+        in_planes = order_bytes(array, weight.layout, inverse=True)
+        return [nibbles.astype(dtype) for nibbles in (in_planes & 0xF, in_planes >> 4)]
+
+    low, high = planes(weight.packed)
+    if weight.low is not None:
+        sixteenth = jnp.asarray(1 / 16, dtype)
+        parts = planes(weight.low)
+        return low + parts[0] * sixteenth, high + parts[1] * sixteenth
+    half = jnp.asarray(TRUNCATED_CODE, dtype)
+    return (low + half, high + half) if weight.truncated else (low, high)
 
 
 def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers N K"]:
@@ -263,11 +321,13 @@ def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float
 def with_group_sums(weight: QuantizedWeight, group_size: int | None = None) -> QuantizedWeight:
     """The weight with ``group_sum`` over groups of ``group_size`` inputs (None: its own), in the dtype of its scales.
 
+    Those of a nested weight are of its upper nibbles.
+
     Raises:
         ValueError: ``group_size`` does not divide K.
     """
     group_size = weight.group_size if group_size is None else group_size
     check_group_size(weight.num_inputs, group_size, what="with_group_sums")
-    floats = dequantize(weight)
+    floats = dequantize(upper_nibbles(weight))
     groups = floats.reshape(*floats.shape[:-1], weight.num_inputs // group_size, group_size).sum(-1)
     return dataclasses.replace(weight, group_sum=jnp.swapaxes(groups, -1, -2).astype(weight.scale.dtype))

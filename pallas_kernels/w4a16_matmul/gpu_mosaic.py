@@ -1,14 +1,15 @@
 """``w4a16_matmul`` as a Pallas Mosaic GPU kernel for NVIDIA Hopper.
 
-Codes become 16-bit floats ``code - 8``, exactly, and then ``scale * (code - 8) + shift`` in one rounding, with
-``shift = 8 * scale - offset`` of an asymmetric weight: the weight as a 16-bit matmul would read it. The scale is
-rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.backends.mosaic.matmul`.
+Codes become 16-bit floats ``code - 8``, exactly, nested 8-bit ones too, and then ``scale * (code - 8) + shift`` in one
+rounding, with ``shift = 8 * scale - offset`` of an asymmetric weight: the weight as a 16-bit matmul would read it. The
+scale is rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.backends.mosaic.matmul`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, layout_obstacle
-from pallas_kernels.backends import early_launch
+from pallas_kernels.backends import codes, early_launch
 from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
@@ -26,17 +27,12 @@ from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, 
 
 LAYOUT = Layout.WGMMA
 
-# Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved. lop3
-# ((a & b) | c) makes 128 + nibble (bfloat16) or 1024 + nibble (float16), the subtraction of 136 or 1032 is exact.
-_DECODE = """{{.reg .b32 even, odd, magic, centre; mov.b32 magic, {magic}; mov.b32 centre, {centre};
-shr.u32 even, $2, {even}; shr.u32 odd, $2, {odd};
-lop3.b32 even, even, 0x000F000F, magic, 0xEA; lop3.b32 odd, odd, 0x000F000F, magic, 0xEA;
-sub.{kind}x2 even, even, centre; sub.{kind}x2 odd, odd, centre;
+# Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
+_DECODE = """{{.reg .b32 even, odd, c0, c1;
+{even} {odd}
+{prepare_even} {prepare_odd}
+add.{kind}x2 even, even, c0; add.{kind}x2 odd, odd, c1;
 {scale} $0, even, {factors}; {scale} $1, odd, {factors};}}"""
-_KINDS = {
-    jnp.dtype(jnp.bfloat16): {"kind": "bf16", "magic": "0x43004300", "centre": "0x43084308"},
-    jnp.dtype(jnp.float16): {"kind": "f16", "magic": "0x64006400", "centre": "0x64086408"},
-}
 _SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
 _SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
 fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
@@ -48,7 +44,7 @@ _WORDS = plgpu.ShapeDtypeStruct((lanes.ROWS, 16), jnp.int32, layout=lanes.WGMMA)
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
-    if jnp.dtype(dtype) not in _KINDS:
+    if jnp.dtype(dtype) not in codes.NAMES:
         return f"needs bfloat16 or float16 rows; these are {dtype}"
     return hopper.obstacle(weight) or layout_obstacle(weight.layout, LAYOUT)
 
@@ -61,7 +57,7 @@ def w4a16_matmul(
     if config is None:
         config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
     early = early_launch.is_enabled()
-    outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, early=early, config=config)
+    outputs = _matmul(rows, dataclasses.replace(weight, group_sum=None), early=early, config=config)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -77,18 +73,25 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("early", "config"))
-def _matmul(
-    x: Array, packed: Array, scale: Array, offset: Array | None, *, early: bool, config: hopper.MosaicConfig
-) -> Array | PartialSums:
-    problem = hopper.Problem(x.shape[0], packed.shape[0], x.shape[1], scale.shape[0], x.dtype, x.dtype)
-    columns = (scale,) if offset is None else (scale, offset)
-    config = hopper.with_most_stages(config, problem, len(columns))
+def _matmul(x: Array, weight: QuantizedWeight, *, early: bool, config: hopper.MosaicConfig) -> Array | PartialSums:
+    packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
+    sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
+    problem = hopper.Problem(*sizes, x.dtype, x.dtype, len(packed))
+    columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
     return pipelines.launch(
-        x, packed, columns, None, consume=_consume, problem=problem, config=config, early=early, name="w4a16"
+        x,
+        packed,
+        columns,
+        None,
+        consume=functools.partial(_consume, truncated=weight.truncated),
+        problem=problem,
+        config=hopper.with_most_stages(config, problem, len(columns)),
+        early=early,
+        name=f"w{weight.bits}a16",  # as profiles show it
     )
 
 
-def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
+def _consume(pipeline: pipelines.Pipeline, *, truncated: bool) -> jax.Array:
     shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
 
     def multiply(accumulator, tile):
@@ -96,10 +99,11 @@ def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
         for part in range(pipeline.problem.pieces):
             if part == 0 or pipeline.problem.groups_per_tile > 1:
                 factors = [_factors(tile, plane, part, pipeline.problem) for plane in range(2)]
-            words = _load_words(tile, part)
+            words = [_load_words(weight, part) for weight in tile.weight]
             for plane in range(2):
-                codes = _decode(words, factors[plane], plane, len(tile.columns) == 1, dtype)
-                tile.multiply(part, plane, functools.partial(plgpu.wgmma, accumulator, codes))
+                kind = _Kind(jnp.dtype(dtype), plane, truncated, len(tile.columns) == 1)
+                decoded = _decode(words, factors[plane], kind)
+                tile.multiply(part, plane, functools.partial(plgpu.wgmma, accumulator, decoded))
 
     def product(accumulator):
         pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile), None)
@@ -108,7 +112,7 @@ def _consume(pipeline: pipelines.Pipeline) -> jax.Array:
     return pl.run_scoped(product, lanes.accumulator(shape, jnp.float32))
 
 
-def _load_words(tile: pipelines.Tile, part: int) -> jax.Array:
+def _load_words(weight: pipelines.Ref, part: int) -> jax.Array:
     """A part of a tile's bytes, ``[64, 64]``, as words: a thread has four of either of its outputs."""
 
     def build(context, weight):
@@ -117,12 +121,12 @@ def _load_words(tile: pipelines.Tile, part: int) -> jax.Array:
         words = [*first, *second]
         return lanes.fragmented([vector.from_elements(pair, words[i : i + 2]) for i in range(0, 8, 2)], _WORDS.shape)
 
-    return lanes.inline(build, tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
+    return lanes.inline(build, weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
 
 
 def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem) -> jax.Array:
     """Scale and shift (0 if symmetric) of each group of a part: of a thread's two outputs, each twice in a register."""
-    kind = _KINDS[jnp.dtype(problem.x_dtype)]["kind"]
+    kind = codes.NAMES[jnp.dtype(problem.x_dtype)]
     num_groups = max(1, problem.groups_per_tile // problem.pieces)
     first_group = part * problem.groups_per_tile // problem.pieces
     shape = (lanes.ROWS, 8 * num_groups)
@@ -144,37 +148,54 @@ def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Proble
     return lanes.inline(build, *tile.columns, types=types, returns=returns)
 
 
-def _decode(words: jax.Array, factors: jax.Array, plane: int, symmetric: bool, dtype: Any) -> jax.Array:
-    """A plane of a part of a tile as floats ``[64, 64]`` in registers."""
-    kind = _KINDS[jnp.dtype(dtype)]
-    element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[kind["kind"]]
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Which floats become of which codes."""
 
-    def build(context, words, factors):
+    dtype: jnp.dtype
+    plane: int
+    truncated: bool
+    symmetric: bool
+
+
+def _decode(words: Sequence[jax.Array], factors: jax.Array, kind: _Kind) -> jax.Array:
+    """A plane of a part of a tile as floats ``[64, 64]`` in registers."""
+    element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[codes.NAMES[kind.dtype]]
+
+    def build(context, factors, *words):
         pair = ir.VectorType.get((2,), element.get())
         registers: list[Any] = [None] * 16
         by_group = lanes.scalars(factors)  # of a group, scale and shift of either output
         words_per_group = 4 // (len(by_group) // 4)
+        all_words = list(zip(*(lanes.scalars(one) for one in words), strict=True))  # with those of lower nibbles
         for half in range(2):
-            for index, word in enumerate(lanes.scalars(words)[4 * half : 4 * half + 4]):
+            for index, word in enumerate(all_words[4 * half : 4 * half + 4]):
                 first = 4 * (index // words_per_group) + 2 * half
-                even, odd = _decode_word(kind, plane, word, by_group[first : first + (1 if symmetric else 2)])
+                even, odd = _decode_word(kind, word, by_group[first : first + (1 if kind.symmetric else 2)])
                 registers[4 * index + half] = llvm.bitcast(pair, even)
                 registers[4 * index + 2 + half] = llvm.bitcast(pair, odd)
         return lanes.fragmented(registers, (lanes.ROWS, lanes.TILE // 2))
 
-    returns = plgpu.ShapeDtypeStruct((lanes.ROWS, lanes.TILE // 2), dtype, layout=lanes.WGMMA)
-    return lanes.inline(build, words, factors, types=[lanes.WGMMA, lanes.WGMMA], returns=returns)
+    returns = plgpu.ShapeDtypeStruct((lanes.ROWS, lanes.TILE // 2), kind.dtype, layout=lanes.WGMMA)
+    return lanes.inline(build, factors, *words, types=[lanes.WGMMA] * (1 + len(words)), returns=returns)
 
 
-def _decode_word(kind: dict[str, str], plane: int, word: Any, factors: list[Any]) -> list[Any]:
+def _decode_word(kind: _Kind, words: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
     """Inputs 0 and 2, and 1 and 3, of the four that a word holds of a plane."""
-    symmetric = len(factors) == 1
+    made = codes.lanes_of(kind.dtype, bits=4 * len(words), truncated=kind.truncated)
+    name, down = codes.NAMES[kind.dtype], 4 * kind.plane - kind.truncated
+    even, odd = codes.shift_down("even", "$2", down), codes.shift_down("odd", "$2", down + 8)
+    if len(words) == 2:
+        even, odd = codes.JOIN[kind.plane].format("even", "$2", "$3"), codes.shift_down("odd", "even", 8)
+    places = [f"${2 + len(words) + index}" for index in range(len(factors))]
     ptx = _DECODE.format(
-        even=4 * plane,
-        odd=4 * plane + 8,
-        scale=f"mul.{kind['kind']}x2" if symmetric else f"fma.rn.{kind['kind']}x2",
-        factors="$3" if symmetric else "$3, $4",
-        **kind,
+        even=even,
+        odd=odd,
+        prepare_even=made.prepare("even", "c0"),
+        prepare_odd=made.prepare("odd", "c1"),
+        scale=f"mul.{name}x2" if kind.symmetric else f"fma.rn.{name}x2",
+        factors=", ".join(places),
+        kind=name,
     )
-    constraints = "=&r,=&r" + ",r" * (1 + len(factors))
-    return assembly(ptx, constraints, [word, *factors], [ir.IntegerType.get_signless(32)] * 2)
+    constraints = "=&r,=&r" + ",r" * (len(words) + len(factors))
+    return assembly(ptx, constraints, [*words, *factors], [ir.IntegerType.get_signless(32)] * 2)

@@ -1,9 +1,9 @@
 """``w4a16_matmul`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
-Codes become 16-bit floats centred by 8, which is exact; the scales multiply the float32 sums. An asymmetric
-weight is ``scale * (code - 8) + shift`` with ``shift = 8 * scale - offset``, so it adds the sum of the
-activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that
-together hold all their bits, so tensor cores multiply them exactly.
+Codes become 16-bit floats centred by 8, which is exact, for nested 8-bit codes too; the scales multiply the float32
+sums. An asymmetric weight is ``scale * (code - 8) + shift`` with ``shift = 8 * scale - offset``, so it adds the sum of
+the activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that together hold
+all their bits, so tensor cores multiply them exactly.
 
 More rows of 16 bits than a decode has are a prefill, bound by arithmetic: there the weight is dequantised once, and
 XLA multiplies (cuBLAS). A row of a prefill may differ in its last bits by the number of rows beside it.
@@ -50,7 +50,8 @@ def w4a16_matmul(
         outputs = _dequantized_matmul(rows, weight)
     else:
         config = config or _tile_config(rows.shape[0], x.dtype, weight)
-        outputs = _matmul(rows, weight.packed, weight.scale, weight.offset, config=config, interpret=interpret)
+        weight = dataclasses.replace(weight, group_sum=None)
+        outputs = _matmul(rows, weight, config=config, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -76,26 +77,33 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _matmul(
-    x: Array, packed: Array, scale: Array, offset: Array | None, *, config: tiles.TileConfig, interpret: bool
-) -> Array:
-    offsets = () if offset is None else (offset,)
-    kernel = functools.partial(_kernel, num_rows=x.shape[0], config=config, interpret=interpret)
+def _matmul(x: Array, weight: QuantizedWeight, *, config: tiles.TileConfig, interpret: bool) -> Array:
+    offsets = () if weight.offset is None else (weight.offset,)
+    packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
+    options = {"num_rows": x.shape[0], "config": config, "interpret": interpret}
     return matmul.launch_matmul(
-        kernel, (x,), (packed, scale, *offsets), config=config, out_dtype=x.dtype, interpret=interpret, name="w4a16"
+        functools.partial(_kernel, num_packed=len(packed), truncated=weight.truncated, **options),
+        (x,),
+        (*packed, weight.scale, *offsets),
+        config=config,
+        out_dtype=x.dtype,
+        interpret=interpret,
+        name=f"w{weight.bits}a16",  # as profiles show it
+        num_packed=len(packed),
     )
 
 
 def _kernel(
     x_ref,  # [block_m, K] bf16, f16 or f32
     packed_ref,  # [block_n, K/2] uint8
-    scale_ref,  # [G, block_n]
-    *refs,  # offset [G, block_n] of an asymmetric weight, output [block_m, block_n]
+    *refs,  # low [block_n, K/2] of a nested weight, scale [G, block_n], offset of an asymmetric one, output
+    num_packed: int,
+    truncated: bool,
     num_rows: int,
     config: tiles.TileConfig,
     interpret: bool,
 ):
-    *offset_refs, out_ref = refs
+    low_refs, (scale_ref, *offset_refs, out_ref) = refs[: num_packed - 1], refs[num_packed - 1 :]
     half, block_k = packed_ref.shape[1], config.block_k
     num_groups = scale_ref.shape[0]
     group_size = 2 * half // num_groups
@@ -124,8 +132,9 @@ def _kernel(
 
     def step(index, carry):
         start = (first_step + index) * block_k
-        packed = packed_ref[:, pl.ds(start, block_k)]
-        low, high = registers.decode_planes(packed, code_dtype, interpret=interpret)
+        packed, *lower = (ref[:, pl.ds(start, block_k)] for ref in (packed_ref, *low_refs))
+        nested = {"low": lower[0] if lower else None, "truncated": truncated}
+        low, high = registers.decode_planes(packed, code_dtype, **nested, interpret=interpret)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)

@@ -29,7 +29,11 @@ _TILE_ROWS = 16  # of 16 bits
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
     del dtype  # all three of the public function work
-    return matmul.obstacle(weight.num_inputs, weight.group_size) or layout_obstacle(weight.layout, LAYOUT)
+    return (
+        matmul.obstacle(weight.num_inputs, weight.group_size)
+        or matmul.nested_obstacle(weight)
+        or layout_obstacle(weight.layout, LAYOUT)
+    )
 
 
 def w4a16_matmul(

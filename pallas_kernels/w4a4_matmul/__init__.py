@@ -51,6 +51,8 @@ def w4a4_partial_sums(
 ) -> Float[Array, "*batch N"] | PartialSums:
     """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.num_inputs, op=_OP)
+    if weight.low is not None:
+        raise ValueError(f"{_OP}: integers meet 4-bit codes; give upper_nibbles(weight) of an 8-bit weight")
     _check_groupings(x, weight)
     chosen = _IMPLEMENTATIONS.select(
         implementation,

@@ -8,6 +8,7 @@ See :mod:`pallas_kernels.backends.mosaic.matmul`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -35,10 +36,12 @@ from pallas_kernels.backends.mosaic.registers import arith, assembly, ir, llvm, 
 LAYOUT = Layout.WGMMA
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
 # (bytes << 4 & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. The high plane needs no shift.
+# Half a step more, of truncated codes, is an 8 in the nibble that the mask has cleared.
 _DECODE = (
-    "{.reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;}",
-    "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;",
+    "{{.reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, {centre}, 0x6A;}}",
+    "lop3.b32 $0, $1, 0xF0F0F0F0, {centre}, 0x6A;",
 )
+_CENTRES = {False: "0x80808080", True: "0x88888888"}
 
 
 def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
@@ -63,8 +66,9 @@ def w4a4_matmul(
     codes, scale = codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
     if config is None:
         config = default_config(codes.shape[0], weight)
-    arrays = codes, scale, weight.packed, weight.scale, weight.offset
-    outputs = _matmul(*arrays, dtype=jnp.dtype(dtype), bits=x.bits, early=early_launch.is_enabled(), config=config)
+    weight = dataclasses.replace(weight, group_sum=None)
+    options = {"bits": x.bits, "early": early_launch.is_enabled(), "config": config}
+    outputs = _matmul(codes, scale, weight, dtype=jnp.dtype(dtype), **options)
     return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
 
 
@@ -83,17 +87,15 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
 def _matmul(
     codes: Array,
     x_scale: Array,
-    packed: Array,
-    scale: Array,
-    offset: Array | None,
+    weight: QuantizedWeight,
     *,
     dtype: DTypeLike,
     bits: int,
     early: bool,
     config: hopper.MosaicConfig,
 ) -> Array | PartialSums:
-    num_rows, k = codes.shape
-    problem = hopper.Problem(num_rows, packed.shape[0], k, scale.shape[0], jnp.int8, dtype)
+    (num_rows, k), scale, offset = codes.shape, weight.scale, weight.offset
+    problem = hopper.Problem(num_rows, weight.num_outputs, k, scale.shape[0], jnp.int8, dtype)
     columns, row_groups = (scale,), ()
     if offset is not None:
         columns = (scale, offset)
@@ -105,11 +107,13 @@ def _matmul(
     config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
     return pipelines.launch(
         codes,
-        packed,
+        (weight.packed,),
         columns,
         x_scale,
         row_groups=row_groups,
-        consume=_consume_grouped if scale.shape[0] > 1 else _consume_whole,
+        consume=functools.partial(
+            _consume_grouped if scale.shape[0] > 1 else _consume_whole, centre=_CENTRES[weight.truncated]
+        ),
         problem=problem,
         config=config,
         early=early,
@@ -118,7 +122,7 @@ def _matmul(
     )
 
 
-def _consume_grouped(pipeline: pipelines.Pipeline) -> jax.Array:
+def _consume_grouped(pipeline: pipelines.Pipeline, *, centre: str) -> jax.Array:
     """Float32 sums over the groups of int32 sums within them."""
     shape = (lanes.ROWS, pipeline.config.block_m)
 
@@ -127,16 +131,16 @@ def _consume_grouped(pipeline: pipelines.Pipeline) -> jax.Array:
 
     def multiply(tile: pipelines.Tile, total: jax.Array) -> jax.Array:
         for first in range(0, 2, together):
-            add = functools.partial(_add_planes, tile, total, first)
+            add = functools.partial(_add_planes, tile, centre, total, first)
             total = pl.run_scoped(add, *[_accumulator(shape)] * together)
         return total
 
     return pipeline.for_each_tile(multiply, lanes.zeros(shape))
 
 
-def _add_planes(tile: pipelines.Tile, total: jax.Array, first: int, *accumulators: Any) -> jax.Array:
+def _add_planes(tile: pipelines.Tile, centre: str, total: jax.Array, first: int, *accumulators: Any) -> jax.Array:
     for plane, accumulator in enumerate(accumulators, first):
-        tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane)))
+        tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane, centre)))
     for index, accumulator in enumerate(accumulators):
         in_flight = len(accumulators) - 1 - index  # the second product runs while the first is scaled
         sums = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
@@ -144,13 +148,13 @@ def _add_planes(tile: pipelines.Tile, total: jax.Array, first: int, *accumulator
     return total
 
 
-def _consume_whole(pipeline: pipelines.Pipeline) -> jax.Array:
+def _consume_whole(pipeline: pipelines.Pipeline, *, centre: str) -> jax.Array:
     """Int32 sums over all inputs, and one scale."""
     shape = (lanes.ROWS, pipeline.config.block_m)
 
     def multiply(accumulator, tile):
         for plane in range(2):
-            tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane)))
+            tile.multiply(0, plane, functools.partial(plgpu.wgmma, accumulator, _decode(tile, plane, centre)))
 
     def product(accumulator):
         pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile), None)
@@ -164,7 +168,7 @@ def _accumulator(shape: tuple[int, int]) -> Any:
     return lanes.accumulator(shape, jnp.int32)
 
 
-def _decode(tile: pipelines.Tile, plane: int) -> jax.Array:
+def _decode(tile: pipelines.Tile, plane: int, centre: str) -> jax.Array:
     """A plane of a tile as ``16 * (code - 8)``, int8 ``[64, 128]`` in registers."""
     shape = (lanes.ROWS, lanes.TILE)
 
@@ -175,12 +179,12 @@ def _decode(tile: pipelines.Tile, plane: int) -> jax.Array:
         registers: list[Any] = [None] * 16
         for half in range(2):
             for index, word in enumerate(words[half]):
-                [decoded] = assembly(_DECODE[plane], "=r,r", [word], [word_type])
+                [decoded] = assembly(_DECODE[plane].format(centre=centre), "=r,r", [word], [word_type])
                 registers[2 * index + half] = llvm.bitcast(quad, decoded)
         return lanes.fragmented(registers, shape)
 
     returns = plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
-    return lanes.inline(build, tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=returns)
+    return lanes.inline(build, *tile.weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=returns)
 
 
 def _add_scaled(

@@ -101,7 +101,9 @@ def _matmul(
 
     def kernel(*refs):
         named = dict(zip([*rows, *columns, "out"], refs, strict=True))
-        _kernel(_Refs(**named), num_rows=x.codes.shape[0], config=config, interpret=interpret)
+        _kernel(
+            _Refs(**named, truncated=weight.truncated), num_rows=x.codes.shape[0], config=config, interpret=interpret
+        )
 
     return matmul.launch_matmul(
         kernel,
@@ -126,6 +128,7 @@ class _Refs:
     offset: registers.Ref = None  # [G, block_n], asymmetric weight
     x_offset: registers.Ref = None  # [block_m, Gx] f32, asymmetric activations
     group_sum: registers.Ref = None  # [A, block_n], A a multiple of Gx, asymmetric activations
+    truncated: bool = False  # the weight's codes stand for half a step more
 
     @property
     def num_inputs(self) -> int:
@@ -177,7 +180,8 @@ def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: 
 
     def step(index, carry):
         start = (first_step + index) * block_k
-        low, high = registers.decode_planes(refs.packed[:, pl.ds(start, block_k)], jnp.int8, interpret=interpret)
+        packed, options = refs.packed[:, pl.ds(start, block_k)], {"truncated": refs.truncated, "interpret": interpret}
+        low, high = registers.decode_planes(packed, jnp.int8, **options)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), accumulator), jnp.zeros((config.block_m, 1), accumulator)

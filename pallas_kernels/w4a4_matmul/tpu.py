@@ -31,6 +31,7 @@ def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
     return (
         matmul.obstacle(weight.num_inputs, weight.group_size, x.group_size)
+        or matmul.nested_obstacle(weight)
         or layout_obstacle(weight.layout, LAYOUT)
         or layout_obstacle(x.layout, LAYOUT, what="activations")
     )

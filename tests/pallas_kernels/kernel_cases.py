@@ -35,6 +35,19 @@ def _packed(codes, scale, offset):
     return with_group_sums(QuantizedWeight(pack_codes(codes), scale, offset))
 
 
+_with_sums = jax.jit(with_group_sums)
+
+
+@functools.cache
+def random_nested_weight(
+    n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16
+) -> QuantizedWeight:
+    """A weight in 8 bits, with the scales and the upper nibbles of :func:`random_weight`."""
+    upper = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    low = jnp.asarray(np.random.default_rng(2).integers(0, 256, upper.packed.shape, dtype=np.uint8))
+    return _with_sums(dataclasses.replace(upper, low=low))
+
+
 @functools.cache
 def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> jax.Array:
     """Normal values with a mean, so that zero points matter."""
@@ -43,11 +56,12 @@ def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> j
 
 def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
     """``[N, K]`` from the definition, one group at a time."""
-    packed = np.asarray(weight.packed)
-    half = packed.shape[1]
+    arrays = [np.asarray(array) for array in (weight.packed, weight.low) if array is not None]
+    half = arrays[0].shape[1]
     out = np.empty((weight.num_outputs, weight.num_inputs))
     for k in range(weight.num_inputs):
-        code = (packed[:, k] & 0xF) if k < half else (packed[:, k - half] >> 4)
+        nibbles = [(array[:, k] & 0xF) if k < half else (array[:, k - half] >> 4) for array in arrays]
+        code = sum(nibble / 16**place for place, nibble in enumerate(nibbles)) + weight.truncated / 2
         group = k // weight.group_size
         scale = np.asarray(weight.scale[group], np.float64)
         offset = 8 * scale if weight.offset is None else np.asarray(weight.offset[group], np.float64)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight
+from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, upper_nibbles
+from pallas_kernels.backends import codes as ptx
 from pallas_kernels.backends.early_launch import early_launch
 from pallas_kernels.block_attention import gpu_triton as block_triton
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
@@ -50,6 +53,13 @@ def abstract_weight(
     return QuantizedWeight(packed, per_group, None if symmetric else per_group, per_group, layout)
 
 
+def abstract_nested_weight(
+    k: int, n: int, group_size: int, symmetric: bool, layout: Layout = Layout.PLANES
+) -> QuantizedWeight:
+    weight = abstract_weight(k, n, group_size, symmetric, layout)
+    return dataclasses.replace(weight, low=weight.packed)
+
+
 def described_gpu() -> contextlib.AbstractContextManager:
     """A mesh that tells JAX 0.11 and newer which GPU to lower for; 0.10 needs none."""
     if jax.__version_info__ < (0, 11):
@@ -73,6 +83,15 @@ def test_w4a16_lowers(shape, num_rows):
     x = array(num_rows, shape[0], dtype=jnp.bfloat16)
     assert w4a16_triton.obstacle(x.dtype, weight) is None
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, x, weight)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_nested_weights_and_their_upper_nibbles_lower(dtype):
+    weight, x = abstract_nested_weight(4096, 6144, 32, True), array(16, 4096, dtype=dtype)
+    for one, name in ((weight, "w8a16"), (upper_nibbles(weight), "w4a16")):
+        program = cuda_program(w4a16_triton.w4a16_matmul, x, one)
+        assert KERNEL_CALL in program
+        assert name in program
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["f16", "f32"])
@@ -424,3 +443,19 @@ def test_kernels_of_several_devices_lower_with_the_sum_between_them(layout):
     assert text.count("stablehlo.all_gather") == 1
     assert KERNEL_CALL in text
     assert ("mosaic_gpu" in text) == (layout is Layout.WGMMA)
+
+
+FORMATS = {jnp.bfloat16: np.dtype(jnp.bfloat16), jnp.float16: np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=["bf16", "f16"])
+@pytest.mark.parametrize(("bits", "truncated"), [(4, False), (4, True), (8, False)])
+def test_lanes_hold_exactly_what_each_code_stands_for(dtype, bits, truncated):
+    lanes = ptx.lanes_of(dtype, bits=bits, truncated=truncated)
+    code = np.arange(2**bits, dtype=np.uint16)
+    lane = code << truncated | np.uint16(0xFF00)  # bits beside the code are masked
+    centre = np.where(lane & lanes.choice, 0, lanes.choice) | lanes.centre
+    floats = ((lane & lanes.mask) | lanes.magic).astype(np.uint16).view(FORMATS[dtype]).astype(np.float64)
+    floats += centre.astype(np.uint16).view(FORMATS[dtype]).astype(np.float64)
+    np.testing.assert_array_equal(floats, code / 2 ** (bits - 4) + truncated / 2 - 8)
+    np.testing.assert_array_equal(floats.astype(FORMATS[dtype]).astype(np.float64), floats)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations as quantize
-from pallas_kernels import w4a4_matmul, w4a16_matmul, with_group_sums
+from pallas_kernels import upper_nibbles, w4a4_matmul, w4a16_matmul, with_group_sums
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -20,6 +20,7 @@ from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from pallas_kernels.w4a16_matmul import reference as w4a16_reference
 from tests.pallas_kernels.kernel_cases import (
     activation_in_float64,
+    random_nested_weight,
     random_rows,
     random_weight,
     relative_error,
@@ -58,6 +59,28 @@ def test_w4a16_serves_any_number_of_rows(implementation, num_rows):
     x = random_rows(num_rows, 576)
     expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
     assert relative_error(W4A16[implementation](x, weight), expected) < 1e-6
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_nested_weight_and_its_upper_nibbles_equal_the_definition_in_float64(implementation, symmetric):
+    weight = random_nested_weight(32, 576, 64, symmetric=symmetric)
+    x = random_rows(5, 576)
+    for one in (weight, upper_nibbles(weight)):
+        expected = np.asarray(x, np.float64) @ weight_in_float64(one).T
+        assert relative_error(W4A16[implementation](x, one), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("symmetric", "x_symmetric"), [(True, True), (False, False)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_upper_nibbles_of_a_nested_weight_meet_integers(implementation, symmetric, x_symmetric):
+    weight = random_nested_weight(32, 256, 64, symmetric=symmetric, scale_dtype=jnp.float32)
+    x = quantize_activations(random_rows(5, 256), bits=8, symmetric=x_symmetric)
+    expected = activation_in_float64(x) @ weight_in_float64(upper_nibbles(weight)).T
+    out = W4A4[implementation](x, upper_nibbles(weight), dtype=jnp.float32)
+    assert relative_error(out, expected) < 2e-6
+    with pytest.raises(ValueError, match=r"integers meet 4-bit codes; give upper_nibbles\(weight\)"):
+        w4a4_matmul(x, weight, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])

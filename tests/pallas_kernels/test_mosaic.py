@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Layout, PartialSums, QuantizedActivation
+from pallas_kernels import Layout, PartialSums, QuantizedActivation, upper_nibbles
 from pallas_kernels.backends.early_launch import early_launch
 from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pipeline as pipelines
@@ -16,7 +16,13 @@ from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.conftest import THOROUGH
 from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
-from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program, described_gpu
+from tests.pallas_kernels.test_cuda_lowering import (
+    abstract_nested_weight,
+    abstract_weight,
+    array,
+    cuda_program,
+    described_gpu,
+)
 
 pytestmark = pytest.mark.newest_jax
 
@@ -55,6 +61,24 @@ def test_w4a8_lowers(shape, num_rows):
     weight = abstract_weight(*shape, Layout.WGMMA)
     codes, scale = array(num_rows, shape[0], dtype=jnp.int8), array(num_rows, 1, dtype=jnp.float32)
     x = QuantizedActivation(codes, scale, None, bits=8)
+    assert w4a4_mosaic.obstacle(x, weight) is None
+    assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+
+
+NESTED = [((4096, 28672, 128, True), 16, jnp.bfloat16), ((1536, 576, 32, False), 64, jnp.float16)]
+
+
+@pytest.mark.parametrize(("shape", "num_rows", "dtype"), NESTED, ids=["g128-bf16", "g32-asymmetric-f16"])
+def test_nested_weights_and_their_upper_nibbles_lower(shape, num_rows, dtype):
+    weight, x = abstract_nested_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=dtype)
+    for one, name in ((weight, "w8a16"), (upper_nibbles(weight), "w4a16")):
+        assert w4a16_mosaic.obstacle(jnp.dtype(dtype), one) is None
+        assert f"{name}_mosaic_gpu" in cuda_program(w4a16_mosaic.w4a16_matmul, x, one)
+
+
+def test_upper_nibbles_lower_for_integers():
+    weight = upper_nibbles(abstract_nested_weight(4096, 4096, 128, True, Layout.WGMMA))
+    x = QuantizedActivation(array(4, 4096, dtype=jnp.int8), array(4, 1, dtype=jnp.float32), None, bits=8)
     assert w4a4_mosaic.obstacle(x, weight) is None
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 

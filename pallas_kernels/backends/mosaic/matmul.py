@@ -73,6 +73,7 @@ class Problem:
         m, n, k: rows, outputs, inputs.
         num_groups: scales per output.
         x_dtype, out_dtype: of rows and result.
+        num_packed: arrays of packed codes: two of a nested weight.
     """
 
     m: int
@@ -81,6 +82,7 @@ class Problem:
     num_groups: int
     x_dtype: Any
     out_dtype: Any
+    num_packed: int = 1
 
     @property
     def num_tiles(self) -> int:
@@ -144,7 +146,7 @@ def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int
 def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -> MosaicConfig:
     """``config`` with as many tiles in flight as shared memory holds, up to ``config.num_stages``, but 2 at least."""
     itemsize = jnp.dtype(problem.x_dtype).itemsize
-    per_tile = config.block_n * TILE + num_columns * 2 * problem.groups_per_tile * 4 * max(
+    per_tile = problem.num_packed * config.block_n * TILE + num_columns * 2 * problem.groups_per_tile * 4 * max(
         config.block_n, config.block_m
     )
     rows = 128 * config.block_m

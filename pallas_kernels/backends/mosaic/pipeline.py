@@ -49,7 +49,7 @@ WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(12
 
 def launch(
     rows: jax.Array,
-    packed: jax.Array,
+    packed: Sequence[jax.Array],
     columns: Sequence[jax.Array],
     row_factor: jax.Array | None,
     *,
@@ -65,7 +65,7 @@ def launch(
 
     Args:
         rows: ``[M, K]``.
-        packed: ``[N, K/2]`` uint8 in ``Layout.WGMMA``.
+        packed: ``[N, K/2]`` uint8 in ``Layout.WGMMA``: one array, or both of a nested weight.
         columns: arrays ``[G, N]`` of which each tile gets its groups.
         row_factor: ``[M]`` float32 that multiplies the product of each slice of K before any are added, or None.
         row_groups: float32 arrays ``[G, M]`` of which each tile gets its groups; ``M`` here a multiple of
@@ -82,9 +82,10 @@ def launch(
     by_group = [a.reshape(problem.scale_planes, -1, a.shape[-1]) for a in (*columns, *row_groups)]
     factors = () if row_factor is None else (row_factor,)
 
-    def body(x, packed_ref, *refs, **scratch):
+    def body(x, *refs, **scratch):
+        weight, refs = refs[: len(packed)], refs[len(packed) :]
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
-        arrays = x, packed_ref, refs, len(columns), last[:-1], last[-1]
+        arrays = x, weight, refs, len(columns), last[:-1], last[-1]
         _Program(*arrays, problem, config, early, scratch).run(consume)
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
@@ -101,7 +102,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(pad_rows(rows), packed, *by_group, *factors)
+    )(pad_rows(rows), *packed, *by_group, *factors)
     return outputs[0] if config.split == 1 else PartialSums(outputs, problem.out_dtype)
 
 
@@ -119,10 +120,12 @@ def _scratch(
     x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
     x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
     group_shape = (stages, slices, problem.scale_planes, problem.groups_per_tile)
-    copies = 1 + len(by_group) + (0 if x_slots else 2)  # into a slot: the weight, each array by group, rows per plane
+    # Into a slot: the weight, each array by group, rows per plane.
+    copies = problem.num_packed + len(by_group) + (0 if x_slots else 2)
+    weight_shape = (stages, slices, config.block_n, TILE)
     scratch = {
         "rows": plgpu.SMEM(x_shape, problem.x_dtype, transforms=x_transforms),
-        "weight": plgpu.SMEM((stages, slices, config.block_n, TILE), jnp.uint8, transforms=WEIGHT_TRANSFORMS),
+        "weight": [plgpu.SMEM(weight_shape, jnp.uint8, transforms=WEIGHT_TRANSFORMS)] * problem.num_packed,
         "by_group": [
             plgpu.SMEM((*group_shape, config.block_n if of_outputs else config.block_m), dtype)
             for dtype, of_outputs in by_group
@@ -152,7 +155,7 @@ class _Program:
     """One program: its memory, and what its warpgroups do."""
 
     rows: Ref  # [M, K], M padded
-    weight: Ref  # [N, K/2] uint8
+    weight: tuple[Ref, ...]  # [N, K/2] uint8
     by_group: tuple[Ref, ...]  # [planes, G / planes, N], then [planes, G / planes, M]
     num_columns: int  # how many of them are of outputs
     factors: tuple[Ref, ...]  # [M] f32, or nothing
@@ -250,8 +253,9 @@ class _Program:
     def copy_weight(self, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """The part of a tile that is of the weight."""
         outputs = pl.ds(self.first_column, self.config.block_n)
-        weight = self.weight.at[outputs, pl.ds(tile * TILE, TILE)]
-        plgpu.copy_gmem_to_smem(weight, self.scratch["weight"].at[slot, part], self.full(slot, part))
+        for ref, copied in zip(self.weight, self.scratch["weight"], strict=True):
+            weight = ref.at[outputs, pl.ds(tile * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(weight, copied.at[slot, part], self.full(slot, part))
         self.copy_groups(slot, part, tile, slice(self.num_columns), outputs)
 
     def copy_rows(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
@@ -332,12 +336,12 @@ class Tile:
     """64 outputs by 128 bytes of packed weight, its groups, and the rows that meet it.
 
     Attributes:
-        weight: ``[64, 128]`` uint8, swizzled.
+        weight: ``[64, 128]`` uint8, swizzled, per array.
         columns: ``[planes, groups, 64]`` per array.
         row_groups: ``[planes, groups, block_m]`` per array.
     """
 
-    weight: Ref
+    weight: tuple[Ref, ...]
     columns: tuple[Ref, ...]
     row_groups: tuple[Ref, ...]
     _rows: Ref
@@ -402,7 +406,7 @@ class Pipeline:
             slot, before = (lax.rem(index + lag, config.num_stages) for lag in (0, config.num_stages - 1))
             plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
             tile = Tile(
-                weight=scratch["weight"].at[slot, self._in_program, outputs],
+                weight=tuple(a.at[slot, self._in_program, outputs] for a in scratch["weight"]),
                 columns=tuple(a.at[slot, self._in_program, :, :, outputs] for a in by_group[:num_columns]),
                 row_groups=tuple(a.at[slot, self._in_program] for a in by_group[num_columns:]),
                 _rows=scratch["rows"] if in_ring else scratch["rows"].at[slot, self._in_program],

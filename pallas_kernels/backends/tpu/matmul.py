@@ -49,6 +49,11 @@ def obstacle(num_inputs: int, *group_sizes: int) -> str | None:
     return f"needs groups that are whole rows, or runs of 2^n or 128 n inputs; K={num_inputs} gives runs of {run}"
 
 
+def nested_obstacle(weight: QuantizedWeight) -> str | None:
+    """Why the kernels cannot serve codes of 8 bits, or their upper nibbles; None if they can serve the weight's."""
+    return "needs 4-bit codes; these are of a nested 8-bit weight" if weight.bits == 8 or weight.truncated else None
+
+
 def block_n(packed: Array) -> int:
     """Outputs of a program: 512, whose first and last products wait for nothing the shortest time, or 256."""
     return 512 if 512 * packed.shape[1] <= _BLOCK_BYTES else 256

@@ -51,6 +51,7 @@ def launch_matmul(
     out_dtype: DTypeLike,
     interpret: bool,
     name: str,
+    num_packed: int = 1,
 ) -> jax.Array:
     """Runs ``kernel`` over N blocks x split x M blocks and adds the partial sums in order.
 
@@ -59,15 +60,18 @@ def launch_matmul(
         row_arrays: ``[M, *]``, seen by the kernel as ``[block_m, *]``.
         weight_arrays: ``[N, K/2]`` packed codes, then ``[G, N]`` arrays, seen as ``[block_n, K/2]`` and
             ``[G, block_n]``.
+        num_packed: how many of them are packed codes.
     """
     m, (n, half) = row_arrays[0].shape[0], weight_arrays[0].shape
     row_specs = [pl.BlockSpec((config.block_m, a.shape[1]), lambda n, p, m: (m, 0)) for a in row_arrays]
     packed_spec = pl.BlockSpec((config.block_n, half), lambda n, p, m: (n, 0))
-    group_specs = [pl.BlockSpec((a.shape[0], config.block_n), lambda n, p, m: (0, n)) for a in weight_arrays[1:]]
+    group_specs = [
+        pl.BlockSpec((a.shape[0], config.block_n), lambda n, p, m: (0, n)) for a in weight_arrays[num_packed:]
+    ]
     partial_sums = pl.pallas_call(
         kernel,
         grid=(n // config.block_n, config.split, pl.cdiv(m, config.block_m)),
-        in_specs=[*row_specs, packed_spec, *group_specs],
+        in_specs=[*row_specs, *[packed_spec] * num_packed, *group_specs],
         out_specs=pl.BlockSpec((None, config.block_m, config.block_n), lambda n, p, m: (p, m, n)),
         out_shape=jax.ShapeDtypeStruct((config.split, m, n), jnp.float32 if config.split > 1 else out_dtype),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),

@@ -10,54 +10,69 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.backends import early_launch
+from pallas_kernels.backends import codes, early_launch
 
 Ref = Any  # a block of memory inside a kernel; JAX publishes no type for it
 INT8_CODE_FACTOR = 16  # decode_planes returns 16 * (code - 8) as int8
 
-# Four bytes b0..b3 hold two nibbles each. prmt spreads the bytes to 16-bit lanes, lop3 ((a & b) | c) makes
-# the float 128 + nibble (bfloat16) or 1024 + nibble (float16), and the subtraction that centres the code
-# is exact. `sub.bf16x2` needs compute capability 9.0, `fma.rn.bf16x2` only 8.0.
+# prmt spreads four bytes b0..b3, which hold two nibbles each, to 16-bit lanes. `sub.bf16x2` needs compute capability
+# 9.0, `fma.rn.bf16x2` only 8.0.
 _DECODE_FLOAT = """{{
-.reg .b32 nibbles, t0, t1, one, centre;
-mov.b32 one, {one}; mov.b32 centre, {centre};
-shr.u32 nibbles, $2, {shift};
-prmt.b32 t0, nibbles, 0, 0x4140; prmt.b32 t1, nibbles, 0, 0x4342;
-lop3.b32 t0, t0, 0x000F000F, {magic}, 0xEA; lop3.b32 t1, t1, 0x000F000F, {magic}, 0xEA;
-fma.rn.{kind}x2 $0, t0, one, centre; fma.rn.{kind}x2 $1, t1, one, centre;
+.reg .b32 codes, t0, t1, c0, c1, one;
+mov.b32 one, {one};
+{codes}
+prmt.b32 t0, codes, 0, 0x4140; prmt.b32 t1, codes, 0, 0x4342;
+{first} {second}
+fma.rn.{kind}x2 $0, t0, one, c0; fma.rn.{kind}x2 $1, t1, one, c1;
 }}"""
-_FLOAT_CONSTANTS = {
-    jnp.dtype(jnp.bfloat16): {"kind": "bf16", "magic": "0x43004300", "one": "0x3F803F80", "centre": "0xC308C308"},
-    jnp.dtype(jnp.float16): {"kind": "f16", "magic": "0x64006400", "one": "0x3C003C00", "centre": "0xE408E408"},
-}
-# (bytes << shift & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte.
-_DECODE_INT8 = "{{.reg .b32 t; shl.b32 t, $1, {shift}; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;}}"
+# (bytes << shift & 0xF0) ^ 0x80 is 16 * (nibble - 8) as int8: no borrow can cross a byte. Half a step more is an 8 in
+# the nibble that the mask has cleared.
+_DECODE_INT8 = "{{.reg .b32 t; shl.b32 t, $1, {shift}; lop3.b32 $0, t, 0xF0F0F0F0, {centre}, 0x6A;}}"
 
 
-def decode_planes(packed: jax.Array, dtype: DTypeLike, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The two planes of a byte tile as ``code - 8`` in a 16-bit float, or 16 times that as int8.
+def decode_planes(
+    packed: jax.Array, dtype: DTypeLike, *, low: jax.Array | None = None, truncated: bool = False, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The two planes of a byte tile as ``code - 8`` in a 16-bit float, or 16 times that as int8: exactly.
 
     Args:
         packed: ``[block_n, block_k]`` uint8.
         dtype: bfloat16, float16 or int8.
+        low: the lower nibbles of a nested weight, for floats; None without.
+        truncated: codes stand for half a step more, as in ``QuantizedWeight``.
         interpret: use ``jax.numpy``, since inline assembly has no interpreter.
     """
     dtype = jnp.dtype(dtype)
     if interpret:
-        centred = [nibbles.astype(jnp.int8) - jnp.int8(8) for nibbles in (packed & 0xF, packed >> 4)]
-        if dtype == jnp.int8:
-            centred = [codes * jnp.int8(INT8_CODE_FACTOR) for codes in centred]
-        return centred[0].astype(dtype), centred[1].astype(dtype)
+        return _interpreted(packed, low, dtype, 0, truncated), _interpreted(packed, low, dtype, 1, truncated)
 
-    def decode(shift: int) -> jax.Array:
+    def decode(plane: int) -> jax.Array:
         if dtype == jnp.int8:
             # The low plane is shifted up into the high nibble; the high plane is there already.
-            asm, constraints = _DECODE_INT8.format(shift=4 - shift), "=r,r"
-        else:
-            asm, constraints = _DECODE_FLOAT.format(shift=shift, **_FLOAT_CONSTANTS[dtype]), "=r,=r,r"
-        return inline_asm(asm, packed, constraints=constraints, dtype=dtype, pack=4)
+            asm = _DECODE_INT8.format(shift=4 * (1 - plane), centre="0x88888888" if truncated else "0x80808080")
+            return inline_asm(asm, packed, constraints="=r,r", dtype=dtype, pack=4)
+        lanes, kind = codes.lanes_of(dtype, bits=4 if low is None else 8, truncated=truncated), codes.NAMES[dtype]
+        found = codes.shift_down("codes", "$2", 4 * plane - truncated)
+        if low is not None:
+            found = codes.JOIN[plane].format("codes", "$2", "$3")
+        terms = {"first": lanes.prepare("t0", "c0"), "second": lanes.prepare("t1", "c1")}
+        asm = _DECODE_FLOAT.format(codes=found, kind=kind, one=codes.ONE[kind], **terms)
+        arrays, inputs = ((packed,), "r") if low is None else ((packed, low), "r,r")
+        return inline_asm(asm, *arrays, constraints=f"=r,=r,{inputs}", dtype=dtype, pack=4)
 
-    return decode(0), decode(4)
+    return decode(0), decode(1)
+
+
+def _interpreted(packed: jax.Array, low: jax.Array | None, dtype: jnp.dtype, plane: int, truncated: bool) -> jax.Array:
+    shift = packed.dtype.type(4 * plane)
+    sixteenths = (((packed >> shift) & 0xF).astype(jnp.int8) - jnp.int8(8)) * jnp.int8(INT8_CODE_FACTOR)
+    if low is not None:
+        sixteenths = sixteenths + ((low >> shift) & 0xF).astype(jnp.int8)
+    if truncated:
+        sixteenths = sixteenths + jnp.int8(INT8_CODE_FACTOR // 2)
+    if dtype == jnp.int8:
+        return sixteenths
+    return (sixteenths.astype(jnp.float32) / INT8_CODE_FACTOR).astype(dtype)
 
 
 def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, pack: int = 1) -> jax.Array:

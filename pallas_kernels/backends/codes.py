@@ -1,0 +1,66 @@
+"""PTX that makes 16-bit floats of weight codes, for the Triton and the Mosaic GPU kernels.
+
+A register holds two lanes of 16 bits, each with a code in some of its bits. ``lop3`` ((a & b) | c) makes a float of
+known size of it, whose last bits the code is, and an addition that is exact centres it by 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Upper and lower nibbles of four nested codes of a plane as four bytes: ((a & c) | (b & ~c)). Takes the names of three
+# registers: the bytes, the words with the upper nibbles and those with the lower ones.
+JOIN = (
+    "shl.b32 {0}, {1}, 4; lop3.b32 {0}, {0}, {2}, 0xF0F0F0F0, 0xE4;",
+    "shr.u32 {0}, {2}, 4; lop3.b32 {0}, {1}, {0}, 0xF0F0F0F0, 0xE4;",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """What becomes of a lane: ``((lane & mask) | magic) + centre``.
+
+    Attributes:
+        mask: the bits of the code.
+        magic, centre: floats.
+        choice: a bit that the float has no room for: without it, the centre is what this bit makes of it.
+    """
+
+    mask: int
+    magic: int
+    centre: int
+    choice: int = 0
+
+    def prepare(self, lane: str, centre: str) -> str:
+        """PTX that leaves the two terms of the sum in registers of these names, of which the first holds lanes."""
+        choose = f"mov.b32 {centre}, {_twice(self.centre)};"
+        if self.choice:  # (~a & b) | c
+            choose = f"lop3.b32 {centre}, {lane}, {_twice(self.choice)}, {_twice(self.centre)}, 0xAE;"
+        return f"{choose} lop3.b32 {lane}, {lane}, {_twice(self.mask)}, {_twice(self.magic)}, 0xEA;"
+
+
+def _twice(lane: int) -> str:
+    return f"0x{lane:04X}{lane:04X}"
+
+
+NAMES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
+ONE = {"bf16": "0x3F803F80", "f16": "0x3C003C00"}
+# A nibble in the lowest bits: 128 + nibble - 136, and 1024 + nibble - 1032.
+_WHOLE = {"bf16": Lanes(0x000F, 0x4300, 0xC308), "f16": Lanes(0x000F, 0x6400, 0xE408)}
+# One bit higher, and half a step more: 64.5 + nibble - 72, and 512.5 + nibble - 520.
+_TRUNCATED = {"bf16": Lanes(0x001E, 0x4281, 0xC290), "f16": Lanes(0x001E, 0x6001, 0xE010)}
+# A byte u: 8 + (u mod 128) / 16 - (8 or, where u is below 128, 16), and 64 + u / 16 - 72.
+_NESTED = {"bf16": Lanes(0x007F, 0x4100, 0xC100, choice=0x0080), "f16": Lanes(0x00FF, 0x5400, 0xD480)}
+
+
+def lanes_of(dtype: DTypeLike, *, bits: int, truncated: bool) -> Lanes:
+    """Of codes with so many bits; truncated ones stand for half a step more and lie one bit higher."""
+    return (_NESTED if bits == 8 else _TRUNCATED if truncated else _WHOLE)[NAMES[jnp.dtype(dtype)]]
+
+
+def shift_down(target: str, source: str, by: int) -> str:
+    """PTX that shifts a register down, or up by a negative number of bits."""
+    return f"shr.u32 {target}, {source}, {by};" if by >= 0 else f"shl.b32 {target}, {source}, {-by};"
