@@ -82,7 +82,7 @@ class PassBytes:
         position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
         embedding = config.vocab_size * config.hidden_size * decoder.dtype.itemsize
         untied = 0 if decoder.lm_head is None else embedding
-        unread = {view.weight_bits: unread_bytes(decoder, view) for view in (View(), View(weight_bits=None))}
+        unread = {view.weight_bits: unread_bytes(decoder, view) for view in map(View, (4, 8, None))}
         return cls(bytes_of_decoder(decoder) - untied, position, config.sliding_window, unread)
 
     def weights_of(self, view: View) -> int:

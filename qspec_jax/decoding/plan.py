@@ -18,9 +18,9 @@ MAX_DRAFT_LENGTH = 16
 AUTO = "auto"  # a mode, and a draft length: the engine chooses
 AUTO_LENGTHS = (1, 2, 3, 5, 7)
 AUTO_LOOKUP_LENGTHS = (3, 7)
-MODES = ("qspec", "w4a16", "w4a8", "w4a4", "float")
+MODES = ("qspec", "w4a16", "w8a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
-_TARGETS = {"w4a16": View.of(Precision.W4A16), "float": View.of(Precision.FLOAT)}  # what may verify drafts
+_TARGETS = {one.value: View.of(one) for one in (Precision.W4A16, Precision.W8A16, Precision.FLOAT)}  # of drafts
 VERIFY = (AUTO, *_TARGETS)
 DRAFTS = ("auto", "w4a4", "w4a8")
 DRAFT_CONTEXTS = ("full", "auto")  # or a number of tokens
@@ -239,7 +239,8 @@ def plan_of(
         draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
             matter of a long text where there is a kernel that reads no others.
         verify: one of :data:`VERIFY`, the target of modes that draft. ``auto`` is ``float`` for a model that holds its
-            checkpoint's own floats and a 4-bit copy, and ``w4a16`` for others. A plain mode is its own target.
+            checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others. A
+            plain mode is its own target.
         held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
 
     Raises:
@@ -281,6 +282,8 @@ def _target_of(mode: str, verify: str | Any, held: Collection[int | None]) -> Vi
     verify = check_verify(verify, mode)
     if mode != "float" and 4 not in held:
         raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
+    if mode == "w8a16" and 8 not in held:
+        raise UsageError("mode='w8a16' needs 8-bit weights; load the model with verify='w8a16', or use mode='w4a16'")
     if verify != AUTO and (target := _TARGETS[verify]).weight_bits not in held:
         others = [name for name, view in _TARGETS.items() if view.weight_bits in held]
         raise UsageError(
@@ -290,7 +293,7 @@ def _target_of(mode: str, verify: str | Any, held: Collection[int | None]) -> Vi
     if mode in MODES and mode != "qspec":
         return View.of(Precision(mode))
     if verify == AUTO:
-        return _TARGETS["float" if None in held else "w4a16"]
+        return _TARGETS["float" if None in held else "w8a16" if 8 in held else "w4a16"]
     return target
 
 

@@ -422,7 +422,7 @@ def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
     """
     if decoder.scan_layers or decoder.config.qk_norm or not early_launch.is_supported():
         return False
-    if not {view.precision for view in plan.views} <= {Precision.W4A16, Precision.W4A8}:
+    if not {view.precision for view in plan.views} <= {Precision.W4A16, Precision.W8A16, Precision.W4A8}:
         return False
     if any(n > MAX_ROWS or (n > 8 and n % 8) for n in (rows, rows * (plan.draft_length + 1))):
         return False

@@ -73,8 +73,8 @@ class LanguageModel:
         self.programs = programs_of(decoder, mesh)
 
     def __repr__(self) -> str:
-        held = {4: "4-bit", None: "floating-point"}
-        kinds = " and ".join(held[bits] for bits in held_weights(self.quantization))
+        held, names = held_weights(self.quantization), {4: "4-bit", 8: "nested 8-bit", None: "floating-point"}
+        kinds = " and ".join(names[bits] for bits in held if not (bits == 4 and 8 in held))
         weights = f"{num_bytes(self.decoder) / 1e6:.0f} MB of {kinds}"
         where = "" if self.mesh is None else f" on {shape_of(self.mesh)}"
         return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels{where})"

@@ -26,7 +26,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
-from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -102,14 +102,28 @@ def open_model(
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         manifest = checkpoint.manifest
-        chosen = manifest.quantization if quantization == "auto" else quantization
+        chosen = with_bits_of(manifest.quantization if quantization == "auto" else quantization, manifest.formats)
+        _check_bits(path, chosen, verify)
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
         return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
     source = open_source(path)
     chosen = QuantConfig() if quantization == "auto" else quantization
+    if chosen is not None and verify == "w8a16":
+        chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)
+    chosen = None if chosen is None else with_bits_of(chosen, formats)
+    _check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
+
+
+def _check_bits(path: Path, quantization: QuantConfig | None, verify: str | Any) -> None:
+    """Raises UsageError if 8-bit weights are to verify, and the codes of a checkpoint have fewer bits."""
+    if verify == "w8a16" and (quantization is None or quantization.bits == 4):
+        raise UsageError(
+            f"verify='w8a16' reads 8-bit weights, and those of {path.name} are 4-bit codes already; use "
+            "verify='w4a16', a checkpoint in floating point, a GGUF file in Q8_0, or what quantize --bits 8 writes"
+        )
 
 
 def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> bool:
@@ -125,7 +139,7 @@ def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> boo
     keeps_floats = isinstance(quantization, QuantConfig) and quantization.keep_floats
     if verify not in (AUTO, "float") and (keeps_floats or quantization is None):
         kept = "keep_floats" if keeps_floats else "quantization=None"
-        raise UsageError(f"verify={verify!r} reads 4-bit weights alone; leave {kept} out, or use verify='float'")
+        raise UsageError(f"verify={verify!r} reads quantised weights alone; leave {kept} out, or use verify='float'")
     if verify == "float" and quantization is None:
         raise UsageError("verify='float' drafts from a 4-bit copy: leave quantization=None out, or verify='float'")
     is_exact = keeps_floats or verify == "float"

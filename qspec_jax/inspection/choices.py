@@ -61,7 +61,8 @@ def kernel_choices(
         one_layer, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=True
     )
     draft = View.of(default_draft_precision())
-    verify = View.of(Precision.FLOAT if quantization.keep_floats else Precision.W4A16)
+    nested = Precision.W8A16 if quantization.bits == 8 else Precision.W4A16
+    verify = View.of(Precision.FLOAT if quantization.keep_floats else nested)
     passes = {
         f"verify {verify.name}": (verify, 4),
         f"draft {draft.name}": (draft, 1),

@@ -19,7 +19,7 @@ from qspec_jax.errors import QSpecError
 from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
-from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.parameters import expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options
 from qspec_jax.model.sharding import check_split, local_config, local_formats
@@ -71,6 +71,7 @@ def describe_model(
     """
     placement = decoder_options(kernels, dtype)
     config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
+    chosen = with_bits_of(chosen, formats)
     check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}
@@ -96,41 +97,46 @@ def _opened(
     """What a model computes, how its linears are to be kept, and how it lies on the disk."""
     if verify == "float":
         exact = open_exact(path, quantization or "auto", draft_path)
-        stored = _stored(path, exact.source)
+        stored = _stored(path, exact.source, exact.formats)
         if exact.drafts is not None and draft_path is not None:
-            copied = _stored(draft_path, exact.drafts)
+            copied = _stored(draft_path, exact.drafts, exact.formats)
             stored = dataclasses.replace(stored, method=copied.method, linears=copied.linears)
         return exact.source.config, exact.quantization, exact.formats, stored
     if is_checkpoint(path):
         manifest = (checkpoint := open_checkpoint(path)).manifest
         return manifest.model, quantization or manifest.quantization, manifest.formats, _stored_checkpoint(checkpoint)
     source, chosen = open_source(path), quantization or QuantConfig()
+    if verify == "w8a16":
+        chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)
     assert formats is not None
-    return source.config, chosen, formats, _stored_source(path, source)
+    return source.config, chosen, formats, _stored_source(path, source, formats)
 
 
-def _stored(path: Path, source: Source) -> _Stored:
-    return _stored_checkpoint(open_checkpoint(path)) if is_checkpoint(path) else _stored_source(path, source)
+def _stored(path: Path, source: Source, formats: Mapping[str, WeightFormat]) -> _Stored:
+    return _stored_checkpoint(open_checkpoint(path)) if is_checkpoint(path) else _stored_source(path, source, formats)
 
 
 def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
     manifest = checkpoint.manifest
-    count = sum(spec.kind == "linear" for spec in expected_parameters(manifest.model).values())
     name = str(manifest.recipe.get("name", "unknown"))
-    return _Stored("checkpoint of qspec_jax", _anatomy(manifest.model), f"recipe {name}", {"4-bit codes, kept": count})
+    linears: collections.Counter[str] = collections.Counter()
+    for spec in expected_parameters(manifest.model).values():
+        if spec.kind == "linear":
+            linears[f"{manifest.formats[spec.module].bits}-bit codes, kept"] += 1
+    return _Stored("checkpoint of qspec_jax", _anatomy(manifest.model), f"recipe {name}", linears)
 
 
-def _stored_source(path: Path, source: Source) -> _Stored:
+def _stored_source(path: Path, source: Source, formats: Mapping[str, WeightFormat]) -> _Stored:
     linears: collections.Counter[str] = collections.Counter()
     for name, entry in source.entries.items():
-        if source.specs[name].kind == "linear":
-            if entry.four_bit is not None:
-                kind = "4-bit" if path.is_dir() else "Q4_0" if entry.four_bit.symmetric else "Q4_1"
-                linears[f"{kind} codes, kept"] += 1
+        if (spec := source.specs[name]).kind == "linear":
+            if (codes := entry.codes) is not None:
+                of_file = "Q8_0" if codes.bits == 8 else "Q4_0" if codes.symmetric else "Q4_1"
+                linears[f"{f'{codes.bits}-bit' if path.is_dir() else of_file} codes, kept"] += 1
             else:
-                kind = entry.requantized_from
-                linears[f"{kind}, rounded to 4 bits once more" if kind else "floats, rounded to 4 bits"] += 1
+                kind, to = entry.requantized_from, f"rounded to {formats[spec.module].bits} bits"
+                linears[f"{kind}, {to} once more" if kind else f"floats, {to}"] += 1
     if path.is_dir():
         from qspec_jax.weights.huggingface.files import read_json
 
@@ -180,13 +186,13 @@ def _quantization(
     """How its linears are kept in memory; a group size of None is the whole row."""
     linears = layer_anatomy(config).linears
     return {
-        "bits": 4,
+        "bits": quantization.bits,
         "keeps_floats": quantization.keep_floats,
         "method": stored.method,
         "linears": dict(stored.linears),
         "formats": {
             name: {"group_size": None if one.group_size == linears[name].num_inputs else one.group_size}
-            | {"symmetric": one.symmetric}
+            | {"symmetric": one.symmetric, "bits": one.bits}
             for name, one in formats.items()
         },
         "drafts": {name: dataclasses.asdict(getattr(quantization, name)) for name in ("w4a8", "w4a4")},

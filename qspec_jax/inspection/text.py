@@ -63,14 +63,15 @@ def _identity(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _quantization(facts: Mapping[str, Any]) -> list[str]:
-    formats: dict[tuple[Any, Any], list[str]] = {}
+    formats: dict[tuple[Any, ...], list[str]] = {}
     for name, one in facts["formats"].items():
-        formats.setdefault((one["group_size"], one["symmetric"]), []).append(name)
+        formats.setdefault((one["bits"], one["group_size"], one["symmetric"]), []).append(name)
     lines = [_row("linears", "; ".join(f"{count} as {kind}" for kind, count in facts["linears"].items()))]
-    for (group_size, symmetric), names in formats.items():
+    for (bits, group_size, symmetric), names in formats.items():
         groups = "a scale per row" if group_size is None else f"groups of {group_size}"
         where = "" if len(formats) == 1 else f" ({', '.join(names)})"
-        lines.append(_row("weights", f"{facts['bits']} bits, {groups}, {'' if symmetric else 'a'}symmetric{where}"))
+        nested = ", of which drafts read 4" if bits == 8 else ""
+        lines.append(_row("weights", f"{bits} bits{nested}, {groups}, {'' if symmetric else 'a'}symmetric{where}"))
     if facts["keeps_floats"]:
         lines.append(_row("verify", "float: the linears in floating point besides, which verify what the 4 bits draft"))
     block = facts["hadamard_block"] or "all"

@@ -18,6 +18,7 @@ from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, rea
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
 GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
+WEIGHT_BITS = (4, 8)
 WHOLE_ROW = "row"  # for people: the group size None
 ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
 # Their options are in weights/huggingface/formats.py.
@@ -321,16 +322,17 @@ class QuantConfig:
 
     Attributes:
         group_size: inputs per weight scale: 32, 64, 128, or None for the whole row.
-        symmetric: weights rounded around zero point 8 without an offset.
+        symmetric: weights rounded around the middle of the codes without an offset.
+        bits: 4, or 8 for nested weights: drafts read the upper four bits of what verification reads.
         w4a4: activations of ``Precision.W4A4``. By default the loudest group of a token keeps 8 bits; with more
             ``outlier_groups`` acceptance rises towards that of ``w4a8``.
         w4a8: activations of ``Precision.W4A8``.
         keep_floats: the linears of the checkpoint are kept in floating point besides: they verify what the 4-bit copy
             drafts.
 
-    Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are 4-bit
-    already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0 and Q4_1) keeps its own codes and groups:
-    ``group_size`` and ``symmetric`` then apply only to its other linears.
+    Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are codes
+    already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0, Q4_1 and Q8_0) keeps its own codes and groups:
+    ``group_size``, ``symmetric`` and ``bits`` then apply only to its other linears.
     """
 
     group_size: int | None = 32
@@ -338,6 +340,7 @@ class QuantConfig:
     w4a4: ActivationQuantization = ActivationQuantization(ACTIVATION_GROUP, symmetric=False, outlier_groups=1)
     w4a8: ActivationQuantization = ActivationQuantization()
     keep_floats: bool = False
+    bits: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group_size", fields.whole("group_size", self.group_size, or_none=True))
@@ -345,18 +348,25 @@ class QuantConfig:
         object.__setattr__(self, "keep_floats", fields.truth("keep_floats", self.keep_floats))
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UsageError(f"group_size={self.group_size} is not supported; use 32, 64, 128 or None (whole row)")
+        object.__setattr__(self, "bits", fields.whole("bits", self.bits))
+        if self.bits not in WEIGHT_BITS:
+            raise UsageError(f"bits={self.bits} is not supported; use 4, or 8 for nested weights")
+        if self.bits == 8 and self.keep_floats:
+            raise UsageError("bits=8 and keep_floats=True are two ways to verify a 4-bit draft; use one of them")
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):
                 raise UsageError(f"{name} is of type {type(value).__name__}; use an ActivationQuantization")
 
 
 def held_weights(quantization: QuantConfig | None) -> tuple[int | None, ...]:
-    """``weight_bits`` of the views that a model can serve: 4 for codes, None for a checkpoint's own floats.
+    """``weight_bits`` of the views that a model can serve: 4 or 8 for codes, None for a checkpoint's own floats.
 
     Codes alone serve None as well, dequantised, which is no float of a checkpoint.
     """
     if quantization is None:
         return (None,)
+    if quantization.bits == 8:
+        return (8, 4)
     return (4, None) if quantization.keep_floats else (4,)
 
 

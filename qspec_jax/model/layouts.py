@@ -45,16 +45,16 @@ def linears(decoder: Decoder) -> list[Linear]:
 
 
 def unread_bytes(decoder: Decoder, view: View) -> int:
-    """Bytes of the arrays of linears that a view leaves alone, where a model has two sets of weights."""
+    """Bytes of the arrays of linears that a view leaves alone, where a model has nested or two sets of weights."""
 
     def num_bytes(value: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
 
-    return sum(
-        num_bytes(linear.floats.get_value()) + num_bytes(linear.weight.get_value()) - num_bytes(linear.read_by(view))
-        for linear in linears(decoder)
-        if linear.floats is not None
-    )
+    def held(linear: Linear) -> int:
+        floats = 0 if linear.floats is None else num_bytes(linear.floats.get_value())
+        return floats + num_bytes(linear.weight.get_value())
+
+    return sum(held(linear) - num_bytes(linear.read_by(view)) for linear in linears(decoder))
 
 
 def add_group_sums(decoder: Decoder, mesh: Mesh | None = None) -> bool:

@@ -33,18 +33,33 @@ from qspec_jax.model.view import View
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """How one linear is stored: ``group_size`` inputs per scale (None: the whole row), with an offset or not."""
+    """How one linear is stored: ``group_size`` inputs per scale (None: the whole row), with an offset or not, in 4 bits
+    or nested in 8.
+    """
 
     group_size: int | None
     symmetric: bool
+    bits: int = 4
+
+    @classmethod
+    def of(cls, quantization: QuantConfig) -> WeightFormat:
+        """What a configuration says of every linear."""
+        return cls(quantization.group_size, quantization.symmetric, quantization.bits)
 
 
 def complete_formats(
     paths: Iterable[str], quantization: QuantConfig | None, formats: Mapping[str, WeightFormat | None] | None
 ) -> dict[str, WeightFormat | None]:
     """How each linear is stored: as ``formats`` says of it, else as ``quantization`` does."""
-    default = None if quantization is None else WeightFormat(quantization.group_size, quantization.symmetric)
+    default = None if quantization is None else WeightFormat.of(quantization)
     return {path: (formats or {}).get(path, default) for path in paths}
+
+
+def with_bits_of(quantization: QuantConfig, formats: Mapping[str, WeightFormat] | None) -> QuantConfig:
+    """The configuration with the bits of the linears that have most, whatever was asked for the others."""
+    return (
+        dataclasses.replace(quantization, bits=max(one.bits for one in formats.values())) if formats else quantization
+    )
 
 
 def activation_quantization(quantization: QuantConfig, view: View) -> ActivationQuantization | None:
@@ -63,7 +78,7 @@ _USUAL_VIEWS = (View.of(Precision.W4A16), View.of(Precision.W4A8))
 
 
 class Linear(nnx.Module):
-    """``y = x @ weight.T + bias`` with a weight in 4 bits, in floating point, or both.
+    """``y = x @ weight.T + bias`` with a weight in 4 or 8 bits, in floating point, or both.
 
     A leading ``layers`` shape stacks the arrays of several layers, for a scan over them. With ``sum_over``, the devices
     of that axis of a mesh have some inputs each, and the output is the sum over all of them.
@@ -106,7 +121,7 @@ class Linear(nnx.Module):
             view: what is read of weight and activations.
 
         Raises:
-            UsageError: 4 bits are asked of a floating-point weight.
+            UsageError: 4 or 8 bits are asked of a floating-point weight.
         """
         return value_of(self.partial_sums(x, view=view))
 
@@ -142,9 +157,11 @@ class Linear(nnx.Module):
         }
 
     def read_by(self, view: View) -> Array | QuantizedWeight:
-        """The array that a view reads."""
+        """The array that a view reads, or the part of it."""
         beside = self.floats if view.weight_bits is None else None
-        return (self.weight if beside is None else beside).get_value()
+        weight = (self.weight if beside is None else beside).get_value()
+        takes_part = isinstance(weight, QuantizedWeight) and view.weight_bits == 4
+        return pallas_kernels.upper_nibbles(weight) if takes_part else weight
 
     def layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
         """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.
@@ -153,6 +170,7 @@ class Linear(nnx.Module):
         serve then says so itself, when it is called.
         """
         layouts = {pallas_kernels.best_layout(weight, self.dtype, implementation=self.kernels)}
+        weight = pallas_kernels.upper_nibbles(weight)  # which alone meet integers
         for view in views if self.kernels is None else ():
             if (settings := self._recipe(weight, view)) is not None:
                 num_groups = weight.num_inputs // (settings.group_size or weight.num_inputs)
@@ -183,7 +201,8 @@ class Linear(nnx.Module):
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif view.weight_bits is not None:
             raise UsageError(
-                f"precision {view.precision.value} needs 4-bit weights; this model was loaded in floating point"
+                f"precision {view.precision.value} needs {view.weight_bits}-bit weights; this model was loaded in "
+                "floating point"
             )
         elif self.floats is not None:
             return in_pieces(lambda rows: self._float_product(rows, weight), x)
@@ -231,8 +250,10 @@ def _empty_weight(
     group_size = weight_format.group_size or num_inputs
     pallas_kernels.check_group_size(num_inputs, group_size)
     per_group = (*layers, num_inputs // group_size, num_outputs)
+    codes = jnp.zeros((*layers, num_outputs, num_inputs // 2), jnp.uint8)
     return QuantizedWeight(
-        packed=jnp.zeros((*layers, num_outputs, num_inputs // 2), jnp.uint8),
+        packed=codes,
         scale=jnp.zeros(per_group, jnp.float16),
         offset=None if weight_format.symmetric else jnp.zeros(per_group, jnp.float16),
+        low=jnp.zeros_like(codes) if weight_format.bits == 8 else None,
     )

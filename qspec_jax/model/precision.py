@@ -1,4 +1,4 @@
-"""The axis legend, and the names of the four usual precisions.
+"""The axis legend, and the names of the five usual precisions.
 
 Axes: ``B`` sequences of the batch, ``T`` tokens of this call, ``S`` positions of the cache, ``L`` layers, ``H``
 query heads, ``KH`` key/value heads, ``HD`` head dimension, ``D`` hidden size, ``F`` MLP size, ``V``
@@ -22,5 +22,7 @@ class Precision(enum.Enum):
     """4-bit weights, 8-bit activations, integer matmul: a draft precision."""
     W4A16 = "w4a16"
     """4-bit weights dequantised on the fly, activations untouched: the verify precision."""
+    W8A16 = "w8a16"
+    """8-bit weights dequantised on the fly, activations untouched: verifies where weights are nested."""
     FLOAT = "float"
-    """Floating-point weights, or the same 4-bit weights dequantised and multiplied in float32."""
+    """Floating-point weights, or the same quantised weights dequantised and multiplied in float32."""

@@ -33,6 +33,7 @@ from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import layer_anatomy
 
 _VOCABULARY = ("embedding", "lm_head")
+_CODES = (".packed", ".low")
 _PER_GROUP = ("scale", "offset", "group_sum")
 
 
@@ -179,22 +180,22 @@ def to_shard_order(
         axis = split_axis(path, array.shape)
         assert axis is not None
         array = np.take(array, order, axis=axis)
-    elif split > 1 and split_of(path) == "inputs" and path.endswith(".packed"):
+    elif split > 1 and split_of(path) == "inputs" and path.endswith(_CODES):
         array = _repacked(array, split, inverse=False)
-    return order_bytes(array, layout) if path.endswith(".packed") else array
+    return order_bytes(array, layout) if path.endswith(_CODES) else array
 
 
 def from_shard_order(
     path: str, array: np.ndarray, config: ModelConfig, split: int, *, layout: Layout = Layout.PLANES
 ) -> np.ndarray:
     """The inverse of :func:`to_shard_order`."""
-    if path.endswith(".packed"):
+    if path.endswith(_CODES):
         array = order_bytes(array, layout, inverse=True)
     if split > 1 and (order := _row_order(path, config, split)) is not None:
         axis = split_axis(path, array.shape)
         assert axis is not None
         return np.take(array, np.unique(order, return_index=True)[1], axis=axis)
-    if split > 1 and split_of(path) == "inputs" and path.endswith(".packed"):
+    if split > 1 and split_of(path) == "inputs" and path.endswith(_CODES):
         return _repacked(array, split, inverse=True)
     return array
 

@@ -28,8 +28,8 @@ class View:
     """What a pass reads.
 
     Attributes:
-        weight_bits: 4 for the packed codes; None for floating point, or for the codes dequantised and multiplied in
-            float32.
+        weight_bits: 4 for the packed codes; 8 for those and the lower nibbles of weights that are nested; None for
+            floating point, or for the codes dequantised and multiplied in float32.
         activation_bits: 4 or 8 for integers and an integer matmul; None for floats as they are.
         head_bits: None for the LM head as it is stored. There is no other one yet.
         cache_window: newest positions that attention reads, the token's own included; None for all of them. A model
@@ -55,10 +55,10 @@ class View:
         for name in [field.name for field in dataclasses.fields(self)]:
             or_none = name not in ("cache_block", "cache_full_below")
             object.__setattr__(self, name, fields.whole(f"view: {name}", getattr(self, name), or_none=or_none))
-        for name, allowed in (("weight_bits", (4, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
+        for name, allowed in (("weight_bits", (4, 8, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"view: {name}={value} is not supported; use {' or '.join(map(str, allowed))}")
-        if self.weight_bits is None and self.activation_bits is not None:
+        if self.weight_bits != 4 and self.activation_bits is not None:
             raise UsageError(f"view: activation_bits={self.activation_bits} needs weight_bits=4, for an integer matmul")
         if self.cache_window is not None and self.cache_window < 1:
             raise UsageError(f"view: cache_window={self.cache_window} must be at least 1, or None for all of the cache")
@@ -131,5 +131,6 @@ _OF_PRECISION = {
     Precision.W4A4: View(activation_bits=4),
     Precision.W4A8: View(activation_bits=8),
     Precision.W4A16: View(),
+    Precision.W8A16: View(weight_bits=8),
     Precision.FLOAT: View(weight_bits=None),
 }

@@ -11,23 +11,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32
 
-from pallas_kernels.arrays.weight import MAX_CODE, SYMMETRIC_ZERO_POINT, QuantizedWeight, check_group_size, pack_codes
+from pallas_kernels.arrays.weight import (
+    SYMMETRIC_ZERO_POINT,
+    QuantizedWeight,
+    check_group_size,
+    pack_codes,
+    pack_nested,
+)
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "symmetric"))
+@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "bits"))
 def quantize_rtn(
-    weight: Float[Array, "N K"], *, group_size: int | None = None, symmetric: bool = False
+    weight: Float[Array, "N K"], *, group_size: int | None = None, symmetric: bool = False, bits: int = 4
 ) -> QuantizedWeight:
-    """Rounds a weight to 4 bits.
+    """Rounds a weight to 4 bits, or to a nested weight of 8.
 
     Symmetric: ``scale = absmax / 7``, codes ``8 + round(w / scale)``. Asymmetric: the grid runs from the
     minimum to the maximum of the group. Codes are rounded against the float16 scale and offset that are
-    stored, so the error is at most half a step.
+    stored, so the error is at most half a step. In 8 bits a step is a 16th of the scale.
 
     Args:
         weight: ``[N, K]``, any float dtype.
         group_size: inputs per scale, None for the whole row.
         symmetric: no offset.
+        bits: 4 or 8.
 
     Raises:
         ValueError: ``group_size`` does not divide ``K``; the message names sizes that do.
@@ -36,35 +43,50 @@ def quantize_rtn(
     group_size = group_size or num_inputs
     check_group_size(num_inputs, group_size)
     groups = weight.astype(jnp.float32).reshape(num_outputs, num_inputs // group_size, group_size)
-    scale, offset = spanning_grid(groups, symmetric=symmetric)
-    codes = nearest_codes(groups, scale[..., None], offset[..., None])
-    return QuantizedWeight(
-        packed=pack_codes(codes.astype(jnp.uint8).reshape(num_outputs, num_inputs)),
-        scale=scale.T,
-        offset=None if symmetric else offset.T,
-    )
+    scale, offset = spanning_grid(groups, symmetric=symmetric, bits=bits)
+    codes = nearest_codes(groups, scale[..., None], offset[..., None], bits=bits)
+    codes = codes.astype(jnp.uint8).reshape(num_outputs, num_inputs)
+    packed, low = (pack_codes(codes), None) if bits == 4 else pack_nested(codes)
+    return QuantizedWeight(packed, scale.T, None if symmetric else offset.T, low=low)
 
 
 def spanning_grid(
-    groups: Float32[Array, "*batch group"], *, symmetric: bool, clip_ratio: float | Float32[Array, ""] = 1.0
+    groups: Float32[Array, "*batch group"],
+    *,
+    symmetric: bool,
+    clip_ratio: float | Float32[Array, ""] = 1.0,
+    bits: int = 4,
 ) -> tuple[Float16[Array, "*batch"], Float[Array, "*batch"]]:
     """Scale and offset of the grid that spans each group, or ``clip_ratio`` of what it spans.
+
+    The scale is the distance of two 4-bit codes, whatever ``bits`` are: 16 steps of 8-bit ones.
 
     Returns:
         the scale in float16, and the offset: float16 as it is stored, or of a symmetric grid ``8 * scale`` in
         float32, which is not.
     """
     if symmetric:
-        scale = (clip_ratio * jnp.abs(groups).max(-1) / (SYMMETRIC_ZERO_POINT - 1)).astype(jnp.float16)
+        last = max_code(bits) - SYMMETRIC_ZERO_POINT
+        scale = (clip_ratio * jnp.abs(groups).max(-1) / last).astype(jnp.float16)
         return scale, SYMMETRIC_ZERO_POINT * scale.astype(jnp.float32)
     low, high = clip_ratio * groups.min(-1), clip_ratio * groups.max(-1)
-    return ((high - low) / MAX_CODE).astype(jnp.float16), (-low).astype(jnp.float16)
+    return ((high - low) / max_code(bits)).astype(jnp.float16), (-low).astype(jnp.float16)
+
+
+def max_code(bits: int) -> float:
+    """The largest code in units of 4-bit ones: 15, or 255 / 16."""
+    return (2**bits - 1) / 2 ** (bits - 4)
 
 
 def nearest_codes(
-    weight: Float32[Array, "*shape"], scale: Float16[Array, "*#shape"], offset: Float[Array, "*#shape"]
+    weight: Float32[Array, "*shape"],
+    scale: Float16[Array, "*#shape"],
+    offset: Float[Array, "*#shape"],
+    *,
+    bits: int = 4,
 ) -> Float32[Array, "*shape"]:
-    """The code of the grid point nearest to each weight, 0 to 15."""
+    """The code of the grid point nearest to each weight: 0 to 15, or to 255 in 8 bits, of which 16 are a scale."""
     # A constant group has no step; any positive one gives it the code of its offset.
     step = jnp.where(scale == 0, jnp.float32(1.0), scale.astype(jnp.float32))
-    return jnp.clip(jnp.round((weight + offset.astype(jnp.float32)) / step), 0, MAX_CODE)
+    steps = (weight + offset.astype(jnp.float32)) / step * 2 ** (bits - 4)
+    return jnp.clip(jnp.round(steps), 0, 2**bits - 1)

@@ -175,14 +175,14 @@ def _turned(
 def _four_bit_linears(source: Source) -> tuple[int, int]:
     """How many linears of a source are 4-bit codes, and how many there are."""
     linears = [name for name, spec in source.specs.items() if spec.kind == "linear"]
-    return sum(source.entries[name].four_bit is not None for name in linears), len(linears)
+    return sum(source.entries[name].codes is not None for name in linears), len(linears)
 
 
 def _warn_of_rounding_again(source: Source, progress: Progress) -> None:
     requantised, total = _four_bit_linears(source)
     if requantised:
         progress.say(
-            f"warning: {requantised} of {total} linears are in 4 bits already and are rounded once more, which loses "
+            f"warning: {requantised} of {total} linears are quantised already and are rounded once more, which loses "
             "accuracy; --recipe keep leaves them as they are"
         )
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from pallas_kernels import Layout, QuantizedWeight, unpack_codes, with_layout
+from pallas_kernels import Layout, QuantizedWeight, unpack_codes, unpack_nested, with_layout
 from qspec_jax.errors import CheckpointError
+from qspec_jax.weights.placing import parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source
 
 
@@ -49,8 +50,7 @@ class WorkFolder:
         arrays = {}
         for name, weight in linears.items():
             weight = with_layout(weight, Layout.PLANES)
-            parts = {"packed": weight.packed, "scale": weight.scale, "offset": weight.offset}
-            arrays |= {f"{name}.{part}": np.asarray(array) for part, array in parts.items() if array is not None}
+            arrays |= {f"{name}{part}": np.asarray(array) for part, array in parts_of(weight).items()}
         file = self._file(index)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,11 @@ class WorkFolder:
             with file.open("rb") as stream, np.load(stream) as arrays:
                 packed, scale = arrays[f"{linear}.packed"][rows], arrays[f"{linear}.scale"][:, rows]
                 offset = arrays[f"{linear}.offset"][:, rows] if f"{linear}.offset" in arrays else None
+                low = jnp.asarray(arrays[f"{linear}.low"][rows]) if f"{linear}.low" in arrays else None
         except zipfile.BadZipFile as error:
             raise ValueError(f"{file} is damaged ({error}); remove it and run the same command again") from error
-        return QuantizedTensor(np.asarray(unpack_codes(jnp.asarray(packed))), scale, offset)
+        codes = unpack_codes(jnp.asarray(packed)) if low is None else unpack_nested(jnp.asarray(packed), low)
+        return QuantizedTensor(np.asarray(codes), scale, offset, bits=4 if low is None else 8)
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:04}.npz"

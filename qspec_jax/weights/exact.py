@@ -12,19 +12,19 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels import dequantize
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import largest_group_size
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
-from qspec_jax.weights.fill import weight_formats
+from qspec_jax.weights.fill import packed, weight_formats
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import QuantizedTensor, Source
 
@@ -76,13 +76,15 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
         chosen = quantization
     elif is_checkpoint(copied_path):
         chosen = read_manifest(copied_path).quantization
-    elif any(entry.four_bit is not None for entry in copied.entries.values()):
+    elif any(entry.codes is not None for entry in copied.entries.values()):
         chosen = QuantConfig()  # its own grid is kept, and this is that of all other models
     else:
         chosen = QuantConfig(group_size=largest_group_size(source.config), symmetric=True)
-    chosen = dataclasses.replace(chosen, keep_floats=True)
+    chosen = dataclasses.replace(chosen, bits=4, keep_floats=True)
     formats = weight_formats(copied, chosen)
     assert formats is not None
+    # Codes of 8 bits are rounded like floats: nobody would read their lower nibbles.
+    formats = {name: dataclasses.replace(one, bits=4) for name, one in formats.items()}
     return ExactModel(source, drafts, chosen, formats)
 
 
@@ -90,7 +92,7 @@ def _open_drafts(path: Path, source: Source) -> Source:
     """The checkpoint of a copy, which fits."""
     drafts = open_source(path)
     name = f"draft_model={drafts.path.name}"
-    if not any(entry.four_bit is not None for entry in drafts.entries.values()):
+    if not any(entry.codes is not None for entry in drafts.entries.values()):
         raise UsageError(
             f"{name} has no 4-bit weights; leave it out, for a copy that is rounded as {source.path.name} is read"
         )
@@ -140,5 +142,5 @@ def _floats(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
         return np.asarray(tensor[:_SAMPLED_ROWS], np.float32)
     rows, columns = slice(_SAMPLED_ROWS), (slice(None), slice(_SAMPLED_ROWS))
     offset = None if tensor.offset is None else tensor.offset[columns]
-    arrays: Any = (pack_codes(tensor.codes[rows]), tensor.scale[columns], offset)
-    return np.asarray(dequantize(jax.tree.map(jnp.asarray, QuantizedWeight(*arrays))))
+    some = dataclasses.replace(tensor, codes=tensor.codes[rows], scale=tensor.scale[columns], offset=offset)
+    return np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(some))))

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import Layout, QuantizedWeight, dequantize, pack_codes
-from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, check_group_size
+from pallas_kernels import Layout, QuantizedWeight, dequantize, pack_codes, pack_nested
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, TRUNCATED_CODE, check_group_size
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
@@ -32,7 +32,7 @@ from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec, layer_anatomy
 from qspec_jax.model.shards import parameters
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.weights.placing import Placing, Stack, of_parts, parts_of
+from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 _DEFAULT = Placing()
@@ -94,7 +94,7 @@ def load_decoder(
     """
     keeps_floats = quantization is not None and quantization.keep_floats
     if quantization is not None and not keeps_floats:  # whose quality does not depend on the 4-bit copy
-        _warn_of_requantization(source)
+        _warn_of_requantization(source, formats)
 
     decoder = placing.whole(
         source.config,
@@ -154,7 +154,7 @@ class _Filling:
         layout = getattr(parameter.get_value(), "layout", Layout.PLANES)
 
         def arranged(part: str, array: np.ndarray) -> np.ndarray:
-            return self._placing.arranged(f"{path}{part}", array, layout if part == ".packed" else Layout.PLANES)
+            return self._placing.arranged(f"{path}{part}", array, layout if part in CODES else Layout.PLANES)
 
         arrays = {part: arranged(part, array) for part, array in parts_of(value).items()}
         if layer is None:
@@ -193,20 +193,25 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
     return layer
 
 
-def _warn_of_requantization(source: Source) -> None:
-    """Warns once, naming the types, if codes of the checkpoint cannot be kept, or it has kept linears from rounding."""
+def _warn_of_requantization(source: Source, formats: Mapping[str, WeightFormat] | None) -> None:
+    """Warns once, naming the types, if codes of the checkpoint cannot be kept, or it has kept linears from rounding.
+
+    Rounding to 8 bits loses nothing worth a warning.
+    """
+    nested = {path for path, one in (formats or {}).items() if one.bits == 8}
     linears = {name: source.entries[name] for name, spec in source.specs.items() if spec.kind == "linear"}
-    again = {name: kind for name, entry in linears.items() if (kind := entry.requantized_from) is not None}
-    four_bit = [name for name, entry in linears.items() if entry.four_bit is not None]
-    in_float = [name for name in linears if name not in again and name not in four_bit]
+    to_four = [name for name in linears if source.specs[name].module not in nested]
+    again = {name: kind for name in to_four if (kind := linears[name].requantized_from) is not None}
+    kept = [name for name, entry in linears.items() if entry.codes is not None]
+    in_float = [name for name in to_four if name not in again and name not in kept]
     problems = []
     if again:
         problems.append(
             f"{len(again)} of {len(linears)} linears are stored as {', '.join(sorted(set(again.values())))}; they are "
-            "dequantised and rounded to 4 bits a second time, which costs quality. Use Q4_0 or Q4_1, whose codes are "
-            "kept, or the unquantised checkpoint"
+            "dequantised and rounded to 4 bits a second time, which costs quality. Use Q4_0, Q4_1 or Q8_0, whose codes "
+            "are kept, or the unquantised checkpoint"
         )
-    if in_float and (again or four_bit):
+    if in_float and (again or kept):
         problems.append(
             f"{len(in_float)} of {len(linears)} linears, {in_float[0]} for one, are left in floating point by this "
             "quantised checkpoint; they are rounded to 4 bits here, which costs quality. Use a checkpoint whose "
@@ -221,21 +226,22 @@ def _warn_of_requantization(source: Source) -> None:
 
 
 def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:
-    """The format of each linear: that of its imported 4-bit parts if it has any, else the configured one.
+    """The format of each linear: that of its imported parts if it has any, else the configured one.
 
     An array that several tensors share has one format. It is symmetric only if all its imported parts
-    are, and parts that are not imported are rounded onto the imported grid. None for a float model.
+    are, and parts that are not imported are rounded onto the imported grid. It has 8 bits if any part has; parts in
+    4 bits then give it an offset, which keeps them exact. None for a float model.
 
     Raises:
         UsageError: the group size does not divide a linear's inputs.
     """
     if quantization is None:
         return None
-    default = WeightFormat(quantization.group_size, quantization.symmetric)
+    default = WeightFormat.of(quantization)
     imported: dict[str, set[WeightFormat]] = {path: set() for path in layer_anatomy(source.config).linears}
     for name, spec in source.specs.items():
-        if spec.kind == "linear" and (four_bit := source.entries[name].four_bit) is not None:
-            imported[spec.module].add(four_bit)
+        if spec.kind == "linear" and (codes := source.entries[name].codes) is not None:
+            imported[spec.module].add(codes)
     formats = {name: _joint_format(found) or default for name, found in imported.items()}
     _check_group_sizes(source.config, formats)
     return formats
@@ -256,7 +262,9 @@ def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:
     sizes = {weight_format.group_size for weight_format in formats}
     if len(sizes) > 1:
         raise CheckpointError(f"checkpoint: parts of one linear are quantised in different group sizes: {sizes}")
-    return WeightFormat(sizes.pop(), all(weight_format.symmetric for weight_format in formats))
+    bits = {weight_format.bits for weight_format in formats}
+    symmetric = len(bits) == 1 and all(weight_format.symmetric for weight_format in formats)
+    return WeightFormat(sizes.pop(), symmetric, max(bits))
 
 
 def _place(decoder: Decoder, spec: ParameterSpec) -> _Place:
@@ -296,15 +304,17 @@ def _with_tensor(target: Any, row: int, tensor: np.ndarray | QuantizedTensor) ->
     """A parameter in host memory with a tensor in its rows; of wider scales, if those of the tensor are."""
     rows = slice(row, row + _num_rows(tensor))
     if isinstance(target, QuantizedWeight):
-        part = _as_format(tensor, group_size=target.group_size, symmetric=target.symmetric)
+        part = _as_format(tensor, WeightFormat(target.group_size, target.symmetric, target.bits))
         target = _widened(target, part.scale.dtype)
         target.packed[rows] = part.packed
         target.scale[:, rows] = part.scale
         if target.offset is not None:
             target.offset[:, rows] = part.offset
+        if target.low is not None:
+            target.low[rows] = part.low
         return target
     if isinstance(tensor, QuantizedTensor):
-        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, _packed(tensor))))
+        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
     target[rows] = tensor
     return target
 
@@ -321,17 +331,35 @@ def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
     return dataclasses.replace(weight, scale=weight.scale.astype(dtype), offset=offset)
 
 
-def _as_format(tensor: np.ndarray | QuantizedTensor, *, group_size: int, symmetric: bool) -> QuantizedWeight:
-    """The tensor in 4 bits, as arrays in host memory."""
+def _as_format(tensor: np.ndarray | QuantizedTensor, wanted: WeightFormat) -> QuantizedWeight:
+    """The tensor as a part of an array of some format, as arrays in host memory."""
+    if isinstance(tensor, QuantizedTensor) and tensor.bits > wanted.bits:
+        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
     if not isinstance(tensor, QuantizedTensor):
-        weight = quantize_rtn(jnp.asarray(tensor), group_size=group_size, symmetric=symmetric)
-        return jax.tree.map(np.asarray, weight)
-    weight = _packed(tensor)
-    if weight.symmetric and not symmetric:
-        return dataclasses.replace(weight, offset=SYMMETRIC_ZERO_POINT * weight.scale)
-    return weight
+        options: Any = dataclasses.asdict(wanted)
+        return jax.tree.map(np.asarray, quantize_rtn(jnp.asarray(tensor), **options))
+    weight = packed(tensor)
+    if weight.symmetric and not wanted.symmetric:
+        weight = dataclasses.replace(weight, offset=SYMMETRIC_ZERO_POINT * weight.scale)
+    return _nested(weight) if wanted.bits > weight.bits else weight
 
 
-def _packed(tensor: QuantizedTensor) -> QuantizedWeight:
-    arrays: Any = (pack_codes(tensor.codes), tensor.scale, tensor.offset)
-    return QuantizedWeight(*arrays)
+def _nested(weight: QuantizedWeight) -> QuantizedWeight:
+    """A 4-bit weight with offsets as the upper nibbles of one in 8 bits, of which it is all there is.
+
+    Each code becomes the middle of those that it is the upper nibble of, and the offset takes that back.
+    """
+    low = np.full_like(weight.packed, 0x11 * round(16 * TRUNCATED_CODE))
+    scale, offset = (np.asarray(array, np.float32) for array in (weight.scale, weight.offset))
+    offset = offset + np.float32(TRUNCATED_CODE) * scale
+    arrays = [array.astype(np.float16) for array in (scale, offset)]
+    if not all(map(np.array_equal, arrays, (scale, offset))):  # float16 does not hold them exactly
+        arrays = [scale, offset]
+    return dataclasses.replace(weight, scale=arrays[0], offset=arrays[1], low=low)
+
+
+def packed(tensor: QuantizedTensor) -> QuantizedWeight:
+    """The codes of a file as a weight, in the kind of array that they are in."""
+    codes, low = (pack_codes(tensor.codes), None) if tensor.bits == 4 else pack_nested(tensor.codes)
+    arrays: Any = (codes, tensor.scale, tensor.offset)
+    return QuantizedWeight(*arrays, low=low)

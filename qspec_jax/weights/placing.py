@@ -27,7 +27,8 @@ from qspec_jax.model.sharding import spec_of, to_shard_order
 from qspec_jax.model.shards import Shards, parameters
 
 _Region = tuple[tuple[int | None, int | None], ...]  # of an array: first and end of each axis
-_WEIGHT_ARRAYS = ("packed", "scale", "offset")
+_WEIGHT_ARRAYS = ("packed", "scale", "offset", "low")
+CODES = (".packed", ".low")  # parts of a parameter whose bytes have an order
 
 
 class Placing:
@@ -77,7 +78,7 @@ class MeshPlacing(Placing):
     def __init__(self, shards: Shards):
         self._shards = shards
         values = ((name, parameter.get_value()) for name, parameter in parameters(shards.local))
-        self._layouts = {f"{name}.packed": layout_of(value, ".packed") for name, value in values}
+        self._layouts = {f"{name}{part}": layout_of(value, part) for name, value in values for part in CODES}
 
     def whole(self, config: ModelConfig, **options: Any) -> Decoder:
         """See the base; what the decoder is, the shards know."""
@@ -163,11 +164,12 @@ def parts_of(value: Any) -> dict[str, Any]:
 
 def layout_of(value: Any, part: str) -> Layout:
     """The order of the bytes of a part of a parameter."""
-    return value.layout if isinstance(value, QuantizedWeight) and part == ".packed" else Layout.PLANES
+    return value.layout if isinstance(value, QuantizedWeight) and part in CODES else Layout.PLANES
 
 
 def of_parts(parts: Mapping[str, Any], *, layout: Layout) -> Any:
     """The parameter of some arrays, the inverse of :func:`parts_of`."""
     if "" in parts:
         return parts[""]
-    return QuantizedWeight(parts[".packed"], parts[".scale"], parts.get(".offset"), layout=layout)
+    arrays: Any = (parts[".packed"], parts[".scale"], parts.get(".offset"))
+    return QuantizedWeight(*arrays, layout=layout, low=parts.get(".low"))

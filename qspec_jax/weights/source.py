@@ -28,17 +28,21 @@ _PROBLEM_KINDS = ("unknown", "missing", "duplicate", "wrong shape", "wrong dtype
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A linear's 4-bit codes as they stand in a file: ``w[n, k] = scale[g, n] * code[n, k] - offset[g, n]``.
+    """A linear's codes as they stand in a file: ``w[n, k] = scale[g, n] * code[n, k] - offset[g, n]``.
+
+    Codes of 8 bits are 16ths here, as in a nested ``QuantizedWeight``: their scale is that of 16 steps.
 
     Attributes:
-        codes: ``[N, K]``, 0 to 15, in the natural order of K.
+        codes: ``[N, K]``, 0 to 15, or to 255 in 8 bits, in the natural order of K.
         scale: ``[G, N]``, float16, or float32 where that holds more than float16 can.
         offset: ``[G, N]`` in the dtype of ``scale``, or None for ``8 * scale``.
+        bits: 4 or 8.
     """
 
     codes: UInt8[np.ndarray, "N K"]
     scale: Float[np.ndarray, "G N"]
     offset: Float[np.ndarray, "G N"] | None
+    bits: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +51,16 @@ class TensorEntry:
 
     Attributes:
         shape: of the float tensor.
-        read: reads this one tensor now; float32, float16 or bfloat16, or the codes if it has ``four_bit``.
+        read: reads this one tensor now; float32, float16 or bfloat16, or the codes if it has a format of them.
             Raises OSError or ValueError if the file has become unreadable.
-        four_bit: the format of the codes that ``read`` returns, with a number for its group size; None where it
+        codes: the format of the codes that ``read`` returns, with a number for its group size; None where it
             returns floats.
         requantized_from: the quantised type in the file that ``read`` turns into floats, None if there is none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray | QuantizedTensor]
-    four_bit: WeightFormat | None = None
+    codes: WeightFormat | None = None
     requantized_from: str | None = None
 
 

@@ -109,7 +109,7 @@ def test_rtn_writes_what_loading_would_have_rounded(capsys, tmp_path, float_dire
 def test_rounding_once_more_is_done_with_a_warning(capsys, tmp_path, four_bit_file):
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "rtn", "--symmetric")
     assert code == 0
-    assert "warning: 14 of 14 linears are in 4 bits already and are rounded once more, which loses accuracy" in err
+    assert "warning: 14 of 14 linears are quantised already and are rounded once more, which loses accuracy" in err
     weight = load(tmp_path / "out").decoder.layers[0].mlp.down.weight.get_value()
     assert weight.symmetric
     recipe = open_checkpoint(tmp_path / "out").manifest.recipe

@@ -29,7 +29,8 @@ def test_a_precision_names_a_view_and_the_view_its_precision(precision):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_bits": 8}, "weight_bits=8 is not supported; use 4 or None"),
+        ({"weight_bits": 2}, "weight_bits=2 is not supported; use 4 or 8 or None"),
+        ({"weight_bits": 8, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),
         ({"activation_bits": 16}, "activation_bits=16 is not supported; use 4 or 8 or None"),
         ({"head_bits": 4}, "head_bits=4 is not supported; use None"),
         ({"weight_bits": None, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),

@@ -32,7 +32,7 @@ def test_configs_are_those_of_what_the_steps_make(name, context):
     assert made.config == RECIPES[name].config(source.config)
     assert made.specs == expected_parameters(made.config)
     assert made.entries.keys() == made.specs.keys()
-    rounded = {made.entries[name].four_bit is not None for name, spec in made.specs.items() if spec.kind == "linear"}
+    rounded = {made.entries[name].codes is not None for name, spec in made.specs.items() if spec.kind == "linear"}
     assert rounded == {"rtn" not in name}
 
 

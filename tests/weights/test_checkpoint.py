@@ -320,7 +320,7 @@ def test_a_checkpoint_can_be_read_as_floats(saved):
 
 
 def test_float_weights_are_not_saved(tmp_path):
-    with pytest.raises(UsageError, match="only 4-bit weights are saved"):
+    with pytest.raises(UsageError, match="only quantised weights are saved"):
         save_checkpoint(tmp_path / "c", tiny.decoder(quantization=None), tokenizer=None, quantization=None)
     with pytest.raises(UsageError, match=r"attention\.qkv is floating point"):
         save_checkpoint(tmp_path / "c", tiny.decoder(quantization=None), tokenizer=None, quantization=QuantConfig())

@@ -44,7 +44,7 @@ def test_every_tensor_is_read_as_it_was_written(tmp_path, architecture, num_shar
         if name in tensors:
             entry = source.entries[canonical]
             assert entry.shape == tensors[name].shape
-            assert entry.four_bit is None
+            assert entry.codes is None
             np.testing.assert_array_equal(entry.read(), tensors[name])
 
 

@@ -102,7 +102,7 @@ def test_scales_are_float16_where_that_is_exact_and_float32_where_it_is_not():
 def test_a_loaded_model_holds_the_weights_that_its_file_means(tmp_path, case):
     checkpoint = tiny_checkpoint(CASES[case])
     source = open_source(checkpoint.write(tmp_path / "quantised"))
-    four_bit = source.entries["layers.1.mlp.up.weight"].four_bit
+    four_bit = source.entries["layers.1.mlp.up.weight"].codes
     assert four_bit == WeightFormat(CASES[case].group_size or HIDDEN, CASES[case].symmetric)
     decoder = loaded(source, scan_layers=False)
     weight = decoder.layers[1].mlp.gate_up.weight.get_value()
@@ -143,7 +143,7 @@ def test_a_quantised_lm_head_is_dequantised(tmp_path, case):
     del checkpoint.tensors["lm_head.weight"]
     checkpoint.tensors |= {f"lm_head.{part}": array for part, array in CASES[case].parts(weight).items()}
     source = open_source(checkpoint.write(tmp_path))
-    assert source.entries["lm_head.weight"].four_bit is None
+    assert source.entries["lm_head.weight"].codes is None
     np.testing.assert_array_equal(source.entries["lm_head.weight"].read(), weight.floats)
     np.testing.assert_array_equal(loaded(source).lm_head.get_value(), weight.floats)
 
@@ -156,7 +156,7 @@ def test_linears_that_the_checkpoint_leaves_in_float_are_read_as_floats(tmp_path
         del checkpoint.tensors[f"{down}.{part}"]
     checkpoint.tensors[f"{down}.weight"] = checkpoint.floats[f"{down}.weight"]
     source = open_source(checkpoint.write(tmp_path))
-    assert source.entries["layers.0.mlp.down.weight"].four_bit is None
+    assert source.entries["layers.0.mlp.down.weight"].codes is None
     np.testing.assert_array_equal(
         source.entries["layers.0.mlp.down.weight"].read(), checkpoint.floats[f"{down}.weight"]
     )
@@ -202,7 +202,7 @@ def test_activation_order_with_groups_of_consecutive_inputs_is_accepted(tmp_path
 def test_an_order_of_calibration_alone_is_accepted(tmp_path, actorder):
     checkpoint = tiny_checkpoint(CASES["compressed"])
     checkpoint.config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = actorder
-    assert open_source(checkpoint.write(tmp_path)).entries["layers.0.mlp.up.weight"].four_bit
+    assert open_source(checkpoint.write(tmp_path)).entries["layers.0.mlp.up.weight"].codes
 
 
 @pytest.mark.parametrize("case", ["compressed", "compressed_asymmetric", "compressed_whole_row_asymmetric"])
@@ -231,7 +231,9 @@ def test_weights_equal_those_of_the_compressed_tensors_library(tmp_path, case):
     np.testing.assert_array_equal(ours.astype(ml_dtypes.bfloat16).astype(np.float32), theirs.float().numpy())
 
 
-@pytest.mark.parametrize(("kind", "warned"), [("Q8_0", True), ("Q4_0", False), ("Q4_1", False), ("F16", False)])
+@pytest.mark.parametrize(
+    ("kind", "warned"), [("Q5_0", True), ("Q8_0", False), ("Q4_0", False), ("Q4_1", False), ("F16", False)]
+)
 def test_a_gguf_file_whose_codes_cannot_be_kept_warns_once(tmp_path, kind, warned):
     import gguf
 
@@ -243,5 +245,5 @@ def test_a_gguf_file_whose_codes_cannot_be_kept_warns_once(tmp_path, kind, warne
         loaded(source)
     ours = [str(warning.message) for warning in caught if warning.category is RequantizationWarning]
     assert len(ours) == int(warned)
-    assert not warned or "model.gguf: 14 of 14 linears are stored as Q8_0; they are dequantised and rounded" in ours[0]
+    assert not warned or "model.gguf: 14 of 14 linears are stored as Q5_0; they are dequantised and rounded" in ours[0]
     loaded(source, None)  # keeps the floats, so nothing is rounded: a warning would be an error here

@@ -154,7 +154,7 @@ def dtype_fits(name: str, record: ArrayRecord) -> bool:
     """Whether an array is stored in a dtype that its place in the model can have."""
     kind = name.rsplit(".", 1)[-1]
     scales = ("float16", "float32")
-    allowed = {"packed": ("uint8",), "scale": scales, "offset": scales}
+    allowed = {"packed": ("uint8",), "low": ("uint8",), "scale": scales, "offset": scales}
     return record.dtype in allowed.get(kind, FLOAT_DTYPES)
 
 

@@ -27,7 +27,7 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
-from qspec_jax.model.linear import Linear, WeightFormat
+from qspec_jax.model.linear import Linear, WeightFormat, with_bits_of
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
@@ -65,8 +65,8 @@ def save_checkpoint(
 
     Args:
         path: of the directory.
-        decoder: with 4-bit weights, in either arrangement of its layers. Its floats are written exactly, and what lies
-            on a mesh as if it lay on one device.
+        decoder: with quantised weights, in either arrangement of its layers. Its floats are written exactly, and what
+            lies on a mesh as if it lay on one device.
         tokenizer: of the model, if it has one.
         quantization: of the decoder.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
@@ -82,15 +82,15 @@ def save_checkpoint(
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
     """
     if quantization is None:
-        raise UsageError("only 4-bit weights are saved; load the model with a QuantConfig")
+        raise UsageError("only quantised weights are saved; load the model with a QuantConfig")
     if quantization.keep_floats:
         raise UsageError(
-            "only 4-bit weights are saved, and this model has floating-point ones besides; its checkpoint has those. "
-            "Load it with verify='w4a16' to save its 4-bit copy, and give that as draft_model the next time"
+            "only quantised weights are saved, and this model has floating-point ones besides; its checkpoint has "
+            "those. Load it with verify='w4a16' to save its 4-bit copy, and give that as draft_model the next time"
         )
     if jax.process_count() > 1:
         raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
-    path = Path(os.path.abspath(path))
+    path, formats = Path(os.path.abspath(path)), _formats(decoder)
     check_destination(path, num_bytes(decoder), overwrite=overwrite)
     try:
         with _temporary_sibling(path) as temporary:
@@ -100,8 +100,8 @@ def save_checkpoint(
                 tokenizer.save(data / TOKENIZER)
             manifest = Manifest(
                 model=decoder.config,
-                quantization=quantization,
-                formats=_formats(decoder),
+                quantization=with_bits_of(quantization, formats),
+                formats=formats,
                 recipe=recipe,
                 data=data.name,
                 tokenizer_eos_token_ids=None if tokenizer is None else tokenizer.eos_token_ids,
@@ -155,8 +155,8 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
         linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
         weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight):
-            raise UsageError(f"only 4-bit weights are saved, and {name} is floating point; load with a QuantConfig")
-        formats[name] = WeightFormat(weight.group_size, weight.symmetric)
+            raise UsageError(f"only quantised weights are saved, and {name} is floating point; load with a QuantConfig")
+        formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits)
     return formats
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import unpack_codes
-from qspec_jax.model.linear import WeightFormat
+from pallas_kernels import unpack_codes, unpack_nested
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
@@ -23,9 +23,9 @@ def open_saved_source(checkpoint: Checkpoint) -> Source:
     for name, spec in specs.items():
         if spec.kind == "linear":
             weight_format = checkpoint.manifest.formats[spec.module]
-            four_bit = WeightFormat(weight_format.group_size or spec.shape[1], weight_format.symmetric)
+            codes = dataclasses.replace(weight_format, group_size=weight_format.group_size or spec.shape[1])
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
-            entries[name] = TensorEntry(spec.shape, read, four_bit)
+            entries[name] = TensorEntry(spec.shape, read, codes)
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
     return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
@@ -37,9 +37,12 @@ def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
 
 def _read_codes(read_group, stored: str, rows: slice) -> QuantizedTensor:
     arrays = read_group(group_of(stored))
-    offset = arrays.get(f"{stored}.offset")
+    offset, low = arrays.get(f"{stored}.offset"), arrays.get(f"{stored}.low")
+    packed = jnp.asarray(arrays[f"{stored}.packed"][rows])
+    codes = unpack_codes(packed) if low is None else unpack_nested(packed, jnp.asarray(low[rows]))
     return QuantizedTensor(
-        codes=np.asarray(unpack_codes(jnp.asarray(arrays[f"{stored}.packed"][rows]))),
+        codes=np.asarray(codes),
         scale=arrays[f"{stored}.scale"][:, rows],
         offset=None if offset is None else offset[:, rows],
+        bits=4 if low is None else 8,
     )

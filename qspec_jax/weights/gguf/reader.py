@@ -70,8 +70,8 @@ def _check_type(name: str, kind: int) -> None:
     else:
         origin = "newer than the installed gguf package; try pip install --upgrade gguf"
     raise UnsupportedModelError(
-        f"tensor {name} is of type {kind}, {origin}. Supported: Q4_0 and Q4_1, whose codes are kept, and what the gguf "
-        "package dequantises: make one from the original model"
+        f"tensor {name} is of type {kind}, {origin}. Supported: Q4_0, Q4_1 and Q8_0, whose codes are kept, and what "
+        "the gguf package dequantises: make one from the original model"
     )
 
 

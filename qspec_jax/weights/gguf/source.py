@@ -1,7 +1,7 @@
 """Opens a GGUF file as a source of tensors.
 
-Q4_0 and Q4_1 linears keep their codes and scales bit for bit; every other tensor is dequantised to
-float32 when it is read, and a linear among them (K-quants, Q8_0) is then rounded a second time: its entry says from
+Q4_0, Q4_1 and Q8_0 linears keep their codes and scales bit for bit; every other tensor is dequantised to
+float32 when it is read, and a linear among them (K-quants) is then rounded a second time: its entry says from
 which type, so that loading can warn. The rows of query and key, which llama.cpp reorders for the Llama architecture
 (its rotary embedding pairs neighbours), come back in the order of the original checkpoint.
 """
@@ -39,7 +39,11 @@ _NAMES = {
 }
 _WHOLE_NUMBERS = ("I8", "I16", "I32", "I64")
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_FOUR_BIT = {"Q4_0": WeightFormat(BLOCK, symmetric=True), "Q4_1": WeightFormat(BLOCK, symmetric=False)}
+_KEPT = {
+    "Q4_0": WeightFormat(BLOCK, symmetric=True),
+    "Q4_1": WeightFormat(BLOCK, symmetric=False),
+    "Q8_0": WeightFormat(BLOCK, symmetric=True, bits=8),
+}
 
 
 def open_gguf(path: str | os.PathLike[str]) -> Source:
@@ -63,16 +67,16 @@ def _found_tensors(file: GGUFFile, config: ModelConfig, specs: Mapping[str, Para
             continue
         name = canonical_name(source_name, _NAMES)
         order = functools.partial(_row_order, name or "", config) if file.architecture == "llama" else None
-        four_bit = _FOUR_BIT.get(tensor.tensor_type.name) if name in linears else None
-        read = functools.partial(_read, file, source_name, order=order, codes=four_bit is not None)
+        kept = _KEPT.get(tensor.tensor_type.name) if name in linears else None
+        read = functools.partial(_read, file, source_name, order=order, codes=kept is not None)
         if tensor.tensor_type.name not in _WHOLE_NUMBERS and not can_dequantize(tensor.tensor_type):
             raise UnsupportedModelError(
                 f"{file.path}: {source_name} is of type {tensor.tensor_type.name}, which is not read; use Q4_0, Q4_1, "
-                "another type that the gguf package dequantises, or the model's safetensors checkpoint"
+                "Q8_0, another type that the gguf package dequantises, or the model's safetensors checkpoint"
             )
         problem = None if can_dequantize(tensor.tensor_type) else f"is {tensor.tensor_type.name}, which cannot be read"
-        quantized = four_bit is None and tensor.tensor_type.name not in _FLOAT_TYPES
-        entry = TensorEntry(shape_of(tensor), read, four_bit, tensor.tensor_type.name if quantized else None)
+        quantized = kept is None and tensor.tensor_type.name not in _FLOAT_TYPES
+        entry = TensorEntry(shape_of(tensor), read, kept, tensor.tensor_type.name if quantized else None)
         yield FoundTensor(source_name, name, entry, problem)
 
 

@@ -1,4 +1,4 @@
-"""The values of GGUF tensors: floats, or 4-bit codes as they stand in the file."""
+"""The values of GGUF tensors: floats, or codes as they stand in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qspec_jax.weights.source import QuantizedTensor, check_finite
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-BLOCK = 32  # inputs per scale of Q4_0 and Q4_1
+BLOCK = 32  # inputs per scale of Q4_0, Q4_1 and Q8_0
+_LARGEST_FLOAT16 = 65504
 
 
 def shape_of(tensor: ReaderTensor) -> tuple[int, ...]:
@@ -51,10 +52,11 @@ def read_floats(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> np.n
 
 
 def read_codes(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> QuantizedTensor:
-    """The codes and scales of a Q4_0 or Q4_1 tensor, its rows taken in the order ``rows``.
+    """The codes and scales of a Q4_0, Q4_1 or Q8_0 tensor, its rows taken in the order ``rows``.
 
     A block of 32 inputs is: scale, minimum (Q4_1 only), 16 bytes whose low nibbles are inputs 0 to 15 and
-    whose high nibbles are inputs 16 to 31. ``w = scale * code + minimum``, or ``scale * (code - 8)``.
+    whose high nibbles are inputs 16 to 31. ``w = scale * code + minimum``, or ``scale * (code - 8)``. A block of Q8_0
+    is scale and 32 signed bytes, ``w = scale * byte``.
 
     Raises:
         ValueError: a scale or minimum is not a finite number.
@@ -62,6 +64,8 @@ def read_codes(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> Quant
     num_outputs, num_inputs = shape_of(tensor)
     data = tensor.data if rows is None else tensor.data[rows]
     blocks = data.reshape(num_outputs, num_inputs // BLOCK, -1)
+    if tensor.tensor_type.name == "Q8_0":
+        return _read_bytes(blocks)
     num_scales = (blocks.shape[-1] - BLOCK // 2) // 2
     scales = np.ascontiguousarray(blocks[..., : 2 * num_scales]).view("<f2").astype(np.float16)
     nibbles = blocks[..., 2 * num_scales :]
@@ -69,3 +73,14 @@ def read_codes(tensor: ReaderTensor, *, rows: np.ndarray | None = None) -> Quant
     check_finite(scales, what="its scales")
     scale, *minimum = (np.ascontiguousarray(scales[..., index].T) for index in range(num_scales))
     return QuantizedTensor(codes, scale, -minimum[0] if minimum else None)
+
+
+def _read_bytes(blocks: np.ndarray) -> QuantizedTensor:
+    """Codes and scales of blocks ``[N, G, 34]`` of Q8_0."""
+    scale = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float16)[..., 0].T
+    check_finite(scale, what="its scales")
+    of_16_steps = np.float32(16) * scale.astype(np.float32)
+    fits = np.abs(of_16_steps).max(initial=0) <= _LARGEST_FLOAT16
+    codes = blocks[..., 2:] ^ np.uint8(0x80)  # two's complement with the sign bit turned over: 128 more
+    dtype = np.float16 if fits else np.float32
+    return QuantizedTensor(codes.reshape(len(blocks), -1), np.ascontiguousarray(of_16_steps, dtype), None, bits=8)
