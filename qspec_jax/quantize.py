@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say, show
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.model.config import parse_group_size
+from qspec_jax.model.config import WEIGHT_BITS, parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.files import read_recipe
 from qspec_jax.recipes.steps import Progress, RecipeOptions
@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         + "; or a file that names one of them and holds options",
     )
     options.add_group_size(parser, "inputs per scale of rounded weights (default: 32)")
+    bits = "of rounded weights: 4, or 8, of which drafts read the upper 4 (default: 4)"
+    add("--bits", type=int, choices=WEIGHT_BITS, help=bits)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
     either.add_argument(
@@ -105,6 +107,8 @@ def _override(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOpti
     quantization = given.quantization
     if arguments.group_size is not None:
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
+    if arguments.bits is not None:
+        quantization = dataclasses.replace(quantization, bits=arguments.bits)
     if arguments.symmetric is not None:
         quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
     if arguments.outlier_groups is not None:

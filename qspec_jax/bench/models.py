@@ -122,7 +122,8 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
     group_size = largest_group_size(config) if text is None else parse_group_size(text)
     for name, k in inputs.items():
         options.check_group_size(k, group_size, text=text, what=name)
-    return QuantConfig(group_size=group_size, symmetric=arguments.model is None and not arguments.asymmetric)
+    symmetric = arguments.model is None and not arguments.asymmetric
+    return QuantConfig(group_size=group_size, symmetric=symmetric, bits=8 if arguments.verify == "w8a16" else 4)
 
 
 def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, path: Path | None) -> dict[str, Any]:

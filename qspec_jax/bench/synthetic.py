@@ -123,7 +123,7 @@ def _kind(path: str) -> str:
 def _random_like(key: Array, like: Any, *, kind: str) -> Any:
     if isinstance(like, QuantizedWeight):
         sizes = {"k": like.num_inputs, "n": like.num_outputs, "group_size": like.group_size}
-        weight = random_weight(key, symmetric=like.symmetric, layers=like.packed.shape[:-2], **sizes)
+        weight = random_weight(key, symmetric=like.symmetric, layers=like.packed.shape[:-2], bits=like.bits, **sizes)
         return dataclasses.replace(weight, layout=like.layout)  # codes are as random in any order
     if kind == "norm":
         return jnp.ones(like.shape, like.dtype)

@@ -119,7 +119,8 @@ def parse_draft_context(text: str) -> str | int:
 def add_verify(parser: Parser) -> None:
     """``--verify`` and ``--draft-model``; see :func:`check_weights`."""
     text = (
-        "what verifies drafts: float (a model's own weights, kept beside a 4-bit copy), w4a16, or auto (default: auto)"
+        "what verifies drafts: float (a model's own weights, kept beside a 4-bit copy), w8a16 (8-bit weights, of which "
+        "drafts read the upper 4 bits), w4a16, or auto (default: auto)"
     )
     parser.add_argument("--verify", choices=VERIFY, default=AUTO, help=text)
     draft_model = "with --verify float, a 4-bit checkpoint of the same model to draft from (default: rounded at load)"
@@ -151,10 +152,12 @@ def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """``quantization``, ``verify`` and ``draft_model`` of :func:`qspec_jax.load`.
 
     ``--mode float`` alone needs no 4-bit weights; as the yardstick of ``--verify float`` it reads what verifies there.
+    ``--mode w8a16`` is that of ``--verify w8a16``.
     """
     if arguments.mode == "float" and arguments.verify == AUTO:
         return {"quantization": None}
-    given = {"verify": arguments.verify, "draft_model": arguments.draft_model}
+    verify = arguments.mode if arguments.mode == "w8a16" else arguments.verify
+    given = {"verify": verify, "draft_model": arguments.draft_model}
     return {"quantization": quantization_of(arguments.group_size), **given}
 
 

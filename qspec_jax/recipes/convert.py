@@ -141,6 +141,7 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "name": recipe.name,
         "group_size": quantization.group_size or WHOLE_ROW,
         "symmetric": quantization.symmetric,
+        **({"bits": quantization.bits} if quantization.bits != 4 else {}),
         "dtype": options.dtype,
     }
     if options.calibration is not None:

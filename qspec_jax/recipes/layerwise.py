@@ -162,6 +162,7 @@ def _quantize_layer(
             hessian,
             group_size=quantization.group_size,
             symmetric=quantization.symmetric,
+            bits=quantization.bits,
         )
         linear.weight.set_value(dequantize(rounded[name]))
     return rounded
@@ -172,7 +173,7 @@ def _entries(source: Source, quantization: QuantConfig, work: WorkFolder) -> dic
     entries = {}
     for name, spec in source.specs.items():
         if spec.kind == "linear" and spec.layer is not None:  # as every linear is
-            four_bit = WeightFormat(quantization.group_size or spec.shape[1], quantization.symmetric)
+            codes = WeightFormat(quantization.group_size or spec.shape[1], quantization.symmetric, quantization.bits)
             read = functools.partial(work.read, spec.layer, spec.module, spec.rows)
-            entries[name] = TensorEntry(spec.shape, read, four_bit)
+            entries[name] = TensorEntry(spec.shape, read, codes)
     return entries

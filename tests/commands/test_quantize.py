@@ -106,6 +106,18 @@ def test_rtn_writes_what_loading_would_have_rounded(capsys, tmp_path, float_dire
     assert_same_parameters(load(tmp_path / "out"), load(float_directory, quantization=quantization))
 
 
+@pytest.mark.parametrize("given", ["options", "file"])
+def test_8_bits_are_nested(capsys, tmp_path, float_directory, given):
+    arguments = ("--recipe", "rtn", "--symmetric", "--bits", "8")
+    if given == "file":
+        (recipe := tmp_path / "recipe.toml").write_text('recipe = "rtn"\nsymmetric = true\nbits = 8\n')
+        arguments = ("--recipe", str(recipe))
+    assert run(capsys, float_directory, tmp_path / "out", *arguments)[0] == 0
+    model, quantization = load(tmp_path / "out"), QuantConfig(symmetric=True, bits=8)
+    assert model.quantization == quantization
+    assert_same_parameters(model, load(float_directory, quantization=quantization))
+
+
 def test_rounding_once_more_is_done_with_a_warning(capsys, tmp_path, four_bit_file):
     code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "rtn", "--symmetric")
     assert code == 0
@@ -214,7 +226,8 @@ def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path,
         ("recipe = ", "is not valid TOML"),
         ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn, gptq, quarot-rtn, quarot-gptq'),
         ('recipe = "gptx"', "recipe is 'gptx'; write"),
-        ('recipe = "rtn"\nbits = 3', "the recipe has unknown keys: bits; known: recipe, group_size"),
+        ('recipe = "rtn"\nbit = 8', "the recipe has unknown keys: bit; known: recipe, group_size"),
+        ('recipe = "rtn"\nbits = 3', "bits=3 is not supported; use 4, or 8 for nested weights"),
         ('recipe = "rtn"\ngroup_size = 48', "group_size=48 is not supported; use 32, 64, 128 or None"),
         ('recipe = "rtn"\ngroup_size = "all"', "group_size='all' is not supported; use a number or 'row'"),
         ('recipe = "rtn"\ngroup_size = true', "group_size = True must be of type int or str"),

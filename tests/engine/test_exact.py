@@ -18,7 +18,7 @@ from qspec_jax.bench import __main__ as bench
 from qspec_jax.bench.decode.parts import Setting, decoding_parts
 from qspec_jax.bench.synthetic import synthetic_model
 from qspec_jax.commands import options
-from qspec_jax.decoding.plan import LOOKUP_MODES, MODES, VERIFY, plan_of
+from qspec_jax.decoding.plan import LOOKUP_MODES, VERIFY, plan_of
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.inspection.model import describe_model
 from qspec_jax.inspection.text import model_text

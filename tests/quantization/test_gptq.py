@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize, unpack_codes
+from pallas_kernels import dequantize, unpack_codes, upper_nibbles
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.quantization.rtn import quantize_rtn
 
@@ -84,3 +84,11 @@ def test_clipping_lowers_the_error_of_a_group_with_an_outlier():
 def test_a_group_size_that_does_not_divide_names_those_that_do():
     with pytest.raises(ValueError, match=r"K=192 is not a multiple of group_size=128; use 32 or 64"):
         gptq(WEIGHT, HESSIAN, group_size=128)
+
+
+def test_both_readers_of_a_nested_weight_are_served_better_than_by_rounding_to_nearest():
+    grid = {"group_size": 32, "symmetric": True, "bits": 8}
+    found, nearest = gptq(WEIGHT, HESSIAN, **grid), quantize_rtn(WEIGHT, **grid)
+    verifying_alone = gptq(WEIGHT, HESSIAN, **grid, upper_share=0.0)
+    assert output_error(verifying_alone) < output_error(found) < output_error(nearest)
+    assert output_error(upper_nibbles(found)) < 0.98 * output_error(upper_nibbles(nearest))

@@ -13,7 +13,12 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from pallas_kernels import Layout, QuantizedWeight, dequantize, unpack_nested, upper_nibbles, with_layout
-from qspec_jax import ModelConfig, Precision, QuantConfig, UsageError
+from qspec_jax import ModelConfig, Precision, QuantConfig, UsageError, generate
+from qspec_jax.bench import __main__ as bench
+from qspec_jax.bench.models import chosen_quantization
+from qspec_jax.bench.presets import PRESETS
+from qspec_jax.bench.random_arrays import random_weight
+from qspec_jax.commands import options
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.plan import DecodingPlan, plan_of
 from qspec_jax.engine.load import open_model
@@ -192,8 +197,8 @@ def test_a_checkpoint_says_its_bits_and_one_of_4_is_what_it_was(tmp_path, quanti
     assert ("bits" in text["quantization"]) == ("bits" in text["formats"]["mlp.down"]) == (quantization.bits == 8)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.manifest.quantization == quantization
-    options = {"quantization": quantization, "dtype": jnp.dtype("float32"), "kernels": "reference"}
-    back = restore_decoder(checkpoint, scan_layers=True, **options)
+    how = {"quantization": quantization, "dtype": jnp.dtype("float32"), "kernels": "reference"}
+    back = restore_decoder(checkpoint, scan_layers=True, **how)
     weights = [one.layers[0].mlp.down.weight.get_value() for one in (decoder, back)]
     jax.tree.map(np.testing.assert_array_equal, *weights)
     entry = open_saved_source(checkpoint).entries["layers.1.mlp.down.weight"]
@@ -229,10 +234,24 @@ def is_weight(value):
 def test_qspec_of_nested_weights_gives_the_tokens_of_plain_w8a16():
     model = tiny.language_model(quantization=NESTED)
     assert "nested 8-bit weights" in repr(model)
-    options = {"max_new_tokens": 16}
-    prompts = [[5, 9, 17, 3], [80, 81, 2]]
-    plain = model.generate(prompts, mode="w8a16", **options)
-    drafted = model.generate(prompts, mode="qspec", **options)
+    prompts, length = [[5, 9, 17, 3], [80, 81, 2]], {"max_new_tokens": 16}
+    plain = model.generate(prompts, mode="w8a16", **length)
+    drafted = model.generate(prompts, mode="qspec", **length)
     assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
-    four_bit = model.generate(prompts, mode="w4a16", **options)
+    four_bit = model.generate(prompts, mode="w4a16", **length)
     assert [one.token_ids for one in four_bit] != [one.token_ids for one in plain]
+
+
+@pytest.mark.parametrize("arguments", [["--verify", "w8a16"], ["--mode", "w8a16"]])
+def test_commands_load_the_weights_that_are_asked_for(arguments):
+    parsed = generate.build_parser().parse_args(["--prompt", "a", *arguments])
+    assert options.weights_of(parsed)["verify"] == "w8a16"
+
+
+def test_synthetic_weights_are_nested_too():
+    parser = bench.build_parser().parse_args(["decode", "--preset", "smollm2-135m", "--verify", "w8a16"])
+    quantization = chosen_quantization(parser, PRESETS["smollm2-135m"])
+    assert (quantization.bits, quantization.symmetric) == (8, True)
+    weight = random_weight(jax.random.key(0), k=64, n=8, group_size=32, symmetric=True, bits=8)
+    assert weight.bits == 8
+    assert not np.array_equal(weight.low, weight.packed)
