@@ -172,7 +172,7 @@ def _plan(model: Any, draft: str, context: str | int, length: int) -> DecodingPl
 
 
 def _request(arguments: argparse.Namespace) -> _Request:
-    precisions = _names(arguments.precisions, PRECISIONS, "--precisions")
+    precisions = _names(arguments.precisions, (*PRECISIONS, "w8a16"), "--precisions")
     drafts = _names(arguments.drafts, DRAFTS, "--drafts")
     lengths = draft_lengths(arguments.draft_lengths)
     contexts = [_draft_context(text.strip()) for text in arguments.draft_contexts.split(",")]
@@ -216,7 +216,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
         text_scores = score_text(
             model,
             model.tokenizer.encode(request.text)[: arguments.max_tokens],
-            precisions=[qspec_jax.Precision(precision) for precision in request.precisions],
+            precisions=[qspec_jax.Precision(precision) for precision in _precisions(request, model)],
             baseline=_baseline(name, arguments, model),
             context=arguments.context,
             progress=_progress("text"),
@@ -248,6 +248,16 @@ def _failure(request: _Request, line: PromptLine, reason: str) -> str:
     return f"prompt {number} failed: {reason} ({line.where})"
 
 
+def _precisions(request: _Request, model: Any) -> list[str]:
+    """Those asked for, and where nobody said which, the one that verifies nested weights first."""
+    is_nested = getattr(getattr(model, "quantization", None), "bits", None) == 8
+    if is_nested and request.precisions == list(PRECISIONS):
+        return ["w8a16", *PRECISIONS]
+    if not is_nested and "w8a16" in request.precisions:
+        raise UsageError(f"--precisions w8a16 reads 8-bit weights, which {model.name} has not; add --verify w8a16")
+    return request.precisions
+
+
 def _baseline(name: str | None, arguments: argparse.Namespace, model: Any) -> Any:
     """The model to compare with, which is the model itself if it has its floats."""
     has_floats = arguments.verify == "float" and arguments.baseline is None
@@ -257,8 +267,8 @@ def _baseline(name: str | None, arguments: argparse.Namespace, model: Any) -> An
 def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
     import qspec_jax
 
-    weights = {"verify": arguments.verify, "draft_model": arguments.draft_model} if quantization is not None else {}
-
+    weights: dict[str, Any] = {"verify": arguments.verify, "draft_model": arguments.draft_model}
+    weights = {} if quantization is None else {**weights, **options.heads_of(arguments)}
     return qspec_jax.load(
         name,
         quantization=quantization,

@@ -150,6 +150,7 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
         settings["verify"] = arguments.verify
     if arguments.draft_model is not None:
         settings["draft_model"] = model_identity(arguments.draft_model)
+    settings |= options.heads_of(arguments)
     file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
     try:
         first = file.num_finished

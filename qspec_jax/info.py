@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         mesh=mesh,
         verify=arguments.verify,
         draft_path=None if given is None else resolve_model(given, what="draft_model"),
+        heads=options.heads_of(arguments),
     )
     _print(arguments, facts, text.model_text(facts))
     return 0
@@ -104,8 +105,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError("--mesh is of a MODEL, which is missing: give one, or 'default'")
         parse_mesh(arguments.mesh)
     options.check_positive(arguments, "max_seconds")
-    if arguments.model is None and (arguments.verify != AUTO or arguments.draft_model is not None):
-        raise UsageError("--verify and --draft-model are of a MODEL, which is missing: give one, or 'default'")
+    told = arguments.verify != AUTO or arguments.draft_model is not None or options.heads_of(arguments)
+    if arguments.model is None and told:
+        raise UsageError(
+            "--verify, --draft-model, --head-bits and --draft-head are of a MODEL, which is missing: give one, or "
+            "'default'"
+        )
     options.check_weights(arguments, ["qspec"])
     check_model_name(arguments.model)
     check_writable(arguments.output, option="--output")

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_group_size(parser, "inputs per scale of rounded weights (default: 32)")
     bits = "of rounded weights: 4, or 8, of which drafts read the upper 4 (default: 4)"
     add("--bits", type=int, choices=WEIGHT_BITS, help=bits)
+    options.add_heads(parser)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
     either.add_argument(
@@ -109,6 +110,8 @@ def _override(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOpti
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
     if arguments.bits is not None:
         quantization = dataclasses.replace(quantization, bits=arguments.bits)
+    heads = {name: None if bits == 16 else bits for name, bits in options.heads_of(arguments).items()}
+    quantization = dataclasses.replace(quantization, **heads)
     if arguments.symmetric is not None:
         quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
     if arguments.outlier_groups is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
@@ -20,42 +20,54 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def w4a16_matmul(
-    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
+    x: Float[Array, "*batch K"],
+    weight: QuantizedWeight,
+    *,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
-    """``x @ dequantize(weight).T``, accumulated in float32 and rounded once to the dtype of ``x``.
+    """``x @ dequantize(weight).T``, accumulated in float32 and rounded once.
 
     Args:
         x: ``[..., K]`` float32, bfloat16 or float16.
         weight: a ``[N, K]`` weight, without leading axes.
+        dtype: of the result: float32, or that of ``x``, as None is.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``.
+        ``[..., N]`` in that dtype.
 
     Raises:
-        ValueError: shapes do not fit together, the dtype is not one of the three, or the name of the
+        ValueError: shapes do not fit together, a dtype is not one of those above, or the name of the
             implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    return value_of(w4a16_partial_sums(x, weight, implementation=implementation))
+    return value_of(w4a16_partial_sums(x, weight, dtype=dtype, implementation=implementation))
 
 
 def w4a16_partial_sums(
-    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
+    x: Float[Array, "*batch K"],
+    weight: QuantizedWeight,
+    *,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    if dtype not in (x.dtype, jnp.float32):
+        raise ValueError(f"{_OP}: dtype={dtype} is not supported; use float32 or that of x, {x.dtype}")
     chosen = _IMPLEMENTATIONS.select(
         implementation,
         lambda module: module.obstacle(x.dtype, weight),
         order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
-    return chosen.w4a16_matmul(x, weight)
+    return chosen.w4a16_matmul(x, weight, dtype=dtype)
 
 
-def best_layout(weight: QuantizedWeight, dtype: jax.typing.DTypeLike, *, implementation: str | None = None) -> Layout:
+def best_layout(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> Layout:
     """The layout that the implementation reads which would serve a weight, whatever its own is, and rows of ``dtype``.
 
     It is the same for all numbers of rows. ``Layout.PLANES`` where none would: the call will say why.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums
@@ -50,14 +51,18 @@ def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
 
 
 def w4a16_matmul(
-    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, config: hopper.MosaicConfig | None = None
+    x: Float[Array, "*batch K"],
+    weight: QuantizedWeight,
+    *,
+    dtype: DTypeLike | None = None,
+    config: hopper.MosaicConfig | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the measured choice of tiles."""
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
         config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
-    early = early_launch.is_enabled()
-    outputs = _matmul(rows, dataclasses.replace(weight, group_sum=None), early=early, config=config)
+    options = {"dtype": jnp.dtype(dtype or x.dtype), "early": early_launch.is_enabled(), "config": config}
+    outputs = _matmul(rows, dataclasses.replace(weight, group_sum=None), **options)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -72,11 +77,13 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("early", "config"))
-def _matmul(x: Array, weight: QuantizedWeight, *, early: bool, config: hopper.MosaicConfig) -> Array | PartialSums:
+@functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
+def _matmul(
+    x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, early: bool, config: hopper.MosaicConfig
+) -> Array | PartialSums:
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
     sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
-    problem = hopper.Problem(*sizes, x.dtype, x.dtype, len(packed))
+    problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed))
     columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
     return pipelines.launch(
         x,

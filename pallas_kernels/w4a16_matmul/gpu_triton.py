@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
@@ -40,28 +41,29 @@ def w4a16_matmul(
     x: Float[Array, "*batch K"],
     weight: QuantizedWeight,
     *,
+    dtype: DTypeLike | None = None,
     config: tiles.TileConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch N"]:
     """See the public function. ``config`` replaces the measured choice of tiles."""
     registers.ignore_triton_deprecation()
-    rows = x.reshape(-1, x.shape[-1])
+    rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
     if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32:
-        outputs = _dequantized_matmul(rows, weight)
+        outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
         config = config or _tile_config(rows.shape[0], x.dtype, weight)
         weight = dataclasses.replace(weight, group_sum=None)
-        outputs = _matmul(rows, weight, config=config, interpret=interpret)
+        outputs = _matmul(rows, weight, dtype=dtype, config=config, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
-@jax.jit
-def _dequantized_matmul(x: Array, weight: QuantizedWeight) -> Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantized_matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike) -> Array:
     """``x @ w.T`` with the weight rounded to the dtype of ``x``, the only time it is in memory in 16 bits."""
     # The barrier keeps XLA from decoding the weight again for each block of rows.
     floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
     product = lax.dot_general(x, floats, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    return product.astype(dtype)
 
 
 def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:
@@ -76,8 +78,8 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _matmul(x: Array, weight: QuantizedWeight, *, config: tiles.TileConfig, interpret: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
+def _matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, config: tiles.TileConfig, interpret: bool) -> Array:
     offsets = () if weight.offset is None else (weight.offset,)
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
     options = {"num_rows": x.shape[0], "config": config, "interpret": interpret}
@@ -86,7 +88,7 @@ def _matmul(x: Array, weight: QuantizedWeight, *, config: tiles.TileConfig, inte
         (x,),
         (*packed, weight.scale, *offsets),
         config=config,
-        out_dtype=x.dtype,
+        out_dtype=dtype,
         interpret=interpret,
         name=f"w{weight.bits}a16",  # as profiles show it
         num_packed=len(packed),

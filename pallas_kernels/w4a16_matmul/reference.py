@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize_planes
@@ -15,13 +16,15 @@ from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize_pla
 LAYOUT = Layout.PLANES  # of checkpoints; it reads any
 
 
-def w4a16_matmul(x: Float[Array, "*batch K"], weight: QuantizedWeight) -> Float[Array, "*batch N"]:
+def w4a16_matmul(
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, dtype: DTypeLike | None = None
+) -> Float[Array, "*batch N"]:
     """``x @ dequantize(weight).T`` in float32; see the public function."""
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     low, high = dequantize_planes(weight, jnp.float32)
     half = low.shape[-1]
     outputs = _weight_times_rows(low, rows[:, :half]) + _weight_times_rows(high, rows[:, half:])
-    return outputs.T.reshape(*x.shape[:-1], weight.num_outputs).astype(x.dtype)
+    return outputs.T.reshape(*x.shape[:-1], weight.num_outputs).astype(dtype or x.dtype)
 
 
 def _weight_times_rows(weight: Float32[Array, "N half_K"], rows: Float32[Array, "M half_K"]) -> Float32[Array, "N M"]:

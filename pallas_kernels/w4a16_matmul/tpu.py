@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize, layout_obstacle
@@ -37,25 +38,25 @@ def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
 
 
 def w4a16_matmul(
-    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, interpret: Any = False
+    x: Float[Array, "*batch K"], weight: QuantizedWeight, *, dtype: DTypeLike | None = None, interpret: Any = False
 ) -> Float[Array, "*batch N"]:
     """See the public function."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
     if rows.shape[0] > matmul.MAX_ROWS and x.dtype != jnp.float32:
-        outputs = _dequantized_matmul(rows, weight)
+        outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
-        outputs = _matmul(rows, weight, interpret=interpret)
+        outputs = _matmul(rows, weight, dtype=dtype, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
-@jax.jit
-def _dequantized_matmul(x: Array, weight: QuantizedWeight) -> Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantized_matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike) -> Array:
     floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
-    return matmul.dot_transposed(x, floats).astype(x.dtype)
+    return matmul.dot_transposed(x, floats).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
-def _matmul(x: Array, weight: QuantizedWeight, *, interpret: Any) -> Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def _matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, interpret: Any) -> Array:
     num_rows = x.shape[0]
     pieces = [matmul.padded(piece, _TILE_ROWS) for piece in words.bfloat16_pieces(x)]
     height = pieces[0].shape[0]
@@ -68,12 +69,12 @@ def _matmul(x: Array, weight: QuantizedWeight, *, interpret: Any) -> Array:
         weight,
         per_group,
         num_scales=len(per_group),
-        out_dtype=x.dtype if len(pieces) == 1 else jnp.float32,
+        out_dtype=dtype if len(pieces) == 1 else jnp.float32,
         interpret=interpret,
         name="w4a16",
     )
     parts = [product[i * height : i * height + num_rows] for i in range(len(pieces))]
-    return functools.reduce(jnp.add, reversed(parts)).astype(x.dtype)
+    return functools.reduce(jnp.add, reversed(parts)).astype(dtype)
 
 
 def _kernel(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands.options import heads_of
 from qspec_jax.decoding.plan import AUTO, MODES
 from qspec_jax.device.mesh import make_mesh, shape_of
 from qspec_jax.errors import UsageError
@@ -29,6 +30,7 @@ class ModelRequest:
         name, config, path: the model; ``path`` is None for synthetic weights.
         quantization: of the 4-bit modes; None for what the model brings.
         verify, draft_model, dtype, kernels, mesh: as in :func:`qspec_jax.load`.
+        heads: ``head_bits`` and ``draft_head`` there, as far as they are given.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModelRequest:
     mesh: str | None
     verify: str
     draft_model: str | None
+    heads: Mapping[str, int | None]
 
     def passes(self, modes: Sequence[str]) -> list[list[str]]:
         """The modes by the models that they need: floats alone only where nothing is verified with them."""
@@ -76,7 +79,7 @@ class ModelRequest:
 
         if floating_point:
             return qspec_jax.load(self.path, quantization=None, **placement)
-        weights: dict[str, Any] = {"verify": self.verify, "draft_model": self.draft_model}
+        weights: dict[str, Any] = {"verify": self.verify, "draft_model": self.draft_model, **self.heads}
         return qspec_jax.load(self.path, quantization=self.quantization or "auto", **weights, **placement)
 
 
@@ -123,7 +126,9 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
     for name, k in inputs.items():
         options.check_group_size(k, group_size, text=text, what=name)
     symmetric = arguments.model is None and not arguments.asymmetric
-    return QuantConfig(group_size=group_size, symmetric=symmetric, bits=8 if arguments.verify == "w8a16" else 4)
+    heads = {name: None if bits == 16 else bits for name, bits in heads_of(arguments).items()}
+    bits = 8 if arguments.verify == "w8a16" else 4
+    return QuantConfig(group_size=group_size, symmetric=symmetric, bits=bits, **heads)
 
 
 def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, path: Path | None) -> dict[str, Any]:
@@ -142,4 +147,5 @@ def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, p
         "mesh": arguments.mesh,
         "verify": arguments.verify,
         "draft_model": arguments.draft_model,
+        "heads": heads_of(arguments),
     }

@@ -17,7 +17,15 @@ from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
-from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
+from qspec_jax.model.config import (
+    DRAFT_HEADS,
+    DTYPES,
+    GROUP_SIZES,
+    HEAD_BITS,
+    WHOLE_ROW,
+    QuantConfig,
+    parse_group_size,
+)
 from qspec_jax.weights.resolve import check_model_name
 
 KERNELS = ("auto", "reference", "triton", "mosaic", "tpu")
@@ -117,7 +125,7 @@ def parse_draft_context(text: str) -> str | int:
 
 
 def add_verify(parser: Parser) -> None:
-    """``--verify`` and ``--draft-model``; see :func:`check_weights`."""
+    """``--verify``, ``--draft-model``, ``--head-bits`` and ``--draft-head``; see :func:`check_weights`."""
     text = (
         "what verifies drafts: float (a model's own weights, kept beside a 4-bit copy), w8a16 (8-bit weights, of which "
         "drafts read the upper 4 bits), w4a16, or auto (default: auto)"
@@ -125,6 +133,21 @@ def add_verify(parser: Parser) -> None:
     parser.add_argument("--verify", choices=VERIFY, default=AUTO, help=text)
     draft_model = "with --verify float, a 4-bit checkpoint of the same model to draft from (default: rounded at load)"
     parser.add_argument("--draft-model", metavar="CHECKPOINT", help=draft_model)
+    add_heads(parser)
+
+
+def add_heads(parser: Parser) -> None:
+    """``--head-bits`` and ``--draft-head``."""
+    heads = "LM head: 16 as it is, 8 or 4 rounded (default: as the checkpoint says, or 16)"
+    parser.add_argument("--head-bits", type=int, choices=(16, *HEAD_BITS), help=heads)
+    draft_head = "LM head of drafts: the upper half of one in 8 bits, or a copy (default: the one that verifies)"
+    parser.add_argument("--draft-head", type=int, choices=DRAFT_HEADS, help=draft_head)
+
+
+def heads_of(arguments: argparse.Namespace) -> dict[str, int | None]:
+    """``head_bits`` and ``draft_head`` of :func:`qspec_jax.load`, as far as they are given."""
+    given = {name: getattr(arguments, name, None) for name in ("head_bits", "draft_head")}
+    return {name: bits for name, bits in given.items() if bits is not None}
 
 
 def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> None:
@@ -149,15 +172,17 @@ def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> N
 
 
 def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """``quantization``, ``verify`` and ``draft_model`` of :func:`qspec_jax.load`.
+    """``quantization``, ``verify``, ``draft_model`` and what is given of heads of :func:`qspec_jax.load`.
 
     ``--mode float`` alone needs no 4-bit weights; as the yardstick of ``--verify float`` it reads what verifies there.
     ``--mode w8a16`` is that of ``--verify w8a16``.
     """
     if arguments.mode == "float" and arguments.verify == AUTO:
+        if heads_of(arguments):
+            raise UsageError("--head-bits and --draft-head are of quantised models; leave them out with --mode float")
         return {"quantization": None}
     verify = arguments.mode if arguments.mode == "w8a16" else arguments.verify
-    given = {"verify": verify, "draft_model": arguments.draft_model}
+    given = {"verify": verify, "draft_model": arguments.draft_model, **heads_of(arguments)}
     return {"quantization": quantization_of(arguments.group_size), **given}
 
 

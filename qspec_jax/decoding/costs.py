@@ -25,7 +25,7 @@ from qspec_jax.decoding.program_store import source_digest
 from qspec_jax.files.whole import replace
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
-from qspec_jax.model.layouts import unread_bytes
+from qspec_jax.model.layouts import num_bytes, outside_bytes, unread_bytes
 from qspec_jax.model.view import View
 
 _SOUND_S = 0.2  # of a measurement with which others are compared
@@ -68,26 +68,31 @@ class PassBytes:
         position: bytes of the keys and values of a position in all layers.
         window: positions that the model itself attends to; None for all.
         unread: of the weights, those that views of so many ``weight_bits`` leave alone.
+        heads: how many bytes fewer an LM head of so many ``head_bits`` has than the one that verifies.
     """
 
     weights: int
     position: int
     window: int | None = None
     unread: Mapping[int | None, int] = dataclasses.field(default_factory=dict)
+    heads: Mapping[int | None, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, decoder: Decoder) -> PassBytes:
         """Of a decoder, whose arrays may be shapes."""
         config = decoder.config
         position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
-        embedding = config.vocab_size * config.hidden_size * decoder.dtype.itemsize
-        untied = 0 if decoder.lm_head is None else embedding
         unread = {view.weight_bits: unread_bytes(decoder, view) for view in map(View, (4, 8, None))}
-        return cls(bytes_of_decoder(decoder) - untied, position, config.sliding_window, unread)
+        head = num_bytes(decoder.head_for(View()))
+        weights = bytes_of_decoder(decoder) - outside_bytes(decoder) + head
+        heads = {}
+        if decoder.quantized_head is not None:
+            heads[4] = head - num_bytes(decoder.head_for(View(head_bits=4)))
+        return cls(weights, position, config.sliding_window, unread, heads)
 
     def weights_of(self, view: View) -> int:
         """Bytes of the weights that a pass over a view reads, whatever it does."""
-        return self.weights - self.unread.get(view.weight_bits, 0)
+        return self.weights - self.unread.get(view.weight_bits, 0) - self.heads.get(view.head_bits, 0)
 
     def of_cycle(self, plan: DecodingPlan, *, rows: int, context: int) -> int:
         """Bytes of a cycle: of its drafts, and of the verification."""

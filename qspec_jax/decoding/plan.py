@@ -227,6 +227,7 @@ def plan_of(
     draft_context: str | int | Any = "auto",
     verify: str | Any = AUTO,
     held: Collection[int | None] = (4,),
+    draft_head: int | None = None,
 ) -> Plan:
     """The plan of a mode.
 
@@ -242,6 +243,7 @@ def plan_of(
             checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others. A
             plain mode is its own target.
         held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
+        draft_head: 4 if the model has an LM head of 4 bits for its drafts.
 
     Raises:
         UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small, or
@@ -256,6 +258,7 @@ def plan_of(
     if mode not in ("qspec", *LOOKUP_MODES, AUTO):
         return DecodingPlan(target)
     view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
+    view = dataclasses.replace(view, head_bits=draft_head)
     views = list(dict.fromkeys((view, dataclasses.replace(view, **part))))
     if mode == AUTO:
         lookups = [DecodingPlan(target, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]

@@ -120,7 +120,9 @@ class LanguageModel:
                 weights that the model does not hold.
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
-        return plan_of(mode, **options, verify=verify, held=held_weights(self.quantization))
+        draft_head = None if self.quantization is None else self.quantization.draft_head
+        held = held_weights(self.quantization)
+        return plan_of(mode, **options, verify=verify, held=held, draft_head=draft_head)
 
     def decoder_for(self, plan: Plan | Any) -> Decoder:
         """The decoder with its weights as a plan's kernels read them, for a program of your own.

@@ -30,6 +30,7 @@ from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.placement import decoder_options, kernels_in_use
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
+from qspec_jax.weights.checkpoint.head import check_head, head_of
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
@@ -79,22 +80,25 @@ def open_model(
     *,
     verify: str | Any = AUTO,
     draft_path: Path | None = None,
+    head_bits: int | None = None,
+    draft_head: int | None = None,
 ) -> OpenedModel:
     """Opens what ``resolve_model`` found: a checkpoint of this library, or a model in another format.
 
     Args:
         path: of the model.
-        quantization, verify: as in :func:`load`.
+        quantization, verify, head_bits, draft_head: as in :func:`load`.
         draft_path: of ``draft_model`` there.
 
     Raises:
         UsageError: the weights cannot be stored so, or do not fit together.
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
+    heads = _heads(quantization, head_bits, draft_head)
     if check_weights(quantization, verify, draft_path):
         assert quantization is not None
         exact = open_exact(path, quantization, draft_path)
-        chosen, source = exact.quantization, exact.source
+        chosen, source = dataclasses.replace(exact.quantization, **heads), exact.source
         options: dict[str, Any] = {"quantization": chosen, "formats": exact.formats, "drafts": exact.drafts}
         read = functools.partial(load_decoder, source, **options)
         tokenizer = functools.partial(open_tokenizer, path)
@@ -103,7 +107,9 @@ def open_model(
         checkpoint = open_checkpoint(path)
         manifest = checkpoint.manifest
         chosen = with_bits_of(manifest.quantization if quantization == "auto" else quantization, manifest.formats)
+        chosen = dataclasses.replace(chosen, **{**head_of(manifest.quantization), **heads})
         _check_bits(path, chosen, verify)
+        check_head(path, manifest.model, manifest.quantization, chosen)
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
         return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
     source = open_source(path)
@@ -111,10 +117,24 @@ def open_model(
     if chosen is not None and verify == "w8a16":
         chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)
-    chosen = None if chosen is None else with_bits_of(chosen, formats)
+    chosen = None if chosen is None else dataclasses.replace(with_bits_of(chosen, formats), **heads)
     _check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
+
+
+def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:
+    """What is said of the LM head besides a configuration, as its fields.
+
+    Raises:
+        UsageError: it makes no sense.
+    """
+    given = {"head_bits": head_bits, "draft_head": draft_head}
+    said = {name: None if bits == 16 else bits for name, bits in given.items() if bits is not None}
+    if said and quantization is None:
+        raise UsageError(f"{' and '.join(said)} are of models whose linears are quantised; leave quantization=None out")
+    QuantConfig(**said)  # refuses other numbers
+    return said
 
 
 def _check_bits(path: Path, quantization: QuantConfig | None, verify: str | Any) -> None:
@@ -157,6 +177,8 @@ def load(
     mesh: Mesh | str | Any = None,
     verify: str | Any = AUTO,
     draft_model: str | os.PathLike[str] | Any = None,
+    head_bits: int | Any = None,
+    draft_head: int | Any = None,
     progress: bool = False,
     compile_ahead: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
@@ -180,11 +202,15 @@ def load(
             one or both of these axes. Rows of a batch are split over ``data``; heads, channels and vocabulary over
             ``model``. No device holds more than its share. None for the default device alone.
         verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
-            and tokens are those of plain decoding with the floats. ``w4a16`` for 4-bit weights alone; ``auto`` for
-            that, too, unless ``quantization`` keeps floats.
+            and tokens are those of plain decoding with the floats. ``w8a16`` to round to nested 8-bit weights, of
+            which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone; ``auto`` for that, too, unless
+            ``quantization`` or the checkpoint say otherwise.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.
+        head_bits: 8 or 4 to round the LM head to; 16 for the head as it is; None for what ``quantization`` or the
+            checkpoint say.
+        draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy. None likewise.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
             compiles (:meth:`Pipeline.compile`) the loaded model has, too. An error in it is ignored: programs are then
@@ -202,12 +228,14 @@ def load(
     start_device()
     placement = decoder_options(kernels, dtype)
     check_weights(quantization, verify, draft_model)
+    _heads(quantization, head_bits, draft_head)
     with contextlib.suppress(OSError):
         enable_compilation_cache()
     _check_processes(mesh)
     on = make_mesh(mesh)
     draft_path = None if draft_model is None else resolve_model(draft_model, what="draft_model")
-    opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path)
+    heads: dict[str, Any] = {"head_bits": head_bits, "draft_head": draft_head}
+    opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path, **heads)
     shards = None if on is None else opened.shards(on, placement)
     shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.

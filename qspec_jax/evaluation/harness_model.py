@@ -89,13 +89,14 @@ class HarnessModel(TemplateLM):
             raise UsageError("--model_args has model and pretrained, which are one; give one of them")
         model = pretrained if model is None else model
         drafting = {"draft": draft, "draft_length": _number("draft_length", draft_length), "verify": verify}
-        plan_of(mode, **drafting, held=(4, None))  # refuses what makes no sense before a model is loaded
+        plan_of(mode, **drafting, held=(4, 8, None))  # refuses what makes no sense before a model is loaded
         is_auto = batch_size is None or str(batch_size).startswith("auto")
         self.batch_size = 8 if is_auto else at_least_1("batch_size", _number("batch_size", batch_size))
         longest = between("max_length", _number("max_length", max_length), 2, INT32_MAX, "at least 2")
         if not isinstance(model, LanguageModel):
             quantization: Any = None if mode == "float" and verify == AUTO else "auto"
-            weights: dict[str, Any] = {"quantization": quantization, "verify": verify, "draft_model": draft_model}
+            kept = mode if mode == "w8a16" else verify
+            weights: dict[str, Any] = {"quantization": quantization, "verify": kept, "draft_model": draft_model}
             name = None if model == "default" else model
             model = qspec_jax.load(name, **weights, dtype=dtype, kernels=kernels, mesh=mesh)
         if model.tokenizer is None:

@@ -60,7 +60,7 @@ def kernel_choices(
     decoder = abstract_decoder(
         one_layer, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=True
     )
-    draft = View.of(default_draft_precision())
+    draft = dataclasses.replace(View.of(default_draft_precision()), head_bits=quantization.draft_head)
     nested = Precision.W8A16 if quantization.bits == 8 else Precision.W4A16
     verify = View.of(Precision.FLOAT if quantization.keep_floats else nested)
     passes = {
@@ -125,7 +125,8 @@ def _named(selections: list[Selection], obstacles: list[Mapping[str, str | None]
         if one.op in _MATMULS and parts:
             part, of_linear = parts.pop(0)
             found = of_linear or found
-        part = "lm_head" if part == "float_matmul" else part
+        elif one.op in ("float_matmul", *_MATMULS):
+            part = "lm_head"
         usual = (
             f"comes after {one.chosen}, which serves the call" if one.chosen != REFERENCE else "is not asked: XLA is"
         )

@@ -55,6 +55,7 @@ def describe_model(
     mesh: MeshShape = _ONE_DEVICE,
     verify: str = AUTO,
     draft_path: Path | None = None,
+    heads: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Facts by name, for JSON.
 
@@ -64,6 +65,7 @@ def describe_model(
         dtype, kernels: as of :func:`qspec_jax.load`.
         mesh: devices like this one that share the model; there need not be so many.
         verify, draft_path: as of :func:`qspec_jax.load`, the second of its ``draft_model``.
+        heads: its ``head_bits`` and ``draft_head``, as far as they are given.
 
     Raises:
         UsageError: an argument makes no sense for this model, or it does not split among so many devices.
@@ -71,7 +73,8 @@ def describe_model(
     """
     placement = decoder_options(kernels, dtype)
     config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
-    chosen = with_bits_of(chosen, formats)
+    heads = {name: None if bits == 16 else bits for name, bits in (heads or {}).items()}
+    chosen = dataclasses.replace(with_bits_of(chosen, formats), **heads)
     check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}
@@ -199,6 +202,8 @@ def _quantization(
         "rotated": config.down_hadamard,
         "hadamard_block": config.hadamard_block,
         "head": "tied to the embedding" if config.tie_word_embeddings else "of its own",
+        "head_bits": quantization.head_bits,
+        "draft_head": quantization.draft_head,
     }
 
 

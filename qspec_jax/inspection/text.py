@@ -76,7 +76,14 @@ def _quantization(facts: Mapping[str, Any]) -> list[str]:
         lines.append(_row("verify", "float: the linears in floating point besides, which verify what the 4 bits draft"))
     block = facts["hadamard_block"] or "all"
     rotated = f"rotated, Hadamard transform of {block} values before mlp.down" if facts["rotated"] else "not rotated"
-    return [*lines, _row("method", f"{facts['method']}; {rotated}"), _row("head", facts["head"])]
+    return [*lines, _row("method", f"{facts['method']}; {rotated}"), _row("head", _head(facts))]
+
+
+def _head(facts: Mapping[str, Any]) -> str:
+    bits = "" if facts["head_bits"] is None else f", rounded to {facts['head_bits']} bits"
+    return f"{facts['head']}{bits}" + (
+        "" if facts["draft_head"] is None else f"; drafts read {facts['draft_head']} bits"
+    )
 
 
 def _language(facts: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,8 @@ from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, rea
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
 GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
 WEIGHT_BITS = (4, 8)
+HEAD_BITS = (8, 4)  # besides the 16 of a head as it is
+DRAFT_HEADS = (4,)
 WHOLE_ROW = "row"  # for people: the group size None
 ACTIVATION_GROUP = 32  # of W4A4 drafts, unless somebody says otherwise; recipes that group channels keep to it
 # Their options are in weights/huggingface/formats.py.
@@ -327,11 +329,14 @@ class QuantConfig:
         w4a4: activations of ``Precision.W4A4``. By default the loudest group of a token keeps 8 bits; with more
             ``outlier_groups`` acceptance rises towards that of ``w4a8``.
         w4a8: activations of ``Precision.W4A8``.
+        head_bits: 8 or 4 to round the LM head to; None for the head as it is. In 8 bits it is nested.
+        draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy of one as it is.
+            None for the head that verifies.
         keep_floats: the linears of the checkpoint are kept in floating point besides: they verify what the 4-bit copy
             drafts.
 
-    Embedding, norms, biases and LM head are never quantised. A checkpoint whose weights are codes
-    already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0, Q4_1 and Q8_0) keeps its own codes and groups:
+    Embedding, norms and biases are never quantised, and the LM head only if asked for. A checkpoint whose weights are
+    codes already (GPTQ, AWQ, compressed-tensors, GGUF Q4_0, Q4_1 and Q8_0) keeps its own codes and groups:
     ``group_size``, ``symmetric`` and ``bits`` then apply only to its other linears.
     """
 
@@ -341,6 +346,8 @@ class QuantConfig:
     w4a8: ActivationQuantization = ActivationQuantization()
     keep_floats: bool = False
     bits: int = 4
+    head_bits: int | None = None
+    draft_head: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group_size", fields.whole("group_size", self.group_size, or_none=True))
@@ -353,9 +360,24 @@ class QuantConfig:
             raise UsageError(f"bits={self.bits} is not supported; use 4, or 8 for nested weights")
         if self.bits == 8 and self.keep_floats:
             raise UsageError("bits=8 and keep_floats=True are two ways to verify a 4-bit draft; use one of them")
+        for name, allowed in (("head_bits", HEAD_BITS), ("draft_head", DRAFT_HEADS)):
+            object.__setattr__(self, name, fields.whole(name, getattr(self, name), or_none=True))
+            if getattr(self, name) not in (None, *allowed):
+                raise UsageError(
+                    f"{name}={getattr(self, name)} is not supported; use {' or '.join(map(str, allowed))} or None"
+                )
+        if self.head_bits is not None and self.keep_floats:
+            raise UsageError(
+                "head_bits rounds the LM head, and keep_floats=True keeps a model's own output; use draft_head"
+            )
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):
                 raise UsageError(f"{name} is of type {type(value).__name__}; use an ActivationQuantization")
+
+    @property
+    def has_quantized_head(self) -> bool:
+        """Whether there is an LM head in codes, for all passes or for drafts."""
+        return self.head_bits is not None or self.draft_head is not None
 
 
 def held_weights(quantization: QuantConfig | None) -> tuple[int | None, ...]:

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32
 
 import pallas_kernels
-from pallas_kernels import value_of
+from pallas_kernels import QuantizedWeight, value_of
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.errors import UsageError
@@ -34,6 +34,7 @@ from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenC
 from qspec_jax.model.cache import KVCache, LayerCache
 from qspec_jax.model.collectives import embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.head import empty_head, head_product
 from qspec_jax.model.linear import WeightFormat, complete_formats, in_pieces
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
@@ -48,7 +49,10 @@ class Decoder(nnx.Module):
         config: of the whole model.
         split: devices that share it; each runs a smaller decoder (``sharding.py``), as which this one is called.
         axis: of the mesh that they are on; None for one device.
-        embedding: ``[V, D]``; also the LM head where the config ties them.
+        embedding: ``[V, D]``; also the LM head where the config ties them, unless ``head_bits`` are given.
+        lm_head: ``[V, D]``, of its own; None where the config ties them, or ``head_bits`` are given.
+        quantized_head: the LM head in 8 or 4 bits, that all views read (``head_bits``) or those with 4 bits for it.
+        head_bits: of the head that verifies; None for floats.
         layers: ``num_layers`` modules, or one that holds them all stacked (``scan_layers``).
     """
 
@@ -99,7 +103,11 @@ class Decoder(nnx.Module):
             for _ in range(count)
         )
         self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, kernels=kernels, dtype=dtype)
-        self.lm_head = None if tied else nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype))
+        self.head_bits = None if quantization is None else quantization.head_bits
+        kept = not tied and self.head_bits is None
+        self.lm_head = nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype)) if kept else None
+        head = empty_head(local, quantization, kernels=self.head_kernels, dtype=dtype)
+        self.quantized_head = None if head is None else nnx.Param(head)
 
     def __repr__(self) -> str:
         config = self.config
@@ -163,16 +171,32 @@ class Decoder(nnx.Module):
                 f"this decoder is on a mesh ({self.axis}={self.split}), whose programs run it: use the methods of "
                 "LanguageModel, or load the model without a mesh to call it"
             )
+        view = View.of(precision)
         with _exact_float32(self.dtype):
-            stream, cache, masses = self._hidden(tokens, cache, view=View.of(precision), weigh=weigh, idle=idle)
+            stream, cache, masses = self._hidden(tokens, cache, view=view, weigh=weigh, idle=idle)
             if logits_at is not None:
                 stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
-                head = self.embedding if self.lm_head is None else self.lm_head
                 _, y = self.final_norm.of_stream(stream, quantization=None)
                 assert isinstance(y, jax.Array)
-                multiply = functools.partial(pallas_kernels.float_matmul, implementation=self.head_kernels)
-                return value_of(in_pieces(lambda rows: multiply(rows, head.get_value()), y)), cache, masses
+                multiply = functools.partial(head_product, self.head_for(view), implementation=self.head_kernels)
+                return value_of(in_pieces(multiply, y)), cache, masses
+
+    def head_for(self, view: View) -> Array | QuantizedWeight:
+        """The LM head that a view reads.
+
+        Raises:
+            UsageError: the view reads one in 4 bits, and there is none.
+        """
+        if view.head_bits is None and self.head_bits is None:
+            return (self.embedding if self.lm_head is None else self.lm_head).get_value()
+        if self.quantized_head is None:
+            raise UsageError(
+                f"view {view.name} reads an LM head of {view.head_bits} bits, which this model has not; load it with "
+                "QuantConfig(draft_head=4)"
+            )
+        head = self.quantized_head.get_value()
+        return head if view.head_bits is None else pallas_kernels.upper_nibbles(head)
 
     def with_chosen_blocks(self, cache: KVCache, masses: Float32[Array, "B L KH NB"], *, view: View) -> KVCache:
         """The cache with the blocks that a view with a budget reads from now on, by the masses of :meth:`run`."""

@@ -44,11 +44,19 @@ def linears(decoder: Decoder) -> list[Linear]:
     return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 
+def num_bytes(value: Any) -> int:
+    """Of the arrays of a parameter, which may be shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+
+
+def outside_bytes(decoder: Decoder) -> int:
+    """Of the embedding and all LM heads."""
+    outside = (decoder.embedding, decoder.lm_head, decoder.quantized_head)
+    return sum(num_bytes(parameter.get_value()) for parameter in outside if parameter is not None)
+
+
 def unread_bytes(decoder: Decoder, view: View) -> int:
     """Bytes of the arrays of linears that a view leaves alone, where a model has nested or two sets of weights."""
-
-    def num_bytes(value: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
 
     def held(linear: Linear) -> int:
         floats = 0 if linear.floats is None else num_bytes(linear.floats.get_value())

@@ -101,7 +101,7 @@ class Linear(nnx.Module):
         self.quantization = quantization
         self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
-        weight = _empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
+        weight = empty_weight(num_inputs, num_outputs, weight_format, dtype, layers)
         if isinstance(weight, QuantizedWeight):  # who fills it keeps to the layout
             weight = dataclasses.replace(weight, layout=self.layout_for(weight, _USUAL_VIEWS))
         self.weight = nnx.Param(weight)
@@ -242,9 +242,10 @@ def in_pieces(
     return jax.tree.map(lambda *some: jnp.concatenate(some, axis=-3), *pieces)
 
 
-def _empty_weight(
+def empty_weight(
     num_inputs: int, num_outputs: int, weight_format: WeightFormat | None, dtype: DTypeLike, layers: tuple[int, ...]
 ) -> Array | QuantizedWeight:
+    """Zeros, in ``Layout.PLANES`` where they are codes."""
     if weight_format is None:
         return jnp.zeros((*layers, num_outputs, num_inputs), dtype)
     group_size = weight_format.group_size or num_inputs

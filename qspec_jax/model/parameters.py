@@ -160,6 +160,11 @@ def largest_group_size(config: ModelConfig) -> int | None:
     return next((size for size in sorted(GROUP_SIZES, reverse=True) if not any(k % size for k in sizes)), None)
 
 
+def head_name(config: ModelConfig) -> str:
+    """The canonical name of the tensor that is the LM head."""
+    return "embedding.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
 def layer_parameters(config: ModelConfig, layer: int) -> list[ParameterSpec]:
     """Those of one layer."""
     anatomy = layer_anatomy(config)

@@ -32,7 +32,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import layer_anatomy
 
-_VOCABULARY = ("embedding", "lm_head")
+_VOCABULARY = ("embedding", "lm_head", "quantized_head")
 _CODES = (".packed", ".low")
 _PER_GROUP = ("scale", "offset", "group_sum")
 
@@ -131,7 +131,7 @@ def _split_groups(
 
 def split_of(path: str) -> Literal["outputs", "inputs", "vocabulary"] | None:
     """Along what an array of the decoder is split, by its path; None for what every device has."""
-    if path in _VOCABULARY:
+    if path.partition(".")[0] in _VOCABULARY:
         return "vocabulary"
     if ".qkv." in path or ".gate_up." in path:
         return "outputs"
@@ -148,7 +148,9 @@ def split_axis(path: str, shape: tuple[int, ...]) -> int | None:
     if split == "inputs":
         shares_row = part in ("scale", "offset") and shape[-2] == 1
         return None if shares_row else (-2 if part in _PER_GROUP else -1)
-    return -2 if split == "vocabulary" else None
+    if split == "vocabulary":
+        return -1 if part in _PER_GROUP else -2
+    return None
 
 
 def spec_of(path: str, shape: tuple[int, ...]) -> PartitionSpec:

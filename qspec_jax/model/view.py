@@ -31,7 +31,7 @@ class View:
         weight_bits: 4 for the packed codes; 8 for those and the lower nibbles of weights that are nested; None for
             floating point, or for the codes dequantised and multiplied in float32.
         activation_bits: 4 or 8 for integers and an integer matmul; None for floats as they are.
-        head_bits: None for the LM head as it is stored. There is no other one yet.
+        head_bits: 4 for the LM head in 4 bits; None for the one that verifies.
         cache_window: newest positions that attention reads, the token's own included; None for all of them. A model
             with a sliding window reads no more than that in any case.
         cache_budget: positions that attention reads in each layer and key/value head: the first block, the newest
@@ -55,7 +55,11 @@ class View:
         for name in [field.name for field in dataclasses.fields(self)]:
             or_none = name not in ("cache_block", "cache_full_below")
             object.__setattr__(self, name, fields.whole(f"view: {name}", getattr(self, name), or_none=or_none))
-        for name, allowed in (("weight_bits", (4, 8, None)), ("activation_bits", (4, 8, None)), ("head_bits", (None,))):
+        for name, allowed in (
+            ("weight_bits", (4, 8, None)),
+            ("activation_bits", (4, 8, None)),
+            ("head_bits", (4, None)),
+        ):
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"view: {name}={value} is not supported; use {' or '.join(map(str, allowed))}")
         if self.weight_bits != 4 and self.activation_bits is not None:
@@ -100,11 +104,15 @@ class View:
 
     @property
     def name(self) -> str:
-        """For people: ``w4a8``; ``w4a8/256`` with a window of 256 positions, ``w4a8@1024`` with a budget of 1,024."""
+        """For people: ``w4a8``; ``w4a8/256`` with a window of 256 positions, ``w4a8@1024`` with a budget of 1,024.
+
+        ``w4a8+head4`` reads an LM head of 4 bits.
+        """
+        head = "" if self.head_bits is None else f"+head{self.head_bits}"
         part = "" if self.cache_window is None else f"/{self.cache_window}"
         if self.cache_budget is not None:
             part = f"@{self.cache_budget}"
-        return f"{self.precision.value}{part}"
+        return f"{self.precision.value}{head}{part}"
 
     @property
     def num_blocks(self) -> int:

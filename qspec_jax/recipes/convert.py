@@ -142,6 +142,7 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "group_size": quantization.group_size or WHOLE_ROW,
         "symmetric": quantization.symmetric,
         **({"bits": quantization.bits} if quantization.bits != 4 else {}),
+        **({"head_bits": quantization.head_bits} if quantization.head_bits is not None else {}),
         "dtype": options.dtype,
     }
     if options.calibration is not None:

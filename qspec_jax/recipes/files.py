@@ -54,13 +54,14 @@ def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
 
 def _parse_recipe(fields: Mapping[str, Any], folder: Path) -> tuple[Recipe, RecipeOptions]:
     kinds = {"recipe": str, "group_size": (int, str), "symmetric": bool, "dtype": str, "w4a4": dict, "w4a8": dict}
-    kinds |= {"bits": int, "calibration": str, "calibration_tokens": int}
+    kinds |= {"bits": int, "head_bits": int, "draft_head": int, "calibration": str, "calibration_tokens": int}
     _check_fields(fields, kinds, "the recipe")
     if fields.get("recipe") not in RECIPES:
         given = repr(fields["recipe"]) if "recipe" in fields else "none"
         raise UsageError(f'recipe is {given}; write recipe = "NAME" with one of {", ".join(RECIPES)}')
     recipe = RECIPES[fields["recipe"]]
-    changes: dict[str, Any] = {key: fields[key] for key in ("group_size", "symmetric", "bits") if key in fields}
+    of_weights = ("group_size", "symmetric", "bits", "head_bits", "draft_head")
+    changes: dict[str, Any] = {key: fields[key] for key in of_weights if key in fields}
     if "group_size" in changes:
         changes["group_size"] = parse_group_size(changes["group_size"])
     for precision in ("w4a4", "w4a8"):

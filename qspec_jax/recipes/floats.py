@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dequantize
-from qspec_jax.weights.fill import packed
+from qspec_jax.weights.codes import packed
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 

@@ -24,7 +24,8 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import largest_group_size
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
-from qspec_jax.weights.fill import packed, weight_formats
+from qspec_jax.weights.codes import packed
+from qspec_jax.weights.fill import weight_formats
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import QuantizedTensor, Source
 
@@ -75,7 +76,7 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
     if isinstance(quantization, QuantConfig):
         chosen = quantization
     elif is_checkpoint(copied_path):
-        chosen = read_manifest(copied_path).quantization
+        chosen = dataclasses.replace(read_manifest(copied_path).quantization, head_bits=None)
     elif any(entry.codes is not None for entry in copied.entries.values()):
         chosen = QuantConfig()  # its own grid is kept, and this is that of all other models
     else:

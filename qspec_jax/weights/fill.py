@@ -8,10 +8,9 @@ of a scanned model into their stack. The peak is the finished model plus the lar
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import Layout, QuantizedWeight, dequantize, pack_codes, pack_nested
-from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, TRUNCATED_CODE, check_group_size
+from pallas_kernels import Layout
+from pallas_kernels.arrays.weight import check_group_size
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
@@ -29,9 +28,9 @@ from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec, layer_anatomy
+from qspec_jax.model.parameters import ParameterSpec, head_name, layer_anatomy
 from qspec_jax.model.shards import parameters
-from qspec_jax.quantization.rtn import quantize_rtn
+from qspec_jax.weights.codes import with_tensor
 from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
@@ -146,7 +145,7 @@ class _Filling:
         target = self._incomplete.get(place.array)
         if target is None:
             target = _allocated(self._parameters[place.path].get_value(), stacked=place.layer is not None)
-        self._incomplete[place.array] = _with_tensor(target, place.row, tensor)
+        self._incomplete[place.array] = with_tensor(target, place.row, tensor)
 
     def _complete(self, path: str, layer: int | None) -> None:
         """Gives an array to its devices, or to its stack, and a stack that has all its layers to its devices."""
@@ -280,12 +279,22 @@ def _targets(
 ) -> list[_Target]:
     """Where a parameter goes, and the floats beside a 4-bit copy of it, which may come from elsewhere."""
     own, place = source.entries[spec.name], _place(decoder, spec)
+    if spec.name == head_name(source.config):
+        return [_Target(own, tuple(_Place(path, 0, layer=None) for path in _heads(decoder, spec)))]
     if not keeps_floats or spec.kind != "linear":
         return [_Target(own, (place,))]
     floats = _place(decoder, spec.floats)
     if copied is source:
         return [_Target(own, (place, floats))]
     return [_Target(copied.entries[spec.name], (place,)), _Target(own, (floats,))]
+
+
+def _heads(decoder: Decoder, spec: ParameterSpec) -> Iterator[str]:
+    """The arrays that the tensor of the LM head goes to."""
+    if spec.module == "embedding" or decoder.lm_head is not None:
+        yield spec.module
+    if decoder.quantized_head is not None:
+        yield "quantized_head"
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
@@ -298,68 +307,3 @@ def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
 def _allocated(value: Any, *, stacked: bool) -> Any:
     """Arrays in host memory for an abstract parameter, or for one layer of a stack."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape[stacked:], leaf.dtype), value)
-
-
-def _with_tensor(target: Any, row: int, tensor: np.ndarray | QuantizedTensor) -> Any:
-    """A parameter in host memory with a tensor in its rows; of wider scales, if those of the tensor are."""
-    rows = slice(row, row + _num_rows(tensor))
-    if isinstance(target, QuantizedWeight):
-        part = _as_format(tensor, WeightFormat(target.group_size, target.symmetric, target.bits))
-        target = _widened(target, part.scale.dtype)
-        target.packed[rows] = part.packed
-        target.scale[:, rows] = part.scale
-        if target.offset is not None:
-            target.offset[:, rows] = part.offset
-        if target.low is not None:
-            target.low[rows] = part.low
-        return target
-    if isinstance(tensor, QuantizedTensor):
-        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
-    target[rows] = tensor
-    return target
-
-
-def _num_rows(tensor: np.ndarray | QuantizedTensor) -> int:
-    return len(tensor.codes if isinstance(tensor, QuantizedTensor) else tensor)
-
-
-def _widened(weight: QuantizedWeight, dtype: DTypeLike) -> QuantizedWeight:
-    """The weight with scales and offsets that hold those of ``dtype`` exactly: float16 where that is enough."""
-    if jnp.dtype(dtype).itemsize <= weight.scale.dtype.itemsize:
-        return weight
-    offset = None if weight.offset is None else weight.offset.astype(dtype)
-    return dataclasses.replace(weight, scale=weight.scale.astype(dtype), offset=offset)
-
-
-def _as_format(tensor: np.ndarray | QuantizedTensor, wanted: WeightFormat) -> QuantizedWeight:
-    """The tensor as a part of an array of some format, as arrays in host memory."""
-    if isinstance(tensor, QuantizedTensor) and tensor.bits > wanted.bits:
-        tensor = np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
-    if not isinstance(tensor, QuantizedTensor):
-        options: Any = dataclasses.asdict(wanted)
-        return jax.tree.map(np.asarray, quantize_rtn(jnp.asarray(tensor), **options))
-    weight = packed(tensor)
-    if weight.symmetric and not wanted.symmetric:
-        weight = dataclasses.replace(weight, offset=SYMMETRIC_ZERO_POINT * weight.scale)
-    return _nested(weight) if wanted.bits > weight.bits else weight
-
-
-def _nested(weight: QuantizedWeight) -> QuantizedWeight:
-    """A 4-bit weight with offsets as the upper nibbles of one in 8 bits, of which it is all there is.
-
-    Each code becomes the middle of those that it is the upper nibble of, and the offset takes that back.
-    """
-    low = np.full_like(weight.packed, 0x11 * round(16 * TRUNCATED_CODE))
-    scale, offset = (np.asarray(array, np.float32) for array in (weight.scale, weight.offset))
-    offset = offset + np.float32(TRUNCATED_CODE) * scale
-    arrays = [array.astype(np.float16) for array in (scale, offset)]
-    if not all(map(np.array_equal, arrays, (scale, offset))):  # float16 does not hold them exactly
-        arrays = [scale, offset]
-    return dataclasses.replace(weight, scale=arrays[0], offset=arrays[1], low=low)
-
-
-def packed(tensor: QuantizedTensor) -> QuantizedWeight:
-    """The codes of a file as a weight, in the kind of array that they are in."""
-    codes, low = (pack_codes(tensor.codes), None) if tensor.bits == 4 else pack_nested(tensor.codes)
-    arrays: Any = (codes, tensor.scale, tensor.offset)
-    return QuantizedWeight(*arrays, low=low)

@@ -32,7 +32,7 @@ def test_a_precision_names_a_view_and_the_view_its_precision(precision):
         ({"weight_bits": 2}, "weight_bits=2 is not supported; use 4 or 8 or None"),
         ({"weight_bits": 8, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),
         ({"activation_bits": 16}, "activation_bits=16 is not supported; use 4 or 8 or None"),
-        ({"head_bits": 4}, "head_bits=4 is not supported; use None"),
+        ({"head_bits": 8}, "head_bits=8 is not supported; use 4 or None"),
         ({"weight_bits": None, "activation_bits": 8}, "activation_bits=8 needs weight_bits=4"),
         ({"cache_window": 0}, "cache_window=0 must be at least 1"),
         ({"cache_full_below": -1}, "cache_full_below=-1 must be at least 0"),

@@ -28,7 +28,7 @@ from qspec_jax.model.sharding import from_shard_order, to_shard_order
 from qspec_jax.model.view import View
 from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.recipes.floats import float_entry
-from qspec_jax.weights import fill
+from qspec_jax.weights import codes as of_files
 from qspec_jax.weights.checkpoint.manifest import FILE_NAME
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
@@ -129,7 +129,7 @@ def test_a_scale_that_16_times_overflows_float16_is_kept_in_float32():
 
     tensor = read_codes(shape)
     assert tensor.scale.dtype == np.float32
-    assert float(dequantize(jax.tree.map(jnp.asarray, fill.packed(tensor)))[0, 0]) == -15000
+    assert float(dequantize(jax.tree.map(jnp.asarray, of_files.packed(tensor)))[0, 0]) == -15000
 
 
 @pytest.mark.parametrize("other", [Q4_0, Q4_1])
@@ -184,7 +184,7 @@ def test_a_4_bit_copy_of_q8_0_beside_its_floats_is_rounded(model_file):
     assert {one.bits for one in exact.formats.values()} == {4}
     assert exact.quantization == QuantConfig(keep_floats=True)
     tensor = QuantizedTensor(np.full((32, 32), 200, np.uint8), np.ones((1, 32), np.float16), None, bits=8)
-    rounded = fill._as_format(tensor, WeightFormat(32, symmetric=True))
+    rounded = of_files.as_format(tensor, WeightFormat(32, symmetric=True))
     np.testing.assert_allclose(dequantize(jax.tree.map(jnp.asarray, rounded)), 200 / 16 - 8, rtol=1e-3)
 
 

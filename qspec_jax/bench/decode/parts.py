@@ -25,7 +25,7 @@ from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.layouts import unread_bytes
+from qspec_jax.model.layouts import outside_bytes, unread_bytes
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.view import View
 
@@ -163,8 +163,7 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     """
     decoder, config = model.decoder, model.config
     embedding = decoder.embedding.get_value()
-    head_bytes = (embedding if decoder.lm_head is None else decoder.lm_head.get_value()).nbytes
-    outside = embedding.nbytes + (0 if decoder.lm_head is None else head_bytes)
+    head_bytes, outside = decoder.head_for(view).nbytes, outside_bytes(decoder)
     unread = unread_bytes(decoder, view)
     if view.weight_bits is not None and not _reads_group_sums(model, view):
         unread += _group_sum_bytes(decoder)

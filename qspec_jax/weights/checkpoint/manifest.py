@@ -20,7 +20,7 @@ from qspec_jax.model.parameters import layer_anatomy
 FILE_NAME = "qspec.json"
 DATA_PREFIX = "data-"
 FORMAT = "qspec-jax checkpoint"
-FORMAT_VERSION = 2  # 1: 4-bit weights alone
+FORMAT_VERSION = 2  # 1: 4-bit weights and LM heads in floating point alone
 _CHECKSUM = "sha256"
 _BLOCK_BYTES = 1 << 20
 _WRITE_AGAIN = "write the checkpoint again with python -m qspec_jax.quantize, or fetch it again"
@@ -77,10 +77,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of ``qspec.json``, with its own checksum."""
-        nested = any(weight_format.bits == 8 for weight_format in self.formats.values())
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION if nested else 1, **dataclasses.asdict(self)}
-        for fields in () if nested else (content["quantization"], *content["formats"].values()):
-            del fields["bits"]  # of a version that reads 4 bits alone
+        is_new = any(one.bits == 8 for one in self.formats.values()) or self.quantization.has_quantized_head
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION if is_new else 1, **dataclasses.asdict(self)}
+        for fields in () if is_new else (content["quantization"], *content["formats"].values()):
+            for name in ("bits", "head_bits", "draft_head"):  # for versions that know 4 bits and float heads alone
+                fields.pop(name, None)
         del content["quantization"]["keep_floats"]  # of a model in memory: a checkpoint has codes alone
         return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
 

@@ -23,7 +23,8 @@ from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.tokenizer.tokenizer import Tokenizer
-from qspec_jax.weights.checkpoint.arrays import dtype_fits, expected_shapes, fill, group_of
+from qspec_jax.weights.checkpoint.arrays import MODEL_GROUP, dtype_fits, expected_shapes, fill, group_of
+from qspec_jax.weights.checkpoint.head import with_head
 from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
 from qspec_jax.weights.placing import Placing
 from qspec_jax.weights.tokenizers import load_tokenizer
@@ -151,18 +152,24 @@ def restore_decoder(
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
     """
     manifest, name = checkpoint.manifest, checkpoint.path.name
+    quantization = quantization or manifest.quantization
     decoder = placing.whole(
         manifest.model,
-        quantization=quantization or manifest.quantization,
+        quantization=quantization,
         formats=manifest.formats,
         dtype=dtype,
         scan_layers=scan_layers,
         kernels=kernels,
     )
     placing.check_memory(decoder, name=name)
+
+    def read_group(group: str) -> dict[str, np.ndarray]:
+        arrays = checkpoint.read_group(group)
+        return with_head(arrays, decoder, manifest.quantization, quantization) if group == MODEL_GROUP else arrays
+
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):
-        fill(decoder, checkpoint.read_group, placing, progress)
+        fill(decoder, read_group, placing, progress)
         return jax.block_until_ready(placing.finished(decoder))
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import unpack_codes, unpack_nested
+from pallas_kernels import dequantize, unpack_codes, unpack_nested
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
+from qspec_jax.weights.codes import packed
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 
@@ -26,6 +28,8 @@ def open_saved_source(checkpoint: Checkpoint) -> Source:
             codes = dataclasses.replace(weight_format, group_size=weight_format.group_size or spec.shape[1])
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
             entries[name] = TensorEntry(spec.shape, read, codes)
+        elif spec.path == "lm_head" and checkpoint.manifest.quantization.head_bits is not None:
+            entries[name] = TensorEntry(spec.shape, functools.partial(_read_head, read_group))
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
     return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
@@ -35,11 +39,16 @@ def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
     return read_group(group_of(stored))[stored][rows]
 
 
+def _read_head(read_group) -> np.ndarray:
+    tensor = _read_codes(read_group, "quantized_head", slice(None))
+    return np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
+
+
 def _read_codes(read_group, stored: str, rows: slice) -> QuantizedTensor:
     arrays = read_group(group_of(stored))
     offset, low = arrays.get(f"{stored}.offset"), arrays.get(f"{stored}.low")
-    packed = jnp.asarray(arrays[f"{stored}.packed"][rows])
-    codes = unpack_codes(packed) if low is None else unpack_nested(packed, jnp.asarray(low[rows]))
+    upper = jnp.asarray(arrays[f"{stored}.packed"][rows])
+    codes = unpack_codes(upper) if low is None else unpack_nested(upper, jnp.asarray(low[rows]))
     return QuantizedTensor(
         codes=np.asarray(codes),
         scale=arrays[f"{stored}.scale"][:, rows],
