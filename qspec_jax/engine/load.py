@@ -35,7 +35,7 @@ from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.exact import open_exact
-from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.fill import load_decoder, usual_quantization, weight_formats
 from qspec_jax.weights.placing import MeshPlacing, Placing
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
@@ -113,7 +113,7 @@ def open_model(
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
         return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
     source = open_source(path)
-    chosen = QuantConfig() if quantization == "auto" else quantization
+    chosen = usual_quantization(source, verify) if quantization == "auto" else quantization
     if chosen is not None and verify == "w8a16":
         chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)
@@ -204,7 +204,8 @@ def load(
         verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
             and tokens are those of plain decoding with the floats. ``w8a16`` to round to nested 8-bit weights, of
             which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone; ``auto`` for that, too, unless
-            ``quantization`` or the checkpoint say otherwise.
+            ``quantization`` or the checkpoint say otherwise. Where ``quantization`` is ``auto``, 8-bit weights are
+            symmetric, in groups as large as fit.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.

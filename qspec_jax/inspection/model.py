@@ -27,7 +27,7 @@ from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
 from qspec_jax.weights.exact import open_exact
-from qspec_jax.weights.fill import weight_formats
+from qspec_jax.weights.fill import usual_quantization, weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
 from qspec_jax.weights.source import Source
 
@@ -108,7 +108,8 @@ def _opened(
     if is_checkpoint(path):
         manifest = (checkpoint := open_checkpoint(path)).manifest
         return manifest.model, quantization or manifest.quantization, manifest.formats, _stored_checkpoint(checkpoint)
-    source, chosen = open_source(path), quantization or QuantConfig()
+    source = open_source(path)
+    chosen = quantization or usual_quantization(source, verify)
     if verify == "w8a16":
         chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)

@@ -28,7 +28,7 @@ from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec, head_name, layer_anatomy
+from qspec_jax.model.parameters import ParameterSpec, head_name, largest_group_size, layer_anatomy
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.codes import with_tensor
 from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
@@ -222,6 +222,13 @@ def _warn_of_requantization(source: Source, formats: Mapping[str, WeightFormat] 
             RequantizationWarning,
             stacklevel=4,  # the caller of qspec_jax.load
         )
+
+
+def usual_quantization(source: Source, verify: str) -> QuantConfig:
+    """How floats are rounded where nobody says how; large symmetric groups have the fastest kernels for 8 bits."""
+    if verify != "w8a16":
+        return QuantConfig()
+    return QuantConfig(group_size=largest_group_size(source.config), symmetric=True, bits=8)
 
 
 def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:

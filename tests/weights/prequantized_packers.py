@@ -25,6 +25,7 @@ class Weight:
     codes: np.ndarray  # [N, K]
     scale: np.ndarray  # [G, N]
     zero: np.ndarray  # [G, N]
+    bits: int = 4
 
     @property
     def floats(self) -> np.ndarray:
@@ -35,23 +36,32 @@ class Weight:
 
 
 def random_weight(
-    n: int, k: int, group_size: int | None, *, symmetric: bool, dtype: Any = np.float16, seed: int = 0, lowest: int = 0
+    n: int,
+    k: int,
+    group_size: int | None,
+    *,
+    symmetric: bool,
+    dtype: Any = np.float16,
+    seed: int = 0,
+    lowest: int = 0,
+    bits: int = 4,
 ) -> Weight:
     random = np.random.default_rng([seed, n, k])
     groups = k // (group_size or k)
-    zero = np.full((groups, n), 8) if symmetric else random.integers(lowest, 16, (groups, n))
+    zero = np.full((groups, n), 2 ** (bits - 1)) if symmetric else random.integers(lowest, 2**bits, (groups, n))
     scale = random.uniform(0.002, 0.02, (groups, n)).astype(dtype)
-    return Weight(random.integers(0, 16, (n, k)), scale, zero)
+    return Weight(random.integers(0, 2**bits, (n, k)), scale, zero, bits)
 
 
-def pack_words(numbers: np.ndarray, order: list[int] | None = None) -> np.ndarray:
-    """``[rows, columns]`` to int32 ``[rows, columns / 8]``; ``order[i]`` is the column whose bits start at ``4 i``."""
+def pack_words(numbers: np.ndarray, order: list[int] | None = None, *, bits: int = 4) -> np.ndarray:
+    """``[rows, columns]`` to int32, 8 or 4 a word; ``order[i]`` is the column whose bits start at ``bits * i``."""
     rows, columns = numbers.shape
-    words = np.zeros((rows, columns // 8), np.uint32)
-    for word in range(columns // 8):
-        for i in range(8):
-            column = 8 * word + (i if order is None else order[i])
-            words[:, word] |= numbers[:, column].astype(np.uint32) << np.uint32(4 * i)
+    count = 32 // bits
+    words = np.zeros((rows, columns // count), np.uint32)
+    for word in range(columns // count):
+        for i in range(count):
+            column = count * word + (i if order is None else order[i])
+            words[:, word] |= numbers[:, column].astype(np.uint32) << np.uint32(bits * i)
     return words.view(np.int32)
 
 
@@ -59,8 +69,8 @@ def gptq_parts(weight: Weight, *, less_one: bool = True) -> dict[str, np.ndarray
     """AutoGPTQ's ``QuantLinear.pack``; without ``less_one`` GPTQModel's ``pack_original`` (format ``gptq_v2``)."""
     num_inputs = weight.codes.shape[1]
     return {
-        "qweight": pack_words(weight.codes).T.copy(),
-        "qzeros": pack_words(weight.zero - int(less_one)),
+        "qweight": pack_words(weight.codes, bits=weight.bits).T.copy(),
+        "qzeros": pack_words(weight.zero - int(less_one), bits=weight.bits),
         "scales": weight.scale,
         "g_idx": (np.arange(num_inputs) * len(weight.scale) // num_inputs).astype(np.int32),
     }
@@ -76,13 +86,13 @@ def awq_parts(weight: Weight) -> dict[str, np.ndarray]:
 
 
 def compressed_parts(weight: Weight, *, symmetric: bool) -> dict[str, np.ndarray]:
-    """``PackedQuantizationCompressor.compress`` of compressed-tensors: signed numbers stored plus 8."""
+    """``PackedQuantizationCompressor.compress`` of compressed-tensors: signed numbers stored plus 8 or 128."""
     parts = {
-        "weight_packed": pack_words(weight.codes),
+        "weight_packed": pack_words(weight.codes, bits=weight.bits),
         "weight_scale": weight.scale.T.copy(),
         "weight_shape": np.array(weight.codes.shape, np.int64),
     }
-    return parts if symmetric else parts | {"weight_zero_point": pack_words(weight.zero).T.copy()}
+    return parts if symmetric else parts | {"weight_zero_point": pack_words(weight.zero, bits=weight.bits).T.copy()}
 
 
 def qspec_parts(weight: Weight) -> dict[str, np.ndarray]:
@@ -93,9 +103,9 @@ def qspec_parts(weight: Weight) -> dict[str, np.ndarray]:
     return {"weight": packed, "weight_scales": weight.scale.T.copy()}
 
 
-def _compressed_settings(group_size: int | None, symmetric: bool) -> dict[str, Any]:
+def _compressed_settings(group_size: int | None, symmetric: bool, bits: int) -> dict[str, Any]:
     strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "dynamic": False, "actorder": None} | strategy
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "actorder": None} | strategy
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
@@ -115,16 +125,17 @@ class Case:
     symmetric: bool
     dtype: Any = np.float16
     less_one: bool = True
+    bits: int = 4
 
     def settings(self) -> dict[str, Any] | None:
         size = self.group_size or -1
         if self.method == "gptq":
             stored = "gptq" if self.less_one else "gptq_v2"
-            common = {"bits": 4, "group_size": size, "desc_act": False, "sym": self.symmetric}
+            common = {"bits": self.bits, "group_size": size, "desc_act": False, "sym": self.symmetric}
             return common | {"quant_method": "gptq", "checkpoint_format": stored}
         if self.method == "awq":
             return {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": True}
-        return None if self.method == "qspec" else _compressed_settings(self.group_size, self.symmetric)
+        return None if self.method == "qspec" else _compressed_settings(self.group_size, self.symmetric, self.bits)
 
     def parts(self, weight: Weight) -> dict[str, np.ndarray]:
         return {
@@ -136,7 +147,7 @@ class Case:
 
     def weight(self, n: int, k: int, seed: int = 0) -> Weight:
         lowest = int(self.method == "gptq" and self.less_one)  # AutoGPTQ's loop cannot store 0 less one
-        kind = {"symmetric": self.symmetric, "dtype": self.dtype, "seed": seed, "lowest": lowest}
+        kind = {"symmetric": self.symmetric, "dtype": self.dtype, "seed": seed, "lowest": lowest, "bits": self.bits}
         return random_weight(n, k, self.group_size, **kind)
 
 
@@ -154,6 +165,10 @@ CASES = {
     "compressed_whole_row": Case("compressed-tensors", None, True),
     "compressed_whole_row_asymmetric": Case("compressed-tensors", None, False),
     "qspec": Case("qspec", None, True),
+    "gptq_8": Case("gptq", 32, True, bits=8),
+    "gptq_8_whole_row_asymmetric": Case("gptq", None, False, bits=8),
+    "compressed_8": Case("compressed-tensors", 32, True, ml_dtypes.bfloat16, bits=8),
+    "compressed_8_asymmetric": Case("compressed-tensors", 32, False, bits=8),
 }
 
 

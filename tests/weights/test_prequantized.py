@@ -3,17 +3,19 @@
 import itertools
 import warnings
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels import dequantize
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.precision import Precision
+from qspec_jax.weights.codes import packed
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.huggingface.unpack import (
     Unpacked,
@@ -45,35 +47,35 @@ def logits(decoder, precision):
 
 
 def as_read_by_kernels(tensor: QuantizedTensor) -> np.ndarray:
-    offset = None if tensor.offset is None else jnp.asarray(tensor.offset)
-    weight = QuantizedWeight(pack_codes(jnp.asarray(tensor.codes)), jnp.asarray(tensor.scale), offset)
-    return np.asarray(dequantize(weight))
+    return np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
 
 
 @pytest.mark.parametrize(
-    ("method", "symmetric", "group_size"),
+    ("method", "symmetric", "group_size", "bits"),
     [
-        *itertools.product(("gptq", "gptq_v2", "awq", "compressed"), (True, False), (32, 64, 128, None)),
-        ("qspec", True, None),
+        *itertools.product(("gptq", "gptq_v2", "awq", "compressed"), (True, False), (32, 64, 128, None), (4,)),
+        *itertools.product(("gptq", "gptq_v2", "compressed"), (True, False), (32, None), (8,)),
+        ("qspec", True, None, 4),
     ],
 )
-def test_codes_scales_and_zero_points_are_those_that_were_packed(method, symmetric, group_size):
-    weight = random_weight(24, 256, group_size, symmetric=symmetric, lowest=int(method == "gptq"))
+def test_codes_scales_and_zero_points_are_those_that_were_packed(method, symmetric, group_size, bits):
+    weight = random_weight(24, 256, group_size, symmetric=symmetric, lowest=int(method == "gptq"), bits=bits)
     if method.startswith("gptq"):
         parts = packers.gptq_parts(weight, less_one=method == "gptq")
         check_group_index(parts.pop("g_idx"), group_size=group_size or 256)
-        unpacked = unpack_gptq(**parts, zeros_less_one=method == "gptq")
+        unpacked = unpack_gptq(**parts, zeros_less_one=method == "gptq", bits=bits)
     elif method == "awq":
         unpacked = unpack_awq(**packers.awq_parts(weight))
     elif method == "compressed":
         parts = packers.compressed_parts(weight, symmetric=symmetric)
-        unpacked = unpack_compressed(parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"))
+        arrays = (parts.get(f"weight_{part}") for part in ("packed", "scale", "zero_point"))
+        unpacked = unpack_compressed(*arrays, bits=bits)
     else:
         unpacked = unpack_qspec(**packers.qspec_parts(weight))
     np.testing.assert_array_equal(unpacked.codes, weight.codes)
     np.testing.assert_array_equal(unpacked.scale, weight.scale)
-    np.testing.assert_array_equal(8 if unpacked.zero is None else unpacked.zero, weight.zero)
-    tensor = quantized_tensor(unpacked, symmetric=symmetric)
+    np.testing.assert_array_equal(2 ** (bits - 1) if unpacked.zero is None else unpacked.zero, weight.zero)
+    tensor = quantized_tensor(unpacked, symmetric=symmetric, bits=bits)
     assert (tensor.offset is None) == symmetric
     np.testing.assert_array_equal(as_read_by_kernels(tensor), weight.floats)
 
@@ -103,7 +105,7 @@ def test_a_loaded_model_holds_the_weights_that_its_file_means(tmp_path, case):
     checkpoint = tiny_checkpoint(CASES[case])
     source = open_source(checkpoint.write(tmp_path / "quantised"))
     four_bit = source.entries["layers.1.mlp.up.weight"].codes
-    assert four_bit == WeightFormat(CASES[case].group_size or HIDDEN, CASES[case].symmetric)
+    assert four_bit == WeightFormat(CASES[case].group_size or HIDDEN, CASES[case].symmetric, CASES[case].bits)
     decoder = loaded(source, scan_layers=False)
     weight = decoder.layers[1].mlp.gate_up.weight.get_value()
     np.testing.assert_array_equal(weight.packed.shape, (2 * MLP, HIDDEN // 2))

@@ -57,8 +57,12 @@ def test_activation_order_without_an_index_is_incomplete(tmp_path):
 @pytest.mark.parametrize(
     ("case", "settings", "message"),
     [
-        ("gptq", {"bits": 8}, r"gptq quantization_config asks for bits=8 \(supported: 4\)"),
-        ("gptq", {"group_size": 16, "bits": 3}, r"bits=3 \(supported: 4\); group_size=16 \(supported: 32, 64, 128, -1"),
+        ("gptq", {"bits": 2}, r"gptq quantization_config asks for bits=2 \(supported: 4, 8\)"),
+        (
+            "gptq",
+            {"group_size": 16, "bits": 3},
+            r"bits=3 \(supported: 4, 8\); group_size=16 \(supported: 32, 64, 128, -1",
+        ),
         ("gptq", {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin' \(supported: gptq, gptq_v2\)"),
         ("gptq", {"rotation": "hadamard"}, r"rotation='hadamard' \(supported: none\)"),
         ("gptq", {"pack_dtype": "int16"}, r"pack_dtype='int16' \(supported: int32\)"),
@@ -88,7 +92,7 @@ def test_options_that_are_not_supported_are_named_with_those_that_are(tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": {"num_bits": 8}}, r"num_bits=8 \(supported: 4\)"),
+        ({"weights": {"num_bits": 2}}, r"num_bits=2 \(supported: 4, 8\)"),
         ({"weights": {"type": "float"}}, r"type='float' \(supported: int\)"),
         ({"weights": {"actorder": "group"}}, r"actorder='group' \(supported: weight, static, False\)"),
         ({"weights": {"strategy": "tensor"}}, r"strategy='tensor' \(supported: group, channel\)"),

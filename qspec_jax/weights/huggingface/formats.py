@@ -1,8 +1,9 @@
-"""How a 4-bit checkpoint stores a linear, by its ``quantization_config``: :func:`read_layout` reads or refuses it."""
+"""How a quantised checkpoint stores a linear, by its ``quantization_config``: :func:`read_layout` reads it or not."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from qspec_jax.weights.source import StoredTensor
 GROUP_SIZES = (32, 64, 128)
 _INT32, FLOATS = ("I32",), ("F16", "BF16", "F32")
 PER_WORD = 8  # codes of 4 bits in 32
+_BITS = (4, 8)  # those of 8 are kept as nested weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PackedFormat:
-    """How a checkpoint stores its 4-bit linears.
+    """How a checkpoint stores its quantised linears.
 
     Attributes:
         method: the name of the format.
@@ -39,7 +41,8 @@ class PackedFormat:
         parts: the parts of a ``[N, K]`` weight in ``G`` groups, by the end of their names.
         unpack: puts them together.
         group_size: inputs per scale, None for the whole row.
-        symmetric: every zero point is 8.
+        symmetric: every zero point is 8, or 128 of codes of 8 bits.
+        bits: of a code.
     """
 
     method: str
@@ -48,6 +51,12 @@ class PackedFormat:
     unpack: Callable[[Mapping[str, np.ndarray]], Unpacked]
     group_size: int | None
     symmetric: bool
+    bits: int = 4
+
+    @property
+    def per_word(self) -> int:
+        """Codes in 32 bits."""
+        return 32 // self.bits
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -85,7 +94,9 @@ def read_layout(config: Mapping[str, Any], stored: Iterable[StoredTensor]) -> Pa
 
 def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
     stored = _one_of(settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"), problems)
-    _one_of(settings, ("bits",), (4,), problems)
+    bits = _one_of(settings, ("bits",), _BITS, problems)
+    bits = bits if bits in _BITS else 4
+    per_word = 32 // bits
     _one_of(settings, ("pack_dtype",), ("int32",), problems)
     _one_of(settings, ("is_marlin_format",), (False,), problems)
     if settings.get("rotation"):  # activations are rotated, too, where it was made
@@ -97,8 +108,8 @@ def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat
 
     def parts(n: int, k: int, groups: int) -> dict[str, Part]:
         return {
-            "qweight": Part((k // PER_WORD, n), _INT32),
-            "qzeros": Part((groups, n // PER_WORD), _INT32),
+            "qweight": Part((k // per_word, n), _INT32),
+            "qzeros": Part((groups, n // per_word), _INT32),
             "scales": Part((groups, n), FLOATS),
             "g_idx": Part((k,), _INT32, optional=not ordered),
         }
@@ -107,9 +118,9 @@ def _read_gptq(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat
         qweight, qzeros, scales = (stored_parts[name] for name in ("qweight", "qzeros", "scales"))
         if "g_idx" in stored_parts:
             prequantized.check_group_index(stored_parts["g_idx"], group_size=group_size or len(stored_parts["g_idx"]))
-        return prequantized.unpack_gptq(qweight, qzeros, scales, zeros_less_one=stored != "gptq_v2")
+        return prequantized.unpack_gptq(qweight, qzeros, scales, zeros_less_one=stored != "gptq_v2", bits=bits)
 
-    return PackedFormat("gptq", "qweight", parts, unpack, group_size, symmetric=settings.get("sym") is True)
+    return PackedFormat("gptq", "qweight", parts, unpack, group_size, settings.get("sym") is True, bits)
 
 
 def _read_auto_round(settings: Mapping[str, Any], problems: list[str]) -> PackedFormat:
@@ -168,31 +179,34 @@ def _read_compressed(settings: Mapping[str, Any], problems: list[str]) -> Packed
     if not weights or any(other != weights[0] for other in weights):
         problems.append(f"{len(weights)} config_groups with different weights (supported: one scheme for all linears)")
     weights = weights[0] if weights else {}
-    symmetric = weights.get("symmetric") not in (False, 0)
+    symmetric, bits = weights.get("symmetric") not in (False, 0), 8 if weights.get("num_bits") == 8 else 4
+    per_word = 32 // bits
 
     def parts(n: int, k: int, groups: int) -> dict[str, Part]:
         found = {
-            "weight_packed": Part((n, k // PER_WORD), _INT32),
+            "weight_packed": Part((n, k // per_word), _INT32),
             "weight_scale": Part((n, groups), FLOATS),
             "weight_shape": Part((2,), ("I64", "I32")),
         }
-        return found if symmetric else found | {"weight_zero_point": Part((n // PER_WORD, groups), _INT32)}
+        return found if symmetric else found | {"weight_zero_point": Part((n // per_word, groups), _INT32)}
 
     group_size = _compressed_group_size(weights, problems)
-    return PackedFormat("compressed-tensors", "weight_packed", parts, _unpack_compressed, group_size, symmetric)
+    unpack = functools.partial(_unpack_compressed, bits=bits)
+    return PackedFormat("compressed-tensors", "weight_packed", parts, unpack, group_size, symmetric, bits)
 
 
-def _unpack_compressed(stored_parts: Mapping[str, np.ndarray]) -> Unpacked:
+def _unpack_compressed(stored_parts: Mapping[str, np.ndarray], *, bits: int) -> Unpacked:
     packed = stored_parts["weight_packed"]
-    shape, expected = stored_parts["weight_shape"].tolist(), [len(packed), packed.shape[1] * PER_WORD]
+    shape, expected = stored_parts["weight_shape"].tolist(), [len(packed), packed.shape[1] * 32 // bits]
     if shape != expected:
         raise ValueError(f"weight_shape says {shape}, but weight_packed holds {expected}; fetch the file again")
-    return prequantized.unpack_compressed(packed, stored_parts["weight_scale"], stored_parts.get("weight_zero_point"))
+    zero_point = stored_parts.get("weight_zero_point")
+    return prequantized.unpack_compressed(packed, stored_parts["weight_scale"], zero_point, bits=bits)
 
 
 def _compressed_group_size(weights: Mapping[str, Any], problems: list[str]) -> int | None:
     """Checks the ``weights`` of a scheme and returns their group size."""
-    _one_of(weights, ("num_bits",), (4,), problems, required=True)
+    _one_of(weights, ("num_bits",), _BITS, problems, required=True)
     _one_of(weights, ("type",), ("int",), problems)
     _one_of(weights, ("dynamic",), (False,), problems)
     # "weight" and its alias "static" order the calibration alone; with "group" the file has a weight_g_idx.

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face directory make up a 4-bit linear.
+"""Which tensors of a Hugging Face directory make up a quantised linear.
 
 :func:`found_linears` puts the tensors of a linear together by the layout that :mod:`.formats` has read. Each is
 unpacked (:mod:`.unpack`) when it is read, one at a time.
@@ -14,7 +14,7 @@ import numpy as np
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec
 from qspec_jax.weights.huggingface import unpack as prequantized
-from qspec_jax.weights.huggingface.formats import FLOATS, PER_WORD, PackedFormat
+from qspec_jax.weights.huggingface.formats import FLOATS, PackedFormat
 from qspec_jax.weights.source import FoundTensor, QuantizedTensor, StoredTensor, TensorEntry
 
 
@@ -68,9 +68,11 @@ def _linear(
     read = functools.partial(_read, layout, parts, keep_codes=spec is not None and spec.kind == "linear")
     if spec is None or len(spec.shape) != 2:
         return FoundTensor(source_name, None, TensorEntry((), read))
-    four_bit = WeightFormat(layout.group_size or spec.shape[1], layout.symmetric) if spec.kind == "linear" else None
+    codes = WeightFormat(layout.group_size or spec.shape[1], layout.symmetric, layout.bits)
     misfits = tuple(_misfits(layout, module, parts, spec.shape))
-    return FoundTensor(source_name, name, TensorEntry(spec.shape, read, four_bit), misfits=misfits)
+    return FoundTensor(
+        source_name, name, TensorEntry(spec.shape, read, codes if spec.kind == "linear" else None), misfits=misfits
+    )
 
 
 def _misfits(
@@ -82,8 +84,8 @@ def _misfits(
     if k % group_size:
         yield f"{module} has {k} inputs, which groups of {group_size} do not divide"
         return
-    if n % PER_WORD or k % PER_WORD:
-        yield f"{module} is {list(shape)}, not multiples of the {PER_WORD} codes of a word"
+    if n % layout.per_word or k % layout.per_word:
+        yield f"{module} is {list(shape)}, not multiples of the {layout.per_word} codes of a word"
         return
     for part, expected in layout.parts(n, k, k // group_size).items():
         if part not in parts:
@@ -98,7 +100,7 @@ def _misfits(
 
 def _read(layout: PackedFormat, parts: Mapping[str, StoredTensor], *, keep_codes: bool) -> np.ndarray | QuantizedTensor:
     unpacked = layout.unpack({name: tensor.read() for name, tensor in parts.items()})
-    tensor = prequantized.quantized_tensor(unpacked, symmetric=layout.symmetric)
+    tensor = prequantized.quantized_tensor(unpacked, symmetric=layout.symmetric, bits=layout.bits)
     return tensor if keep_codes else prequantized.dequantized(tensor)
 
 

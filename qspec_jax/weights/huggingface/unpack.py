@@ -1,7 +1,8 @@
-"""Ready-made 4-bit weights: from the arrays of GPTQ, AWQ, compressed-tensors and QSpec files to codes and scales.
+"""Ready-made weights in 4 or 8 bits: from the arrays of GPTQ, AWQ, compressed-tensors and QSpec files to codes.
 
-Every format means ``w[n, k] = scale[g, n] * (code[n, k] - zero[g, n])`` with codes and zero points of 4 bits and
-differs in how they are packed. One function per format undoes that; nothing is rounded:
+Every format means ``w[n, k] = scale[g, n] * (code[n, k] - zero[g, n])`` with codes and zero points of as many bits and
+differs in how they are packed: below those of 4 bits, of which a word has twice as many as of 8. One function per
+format undoes that; nothing is rounded:
 
 =================== ============================== ============================================================
 function            codes                          where it is written
@@ -28,16 +29,16 @@ from qspec_jax.weights.source import QuantizedTensor, check_finite
 
 # Nibble i of an AWQ word is column (0, 2, 4, 6, 1, 3, 5, 7)[i]; column c is therefore this nibble.
 _AWQ_NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
-_ONE_IN_EVERY_NIBBLE = np.uint32(0x11111111)
+_ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}  # in every field of so many bits
 
 
 class Unpacked(NamedTuple):
     """A weight as its format means it.
 
     Attributes:
-        codes: ``[N, K]``, 0 to 15.
+        codes: ``[N, K]``, 0 to 15, or to 255.
         scale: ``[G, N]``, in the dtype of the file.
-        zero: ``[G, N]``, 0 to 15, or None where it is 8 everywhere.
+        zero: ``[G, N]``, likewise, or None where it is 8, or 128, everywhere.
     """
 
     codes: UInt8[np.ndarray, "N K"]
@@ -51,6 +52,7 @@ def unpack_gptq(
     scales: Shaped[np.ndarray, "G N"],
     *,
     zeros_less_one: bool,
+    bits: int = 4,
 ) -> Unpacked:
     """A GPTQ weight without activation order. Words hold eight codes, the first in the lowest bits.
 
@@ -61,10 +63,11 @@ def unpack_gptq(
         zeros_less_one: the file stores ``zero - 1`` (checkpoint format ``gptq``; not ``gptq_v2``). The one comes
             back by adding to whole words, as GPTQModel's ``convert_gptq_v1_to_v2_format_module`` does: a zero
             point of 0 was stored by a borrow from its neighbour, which the carry gives back.
+        bits: of a code and of a zero point: 4 or 8.
     """
     if zeros_less_one:
-        qzeros = (qzeros.view(np.uint32) + _ONE_IN_EVERY_NIBBLE).view(np.int32)
-    return Unpacked(_nibbles(qweight.T), scales, _nibbles(qzeros))
+        qzeros = (qzeros.view(np.uint32) + _ONES[bits]).view(np.int32)
+    return Unpacked(_fields(qweight.T, bits), scales, _fields(qzeros, bits))
 
 
 def unpack_awq(
@@ -89,16 +92,19 @@ def unpack_compressed(
     packed: Int32[np.ndarray, "N K_words"],
     scale: Shaped[np.ndarray, "N G"],
     zero_point: Int32[np.ndarray, "N_words G"] | None = None,
+    *,
+    bits: int = 4,
 ) -> Unpacked:
-    """A compressed-tensors weight in the format ``pack-quantized``: signed codes and zero points, stored plus 8.
+    """A compressed-tensors weight in the format ``pack-quantized``: signed codes and zero points, stored plus 8 or 128.
 
     Args:
         packed: ``[N, K/8]``, eight inputs per word, the first in the lowest bits.
         scale: ``[N, G]``.
         zero_point: ``[N/8, G]``, eight outputs per word; None for a symmetric weight.
+        bits: of a code and of a zero point: 4 or 8.
     """
-    zero = None if zero_point is None else _nibbles(zero_point.T)
-    return Unpacked(_nibbles(packed), np.ascontiguousarray(scale.T), zero)
+    zero = None if zero_point is None else _fields(zero_point.T, bits)
+    return Unpacked(_fields(packed, bits), np.ascontiguousarray(scale.T), zero)
 
 
 def unpack_qspec(weight: UInt8[np.ndarray, "N half_K"], weight_scales: Shaped[np.ndarray, "N 1"]) -> Unpacked:
@@ -124,7 +130,7 @@ def check_group_index(group_index: Integer[np.ndarray, " K"], *, group_size: int
         )
 
 
-def quantized_tensor(unpacked: Unpacked, *, symmetric: bool) -> QuantizedTensor:
+def quantized_tensor(unpacked: Unpacked, *, symmetric: bool, bits: int = 4) -> QuantizedTensor:
     """The weight as codes, scales and offsets ``scale * zero``, all exact.
 
     A product of a scale and a zero point seldom fits float16. Scales and offsets are float16 if every one of both is
@@ -132,24 +138,27 @@ def quantized_tensor(unpacked: Unpacked, *, symmetric: bool) -> QuantizedTensor:
 
     Args:
         unpacked: the weight.
-        symmetric: whether its config says that every zero point is 8. No offset is kept then.
+        symmetric: whether its config says that every zero point is 8, or 128. No offset is kept then.
+        bits: of a code: 4 or 8. Scales of 8 are kept as those of 16 steps.
 
     Raises:
-        ValueError: a scale is not a finite number, or a zero point is not 8 although ``symmetric``.
+        ValueError: a scale is not a finite number, or a zero point is another one although ``symmetric``.
     """
     codes, scale, zero = unpacked
-    scale = scale.astype(np.float32)
+    scale, steps = scale.astype(np.float32), 2 ** (bits - 4)
     check_finite(scale, what="its scales")
-    if symmetric and zero is not None and (wrong := np.flatnonzero(zero != SYMMETRIC_ZERO_POINT)).size:
+    centre = SYMMETRIC_ZERO_POINT * steps
+    if symmetric and zero is not None and (wrong := np.flatnonzero(zero != centre)).size:
         raise ValueError(
             f"its config says that it is symmetric, but {wrong.size} of {zero.size} zero points are not "
-            f"{SYMMETRIC_ZERO_POINT} (the first is {zero.flat[wrong[0]]}); is the checkpoint format right?"
+            f"{centre} (the first is {zero.flat[wrong[0]]}); is the checkpoint format right?"
         )
     offset = None if symmetric or zero is None else scale * zero.astype(np.float32)
+    scale = scale * np.float32(steps)
     if all(_fits_float16(array) for array in (scale, offset) if array is not None):
         scale = scale.astype(np.float16)
         offset = None if offset is None else offset.astype(np.float16)
-    return QuantizedTensor(codes, scale, offset)
+    return QuantizedTensor(codes, scale, offset, bits)
 
 
 def dequantized(tensor: QuantizedTensor) -> Float32[np.ndarray, "N K"]:
@@ -157,7 +166,7 @@ def dequantized(tensor: QuantizedTensor) -> Float32[np.ndarray, "N K"]:
     num_groups, num_outputs = tensor.scale.shape
     scale = tensor.scale.astype(np.float32)
     offset = SYMMETRIC_ZERO_POINT * scale if tensor.offset is None else tensor.offset.astype(np.float32)
-    groups = tensor.codes.reshape(num_outputs, num_groups, -1).astype(np.float32)
+    groups = tensor.codes.reshape(num_outputs, num_groups, -1) / np.float32(2 ** (tensor.bits - 4))
     return (groups * scale.T[..., None] - offset.T[..., None]).reshape(tensor.codes.shape)
 
 
@@ -165,6 +174,11 @@ def _nibbles(words: Shaped[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "ro
     """The 4-bit numbers of each row of little-endian words, lowest bits first."""
     octets = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([octets & 0xF, octets >> 4], axis=-1).reshape(words.shape[0], -1)
+
+
+def _fields(words: Shaped[np.ndarray, "rows columns"], bits: int) -> UInt8[np.ndarray, "rows fields"]:
+    """The numbers of 4 or 8 bits of each row of little-endian words, lowest bits first."""
+    return _nibbles(words) if bits == 4 else np.ascontiguousarray(words).view(np.uint8)
 
 
 def _fits_float16(values: np.ndarray) -> bool:
