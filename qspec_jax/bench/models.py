@@ -126,7 +126,7 @@ def chosen_quantization(arguments: argparse.Namespace, config: ModelConfig) -> Q
     for name, k in inputs.items():
         options.check_group_size(k, group_size, text=text, what=name)
     symmetric = arguments.model is None and not arguments.asymmetric
-    heads = {name: None if bits == 16 else bits for name, bits in heads_of(arguments).items()}
+    heads: dict[str, Any] = {name: None if bits == 16 else bits for name, bits in heads_of(arguments).items()}
     bits = 8 if arguments.verify == "w8a16" else 4
     return QuantConfig(group_size=group_size, symmetric=symmetric, bits=bits, **heads)
 

@@ -130,7 +130,7 @@ def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> 
         UsageError: it makes no sense.
     """
     given = {"head_bits": head_bits, "draft_head": draft_head}
-    said = {name: None if bits == 16 else bits for name, bits in given.items() if bits is not None}
+    said: dict[str, Any] = {name: None if bits == 16 else bits for name, bits in given.items() if bits is not None}
     if said and quantization is None:
         raise UsageError(f"{' and '.join(said)} are of models whose linears are quantised; leave quantization=None out")
     QuantConfig(**said)  # refuses other numbers

@@ -160,8 +160,9 @@ class Linear(nnx.Module):
         """The array that a view reads, or the part of it."""
         beside = self.floats if view.weight_bits is None else None
         weight = (self.weight if beside is None else beside).get_value()
-        takes_part = isinstance(weight, QuantizedWeight) and view.weight_bits == 4
-        return pallas_kernels.upper_nibbles(weight) if takes_part else weight
+        if isinstance(weight, QuantizedWeight) and view.weight_bits == 4:
+            return pallas_kernels.upper_nibbles(weight)
+        return weight
 
     def layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
         """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.

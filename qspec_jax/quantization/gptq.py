@@ -34,7 +34,9 @@ from qspec_jax.quantization.rtn import nearest_codes, spanning_grid
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 DAMPING = 0.01
-UPPER_SHARE = 1 / 16  # of the error of upper nibbles in what is taken back; the 8-bit error is then that of rounding
+UPPER_SHARE = (
+    1 / 32
+)  # of the error of upper nibbles in what is taken back: 1/16 would leave the 8-bit error of rounding
 _MAX_BLOCK = 128
 
 

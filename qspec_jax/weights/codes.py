@@ -96,5 +96,5 @@ def _nested(weight: QuantizedWeight) -> QuantizedWeight:
 def packed(tensor: QuantizedTensor) -> QuantizedWeight:
     """The codes of a file as a weight, in the kind of array that they are in."""
     codes, low = (pack_codes(tensor.codes), None) if tensor.bits == 4 else pack_nested(tensor.codes)
-    arrays: Any = (codes, tensor.scale, tensor.offset)
-    return QuantizedWeight(*arrays, low=low)
+    arrays: dict[str, Any] = {"packed": codes, "scale": tensor.scale, "offset": tensor.offset, "low": low}
+    return QuantizedWeight(**arrays)

@@ -91,4 +91,4 @@ def test_both_readers_of_a_nested_weight_are_served_better_than_by_rounding_to_n
     found, nearest = gptq(WEIGHT, HESSIAN, **grid), quantize_rtn(WEIGHT, **grid)
     verifying_alone = gptq(WEIGHT, HESSIAN, **grid, upper_share=0.0)
     assert output_error(verifying_alone) < output_error(found) < output_error(nearest)
-    assert output_error(upper_nibbles(found)) < 0.98 * output_error(upper_nibbles(nearest))
+    assert output_error(upper_nibbles(found)) < 0.99 * output_error(upper_nibbles(nearest))
