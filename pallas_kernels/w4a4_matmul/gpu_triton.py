@@ -180,8 +180,8 @@ def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: 
 
     def step(index, carry):
         start = (first_step + index) * block_k
-        packed, options = refs.packed[:, pl.ds(start, block_k)], {"truncated": refs.truncated, "interpret": interpret}
-        low, high = registers.decode_planes(packed, jnp.int8, **options)
+        packed = refs.packed[:, pl.ds(start, block_k)]
+        low, high = registers.decode_planes(packed, jnp.int8, truncated=refs.truncated, interpret=interpret)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), accumulator), jnp.zeros((config.block_m, 1), accumulator)

@@ -91,8 +91,7 @@ class RunningSequence:
 
     def chances(self, source: str | None, profile: Sequence[float]) -> list[float]:
         """The chance of each draft of a source to be accepted once those before it are: of its own, and of others."""
-        own = self.drafts.get(source or "", [])
-        pairs = itertools.zip_longest(own[: len(profile)], profile, fillvalue=(0, 0))
+        pairs = zip(itertools.chain(self.drafts.get(source or "", ()), itertools.repeat((0, 0))), profile, strict=False)
         return [(accepted + _MEAN_DRAFTS * chance) / (tried + _MEAN_DRAFTS) for (tried, accepted), chance in pairs]
 
     def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
