@@ -21,8 +21,10 @@ size. A row of ``K = 8`` inputs::
 A *nested* weight has 8-bit codes ``u``, as two such arrays: ``packed`` has their upper nibbles ``h`` and ``low`` the
 lower ones ``l``, ``u = 16 h + l``. The formula is the same with the code ``u / 16 = h + l / 16``, and the scale is that
 of 16 steps of ``u``: a power of two, so that a float16 scale of 8-bit codes is kept exactly unless it overflows. Its
-*upper nibbles* alone are a 4-bit weight of the same scales and offsets (:func:`upper_nibbles`). They say of ``u / 16``
-that it is ``h`` at least and less than ``h + 1``: they stand for the middle, the code ``h + 1/2``.
+*upper nibbles* alone are a 4-bit weight of the same scales and offsets (:func:`upper_nibbles`). Of ``u / 16`` they say
+that it is ``h`` at least and less than ``h + 1``: they stand for the middle, the code ``h + 1/2``. A symmetric nested
+weight has ``zero_point = 8.5``, so that its upper nibbles are a symmetric 4-bit weight like any other, which has a
+zero. Small weights beside a large one need that: without it a whole model can break. Scales may be negative.
 
 :class:`Layout` says in which order the bytes of a row lie.
 """
@@ -45,6 +47,7 @@ from pallas_kernels.arrays.shown import with_shapes
 
 SYMMETRIC_ZERO_POINT = 8
 MAX_CODE = 15
+NESTED_ZERO_POINT = 8.5  # of a symmetric nested weight: so its upper nibbles mean 0 by 8
 TRUNCATED_CODE = 0.5  # what a code stands for beyond itself, if it is the upper nibble of another
 _WGMMA_BYTES = 128  # bytes of a row among which Layout.WGMMA permutes
 WGMMA_CODES = 16  # activation codes among which it does
@@ -90,7 +93,7 @@ class QuantizedWeight:
         packed: ``[..., N, K/2]`` uint8, two codes per byte, in planes (see the module docstring), in the order of
             ``layout``.
         scale: ``[..., G, N]`` floating point, ``G = K / group_size``.
-        offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``8 * scale``).
+        offset: ``[..., G, N]`` like ``scale``, or None for a symmetric weight (``zero_point * scale``).
         group_sum: ``[..., A, N]``, the sums of the weights of ``A`` equal runs of inputs, which carry the
             zero point of asymmetrically quantised activations: ``A`` is a multiple of their groups. None
             where no such activation meets this weight. Of a nested weight they are those of its upper nibbles,
@@ -135,6 +138,11 @@ class QuantizedWeight:
     @property
     def symmetric(self) -> bool:
         return self.offset is None
+
+    @property
+    def zero_point(self) -> float:
+        """Of a symmetric weight."""
+        return SYMMETRIC_ZERO_POINT if self.low is None else NESTED_ZERO_POINT
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +220,10 @@ def unpack_nested(
 
 def upper_nibbles(weight: QuantizedWeight) -> QuantizedWeight:
     """The 4-bit weight inside a nested one, of the same arrays; a weight in 4 bits is its own."""
-    return weight if weight.low is None else dataclasses.replace(weight, low=None, truncated=True)
+    if weight.low is None:
+        return weight
+    # Of a symmetric one, the half steps of codes and zero point cancel.
+    return dataclasses.replace(weight, low=None, truncated=not weight.symmetric)
 
 
 def with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
@@ -285,9 +296,7 @@ def dequantize_planes(
         return low[..., None], high[..., None]
 
     scales = per_run(weight.scale)
-    offsets = (
-        tuple(SYMMETRIC_ZERO_POINT * scale for scale in scales) if weight.offset is None else per_run(weight.offset)
-    )
+    offsets = tuple(weight.zero_point * scale for scale in scales) if weight.offset is None else per_run(weight.offset)
 
     def plane(codes: Array, scale: Array, offset: Array) -> Array:
         runs = codes.reshape(*codes.shape[:-1], half // run, run)

@@ -26,19 +26,26 @@ class Lanes:
     Attributes:
         mask: the bits of the code.
         magic, centre: floats.
-        choice: a bit that the float has no room for: without it, the centre is what this bit makes of it.
+        choice: a bit that the float has no room for.
+        unchosen: what the bits of the centre are more where that bit is not set.
     """
 
     mask: int
     magic: int
     centre: int
     choice: int = 0
+    unchosen: int = 0
 
     def prepare(self, lane: str, centre: str) -> str:
         """PTX that leaves the two terms of the sum in registers of these names, of which the first holds lanes."""
         choose = f"mov.b32 {centre}, {_twice(self.centre)};"
-        if self.choice:  # (~a & b) | c
+        if self.choice and self.unchosen == self.choice:  # (~a & b) | c
             choose = f"lop3.b32 {centre}, {lane}, {_twice(self.choice)}, {_twice(self.centre)}, 0xAE;"
+        elif self.choice:  # a 4 in each lane, or nothing, times a quarter of what is added
+            choose = (
+                f"lop3.b32 {centre}, {lane}, {_twice(self.choice)}, 0, 0x0C; shr.u32 {centre}, {centre}, 5; "
+                f"mad.lo.u32 {centre}, {centre}, {self.unchosen // 4}, {_twice(self.centre)};"
+            )
         return f"{choose} lop3.b32 {lane}, {lane}, {_twice(self.mask)}, {_twice(self.magic)}, 0xEA;"
 
 
@@ -53,12 +60,19 @@ _WHOLE = {"bf16": Lanes(0x000F, 0x4300, 0xC308), "f16": Lanes(0x000F, 0x6400, 0x
 # One bit higher, and half a step more: 64.5 + nibble - 72, and 512.5 + nibble - 520.
 _TRUNCATED = {"bf16": Lanes(0x001E, 0x4281, 0xC290), "f16": Lanes(0x001E, 0x6001, 0xE010)}
 # A byte u: 8 + (u mod 128) / 16 - (8 or, where u is below 128, 16), and 64 + u / 16 - 72.
-_NESTED = {"bf16": Lanes(0x007F, 0x4100, 0xC100, choice=0x0080), "f16": Lanes(0x00FF, 0x5400, 0xD480)}
+_NESTED = {"bf16": Lanes(0x007F, 0x4100, 0xC100, 0x0080, 0x0080), "f16": Lanes(0x00FF, 0x5400, 0xD480)}
+# The same less half a step: 8.5 or 16.5, and 72.5.
+_CENTRED = {"bf16": Lanes(0x007F, 0x4100, 0xC108, 0x0080, 0x007C), "f16": Lanes(0x00FF, 0x5400, 0xD488)}
 
 
-def lanes_of(dtype: DTypeLike, *, bits: int, truncated: bool) -> Lanes:
-    """Of codes with so many bits; truncated ones stand for half a step more and lie one bit higher."""
-    return (_NESTED if bits == 8 else _TRUNCATED if truncated else _WHOLE)[NAMES[jnp.dtype(dtype)]]
+def lanes_of(dtype: DTypeLike, *, bits: int, truncated: bool = False, centred: bool = False) -> Lanes:
+    """Of codes with so many bits; truncated ones stand for half a step more and lie one bit higher.
+
+    Those of 8 bits are centred by 8, or, ``centred``, by 8.5.
+    """
+    return (_CENTRED if centred else _NESTED if bits == 8 else _TRUNCATED if truncated else _WHOLE)[
+        NAMES[jnp.dtype(dtype)]
+    ]
 
 
 def shift_down(target: str, source: str, by: int) -> str:

@@ -1,8 +1,9 @@
 """``w4a16_matmul`` as a Pallas Mosaic GPU kernel for NVIDIA Hopper.
 
 Codes become 16-bit floats ``code - 8``, exactly, nested 8-bit ones too, and then ``scale * (code - 8) + shift`` in one
-rounding, with ``shift = 8 * scale - offset`` of an asymmetric weight: the weight as a 16-bit matmul would read it. The
-scale is rounded to the dtype of the rows first. Sums are float32. See :mod:`pallas_kernels.backends.mosaic.matmul`.
+rounding: the weight as a 16-bit matmul would read it. The shift is ``8 * scale - offset`` of an asymmetric weight and
+``-scale / 2`` of a symmetric nested one. The scale is rounded to the dtype of the rows first. Sums are float32. See
+:mod:`pallas_kernels.backends.mosaic.matmul`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _DECODE = """{{.reg .b32 even, odd, c0, c1;
 add.{kind}x2 even, even, c0; add.{kind}x2 odd, odd, c1;
 {scale} $0, even, {factors}; {scale} $1, odd, {factors};}}"""
 _SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
+_HALF = "{{.reg .f32 s; cvt.f32.f16 s, $1; mul.f32 s, s, 0fBF000000; cvt.rn.{kind}x2.f32 $0, s, s;}}"
 _SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
 fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
 
@@ -85,12 +87,13 @@ def _matmul(
     sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
     problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed))
     columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
+    is_centred = weight.symmetric and weight.low is not None
     return pipelines.launch(
         x,
         packed,
         columns,
         None,
-        consume=functools.partial(_consume, truncated=weight.truncated),
+        consume=functools.partial(_consume, truncated=weight.truncated, centred=is_centred),
         problem=problem,
         config=hopper.with_most_stages(config, problem, len(columns)),
         early=early,
@@ -98,17 +101,17 @@ def _matmul(
     )
 
 
-def _consume(pipeline: pipelines.Pipeline, *, truncated: bool) -> jax.Array:
+def _consume(pipeline: pipelines.Pipeline, *, truncated: bool, centred: bool) -> jax.Array:
     shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
 
     def multiply(accumulator, tile):
         factors = []
         for part in range(pipeline.problem.pieces):
             if part == 0 or pipeline.problem.groups_per_tile > 1:
-                factors = [_factors(tile, plane, part, pipeline.problem) for plane in range(2)]
+                factors = [_factors(tile, plane, part, pipeline.problem, centred) for plane in range(2)]
             words = [_load_words(weight, part) for weight in tile.weight]
             for plane in range(2):
-                kind = _Kind(jnp.dtype(dtype), plane, truncated, len(tile.columns) == 1)
+                kind = _Kind(jnp.dtype(dtype), plane, truncated, len(tile.columns) == 1 and not centred)
                 decoded = _decode(words, factors[plane], kind)
                 tile.multiply(part, plane, functools.partial(plgpu.wgmma, accumulator, decoded))
 
@@ -131,8 +134,8 @@ def _load_words(weight: pipelines.Ref, part: int) -> jax.Array:
     return lanes.inline(build, weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
 
 
-def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem) -> jax.Array:
-    """Scale and shift (0 if symmetric) of each group of a part: of a thread's two outputs, each twice in a register."""
+def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem, centred: bool) -> jax.Array:
+    """Scale and shift, or 0, of each group of a part: of a thread's two outputs, each twice in a register."""
     kind = codes.NAMES[jnp.dtype(problem.x_dtype)]
     num_groups = max(1, problem.groups_per_tile // problem.pieces)
     first_group = part * problem.groups_per_tile // problem.pieces
@@ -146,7 +149,11 @@ def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Proble
                 values = [lanes.load_column(column, plane, group, half) for column in (scale, *offset)]
                 values = [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
                 [factor] = assembly(_SCALE.format(kind=kind), "=r,h", values[:1], [word])
-                [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word]) if offset else [lanes.i32(0)]
+                shift = lanes.i32(0)
+                if offset:
+                    [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word])
+                elif centred:
+                    [shift] = assembly(_HALF.format(kind=kind), "=r,h", values, [word])
                 registers.append(vector.from_elements(ir.VectorType.get((2,), word), [factor, shift]))
         return lanes.fragmented(registers, shape)
 
@@ -157,7 +164,7 @@ def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Proble
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """Which floats become of which codes."""
+    """Which floats become of which codes; a symmetric weight has no shift."""
 
     dtype: jnp.dtype
     plane: int

@@ -23,7 +23,13 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, dequantize, layout_obstacle
+from pallas_kernels.arrays.weight import (
+    SYMMETRIC_ZERO_POINT,
+    Layout,
+    QuantizedWeight,
+    dequantize,
+    layout_obstacle,
+)
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
@@ -82,9 +88,11 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
 def _matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, config: tiles.TileConfig, interpret: bool) -> Array:
     offsets = () if weight.offset is None else (weight.offset,)
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
-    options = {"num_rows": x.shape[0], "config": config, "interpret": interpret}
+    options = {"num_rows": x.shape[0], "config": config}
+    is_centred = weight.symmetric and weight.low is not None
+    codes = {"truncated": weight.truncated, "centred": is_centred, "interpret": interpret}
     return matmul.launch_matmul(
-        functools.partial(_kernel, num_packed=len(packed), truncated=weight.truncated, **options),
+        functools.partial(_kernel, num_packed=len(packed), codes=codes, **options),
         (x,),
         (*packed, weight.scale, *offsets),
         config=config,
@@ -100,10 +108,9 @@ def _kernel(
     packed_ref,  # [block_n, K/2] uint8
     *refs,  # low [block_n, K/2] of a nested weight, scale [G, block_n], offset of an asymmetric one, output
     num_packed: int,
-    truncated: bool,
+    codes: dict[str, bool],
     num_rows: int,
     config: tiles.TileConfig,
-    interpret: bool,
 ):
     low_refs, (scale_ref, *offset_refs, out_ref) = refs[: num_packed - 1], refs[num_packed - 1 :]
     half, block_k = packed_ref.shape[1], config.block_k
@@ -135,8 +142,7 @@ def _kernel(
     def step(index, carry):
         start = (first_step + index) * block_k
         packed, *lower = (ref[:, pl.ds(start, block_k)] for ref in (packed_ref, *low_refs))
-        nested = {"low": lower[0] if lower else None, "truncated": truncated}
-        low, high = registers.decode_planes(packed, code_dtype, **nested, interpret=interpret)
+        low, high = registers.decode_planes(packed, code_dtype, low=lower[0] if lower else None, **codes)
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import QuantizedWeight, dequantize, pack_codes, pack_nested
-from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, TRUNCATED_CODE
+from pallas_kernels.arrays.weight import TRUNCATED_CODE
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.weights.source import QuantizedTensor
@@ -58,7 +58,7 @@ def as_format(tensor: np.ndarray | QuantizedTensor, wanted: WeightFormat) -> Qua
         return rounded(tensor, wanted)
     weight = packed(tensor)
     if weight.symmetric and not wanted.symmetric:
-        weight = dataclasses.replace(weight, offset=SYMMETRIC_ZERO_POINT * weight.scale)
+        weight = dataclasses.replace(weight, offset=weight.zero_point * weight.scale)
     return _nested(weight) if wanted.bits > weight.bits else weight
 
 

@@ -122,6 +122,25 @@ class FoundTensor:
     misfits: tuple[str, ...] = ()
 
 
+def around_zero(codes: UInt8[np.ndarray, "N K"], step: Float[np.ndarray, "G N"]) -> QuantizedTensor:
+    """Codes of 8 bits with zero point 128 as those of a nested weight whose upper nibbles have a zero, exactly.
+
+    With zero point 136 the upper nibble 8 means 0. A group takes it, upside down if need be, unless it has codes of
+    more than 119 steps on both sides.
+
+    Args:
+        codes: ``w = step * (code - 128)``.
+        step: of each group, float32.
+    """
+    groups = codes.reshape(len(codes), len(step), -1).astype(np.int16) - 128
+    upright, upside_down = groups.max(-1) <= 119, groups.min(-1) >= -119
+    sign = np.where(upright | ~upside_down, 1, -1).astype(np.int16)
+    zero = np.where(upright | upside_down, 136, 128).astype(np.int16)
+    moved = (groups * sign[..., None] + zero[..., None]).astype(np.uint8).reshape(codes.shape)
+    step = step.astype(np.float32) * sign.T
+    return QuantizedTensor(moved, np.float32(16) * step, step * zero.T.astype(np.float32), bits=8)
+
+
 def check_finite(values: np.ndarray, *, what: str = "its values") -> None:
     """Raises ValueError if floats are not all finite numbers. It looks at exponents, which is the fastest."""
     exponent = {2: 0x7C00 if values.dtype == np.float16 else 0x7F80, 4: 0x7F800000, 8: 0x7FF << 52}[values.itemsize]

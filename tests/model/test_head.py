@@ -56,7 +56,7 @@ def test_each_view_reads_the_head_that_is_its_own(name, tied):
     np.testing.assert_array_equal(made.embedding.get_value(), tiny.weights(config(tied=tied))["embedding.weight"])
     codes = made.quantized_head.get_value()
     assert (codes.bits, codes.group_size, codes.symmetric) == (quantization.head_bits or 4, 64, True)
-    steps = np.repeat(np.asarray(codes.scale, np.float32).T, 64, axis=1) / 2 ** (codes.bits - 4)
+    steps = np.repeat(np.abs(np.asarray(codes.scale, np.float32)).T, 64, axis=1) / 2 ** (codes.bits - 4)
     assert (np.abs(dequantize(codes) - floats) <= 0.5 * steps + 1e-3 * np.abs(floats).max()).all()
     found = made.head_for(View())
     np.testing.assert_array_equal(

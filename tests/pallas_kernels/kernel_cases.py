@@ -64,7 +64,8 @@ def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
         code = sum(nibble / 16**place for place, nibble in enumerate(nibbles)) + weight.truncated / 2
         group = k // weight.group_size
         scale = np.asarray(weight.scale[group], np.float64)
-        offset = 8 * scale if weight.offset is None else np.asarray(weight.offset[group], np.float64)
+        zero_point = 8 if weight.low is None else 8.5
+        offset = zero_point * scale if weight.offset is None else np.asarray(weight.offset[group], np.float64)
         out[:, k] = scale * code - offset
     return out
 

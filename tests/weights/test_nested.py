@@ -34,7 +34,7 @@ from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decode
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.checkpoint.source import open_saved_source
 from qspec_jax.weights.resolve import open_source
-from qspec_jax.weights.source import QuantizedTensor
+from qspec_jax.weights.source import QuantizedTensor, around_zero
 from tests import tiny
 from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf
 
@@ -46,11 +46,13 @@ Q8_0, Q4_0, Q4_1, Q5_0 = (getattr(GGMLQuantizationType, name) for name in ("Q8_0
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_weight_is_within_half_a_step_of_its_code_and_half_a_scale_of_its_upper_nibble(symmetric):
     weight = quantize_rtn(jnp.asarray(WEIGHT), group_size=64, symmetric=symmetric, bits=8)
-    scale = np.repeat(np.asarray(weight.scale, np.float32).T, 64, axis=1)
+    scale = np.repeat(np.abs(np.asarray(weight.scale, np.float32)).T, 64, axis=1)
     ends = 1e-3 * np.abs(WEIGHT).max()  # what rounding scale and offset to float16 adds there
     assert weight.bits == 8
     assert (np.abs(dequantize(weight) - WEIGHT) <= scale / 32 + ends).all()
-    assert (np.abs(dequantize(upper_nibbles(weight)) - WEIGHT) <= scale * (1 / 2 + 1 / 32) + ends).all()
+    upper = upper_nibbles(weight)
+    assert (np.abs(dequantize(upper) - WEIGHT) <= scale * (1 / 2 + 1 / 32) + ends).all()
+    assert upper.truncated is not symmetric
     if not symmetric:
         codes = np.asarray(unpack_nested(weight.packed, weight.low)).reshape(32, 4, 64)
         assert (codes.min(-1).max(), codes.max(-1).min()) == (0, 255)
@@ -115,7 +117,6 @@ def test_q8_0_is_bit_exact_and_verifies(model_file):
     tensor = next(one for one in raw.tensors if one.name == "blk.1.ffn_down.weight")
     expected = gguf.quants.dequantize(tensor.data, Q8_0)
     weight = loaded(path).layers[0].mlp.down.weight.get_value()
-    assert weight.symmetric
     np.testing.assert_array_equal(dequantize(weight)[1], expected)
     assert held_weights(open_model(path, "auto").quantization) == (8, 4)
 
@@ -130,6 +131,19 @@ def test_a_scale_that_16_times_overflows_float16_is_kept_in_float32():
     tensor = read_codes(shape)
     assert tensor.scale.dtype == np.float32
     assert float(dequantize(jax.tree.map(jnp.asarray, of_files.packed(tensor)))[0, 0]) == -15000
+
+
+@pytest.mark.parametrize("largest", [(127, -3), (3, -127), (127, -127), (120, -120), (119, -128), (-128, 5)])
+def test_codes_around_128_stay_exact_and_their_upper_nibbles_have_a_zero(largest):
+    """But of a group that needs both ends of the grid: its other weights are not small beside its largest."""
+    signed = np.array([[*largest, 0, 1, -1, 30, -30, 7]], np.int16)
+    step = np.array([[0.125]], np.float32)
+    tensor = around_zero((signed + 128).astype(np.uint8), step)
+    weight = jax.tree.map(jnp.asarray, of_files.packed(tensor))
+    np.testing.assert_array_equal(dequantize(weight), step * signed)
+    small = np.asarray(dequantize(upper_nibbles(weight)))[0, 2:5] / step[0]
+    both_ends = max(largest) > 119 and min(largest) < -119
+    assert (np.abs(small) <= 8).all() if both_ends else (small == 0).all()
 
 
 @pytest.mark.parametrize("other", [Q4_0, Q4_1])
@@ -185,7 +199,7 @@ def test_a_4_bit_copy_of_q8_0_beside_its_floats_is_rounded(model_file):
     assert exact.quantization == QuantConfig(keep_floats=True)
     tensor = QuantizedTensor(np.full((32, 32), 200, np.uint8), np.ones((1, 32), np.float16), None, bits=8)
     rounded = of_files.as_format(tensor, WeightFormat(32, symmetric=True))
-    np.testing.assert_allclose(dequantize(jax.tree.map(jnp.asarray, rounded)), 200 / 16 - 8, rtol=1e-3)
+    np.testing.assert_allclose(dequantize(jax.tree.map(jnp.asarray, rounded)), 200 / 16 - 8.5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("quantization", [NESTED, QuantConfig()], ids=["8", "4"])

@@ -31,7 +31,13 @@ _DECODE_INT8 = "{{.reg .b32 t; shl.b32 t, $1, {shift}; lop3.b32 $0, t, 0xF0F0F0F
 
 
 def decode_planes(
-    packed: jax.Array, dtype: DTypeLike, *, low: jax.Array | None = None, truncated: bool = False, interpret: bool
+    packed: jax.Array,
+    dtype: DTypeLike,
+    *,
+    low: jax.Array | None = None,
+    truncated: bool = False,
+    centred: bool = False,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The two planes of a byte tile as ``code - 8`` in a 16-bit float, or 16 times that as int8: exactly.
 
@@ -40,18 +46,23 @@ def decode_planes(
         dtype: bfloat16, float16 or int8.
         low: the lower nibbles of a nested weight, for floats; None without.
         truncated: codes stand for half a step more, as in ``QuantizedWeight``.
+        centred: a nested weight is centred by 8.5.
         interpret: use ``jax.numpy``, since inline assembly has no interpreter.
     """
     dtype = jnp.dtype(dtype)
     if interpret:
-        return _interpreted(packed, low, dtype, 0, truncated), _interpreted(packed, low, dtype, 1, truncated)
+        more = jnp.asarray(INT8_CODE_FACTOR * (truncated - centred) // 2, jnp.int16)
+        return _interpreted(packed, low, dtype, 0, more), _interpreted(packed, low, dtype, 1, more)
 
     def decode(plane: int) -> jax.Array:
         if dtype == jnp.int8:
             # The low plane is shifted up into the high nibble; the high plane is there already.
             asm = _DECODE_INT8.format(shift=4 * (1 - plane), centre="0x88888888" if truncated else "0x80808080")
             return inline_asm(asm, packed, constraints="=r,r", dtype=dtype, pack=4)
-        lanes, kind = codes.lanes_of(dtype, bits=4 if low is None else 8, truncated=truncated), codes.NAMES[dtype]
+        lanes, kind = (
+            codes.lanes_of(dtype, bits=4 if low is None else 8, truncated=truncated, centred=centred),
+            codes.NAMES[dtype],
+        )
         found = codes.shift_down("codes", "$2", 4 * plane - truncated)
         if low is not None:
             found = codes.JOIN[plane].format("codes", "$2", "$3")
@@ -63,15 +74,13 @@ def decode_planes(
     return decode(0), decode(1)
 
 
-def _interpreted(packed: jax.Array, low: jax.Array | None, dtype: jnp.dtype, plane: int, truncated: bool) -> jax.Array:
+def _interpreted(packed: jax.Array, low: jax.Array | None, dtype: jnp.dtype, plane: int, more: jax.Array) -> jax.Array:
     shift = packed.dtype.type(4 * plane)
-    sixteenths = (((packed >> shift) & 0xF).astype(jnp.int8) - jnp.int8(8)) * jnp.int8(INT8_CODE_FACTOR)
+    sixteenths = (((packed >> shift) & 0xF).astype(jnp.int16) - jnp.int16(8)) * jnp.int16(INT8_CODE_FACTOR) + more
     if low is not None:
-        sixteenths = sixteenths + ((low >> shift) & 0xF).astype(jnp.int8)
-    if truncated:
-        sixteenths = sixteenths + jnp.int8(INT8_CODE_FACTOR // 2)
+        sixteenths = sixteenths + ((low >> shift) & 0xF).astype(jnp.int16)
     if dtype == jnp.int8:
-        return sixteenths
+        return sixteenths.astype(jnp.int8)
     return (sixteenths.astype(jnp.float32) / INT8_CODE_FACTOR).astype(dtype)
 
 

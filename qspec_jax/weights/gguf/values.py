@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qspec_jax.weights.source import QuantizedTensor, check_finite
+from qspec_jax.weights.source import QuantizedTensor, around_zero, check_finite
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 BLOCK = 32  # inputs per scale of Q4_0, Q4_1 and Q8_0
-_LARGEST_FLOAT16 = 65504
 
 
 def shape_of(tensor: ReaderTensor) -> tuple[int, ...]:
@@ -79,8 +78,5 @@ def _read_bytes(blocks: np.ndarray) -> QuantizedTensor:
     """Codes and scales of blocks ``[N, G, 34]`` of Q8_0."""
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float16)[..., 0].T
     check_finite(scale, what="its scales")
-    of_16_steps = np.float32(16) * scale.astype(np.float32)
-    fits = np.abs(of_16_steps).max(initial=0) <= _LARGEST_FLOAT16
     codes = blocks[..., 2:] ^ np.uint8(0x80)  # two's complement with the sign bit turned over: 128 more
-    dtype = np.float16 if fits else np.float32
-    return QuantizedTensor(codes.reshape(len(blocks), -1), np.ascontiguousarray(of_16_steps, dtype), None, bits=8)
+    return around_zero(codes.reshape(len(blocks), -1), scale.astype(np.float32))

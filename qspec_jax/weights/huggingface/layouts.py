@@ -68,7 +68,8 @@ def _linear(
     read = functools.partial(_read, layout, parts, keep_codes=spec is not None and spec.kind == "linear")
     if spec is None or len(spec.shape) != 2:
         return FoundTensor(source_name, None, TensorEntry((), read))
-    codes = WeightFormat(layout.group_size or spec.shape[1], layout.symmetric, layout.bits)
+    symmetric = layout.symmetric and layout.bits == 4  # those of 8 get zero points of their own
+    codes = WeightFormat(layout.group_size or spec.shape[1], symmetric, layout.bits)
     misfits = tuple(_misfits(layout, module, parts, spec.shape))
     return FoundTensor(
         source_name, name, TensorEntry(spec.shape, read, codes if spec.kind == "linear" else None), misfits=misfits

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT
-from qspec_jax.weights.source import QuantizedTensor, check_finite
+from qspec_jax.weights.source import QuantizedTensor, around_zero, check_finite
 
 # Nibble i of an AWQ word is column (0, 2, 4, 6, 1, 3, 5, 7)[i]; column c is therefore this nibble.
 _AWQ_NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -138,7 +138,8 @@ def quantized_tensor(unpacked: Unpacked, *, symmetric: bool, bits: int = 4) -> Q
 
     Args:
         unpacked: the weight.
-        symmetric: whether its config says that every zero point is 8, or 128. No offset is kept then.
+        symmetric: whether its config says that every zero point is 8, or 128. No offset is kept then, of 4
+            bits.
         bits: of a code: 4 or 8. Scales of 8 are kept as those of 16 steps.
 
     Raises:
@@ -153,6 +154,8 @@ def quantized_tensor(unpacked: Unpacked, *, symmetric: bool, bits: int = 4) -> Q
             f"its config says that it is symmetric, but {wrong.size} of {zero.size} zero points are not "
             f"{centre} (the first is {zero.flat[wrong[0]]}); is the checkpoint format right?"
         )
+    if bits == 8 and (symmetric or zero is None):
+        return around_zero(codes, scale)
     offset = None if symmetric or zero is None else scale * zero.astype(np.float32)
     scale = scale * np.float32(steps)
     if all(_fits_float16(array) for array in (scale, offset) if array is not None):
