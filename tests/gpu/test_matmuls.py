@@ -16,6 +16,7 @@ from pallas_kernels import (
     quantize_activations,
     rms_norm_quantize,
     swiglu_quantize,
+    upper_nibbles,
     w4a4_matmul,
     w4a16_matmul,
     with_layout,
@@ -26,7 +27,7 @@ from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from qspec_jax.bench.kernels.operands import cancelling
-from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_rows, random_weight
+from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_nested_weight, random_rows, random_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +92,39 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     widest = np.asarray(call(x[: INVARIANT_ROWS[implementation]]))
     for num_rows in (rows for rows in ROWS if rows <= len(widest)):
         np.testing.assert_array_equal(np.asarray(call(x[:num_rows])), widest[:num_rows], err_msg=f"M={num_rows}")
+
+
+NESTED = [(4096, 6144, 128, True), (14336, 4096, 64, False), (1536, 576, 32, True), (4096, 28672, 4096, True)]
+
+
+@pytest.mark.parametrize("result", [None, jnp.float32], ids=["as x", "f32"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", NESTED, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nested_weights_and_their_upper_nibbles_are_right_and_each_row_stands_alone(
+    implementation, shape, dtype, result
+):
+    k, n, group_size, symmetric = shape
+    nested = laid_out(random_nested_weight(n, k, group_size, symmetric=symmetric), implementation, dtype)
+    x = random_rows(max(ROWS), k, dtype=dtype)
+    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation)
+    multiply = jax.jit(functools.partial(w4a16_matmul, dtype=result, implementation=implementation))
+    for weight in (nested, upper_nibbles(nested)):
+        expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
+        call = lambda x, weight=weight: multiply(x, weight)  # noqa: E731 - as an argument, not a constant
+        assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_upper_nibbles_of_nested_weights_meet_integers(implementation, symmetric):
+    weight = upper_nibbles(laid_out(random_nested_weight(6144, 4096, 128, symmetric=symmetric), implementation))
+    x = random_rows(max(ROWS), 4096, dtype=jnp.bfloat16)
+    codes = quantize_activations(x, bits=8, layout=weight.layout, implementation="reference")
+    expected = w4a4_matmul(codes, weight, dtype=jnp.float32, implementation="reference")
+    multiply = jax.jit(functools.partial(w4a4_matmul, dtype=jnp.float32, implementation=implementation))
+    call = lambda x: multiply(x, weight)  # noqa: E731
+    assert_right_and_rows_agree(call, codes, expected, INTEGER_MATMUL, INVARIANT_ROWS[implementation])
 
 
 @pytest.mark.parametrize(("bits", "x_symmetric", "grouped"), [(4, True, False), (8, True, True), (8, False, False)])
