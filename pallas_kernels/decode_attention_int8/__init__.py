@@ -11,14 +11,14 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention import check_block_size
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.decode_attention_int8 import reference
-from pallas_kernels.dispatch import Implementations
+from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.rotate_and_write_int8 import check_written
 from pallas_kernels.rotate_and_write_int8 import reference as writing
 
 _OP = "decode_attention_int8"
 # A file has decode_attention_int8, decode_attention_int8_with_masses, block_attention_int8 and
 # obstacle(num_tokens, head_dim, blocks).
-_IMPLEMENTATIONS = Implementations(__name__, {})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.arrays.int8_cache import RING, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
-from pallas_kernels.dispatch import Implementations
+from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "rotate_and_write_int8"
 # A file has rotate_and_write_int8 and obstacle(dtype).
-_IMPLEMENTATIONS = Implementations(__name__, {})
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

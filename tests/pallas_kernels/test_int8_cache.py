@@ -13,7 +13,9 @@ import pytest
 
 from pallas_kernels import Int8Cache, PartialSums, prefill_int8, rotate_and_write_int8
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, quantize
+from pallas_kernels.decode_attention_int8 import gpu_triton as triton
 from pallas_kernels.decode_attention_int8 import reference
+from pallas_kernels.rotate_and_write_int8 import gpu_triton as write_triton
 from pallas_kernels.rotate_and_write_int8 import reference as writing
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS, CAPACITY = 4, 2, 16, 300, 320
@@ -239,3 +241,54 @@ def test_partial_sums_are_added_up():
     jax.tree.map(
         np.testing.assert_array_equal, writing.rotate_and_write_int8(parts, *unturned(2), empty(), lengths), expected
     )
+
+
+def interpreted_case(tokens, heads, kv_heads, head_dim, slots, dtype):
+    """New tokens, their angles, and a cache that is filled up to where they come: around the ends of blocks."""
+    rng = np.random.default_rng(tokens)
+    lengths = jnp.asarray([0, 127, 256 - tokens + 1, slots - tokens], jnp.int32)
+    sizes = {"num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    qkv, new = (
+        jnp.asarray(rng.standard_normal((4, count, heads + 2 * kv_heads, head_dim)), dtype) for count in (slots, tokens)
+    )
+    ones = jnp.ones((4, slots, head_dim // 2), jnp.float32)
+    empty = Int8Cache.zeros(batch=4, capacity=slots, **sizes)
+    filled = {"num_tokens": jnp.maximum(lengths, 1)}
+    _, cache = jitted(prefill_int8)(qkv, ones, 0 * ones, empty, 0 * lengths, **filled)
+    angles = jnp.asarray(rng.standard_normal((4, tokens, head_dim // 2)), jnp.float32)
+    return new, jnp.cos(angles), jnp.sin(angles), cache, lengths
+
+
+# Tokens, heads, key/value heads, head dimension, slots; a group of 3 in one tile, and chunks of both sizes.
+@pytest.mark.parametrize(
+    ("shape", "window"), [((5, 8, 2, 32, 330), None), ((2, 3, 1, 24, 1100), 300), ((17, 2, 2, 16, 330), None)], ids=str
+)
+def test_the_triton_kernels_leave_and_see_what_the_reference_does(shape, window):
+    *arrays, lengths = interpreted_case(*shape, jnp.float32)
+    expected = jitted(writing.rotate_and_write_int8)(*arrays, lengths)
+    ours = write_triton.rotate_and_write_int8(*arrays, lengths, interpret=True)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        differ = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))
+        assert differ.max() <= (1 if one.dtype == jnp.int8 else 1e-6)  # a product is rounded twice, or once
+        assert (differ > 0).mean() < (1e-3 if one.dtype == jnp.int8 else 1)
+    query, cache = expected
+    weigh = {"block_size": 16, "window": window}
+    reference_weighs = jax.jit(reference.decode_attention_int8_with_masses, static_argnames=("block_size", "window"))
+    out, masses = triton.decode_attention_int8_with_masses(query, cache, lengths, **weigh, interpret=True)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=3e-6),
+        (out, masses),
+        reference_weighs(query, cache, lengths, **weigh),
+    )
+    alone = triton.decode_attention_int8(query[:, -1:], cache, lengths + shape[0] - 1, window=window, interpret=True)
+    np.testing.assert_array_equal(alone, out[:, -1:])
+
+
+def test_the_triton_kernel_reads_listed_blocks_as_the_reference_does():
+    *_, cache, lengths = interpreted_case(1, 3, 1, 24, 330, jnp.float32)
+    query = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 3, 24)), jnp.float32)
+    table = jnp.asarray([[0, 1, 2, 19], [-1, 0, 0, 0], [1, 7, 15, 16], [0, 8, 9, 20]], jnp.int32)[:, None, None]
+    arrays, options = (query, cache, lengths, table, jnp.int32(0)), {"block_size": 16, "window": None}
+    out = triton.block_attention_int8(*arrays, **options, interpret=True)
+    expected = jax.jit(reference.block_attention_int8, static_argnames=tuple(options))(*arrays, **options)
+    np.testing.assert_allclose(out, expected, atol=3e-6)

@@ -60,8 +60,8 @@ def decode_planes(packed: jax.Array, dtype: DTypeLike, *, interpret: bool) -> tu
     return decode(0), decode(4)
 
 
-# Bytes b0..b3 hold int8 codes; prmt spreads them to 16-bit lanes. As float16, 1024 + (code + 128) has the byte, its sign
-# flipped, in its low bits. A bfloat16 has room for seven of them: 128 + (byte & 127) less 128, or 256 where the sign is set.
+# Bytes b0..b3 hold int8 codes; prmt spreads them to 16-bit lanes. As float16, 1024 + (code + 128) has the byte, its
+# sign flipped, in its low bits. A bfloat16 has room for seven: 128 + (byte & 127) less 128, or 256 with the sign set.
 _INT8_TO_FLOAT16 = """{
 .reg .b32 t0, t1, one, centre, flip, magic;
 mov.b32 one, 0x3C003C00; mov.b32 centre, 0xE480E480; mov.b32 flip, 0x00800080; mov.b32 magic, 0x64006400;
