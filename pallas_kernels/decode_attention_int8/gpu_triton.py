@@ -31,6 +31,7 @@ from pallas_kernels.decode_attention_int8 import gpu_triton_blocks as listed
 from pallas_kernels.decode_attention_int8.triton_arrays import arrays_read, by_heads
 
 _TILE_BYTES = 16384  # of keys, and of values, as floats
+_WARPS, _STAGES = 4, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _attend_to_chunks(query: Array, cache: Int8Cache, lengths: Array, *, problem
         in_specs=[pl.BlockSpec((None,), lambda program, chunk, sequence: (sequence,)), *arrays_read(problem)],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=problem.interpret,
         name="decode_attention_int8_chunks" + "_and_blocks" * problem.weigh_blocks,
     )(lengths, query, *by_heads(cache))
