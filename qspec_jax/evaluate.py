@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_kernels(parser)
+    options.add_kv(parser)
     options.add_mesh(parser)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw acceptance by position; needs matplotlib")
@@ -252,6 +253,7 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
+        kv=arguments.kv,
         mesh=arguments.mesh,
         progress=is_terminal(sys.stderr),
     )

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_kernels(parser)
+    options.add_kv(parser)
     mesh = "what each of so many devices would hold: data=N,model=N; there need not be so many"
     add("--mesh", metavar="AXES", help=mesh)
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -78,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = None if arguments.group_size is None else options.quantization_of(arguments.group_size)
     path = resolve_model(arguments.model)
     mesh = parse_mesh(arguments.mesh or "model=1")
-    facts = describe_model(path, quantization=chosen, dtype=arguments.dtype, kernels=arguments.kernels, mesh=mesh)
+    asked = {"dtype": arguments.dtype, "kernels": arguments.kernels, "kv": arguments.kv}
+    facts = describe_model(path, quantization=chosen, **asked, mesh=mesh)
     _print(arguments, facts, text.model_text(facts))
     return 0
 

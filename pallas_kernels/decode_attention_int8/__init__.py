@@ -11,7 +11,7 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention import check_block_size
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.decode_attention_int8 import reference
-from pallas_kernels.dispatch import TRITON, Implementations
+from pallas_kernels.dispatch import REFERENCE, TRITON, Implementations
 from pallas_kernels.rotate_and_write_int8 import check_written
 from pallas_kernels.rotate_and_write_int8 import reference as writing
 
@@ -19,6 +19,7 @@ _OP = "decode_attention_int8"
 # A file has decode_attention_int8, decode_attention_int8_with_masses, block_attention_int8 and
 # obstacle(num_tokens, head_dim, blocks).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
+_ORDER = (REFERENCE, TRITON)  # no GPU has run the kernels yet: they are there for those who ask by name
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -35,8 +36,9 @@ def decode_attention_int8(
     What is said of the bits of :func:`decode_attention` holds here as well.
 
     Args:
-        query, lengths, window, implementation: as there; at most ``MAX_DECODE_TOKENS`` tokens.
+        query, lengths, window: as there; at most ``MAX_DECODE_TOKENS`` tokens.
         cache: the entries of the new tokens are there already.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the reference.
 
     Returns:
         ``[B, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
@@ -146,4 +148,6 @@ def _selected(
         raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")
     if num_tokens > MAX_DECODE_TOKENS:
         raise ValueError(f"{_OP}: there are {num_tokens} tokens; use at most {MAX_DECODE_TOKENS}, or prefill_int8")
-    return _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim, blocks=blocks))
+    return _IMPLEMENTATIONS.select(
+        implementation, lambda module: module.obstacle(num_tokens, head_dim, blocks=blocks), order=_ORDER
+    )

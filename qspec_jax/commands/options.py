@@ -16,7 +16,7 @@ from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import check_writable
-from qspec_jax.model.config import DTYPES, GROUP_SIZES, WHOLE_ROW, QuantConfig, parse_group_size
+from qspec_jax.model.config import DTYPES, GROUP_SIZES, KV_NAMES, WHOLE_ROW, QuantConfig, parse_group_size
 
 KERNELS = ("auto", "reference", "triton", "mosaic", "tpu")
 GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
@@ -140,6 +140,13 @@ def _mesh(text: str) -> str:
 def add_dtype(parser: Parser, text: str = _DTYPE_HELP) -> None:
     """``--dtype``."""
     parser.add_argument("--dtype", choices=DTYPES, help=text)
+
+
+def add_kv(parser: Parser) -> None:
+    """``--kv``."""
+    text = "keys and values in the cache: in the dtype of the model (bf16 if that is its dtype), or int8 in about half "
+    text += "of the memory (default: model)"
+    parser.add_argument("--kv", choices=KV_NAMES, default="model", help=text)
 
 
 def add_batch_size(parser: Parser, text: str, *, several: bool = False) -> None:

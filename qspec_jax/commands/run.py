@@ -167,7 +167,7 @@ def load_and_compile(
 
     Args:
         load: :func:`qspec_jax.load`.
-        arguments: ``model``, ``mode``, ``group_size``, ``dtype``, ``kernels`` and ``mesh``.
+        arguments: ``model``, ``mode``, ``group_size``, ``dtype``, ``kernels``, ``kv`` and ``mesh``.
         compile_ahead: compiles what will be needed, with a model whose weights are not there yet.
 
     Raises:
@@ -184,6 +184,7 @@ def load_and_compile(
         quantization=None if arguments.mode == "float" else quantization_of(arguments.group_size),
         dtype=arguments.dtype,
         kernels=arguments.kernels,
+        kv=arguments.kv,
         mesh=arguments.mesh,
         progress=is_terminal(sys.stderr),
         compile_ahead=with_store,

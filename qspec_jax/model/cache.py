@@ -23,13 +23,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from pallas_kernels import EVERYTHING, Int8Cache
-from pallas_kernels.arrays.int8_cache import KEY_BLOCK
+from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING
 from pallas_kernels.arrays.shown import shown, with_shapes
 from qspec_jax.model.config import ModelConfig
 
 KV_OF_MODEL, KV_INT8 = "model", "int8"
 KV_FORMATS = (KV_OF_MODEL, KV_INT8)
 """What keys and values are kept as: in the dtype of the model, or as int8."""
+
+
+def position_bytes(config: ModelConfig, *, dtype_bytes: int, kv: str = KV_OF_MODEL) -> int:
+    """Bytes that each position of a row adds to its cache, in all layers; ``dtype_bytes`` are those of the model."""
+    width = config.num_kv_heads * config.head_dim
+    if kv == KV_INT8:
+        return config.num_layers * (2 * width + 4 * config.num_kv_heads + -(-4 * width // KEY_BLOCK))
+    return 2 * config.num_layers * width * dtype_bytes
+
+
+def row_bytes(config: ModelConfig, *, dtype_bytes: int, kv: str = KV_OF_MODEL) -> int:
+    """Bytes of a row's cache besides, whatever its positions: of int8, the newest keys in the dtype of the model."""
+    width = config.num_kv_heads * config.head_dim
+    return config.num_layers * RING * width * dtype_bytes if kv == KV_INT8 else 0
 
 
 def restart_multiple(kv: str) -> int:
