@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -134,7 +136,7 @@ def prefill_int8(
 
 def _selected(
     query: Array, cache: Int8Cache, window: int | None, implementation: str | None, *, blocks: bool = False
-) -> object:
+) -> Any:
     batch, num_tokens, num_heads, head_dim = query.shape
     if query.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: query is {query.dtype}; use float32, bfloat16 or float16")
