@@ -23,6 +23,7 @@ from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
+from qspec_jax.model.config import KV_NAMES
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     import qspec_jax
     from qspec_jax.evaluation.scores import ModelScore, score_drafts, score_text
 
-    model = _load(name, arguments, options.quantization_of(arguments.group_size))
+    model = _load(name, arguments, options.quantization_of(arguments.group_size), arguments.kv)
     text_scores, draft_scores = [], []
     runnable = [line for line in request.prompts if line.error is None]
     failed = [_failure(request, line, line.error) for line in request.prompts if line.error is not None]
@@ -214,7 +215,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
             model,
             model.tokenizer.encode(request.text)[: arguments.max_tokens],
             precisions=[qspec_jax.Precision(precision) for precision in request.precisions],
-            baseline=_load(arguments.baseline or name, arguments, None),
+            baseline=_load(arguments.baseline or name, arguments, None, KV_NAMES[0]),  # nothing of it is rounded
             context=arguments.context,
             progress=_progress("text"),
         )
@@ -245,7 +246,7 @@ def _failure(request: _Request, line: PromptLine, reason: str) -> str:
     return f"prompt {number} failed: {reason} ({line.where})"
 
 
-def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
+def _load(name: str | None, arguments: argparse.Namespace, quantization: Any, kv: str) -> Any:
     import qspec_jax
 
     return qspec_jax.load(
@@ -253,7 +254,7 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
         quantization=quantization,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
-        kv=arguments.kv,
+        kv=kv,
         mesh=arguments.mesh,
         progress=is_terminal(sys.stderr),
     )
