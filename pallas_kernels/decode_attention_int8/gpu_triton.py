@@ -28,10 +28,11 @@ from pallas_kernels.decode_attention import gpu_triton as whole
 from pallas_kernels.decode_attention.gpu_triton import ROWS
 from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.decode_attention_int8 import gpu_triton_blocks as listed
-from pallas_kernels.decode_attention_int8.triton_arrays import arrays_read, by_heads
+from pallas_kernels.decode_attention_int8.triton_arrays import arrays_read, by_heads, values_as_floats
 
 _TILE_BYTES = 16384  # of keys, and of values, as floats
-_WARPS, _STAGES = 4, 2
+# 140 registers of a thread let three programs run at a time: each loads two tiles ahead.
+_WARPS, _STAGES = 4, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +216,8 @@ class _Tiles:
         start = tile * self.problem.tile
         scales = self._row(self.scales_ref, lax.div(start, KEY_BLOCK))
         query = (self.query.astype(jnp.float32) * scales[None, :]).astype(self.query.dtype)
-        keys = self._float(whole.load_slots(self.keys_ref, start, self.end, self.problem.tile, self.problem))
-        return self._attend(start, query, keys, carry, is_int8=True)
+        codes = whole.load_slots(self.keys_ref, start, self.end, self.problem.tile, self.problem)
+        return self._attend(start, query, codes.astype(query.dtype), carry, is_int8=True)
 
     def attend_to_ring(self, tile: Array, carry: _Carry) -> _Carry:
         """Of the newest keys."""
@@ -240,7 +241,8 @@ class _Tiles:
         logits = whole.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
         maximum, kept, weights = whole.raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
         total = total * kept + jnp.sum(weights, axis=1)
-        values = self._float(whole.load_slots(self.values_ref, start, self.end, tile, problem))
+        codes = whole.load_slots(self.values_ref, start, self.end, tile, problem)
+        values = values_as_floats(codes, query.dtype, always=self.end > 0)
         exist = start + lax.broadcasted_iota(jnp.int32, (tile,), 0) < self.end
         scales = plgpu.load(self.value_scales_ref.at[pl.ds(start, tile)], mask=exist, other=0.0)
         scaled = (weights * scales[None, :]).astype(values.dtype)
@@ -265,6 +267,3 @@ class _Tiles:
             return plgpu.load(ref.at[row, :])
         dims = lax.broadcasted_iota(jnp.int32, (self.problem.block_dim,), 0)
         return plgpu.load(ref.at[row, :], mask=dims < self.problem.head_dim, other=0.0)
-
-    def _float(self, codes: Array) -> Array:
-        return registers.int8_to(codes, self.query.dtype, interpret=self.problem.interpret)

@@ -15,10 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, Int8Cache
-from pallas_kernels.backends.triton import registers
 from pallas_kernels.block_attention import gpu_triton as blockwise
 from pallas_kernels.decode_attention import gpu_triton as whole
-from pallas_kernels.decode_attention_int8.triton_arrays import arrays_read, by_heads
+from pallas_kernels.decode_attention_int8.triton_arrays import arrays_read, by_heads, values_as_floats
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret"))
@@ -39,7 +38,7 @@ def block_attention_int8(
     batch, row_blocks, layer = query.shape[0], problem.row_blocks, layer.reshape(1)
     out_specs, out_shape = whole.parts_of(problem, batch, problem.shares)
     shares = pl.pallas_call(
-        functools.partial(_share_kernel, problem=problem, interpret=interpret),
+        functools.partial(_share_kernel, problem=problem),
         grid=(problem.num_kv_heads * row_blocks, problem.shares, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda program, share, sequence: (sequence,)),
@@ -71,7 +70,6 @@ def _share_kernel(
     value_scales_ref,  # [S] f32
     *result_refs,  # largest logits and sums [16], weighted values [16, block_dim], f32
     problem: blockwise.BlockProblem,
-    interpret: bool,
 ):
     length, dtype = length_ref[...], query_ref.dtype
     begin = lax.div(length, KEY_BLOCK) * KEY_BLOCK  # of the block of the only token
@@ -80,13 +78,12 @@ def _share_kernel(
         exist, is_int8 = (slots >= 0) & (slots < end), (slots >= 0) & (slots < begin)
         there = jnp.maximum(slots, 0)
         rows = functools.partial(blockwise.load_slots, problem=problem)
-        to_float = functools.partial(registers.int8_to, interpret=interpret)
         scales = rows(scales_ref, lax.div(there, KEY_BLOCK), is_int8)
-        scaled = to_float(rows(keys_ref, there, is_int8), dtype).astype(jnp.float32) * scales
+        scaled = rows(keys_ref, there, is_int8).astype(jnp.float32) * scales
         newest = rows(recent_ref, lax.rem(there, RING), exist & ~is_int8)
         # Of the two, one is zero.
         keys = scaled.astype(dtype) + newest
-        values = to_float(rows(values_ref, there, exist), dtype)
+        values = values_as_floats(rows(values_ref, there, exist), dtype, always=end > 0)
         return keys, values, plgpu.load(value_scales_ref.at[there], mask=exist, other=0.0)
 
     arrays = length, table_ref, layer_ref[...], query_ref, result_refs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, Int8Cache
@@ -33,3 +35,12 @@ def arrays_read(problem: whole.Problem) -> list[pl.BlockSpec]:
     )
     counts = problem.slots, pl.cdiv(problem.slots, KEY_BLOCK), RING, problem.slots
     return [query, *[of_head(count) for count in counts], value_scales]
+
+
+def values_as_floats(codes: Array, dtype: DTypeLike, *, always: Array) -> Array:
+    """Codes of values ``[slots, block_dim]`` as floats, for a product along the slots.
+
+    Triton would move the conversion behind the transposition that tensor cores need here, which then takes single bytes
+    from shared memory. It moves nothing out of a branch: ``always`` is true, and the compiler does not know.
+    """
+    return lax.cond(always, lambda: codes.astype(dtype), lambda: jnp.zeros(codes.shape, dtype))

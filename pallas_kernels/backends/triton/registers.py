@@ -60,34 +60,6 @@ def decode_planes(packed: jax.Array, dtype: DTypeLike, *, interpret: bool) -> tu
     return decode(0), decode(4)
 
 
-# Bytes b0..b3 hold int8 codes; prmt spreads them to 16-bit lanes. As float16, 1024 + (code + 128) has the byte, its
-# sign flipped, in its low bits. A bfloat16 has room for seven: 128 + (byte & 127) less 128, or 256 with the sign set.
-_INT8_TO_FLOAT16 = """{
-.reg .b32 t0, t1, one, centre, flip, magic;
-mov.b32 one, 0x3C003C00; mov.b32 centre, 0xE480E480; mov.b32 flip, 0x00800080; mov.b32 magic, 0x64006400;
-prmt.b32 t0, $2, 0, 0x4140; prmt.b32 t1, $2, 0, 0x4342;
-lop3.b32 t0, t0, flip, magic, 0xBE; lop3.b32 t1, t1, flip, magic, 0xBE;
-fma.rn.f16x2 $0, t0, one, centre; fma.rn.f16x2 $1, t1, one, centre;
-}"""
-_INT8_TO_BFLOAT16 = """{
-.reg .b32 t0, t1, s0, s1, minus, magic;
-mov.b32 minus, 0xBF80BF80; mov.b32 magic, 0x43004300;
-prmt.b32 t0, $2, 0, 0x4140; prmt.b32 t1, $2, 0, 0x4342;
-lop3.b32 s0, t0, 0x00800080, magic, 0xEA; lop3.b32 s1, t1, 0x00800080, magic, 0xEA;
-lop3.b32 t0, t0, 0x007F007F, magic, 0xEA; lop3.b32 t1, t1, 0x007F007F, magic, 0xEA;
-fma.rn.bf16x2 $0, s0, minus, t0; fma.rn.bf16x2 $1, s1, minus, t1;
-}"""
-_INT8_TO = {jnp.dtype(jnp.bfloat16): _INT8_TO_BFLOAT16, jnp.dtype(jnp.float16): _INT8_TO_FLOAT16}
-
-
-def int8_to(codes: jax.Array, dtype: DTypeLike, *, interpret: bool) -> jax.Array:
-    """Codes ``[rows, columns]`` int8 as floats of a dtype: four at a time where the dtype has 16 bits."""
-    asm = _INT8_TO.get(jnp.dtype(dtype))
-    if interpret or asm is None:
-        return codes.astype(dtype)
-    return inline_asm(asm, codes, constraints="=r,=r,r", dtype=dtype, pack=4)
-
-
 def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, pack: int = 1) -> jax.Array:
     """Elementwise PTX with one result of the arguments' shape."""
     result = jax.ShapeDtypeStruct(args[0].shape, dtype)
