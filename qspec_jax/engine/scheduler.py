@@ -365,7 +365,8 @@ class Scheduler:
         """An idle row for a sequence, which may go on with the text of its session there."""
         request = entering.request
         row, num_kept = self._texts.find(request.session, request.token_ids)
-        num_kept -= num_kept % restart_multiple(self._programs.decoder.kv)
+        if num_kept:
+            num_kept -= num_kept % restart_multiple(self._programs.decoder.kv)
         if row in idle and num_kept > self._held.num_shared(entering.chunks):
             entering.go_on_after(num_kept)
             self.totals.reused_prompt_tokens += num_kept
