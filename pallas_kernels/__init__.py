@@ -6,6 +6,7 @@ picks the best one that works; see :mod:`pallas_kernels.dispatch`. This package 
 """
 
 from pallas_kernels.arrays.activation import QuantizedActivation, dequantize_activation
+from pallas_kernels.arrays.int8_cache import Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import (
     Layout,
@@ -24,6 +25,12 @@ from pallas_kernels.block_attention import block_attention, choose_blocks, least
 from pallas_kernels.block_attention.reference import EVERYTHING
 from pallas_kernels.decode_attention import decode_attention, decode_attention_with_masses
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
+from pallas_kernels.decode_attention_int8 import (
+    block_attention_int8,
+    decode_attention_int8,
+    decode_attention_int8_with_masses,
+    prefill_int8,
+)
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul, float_partial_sums
 from pallas_kernels.hadamard import hadamard
@@ -32,6 +39,7 @@ from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
 from pallas_kernels.rotate_and_write import rotate_and_write
+from pallas_kernels.rotate_and_write_int8 import rotate_and_write_int8
 from pallas_kernels.swiglu import swiglu
 from pallas_kernels.swiglu_hadamard import swiglu_hadamard
 from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
@@ -43,6 +51,7 @@ __all__ = [
     "EVERYTHING",
     "IMPLEMENTATIONS",
     "MAX_DECODE_TOKENS",
+    "Int8Cache",
     "Layout",
     "PartialSums",
     "QuantizedActivation",
@@ -51,9 +60,12 @@ __all__ = [
     "best_layout",
     "best_layout_for_codes",
     "block_attention",
+    "block_attention_int8",
     "check_group_size",
     "choose_blocks",
     "decode_attention",
+    "decode_attention_int8",
+    "decode_attention_int8_with_masses",
     "decode_attention_with_masses",
     "dequantize",
     "dequantize_activation",
@@ -64,10 +76,12 @@ __all__ = [
     "pack_codes",
     "pack_nested",
     "prefill_attention",
+    "prefill_int8",
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",
     "rotate_and_write",
+    "rotate_and_write_int8",
     "swiglu",
     "swiglu_hadamard",
     "swiglu_hadamard_quantize",

@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)"
     options.add_group_size(parser, group)
     options.add_kernels(parser)
+    options.add_kv(parser)
     options.add_mesh(parser)
     add("--no-history", action="store_true", help="keep nothing of what is typed for the next time")
     sampling = options.add_sampling(parser)

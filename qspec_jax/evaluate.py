@@ -23,6 +23,7 @@ from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
+from qspec_jax.model.config import KV_NAMES
 from qspec_jax.weights.resolve import check_model_name
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_kernels(parser)
+    options.add_kv(parser)
     options.add_mesh(parser)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw acceptance by position; needs matplotlib")
@@ -204,7 +206,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     import qspec_jax
     from qspec_jax.evaluation.scores import ModelScore, score_drafts, score_text
 
-    model = _load(name, arguments, options.quantization_of(arguments.group_size))
+    model = _load(name, arguments, options.quantization_of(arguments.group_size), arguments.kv)
     text_scores, draft_scores = [], []
     runnable = [line for line in request.prompts if line.error is None]
     failed = [_failure(request, line, line.error) for line in request.prompts if line.error is not None]
@@ -259,12 +261,12 @@ def _precisions(request: _Request, model: Any) -> list[str]:
 
 
 def _baseline(name: str | None, arguments: argparse.Namespace, model: Any) -> Any:
-    """The model to compare with, which is the model itself if it has its floats."""
-    has_floats = arguments.verify == "float" and arguments.baseline is None
-    return model if has_floats else _load(arguments.baseline or name, arguments, None)
+    """The model to compare with, of which nothing is rounded: the model itself if it has its floats, and its cache."""
+    has_floats = arguments.verify == "float" and arguments.baseline is None and arguments.kv == KV_NAMES[0]
+    return model if has_floats else _load(arguments.baseline or name, arguments, None, KV_NAMES[0])
 
 
-def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) -> Any:
+def _load(name: str | None, arguments: argparse.Namespace, quantization: Any, kv: str) -> Any:
     import qspec_jax
 
     weights: dict[str, Any] = {"verify": arguments.verify, "draft_model": arguments.draft_model}
@@ -275,6 +277,7 @@ def _load(name: str | None, arguments: argparse.Namespace, quantization: Any) ->
         **weights,
         dtype=arguments.dtype,
         kernels=arguments.kernels,
+        kv=kv,
         mesh=arguments.mesh,
         progress=is_terminal(sys.stderr),
     )

@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)"
     options.add_group_size(parser, group)
     options.add_kernels(parser)
+    options.add_kv(parser)
     options.add_mesh(parser)
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (default: on a terminal)")

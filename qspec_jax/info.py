@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_group_size(parser, "as in generate")
     options.add_verify(parser)
     options.add_kernels(parser)
+    options.add_kv(parser)
     mesh = "what each of so many devices would hold: data=N,model=N; there need not be so many"
     add("--mesh", metavar="AXES", help=mesh)
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -81,13 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
     path = resolve_model(arguments.model)
     mesh = parse_mesh(arguments.mesh or "model=1")
     given = arguments.draft_model
+    asked = {"dtype": arguments.dtype, "kernels": arguments.kernels, "kv": arguments.kv, "verify": arguments.verify}
     facts = describe_model(
         path,
         quantization=chosen,
-        dtype=arguments.dtype,
-        kernels=arguments.kernels,
+        **asked,
         mesh=mesh,
-        verify=arguments.verify,
         draft_path=None if given is None else resolve_model(given, what="draft_model"),
         heads=options.heads_of(arguments),
     )

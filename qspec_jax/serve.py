@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_dtype(parser)
     options.add_group_size(parser, "inputs per weight scale where the checkpoint is not 4-bit already (default: 32)")
     options.add_kernels(parser)
+    options.add_kv(parser)
     options.add_mesh(parser)
     ahead = "compile at the start what sampling needs; all has penalties, biases and log-probabilities (default: usual)"
     add("--compile", choices=("usual", "all"), default="usual", help=ahead)

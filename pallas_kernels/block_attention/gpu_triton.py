@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ _FLOAT_BITS = 31  # of a float that is not negative
 
 
 @dataclasses.dataclass(frozen=True)
-class _BlockProblem(whole.Problem):
+class BlockProblem(whole.Problem):
     """What both kernels know of the call."""
 
     layers: int = 1
@@ -99,23 +101,20 @@ def _attend(
     window: int | None,
     interpret: bool,
 ) -> Array:
-    _, num_tokens, num_heads, head_dim = query.shape
     _, slots, num_kv_heads, _ = keys.shape
-    problem = _BlockProblem(
-        num_tokens,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        slots,
-        window,
-        layers=blocks.shape[1],
-        entries=blocks.shape[3],
-        block_size=block_size,
-        itemsize=query.dtype.itemsize,
-    )
+    problem = problem_of(query, blocks, slots=slots, num_kv_heads=num_kv_heads, block_size=block_size, window=window)
     layer = layer.reshape(1)
     shares = _attend_to_shares(query, keys, values, lengths, blocks, layer, problem=problem, interpret=interpret)
-    return _join_shares(lengths, blocks, layer, *shares, problem=problem, dtype=query.dtype, interpret=interpret)
+    return join_shares(lengths, blocks, layer, *shares, problem=problem, dtype=query.dtype, interpret=interpret)
+
+
+def problem_of(
+    query: Array, blocks: Array, *, slots: int, num_kv_heads: int, block_size: int, window: int | None
+) -> BlockProblem:
+    _, num_tokens, num_heads, head_dim = query.shape
+    _, layers, _, entries = blocks.shape
+    table: Any = {"layers": layers, "entries": entries, "block_size": block_size, "itemsize": query.dtype.itemsize}
+    return BlockProblem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window, **table)
 
 
 def _attend_to_shares(
@@ -126,7 +125,7 @@ def _attend_to_shares(
     blocks: Array,
     layer: Array,
     *,
-    problem: _BlockProblem,
+    problem: BlockProblem,
     interpret: bool,
 ) -> tuple[Array, ...]:
     batch, row_blocks = query.shape[0], problem.row_blocks
@@ -136,7 +135,7 @@ def _attend_to_shares(
         grid=(problem.num_kv_heads * row_blocks, problem.shares, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda program, share, sequence: (sequence,)),
-            _table_spec(problem, lambda program, share, sequence: (sequence, 0, lax.div(program, row_blocks), 0)),
+            table_spec(problem, lambda program, share, sequence: (sequence, 0, lax.div(program, row_blocks), 0)),
             pl.BlockSpec((None,), lambda program, share, sequence: (0,)),
             *whole.arrays_read(problem),
         ],
@@ -148,7 +147,7 @@ def _attend_to_shares(
     )(lengths, blocks, layer, query, keys, values)
 
 
-def _table_spec(problem: _BlockProblem, index_map) -> pl.BlockSpec:
+def table_spec(problem: BlockProblem, index_map) -> pl.BlockSpec:
     return pl.BlockSpec((None, problem.layers, None, problem.entries), index_map)
 
 
@@ -163,9 +162,37 @@ def _share_kernel(
     total_ref,  # [16] f32
     mixed_ref,  # [16, block_dim] f32
     *,
-    problem: _BlockProblem,
+    problem: BlockProblem,
 ):
-    program, share, length, layer = pl.program_id(0), pl.program_id(1), length_ref[...], layer_ref[...]
+    def load(slots: Array, end: Array) -> tuple[Array, Array, None]:
+        keys, values = (load_slots(ref, slots, (slots >= 0) & (slots < end), problem) for ref in (keys_ref, values_ref))
+        return keys, values, None
+
+    results = maximum_ref, total_ref, mixed_ref
+    attend_to_share(length_ref[...], table_ref, layer_ref[...], query_ref, results, load=load, problem=problem)
+
+
+def attend_to_share(
+    length: Array,
+    table_ref: registers.Ref,
+    layer: Array,
+    query_ref: registers.Ref,
+    result_refs: tuple[registers.Ref, ...],
+    *,
+    load: Callable[[Array, Array], tuple[Array, Array, Array | None]],
+    problem: BlockProblem,
+) -> None:
+    """What a program does.
+
+    Args:
+        length, layer: of the sequence, and which of the tables.
+        table_ref, query_ref: as the kernel has them.
+        result_refs: largest logits, sums and weighted values.
+        load: for some slots, and where no row sees any more, their keys and values ``[block_slots, block_dim]``, and
+            None or what the values are to be multiplied by ``[block_slots]``.
+        problem: the call.
+    """
+    program, share = pl.program_id(0), pl.program_id(1)
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
     rows = row_block * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
     exists = rows < problem.num_rows
@@ -183,24 +210,25 @@ def _share_kernel(
         def attend_to_tile(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, mixed = carry
             start = first + tile * problem.block_slots
-            slots = _listed_slots(table_ref, layer, begins, start, problem)
-            keys, values = (_load_slots(ref, slots, end, problem) for ref in (keys_ref, values_ref))
+            slots = listed_slots(table_ref, layer, begins, start, problem)
+            keys, values, scales = load(slots, end)
             shape = (_ROWS, problem.block_slots)
             across, at = jnp.broadcast_to(slots[None, :], shape), jnp.broadcast_to(positions[:, None], shape)
             seen = (across >= problem.first_seen(at)) & (across <= at) & (across < end) & (across >= 0)
             logits = whole.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
             maximum, kept, weights = whole.raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
             total = total * kept + jnp.sum(weights, axis=1)
+            weights = weights if scales is None else weights * scales[None, :]
             mixed = mixed * kept[:, None] + whole.dot(weights.astype(values.dtype), values, contract=(1, 0))
             return maximum, total, mixed
 
         results = lax.fori_loop(0, num_tiles, attend_to_tile, whole.nothing((_ROWS,), problem))
-        for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
+        for ref, result in zip(result_refs, results, strict=True):
             mask = exists if result.ndim == 1 else jnp.broadcast_to(exists[:, None], result.shape)
             plgpu.store(ref, result, mask=mask)
 
 
-def _listed_slots(table_ref: registers.Ref, layer: Array, begins: Array, start: Array, problem: _BlockProblem) -> Array:
+def listed_slots(table_ref: registers.Ref, layer: Array, begins: Array, start: Array, problem: BlockProblem) -> Array:
     """The slots that the table lists from a place on ``[block_slots]``; past its end -1."""
     place = start + lax.broadcasted_iota(jnp.int32, (problem.block_slots,), 0)
     entry, within = lax.div(place, problem.block_size), lax.rem(place, problem.block_size)
@@ -211,18 +239,17 @@ def _listed_slots(table_ref: registers.Ref, layer: Array, begins: Array, start: 
     return jnp.where(everything, place, slots)
 
 
-def _load_slots(ref: registers.Ref, slots: Array, end: Array, problem: _BlockProblem) -> Array:
-    """Keys or values of some slots ``[block_slots, block_dim]``, with zeros where there are none."""
+def load_slots(ref: registers.Ref, slots: Array, exist: Array, problem: BlockProblem) -> Array:
+    """Rows of some slots ``[block_slots, block_dim]``, with zeros where there are none."""
     shape = (problem.block_slots, problem.block_dim)
-    slots = jnp.broadcast_to(slots[:, None], shape)
-    dims = lax.broadcasted_iota(jnp.int32, shape, 1)
-    mask = (slots >= 0) & (slots < end)
+    dims, mask = lax.broadcasted_iota(jnp.int32, shape, 1), jnp.broadcast_to(exist[:, None], shape)
     if problem.block_dim != problem.head_dim:
         mask &= dims < problem.head_dim
-    return plgpu.load(ref.at[slots, dims], mask=mask, other=jnp.zeros((), ref.dtype))
+    here = ref.at[jnp.broadcast_to(slots[:, None], shape), dims]
+    return plgpu.load(here, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _join_shares(
+def join_shares(
     lengths: Array,
     blocks: Array,
     layer: Array,
@@ -230,7 +257,7 @@ def _join_shares(
     total: Array,
     mixed: Array,
     *,
-    problem: _BlockProblem,
+    problem: BlockProblem,
     dtype: DTypeLike,
     interpret: bool,
 ) -> Array:
@@ -241,7 +268,7 @@ def _join_shares(
         grid=(problem.num_heads, problem.num_tokens, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
-            _table_spec(problem, lambda head, token, sequence: (sequence, 0, lax.div(head, group), 0)),
+            table_spec(problem, lambda head, token, sequence: (sequence, 0, lax.div(head, group), 0)),
             pl.BlockSpec((None,), lambda head, token, sequence: (0,)),
             *whole.parts_joined(problem, problem.shares),
         ],
@@ -262,7 +289,7 @@ def _join_kernel(
     mixed_ref,  # [shares, block_dim] f32
     out_ref,  # [block_dim]
     *,
-    problem: _BlockProblem,
+    problem: BlockProblem,
     interpret: bool,
 ):
     end = problem.end_of_seen(length_ref[...] + (problem.num_tokens - 1))

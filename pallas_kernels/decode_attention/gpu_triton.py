@@ -25,12 +25,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.decode_attention.reference import BLOCK, MAX_DECODE_TOKENS, weighed_tokens
 
-_ROWS = 16  # of a tile: the fewest that a tensor core takes
+ROWS = 16  # of a tile: the fewest that a tensor core takes
 _MAX_HEAD_DIM = 256
 # Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
-_SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
+SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
 _CHUNKS = 16  # the short ones, and those that are put together at a time
-_SHORT_SLOTS, _LONG_SLOTS = _CHUNKS * _SHORT_CHUNK, _CHUNKS * _LONG_CHUNK
+_SHORT_SLOTS, _LONG_SLOTS = _CHUNKS * SHORT_CHUNK, _CHUNKS * _LONG_CHUNK
 _TILE_BYTES = 16384  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
 
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def row_blocks(self) -> int:
-        return pl.cdiv(self.num_rows, _ROWS)
+        return pl.cdiv(self.num_rows, ROWS)
 
     @property
     def block_dim(self) -> int:
@@ -78,7 +78,7 @@ class Problem:
     @property
     def num_chunks(self) -> int:
         short = min(self.slots, _SHORT_SLOTS)
-        return pl.cdiv(short, _SHORT_CHUNK) + pl.cdiv(self.slots - short, _LONG_CHUNK)
+        return pl.cdiv(short, SHORT_CHUNK) + pl.cdiv(self.slots - short, _LONG_CHUNK)
 
     def first_seen(self, position: Array) -> Array | int:
         """The first slot that a token at ``position`` sees."""
@@ -133,7 +133,7 @@ def decode_attention_with_masses(
 def _attend(query: Array, keys: Array, values: Array, lengths: Array, *, window: int | None, interpret: bool) -> Array:
     problem = _problem_of(query, keys, window)
     chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
-    [out] = _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    [out] = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
     return out
 
 
@@ -143,11 +143,9 @@ def _attend_and_weigh(
 ) -> tuple[Array, Array]:
     problem = dataclasses.replace(_problem_of(query, keys, window), weigh_blocks=True)
     *chunks, block_sums = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
-    out, whole_sums = _join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
-    masses = _weigh_blocks(lengths, whole_sums, block_sums, problem=problem, interpret=interpret)
-    together = block_size // BLOCK
-    masses = jnp.pad(masses, ((0, 0), (0, 0), (0, -masses.shape[2] % together)))
-    return out, masses.reshape(*masses.shape[:2], -1, together).sum(axis=-1)
+    out, whole_sums = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    sums = whole_sums, block_sums
+    return out, weigh_blocks(lengths, *sums, block_size=block_size, problem=problem, interpret=interpret)
 
 
 def _problem_of(query: Array, keys: Array, window: int | None) -> Problem:
@@ -165,22 +163,7 @@ def _attend_to_chunks(
     Chunks, blocks and rows that see nothing, or do not exist, are not written.
     """
     batch, row_blocks = query.shape[0], problem.row_blocks
-    out_specs, out_shape = parts_of(problem, batch, problem.num_chunks)
-    if problem.weigh_blocks:
-        weighing = pl.cdiv(problem.weighed_rows, _ROWS)
-        sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * _ROWS)
-        out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
-        out_specs.append(
-            pl.BlockSpec(
-                (None, None, problem.num_blocks, _ROWS),
-                lambda program, chunk, sequence: (
-                    sequence,
-                    lax.div(program, row_blocks),
-                    0,
-                    jnp.minimum(lax.rem(program, row_blocks), weighing - 1),
-                ),
-            )
-        )
+    out_specs, out_shape = results_of_chunks(problem, batch)
     return pl.pallas_call(
         functools.partial(_chunk_kernel, problem=problem),
         # Programs that read the same slots stand next to each other.
@@ -213,11 +196,32 @@ def parts_of(problem: Problem, batch: int, count: int) -> tuple[list[pl.BlockSpe
     def block(program, part, sequence):
         return sequence, lax.div(program, problem.row_blocks), part, lax.rem(program, problem.row_blocks)
 
-    rows = pl.BlockSpec((None, None, None, _ROWS), block)
-    wide = pl.BlockSpec((None, None, None, _ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
-    shape = (batch, problem.num_kv_heads, count, problem.row_blocks * _ROWS)
+    rows = pl.BlockSpec((None, None, None, ROWS), block)
+    wide = pl.BlockSpec((None, None, None, ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
+    shape = (batch, problem.num_kv_heads, count, problem.row_blocks * ROWS)
     shapes = [shape, shape, (*shape, problem.block_dim)]
     return [rows, rows, wide], [jax.ShapeDtypeStruct(one, jnp.float32) for one in shapes]
+
+
+def results_of_chunks(problem: Problem, batch: int) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
+    """What programs for chunks leave: their parts, and of a problem that weighs blocks the sums of these."""
+    out_specs, out_shape = parts_of(problem, batch, problem.num_chunks)
+    if problem.weigh_blocks:
+        weighing = pl.cdiv(problem.weighed_rows, ROWS)
+        sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * ROWS)
+        out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+        out_specs.append(
+            pl.BlockSpec(
+                (None, None, problem.num_blocks, ROWS),
+                lambda program, chunk, sequence: (
+                    sequence,
+                    lax.div(program, problem.row_blocks),
+                    0,
+                    jnp.minimum(lax.rem(program, problem.row_blocks), weighing - 1),
+                ),
+            )
+        )
+    return out_specs, out_shape
 
 
 def parts_joined(problem: Problem, count: int) -> list[pl.BlockSpec]:
@@ -251,13 +255,13 @@ def _chunk_kernel(
 ):
     program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
-    rows = row_block * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
+    rows = row_block * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
     exists = rows < problem.num_rows
 
     # Whole tiles from the first slot that the first token sees to the last one that the last token sees.
-    block_slots = min(_SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
-    chunk_start = _first_slot(chunk)
-    end = jnp.minimum(_first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
+    block_slots = min(SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
+    chunk_start = first_slot(chunk)
+    end = jnp.minimum(first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
     first_tile = lax.div(jnp.maximum(problem.first_seen(length) - chunk_start, 0), block_slots)
     end_tile = lax.div(end - chunk_start + (block_slots - 1), block_slots)
 
@@ -271,12 +275,12 @@ def _chunk_kernel(
             bounds=(chunk_start, end),
             block_slots=block_slots,
             sums_ref=block_sums_ref[0] if block_sums_ref else None,
-            weighs=row_block * _ROWS < problem.weighed_rows,
+            weighs=row_block * ROWS < problem.weighed_rows,
             problem=problem,
         )
-        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, nothing((_ROWS,), problem))
+        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, nothing((ROWS,), problem))
         for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
-            plgpu.store(ref, result, mask=exists if result.ndim == 1 else _across(exists, result.shape))
+            plgpu.store(ref, result, mask=exists if result.ndim == 1 else across(exists, result.shape))
 
 
 def _attend_to_tile(
@@ -295,16 +299,16 @@ def _attend_to_tile(
     maximum, total, mixed = carry
     chunk_start, end = bounds
     start = chunk_start + tile * block_slots
-    keys, values = (_load_slots(ref, start, end, block_slots, problem) for ref in cache_refs)
-    shape = (_ROWS, block_slots)
-    slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), _across(positions, shape)
+    keys, values = (load_slots(ref, start, end, block_slots, problem) for ref in cache_refs)
+    shape = (ROWS, block_slots)
+    slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), across(positions, shape)
     seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
     logits = dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
     maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
     total = total * kept + jnp.sum(weights, axis=1)
     mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
     if sums_ref is not None:
-        sums = jnp.sum(weights.reshape(_ROWS, block_slots // BLOCK, BLOCK), axis=2)
+        sums = jnp.sum(weights.reshape(ROWS, block_slots // BLOCK, BLOCK), axis=2)
         shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         first = lax.div(start, BLOCK)
         exists = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < problem.num_blocks
@@ -314,14 +318,16 @@ def _attend_to_tile(
     return maximum, total, mixed
 
 
-def _weigh_blocks(lengths: Array, whole_sums: Array, block_sums: Array, *, problem: Problem, interpret: bool) -> Array:
-    """The masses of all blocks ``[B, KH, blocks]`` float32, of the logarithms of sums; see the reference."""
+def weigh_blocks(
+    lengths: Array, whole_sums: Array, block_sums: Array, *, block_size: int, problem: Problem, interpret: bool
+) -> Array:
+    """The masses of all blocks ``[B, KH, NB]`` float32, of the logarithms of sums; see the reference."""
     batch, block_rows = lengths.shape[0], pl.next_power_of_2(problem.weighed_rows)
 
     def whole(*sizes: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *sizes), lambda step, head, sequence: (sequence, head, *[0] * len(sizes)))
 
-    return pl.pallas_call(
+    masses = pl.pallas_call(
         functools.partial(_weigh_kernel, problem=problem),
         grid=(pl.cdiv(problem.num_blocks, _WEIGHED), problem.num_kv_heads, batch),
         in_specs=[
@@ -335,6 +341,9 @@ def _weigh_blocks(lengths: Array, whole_sums: Array, block_sums: Array, *, probl
         interpret=interpret,
         name="decode_attention_masses",
     )(lengths, whole_sums, block_sums)
+    together = block_size // BLOCK
+    masses = jnp.pad(masses, ((0, 0), (0, 0), (0, -masses.shape[2] % together)))
+    return masses.reshape(*masses.shape[:2], -1, together).sum(axis=-1)
 
 
 def _weigh_kernel(
@@ -360,7 +369,7 @@ def _weigh_kernel(
     plgpu.store(masses_ref, masses, mask=here < problem.num_blocks)
 
 
-def _join_chunks(
+def join_chunks(
     lengths: Array,
     maximum: Array,
     total: Array,
@@ -374,7 +383,7 @@ def _join_chunks(
     batch, group = lengths.shape[0], problem.group
     out_specs, out_shape = ([one] for one in result_of(problem, batch, dtype))
     if problem.weigh_blocks:
-        sums = (batch, problem.num_kv_heads, problem.row_blocks * _ROWS)
+        sums = (batch, problem.num_kv_heads, problem.row_blocks * ROWS)
         out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
         out_specs.append(
             pl.BlockSpec(
@@ -414,8 +423,8 @@ def _join_kernel(
         maximum, total, mixed = carry
         here = pl.ds(step * _CHUNKS, _CHUNKS)
         chunks = step * _CHUNKS + lax.broadcasted_iota(jnp.int32, (_CHUNKS,), 0)
-        seen = (_first_slot(chunks) < end) & (_first_slot(chunks + 1) > first)
-        seen_wide = _across(seen, (_CHUNKS, problem.block_dim))
+        seen = (first_slot(chunks) < end) & (first_slot(chunks + 1) > first)
+        seen_wide = across(seen, (_CHUNKS, problem.block_dim))
         # What was not written may hold anything, so it is not read.
         maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
         totals = plgpu.load(total_ref.at[here], mask=seen, other=0.0)
@@ -435,22 +444,22 @@ def _join_kernel(
         sum_ref[0][...] = jnp.where(total > 0, maximum + jnp.log(total), 0.0)
 
 
-def _first_slot(chunk: Array) -> Array:
+def first_slot(chunk: Array) -> Array:
     """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
-    return jnp.where(chunk < _CHUNKS, chunk * _SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
+    return jnp.where(chunk < _CHUNKS, chunk * SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
 
 
 def load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: Problem) -> Array:
     """The queries of 16 rows ``[16, block_dim]``, with zeros where there are none."""
-    shape = (_ROWS, problem.block_dim)
-    rows, group = _across(rows, shape), problem.group
+    shape = (ROWS, problem.block_dim)
+    rows, group = across(rows, shape), problem.group
     dims = lax.broadcasted_iota(jnp.int32, shape, 1)
     queries = ref.at[lax.div(rows, group), kv_head * group + lax.rem(rows, group), dims]
-    mask = _across(exists, shape) & (dims < problem.head_dim)
+    mask = across(exists, shape) & (dims < problem.head_dim)
     return plgpu.load(queries, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: Problem) -> Array:
+def load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: Problem) -> Array:
     """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
     shape = (block_slots, problem.block_dim)
     mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
@@ -472,7 +481,7 @@ def raise_maximum(maximum: Array, logits: Array) -> tuple[Array, Array, Array]:
     return raised, jnp.exp(maximum - shift), jnp.exp(logits - shift[..., None])
 
 
-def _across(column: Array, shape: tuple[int, int]) -> Array:
+def across(column: Array, shape: tuple[int, int]) -> Array:
     """A value per row, repeated along the row."""
     return jnp.broadcast_to(column[:, None], shape)
 

@@ -29,6 +29,7 @@ def describe_model(model: LanguageModel, *, synthetic: bool) -> dict[str, Any]:
         "formats": [{"group_size": size, "symmetric": symmetric} for size, symmetric in sorted(formats)],
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
         "dtype": str(decoder.dtype),
+        "kv": decoder.kv,
         "kernels": model.kernels,
         "num_bytes": model.nbytes,
     }

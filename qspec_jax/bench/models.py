@@ -29,7 +29,7 @@ class ModelRequest:
     Attributes:
         name, config, path: the model; ``path`` is None for synthetic weights.
         quantization: of the 4-bit modes; None for what the model brings.
-        verify, draft_model, dtype, kernels, mesh: as in :func:`qspec_jax.load`.
+        verify, draft_model, dtype, kernels, kv, mesh: as in :func:`qspec_jax.load`.
         heads: ``head_bits`` and ``draft_head`` there, as far as they are given.
     """
 
@@ -39,6 +39,7 @@ class ModelRequest:
     quantization: QuantConfig | None
     dtype: str | None
     kernels: str
+    kv: str
     mesh: str | None
     verify: str
     draft_model: str | None
@@ -52,13 +53,14 @@ class ModelRequest:
         return [some for some in ([mode for mode in modes if mode != "float"], in_float) if some]
 
     def check_device(self, batches: Sequence[int] = ()) -> None:
-        """Raises UsageError where kernels, dtype or mesh make no sense on the devices here, or for some batches."""
+        """Raises UsageError where its options make no sense on the devices here, or for some batches."""
         from qspec_jax.model.linear import complete_formats
-        from qspec_jax.model.placement import decoder_options
+        from qspec_jax.model.placement import decoder_options, kv_format
         from qspec_jax.model.sharding import check_split
 
-        decoder_options(self.kernels, self.dtype)
-        if (mesh := make_mesh(self.mesh)) is None:
+        mesh, dtype = make_mesh(self.mesh), decoder_options(self.kernels, self.dtype)["dtype"]
+        kv_format(self.kv, dtype=dtype, kernels=self.kernels, mesh=mesh)
+        if mesh is None:
             return
         shape, formats = shape_of(mesh), complete_formats(layer_anatomy(self.config).linears, self.quantization, None)
         check_split(self.config, shape.model, quantization=self.quantization, formats=formats)
@@ -67,7 +69,7 @@ class ModelRequest:
 
     def load(self, *, floating_point: bool) -> LanguageModel:
         """The model with 4-bit weights, or in floating point."""
-        placement: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels, "mesh": self.mesh}
+        placement: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels, "kv": self.kv, "mesh": self.mesh}
         if self.path is None:
             from qspec_jax.bench.synthetic import synthetic_model
 
@@ -144,6 +146,7 @@ def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, p
         "quantization": chosen_quantization(arguments, config),
         "dtype": arguments.dtype,
         "kernels": arguments.kernels,
+        "kv": arguments.kv,
         "mesh": arguments.mesh,
         "verify": arguments.verify,
         "draft_model": arguments.draft_model,

@@ -27,7 +27,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.parameters import FLOATS
-from qspec_jax.model.placement import decoder_options, kernels_in_use
+from qspec_jax.model.placement import decoder_options, kernels_in_use, kv_format
 from qspec_jax.model.shards import Shards, parameters
 from qspec_jax.weights.placing import MeshPlacing, Placing
 
@@ -38,6 +38,7 @@ def synthetic_model(
     quantization: QuantConfig | None,
     dtype: str | None = None,
     kernels: str = "auto",
+    kv: str = "model",
     name: str = "synthetic",
     mesh: Mesh | str | None = None,
 ) -> LanguageModel:
@@ -47,16 +48,17 @@ def synthetic_model(
         config: the shape.
         quantization: how weights are stored; None for floating point.
         dtype: of what is not quantised, as in :func:`qspec_jax.load`.
-        kernels: as in :func:`qspec_jax.load`.
+        kernels, kv: as in :func:`qspec_jax.load`.
         name: of the model.
         mesh: as in :func:`qspec_jax.load`.
 
     Raises:
-        UsageError: ``dtype``, ``kernels`` or ``mesh`` make no sense here.
+        UsageError: ``dtype``, ``kernels``, ``kv`` or ``mesh`` make no sense here.
         OutOfMemoryError: the model does not fit; raised before anything is made where that can be told.
     """
     arrangement = decoder_options(kernels, dtype)
     on = make_mesh(mesh)
+    kv = kv_format(kv, dtype=arrangement["dtype"], kernels=kernels, mesh=on)
     shapes: dict[str, Any] = {"quantization": quantization, "formats": None, **arrangement}
     shards = None if on is None else Shards.of(config, on, **shapes)
     decoder = abstract_decoder(config, **shapes) if shards is None else shards.shapes()
@@ -72,7 +74,7 @@ def synthetic_model(
             # One after the other: allocation would otherwise run ahead of the temporary arrays that are freed.
             parameter.set_value(jax.block_until_ready(made(keys.next(), like.get_value(), kind=_kind(path))))
         _fill_floats(decoder, on)
-    in_use = kernels_in_use(decoder, kernels)
+    in_use, decoder.kv = kernels_in_use(decoder, kernels), kv
     return LanguageModel(decoder, None, quantization=quantization, kernels=in_use, name=name, mesh=on)
 
 

@@ -22,6 +22,7 @@ from qspec_jax.model.config import (
     DTYPES,
     GROUP_SIZES,
     HEAD_BITS,
+    KV_NAMES,
     WHOLE_ROW,
     QuantConfig,
     parse_group_size,
@@ -217,6 +218,13 @@ def _mesh(text: str) -> str:
 def add_dtype(parser: Parser, text: str = _DTYPE_HELP) -> None:
     """``--dtype``."""
     parser.add_argument("--dtype", choices=DTYPES, help=text)
+
+
+def add_kv(parser: Parser) -> None:
+    """``--kv``."""
+    text = "keys and values in the cache: in the dtype of the model (bf16 if that is its dtype), or int8 in about half "
+    text += "of the memory (default: model)"
+    parser.add_argument("--kv", choices=KV_NAMES, default="model", help=text)
 
 
 def add_batch_size(parser: Parser, text: str, *, several: bool = False) -> None:

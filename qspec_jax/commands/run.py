@@ -167,7 +167,7 @@ def load_and_compile(
 
     Args:
         load: :func:`qspec_jax.load`.
-        arguments: ``model``, ``mode``, ``dtype``, ``kernels``, ``mesh`` and those of :func:`weights_of`.
+        arguments: ``model``, ``mode``, ``dtype``, ``kernels``, ``kv``, ``mesh`` and those of :func:`weights_of`.
         compile_ahead: compiles what will be needed, with a model whose weights are not there yet.
 
     Raises:
@@ -184,6 +184,7 @@ def load_and_compile(
         **weights_of(arguments),
         dtype=arguments.dtype,
         kernels=arguments.kernels,
+        kv=arguments.kv,
         mesh=arguments.mesh,
         progress=is_terminal(sys.stderr),
         compile_ahead=with_store,

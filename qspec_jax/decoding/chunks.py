@@ -11,7 +11,8 @@ from qspec_jax.decoding.plan import Plan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures
 
-# A chunk of a prompt is padded to the next of these widths; a longer prompt is read in chunks of the last.
+# A chunk of a prompt is padded to the next of these widths; a longer prompt is read in chunks of the last. Rows may
+# share them, so that it is a multiple of what `restart_multiple` of model/cache.py says.
 CHUNK_WIDTHS = (32, 64, 128, 256, 512)
 # Caches are rounded up to multiples of 64: nearby lengths share a program.
 _CAPACITY_MULTIPLE = 64

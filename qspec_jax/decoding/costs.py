@@ -23,6 +23,7 @@ import jax
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.program_store import source_digest
 from qspec_jax.files.whole import replace
+from qspec_jax.model.cache import position_bytes
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 from qspec_jax.model.layouts import num_bytes, outside_bytes, unread_bytes
@@ -81,7 +82,7 @@ class PassBytes:
     def of(cls, decoder: Decoder) -> PassBytes:
         """Of a decoder, whose arrays may be shapes."""
         config = decoder.config
-        position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
+        position = position_bytes(config, dtype_bytes=decoder.dtype.itemsize, kv=decoder.kv)
         unread = {view.weight_bits: unread_bytes(decoder, view) for view in map(View, (4, 8, None))}
         head = num_bytes(decoder.head_for(View()))
         weights = bytes_of_decoder(decoder) - outside_bytes(decoder) + head
@@ -270,7 +271,7 @@ def table_path(folder: Path, decoder: Decoder) -> Path:
     weights = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(_state(decoder))]
     device = jax.local_devices()[0]
     kernels = decoder.layers[0].attention.kernels
-    facts: Any = (decoder.config, weights, kernels, device.device_kind, jax.__version__, source_digest())
+    facts: Any = (decoder.config, weights, kernels, decoder.kv, device.device_kind, jax.__version__, source_digest())
     return folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"
 
 

@@ -17,6 +17,7 @@ from qspec_jax.decoding.chunks import CHUNK_WIDTHS, fitting_capacity
 from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW
 from qspec_jax.decoding.speedup import expected_tokens
 from qspec_jax.device.mesh import MeshShape
+from qspec_jax.model import cache as cached
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.parameters import layer_anatomy
@@ -148,8 +149,7 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
 
 def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int) -> int:
     """Of keys and values of a position in all layers, on one of the devices that share a model."""
-    heads = cached_config(config, split).num_kv_heads // split
-    return 2 * config.num_layers * heads * config.head_dim * dtype_bytes
+    return cached.position_bytes(cached_config(config, split), dtype_bytes=dtype_bytes) // split
 
 
 def _activations(config: ModelConfig, split: int, *, tokens: int, sums: int, logits: int, dtype_bytes: int) -> int:

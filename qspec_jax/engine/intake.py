@@ -78,12 +78,14 @@ class Intake:
         tokenizer: None if prompts can only be token ids.
         stop_tokens: token ids that end every sequence.
         name: of the model, for messages.
+        restart: of which the tokens must be a multiple that prompts share (``model/cache.py``).
     """
 
     config: ModelConfig
     tokenizer: Tokenizer | None
     stop_tokens: tuple[int, ...]
     name: str
+    restart: int = 1
 
     def request(
         self,
@@ -118,6 +120,7 @@ class Intake:
         sampling = dataclasses.replace(sampling, stop_token_ids=stop_tokens)
         text, messages = (read, []) if isinstance(read, str) else (None, read)
         prefix_length = self._require_tokenizer().system_length(messages, token_ids) if _are_messages(messages) else 0
+        prefix_length -= prefix_length % self.restart
         more: dict[str, Any] = {"prompt": text, "watch": watch, "prefix_length": prefix_length, "session": session}
         return Request(token_ids, max_new_tokens, sampling, **more)
 

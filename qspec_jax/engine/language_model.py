@@ -25,6 +25,7 @@ from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
 from qspec_jax.errors import UsageError
+from qspec_jax.model.cache import restart_multiple
 from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, num_bytes
 
@@ -92,7 +93,7 @@ class LanguageModel:
     @property
     def intake(self) -> Intake:
         """What checks and tokenises requests."""
-        return Intake(self.config, self.tokenizer, self.stop_tokens, self.name)
+        return Intake(self.config, self.tokenizer, self.stop_tokens, self.name, restart_multiple(self.decoder.kv))
 
     @property
     def num_compilations(self) -> int:

@@ -27,7 +27,7 @@ from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.linear import WeightFormat, with_bits_of
-from qspec_jax.model.placement import decoder_options, kernels_in_use
+from qspec_jax.model.placement import decoder_options, kernels_in_use, kv_format
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.head import check_head, head_of
@@ -174,6 +174,7 @@ def load(
     quantization: QuantConfig | Literal["auto"] | Any = "auto",
     dtype: str | None = None,
     kernels: str = "auto",
+    kv: str | Any = "model",
     mesh: Mesh | str | Any = None,
     verify: str | Any = AUTO,
     draft_model: str | os.PathLike[str] | Any = None,
@@ -198,6 +199,9 @@ def load(
             whatever is given. None to have the weights in floating point (mode ``float`` only).
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
+        kv: how keys and values are kept: ``model`` in its dtype (``bf16`` is the same of a model in bfloat16), or
+            ``int8`` in about half of the memory, on one CPU, or one GPU with ``kernels="triton"``. QSpec yields the
+            tokens of plain decoding with the same cache.
         mesh: devices that share the model: ``"data=2,model=4"`` of JAX's first devices, or a ``jax.sharding.Mesh`` with
             one or both of these axes. Rows of a batch are split over ``data``; heads, channels and vocabulary over
             ``model``. No device holds more than its share. None for the default device alone.
@@ -234,6 +238,7 @@ def load(
         enable_compilation_cache()
     _check_processes(mesh)
     on = make_mesh(mesh)
+    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels, mesh=on)
     draft_path = None if draft_model is None else resolve_model(draft_model, what="draft_model")
     heads: dict[str, Any] = {"head_bits": head_bits, "draft_head": draft_head}
     opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path, **heads)
@@ -243,10 +248,10 @@ def load(
     pool = ThreadPoolExecutor(2, thread_name_prefix="load")
     try:
         tokenizer = pool.submit(opened.tokenizer)
-        programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, kernels, placement, shards)
+        programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, (kernels, kv), placement, shards)
         placing = Placing() if shards is None else MeshPlacing(shards)
         decoder = opened.read(progress=ending_with(tokenizer, shown), placing=placing, **placement)
-        loaded = _assemble(opened, decoder, tokenizer.result(), kernels, on)
+        loaded = _assemble(opened, decoder, tokenizer.result(), (kernels, kv), on)
         if programs.exception() is None and (compiled := programs.result()) is not None:
             loaded.programs.adopt(compiled)
         return loaded
@@ -267,9 +272,14 @@ def _check_processes(mesh: Any) -> None:
 
 
 def _assemble(
-    opened: OpenedModel, decoder: Decoder, tokenizer: Tokenizer | None, kernels: str, mesh: Mesh | None
+    opened: OpenedModel,
+    decoder: Decoder,
+    tokenizer: Tokenizer | None,
+    runs: tuple[str, str],
+    mesh: Mesh | None,
 ) -> LanguageModel:
-    """A model around a decoder, which may have shapes alone."""
+    """A model around a decoder, which may have shapes alone; ``runs`` are the kernels asked for, and its cache."""
+    kernels, decoder.kv = runs
     options: dict[str, Any] = {"quantization": opened.quantization, "name": opened.name, "mesh": mesh}
     return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
@@ -278,7 +288,7 @@ def _programs_ahead(
     compile_ahead: Callable[[LanguageModel], None] | None,
     opened: OpenedModel,
     tokenizer: Future[Tokenizer | None],
-    kernels: str,
+    runs: tuple[str, str],
     placement: Mapping[str, Any],
     shards: Shards | None,
 ) -> Programs | None:
@@ -287,7 +297,7 @@ def _programs_ahead(
         return None
     shell = opened.shapes(placement) if shards is None else shards.shapes()
     mesh = None if shards is None else shards.mesh
-    compile_ahead(model := _assemble(opened, shell, tokenizer.result(), kernels, mesh))
+    compile_ahead(model := _assemble(opened, shell, tokenizer.result(), runs, mesh))
     return model.programs
 
 

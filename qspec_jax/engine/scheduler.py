@@ -47,6 +47,7 @@ from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.sequence import RunningSequence, evenness
+from qspec_jax.model.cache import restart_multiple
 
 _BURST_S = 0.5
 _FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
@@ -364,6 +365,8 @@ class Scheduler:
         """An idle row for a sequence, which may go on with the text of its session there."""
         request = entering.request
         row, num_kept = self._texts.find(request.session, request.token_ids)
+        if num_kept:
+            num_kept -= num_kept % restart_multiple(self._programs.decoder.kv)
         if row in idle and num_kept > self._held.num_shared(entering.chunks):
             entering.go_on_after(num_kept)
             self.totals.reused_prompt_tokens += num_kept

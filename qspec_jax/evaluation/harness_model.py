@@ -30,17 +30,8 @@ from qspec_jax.model.view import View
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
 _ARGUMENTS = (
-    "model",
-    "mode",
-    "draft",
-    "draft_length",
-    "dtype",
-    "kernels",
-    "mesh",
-    "verify",
-    "draft_model",
-    "batch_size",
-    "max_length",
+    *("model", "mode", "draft", "draft_length", "dtype", "kernels", "kv", "mesh"),
+    *("verify", "draft_model", "batch_size", "max_length"),
 )
 _WITHOUT_MEANING = ("device", "max_batch_size", "trust_remote_code")  # given to every class of lm-eval
 Scores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
@@ -59,6 +50,7 @@ class HarnessModel(TemplateLM):
         draft_length: int | str = 3,
         dtype: str | None = None,
         kernels: str = "auto",
+        kv: str = "model",
         mesh: str | None = None,
         verify: str = AUTO,
         draft_model: str | None = None,
@@ -72,7 +64,7 @@ class HarnessModel(TemplateLM):
         Args:
             model: what ``qspec_jax.load`` takes (``default`` for the demo model), or a loaded model.
             mode, draft, draft_length: as in ``LanguageModel.generate``.
-            dtype, kernels, verify, draft_model: as in ``qspec_jax.load``; a loaded model has its own ``draft_model``.
+            dtype, kernels, kv, verify, draft_model: as in ``qspec_jax.load``; a loaded model has its own last one.
             mesh: as well, with a semicolon between its axes: ``mesh=data=2;model=4``.
             batch_size: sequences that run together; ``auto`` is 8.
             max_length: tokens of a sequence, at most the model's context.
@@ -98,7 +90,7 @@ class HarnessModel(TemplateLM):
             kept = mode if mode == "w8a16" else verify
             weights: dict[str, Any] = {"quantization": quantization, "verify": kept, "draft_model": draft_model}
             name = None if model == "default" else model
-            model = qspec_jax.load(name, **weights, dtype=dtype, kernels=kernels, mesh=mesh)
+            model = qspec_jax.load(name, **weights, dtype=dtype, kernels=kernels, kv=kv, mesh=mesh)
         if model.tokenizer is None:
             raise UsageError(f"{model.name} has no tokenizer, which the harness needs")
         self.model, self.tokens, self.mode = model, model.tokenizer, mode

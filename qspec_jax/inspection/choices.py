@@ -15,6 +15,7 @@ import pallas_kernels
 from pallas_kernels import QuantizedWeight
 from pallas_kernels.dispatch import REFERENCE, Selection, recorded
 from qspec_jax.decoding.plan import default_draft_precision
+from qspec_jax.model.cache import KV_OF_MODEL
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out
@@ -51,6 +52,7 @@ def kernel_choices(
     formats: Mapping[str, WeightFormat] | None,
     kernels: str | None,
     dtype: Any,
+    kv: str = KV_OF_MODEL,
 ) -> dict[str, list[Choice]]:
     """For each pass of a cycle what each call of a layer and of the head runs, in their order.
 
@@ -60,6 +62,7 @@ def kernel_choices(
     decoder = abstract_decoder(
         one_layer, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=True
     )
+    decoder.kv = kv
     draft = dataclasses.replace(View.of(default_draft_precision()), head_bits=quantization.draft_head)
     nested = Precision.W8A16 if quantization.bits == 8 else Precision.W4A16
     verify = View.of(Precision.FLOAT if quantization.keep_floats else nested)

@@ -204,6 +204,7 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
         return (*attended(1), table, jnp.int32(1))
 
     yield case("rotate_and_write", "rotate_and_write", f"{shape}, {_ROWS} tokens", operands=rotated)
+    yield from _int8_cases(widths, dtype, attended=attended, rotated=rotated, listed=listed, shape=shape)
     for num_tokens in (1, _ROWS):
         new = f"{shape}, {num_tokens} token" + "s" * (num_tokens > 1)
         operands = functools.partial(attended, num_tokens)
@@ -218,6 +219,39 @@ def _attention_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
         dtype="float32",
         measure="numbers",
     )
+
+
+def _int8_cases(
+    widths: Widths, dtype: str, *, attended: Callable[[int], Any], rotated: Any, listed: Any, shape: str
+) -> Iterator[KernelCase]:
+    """Those over a cache of int8, with the queries of the other ones."""
+    case = functools.partial(KernelCase, dtype=dtype, num_inputs=widths.head_dim)
+
+    def cache() -> Any:
+        (batch, heads, head_dim), kv_heads = (len(_LENGTHS), widths.num_heads, widths.head_dim), widths.num_kv_heads
+        sizes: Any = {"num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": jnp.dtype(dtype)}
+        empty = pallas_kernels.Int8Cache.zeros(batch=batch, capacity=_SLOTS, **sizes)
+        qkv = _rows(batch, _SLOTS, heads + 2 * kv_heads, head_dim, dtype=dtype, seed=3)
+        angles = jnp.zeros((batch, _SLOTS, head_dim // 2), jnp.float32)
+        arrays = qkv, jnp.cos(angles), jnp.sin(angles), empty, jnp.zeros(batch, jnp.int32)
+        return pallas_kernels.prefill_int8(*arrays)[1]
+
+    def with_cache(operands: tuple[Any, ...], place: int) -> tuple[Any, ...]:
+        """Of the operands of another case, whose keys and values are at a place."""
+        return (*operands[:place], cache(), *operands[place + 2 :])
+
+    write, attend = "rotate_and_write_int8", "decode_attention_int8"
+    yield case(write, write, f"{shape}, {_ROWS} tokens", operands=lambda: with_cache(rotated(), 3))
+    for num_tokens in (1, _ROWS):
+        new = f"{shape}, {num_tokens} token" + "s" * (num_tokens > 1)
+        one = functools.partial(
+            case, attend, shape=new, operands=lambda count=num_tokens: with_cache(attended(count), 1), wide=True
+        )
+        yield one(function=attend)
+        yield one(function=f"{attend}_with_masses", options=_BLOCK)
+    blocks = f"{shape}, 12 blocks"
+    options: Any = {"operands": lambda: with_cache(listed(), 1), "options": _BLOCK, "wide": True}
+    yield case(attend, "block_attention_int8", blocks, **options)
 
 
 def _gated(operands: tuple[Any, ...], *, transform: bool, dtype: str, settings: Mapping[str, Any] | None = None) -> Any:

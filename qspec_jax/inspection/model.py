@@ -11,18 +11,18 @@ from typing import Any
 import jax
 
 from qspec_jax.decoding.chunks import fitting_capacity
-from qspec_jax.decoding.mesh_costs import position_bytes
 from qspec_jax.decoding.plan import AUTO
 from qspec_jax.device.memory import available_bytes
 from qspec_jax.device.mesh import MeshShape
 from qspec_jax.errors import QSpecError
 from qspec_jax.inspection.choices import kernel_choices
+from qspec_jax.model.cache import position_bytes, row_bytes
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.parameters import expected_parameters, layer_anatomy
-from qspec_jax.model.placement import decoder_options
-from qspec_jax.model.sharding import check_split, local_config, local_formats
+from qspec_jax.model.placement import decoder_options, kv_format
+from qspec_jax.model.sharding import cached_config, check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
@@ -52,6 +52,7 @@ def describe_model(
     quantization: QuantConfig | None = None,
     dtype: str | None = None,
     kernels: str = "auto",
+    kv: str = "model",
     mesh: MeshShape = _ONE_DEVICE,
     verify: str = AUTO,
     draft_path: Path | None = None,
@@ -62,7 +63,7 @@ def describe_model(
     Args:
         path: of ``resolve_model``.
         quantization: of weights that are rounded as they are read; None for that of the checkpoint, or the usual one.
-        dtype, kernels: as of :func:`qspec_jax.load`.
+        dtype, kernels, kv: as of :func:`qspec_jax.load`.
         mesh: devices like this one that share the model; there need not be so many.
         verify, draft_path: as of :func:`qspec_jax.load`, the second of its ``draft_model``.
         heads: its ``head_bits`` and ``draft_head``, as far as they are given.
@@ -72,6 +73,8 @@ def describe_model(
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     placement = decoder_options(kernels, dtype)
+    several = mesh.data * mesh.model > 1
+    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels, mesh=mesh if several else None)
     config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
     heads = {name: None if bits == 16 else bits for name, bits in (heads or {}).items()}
     chosen = dataclasses.replace(with_bits_of(chosen, formats), **heads)
@@ -87,8 +90,8 @@ def describe_model(
         "shapes": _shapes(config),
         "quantization": _quantization(config, stored, formats, chosen),
         "mesh": {"data": mesh.data, "model": mesh.model},
-        "memory": _memory(config, placement, shapes, mesh),
-        "kernels": _kernels(config, placement, shapes, mesh),
+        "memory": _memory(config, placement, shapes, mesh, kv),
+        "kernels": _kernels(config, placement, shapes, mesh, kv),
         "device": jax.local_devices()[0].device_kind,
         **_text(config, tokenizer, problem),
     }
@@ -209,28 +212,30 @@ def _quantization(
 
 
 def _kernels(
-    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape
+    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape, kv: str
 ) -> dict[str, Any]:
     """What one device runs, whose shapes are those of a smaller model."""
     formats = {"formats": local_formats(config, shapes["formats"], mesh.model)}
-    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"]}
+    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"], "kv": kv}
     found = kernel_choices(local_config(config, mesh.model), **options)
     return {name: [dataclasses.asdict(choice) for choice in choices] for name, choices in found.items()}
 
 
 def _memory(
-    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape
+    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape, kv: str
 ) -> dict[str, Any]:
     """Bytes of weights and caches on a device, and what fits beside the weights; batches are those of all devices."""
     decoder = abstract_decoder(config, **shapes, **placement, split=mesh.model)
     weights, free = num_bytes(decoder), available_bytes()
     contexts = sorted({min(size, config.max_position_embeddings) for size in CONTEXTS})
-    per_position = position_bytes(config, mesh.model, dtype_bytes=placement["dtype"].itemsize)
-    one = {context: fitting_capacity(context) * per_position for context in contexts}
+    cached: Any = cached_config(config, mesh.model), {"dtype_bytes": placement["dtype"].itemsize, "kv": kv}
+    per_position, per_row = (of(cached[0], **cached[1]) // mesh.model for of in (position_bytes, row_bytes))
+    one = {context: fitting_capacity(context) * per_position + per_row for context in contexts}
     left = None if free is None else free - weights
     fitting = {context: max(0, (left or 0) // size) * mesh.data for context, size in one.items()}
     return {
         "dtype": placement["dtype"].name,
+        "kv": kv,
         "weight_bytes": weights,
         "cache_bytes_per_token": per_position,
         "cache_bytes": {

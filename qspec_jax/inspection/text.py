@@ -110,7 +110,8 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
     mesh = facts["mesh"]
     several = mesh["data"] * mesh["model"] > 1
     where = f" on each device of data={mesh['data']},model={mesh['model']}" if several else ""
-    head = f"Memory in {memory['dtype']}{where}: weights {_size(memory['weight_bytes'])}{free}; caches:"
+    kv = "int8 " if memory["kv"] == "int8" else ""
+    head = f"Memory in {memory['dtype']}{where}: weights {_size(memory['weight_bytes'])}{free}; {kv}caches:"
     return [*textwrap.wrap(head, WIDTH), *_table(rows), *textwrap.wrap(note, WIDTH)]
 
 

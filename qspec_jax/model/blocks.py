@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels
-from pallas_kernels import PartialSums, QuantizedActivation, value_of
+from pallas_kernels import MAX_DECODE_TOKENS, Int8Cache, PartialSums, QuantizedActivation, value_of
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
@@ -30,6 +30,7 @@ class TokenContext(NamedTuple):
     rotations: tuple[Float32[Array, "B T half_HD"], Float32[Array, "B T half_HD"]]
     blocks: Int32[Array, "B L KH N"] | None = None  # that a view with a budget reads, of all layers
     layer: Int32[Array, ""] | None = None  # which of them this is; None where there are no blocks
+    num_tokens: Int32[Array, " B"] | None = None  # new ones that are more than padding; None for all
 
     def of_layer(self, index: Int32[Array, ""]) -> TokenContext:
         """What this layer needs to know."""
@@ -79,6 +80,20 @@ class RMSNorm(nnx.Module):
         return normalise(stream.x, gain, epsilon=self.epsilon, update=stream.update)
 
 
+def _attention_over(
+    cache: LayerCache | Int8Cache,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """To all of a cache, the same with the masses of its blocks, and to some of its blocks."""
+    kernels = pallas_kernels
+    if isinstance(cache, Int8Cache):
+        return (
+            kernels.decode_attention_int8,
+            kernels.decode_attention_int8_with_masses,
+            kernels.block_attention_int8,
+        )
+    return kernels.decode_attention, kernels.decode_attention_with_masses, kernels.block_attention
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the cache."""
 
@@ -101,30 +116,45 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"] | QuantizedActivation,
-        cache: LayerCache,
+        cache: LayerCache | Int8Cache,
         context: TokenContext,
         *,
         view: View,
         weigh: int | None,
-    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache, Float32[Array, "B KH NB"] | None]:
-        config, lengths = self.config, context.lengths
+    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
+        config = self.config
         batch, new_tokens, _ = context.rotations[0].shape
         qkv = self.qkv.partial_sums(x, view=view).reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
             qkv = self._normalise_queries_and_keys(value_of(qkv))
-        with jax.named_scope("cache_write"):
-            query, keys, values = pallas_kernels.rotate_and_write(
-                qkv, *context.rotations, cache.keys, cache.values, lengths, implementation=self.kernels
-            )
-        with jax.named_scope("attention"):
-            mixed, masses = self._mix(query, LayerCache(keys, values), context, view=view, weigh=weigh)
+        if isinstance(cache, Int8Cache) and new_tokens > MAX_DECODE_TOKENS:
+            arrays = qkv, *context.rotations, cache, context.lengths
+            window = view.window(config.sliding_window)
+            mixed, cache = pallas_kernels.prefill_int8(*arrays, num_tokens=context.num_tokens, window=window)
+            masses = None
+        else:
+            with jax.named_scope("cache_write"):
+                query, cache = self._write(qkv, cache, context)
+            with jax.named_scope("attention"):
+                mixed, masses = self._mix(query, cache, context, view=view, weigh=weigh)
         mixed = mixed.reshape(batch, new_tokens, -1)
-        return self.output.partial_sums(mixed, view=view), LayerCache(keys, values), masses
+        return self.output.partial_sums(mixed, view=view), cache, masses
+
+    def _write(
+        self, qkv: Float[Array, "B T heads HD"] | PartialSums, cache: LayerCache | Int8Cache, context: TokenContext
+    ) -> tuple[Float[Array, "B T H HD"], LayerCache | Int8Cache]:
+        """The rotated queries, and the cache with the new entries."""
+        options: Any = {"implementation": self.kernels}
+        if isinstance(cache, Int8Cache):
+            return pallas_kernels.rotate_and_write_int8(qkv, *context.rotations, cache, context.lengths, **options)
+        arrays = cache.keys, cache.values, context.lengths
+        query, keys, values = pallas_kernels.rotate_and_write(qkv, *context.rotations, *arrays, **options)
+        return query, LayerCache(keys, values)
 
     def _mix(
         self,
         query: Float[Array, "B T H HD"],
-        cache: LayerCache,
+        cache: LayerCache | Int8Cache,
         context: TokenContext,
         *,
         view: View,
@@ -132,15 +162,16 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"] | None]:
         """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
         # A prefill is a large matrix product, which the reference leaves to XLA.
-        kernels = self.kernels if query.shape[1] <= pallas_kernels.MAX_DECODE_TOKENS else REFERENCE
-        arrays = query, cache.keys, cache.values, context.seen
+        kernels = self.kernels if query.shape[1] <= MAX_DECODE_TOKENS else REFERENCE
+        arrays: Any = (cache,) if isinstance(cache, Int8Cache) else (cache.keys, cache.values)
+        attend, with_masses, to_blocks = _attention_over(cache)
+        arrays = query, *arrays, context.seen
         options: Any = {"window": view.window(self.config.sliding_window), "implementation": kernels}
         if context.blocks is not None and context.layer is not None:
-            table = context.blocks, context.layer
-            return pallas_kernels.block_attention(*arrays, *table, block_size=view.cache_block, **options), None
+            return to_blocks(*arrays, context.blocks, context.layer, block_size=view.cache_block, **options), None
         if weigh is not None:
-            return pallas_kernels.decode_attention_with_masses(*arrays, block_size=weigh, **options)
-        return pallas_kernels.decode_attention(*arrays, **options), None
+            return with_masses(*arrays, block_size=weigh, **options)
+        return attend(*arrays, **options), None
 
     def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
         """Qwen3's norm of each head, before rotation."""
@@ -233,8 +264,14 @@ class DecoderLayer(nnx.Module):
         return f"DecoderLayer(qkv={self.attention.qkv}, gate_up={self.mlp.gate_up})"
 
     def __call__(
-        self, stream: ResidualStream, cache: LayerCache, context: TokenContext, *, view: View, weigh: int | None = None
-    ) -> tuple[ResidualStream, LayerCache, Float32[Array, "B KH NB"] | None]:
+        self,
+        stream: ResidualStream,
+        cache: LayerCache | Int8Cache,
+        context: TokenContext,
+        *,
+        view: View,
+        weigh: int | None = None,
+    ) -> tuple[ResidualStream, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
         x, y = self.attention_norm.of_stream(stream, quantization=self.attention.qkv.input_quantization(view))
         attended, cache, masses = self.attention(y, cache, context, view=view, weigh=weigh)
         stream = ResidualStream(x, attended)

@@ -17,6 +17,7 @@ from qspec_jax.model import fields
 from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, read_rope, rope_parameters, shown
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
+KV_NAMES = ("model", "bf16", "int8")  # of what keys and values are kept as
 GROUP_SIZES = (32, 64, 128)  # inputs per weight scale, besides None
 WEIGHT_BITS = (4, 8)
 HEAD_BITS = (8, 4)  # besides the 16 of a head as it is

@@ -25,13 +25,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32
 
 import pallas_kernels
-from pallas_kernels import QuantizedWeight, value_of
+from pallas_kernels import Int8Cache, QuantizedWeight, value_of
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.errors import UsageError
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenContext
-from qspec_jax.model.cache import KVCache, LayerCache
+from qspec_jax.model.cache import KV_OF_MODEL, KVCache, LayerCache
 from qspec_jax.model.collectives import embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.head import empty_head, head_product
@@ -49,6 +49,7 @@ class Decoder(nnx.Module):
         config: of the whole model.
         split: devices that share it; each runs a smaller decoder (``sharding.py``), as which this one is called.
         axis: of the mesh that they are on; None for one device.
+        kv: what its caches keep, one of ``KV_FORMATS``; to be set before any program is made.
         embedding: ``[V, D]``; also the LM head where the config ties them, unless ``head_bits`` are given.
         lm_head: ``[V, D]``, of its own; None where the config ties them, or ``head_bits`` are given.
         quantized_head: the LM head in 8 or 4 bits, that all views read (``head_bits``) or those with 4 bits for it.
@@ -83,6 +84,7 @@ class Decoder(nnx.Module):
         self.split = split
         self.axis = MODEL if split > 1 else None
         self.dtype = jnp.dtype(dtype)
+        self.kv = KV_OF_MODEL
         self.scan_layers = scan_layers
         # Kernels of another name do not serve every dtype and number of rows of an LM head.
         self.head_kernels = REFERENCE if kernels == REFERENCE else None
@@ -122,7 +124,7 @@ class Decoder(nnx.Module):
         sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
         is_local = self.axis is not None and is_bound(self.axis)
         config = (local_config if is_local else cached_config)(self.config, self.split)
-        return KVCache.create(config, **sizes, dtype=self.dtype, stacked=self.scan_layers)
+        return KVCache.create(config, **sizes, dtype=self.dtype, stacked=self.scan_layers, kv=self.kv)
 
     def __call__(
         self,
@@ -154,7 +156,7 @@ class Decoder(nnx.Module):
                 then corrects the lengths (``cache.with_lengths``).
             cache: its positions ``lengths .. lengths + T - 1`` are overwritten.
             precision: what the pass reads: one of the usual precisions, or any view; static.
-            logits_at: index into ``T`` of the one token per sequence whose logits are wanted.
+            logits_at: index into ``T`` of the one token per sequence whose logits are wanted; padding comes after it.
             weigh: positions of the blocks whose masses are wanted; static.
             idle: sequences whose results nobody reads. Attention reads as little of them as of an empty sequence.
 
@@ -173,7 +175,8 @@ class Decoder(nnx.Module):
             )
         view = View.of(precision)
         with _exact_float32(self.dtype):
-            stream, cache, masses = self._hidden(tokens, cache, view=view, weigh=weigh, idle=idle)
+            context = self._context(tokens, cache, view, logits_at=logits_at, idle=idle)
+            stream, cache, masses = self._hidden(tokens, cache, context, view=view, weigh=weigh)
             if logits_at is not None:
                 stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
             with jax.named_scope("lm_head"):
@@ -214,25 +217,29 @@ class Decoder(nnx.Module):
             blocks = jnp.where(is_short[:, None, None, None], pallas_kernels.EVERYTHING, blocks)
         return dataclasses.replace(cache, blocks=blocks)
 
-    def _hidden(
+    def _context(
         self,
         tokens: Int32[Array, "B T"],
         cache: KVCache,
-        *,
         view: View,
-        weigh: int | None,
+        *,
+        logits_at: Int32[Array, " B"] | None,
         idle: Bool[Array, " B"] | None,
-    ) -> tuple[ResidualStream, KVCache, Float32[Array, "B L KH NB"] | None]:
-        new_tokens = tokens.shape[1]
-        positions = cache.lengths[:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
-        context = TokenContext(
+    ) -> TokenContext:
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        return TokenContext(
             lengths=cache.lengths,
             seen=cache.lengths if idle is None else jnp.where(idle, 0, cache.lengths),
             rotations=rope.rotation(positions, self.config),
             blocks=None if view.cache_budget is None else cache.blocks,
+            num_tokens=None if logits_at is None else logits_at + 1,
         )
+
+    def _hidden(
+        self, tokens: Int32[Array, "B T"], cache: KVCache, context: TokenContext, *, view: View, weigh: int | None
+    ) -> tuple[ResidualStream, KVCache, Float32[Array, "B L KH NB"] | None]:
         stream = ResidualStream(embed(self.embedding.get_value(), tokens, self.axis))
-        if isinstance(cache.layers, LayerCache):
+        if not isinstance(cache.layers, tuple):
             stream, layers, masses = self._scan(stream, cache.layers, context, view=view, weigh=weigh)
         else:
             written, weighed = [], []
@@ -244,15 +251,21 @@ class Decoder(nnx.Module):
                 weighed.append(masses)
             layers = tuple(written)
             masses = None if weigh is None else jnp.stack(weighed, axis=1)
-        return stream, dataclasses.replace(cache, layers=layers, lengths=cache.lengths + new_tokens), masses
+        return stream, dataclasses.replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1]), masses
 
     def _scan(
-        self, stream: ResidualStream, stacked: LayerCache, context: TokenContext, *, view: View, weigh: int | None
-    ) -> tuple[ResidualStream, LayerCache, Float32[Array, "B L KH NB"] | None]:
+        self,
+        stream: ResidualStream,
+        stacked: LayerCache | Int8Cache,
+        context: TokenContext,
+        *,
+        view: View,
+        weigh: int | None,
+    ) -> tuple[ResidualStream, LayerCache | Int8Cache, Float32[Array, "B L KH NB"] | None]:
         graph, parameters = nnx.split(self.layers[0])
 
         # The cache travels in the carry and is updated in place; as a scan output it would be copied.
-        def one_layer(carry: tuple[Array, LayerCache], inputs: tuple[Array, nnx.State]):
+        def one_layer(carry: tuple[Array, LayerCache | Int8Cache], inputs: tuple[Array, nnx.State]):
             x, stacked = carry
             index, layer_parameters = inputs
             layer_cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
@@ -276,11 +289,11 @@ def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     parameters: nnx.State,
     stream: ResidualStream,
-    cache: LayerCache,
+    cache: LayerCache | Int8Cache,
     context: TokenContext,
     view: View,
     weigh: int | None,
-) -> tuple[ResidualStream, LayerCache, Float32[Array, "B KH NB"] | None]:
+) -> tuple[ResidualStream, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
     return nnx.merge(graph, parameters)(stream, cache, context, view=view, weigh=weigh)
 
 

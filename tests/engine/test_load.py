@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import jax
 import pytest
 
 import qspec_jax
+from pallas_kernels import Int8Cache
+from qspec_jax import UsageError
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.engine import load as loading
 from tests import tiny
@@ -46,6 +49,18 @@ def test_what_was_compiled_ahead_is_not_compiled_again(saved):
     assert compiled == 2  # the loop, and one width of prefill
     assert token_ids(model) == expected
     assert model.num_compilations == compiled
+
+
+def test_a_cache_of_int8_is_that_of_every_program(saved):
+    """Those that are compiled ahead, too."""
+    model = load(saved, kv="int8", compile_ahead=compile_for_prompts)
+    compiled = model.num_compilations
+    assert [len(one) for one in token_ids(model)] == [6, 6]
+    assert model.num_compilations == compiled == 2
+    cache = jax.eval_shape(lambda: model.decoder.create_cache(batch=1, capacity=64))
+    assert isinstance(cache.layers, Int8Cache)
+    with pytest.raises(UsageError, match="kv='int7' is not supported; use one of model, bf16, int8"):
+        load("no/such/model", kv="int7")
 
 
 def test_compiling_does_not_wait_for_the_weights_nor_they_for_it(saved, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +15,11 @@ from qspec_jax import SamplingParams
 from qspec_jax.decoding import chunks
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.engine import requests
+from qspec_jax.engine.intake import Intake
 from qspec_jax.engine.prefixes import HeldChunks
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.model.cache import KV_INT8, KV_OF_MODEL, restart_multiple
 from tests import tiny
 
 ROWS, CAPACITY = 3, 128
@@ -217,6 +221,17 @@ def test_where_a_prompt_is_cut_depends_on_itself_alone(length, prefix_length, st
     chunks = request.chunks()
     assert [start for start, _ in chunks] == starts
     assert [token for _, tokens in chunks for token in tokens] == list(range(length))
+
+
+def test_prompts_share_what_rows_of_any_cache_can_go_on_from(model, monkeypatch):
+    monkeypatch.undo()
+    multiple = restart_multiple(KV_INT8)
+    assert chunks.CHUNK_WIDTHS[-1] % multiple == 0
+    tokenizer: Any = SimpleNamespace(system_length=lambda messages, ids: 200, apply_chat=lambda messages: [1] * 250)
+    for kv, expected in ((KV_OF_MODEL, 200), (KV_INT8, 128)):
+        intake = Intake(model.config, tokenizer, (), "tiny", restart_multiple(kv))
+        request = intake.request([{"role": "user", "content": "a"}], max_new_tokens=1)
+        assert request.prefix_length == expected
 
 
 def test_a_short_prefix_makes_no_second_piece(monkeypatch):

@@ -235,12 +235,12 @@ def test_several_models_are_compared_a_line_each(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("any_name")
-def test_the_baseline_may_be_another_model(capsys, tmp_path, monkeypatch):
+def test_the_baseline_may_be_another_model_and_keeps_its_cache(capsys, tmp_path, monkeypatch):
     models = {"checkpoint": types.SimpleNamespace(tokenizer=Spelling()), "float": object()}
     asked, compared = [], []
 
-    def load(name, *, quantization, **options):
-        asked.append((name, quantization))
+    def load(name, *, quantization, kv, **options):
+        asked.append((name, quantization, kv))
         return models[name]
 
     def score_text(model, token_ids, *, baseline, **options):
@@ -250,8 +250,9 @@ def test_the_baseline_may_be_another_model(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(qspec_jax, "load", load)
     monkeypatch.setattr(evaluation, "score_text", score_text)
     (tmp_path / "text.txt").write_text("some letters to score")
-    assert run(capsys, "--model", "checkpoint", "--baseline", "float", "--text", tmp_path / "text.txt")[0] == 0
-    assert asked == [("checkpoint", "auto"), ("float", None)]
+    arguments = "--model", "checkpoint", "--baseline", "float", "--text", tmp_path / "text.txt"
+    assert run(capsys, *arguments, "--kv", "int8")[0] == 0
+    assert asked == [("checkpoint", "auto", "int8"), ("float", None, "model")]  # which has its own cache, too
     assert compared == [(models["checkpoint"], models["float"])]
 
 

@@ -54,6 +54,7 @@ def test_every_operation_and_function_with_implementations_has_a_case():
     cases = all_cases()
     assert {case.op for case in cases} == operations().keys()
     functions = {"choose_blocks", "decode_attention_with_masses", *operations()}
+    functions |= {"block_attention_int8", "decode_attention_int8_with_masses"}
     assert {case.function for case in cases} == functions
     assert [case.op for case in all_cases(["hadamard"], small=True)] == ["hadamard"]
 

@@ -78,10 +78,12 @@ def test_json_has_all_of_it_and_is_written_too(models, capsys):
     assert set(facts["kernels"]) == {"verify w4a16", "draft w4a8", "prefill w4a16"}
 
 
-def test_memory_is_that_of_the_loaded_model(models, monkeypatch):
-    facts = describe_model(models / "saved", dtype="bfloat16")["memory"]
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_memory_is_that_of_the_loaded_model(models, monkeypatch, kv):
+    facts = describe_model(models / "saved", dtype="bfloat16", kv=kv)["memory"]
     monkeypatch.undo()
-    loaded = qspec_jax.load(models / "saved", dtype="bfloat16")
+    loaded = qspec_jax.load(models / "saved", dtype="bfloat16", kv=kv)
+    assert facts["kv"] == loaded.decoder.kv
     assert facts["weight_bytes"] == loaded.nbytes
     assert facts["cache_bytes"][256][8] == loaded.decoder.create_cache(batch=8, capacity=256).nbytes
     left = facts["free_bytes"] - facts["weight_bytes"]
@@ -103,6 +105,8 @@ def test_what_does_not_fit_or_is_unknown_is_said(models, monkeypatch, free, larg
         (["{}/empty"], 1, "has no config.json"),
         (["{}/saved", "--kernels", "triton"], 2, "kernels='triton' does not work on this cpu device"),
         (["{}/hf", "--group-size", "128"], 2, "cannot quantise this model"),
+        (["{}/saved", "--kv", "bf16", "--dtype", "float32"], 2, "kv='bf16' is the cache of a model in bfloat16"),
+        (["{}/saved", "--kv", "int8", "--mesh", "model=2"], 2, "kv='int8' works on one device"),
         (["{}/hf", "--mesh", "model=7"], 2, "mesh: model=7 does not split"),
         (["{}/hf", "--mesh", "pipe=2"], 2, "use data=N,model=N"),
         (["--mesh", "model=2"], 2, "--mesh is of a MODEL, which is missing"),

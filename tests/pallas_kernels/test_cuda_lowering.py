@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, upper_nibbles
+from pallas_kernels import Int8Cache, Layout, PartialSums, QuantizedActivation, QuantizedWeight, upper_nibbles
 from pallas_kernels.backends import codes as ptx
 from pallas_kernels.backends.early_launch import early_launch
 from pallas_kernels.block_attention import gpu_triton as block_triton
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
+from pallas_kernels.decode_attention_int8 import gpu_triton as int8_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
@@ -24,6 +25,7 @@ from pallas_kernels.quantize_activations import gpu_triton
 from pallas_kernels.rms_norm import gpu_triton as plain_norm_triton
 from pallas_kernels.rms_norm_quantize import gpu_triton as norm_triton
 from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
+from pallas_kernels.rotate_and_write_int8 import gpu_triton as write_int8_triton
 from pallas_kernels.swiglu import gpu_triton as plain_swiglu_triton
 from pallas_kernels.swiglu_hadamard import gpu_triton as swiglu_hadamard_triton
 from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as swiglu_hadamard_quantize_triton
@@ -386,6 +388,28 @@ def test_rotate_and_write_lowers_to_one_kernel_in_place(shape, num_parts):
     assert "stablehlo.convert" not in program
     for result, argument in ((1, 3), (2, 4)):
         assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", [ATTENTION_SHAPES[index] for index in (0, 3, 5)], ids=str)
+def test_the_kernels_of_a_cache_of_int8_lower_and_write_in_place(shape, dtype):
+    tokens, heads, kv_heads, head_dim, slots = shape
+    sizes = {"capacity": slots, "num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    cache = jax.eval_shape(lambda: Int8Cache.zeros(batch=2, **sizes))
+    lengths, angles = array(2, dtype=jnp.int32), array(2, tokens, head_dim // 2, dtype=jnp.float32)
+    qkv = array(2, tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    program = cuda_program(write_int8_triton.rotate_and_write_int8, qkv, angles, angles, cache, lengths)
+    assert program.count(KERNEL_CALL) == 1
+    for array_of_cache in range(5):
+        assert f"output_tuple_indices = [{array_of_cache + 1}], operand_index = {array_of_cache + 3}" in program
+    query = array(2, tokens, heads, head_dim, dtype=dtype)
+    weigh = functools.partial(int8_triton.decode_attention_int8_with_masses, block_size=16, window=500)
+    assert cuda_program(weigh, query, cache, lengths).count(KERNEL_CALL) == 3
+    attend = functools.partial(int8_triton.decode_attention_int8, window=None)
+    assert cuda_program(attend, query, cache, lengths).count(KERNEL_CALL) == 2
+    table, layer = array(2, 3, kv_heads, 8, dtype=jnp.int32), array(dtype=jnp.int32)
+    attend = functools.partial(int8_triton.block_attention_int8, block_size=16, window=None)
+    assert cuda_program(attend, query, cache, lengths, table, layer).count(KERNEL_CALL) == 2
 
 
 def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():

@@ -48,7 +48,7 @@ def store_quantized(
         x,
         **settings,
         reciprocal=functools.partial(reciprocal, interpret=interpret),
-        rounding=jnp.round if interpret else functools.partial(_float32_asm, _ROUND_HALF_TO_EVEN),
+        rounding=functools.partial(round_half_to_even, interpret=interpret),
         exists=exists | ~group_exists[..., None],
     )
     codes_ref, *per_group_refs = refs
@@ -140,6 +140,11 @@ def exists_in_piece(shape: tuple[int, int], num_inputs: int, *, interpret: bool)
 def reciprocal(x: Array, *, interpret: bool) -> Array:
     """``1 / x`` in float32, correctly rounded."""
     return 1 / x if interpret else _float32_asm(_RECIPROCAL, x)
+
+
+def round_half_to_even(x: Array, *, interpret: bool) -> Array:
+    """float32 ``x`` as whole numbers."""
+    return jnp.round(x) if interpret else _float32_asm(_ROUND_HALF_TO_EVEN, x)
 
 
 def rounded_to(x: Array, dtype: DTypeLike, *, interpret: bool) -> Array:

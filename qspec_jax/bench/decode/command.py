@@ -53,6 +53,7 @@ def add_command(commands: Any) -> None:
     add("--draft-context", default="full", metavar="N,...", help=context)
     shared.add_verify(parser)
     shared.add_kernels(parser)
+    shared.add_kv(parser)
     shared.add_mesh(parser)
     group = "inputs per weight scale (default: of a model, as in generate; of a preset, the largest that divides them)"
     shared.add_group_size(parser, group)

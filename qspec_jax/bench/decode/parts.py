@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from qspec_jax.bench.description import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
@@ -23,10 +24,11 @@ from qspec_jax.decoding.plan import AUTO, DecodingPlan, static
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.model.cache import KVCache
+from qspec_jax.model.cache import KV_INT8, KVCache, position_bytes
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import outside_bytes, unread_bytes
 from qspec_jax.model.linear import activation_quantization
+from qspec_jax.model.sharding import cached_config
 from qspec_jax.model.view import View
 
 PartName = Literal["step", "draft", "verify", "cycle"]
@@ -167,8 +169,7 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     unread = unread_bytes(decoder, view)
     if view.weight_bits is not None and not _reads_group_sums(model, view):
         unread += _group_sum_bytes(decoder)
-    one_position = jax.eval_shape(lambda: decoder.create_cache(batch=1, capacity=1)).layers
-    position_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_position))
+    per_position = position_bytes(cached_config(config, decoder.split), **_cache_of(decoder))
     limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
     seen = min(limit for limit in limits if limit is not None)
     data, split = (1, 1) if model.mesh is None else shape_of(model.mesh)
@@ -177,7 +178,7 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
         "weights": (model.nbytes - outside - unread) // split,
         "lm_head": head_bytes // split,
         "embedding": rows * new_tokens * config.hidden_size * embedding.dtype.itemsize,
-        "cache": rows * (seen + new_tokens) * position_bytes // split,
+        "cache": rows * (seen + new_tokens) * per_position // split,
     }
 
 
@@ -190,7 +191,9 @@ def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0
     rows, sizes = (setting.batch,), {"capacity": setting.capacity, "num_blocks": num_blocks}
     empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, **sizes))
     keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 3 + len(jax.tree.leaves(empty.layers))))
-    layers = jax.tree.map(lambda a: random_normal(next(keys), a.shape, a.dtype, 1.0), empty.layers)
+    layers = jax.tree.map(lambda a: _random_entries(next(keys), a), empty.layers)
+    if model.decoder.kv == KV_INT8:
+        layers = _with_scales(layers)
     blocks = None
     if empty.blocks is not None:
         scores = jax.random.uniform(next(keys), (*empty.blocks.shape[:-1], setting.context // View.cache_block))
@@ -208,6 +211,24 @@ def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0
             finished=jnp.zeros(rows, bool),
         ),
     )
+
+
+def _random_entries(key: Array, like: jax.ShapeDtypeStruct) -> Array:
+    if like.dtype == jnp.int8:
+        return jax.random.randint(key, like.shape, -127, 128, jnp.int8)
+    return random_normal(key, like.shape, like.dtype, 1.0)
+
+
+def _with_scales(layers: Any) -> Any:
+    """A cache of int8 whose entries are about as large as those of any other."""
+    if isinstance(layers, tuple):
+        return tuple(_with_scales(layer) for layer in layers)
+    like_one = {name: jnp.full_like(getattr(layers, name), 1 / 73) for name in ("key_scales", "value_scales")}
+    return dataclasses.replace(layers, **like_one)
+
+
+def _cache_of(decoder: Decoder) -> dict[str, Any]:
+    return {"dtype_bytes": decoder.dtype.itemsize, "kv": decoder.kv}
 
 
 def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:

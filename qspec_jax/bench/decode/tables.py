@@ -26,8 +26,9 @@ def model_line(model: Mapping[str, Any], copy_tb_per_s: float) -> str:
     weights = "synthetic weights" if model["weights"] == "synthetic" else "its own weights"
     kinds = [f"groups of {one['group_size']} {_SYMMETRY[one['symmetric']]}" for one in model["formats"]]
     form = f"4-bit in {' and '.join(kinds)}" if kinds else "in floating point"
+    cache = "" if model.get("kv", "model") == "model" else f", {model['kv']} cache"
     return (
-        f"{model['name']}, {weights}, {form}, {model['num_bytes'] / 1e9:.3g} GB, {model['dtype']}, "
+        f"{model['name']}, {weights}, {form}, {model['num_bytes'] / 1e9:.3g} GB, {model['dtype']}{cache}, "
         f"kernels {model['kernels']}; copy {copy_tb_per_s:.3g} TB/s"
     )
 

@@ -51,6 +51,7 @@ def add_command(commands: Any) -> None:
     add("--prompt-file", type=Path, metavar="FILE", help="prompts to measure the acceptance of a model with instead")
     shared.add_verify(parser)
     shared.add_kernels(parser)
+    shared.add_kv(parser)
     shared.add_mesh(parser)
     shared.add_group_size(parser, "inputs per weight scale, as in decode")
     shared.add_asymmetric(parser)

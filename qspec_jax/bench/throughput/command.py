@@ -65,6 +65,7 @@ def add_command(commands: Any) -> None:
     add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
     shared.add_verify(parser)
     shared.add_kernels(parser)
+    shared.add_kv(parser)
     shared.add_mesh(parser)
     shared.add_group_size(parser, "inputs per weight scale, as in decode")
     shared.add_asymmetric(parser)
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = request.load(floating_point=modes == ["float"] and request.verify != "float")
         report["models"].append(describe_model(model, synthetic=request.path is None))
         weights = "synthetic weights" if request.path is None else "its own weights"
-        show(f"{request.name}, {weights}, {model.decoder.dtype}, kernels {model.kernels}")
+        cache = "" if model.decoder.kv == "model" else f", {model.decoder.kv} cache"
+        show(f"{request.name}, {weights}, {model.decoder.dtype}{cache}, kernels {model.kernels}")
         show(table_head())
         for one in _measure(model, modes, rows, conversations, arguments, failed):
             runs.append(one)
