@@ -35,7 +35,7 @@ from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.exact import open_exact
-from qspec_jax.weights.fill import load_decoder, usual_quantization, weight_formats
+from qspec_jax.weights.fill import check_bits, load_decoder, usual_quantization, weight_formats
 from qspec_jax.weights.placing import MeshPlacing, Placing
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
 
@@ -108,7 +108,7 @@ def open_model(
         manifest = checkpoint.manifest
         chosen = with_bits_of(manifest.quantization if quantization == "auto" else quantization, manifest.formats)
         chosen = dataclasses.replace(chosen, **{**head_of(manifest.quantization), **heads})
-        _check_bits(path, chosen, verify)
+        check_bits(path, chosen, verify)
         check_head(path, manifest.model, manifest.quantization, chosen)
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
         return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
@@ -118,7 +118,7 @@ def open_model(
         chosen = dataclasses.replace(chosen, bits=8)
     formats = weight_formats(source, chosen)
     chosen = None if chosen is None else dataclasses.replace(with_bits_of(chosen, formats), **heads)
-    _check_bits(path, chosen, verify)
+    check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
 
@@ -135,15 +135,6 @@ def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> 
         raise UsageError(f"{' and '.join(said)} are of models whose linears are quantised; leave quantization=None out")
     QuantConfig(**said)  # refuses other numbers
     return said
-
-
-def _check_bits(path: Path, quantization: QuantConfig | None, verify: str | Any) -> None:
-    """Raises UsageError if 8-bit weights are to verify, and the codes of a checkpoint have fewer bits."""
-    if verify == "w8a16" and (quantization is None or quantization.bits == 4):
-        raise UsageError(
-            f"verify='w8a16' reads 8-bit weights, and those of {path.name} are 4-bit codes already; use "
-            "verify='w4a16', a checkpoint in floating point, a GGUF file in Q8_0, or what quantize --bits 8 writes"
-        )
 
 
 def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> bool:

@@ -27,7 +27,7 @@ from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
 from qspec_jax.weights.exact import open_exact
-from qspec_jax.weights.fill import usual_quantization, weight_formats
+from qspec_jax.weights.fill import check_bits, usual_quantization, weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
 from qspec_jax.weights.source import Source
 
@@ -78,6 +78,7 @@ def describe_model(
     config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
     heads = {name: None if bits == 16 else bits for name, bits in (heads or {}).items()}
     chosen = dataclasses.replace(with_bits_of(chosen, formats), **heads)
+    check_bits(path, chosen, verify)
     check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}

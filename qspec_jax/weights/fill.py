@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -229,6 +230,15 @@ def usual_quantization(source: Source, verify: str) -> QuantConfig:
     if verify != "w8a16":
         return QuantConfig()
     return QuantConfig(group_size=largest_group_size(source.config), symmetric=True, bits=8)
+
+
+def check_bits(path: Path, quantization: QuantConfig | None, verify: str) -> None:
+    """Raises UsageError if 8-bit weights are to verify, and the codes of a checkpoint have fewer bits."""
+    if verify == "w8a16" and (quantization is None or quantization.bits == 4):
+        raise UsageError(
+            f"verify='w8a16' reads 8-bit weights, and those of {path.name} are 4-bit codes already; use "
+            "verify='w4a16', a checkpoint in floating point, a GGUF file in Q8_0, or what quantize --bits 8 writes"
+        )
 
 
 def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str, WeightFormat] | None:

@@ -22,6 +22,7 @@ from qspec_jax.commands import options
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.plan import DecodingPlan, plan_of
 from qspec_jax.engine.load import open_model
+from qspec_jax.inspection.model import describe_model
 from qspec_jax.model.config import held_weights
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.sharding import from_shard_order, to_shard_order
@@ -184,6 +185,8 @@ def test_floats_are_nested_at_load_and_4_bit_codes_are_not(model_file):
     path = model_file(Q4_0)
     with pytest.raises(UsageError, match=r"those of model.gguf are 4-bit codes already; use verify='w4a16', a"):
         open_model(path, "auto", verify="w8a16")
+    with pytest.raises(UsageError, match=r"those of model.gguf are 4-bit codes already"):
+        describe_model(path, verify="w8a16")
     floats = open_model(model_file(GGMLQuantizationType.F32), "auto", verify="w8a16")
     assert floats.quantization == QuantConfig(group_size=32, symmetric=True, bits=8)
     assert {one.bits for one in floats.formats.values()} == {8}
