@@ -170,7 +170,7 @@ def test_a_new_backend_is_a_row_of_the_table_a_file_and_an_entry(monkeypatch):
     file = SimpleNamespace(
         LAYOUT=Layout.WGMMA,
         obstacle=lambda dtype, weight: None if weight.layout is Layout.WGMMA else "needs tiles",
-        w4a16_matmul=lambda x, weight: jnp.full((*x.shape[:-1], weight.num_outputs), 7, x.dtype),
+        w4a16_matmul=lambda x, weight, *, dtype: jnp.full((*x.shape[:-1], weight.num_outputs), 7, x.dtype),
     )
     monkeypatch.setitem(sys.modules, "pallas_kernels.w4a16_matmul.npu", file)
     implementations = sys.modules["pallas_kernels.w4a16_matmul"]._IMPLEMENTATIONS
