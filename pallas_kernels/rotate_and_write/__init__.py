@@ -19,12 +19,13 @@ def rotate_and_write(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
-    keys: Float[Array, "B S *heads"],
-    values: Float[Array, "B S *heads"],
+    keys: Float[Array, "rows S *heads"],
+    values: Float[Array, "rows S *heads"],
     lengths: Int32[Array, " B"],
     *,
+    rows: Int32[Array, " B"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S *heads"], Float[Array, "B S *heads"]]:
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "rows S *heads"], Float[Array, "rows S *heads"]]:
     """Rotates queries and keys, and writes keys and values into the cache; the equations stand in the reference.
 
     The Triton kernel writes into the memory of ``keys`` and ``values`` where a program may give it up (a loop's
@@ -37,6 +38,8 @@ def rotate_and_write(
         keys, values: ``[B, S, KH * HD]`` in the dtype of ``qkv``, or ``[B, S, KH, HD]``.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` takes slot ``lengths + t``. One
             past the last slot is dropped.
+        rows: ``[B]`` int32, the row of the cache of each sequence, where the cache has others or several sequences
+            are pieces of one: no two write the same slot. What a negative one has is dropped. None for a row each.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
@@ -48,21 +51,22 @@ def rotate_and_write(
     """
     given = keys.shape, values.shape
     keys, values = by_heads(keys, qkv.shape[3]), by_heads(values, qkv.shape[3])
-    _check(qkv, cosine, sine, keys, values)
+    _check(qkv, cosine, sine, keys, values, has_rows=rows is not None)
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(qkv.dtype))
-    query, keys, values = chosen.rotate_and_write(qkv, cosine, sine, keys, values, lengths)
+    query, keys, values = chosen.rotate_and_write(qkv, cosine, sine, keys, values, lengths, rows=rows)
     return query, keys.reshape(given[0]), values.reshape(given[1])
 
 
-def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, values: Array) -> None:
+def _check(qkv: Array | PartialSums, cosine: Array, sine: Array, keys: Array, values: Array, *, has_rows: bool) -> None:
     batch, num_tokens, num_heads, head_dim = qkv.shape
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: qkv is {qkv.dtype}; use float32, bfloat16 or float16")
     if keys.dtype != qkv.dtype or values.dtype != qkv.dtype:
         raise ValueError(f"{_OP}: keys are {keys.dtype} and values {values.dtype}; use {qkv.dtype}, as qkv has")
-    if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (batch, head_dim):
+    num_rows = keys.shape[0] if has_rows else batch
+    if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (num_rows, head_dim):
         raise ValueError(
-            f"{_OP}: keys are {keys.shape} and values {values.shape}; use [{batch}, S, KH, {head_dim}] for both"
+            f"{_OP}: keys are {keys.shape} and values {values.shape}; use [{num_rows}, S, KH, {head_dim}] for both"
         )
     if num_heads <= 2 * keys.shape[2]:
         raise ValueError(f"{_OP}: qkv has {num_heads} heads and the cache KH={keys.shape[2]}; use H + 2 * KH heads")

@@ -29,15 +29,16 @@ def rotate_and_write(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "rows S KH HD"],
+    values: Float[Array, "rows S KH HD"],
     lengths: Int32[Array, " B"],
     *,
+    rows: Int32[Array, " B"] | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "rows S KH HD"], Float[Array, "rows S KH HD"]]:
     """See the public function."""
     registers.ignore_triton_deprecation()
-    return _rotate_and_write(qkv, cosine, sine, keys, values, lengths, interpret=interpret)
+    return _rotate_and_write(qkv, cosine, sine, keys, values, lengths, rows, interpret=interpret)
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
@@ -49,6 +50,7 @@ def _rotate_and_write(
     keys: Array,
     values: Array,
     lengths: Array,
+    rows: Array | None,
     *,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:
@@ -70,12 +72,14 @@ def _rotate_and_write(
     query_shape = (batch, num_tokens, num_query_heads)
     cache_spec = whole(*keys.shape[:3])
     rotation_spec = pl.BlockSpec((None, None, block_half), lambda head, token, sequence: (sequence, token, 0))
+    number_spec = pl.BlockSpec((None,), lambda head, token, sequence: (sequence,))
+    numbers = [lengths] if rows is None else [lengths, rows]
     return tuple(
         pl.pallas_call(
-            functools.partial(_kernel, half=head_dim // 2, interpret=interpret),
+            functools.partial(_kernel, half=head_dim // 2, names_rows=rows is not None, interpret=interpret),
             grid=(num_heads, num_tokens, batch),
             in_specs=[
-                pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
+                *[number_spec] * len(numbers),
                 rotation_spec,
                 rotation_spec,
                 cache_spec,
@@ -88,29 +92,33 @@ def _rotate_and_write(
                 jax.ShapeDtypeStruct(keys.shape, keys.dtype),
                 jax.ShapeDtypeStruct(values.shape, values.dtype),
             ],
-            input_output_aliases={3: 1, 4: 2},
+            input_output_aliases={len(numbers) + 2: 1, len(numbers) + 3: 2},
             compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
             interpret=interpret,
             name="rotate_and_write",
-        )(lengths, cosine, sine, keys, values, *[parts] * len(parts))
+        )(*numbers, cosine, sine, keys, values, *[parts] * len(parts))
     )
 
 
 def _kernel(
     length_ref,  # [] int32
-    cosine_ref,  # [block_half] f32
-    sine_ref,  # [block_half] f32
-    _keys_ref,  # the same memory as the result
-    _values_ref,
-    *refs,  # qkv or each of its parts [block_dim]; query [B, T, H, block_dim], keys and values [B, S, KH, block_dim]
+    *refs,  # row [] int32, if there is one; see below
     half: int,
+    names_rows: bool,
     interpret: bool,
 ):
-    *part_refs, query_ref, keys_ref, values_ref = refs
+    row_ref, refs = refs[: int(names_rows)], refs[int(names_rows) :]
+    # Rotations [block_half] f32; caches, which are the same memory as the results; qkv or each of its parts
+    # [block_dim]; query [B, T, H, block_dim], keys and values [rows, S, KH, block_dim].
+    cosine_ref, sine_ref, _, _, *part_refs, query_ref, keys_ref, values_ref = refs
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
     first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
     position = length_ref[...] + token
     fits = position < keys_ref.shape[1]
+    row = sequence
+    if row_ref:
+        row = row_ref[0][...]
+        fits &= row >= 0
     block_half = cosine_ref.shape[0]
     mask = None if block_half == half else lax.broadcasted_iota(jnp.int32, (block_half,), 0) < half
     dtype = query_ref.dtype
@@ -122,9 +130,9 @@ def _kernel(
 
     first, second = load_sum(0), load_sum(half)
 
-    def store(ref, row, head, parts):
+    def store(ref, row, place, head, parts):
         for start, part in zip((0, half), parts, strict=True):
-            plgpu.store(ref.at[sequence, row, head, pl.ds(start, block_half)], part.astype(dtype), mask=mask)
+            plgpu.store(ref.at[row, place, head, pl.ds(start, block_half)], part.astype(dtype), mask=mask)
 
     def rotated():
         cosine, sine = _load(cosine_ref, mask), _load(sine_ref, mask)
@@ -132,15 +140,15 @@ def _kernel(
 
     @pl.when(head < first_key)
     def _():
-        store(query_ref, token, head, rotated())
+        store(query_ref, sequence, token, head, rotated())
 
     @pl.when((head >= first_key) & (head < first_value) & fits)
     def _():
-        store(keys_ref, position, head - first_key, rotated())
+        store(keys_ref, row, position, head - first_key, rotated())
 
     @pl.when((head >= first_value) & fits)
     def _():
-        store(values_ref, position, head - first_value, (first, second))
+        store(values_ref, row, position, head - first_value, (first, second))
 
 
 def _load(ref: registers.Ref, mask: Array | None) -> Array:

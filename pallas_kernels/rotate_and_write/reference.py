@@ -21,16 +21,18 @@ def rotate_and_write(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "rows S KH HD"],
+    values: Float[Array, "rows S KH HD"],
     lengths: Int32[Array, " B"],
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
+    *,
+    rows: Int32[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "rows S KH HD"], Float[Array, "rows S KH HD"]]:
     """Rotates, then scatters into the cache; see the public function."""
     num_kv_heads = keys.shape[2]
     first_key = qkv.shape[2] - 2 * num_kv_heads
     query, key, value = jnp.split(value_of(qkv), (first_key, first_key + num_kv_heads), axis=2)
     query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-    return query, write(keys, key, lengths), write(values, value, lengths)
+    return query, write(keys, key, lengths, rows), write(values, value, lengths, rows)
 
 
 def rotate(
@@ -44,9 +46,15 @@ def rotate(
 
 
 def write(
-    slots: Float[Array, "B S KH HD"], new: Float[Array, "B T KH HD"], lengths: Int32[Array, " B"]
-) -> Float[Array, "B S KH HD"]:
+    slots: Float[Array, "rows S KH HD"],
+    new: Float[Array, "B T KH HD"],
+    lengths: Int32[Array, " B"],
+    rows: Int32[Array, " B"] | None = None,
+) -> Float[Array, "rows S KH HD"]:
     """``slots`` with ``new`` at the positions from ``lengths`` on; a position past the last slot is dropped."""
     batch, num_tokens = new.shape[:2]
     positions = lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-    return slots.at[jnp.arange(batch)[:, None], positions].set(new, mode="drop", unique_indices=True)
+    if rows is None:
+        return slots.at[jnp.arange(batch)[:, None], positions].set(new, mode="drop", unique_indices=True)
+    rows = jnp.where(rows < 0, slots.shape[0], rows)  # a negative index would count from the end
+    return slots.at[rows[:, None], positions].set(new, mode="drop")

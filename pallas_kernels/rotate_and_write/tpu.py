@@ -36,13 +36,16 @@ def rotate_and_write(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
-    keys: Float[Array, "B S KH HD"],
-    values: Float[Array, "B S KH HD"],
+    keys: Float[Array, "rows S KH HD"],
+    values: Float[Array, "rows S KH HD"],
     lengths: Int32[Array, " B"],
     *,
+    rows: Int32[Array, " B"] | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "B S KH HD"], Float[Array, "B S KH HD"]]:
-    """See the public function."""
+) -> tuple[Float[Array, "B T H HD"], Float[Array, "rows S KH HD"], Float[Array, "rows S KH HD"]]:
+    """See the public function. XLA writes where sequences name their rows."""
+    if rows is not None:
+        return reference.rotate_and_write(qkv, cosine, sine, keys, values, lengths, rows=rows)
     num_kv_heads = keys.shape[2]
     first_key = qkv.shape[2] - 2 * num_kv_heads
     query, key, value = jnp.split(value_of(qkv), (first_key, first_key + num_kv_heads), axis=2)

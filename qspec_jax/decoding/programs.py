@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.float_matmul.reference import MAX_ROWS
-from qspec_jax.decoding import speculative
+from qspec_jax.decoding import packing, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
 from qspec_jax.decoding.draft_record import DraftRecord
@@ -34,7 +34,7 @@ from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores, with_rows_of
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report, TokenScores, with_rows_of
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
@@ -53,6 +53,8 @@ class Programs:
         compile_s: seconds that took, and those of reading programs from the store.
         store: where programs of other processes are found, None for nowhere.
         costs: what cycles of this model take; kept beside the store, if there is one.
+        packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. To be set
+            before anything is compiled.
         mesh: that the decoder is on; None for one device. What runs there is kept nowhere but in this process.
     """
 
@@ -64,6 +66,7 @@ class Programs:
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
+        self.packing: bool | None = None
         self._costs: CostTable | None = None
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
@@ -79,6 +82,11 @@ class Programs:
     def num_row_shards(self) -> int:
         """Into how many parts the rows of a batch are split: their number must be a multiple of it."""
         return 1 if self._on_mesh is None else self._on_mesh.num_row_shards
+
+    @property
+    def packs(self) -> bool:
+        """Whether chunks of several prompts are read in one pass (``decoding/packing.py``)."""
+        return packing.can_pack(self.decoder) if self.packing is None else self.packing
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -145,20 +153,28 @@ class Programs:
             OutOfMemoryError: the cache does not fit the device.
             UsageError: the kernels asked for by name do not serve this model.
         """
-        plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
-        prefills = {_prefill_key(plans[0], shape, width): width for width in widths}
-        wanted = {key: functools.partial(self.lower_prefill, plans[0], shape, width) for key, width in prefills.items()}
-        wanted |= {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
+        plans, widths = plan.choices if isinstance(plan, AutoPlan) else (plan,), tuple(widths)
         size = shape.rows, shape.capacity
-        if self.compiled.keys() >= wanted.keys() and size in self._fitting:
+        if self.compiled.keys() >= self._wanted(plans, shape, widths).keys() and size in self._fitting:
             return
         for one in plans:
             self.lay_out_weights(one)
+        wanted = self._wanted(plans, shape, widths)  # the order of weights decides how prompts are read
         if size not in self._fitting:  # later on, the memory that is free lacks the cache of the batch that runs
             self.check_cache(rows=shape.rows, capacity=shape.capacity)
             self._fitting.add(size)
         while not (laid_out := self._laid_out).compiled.keys() >= wanted.keys():
             self._add_missing(laid_out, wanted, on_event)
+
+    def _wanted(
+        self, plans: Sequence[DecodingPlan], shape: Shape, widths: Sequence[int]
+    ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
+        """How to lower the loops of some plans, and the programs that read chunks: for each width, or packed."""
+        key, lower, sizes = _prefill_key, self.lower_prefill, widths
+        if self.packs:
+            key, lower, sizes = _pieces_key, self.lower_pieces, packing.sizes(shape.rows) if widths else ()
+        wanted = {key(plans[0], shape, size): functools.partial(lower, plans[0], shape, size) for size in sizes}
+        return wanted | {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
 
     def _add_missing(
         self,
@@ -240,6 +256,23 @@ class Programs:
         program, leaves = self._program(_prefill_key(plan, shape, width), plan, shape, (width,))
         with explain_out_of_memory("while generating"):
             return self._run(program, leaves, state, chunks, rows, sources, np.int32(count))
+
+    def read_pieces(
+        self,
+        plan: DecodingPlan,
+        shape: Shape,
+        state: DecodeState,
+        pieces: PromptPieces,
+        chunks: PromptChunk,
+        rows: np.ndarray,
+        sources: np.ndarray,
+        num_copied: int,
+    ) -> tuple[DecodeState, Report]:
+        """Reads chunks into their rows in one pass (``speculative.read_pieces``). The state is used up."""
+        key = _pieces_key(plan, shape, len(pieces.rows))
+        program, leaves = self._program(key, plan, shape, (1,))
+        with explain_out_of_memory("while generating"):
+            return self._run(program, leaves, state, pieces, chunks, rows, sources, np.int32(num_copied))
 
     def loop(
         self,
@@ -332,6 +365,23 @@ class Programs:
         chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
             return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0))
+
+    def lower_pieces(self, plan: DecodingPlan, shape: Shape, size: int) -> jax.stages.Lowered:
+        """Lowers the program that reads so many pieces of prompts in one pass; its state is donated."""
+        laid_out = self._laid_out
+
+        def read(leaves, state, pieces, chunks, rows, sources, num_copied):
+            places = rows, sources, num_copied
+            state = speculative.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, plan=plan)
+            return state, Report.of(state, num_copied * 0)
+
+        state = jax.eval_shape(lambda: self._idle(shape))
+        rows = np.zeros((shape.rows,), np.int32)
+        sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
+        chunks = PromptChunk(**empty_chunks(shape, 0), sampler=sampler)
+        pieces = packing.empty_pieces(size, shape.rows)
+        with early_launch.early_launch(False):
+            return self._lower(read, laid_out, state, pieces, chunks, rows, rows, np.int32(0))
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -443,6 +493,10 @@ def cycles_per_check(plan: DecodingPlan) -> int:
 
 def _prefill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:
     return "prefill", plan.verify, shape, width
+
+
+def _pieces_key(plan: DecodingPlan, shape: Shape, size: int) -> tuple[Any, ...]:
+    return "pieces", plan.verify, shape, size
 
 
 def _loop_key(plan: DecodingPlan, shape: Shape) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from qspec_jax.decoding.lookup import look_up, rewrite, write
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import Sampler, choose
-from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, TokenScores
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.collectives import all_logits, sum_over
 from qspec_jax.model.decoder import Decoder
@@ -57,30 +57,37 @@ def prefill(model: Decoder, state: DecodeState, chunk: PromptChunk, *, plan: Dec
         chunk: one for each row.
         plan: says by which view.
     """
-    batch = chunk.tokens.shape[0]
     logits, cache = model(
         chunk.tokens,
         state.cache.with_lengths(chunk.start),
         precision=plan.verify,
         logits_at=chunk.num_tokens - 1,
     )
-    sampler, end = chunk.sampler, chunk.start + chunk.num_tokens
-    logits, axis = _as_chosen_from(model, logits, sampler, scored=state.scores is not None)
-    if sampler is not None and chunk.prompt is not None:
-        sampler = sampler.for_prompts(chunk.prompt, end, logits.shape[-1])
-    first_tokens = choose(logits, sampler, first=jnp.zeros((batch,), jnp.int32), axis=axis)
-    first, scores = first_tokens[:, 0], state.scores
-    if scores is not None:
-        found = TokenScores.of(logits, first_tokens)
-        scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
     history = state.history
     if history is not None:
         index = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
         history = write(history, chunk.start, chunk.tokens, index < chunk.num_tokens[:, None])
+    return _entered(model, dataclasses.replace(state, cache=cache, history=history), chunk, logits)
+
+
+def _entered(
+    model: Decoder, state: DecodeState, chunk: PromptChunk, logits: Float32[Array, "B 1 V_of_device"]
+) -> DecodeState:
+    """Rows that have read a chunk, whose entries and history are there, by the logits of its last token."""
+    sampler, end = chunk.sampler, chunk.start + chunk.num_tokens
+    logits, axis = _as_chosen_from(model, logits, sampler, scored=state.scores is not None)
+    if sampler is not None and chunk.prompt is not None:
+        sampler = sampler.for_prompts(chunk.prompt, end, logits.shape[-1])
+    first_tokens = choose(logits, sampler, first=jnp.zeros_like(end), axis=axis)
+    first, scores, history = first_tokens[:, 0], state.scores, state.history
+    if scores is not None:
+        found = TokenScores.of(logits, first_tokens)
+        scores = jax.tree.map(lambda a, b: jnp.zeros_like(a).at[:, :1].set(b), scores, found)
+    if history is not None:
         history = write(history, end, first_tokens, chunk.last[:, None])
     return DecodeState(
         # Nobody has weighed the blocks of this text yet: its first drafts read all of it, once it is there.
-        cache=cache.with_lengths(end).with_everything_listed(chunk.last),
+        cache=state.cache.with_lengths(end).with_everything_listed(chunk.last),
         last_token=first,
         tokens=jnp.zeros_like(state.tokens).at[:, 0].set(first),
         num_tokens=chunk.last.astype(jnp.int32),
@@ -138,6 +145,43 @@ def prefill_rows(
         return state.with_row(rows[index], entered)
 
     return lax.fori_loop(0, count, enter, state)
+
+
+def read_pieces(
+    model: Decoder,
+    state: DecodeState,
+    pieces: PromptPieces,
+    chunks: PromptChunk,
+    rows: Int32[Array, " P"],
+    sources: Int32[Array, " P"],
+    num_copied: Int32[Array, ""],
+    *,
+    plan: DecodingPlan,
+) -> DecodeState:
+    """Reads chunks of prompts into ``rows`` in one pass, while the other rows stay as they are.
+
+    As :func:`prefill_rows`, where a token has the same bits whatever else a pass reads. Chunks come first whose prompts
+    begin as other rows do, ``num_copied`` of them: those rows are copied before anything is read. Of a place without a
+    chunk ``rows`` is past the last row.
+    """
+
+    def copy(index: Array, state: DecodeState) -> DecodeState:
+        return state.with_row(rows[index], state.row(sources[index]))
+
+    state = lax.fori_loop(0, num_copied, copy, state)
+    history = state.history
+    if history is not None:
+        index = jnp.arange(pieces.tokens.shape[1], dtype=jnp.int32)
+        columns = jnp.where(index < pieces.num_tokens[:, None], pieces.starts[:, None] + index, history.shape[1])
+        held = jnp.where(pieces.rows < 0, history.shape[0], pieces.rows)  # a negative index would count from the end
+        history = history.at[held[:, None], columns].set(pieces.tokens, mode="drop")
+    places = {"rows": pieces.rows, "starts": pieces.starts, "ends": pieces.ends}
+    logits, cache = model.read_pieces(pieces.tokens, state.cache, **places, view=plan.verify)
+    # All but the entries of the cache, of the rows that read.
+    others = dataclasses.replace(state, cache=dataclasses.replace(cache, layers=()), history=history)
+    entered = _entered(model, jax.tree.map(lambda array: array[rows], others), chunks, logits)
+    others = jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), others, entered)
+    return dataclasses.replace(others, cache=dataclasses.replace(others.cache, layers=cache.layers))
 
 
 def draft(

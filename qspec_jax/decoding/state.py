@@ -193,7 +193,7 @@ class PromptChunk:
     """A chunk of a prompt for each of some rows, and the options of their sequences.
 
     Attributes:
-        tokens: ``[B, T]`` int32, padded on the right.
+        tokens: ``[B, T]`` int32, padded on the right; ``[B, 0]`` where :class:`PromptPieces` have them.
         num_tokens: ``[B]`` int32, valid tokens of the chunk, at least 1.
         start: ``[B]`` int32, tokens of the prompt before this chunk.
         last: ``[B]`` bool, the prompt ends with this chunk.
@@ -217,3 +217,27 @@ class PromptChunk:
     def row(self, index: Int32[Array, ""]) -> PromptChunk:
         """The chunk of one row."""
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), self)
+
+
+@typing.no_type_check  # as above
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptPieces:
+    """The tokens of chunks of several prompts, cut into pieces of the same size that one pass reads together.
+
+    Attributes:
+        tokens: ``[N, T]`` int32, padded on the right.
+        rows: ``[N]`` int32, of the batch; negative for a piece of nothing.
+        starts: ``[N]`` int32, tokens of the prompt before each piece.
+        num_tokens: ``[N]`` int32, valid tokens of each.
+        ends: ``[P]`` int32, where among all ``N * T`` tokens each chunk has its last one.
+    """
+
+    tokens: Int32[Array, "N T"]
+    rows: Int32[Array, " N"]
+    starts: Int32[Array, " N"]
+    num_tokens: Int32[Array, " N"]
+    ends: Int32[Array, " P"]
+
+    def __repr__(self) -> str:
+        return with_shapes(self)

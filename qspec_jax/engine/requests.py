@@ -69,9 +69,13 @@ class Request:
         return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
 
     def put_chunk(self, fields: Mapping[str, Any], place: int, chunk: Chunk) -> None:
-        """Sets the fields of a chunk at a place among those of :func:`qspec_jax.decoding.chunks.empty_chunks`."""
+        """Sets the fields of a chunk at a place among those of :func:`qspec_jax.decoding.chunks.empty_chunks`.
+
+        Where these are chunks of no width, its tokens are elsewhere.
+        """
         (start, tokens), stop_tokens = chunk, self.sampling.stop_token_ids
-        fields["tokens"][place, : len(tokens)] = tokens
+        if fields["tokens"].shape[1]:
+            fields["tokens"][place, : len(tokens)] = tokens
         fields["num_tokens"][place], fields["start"][place] = len(tokens), start
         fields["last"][place] = start + len(tokens) == len(self.token_ids)
         fields["max_new_tokens"][place] = self.max_new_tokens

@@ -31,17 +31,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.decoding.state import DecodeState, PromptChunk
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.compile_beside import CompileBeside
 from qspec_jax.engine.held_texts import HeldTexts
-from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.prefixes import Chunk, HeldChunks, NextChunk
 from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
@@ -399,6 +400,10 @@ class Scheduler:
             next_chunks, later = self._held.plan(reading)
             # They write after all that others may read of their rows.
             next_chunks, own = [*next_chunks, *own], []
+            if self._programs.packs:
+                reports += self._dispatch_packed(next_chunks)
+                reading = {row: reading[row] for row in later}
+                continue
             by_width: dict[int, list[NextChunk]] = {}
             for one in next_chunks:
                 by_width.setdefault(chunk_width(len(rows[one.row].chunks[one.index][1])), []).append(one)
@@ -407,21 +412,45 @@ class Scheduler:
         return reports
 
     def _dispatch_chunks(
-        self, width: int, next_chunks: Sequence[NextChunk]
+        self, width: int, next_chunks: Sequence[NextChunk], pieces: PromptPieces | None = None
     ) -> tuple[Report, dict[int, RunningSequence]]:
-        """Dispatches chunks of a width; the report, and who has read the prompt with them, by row."""
+        """Dispatches chunks of a width, or those of which ``pieces`` have the tokens.
+
+        Returns:
+            the report, and who has read the prompt with them, by row.
+        """
         chunks = self._chunks(width, next_chunks)
-        rows, sources = np.zeros((2, self.shape.rows), np.int32)
+        nobody = 0 if pieces is None else self.shape.rows  # of places without a chunk
+        rows, sources = np.full((2, self.shape.rows), nobody, np.int32)
         for place, one in enumerate(next_chunks):
             rows[place], sources[place] = one.row, one.source
         assert self._state is not None
         self.totals.gap_s += self._clock.dispatching()
-        self._state, report = self._programs.prefill(
-            self._first_plan, self.shape, self._state, chunks, rows, sources, count=len(next_chunks)
-        )
+        arguments = self._first_plan, self.shape, self._state
+        if pieces is None:
+            self._state, report = self._programs.prefill(*arguments, chunks, rows, sources, count=len(next_chunks))
+        else:
+            copied = sum(one.source != one.row for one in next_chunks)
+            self._state, report = self._programs.read_pieces(*arguments, pieces, chunks, rows, sources, copied)
         self._retired[rows[: len(next_chunks)]] = False
         decoding = self._decoding()
         return report, {one.row: decoding[one.row] for one in next_chunks if one.row in decoding}
+
+    def _dispatch_packed(self, next_chunks: Sequence[NextChunk]) -> list[tuple[Report, dict[int, RunningSequence]]]:
+        """Dispatches chunks, as many in a pass as fit; for each pass as :meth:`_dispatch_chunks`."""
+        reports = []
+        left = sorted(next_chunks, key=lambda one: one.source == one.row)  # copies of rows come first
+        while left:
+            texts = [(one.row, *self._text_of(one)) for one in left]
+            pieces, count = packing.pack(texts, rows=self.shape.rows)
+            some, left = left[:count], left[count:]
+            reports.append(self._dispatch_chunks(0, some, pieces))
+        return reports
+
+    def _text_of(self, one: NextChunk) -> Chunk:
+        sequence = self._rows[one.row]
+        assert sequence is not None
+        return sequence.chunks[one.index]
 
     def _chunks(self, width: int, next_chunks: Sequence[NextChunk]) -> PromptChunk:
         """Pieces of a width, which count as read from now on."""

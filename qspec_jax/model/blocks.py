@@ -31,6 +31,7 @@ class TokenContext(NamedTuple):
     blocks: Int32[Array, "B L KH N"] | None = None  # that a view with a budget reads, of all layers
     layer: Int32[Array, ""] | None = None  # which of them this is; None where there are no blocks
     num_tokens: Int32[Array, " B"] | None = None  # new ones that are more than padding; None for all
+    rows: Int32[Array, " B"] | None = None  # of the cache that the sequences are pieces of; None for a row each
 
     def of_layer(self, index: Int32[Array, ""]) -> TokenContext:
         """What this layer needs to know."""
@@ -148,7 +149,9 @@ class Attention(nnx.Module):
         if isinstance(cache, Int8Cache):
             return pallas_kernels.rotate_and_write_int8(qkv, *context.rotations, cache, context.lengths, **options)
         arrays = cache.keys, cache.values, context.lengths
-        query, keys, values = pallas_kernels.rotate_and_write(qkv, *context.rotations, *arrays, **options)
+        query, keys, values = pallas_kernels.rotate_and_write(
+            qkv, *context.rotations, *arrays, rows=context.rows, **options
+        )
         return query, LayerCache(keys, values)
 
     def _mix(
@@ -161,6 +164,11 @@ class Attention(nnx.Module):
         weigh: int | None,
     ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"] | None]:
         """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
+        if context.rows is not None:
+            assert isinstance(cache, LayerCache)
+            window, places = view.window(self.config.sliding_window), (context.rows, context.lengths)
+            attend = functools.partial(pallas_kernels.prefill_attention, window=window, implementation=self.kernels)
+            return attend(query, cache.keys, cache.values, *places), None
         # A prefill is a large matrix product, which the reference leaves to XLA.
         kernels = self.kernels if query.shape[1] <= MAX_DECODE_TOKENS else REFERENCE
         arrays: Any = (cache,) if isinstance(cache, Int8Cache) else (cache.keys, cache.values)

@@ -168,22 +168,64 @@ class Decoder(nnx.Module):
         Raises:
             UsageError: several devices share the model, and this is not the program of one of them.
         """
+        self._check_axis()
+        view = View.of(precision)
+        with _exact_float32(self.dtype):
+            context = self._context(tokens, cache, view, logits_at=logits_at, idle=idle)
+            stream, layers, masses = self._hidden(tokens, cache, context, view=view, weigh=weigh)
+            cache = dataclasses.replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1])
+            if logits_at is not None:
+                stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
+            return self._logits(stream, view), cache, masses
+
+    def read_pieces(
+        self,
+        tokens: Int32[Array, "N T"],
+        cache: KVCache,
+        *,
+        rows: Int32[Array, " N"],
+        starts: Int32[Array, " N"],
+        ends: Int32[Array, " P"],
+        view: View,
+    ) -> tuple[Float32[Array, "P 1 V"], KVCache]:
+        """Reads pieces of prompts, of several rows of the cache at once; a long prompt may be several of them.
+
+        A token attends to its own row alone: to what is there before ``starts`` of its first piece, and to its pieces.
+
+        Args:
+            tokens: of each piece, padded on the right where its prompt ends.
+            cache: whose positions ``starts .. starts + T - 1`` of ``rows`` are overwritten. Its lengths stay.
+            rows: of each piece; negative for one of nothing.
+            starts: position of the first token of each piece.
+            ends: the tokens whose logits are wanted, as places in ``N * T``.
+            view: what the pass reads, all of the cache.
+
+        Returns:
+            float32 logits of the tokens that are wanted, and the cache.
+        """
+        self._check_axis()
+        positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        rotations = rope.rotation(positions, self.config)
+        with _exact_float32(self.dtype):
+            context = TokenContext(lengths=starts, seen=starts, rotations=rotations, rows=rows)
+            stream, layers, _ = self._hidden(tokens, cache, context, view=view, weigh=None)
+            wanted = stream.value().reshape(-1, self.config.hidden_size)[ends]
+            logits = self._logits(ResidualStream(wanted[:, None]), view)
+            return logits, dataclasses.replace(cache, layers=layers)
+
+    def _check_axis(self) -> None:
         if self.axis is not None and not is_bound(self.axis):
             raise UsageError(
                 f"this decoder is on a mesh ({self.axis}={self.split}), whose programs run it: use the methods of "
                 "LanguageModel, or load the model without a mesh to call it"
             )
-        view = View.of(precision)
-        with _exact_float32(self.dtype):
-            context = self._context(tokens, cache, view, logits_at=logits_at, idle=idle)
-            stream, cache, masses = self._hidden(tokens, cache, context, view=view, weigh=weigh)
-            if logits_at is not None:
-                stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
-            with jax.named_scope("lm_head"):
-                _, y = self.final_norm.of_stream(stream, quantization=None)
-                assert isinstance(y, jax.Array)
-                multiply = functools.partial(head_product, self.head_for(view), implementation=self.head_kernels)
-                return value_of(in_pieces(multiply, y)), cache, masses
+
+    def _logits(self, stream: ResidualStream, view: View) -> Float32[Array, "B T V"]:
+        with jax.named_scope("lm_head"):
+            _, y = self.final_norm.of_stream(stream, quantization=None)
+            assert isinstance(y, jax.Array)
+            multiply = functools.partial(head_product, self.head_for(view), implementation=self.head_kernels)
+            return value_of(in_pieces(multiply, y))
 
     def head_for(self, view: View) -> Array | QuantizedWeight:
         """The LM head that a view reads.
@@ -237,7 +279,10 @@ class Decoder(nnx.Module):
 
     def _hidden(
         self, tokens: Int32[Array, "B T"], cache: KVCache, context: TokenContext, *, view: View, weigh: int | None
-    ) -> tuple[ResidualStream, KVCache, Float32[Array, "B L KH NB"] | None]:
+    ) -> tuple[
+        ResidualStream, tuple[LayerCache | Int8Cache, ...] | LayerCache | Int8Cache, Float32[Array, "B L KH NB"] | None
+    ]:
+        """The stream after all layers, what they wrote, and the masses."""
         stream = ResidualStream(embed(self.embedding.get_value(), tokens, self.axis))
         if not isinstance(cache.layers, tuple):
             stream, layers, masses = self._scan(stream, cache.layers, context, view=view, weigh=weigh)
@@ -251,7 +296,7 @@ class Decoder(nnx.Module):
                 weighed.append(masses)
             layers = tuple(written)
             masses = None if weigh is None else jnp.stack(weighed, axis=1)
-        return stream, dataclasses.replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1]), masses
+        return stream, layers, masses
 
     def _scan(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels import (
     choose_blocks,
     decode_attention,
     decode_attention_with_masses,
+    prefill_attention,
     rotate_and_write,
 )
 from pallas_kernels.accuracy import ATTENTION, relative_error
@@ -202,3 +204,27 @@ def test_none_takes_triton(implementation, num_kernels):
         return decode_attention(query, keys, values, lengths, implementation=implementation)
 
     assert jax.jit(both).lower(keys, values).as_text().count("__gpu$xla.gpu.triton") == num_kernels
+
+
+@dtypes
+@models
+def test_pieces_attend_to_their_rows_with_bits_of_their_own(case, dtype):
+    """Of several prompts, in halves, alone, and begun elsewhere; the last one is of nobody."""
+    query, keys, values = dataclasses.replace(case, num_tokens=32).arrays(6, dtype)
+    rows, starts = [0, 1, 3, 3, 2, -1], [0, case.slots - 40, 96, 64, 200, 7]
+    attend = jax.jit(functools.partial(prefill_attention, window=case.window, implementation="triton"))
+    out = attend(query, keys, values, int32(rows), int32(starts))
+    held = np.asarray(rows[:5])
+    expected = attention_in_float64(query[:5], keys[held], values[held], starts[:5], case.window)
+    assert relative_error(out[:5].astype(jnp.float32), expected) < BOUNDS[dtype]
+    assert not np.asarray(out[5]).any()
+    halves = query.reshape(12, 16, *query.shape[2:])
+    begins = (int32(starts)[:, None] + int32([0, 16])).reshape(-1)
+    as_halves = attend(halves, keys, values, jnp.repeat(int32(rows), 2), begins)
+    np.testing.assert_array_equal(as_halves.reshape(out.shape), out)
+    np.testing.assert_array_equal(attend(query[:, 5:], keys, values, int32(rows), int32(starts) + 5), out[:, 5:])
+    for piece in range(6):
+        mine = slice(piece, piece + 1)
+        np.testing.assert_array_equal(
+            attend(query[mine], keys, values, int32(rows[mine]), int32(starts[mine])), out[mine]
+        )

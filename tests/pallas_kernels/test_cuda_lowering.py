@@ -412,6 +412,19 @@ def test_the_kernels_of_a_cache_of_int8_lower_and_write_in_place(shape, dtype):
     assert cuda_program(attend, query, cache, lengths, table, layer).count(KERNEL_CALL) == 2
 
 
+def test_pieces_of_prompts_are_written_by_one_kernel_in_place():
+    qkv, angles = array(64, 32, 48, 128, dtype=jnp.bfloat16), array(64, 32, 64, dtype=jnp.float32)
+    cache, table = array(4, 1024, 8, 128, dtype=jnp.bfloat16), array(64, dtype=jnp.int32)
+
+    def write(qkv, angles, keys, values, lengths, rows):
+        return rotate_triton.rotate_and_write(qkv, angles, angles, keys, values, lengths, rows=rows)
+
+    program = cuda_program(write, qkv, angles, cache, cache, table, table)
+    assert program.count(KERNEL_CALL) == 1
+    for result, argument in ((1, 4), (2, 5)):
+        assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program
+
+
 def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
     """Pallas must not remove the signal as code without effect, and it is there in no other program."""
     x, gain, gate_up = (array(*shape, dtype=jnp.bfloat16) for shape in ((3, 4096), (4096,), (3, 28672)))

@@ -85,3 +85,22 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(zip(names, operands(2, 2, 1, 16, jnp.float32), strict=True)) | change
     with pytest.raises(ValueError, match=f"rotate_and_write: {message}"):
         rotate_and_write(**arguments, lengths=LENGTHS)
+
+
+@implementations
+def test_sequences_may_be_pieces_of_some_rows(implementation):
+    """Two pieces of a row, one of another, and one of none: as the rows would be written one by one."""
+    qkv, cosine, sine, keys, values = operands(3, 2, 1, 16, jnp.float32)
+    rows, lengths = jnp.asarray([1, -1, 1], jnp.int32), jnp.asarray([4, 0, 1], jnp.int32)
+    run = IMPLEMENTATIONS[implementation]
+    query, new_keys, new_values = run(qkv, cosine, sine, keys[:2], values[:2], lengths, rows=rows)
+    one_by_one, expected = [], (keys[:2], values[:2])
+    for piece in (0, 2):
+        mine = slice(piece, piece + 1)
+        arrays = (array[1:] for array in expected)
+        one, *written = run(qkv[mine], cosine[mine], sine[mine], *arrays, lengths[mine])
+        one_by_one.append(one[0])
+        expected = tuple(jnp.concatenate([old[:1], new]) for old, new in zip(expected, written, strict=True))
+    np.testing.assert_array_equal(query[::2], jnp.stack(one_by_one))
+    np.testing.assert_array_equal(new_keys, expected[0])
+    np.testing.assert_array_equal(new_values, expected[1])

@@ -1,0 +1,101 @@
+"""Chunks of several prompts cut into pieces of the same size, which one pass over the weights reads together.
+
+A pass for a prompt of 97 tokens reads all weights for 97 rows, and a GPU has arithmetic for many more. So where a token
+has the same bits whatever is read beside it (:func:`can_pack`), chunks are cut into pieces of :data:`PIECE` tokens, of
+which only the last one of a chunk is padded. Pieces of as many chunks as fit share a pass, for a few numbers of pieces
+(:func:`sizes`).
+
+Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c of 20::
+
+    tokens  a0..31 | a32..63 | a64..69 . | b0..31 | b32..63 | b64..95 | b96..99 . | c0..19 .
+    rows    0        0         0           1        1         1         1           2
+    starts  0        32        64          0        32        64        96          0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels import Layout, QuantizedWeight
+from qspec_jax.decoding.state import PromptPieces
+from qspec_jax.model.cache import KV_OF_MODEL
+from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.layouts import linears
+
+PIECE = 32  # tokens
+_SIZES = (2, 8, 32, 64)  # pieces of a pass: what is padded costs less than more programs
+_LONGEST_CHUNK = 512 // PIECE  # pieces
+
+
+def can_pack(decoder: Decoder) -> bool:
+    """Whether the kernels of a decoder give a token the same bits whatever else its pass reads.
+
+    Those of Hopper do, for any number of rows. Elsewhere a library multiplies many rows, in an order that depends on
+    their number; then chunks are read one by one, each padded to one of few widths.
+    """
+    weights = [linear.weight.get_value() for linear in linears(decoder)]
+    by_hopper = all(isinstance(weight, QuantizedWeight) and weight.layout is Layout.WGMMA for weight in weights)
+    keeps_floats = any(linear.floats is not None for linear in linears(decoder))  # a library multiplies them
+    return by_hopper and not keeps_floats and decoder.axis is None and decoder.kv == KV_OF_MODEL
+
+
+def sizes(rows: int) -> tuple[int, ...]:
+    """The numbers of pieces that passes of a batch have: the last is what a chunk of every row needs, or the most."""
+    most = min(_SIZES[-1], rows * _LONGEST_CHUNK)
+    return (*(size for size in _SIZES if size < most), most)
+
+
+class Packed(NamedTuple):
+    """What one pass reads.
+
+    Attributes:
+        pieces: of the chunks.
+        count: chunks of those that were given, from the first on.
+    """
+
+    pieces: PromptPieces
+    count: int
+
+
+def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int) -> Packed:
+    """The first chunks that fit a pass, cut into pieces.
+
+    Args:
+        chunks: row, start and tokens of each, at least one and no longer than a chunk may be.
+        rows: of the batch.
+    """
+    most, needed, count = sizes(rows)[-1], 0, 0
+    for _, _, tokens in chunks:
+        if needed + num_pieces(len(tokens)) > most:
+            break
+        needed, count = needed + num_pieces(len(tokens)), count + 1
+    size = next(size for size in sizes(rows) if size >= needed)
+    pieces = empty_pieces(size, rows)
+    place = 0
+    for chunk, (row, start, tokens) in enumerate(chunks[:count]):
+        for begin in range(0, len(tokens), PIECE):
+            some = tokens[begin : begin + PIECE]
+            pieces.tokens[place, : len(some)] = some
+            pieces.rows[place], pieces.starts[place], pieces.num_tokens[place] = row, start + begin, len(some)
+            place += 1
+        pieces.ends[chunk] = (place - 1) * PIECE + int(pieces.num_tokens[place - 1]) - 1
+    return Packed(pieces, count)
+
+
+def num_pieces(num_tokens: int) -> int:
+    """Pieces of a chunk."""
+    return -(-num_tokens // PIECE)
+
+
+def empty_pieces(size: int, rows: int) -> PromptPieces:
+    """Pieces of nothing, as NumPy arrays to be set."""
+    return PromptPieces(
+        tokens=np.zeros((size, PIECE), np.int32),
+        rows=np.full(size, -1, np.int32),
+        starts=np.zeros(size, np.int32),
+        num_tokens=np.zeros(size, np.int32),
+        ends=np.zeros(rows, np.int32),
+    )

@@ -1,0 +1,135 @@
+"""Chunks of several prompts in one pass: how they are cut, and everybody gets the tokens of a pass of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qspec_jax.decoding import packing
+from qspec_jax.decoding.packing import PIECE, can_pack, pack, sizes
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.model.config import ModelConfig
+from tests import tiny
+
+CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), max_position_embeddings=1024)
+CAPACITY = 640
+RANDOM = np.random.default_rng(0)
+
+
+def prompt(length: int) -> list[int]:
+    return RANDOM.integers(1, CONFIG.vocab_size, length).tolist()
+
+
+SYSTEM = prompt(520)
+SAMPLED = {"temperature": 0.8, "seed": 7}
+# Lengths on both sides of a piece, more than a chunk, and prompts that begin alike: rows are copied for them.
+REQUESTS = [
+    *[Request(prompt(length), 8, SamplingParams()) for length in (5, PIECE, PIECE + 1, 100, 1)],
+    *[Request([*SYSTEM, *prompt(length)], 6, SamplingParams(**SAMPLED), prefix_length=520) for length in (3, 40, 7)],
+    Request(prompt(70), 8, SamplingParams(**SAMPLED)),
+]
+FEATURES = [
+    Request(prompt(40), 6, SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5)),
+    Request(prompt(3), 6, SamplingParams(logprobs=2)),
+    Request(prompt(64), 6, SamplingParams(logit_bias={5: 4.0}, min_new_tokens=3)),
+]
+
+
+def served(requests, mode: str, *, packed: bool, rows: int = 4, together: bool = True, **options):
+    """The sequences of some requests, all at once or one after the other, and their scheduler."""
+    model = tiny.language_model(CONFIG)
+    model.programs.packing = packed
+    plan = model.plan(mode, **options)
+    scheduler = Scheduler(model.programs, plan, rows=rows, capacity=CAPACITY)
+    sequences = []
+    for request in requests:
+        sequences.append(scheduler.add(request))
+        while not together and scheduler.busy:
+            scheduler.advance()
+    scheduler.compile()
+    compiled = model.programs.num_compilations
+    while scheduler.busy:
+        scheduler.advance()
+    assert not together or model.programs.num_compilations == compiled
+    return sequences, scheduler
+
+
+def tokens(sequences) -> list[list[int]]:
+    return [one.token_ids for one in sequences]
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """What requests yield where each chunk has a pass, and the row to itself."""
+    return tokens(served(REQUESTS, "w4a16", packed=False, together=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("qspec", {}), ("lookup", {}), ("qspec", {"draft_context": 128})],
+    ids=["qspec", "lookup", "blocks"],
+)
+def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, mode, options):
+    sequences, scheduler = served(REQUESTS, mode, packed=True, **options)
+    assert tokens(sequences) == one_by_one
+    assert scheduler.totals.reused_prompt_tokens == 2 * 512
+    kinds = {key[0] for key in scheduler._programs.compiled}
+    assert kinds == {"pieces", "loop"}
+
+
+def test_a_prompt_alone_is_read_as_it_is_beside_others(one_by_one):
+    assert tokens(served(REQUESTS, "w4a16", packed=True, rows=1, together=False)[0]) == one_by_one
+
+
+def test_what_sampling_needs_of_prompts_is_there():
+    expected, _ = served(FEATURES, "qspec", packed=False)
+    found, _ = served(FEATURES, "qspec", packed=True)
+    assert tokens(found) == tokens(expected)
+    np.testing.assert_allclose(found[1].logprobs, expected[1].logprobs, atol=1e-5)
+
+
+def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
+    """Pieces that attend to the row of somebody else."""
+    right = packing.pack
+
+    def wrong(chunks, *, rows):
+        packed = right(chunks, rows=rows)
+        packed.pieces.rows[packed.pieces.rows >= 0] ^= 1
+        return packed
+
+    monkeypatch.setattr(packing, "pack", wrong)
+    assert tokens(served(REQUESTS[:5], "w4a16", packed=True)[0]) != one_by_one[:5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, (2, 8, 16)), (2, (2, 8, 32)), (4, (2, 8, 32, 64)), (64, (2, 8, 32, 64))]
+)
+def test_a_batch_has_few_sizes(rows, expected):
+    assert sizes(rows) == expected
+
+
+def test_chunks_are_cut_into_pieces():
+    chunks = [(3, 0, range(70)), (0, 512, range(100, 132)), (1, 5, [7])]
+    packed = pack(chunks, rows=4)
+    pieces = packed.pieces
+    assert packed.count == 3
+    assert pieces.rows.tolist() == [3, 3, 3, 0, 1, -1, -1, -1]
+    assert pieces.starts[:5].tolist() == [0, 32, 64, 512, 5]
+    assert pieces.num_tokens.tolist() == [32, 32, 6, 32, 1, 0, 0, 0]
+    assert pieces.tokens[2].tolist() == [*range(64, 70), *[0] * 26]
+    assert pieces.ends[:3].tolist() == [2 * PIECE + 5, 4 * PIECE - 1, 4 * PIECE]
+
+
+def test_what_does_not_fit_is_left_for_another_pass():
+    chunks = [(row, 0, range(500)) for row in range(5)]
+    assert pack(chunks, rows=8).count == 4
+    assert pack(chunks[:1], rows=1).count == 1
+
+
+def test_the_reference_is_read_one_by_one():
+    """Its sums depend on how many rows a pass has."""
+    assert not can_pack(tiny.decoder())
