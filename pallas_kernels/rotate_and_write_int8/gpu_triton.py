@@ -7,6 +7,7 @@ arrays of the cache are aliased to the results and seen whole, so that nothing e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -109,68 +110,83 @@ def _kernel(
     *part_refs, query_ref, keys_ref, scales_ref, recent_ref, values_ref, value_scales_ref = refs[5:]
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
     first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
-    length = length_ref[...]
+    length, dtype = length_ref[...], query_ref.dtype
     position = length + token
-    block_half, dtype = cosine_ref.shape[1], query_ref.dtype
-    load = functools.partial(_load_half, half=half)
-
-    def value(tokens: Array) -> tuple[Array, Array]:
-        """Both halves of the head, of a token or of several."""
-        halves = []
-        for start in (0, half):
-            parts = [load(ref, tokens, start, block_half).astype(jnp.float32) for ref in part_refs]
-            total = tree_sum(parts)
-            halves.append(total if len(parts) == 1 else rounded_to(total, dtype, interpret=interpret))
-        return halves[0], halves[1]
-
-    def rotated(tokens: Array) -> tuple[Array, Array]:
-        first, second = value(tokens)
-        cosine, sine = (load(ref, tokens, 0, block_half) for ref in (cosine_ref, sine_ref))
-        return first * cosine - second * sine, second * cosine + first * sine
-
-    code = functools.partial(
-        codes_and_scales,
-        reciprocal=functools.partial(reciprocal, interpret=interpret),
-        rounding=functools.partial(round_half_to_even, interpret=interpret),
-    )
+    of_head = _Head(part_refs, cosine_ref, sine_ref, dtype, half, interpret)
 
     @pl.when(head < first_key)
     def _():
-        for start, part in zip((0, half), rotated(token), strict=True):
+        for start, part in zip((0, half), of_head.rotated(token), strict=True):
             _store_half(query_ref, (sequence, token, head), part.astype(dtype), start, half)
 
     @pl.when((head >= first_value) & (position < capacity))
     def _():
-        first, second = value(token)
-        magnitude = jnp.maximum(jnp.max(jnp.abs(first)), jnp.max(jnp.abs(second)))
-        for start, part in zip((0, half), (first, second), strict=True):
-            codes, scale = code(part, jnp.broadcast_to(magnitude, part.shape))
+        halves = of_head.value(token)
+        magnitude = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in halves])
+        for start, part in zip((0, half), halves, strict=True):
+            codes, scale = of_head.code(part, jnp.broadcast_to(magnitude, part.shape))
             _store_half(values_ref, (sequence, position, head - first_value), codes, start, half)
         plgpu.store(value_scales_ref.at[sequence, head - first_value, position], jnp.max(scale))
 
     @pl.when((head >= first_key) & (head < first_value) & (token == 0))
     def _():
-        kv_head = head - first_key
+        where = sequence, head - first_key
         tokens = lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(num_tokens), 1), 0)
-        where = sequence, kv_head
-        exists = tokens < num_tokens
-        new = [part.astype(dtype) for part in rotated(tokens)]
+        new = [rounded_to(part, dtype, interpret=interpret) for part in of_head.rotated(tokens)]
         for start, part in zip((0, half), new, strict=True):
-            _store_rows(recent_ref, where, lax.rem(length + tokens, RING), exists, part, start, half)
+            slots = lax.rem(length + tokens, RING)
+            _store_rows(recent_ref, where, slots, tokens < num_tokens, part.astype(dtype), start, half)
         end = (lax.div(length, KEY_BLOCK) + 1) * KEY_BLOCK
 
         @pl.when((end <= length + num_tokens) & (end <= capacity))
         def _():
             arrays = keys_ref, scales_ref, recent_ref
             for start, part in zip((0, half), new, strict=True):
-                _quantise_block(*arrays, part, tokens, (length, end), where, code=code, start=start, half=half)
+                bounds = length, end
+                _quantise_block(*arrays, part, tokens, bounds, where, code=of_head.code, start=start, half=half)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """A head of one token, a scalar, or of several, ``[tokens, 1]``, as float32 halves."""
+
+    part_refs: list[registers.Ref]  # [T, block_dim]
+    cosine_ref: registers.Ref
+    sine_ref: registers.Ref
+    dtype: DTypeLike
+    half: int
+    interpret: bool
+
+    def value(self, tokens: Array) -> tuple[Array, Array]:
+        """Both halves as they come."""
+        block_half = self.cosine_ref.shape[1]
+
+        def load_sum(start: int) -> Array:
+            loaded = [_load_half(ref, tokens, start, block_half, half=self.half) for ref in self.part_refs]
+            total = tree_sum([part.astype(jnp.float32) for part in loaded])
+            return total if len(loaded) == 1 else rounded_to(total, self.dtype, interpret=self.interpret)
+
+        return load_sum(0), load_sum(self.half)
+
+    def rotated(self, tokens: Array) -> tuple[Array, Array]:
+        """Both halves, rotated."""
+        first, second = self.value(tokens)
+        refs, block_half = (self.cosine_ref, self.sine_ref), self.cosine_ref.shape[1]
+        cosine, sine = (_load_half(ref, tokens, 0, block_half, half=self.half) for ref in refs)
+        return first * cosine - second * sine, second * cosine + first * sine
+
+    def code(self, x: Array, magnitude: Array) -> tuple[Array, Array]:
+        """Codes and scales."""
+        options = {"interpret": self.interpret}
+        spelled = functools.partial(reciprocal, **options), functools.partial(round_half_to_even, **options)
+        return codes_and_scales(x, magnitude, reciprocal=spelled[0], rounding=spelled[1])
 
 
 def _quantise_block(
     keys_ref: registers.Ref,  # [B, S, KH, block_dim] int8
     scales_ref: registers.Ref,  # [B, NB, KH, block_dim] f32
     recent_ref: registers.Ref,  # [B, RING, KH, block_dim]
-    new: Array,  # [tokens, block_half], the new keys
+    new: Array,  # [tokens, block_half] f32, the new keys as the dtype holds them
     tokens: Array,  # [tokens, 1]
     bounds: tuple[Array, Array],  # positions before the new ones, and the end of the block
     where: tuple[Array, Array],  # the sequence and its head
@@ -182,7 +198,7 @@ def _quantise_block(
     """The codes and scales of half of a head in a block: its older keys come from the ring."""
     length, end = bounds
     is_new = tokens < end - length
-    new = jnp.where(jnp.broadcast_to(is_new, new.shape), new.astype(jnp.float32), 0.0)
+    new = jnp.where(jnp.broadcast_to(is_new, new.shape), new, 0.0)
 
     def older(step: Array) -> tuple[Array, Array, Array]:
         positions = end - KEY_BLOCK + step * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0)

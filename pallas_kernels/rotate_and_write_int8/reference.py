@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, Int8Cache, quantize
@@ -38,7 +39,9 @@ def rotated(
     """Rotated queries and keys, and values."""
     first_key = qkv.shape[2] - 2 * num_kv_heads
     query, key, value = jnp.split(value_of(qkv), (first_key, first_key + num_kv_heads), axis=2)
-    return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+    # Without the barrier XLA may quantise keys and values from before they were rounded to their dtype.
+    key, value = lax.optimization_barrier((rotate(key, cosine, sine), value))
+    return rotate(query, cosine, sine), key, value
 
 
 def newest_keys(
