@@ -390,8 +390,9 @@ def test_rotate_and_write_lowers_to_one_kernel_in_place(shape, num_parts):
         assert f"output_tuple_indices = [{result}], operand_index = {argument}" in program
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("shape", [ATTENTION_SHAPES[index] for index in (0, 3, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(ATTENTION_SHAPES[3], jnp.bfloat16), ((5, 8, 2, 96, 1000), jnp.float32)], ids=["bf16", "f32"]
+)
 def test_the_kernels_of_a_cache_of_int8_lower_and_write_in_place(shape, dtype):
     tokens, heads, kv_heads, head_dim, slots = shape
     sizes = {"capacity": slots, "num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
