@@ -32,7 +32,6 @@ _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
 _MIN_PROGRAMS_OF_LINEARS = 190  # as many keep its memory busy with larger steps
 _MAX_SPLIT = 8  # the reader of the result adds as many parts
-_MOST_OUTPUTS = 40_000  # of a linear; more are a vocabulary
 _LARGE_SHARED_MEMORY = ("9.", "10.")  # compute capabilities of which a program may use 227 KB, and not 99
 
 
@@ -59,9 +58,9 @@ class TileConfig:
     weight_first: bool = False
 
 
-def tile_config(m: int, n: int, k: int) -> TileConfig:
-    """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs."""
-    if n <= _MOST_OUTPUTS and n % 64 == 0 and k % 64 == 0:
+def tile_config(m: int, n: int, k: int, *, is_head: bool = False) -> TileConfig:
+    """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs, of an LM head or of a linear."""
+    if not is_head and n % 64 == 0 and k % 64 == 0:
         return _tiles_of_linear(m, n, k)
     return _tiles_of_head(m, n, k)
 
@@ -125,7 +124,8 @@ def float_matmul(
     registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
     if config is None:
-        config = tile_config(rows.shape[0], *weight.shape)
+        # Nobody rounds the logits of a head, and a linear has the dtype of its rows.
+        config = tile_config(rows.shape[0], *weight.shape, is_head=jnp.dtype(dtype) == jnp.float32)
     parts = _matmul(rows, weight, dtype=jnp.dtype(dtype), config=config, interpret=interpret)
     shape = *x.shape[:-1], weight.shape[0]
     return parts.reshape(shape) if config.split == 1 else PartialSums(parts, dtype).reshape(*shape)

@@ -53,8 +53,8 @@ class Programs:
         compile_s: seconds that took, and those of reading programs from the store.
         store: where programs of other processes are found, None for nowhere.
         costs: what cycles of this model take; kept beside the store, if there is one.
-        packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. To be set
-            before anything is compiled.
+        packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. False until
+            a GPU has run it. To be set before anything is compiled.
         mesh: that the decoder is on; None for one device. What runs there is kept nowhere but in this process.
     """
 
@@ -66,7 +66,7 @@ class Programs:
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
-        self.packing: bool | None = None
+        self.packing: bool | None = False
         self._costs: CostTable | None = None
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
