@@ -15,7 +15,7 @@ Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int) -> Pack
             break
         needed, count = needed + num_pieces(len(tokens)), count + 1
     size = next(size for size in sizes(rows) if size >= needed)
-    pieces = empty_pieces(size, rows)
+    pieces: Any = empty_pieces(size, rows)
     place = 0
     for chunk, (row, start, tokens) in enumerate(chunks[:count]):
         for begin in range(0, len(tokens), PIECE):
@@ -92,10 +92,11 @@ def num_pieces(num_tokens: int) -> int:
 
 def empty_pieces(size: int, rows: int) -> PromptPieces:
     """Pieces of nothing, as NumPy arrays to be set."""
-    return PromptPieces(
-        tokens=np.zeros((size, PIECE), np.int32),
-        rows=np.full(size, -1, np.int32),
-        starts=np.zeros(size, np.int32),
-        num_tokens=np.zeros(size, np.int32),
-        ends=np.zeros(rows, np.int32),
-    )
+    fields: dict[str, Any] = {
+        "tokens": np.zeros((size, PIECE), np.int32),
+        "rows": np.full(size, -1, np.int32),
+        "starts": np.zeros(size, np.int32),
+        "num_tokens": np.zeros(size, np.int32),
+        "ends": np.zeros(rows, np.int32),
+    }
+    return PromptPieces(**fields)

@@ -58,6 +58,7 @@ class Programs:
         mesh: that the decoder is on; None for one device. What runs there is kept nowhere but in this process.
     """
 
+    packing: bool | None = False
     _on_mesh: OnMesh | None = None
 
     def __init__(self, decoder: Decoder, mesh: Mesh | None = None):
@@ -66,7 +67,6 @@ class Programs:
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
-        self.packing: bool | None = False
         self._costs: CostTable | None = None
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
