@@ -42,7 +42,7 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
     found = report["measurements"]
     produced = ["quantize_a8", "quantize_a4", "swiglu", "swiglu_a8", "swiglu_a4"]
     produced += ["hadamard", "swiglu_hadamard", "swiglu_hadamard_a8", "swiglu_hadamard_a4"]
-    assert [one["op"] for one in found] == ["bf16", "w4a16", "w4a8", "w4a4", *produced]
+    assert [one["op"] for one in found] == ["bf16", "w4a16", "w8a16", "w4a8", "w4a4", *produced]
     for one in found:
         assert one["status"] == "ok"
         assert one["clock"] == "wall"
@@ -61,6 +61,7 @@ def test_every_operation_is_measured_and_its_figures_fit_together(tmp_path):
     assert {one["op"]: one["num_bytes"] for one in found} == {
         "bf16": rows + 64 * 128 * 2 + out,
         "w4a16": rows + weight + out,
+        "w8a16": rows + weight + 64 * 128 // 2 + out,  # the lower nibbles
         "w4a8": codes + weight + out,
         "w4a4": grouped_codes + weight + sums + out,
         "quantize_a8": rows + codes,

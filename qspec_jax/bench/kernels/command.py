@@ -23,11 +23,12 @@ _DEFAULT_ROWS = "1,16,64,256"
 _DESCRIPTION = """
 Time of the kernels alone, without dispatch: one program calls a kernel on copies of its weight that together exceed
 the L2 cache. TB/s counts weights, scales, activations and outputs once; TOP/s two operations per weight and row.
-Operations: w4a16; w4a8 and w4a4, the integer matmul with the activations of each draft precision; bf16, x @ w.T in
-bfloat16 through XLA; quantize_a8 and quantize_a4, which quantise those activations; swiglu, the gated unit of an MLP,
-and swiglu_a8 and swiglu_a4, which quantise its result; and for rotated models hadamard, swiglu_hadamard,
-swiglu_hadamard_a8 and swiglu_hadamard_a4, with a transform of all K values. The error of w4a8 and w4a4 is that of the
-matmul, given the quantised activations; that of swiglu_*_a8 and _a4 includes the rounding to codes.
+Operations: w4a16; w8a16, of nested weights; w4a8 and w4a4, the integer matmul with the activations of each draft
+precision; bf16, x @ w.T in bfloat16 through XLA and by the kernel of exact mode; quantize_a8 and quantize_a4, which
+quantise those activations; swiglu, the gated unit of an MLP, and swiglu_a8 and swiglu_a4, which quantise its result;
+and for rotated models hadamard, swiglu_hadamard, swiglu_hadamard_a8 and swiglu_hadamard_a4, with a transform of all K
+values. The error of w4a8 and w4a4 is that of the matmul, given the quantised activations; that of swiglu_*_a8 and _a4
+includes the rounding to codes.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -10,15 +11,15 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels import QuantizedWeight
+from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.bench.kernels import operands, producers, torch_int4
 from qspec_jax.bench.kernels.ceilings import Ceilings
-from qspec_jax.bench.kernels.names import BASELINE, MATMULS, PRODUCERS, TORCH
+from qspec_jax.bench.kernels.names import BASELINE, MATMULS, PRODUCERS, TORCH, WEIGHT_ONLY, XLA
 from qspec_jax.bench.kernels.operands import Workload
 from qspec_jax.bench.presets import MatmulShape
 from qspec_jax.bench.timing import Clock, compile_calls, run_in_threads, time_calls
 from qspec_jax.commands.run import say
 
-XLA = "xla"  # what multiplies the bfloat16 weights of the baseline
 _TORCH_BOUND = 1e-2  # it rounds scales and zero points to bfloat16 too
 Status = Literal["ok", "wrong", "unsupported", "failed"]
 
@@ -149,7 +150,7 @@ def _by_activation_groups(subjects: Sequence[Measurement]) -> tuple[list[Measure
     possible, refused = [], []
     for one in subjects:
         size = operands.recipe(one.op)[1].group_size or one.k
-        if one.op == "w4a16" or one.k % size == 0:
+        if one.op in WEIGHT_ONLY or one.k % size == 0:
             possible.append(one)
         else:
             reason = f"{one.op}: its activation groups of {size} do not divide K={one.k}"
@@ -164,15 +165,19 @@ def _library(plan: MeasurementPlan) -> list[str]:
 def _float_cases(shape: MatmulShape, plan: MeasurementPlan) -> list[_Case]:
     most_rows = operands.random_rows(max(plan.rows), shape.k)
     widest = operands.float_workload(most_rows, operands.float_weights(shape.k, shape.n))
+    # The reference is XLA.
+    names = [XLA, *[name for name in _library(plan) if name != REFERENCE]]
     return [
-        _Case(Measurement(BASELINE, XLA, shape.k, shape.n, None, None, rows, shape.name), widest.of_first(rows))
+        _Case(Measurement(BASELINE, name, shape.k, shape.n, None, None, rows, shape.name), widest.of_first(rows))
         for rows in plan.rows
+        for name in names
     ]
 
 
 def _measure_quantized(shape: MatmulShape, group_size: int, plan: MeasurementPlan) -> Iterator[Measurement]:
-    """The 4-bit matmuls with one weight, all implementations of one M beside each other."""
-    plain = operands.random_weights(shape.k, shape.n, group_size=group_size, symmetric=plan.symmetric)
+    """The quantised matmuls with one weight, all implementations of one M beside each other."""
+    make = functools.partial(operands.random_weights, shape.k, shape.n, symmetric=plan.symmetric)
+    plain = make(group_size=group_size)
     cases: list[_Case] = []
     for op in MATMULS:
         if op not in plan.ops:
@@ -185,7 +190,8 @@ def _measure_quantized(shape: MatmulShape, group_size: int, plan: MeasurementPla
         possible, refused = _by_activation_groups(subjects)
         yield from refused
         if possible:
-            cases += _matmul_cases(possible, operands.weights_for(op, plain))
+            weights = make(group_size=group_size, bits=8) if op == "w8a16" else operands.weights_for(op, plain)
+            cases += _matmul_cases(possible, weights)
     yield from _measure(cases, plan, f"{shape} groups of {group_size}")
 
 

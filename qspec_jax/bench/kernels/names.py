@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-MATMULS = ("w4a16", "w4a8", "w4a4")
+WEIGHT_ONLY = ("w4a16", "w8a16")  # of nested weights the second
+MATMULS = (*WEIGHT_ONLY, "w4a8", "w4a4")
 BASELINE = "bf16"
+XLA = "xla"  # what multiplies the bfloat16 weights of the baseline
 PRODUCERS = (
     *("quantize_a8", "quantize_a4", "swiglu", "swiglu_a8", "swiglu_a4"),
     *("hadamard", "swiglu_hadamard", "swiglu_hadamard_a8", "swiglu_hadamard_a4"),

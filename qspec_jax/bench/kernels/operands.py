@@ -23,13 +23,16 @@ from pallas_kernels import (
     QuantizedWeight,
     best_layout,
     dequantize_activation,
+    float_partial_sums,
     quantize_activations,
+    value_of,
     w4a4_matmul,
     w4a16_matmul,
     with_group_sums,
     with_layout,
 )
 from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.bench.kernels.names import WEIGHT_ONLY, XLA
 from qspec_jax.bench.random_arrays import random_weight
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 
@@ -86,10 +89,10 @@ def num_copies(num_bytes: int) -> int:
     return max(_MIN_COPIES, min(_MAX_COPIES, math.ceil(_BYTES_BEYOND_CACHE / num_bytes)))
 
 
-def random_weights(k: int, n: int, *, group_size: int, symmetric: bool) -> list[QuantizedWeight]:
-    """Copies of a ``[N, K]`` weight that differ, with all 16 codes and entries of about ``1 / sqrt(K)``."""
-    make = functools.partial(random_weight, k=k, n=n, group_size=group_size, symmetric=symmetric)
-    return [make(key) for key in jax.random.split(jax.random.key(0), num_copies(n * k // 2))]
+def random_weights(k: int, n: int, *, group_size: int, symmetric: bool, bits: int = 4) -> list[QuantizedWeight]:
+    """Copies of a ``[N, K]`` weight that differ, with all codes and entries of about ``1 / sqrt(K)``."""
+    make = functools.partial(random_weight, k=k, n=n, group_size=group_size, symmetric=symmetric, bits=bits)
+    return [make(key) for key in jax.random.split(jax.random.key(0), num_copies(n * k * bits // 8))]
 
 
 def random_rows(rows: int, k: int, *, seed: int = 1) -> Array:
@@ -110,7 +113,7 @@ def cancelling(rows: Array) -> Array:
 def matmul_workload(op: str, x: Array, weights: Sequence[QuantizedWeight]) -> Workload:
     """One of ``names.MATMULS`` on rows ``x: [M, K]``."""
     num_operations = 2 * x.shape[0] * weights[0].num_inputs * weights[0].num_outputs
-    if op == "w4a16":
+    if op in WEIGHT_ONLY:
         expected = jax.jit(lambda x, w: w4a16_matmul(x, w, implementation=REFERENCE))(x.astype(jnp.float32), weights[0])
         implement = lambda name: lambda x, w: w4a16_matmul(x, w, implementation=name)  # noqa: E731
         return Workload(x, weights, implement, expected, num_operations)
@@ -157,15 +160,20 @@ def float_weights(k: int, n: int) -> list[Array]:
 
 
 def float_workload(x: Array, weights: Sequence[Array]) -> Workload:
-    """``x @ w.T`` in bfloat16 through XLA, which is cuBLAS on an NVIDIA GPU."""
+    """``x @ w.T`` in bfloat16: through XLA, which is cuBLAS on an NVIDIA GPU, or by a kernel with invariant rows."""
 
     def product(x: Array, weight: Array, precision: lax.Precision | None = None) -> Array:
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision)
 
+    def implement(name: str | None) -> Callable[[Any, Any], Any]:
+        if name == XLA:
+            return product
+        return lambda x, weight: value_of(float_partial_sums(x, weight, dtype=x.dtype, implementation=name))
+
     wide = [array.astype(jnp.float32) for array in (x, weights[0])]
     expected = jax.jit(functools.partial(product, precision=lax.Precision.HIGHEST))(*wide)
     num_operations = 2 * x.shape[0] * weights[0].size
-    return Workload(x, weights, lambda _: product, expected, num_operations)
+    return Workload(x, weights, implement, expected, num_operations)
 
 
 @jax.jit

@@ -29,7 +29,7 @@ class Problem:
     """One entry of a tuning table: an operation and a weight.
 
     Attributes:
-        op: one of ``names.MATMULS``.
+        op: one of ``names.MATMULS``, but for ``w8a16``.
         k, n, group_size, symmetric: of the weight; ``group_size`` is ``k`` where one scale covers the row.
     """
 
