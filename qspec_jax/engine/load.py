@@ -32,12 +32,13 @@ from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.head import check_head, head_of
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
-from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
+from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.exact import open_exact
 from qspec_jax.weights.fill import check_bits, load_decoder, usual_quantization, weight_formats
 from qspec_jax.weights.placing import MeshPlacing, Placing
 from qspec_jax.weights.resolve import open_source, open_tokenizer, resolve_model
+from qspec_jax.weights.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class OpenedModel:
         tokenizer: reads its tokenizer.
         read: reads its weights into a decoder; takes ``progress``, ``placing`` and what :func:`decoder_options`
             returns.
+        source: what it was opened as.
+        drafts: where its 4-bit copy is, if not there.
     """
 
     name: str
@@ -60,6 +63,8 @@ class OpenedModel:
     formats: Mapping[str, WeightFormat] | None
     tokenizer: Callable[[], Tokenizer | None]
     read: Callable[..., Decoder]
+    source: Source | Checkpoint
+    drafts: Source | None = None
 
     def shapes(self, placement: Mapping[str, Any]) -> Decoder:
         """The decoder of one device without its arrays; ``placement`` is what :func:`decoder_options` returns."""
@@ -102,7 +107,7 @@ def open_model(
         options: dict[str, Any] = {"quantization": chosen, "formats": exact.formats, "drafts": exact.drafts}
         read = functools.partial(load_decoder, source, **options)
         tokenizer = functools.partial(open_tokenizer, path)
-        return OpenedModel(path.name, source.config, chosen, exact.formats, tokenizer, read)
+        return OpenedModel(path.name, source.config, chosen, exact.formats, tokenizer, read, source, exact.drafts)
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         manifest = checkpoint.manifest
@@ -111,7 +116,7 @@ def open_model(
         check_bits(path, chosen, verify)
         check_head(path, manifest.model, manifest.quantization, chosen)
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
-        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read)
+        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read, checkpoint)
     source = open_source(path)
     chosen = usual_quantization(source, verify) if quantization == "auto" else quantization
     if chosen is not None and verify == "w8a16":
@@ -120,7 +125,8 @@ def open_model(
     chosen = None if chosen is None else dataclasses.replace(with_bits_of(chosen, formats), **heads)
     check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
-    return OpenedModel(path.name, source.config, chosen, formats, functools.partial(open_tokenizer, path), read)
+    tokenizer = functools.partial(open_tokenizer, path)
+    return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, source)
 
 
 def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:

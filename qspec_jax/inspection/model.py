@@ -14,21 +14,20 @@ from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import AUTO
 from qspec_jax.device.memory import available_bytes
 from qspec_jax.device.mesh import MeshShape
+from qspec_jax.engine.load import OpenedModel, open_model
 from qspec_jax.errors import QSpecError
 from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.model.cache import position_bytes, row_bytes
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
-from qspec_jax.model.linear import WeightFormat, with_bits_of
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options, kv_format
 from qspec_jax.model.sharding import cached_config, check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
-from qspec_jax.weights.exact import open_exact
-from qspec_jax.weights.fill import check_bits, usual_quantization, weight_formats
-from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer
+from qspec_jax.weights.resolve import model_bytes, open_tokenizer
 from qspec_jax.weights.source import Source
 
 _ONE_DEVICE = MeshShape()
@@ -75,10 +74,12 @@ def describe_model(
     placement = decoder_options(kernels, dtype)
     several = mesh.data * mesh.model > 1
     kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels, mesh=mesh if several else None)
-    config, chosen, formats, stored = _opened(path, quantization, verify, draft_path)
-    heads = {name: None if bits == 16 else bits for name, bits in (heads or {}).items()}
-    chosen = dataclasses.replace(with_bits_of(chosen, formats), **heads)
-    check_bits(path, chosen, verify)
+    heads = heads or {}
+    opened = open_model(path, quantization or "auto", verify=verify, draft_path=draft_path, **heads)
+    config, chosen, formats = opened.config, opened.quantization, opened.formats
+    assert chosen is not None
+    assert formats is not None
+    stored = _how_stored(path, opened, draft_path)
     check_split(config, mesh.model, quantization=chosen, formats=formats)
     tokenizer, problem = _tokenizer(path)
     shapes = {"quantization": chosen, "formats": formats}
@@ -98,31 +99,20 @@ def describe_model(
     }
 
 
-def _opened(
-    path: Path, quantization: QuantConfig | None, verify: str, draft_path: Path | None
-) -> tuple[ModelConfig, QuantConfig, Mapping[str, WeightFormat], _Stored]:
-    """What a model computes, how its linears are to be kept, and how it lies on the disk."""
-    if verify == "float":
-        exact = open_exact(path, quantization or "auto", draft_path)
-        stored = _stored(path, exact.source, exact.formats)
-        if exact.drafts is not None and draft_path is not None:
-            copied = _stored(draft_path, exact.drafts, exact.formats)
-            stored = dataclasses.replace(stored, method=copied.method, linears=copied.linears)
-        return exact.source.config, exact.quantization, exact.formats, stored
-    if is_checkpoint(path):
-        manifest = (checkpoint := open_checkpoint(path)).manifest
-        return manifest.model, quantization or manifest.quantization, manifest.formats, _stored_checkpoint(checkpoint)
-    source = open_source(path)
-    chosen = quantization or usual_quantization(source, verify)
-    if verify == "w8a16":
-        chosen = dataclasses.replace(chosen, bits=8)
-    formats = weight_formats(source, chosen)
-    assert formats is not None
-    return source.config, chosen, formats, _stored_source(path, source, formats)
+def _how_stored(path: Path, opened: OpenedModel, draft_path: Path | None) -> _Stored:
+    """How an opened model lies on the disk; its linears are those of the 4-bit copy, if it has one."""
+    assert opened.formats is not None
+    stored = _stored(path, opened.source, opened.formats)
+    if opened.drafts is None or draft_path is None:
+        return stored
+    copied = _stored(draft_path, opened.drafts, opened.formats)
+    return dataclasses.replace(stored, method=copied.method, linears=copied.linears)
 
 
-def _stored(path: Path, source: Source, formats: Mapping[str, WeightFormat]) -> _Stored:
-    return _stored_checkpoint(open_checkpoint(path)) if is_checkpoint(path) else _stored_source(path, source, formats)
+def _stored(path: Path, source: Source | Checkpoint, formats: Mapping[str, WeightFormat]) -> _Stored:
+    if isinstance(source, Source) and not is_checkpoint(path):
+        return _stored_source(path, source, formats)
+    return _stored_checkpoint(source if isinstance(source, Checkpoint) else open_checkpoint(path))
 
 
 def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:

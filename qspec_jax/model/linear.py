@@ -34,12 +34,13 @@ from qspec_jax.model.view import View
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
     """How one linear is stored: ``group_size`` inputs per scale (None: the whole row), with an offset or not, in 4 bits
-    or nested in 8.
+    or nested in 8; ``wide`` is with scales and offsets in float32, where float16 would not hold those of a file.
     """
 
     group_size: int | None
     symmetric: bool
     bits: int = 4
+    wide: bool = False
 
     @classmethod
     def of(cls, quantization: QuantConfig) -> WeightFormat:
@@ -253,9 +254,10 @@ def empty_weight(
     pallas_kernels.check_group_size(num_inputs, group_size)
     per_group = (*layers, num_inputs // group_size, num_outputs)
     codes = jnp.zeros((*layers, num_outputs, num_inputs // 2), jnp.uint8)
+    scales = jnp.zeros(per_group, jnp.float32 if weight_format.wide else jnp.float16)
     return QuantizedWeight(
         packed=codes,
-        scale=jnp.zeros(per_group, jnp.float16),
-        offset=None if weight_format.symmetric else jnp.zeros(per_group, jnp.float16),
+        scale=scales,
+        offset=None if weight_format.symmetric else jnp.zeros_like(scales),
         low=jnp.zeros_like(codes) if weight_format.bits == 8 else None,
     )

@@ -64,7 +64,7 @@ def as_format(tensor: np.ndarray | QuantizedTensor, wanted: WeightFormat) -> Qua
 
 def rounded(tensor: np.ndarray, wanted: WeightFormat) -> QuantizedWeight:
     """Floats rounded to nearest, in host memory; some rows at a time, since an LM head has very many."""
-    options: Any = dataclasses.asdict(wanted)
+    options: Any = {"group_size": wanted.group_size, "symmetric": wanted.symmetric, "bits": wanted.bits}
     pieces = [
         jax.tree.map(np.asarray, quantize_rtn(jnp.asarray(tensor[start : start + _ROWS_AT_ONCE]), **options))
         for start in range(0, len(tensor), _ROWS_AT_ONCE)

@@ -85,7 +85,7 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
     formats = weight_formats(copied, chosen)
     assert formats is not None
     # Codes of 8 bits are rounded like floats: nobody would read their lower nibbles.
-    formats = {name: dataclasses.replace(one, bits=4) for name, one in formats.items()}
+    formats = {name: dataclasses.replace(one, bits=4, wide=one.wide and one.bits == 4) for name, one in formats.items()}
     return ExactModel(source, drafts, chosen, formats)
 
 

@@ -280,7 +280,8 @@ def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:
         raise CheckpointError(f"checkpoint: parts of one linear are quantised in different group sizes: {sizes}")
     bits = {weight_format.bits for weight_format in formats}
     symmetric = len(bits) == 1 and all(weight_format.symmetric for weight_format in formats)
-    return WeightFormat(sizes.pop(), symmetric, max(bits))
+    wide = any(weight_format.wide for weight_format in formats)
+    return WeightFormat(sizes.pop(), symmetric, max(bits), wide)
 
 
 def _place(decoder: Decoder, spec: ParameterSpec) -> _Place:

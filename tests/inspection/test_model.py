@@ -7,19 +7,26 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import qspec_jax
 from qspec_jax import info
+from qspec_jax.engine.load import open_model
+from qspec_jax.errors import UsageError
 from qspec_jax.inspection import machine, text
 from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.inspection.model import describe_model
 from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.decoder import num_bytes
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.placement import decoder_options
+from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import tiny
 from tests.weights import tiny_checkpoints
+from tests.weights.prequantized_packers import CASES, tiny_checkpoint
 
 LLAMA_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)
 
@@ -88,6 +95,36 @@ def test_memory_is_that_of_the_loaded_model(models, monkeypatch, kv):
     assert facts["cache_bytes"][256][8] == loaded.decoder.create_cache(batch=8, capacity=256).nbytes
     left = facts["free_bytes"] - facts["weight_bytes"]
     assert facts["largest_batch"][256] == left // facts["cache_bytes"][256][1]
+
+
+@pytest.fixture(scope="module")
+def with_scales(tmp_path_factory):
+    """Scales of files, of which float16 does not hold all; and checkpoints of them, with a head of 4 bits."""
+    folder = tmp_path_factory.mktemp("scales")
+    for name in ("gptq_8", "awq"):
+        tiny_checkpoint(CASES[name]).write(folder / name)
+    config = tiny_checkpoints.hf_config()
+    tensors = tiny_checkpoints.gguf_tensors(config, tiny_checkpoints.hf_tensors(config))
+    tiny_checkpoints.write_gguf(folder / "q8.gguf", config, tensors, linear_type=GGMLQuantizationType.Q8_0)
+    opened = open_model(folder / "q8.gguf", "auto", head_bits=4)
+    options = {"tokenizer": None, "quantization": opened.quantization, "recipe": {"name": "keep"}}
+    save_checkpoint(folder / "saved", opened.read(**decoder_options("auto", None)), **options)
+    return folder
+
+
+@pytest.mark.parametrize("asked", [{"quantization": QuantConfig(group_size=32)}, {"verify": "float"}])
+@pytest.mark.parametrize("name", ["gptq_8", "awq", "q8.gguf", "saved"])
+def test_scales_and_heads_are_counted_as_they_are_loaded(with_scales, monkeypatch, name, asked):
+    facts = describe_model(with_scales / name, **asked)["memory"]
+    monkeypatch.undo()
+    opened = open_model(with_scales / name, **{"quantization": "auto", **asked})
+    assert facts["weight_bytes"] == num_bytes(opened.read(**decoder_options("auto", None)))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_head_that_a_checkpoint_has_not_is_refused_as_by_loading(with_scales, bits):
+    with pytest.raises(UsageError, match=f"head_bits={bits}: the LM head of saved is stored in 4 bits alone"):
+        describe_model(with_scales / "saved", heads={"head_bits": bits})
 
 
 @pytest.mark.parametrize(("free", "largest"), [(None, None), (10, {256: 0})])

@@ -106,7 +106,8 @@ def test_a_loaded_model_holds_the_weights_that_its_file_means(tmp_path, case):
     source = open_source(checkpoint.write(tmp_path / "quantised"))
     four_bit = source.entries["layers.1.mlp.up.weight"].codes
     kind = CASES[case]
-    assert four_bit == WeightFormat(kind.group_size or HIDDEN, kind.symmetric and kind.bits == 4, kind.bits)
+    symmetric = kind.symmetric and kind.bits == 4
+    assert four_bit == WeightFormat(kind.group_size or HIDDEN, symmetric, kind.bits, wide=not symmetric)
     decoder = loaded(source, scan_layers=False)
     weight = decoder.layers[1].mlp.gate_up.weight.get_value()
     np.testing.assert_array_equal(weight.packed.shape, (2 * MLP, HIDDEN // 2))

@@ -82,6 +82,8 @@ class Manifest:
         for fields in () if is_new else (content["quantization"], *content["formats"].values()):
             for name in ("bits", "head_bits", "draft_head"):  # for versions that know 4 bits and float heads alone
                 fields.pop(name, None)
+        for fields in content["formats"].values():
+            del fields["wide"]  # the records of its arrays say so
         del content["quantization"]["keep_floats"]  # of a model in memory: a checkpoint has codes alone
         return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
 
@@ -179,16 +181,21 @@ def _parse(content: dict[str, Any]) -> Manifest:
     config = ModelConfig(**model)
     if content["formats"].keys() != layer_anatomy(config).linears.keys():
         raise ValueError(f"formats are of {', '.join(content['formats'])}, not of the linears of a layer")
+    arrays = {
+        name: ArrayRecord(tuple(fields["shape"]), fields["dtype"], fields["sha256"])
+        for name, fields in content["arrays"].items()
+    }
+    wide = {name for name, record in arrays.items() if name.endswith(".scale") and record.dtype == "float32"}
+    wide_linears = {name.split(".", 2)[-1].removesuffix(".weight.scale") for name in wide}
     return Manifest(
         model=config,
         quantization=QuantConfig(**quantization),
-        formats={name: WeightFormat(**fields) for name, fields in content["formats"].items()},
+        formats={
+            name: WeightFormat(**fields, wide=name in wide_linears) for name, fields in content["formats"].items()
+        },
         recipe=dict(content["recipe"]),
         data=data,
         tokenizer_eos_token_ids=None if eos_token_ids is None else tuple(eos_token_ids),
-        arrays={
-            name: ArrayRecord(tuple(fields["shape"]), fields["dtype"], fields["sha256"])
-            for name, fields in content["arrays"].items()
-        },
+        arrays=arrays,
         files={name: FileRecord(**fields) for name, fields in content["files"].items()},
     )

@@ -156,7 +156,8 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
         weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight):
             raise UsageError(f"only quantised weights are saved, and {name} is floating point; load with a QuantConfig")
-        formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits)
+        is_wide = weight.scale.dtype.itemsize > 2
+        formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits, is_wide)
     return formats
 
 

@@ -42,7 +42,7 @@ _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _KEPT = {
     "Q4_0": WeightFormat(BLOCK, symmetric=True),
     "Q4_1": WeightFormat(BLOCK, symmetric=False),
-    "Q8_0": WeightFormat(BLOCK, symmetric=False, bits=8),
+    "Q8_0": WeightFormat(BLOCK, symmetric=False, bits=8, wide=True),
 }
 
 

@@ -69,7 +69,8 @@ def _linear(
     if spec is None or len(spec.shape) != 2:
         return FoundTensor(source_name, None, TensorEntry((), read))
     symmetric = layout.symmetric and layout.bits == 4  # those of 8 get zero points of their own
-    codes = WeightFormat(layout.group_size or spec.shape[1], symmetric, layout.bits)
+    # An offset is a product of a scale and a zero point, which seldom fits float16.
+    codes = WeightFormat(layout.group_size or spec.shape[1], symmetric, layout.bits, wide=not symmetric)
     misfits = tuple(_misfits(layout, module, parts, spec.shape))
     return FoundTensor(
         source_name, name, TensorEntry(spec.shape, read, codes if spec.kind == "linear" else None), misfits=misfits
