@@ -1,4 +1,4 @@
-"""What is measured: the 4-bit weights of a decoder, and a model in a few JSON values."""
+"""What is measured: the quantised weights of a decoder, and a model in a few JSON values."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def quantized_weights(decoder: Decoder) -> list[QuantizedWeight]:
 def describe_model(model: LanguageModel, *, synthetic: bool) -> dict[str, Any]:
     """What is measured, JSON-serialisable; ``formats`` are those that its linears have."""
     quantization, decoder = model.quantization, model.decoder
-    formats = {(weight.group_size, weight.symmetric) for weight in quantized_weights(decoder)}
+    formats = {(weight.group_size, weight.symmetric, weight.bits) for weight in quantized_weights(decoder)}
     return {
         "name": model.name,
         "weights": "synthetic" if synthetic else "loaded",
-        "formats": [{"group_size": size, "symmetric": symmetric} for size, symmetric in sorted(formats)],
+        "formats": [dict(zip(("group_size", "symmetric", "bits"), one, strict=True)) for one in sorted(formats)],
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
         "dtype": str(decoder.dtype),
         "kv": decoder.kv,

@@ -167,9 +167,18 @@ def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> N
             problems.append(error)
     if len(problems) == len(modes):
         raise problems[0]
+    if arguments.verify == "float" and "w8a16" in modes:
+        raise UsageError("--mode w8a16 reads 8-bit weights, and --verify float a 4-bit copy; leave one of them out")
+    if arguments.verify == AUTO and set(modes) == {"float"} and heads_of(arguments):
+        raise UsageError("--head-bits and --draft-head are of quantised models; leave them out with --mode float")
     if arguments.draft_model is not None and arguments.verify != "float":
         raise UsageError("--draft-model is of --verify float, whose drafts it makes; add that, or leave it out")
     check_model_name(arguments.draft_model, what="draft_model")
+
+
+def verify_of(arguments: argparse.Namespace, modes: Iterable[str]) -> str:
+    """``--verify``, which ``--mode w8a16`` says as well."""
+    return "w8a16" if arguments.verify == AUTO and "w8a16" in modes else arguments.verify
 
 
 def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -179,11 +188,12 @@ def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
     ``--mode w8a16`` is that of ``--verify w8a16``.
     """
     if arguments.mode == "float" and arguments.verify == AUTO:
-        if heads_of(arguments):
-            raise UsageError("--head-bits and --draft-head are of quantised models; leave them out with --mode float")
         return {"quantization": None}
-    verify = arguments.mode if arguments.mode == "w8a16" else arguments.verify
-    given = {"verify": verify, "draft_model": arguments.draft_model, **heads_of(arguments)}
+    given = {
+        "verify": verify_of(arguments, [arguments.mode]),
+        "draft_model": arguments.draft_model,
+        **heads_of(arguments),
+    }
     return {"quantization": quantization_of(arguments.group_size), **given}
 
 

@@ -96,7 +96,7 @@ def test_every_part_is_measured_and_its_figures_fit_together(tmp_path, capsys):
     assert speculation["costs"]["loop"] == pytest.approx(cycle / plain)
     assert speculation["accepted"] is None
     (made,) = report["models"]
-    assert (made["weights"], made["formats"]) == ("synthetic", [{"group_size": 64, "symmetric": True}])
+    assert (made["weights"], made["formats"]) == ("synthetic", [{"group_size": 64, "symmetric": True, "bits": 4}])
     out, err = capsys.readouterr()
     assert "tiny, synthetic weights, 4-bit in groups of 64 (symmetric)" in out
     assert "they say nothing about a GPU" in out
@@ -252,7 +252,7 @@ def test_floating_point_weights_are_another_model_and_measured_last(tmp_path, mo
     norms = (2 * CONFIG.num_layers + 1) * CONFIG.hidden_size * 4
     assert floats["num_bytes"]["weights"] == 4 * linears + norms
     assert four_bit["num_bytes"]["weights"] == linears // 2 + 2 * 2 * linears // 32 + norms
-    assert [one["formats"] for one in report["models"]] == [[{"group_size": 32, "symmetric": False}], []]
+    assert [one["formats"] for one in report["models"]] == [[{"group_size": 32, "symmetric": False, "bits": 4}], []]
 
 
 def test_the_breakdown_adds_up_launches_per_step_and_what_is_left_is_idle(tmp_path, capsys, monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from qspec_jax.bench.decode.plot import plot_speedup
-from qspec_jax.bench.decode.speedup import Speculation
+from qspec_jax.bench.decode.speedup import Speculation, targets_of
+from qspec_jax.bench.decode.tables import model_line, speculation_table
 from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
 from qspec_jax.evaluation.scores import DraftScore
+from qspec_jax.model.config import QuantConfig
 
 SPECULATION = Speculation("w4a8", 3, 16, 512, plain_ms=4.0, draft_ms=3.0, verify_ms=5.0, cycle_ms=15.0)
 SCORE = DraftScore("w4a8", 3, 8, 512, 0.8, 3.4, (0.9, 0.8, 0.7), 8)
@@ -56,6 +60,30 @@ def test_measured_acceptance_stands_on_the_curve():
     found = one.to_dict()["accepted"]
     assert found["speedup"] == {"parts": pytest.approx(3.4 / 3.5), "loop": pytest.approx(3.4 / 3.75)}
     assert found["alpha"] == one.accepted_alpha
+
+
+@pytest.mark.parametrize("target", ["w4a16", "w8a16", "float"])
+def test_the_table_names_the_target_that_it_compares_with(target):
+    one = dataclasses.replace(SPECULATION, verify=target)
+    assert f"Speed-up over plain {target.upper()} decoding" in speculation_table([one])
+    assert targets_of([one, SPECULATION]) == ("W4A16" if target == "w4a16" else f"{target.upper()} or W4A16")
+
+
+@pytest.mark.parametrize(
+    ("formats", "told", "form"),
+    [
+        ([(64, 8)], {}, "8-bit in groups of 64 (symmetric), float32"),
+        ([(64, 4)], {"keep_floats": True}, "in floating point and 4-bit in groups of 64 (symmetric), float32"),
+        ([], None, "in floating point, float32"),
+        ([(64, 8)], {"head_bits": 8, "draft_head": 4}, "LM head of 8 bits, LM head of drafts of 4 bits, float32"),
+    ],
+)
+def test_the_line_of_a_model_says_which_weights_it_holds(formats, told, form):
+    made = [{"group_size": size, "symmetric": True, "bits": bits} for size, bits in formats]
+    quantization = None if told is None else dataclasses.asdict(QuantConfig(**told))
+    facts = {"weights": "synthetic", "formats": made, "quantization": quantization, "num_bytes": 10**9}
+    line = model_line({"name": "8b", "dtype": "float32", "kernels": "auto", **facts}, 1.0)
+    assert form.replace(", float32", ", 1 GB, float32") in line
 
 
 def test_the_plot_is_a_png(tmp_path):

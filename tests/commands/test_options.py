@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 
 import pytest
 
 from qspec_jax import chat, evaluate, generate, serve
 from qspec_jax.bench.__main__ import build_parser as bench_parser
+from qspec_jax.commands import options
 from qspec_jax.commands.options import text_of
+from qspec_jax.errors import UsageError
 
 
 @pytest.fixture
@@ -45,3 +48,28 @@ def test_a_mesh_is_read_with_the_options(capsys, command):
         build().parse_args([*words, "--mesh", "modle=2"])
     assert ended.value.code == 2
     assert "use data=N,model=N, such as data=2,model=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("modes", "given", "line"),
+    [
+        (["w8a16", "qspec"], {"verify": "float"}, "--mode w8a16 reads 8-bit weights, and --verify float a 4-bit copy"),
+        (["float"], {"head_bits": 8}, "--head-bits and --draft-head are of quantised models"),
+        (["float"], {"draft_head": 4}, "--head-bits and --draft-head are of quantised models"),
+        (["float"], {"verify": "float", "draft_head": 4}, None),
+        (["float", "qspec"], {"head_bits": 8}, None),
+        (["w8a16", "qspec"], {}, None),
+    ],
+)
+def test_weights_that_no_mode_reads_are_refused_before_a_model_is_opened(modes, given, line):
+    asked = {"verify": "auto", "draft_model": None, "head_bits": None, "draft_head": None, **given}
+    with contextlib.nullcontext() if line is None else pytest.raises(UsageError, match=line):
+        options.check_weights(argparse.Namespace(**asked), modes)
+
+
+@pytest.mark.parametrize(
+    ("verify", "modes", "wanted"),
+    [("auto", ["w4a16", "w8a16"], "w8a16"), ("w4a16", ["w8a16"], "w4a16"), ("auto", ["qspec"], "auto")],
+)
+def test_a_plain_mode_of_8_bits_asks_for_such_weights(verify, modes, wanted):
+    assert options.verify_of(argparse.Namespace(verify=verify), modes) == wanted

@@ -32,8 +32,8 @@ _DEFAULT_MODES = "w4a16,w4a8,w4a4,qspec"
 _DESCRIPTION = """
 Milliseconds of a plain step at each precision, of a draft step, of the verification of a draft and of a whole QSpec
 cycle, each repeated by the generation loop on the device at a fixed context; their bytes against the copy bandwidth
-measured in the same run; and the speed-up over plain W4A16 decoding by acceptance. Weights are synthetic unless a model
-is given, whose acceptance is then measured as well.
+measured in the same run; and the speed-up over plain decoding at the target by acceptance. Weights are synthetic
+unless a model is given, whose acceptance is then measured as well.
 """
 
 
@@ -45,7 +45,7 @@ def add_command(commands: Any) -> None:
     add("--batch", default="1", metavar="B,...", help="sequences (default: 1)")
     add("--context", default="512", metavar="N,...", help="tokens in the cache of each (default: 512)")
     modes = f"{_DEFAULT_MODES.replace(',', ', ')}, lookup: drafts"
-    modes += " looked up in the text, and float: weights in floating point (default: all but these two)"
+    modes += " looked up in the text, w8a16, and float: weights in floating point (default: all but these three)"
     add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
     add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")

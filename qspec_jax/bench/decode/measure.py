@@ -221,7 +221,8 @@ def speculations(
         verify = next((milliseconds for milliseconds in verifies if milliseconds), None)
         if plain and draft is not None and verify and one.milliseconds:
             score = accepted.get((one.draft, length))
-            found.append(Speculation(one.draft, length, *setting, plain, draft, verify, one.milliseconds, score))
+            times_of = (plain, draft, verify, one.milliseconds)
+            found.append(Speculation(one.draft, length, *setting, *times_of, score, verify=one.precision))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qspec_jax.bench.decode.speedup import Speculation
+from qspec_jax.bench.decode.speedup import Speculation, targets_of
 from qspec_jax.decoding.speedup import expected_tokens
 from qspec_jax.files.whole import write_picture
 
@@ -29,7 +29,10 @@ def plot_speedup(path: Path, speculations: Sequence[Speculation], *, title: str)
             reached = one.speedups(one.accepted.tokens_per_cycle)["loop"]
             axes.plot([one.accepted_alpha], [reached], color=line.get_color(), marker="o", linestyle="none")
     axes.axhline(1, color="black", linewidth=1)
-    axes.set(xlabel="acceptance of a draft whose predecessors are accepted", ylabel="speed-up over plain W4A16")
+    axes.set(
+        xlabel="acceptance of a draft whose predecessors are accepted",
+        ylabel=f"speed-up over plain {targets_of(speculations)}",
+    )
     axes.set_title(f"{title}\nloop; dotted: sum of its parts; dots: measured acceptance", fontsize="small")
     axes.grid(visible=True, alpha=0.2)
     axes.legend(fontsize="small")

@@ -33,6 +33,7 @@ class Speculation:
         plain_ms, draft_ms, verify_ms, cycle_ms: of a plain step, a draft step, a verification, and of a whole cycle
             in the loop that generates.
         accepted: what drafts of a real model were worth; None where that was not measured.
+        verify: the target, by the name of its view, at which plain steps decode as well.
     """
 
     draft: str
@@ -44,6 +45,7 @@ class Speculation:
     verify_ms: float
     cycle_ms: float
     accepted: DraftScore | None = None
+    verify: str = "w4a16"
 
     @property
     def draft_ratio(self) -> float:
@@ -97,3 +99,8 @@ class Speculation:
             "curve": curve,
             "accepted": measured,
         }
+
+
+def targets_of(speculations: Sequence[Speculation]) -> str:
+    """What they are compared with, for people: ``W8A16``."""
+    return " or ".join(dict.fromkeys(one.verify.upper() for one in speculations))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qspec_jax.bench.decode.speedup import ACCEPTANCES, Speculation
+from qspec_jax.bench.decode.speedup import ACCEPTANCES, Speculation, targets_of
 from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _COLUMNS = "{:<7} {:<9} {:<6} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>6} {:>6} {:>9}"
 _CURVE = "{:<6} {:>5} {:>5} {:>7} {:>6} {:>6} {:>8} {:<6} {:>6} {:>10}" + " {:>6}" * len(ACCEPTANCES) + "  {}"
 _CURVE_TITLE = """
-Speed-up over plain W4A16 decoding by acceptance, the chance of a draft whose predecessors were accepted: tokens per
+Speed-up over plain {} decoding by acceptance, the chance of a draft whose predecessors were accepted: tokens per
 cycle over the cost of a cycle in plain steps, by the sum of its parts and as the loop runs it.
 """
 _MAX_NAME = 90
@@ -24,8 +24,13 @@ _SYMMETRY = {True: "(symmetric)", False: "(asymmetric)"}
 def model_line(model: Mapping[str, Any], copy_tb_per_s: float) -> str:
     """The model as it was measured, and the bandwidth that its bytes are held against."""
     weights = "synthetic weights" if model["weights"] == "synthetic" else "its own weights"
-    kinds = [f"groups of {one['group_size']} {_SYMMETRY[one['symmetric']]}" for one in model["formats"]]
-    form = f"4-bit in {' and '.join(kinds)}" if kinds else "in floating point"
+    kinds = [
+        f"{one['bits']}-bit in groups of {one['group_size']} {_SYMMETRY[one['symmetric']]}" for one in model["formats"]
+    ]
+    told = model["quantization"] or {"keep_floats": True}
+    form = " and ".join([*(["in floating point"] if told["keep_floats"] else []), *kinds])
+    heads = {"LM head of": told.get("head_bits"), "LM head of drafts of": told.get("draft_head")}
+    form += "".join(f", {name} {bits} bits" for name, bits in heads.items() if bits)
     cache = "" if model.get("kv", "model") == "model" else f", {model['kv']} cache"
     return (
         f"{model['name']}, {weights}, {form}, {model['num_bytes'] / 1e9:.3g} GB, {model['dtype']}{cache}, "
@@ -78,7 +83,7 @@ def speculation_table(speculations: Sequence[Speculation]) -> str:
     """Two lines per speculation: by the sum of its parts, and as the loop runs it."""
     points = [f"{acceptance:.0%}" for acceptance in ACCEPTANCES]
     names = ("draft", "gamma", "batch", "context", "c_d", "c_v", "gap ms", "by", "cost", "break-even")
-    lines = [_CURVE_TITLE, _CURVE.format(*names, *points, "measured").rstrip()]
+    lines = [_CURVE_TITLE.format(targets_of(speculations)), _CURVE.format(*names, *points, "measured").rstrip()]
     for one in speculations:
         for kind, cost in one.costs.items():
             even = acceptance_for(cost, one.draft_length)

@@ -120,6 +120,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
             raise UsageError(f"--{name} {value} must be more than 0")
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     shared.check_weights(arguments, modes)
+    arguments.verify = shared.verify_of(arguments, modes)
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
