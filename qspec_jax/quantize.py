@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say, show
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
+from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WEIGHT_BITS, parse_group_size
-from qspec_jax.recipes.catalogue import RECIPES
+from qspec_jax.recipes.catalogue import RECIPES, Recipe
 from qspec_jax.recipes.files import read_recipe
 from qspec_jax.recipes.steps import Progress, RecipeOptions
 from qspec_jax.weights.resolve import check_model_name
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
     recipe, given = read_recipe(arguments.recipe)
-    recipe_options = _override(given, arguments)
+    recipe_options = _override(recipe, given, arguments)
     check_model_name(arguments.model)
     from qspec_jax.recipes.convert import convert
 
@@ -103,12 +104,20 @@ def summary(conversion: Conversion) -> str:
     return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
 
 
-def _override(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
-    """The options with what the command line says in their place."""
+def _override(recipe: Recipe, given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+    """The options with what the command line says in their place.
+
+    Raises:
+        UsageError: the recipe does not round, and bits are given.
+    """
     quantization = given.quantization
     if arguments.group_size is not None:
         quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
     if arguments.bits is not None:
+        if recipe.name == "keep":
+            raise UsageError(
+                "--recipe keep leaves codes the bits that they have; leave --bits out, or use --recipe rtn"
+            )
         quantization = dataclasses.replace(quantization, bits=arguments.bits)
     heads = {name: None if bits == 16 else bits for name, bits in options.heads_of(arguments).items()}
     quantization = dataclasses.replace(quantization, **heads)

@@ -14,14 +14,13 @@ from flax import nnx
 import pallas_kernels
 from pallas_kernels import QuantizedWeight
 from pallas_kernels.dispatch import REFERENCE, Selection, recorded
-from qspec_jax.decoding.plan import default_draft_precision
+from qspec_jax.decoding.plan import AUTO, plan_of, static
 from qspec_jax.model.cache import KV_OF_MODEL
-from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.linear import Linear, WeightFormat, activation_quantization
 from qspec_jax.model.parameters import layer_anatomy
-from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
 _MATMULS = ("w4a16_matmul", "w4a4_matmul", "float_matmul")
@@ -53,25 +52,27 @@ def kernel_choices(
     kernels: str | None,
     dtype: Any,
     kv: str = KV_OF_MODEL,
+    verify: str = AUTO,
 ) -> dict[str, list[Choice]]:
     """For each pass of a cycle what each call of a layer and of the head runs, in their order.
 
-    All layers are alike, so that one is traced. Weights are laid out as QSpec with its usual draft has them.
+    All layers are alike, so that one is traced. Weights are laid out as QSpec with its usual draft has them; ``verify``
+    is its target, as of ``LanguageModel.plan``.
     """
     one_layer = dataclasses.replace(config, num_layers=1)
     decoder = abstract_decoder(
         one_layer, quantization=quantization, formats=formats, kernels=kernels, dtype=dtype, scan_layers=True
     )
     decoder.kv = kv
-    draft = dataclasses.replace(View.of(default_draft_precision()), head_bits=quantization.draft_head)
-    nested = Precision.W8A16 if quantization.bits == 8 else Precision.W4A16
-    verify = View.of(Precision.FLOAT if quantization.keep_floats else nested)
+    held, draft_head = held_weights(quantization), quantization.draft_head
+    plan = static(plan_of("qspec", draft_context="full", verify=verify, held=held, draft_head=draft_head))
+    target, draft = plan.views
     passes = {
-        f"verify {verify.name}": (verify, 4),
+        f"verify {target.name}": (target, 4),
         f"draft {draft.name}": (draft, 1),
-        f"prefill {verify.name}": (verify, 128),
+        f"prefill {target.name}": (target, 128),
     }
-    return {name: _choices(decoder, view, tokens, (verify, draft)) for name, (view, tokens) in passes.items()}
+    return {name: _choices(decoder, view, tokens, plan.views) for name, (view, tokens) in passes.items()}
 
 
 def _choices(decoder: Decoder, view: View, num_tokens: int, views: Sequence[View]) -> list[Choice]:

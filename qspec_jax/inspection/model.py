@@ -93,7 +93,7 @@ def describe_model(
         "quantization": _quantization(config, stored, formats, chosen),
         "mesh": {"data": mesh.data, "model": mesh.model},
         "memory": _memory(config, placement, shapes, mesh, kv),
-        "kernels": _kernels(config, placement, shapes, mesh, kv),
+        "kernels": _kernels(config, placement, shapes, mesh, {"kv": kv, "verify": verify}),
         "device": jax.local_devices()[0].device_kind,
         **_text(config, tokenizer, problem),
     }
@@ -203,11 +203,15 @@ def _quantization(
 
 
 def _kernels(
-    config: ModelConfig, placement: Mapping[str, Any], shapes: Mapping[str, Any], mesh: MeshShape, kv: str
+    config: ModelConfig,
+    placement: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    mesh: MeshShape,
+    asked: Mapping[str, str],
 ) -> dict[str, Any]:
     """What one device runs, whose shapes are those of a smaller model."""
     formats = {"formats": local_formats(config, shapes["formats"], mesh.model)}
-    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"], "kv": kv}
+    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"], **asked}
     found = kernel_choices(local_config(config, mesh.model), **options)
     return {name: [dataclasses.asdict(choice) for choice in choices] for name, choices in found.items()}
 

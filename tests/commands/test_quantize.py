@@ -149,6 +149,12 @@ def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):
     assert not (tmp_path / "out").exists()
 
 
+def test_bits_of_codes_that_are_kept_are_not_asked_for(capsys, tmp_path, four_bit_file):
+    code, out, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep", "--bits", "8")
+    assert (code, out) == (2, "")
+    assert "--recipe keep leaves codes the bits that they have; leave --bits out, or use --recipe rtn" in err
+
+
 def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_file, monkeypatch):
     opened = convert.open_source(four_bit_file)
     name = "layers.0.mlp.down.weight"

@@ -121,6 +121,12 @@ def test_scales_and_heads_are_counted_as_they_are_loaded(with_scales, monkeypatc
     assert facts["weight_bytes"] == num_bytes(opened.read(**decoder_options("auto", None)))
 
 
+@pytest.mark.parametrize(("verify", "target"), [("auto", "w8a16"), ("w4a16", "w4a16"), ("float", "float")])
+def test_kernels_are_those_of_the_target_that_was_asked_for(with_scales, verify, target):
+    passes = describe_model(with_scales / "saved", verify=verify)["kernels"]
+    assert set(passes) == {f"verify {target}", "draft w4a8", f"prefill {target}"}
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 def test_a_head_that_a_checkpoint_has_not_is_refused_as_by_loading(with_scales, bits):
     with pytest.raises(UsageError, match=f"head_bits={bits}: the LM head of saved is stored in 4 bits alone"):
