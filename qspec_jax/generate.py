@@ -140,19 +140,25 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on besides their lines; what is not given is left out, as files of older versions have it."""
     names = ("mode", "draft", "draft_length", "draft_context", "max_seq_len", "dtype", "group_size", "kernels")
     settings = {"model": model_identity(arguments.model), **{name: getattr(arguments, name) for name in names}}
     if arguments.mesh is not None:
         settings["mesh"] = arguments.mesh
+    if arguments.kv == "int8":  # the others are one cache
+        settings["kv"] = arguments.kv
     if arguments.show_draft:
         settings["show_draft"] = True
     if arguments.verify != AUTO:
         settings["verify"] = arguments.verify
     if arguments.draft_model is not None:
         settings["draft_model"] = model_identity(arguments.draft_model)
-    settings |= options.heads_of(arguments)
-    file = ResultFile(arguments.output, line_keys(lines, defaults, settings))
+    return settings | options.heads_of(arguments)
+
+
+def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], defaults: dict[str, Any]) -> int:
+    file = ResultFile(arguments.output, line_keys(lines, defaults, _settings(arguments)))
     try:
         first = file.num_finished
         errors: dict[int, str | None] = {**file.errors}

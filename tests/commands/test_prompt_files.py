@@ -209,3 +209,27 @@ def test_what_is_left_is_compiled_while_the_model_is_loaded(tiny_path, tmp_path,
             assert run(prompts, tmp_path / "out.jsonl", "--model", tiny_path) == 0
         monkeypatch.setattr(Programs, "_compile_missing", compile_missing)
     assert adopted == [2, 2]
+
+
+# What results do not depend on, and what the options of each line say.
+_ELSEWHERE = {"help", "debug", "json", "stream", "output", "prompt", "prompt_file", "batch_size", "num_samples", "chat"}
+_ELSEWHERE |= {
+    "max_new_tokens",
+    "stop",
+    "logprobs",
+    "typical_acceptance",
+    *generate._defaults(generate.build_parser().parse_args([])),
+}
+_ELSEWHERE |= {"coordinator", "num_processes", "process_id"}
+
+
+def test_a_file_goes_on_with_the_same_settings_alone():
+    """Every option but those above is a part of what identifies a result."""
+    parser = generate.build_parser()
+    others = {"draft_length": 5, "max_seq_len": 99, "kv": "int8", "head_bits": 8, "show_draft": True}
+    for action in parser._actions:
+        if (name := action.dest) not in _ELSEWHERE:
+            asked = parser.parse_args([])
+            other = next((one for one in action.choices or () if one != action.default and name != "kv"), "another")
+            setattr(asked, name, others.get(name, other))
+            assert generate._settings(asked) != generate._settings(parser.parse_args([])), name
