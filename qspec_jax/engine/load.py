@@ -205,8 +205,9 @@ def load(
         verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
             and tokens are those of plain decoding with the floats. ``w8a16`` to round to nested 8-bit weights, of
             which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone; ``auto`` for that, too, unless
-            ``quantization`` or the checkpoint say otherwise. Where ``quantization`` is ``auto``, 8-bit weights are
-            symmetric, in groups as large as fit.
+            ``quantization`` or the checkpoint say otherwise. Codes of 8 bits stay such whatever is given; ``verify`` of
+            :meth:`~qspec_jax.LanguageModel.generate` decides whether all of them verify, or their upper 4 bits. Where
+            ``quantization`` is ``auto``, 8-bit weights are symmetric, in groups as large as fit.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.
