@@ -39,7 +39,14 @@ def can_pack(decoder: Decoder) -> bool:
     weights = [linear.weight.get_value() for linear in linears(decoder)]
     by_hopper = all(isinstance(weight, QuantizedWeight) and weight.layout is Layout.WGMMA for weight in weights)
     keeps_floats = any(linear.floats is not None for linear in linears(decoder))  # a library multiplies them
-    return by_hopper and not keeps_floats and decoder.axis is None and decoder.kv == KV_OF_MODEL
+    return by_hopper and not keeps_floats and obstacle(decoder) is None
+
+
+def obstacle(decoder: Decoder) -> str | None:
+    """Why no pass of a decoder reads chunks of several prompts, whatever bits they had; None where one does."""
+    if decoder.axis is not None:
+        return "a model on a mesh"
+    return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 
 def sizes(rows: int) -> tuple[int, ...]:

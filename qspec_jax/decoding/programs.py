@@ -36,6 +36,7 @@ from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report, TokenScores, with_rows_of
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
+from qspec_jax.errors import UsageError
 from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
@@ -85,7 +86,13 @@ class Programs:
 
     @property
     def packs(self) -> bool:
-        """Whether chunks of several prompts are read in one pass (``decoding/packing.py``)."""
+        """Whether chunks of several prompts are read in one pass (``decoding/packing.py``).
+
+        Raises:
+            UsageError: they are to be, and there is no such pass.
+        """
+        if self.packing and (obstacle := packing.obstacle(self.decoder)) is not None:
+            raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
         return packing.can_pack(self.decoder) if self.packing is None else self.packing
 
     @property

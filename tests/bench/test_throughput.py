@@ -171,6 +171,16 @@ def test_prompts_that_cannot_run_are_named_and_those_that_are_too_long_counted(c
 
 
 @pytest.mark.usefixtures("nothing_runs")
+def test_system_prompts_are_shared_where_a_cache_of_int8_can_begin_again():
+    model, conversations = tiny.language_model(CONFIG), [sharegpt.Conversation([1, 2, 3])]
+    options = {"num_prompts": 1, "max_prompt_tokens": 30, "max_new_tokens": 4, "system_prompts": 1}
+    for kv, expected in (("model", 200), ("int8", 128)):
+        model.decoder.kv = kv
+        arguments = argparse.Namespace(**options, system_tokens=200)
+        [request] = command.fitting_requests(model, model.plan("w4a16"), conversations, arguments, {})
+        assert (request.prefix_length, len(request.token_ids)) == (expected, 203)
+
+
 def test_a_second_run_into_one_report_is_refused(capsys, tmp_path):
     with locked(tmp_path / "out.json"):
         assert main([*SMALL, "--json", str(tmp_path / "out.json")]) == 1

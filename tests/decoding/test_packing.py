@@ -12,6 +12,8 @@ from qspec_jax.decoding.packing import PIECE, can_pack, pack, sizes
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
+from qspec_jax.errors import UsageError
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ModelConfig
 from tests import tiny
 
@@ -133,3 +135,13 @@ def test_what_does_not_fit_is_left_for_another_pass():
 def test_the_reference_is_read_one_by_one():
     """Its sums depend on how many rows a pass has."""
     assert not can_pack(tiny.decoder())
+
+
+def test_what_no_pass_reads_together_is_refused_before_it_is_compiled():
+    model = tiny.language_model(CONFIG)
+    model.programs.packing, model.decoder.kv = True, KV_INT8
+    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=2, capacity=CAPACITY)
+    scheduler.add(REQUESTS[0])
+    with pytest.raises(UsageError, match=r"packing=True.*int8"):
+        scheduler.compile()
+    assert not model.programs.compiled

@@ -194,6 +194,7 @@ def fitting_requests(
         if isinstance(request, Request) and len(request.token_ids) <= limit:
             system = systems[len(found) % len(systems)]
             prefix_length = request.prefix_length + len(system)
+            prefix_length -= prefix_length % model.intake.restart
             token_ids = [*system, *request.token_ids]
             found.append(dataclasses.replace(request, token_ids=token_ids, prefix_length=prefix_length))
         elif isinstance(request, Request) or _num_tokens(model, prompt) > limit:  # perhaps for the context, too
