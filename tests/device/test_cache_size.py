@@ -43,6 +43,13 @@ def test_what_was_not_used_for_longest_goes_first(folder, num_bytes, kept):
     assert left(folder) == {*OURS[len(OURS) - kept :], *OTHERS}
 
 
+def test_a_file_counts_as_used_when_it_was_read_or_written_last(folder):
+    os.utime(folder / OURS[0], (3600, 0))
+    os.utime(folder / OURS[1], (0, 3600))
+    assert shrink(folder, 200) == 400
+    assert left(folder) == {*OURS[:2], *OTHERS}
+
+
 def test_a_file_that_cannot_be_removed_is_left_and_another_one_goes(folder, monkeypatch):
     unlink = type(folder).unlink
 

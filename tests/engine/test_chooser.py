@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -302,3 +303,40 @@ def test_a_plain_step_is_measured_for_long_enough_before_anything_else_is_tried(
             break
     assert bursts == [PLAIN, PLAIN]
     assert chooser._costs.known(PLAIN, Setting(16, 16, 2048)) == pytest.approx(0.0013, rel=0.05)
+
+
+def tried_next(costs: CostTable, seen: Sequence[int], sources: Sequence[str | None]):
+    """What runs once the time of a plain step is known and everything is compiled; of sources drafts were seen."""
+    chooser = chooser_on(device := Device(rows=64, context=8192, acceptance={}), costs)
+    device.ready_s = dict.fromkeys(PLANS, 0.0)
+    costs.note(PLAIN, 0.0025, Setting(64, 64, 8192), weight=10.0)
+    for source in sources:
+        chooser.acceptance[source].observe(seen)
+    return chooser, chooser.choose(context=8192, active=64)
+
+
+def test_of_a_source_that_nobody_knows_the_cheapest_plan_is_tried_and_may_lose_something():
+    chooser, burst = tried_next(CostTable(BYTES), [400, 0, 0, 0], ["lookup"])
+    assert (burst.why, burst.plan.draft_view is not None) == ("a trial", True)
+    alike = [plan for plan in PLANS if plan.draft_source == burst.plan.draft_source]
+    assert burst.plan.draft_length == min(plan.draft_length for plan in alike)
+    assert chooser._trials.allowed_s > 0
+
+
+def test_where_all_sources_are_known_trials_lose_their_share_of_the_time_alone():
+    costs = CostTable(BYTES)
+    costs.acceptance = {plan.draft_source: [0.9] * 8 for plan in PLANS if plan.draft_source}
+    chooser, _ = tried_next(costs, (), ())
+    assert chooser._trials.allowed_s == 0
+
+
+@pytest.mark.parametrize(("lost_s", "is_tried"), [(0.0, True), (0.999, False)])
+def test_a_trial_that_could_lose_more_than_is_left_waits(lost_s, is_tried):
+    """Few of its drafts were accepted: only hope speaks for it."""
+    costs = CostTable(BYTES)
+    for plan in PLANS[1:]:
+        costs.note(plan, 0.005, Setting(64, 64, 8192), weight=10.0)
+    chooser, _ = tried_next(costs, [40, 1, 0, 0], [plan.draft_source for plan in PLANS])
+    costs.trials.elapsed_s, costs.trials.lost_s, costs.trials.allowed_s = 100.0, lost_s, 0.0
+    chooser._hope_at = dict.fromkeys(chooser._hope_at, 0)
+    assert (chooser.choose(context=8192, active=64).why == "a trial") is is_tried
