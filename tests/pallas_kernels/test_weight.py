@@ -14,6 +14,7 @@ from pallas_kernels import (
     pack_codes,
     quantize_activations,
     unpack_codes,
+    upper_nibbles,
     w4a4_matmul,
     w4a16_matmul,
     with_group_sums,
@@ -22,7 +23,7 @@ from pallas_kernels import (
 from pallas_kernels.arrays.weight import dequantize_planes, order_activation_codes, order_bytes
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
-from tests.pallas_kernels.kernel_cases import random_rows, random_weight, weight_in_float64
+from tests.pallas_kernels.kernel_cases import random_nested_weight, random_rows, random_weight, weight_in_float64
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (3, 4, 96), (1, 2)], ids=str)
@@ -61,6 +62,13 @@ def test_group_sums_are_sums_of_weights(shape):
     np.testing.assert_allclose(weight.group_sum, groups, rtol=1e-4, atol=1e-5)
     finer = with_group_sums(weight, weight.group_size // 2).group_sum
     np.testing.assert_allclose(finer[0::2] + finer[1::2], groups, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_group_sums_of_a_nested_weight_are_those_of_the_nibbles_that_meet_integers(symmetric):
+    weight = random_nested_weight(8, 128, 32, symmetric=symmetric, scale_dtype=jnp.float32)
+    groups = dequantize(upper_nibbles(weight)).reshape(8, 4, 32).sum(-1).T
+    np.testing.assert_allclose(weight.group_sum, groups, rtol=1e-4, atol=1e-5)
 
 
 def test_stacked_layers_dequantize_like_each_layer():
