@@ -83,6 +83,21 @@ def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, 
     assert kinds == {"pieces", "loop"}
 
 
+def test_a_row_is_copied_beside_prompts_that_are_read_from_the_beginning(one_by_one):
+    """The prompt that is read from the beginning has come first."""
+    model = tiny.language_model(CONFIG)
+    model.programs.packing = True
+    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, capacity=CAPACITY)
+    scheduler.add(dataclasses.replace(REQUESTS[5], max_new_tokens=20))
+    while not scheduler._decoding():
+        scheduler.advance(1)
+    sequences = [scheduler.add(REQUESTS[3]), scheduler.add(REQUESTS[6])]
+    while scheduler.busy:
+        scheduler.advance()
+    assert tokens(sequences) == [one_by_one[3], one_by_one[6]]
+    assert scheduler.totals.reused_prompt_tokens == 512
+
+
 def test_a_prompt_alone_is_read_as_it_is_beside_others(one_by_one):
     assert tokens(served(REQUESTS, "w4a16", packed=True, rows=1, together=False)[0]) == one_by_one
 
