@@ -278,9 +278,9 @@ def changed(checkpoint, **factors):
 
 def copy_of(kind, floats, folder):
     """A file with a 4-bit copy of the floats."""
-    if kind == "gguf":
+    if kind in ("gguf", "q8_0"):
         config, tensors = hf_config(), load_file(floats / "model.safetensors")
-        linear_type = gguf.GGMLQuantizationType.Q4_0
+        linear_type = gguf.GGMLQuantizationType.Q4_0 if kind == "gguf" else gguf.GGMLQuantizationType.Q8_0
         return write_gguf(folder / "copy.gguf", config, gguf_tensors(config, tensors), linear_type=linear_type)
     if kind == "checkpoint":
         settings = ActivationQuantization(group_size=32)
@@ -301,6 +301,15 @@ def test_a_copy_from_a_checkpoint_keeps_its_codes_beside_the_floats(kind, floats
         np.testing.assert_array_equal(both[name.replace(".weight", ".floats") if name not in both else name], array)
     assert model.quantization == dataclasses.replace(copied.quantization, keep_floats=True)
     assert model.plan().verify == FLOAT
+
+
+def test_a_copy_of_8_bits_is_rounded_to_the_4_that_drafts_read(floats, tmp_path):
+    model = load(floats, verify="float", draft_model=copy_of("q8_0", floats, tmp_path))
+    assert {linear.weight.get_value().bits for linear in linears(model.decoder)} == {4}
+    for linear in linears(model.decoder):
+        weight = linear.weight.get_value()
+        error = np.linalg.norm(dequantize(weight) - linear.floats.get_value())
+        assert error < 0.2 * np.linalg.norm(linear.floats.get_value())
 
 
 def test_a_copy_is_rounded_to_the_largest_symmetric_groups_unless_others_are_asked_for(floats):
