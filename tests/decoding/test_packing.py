@@ -81,6 +81,9 @@ def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, 
     assert scheduler.totals.reused_prompt_tokens == 2 * 512
     kinds = {key[0] for key in scheduler._programs.compiled}
     assert kinds == {"pieces", "loop"}
+    for row in [] if (history := scheduler._state.history) is None else np.asarray(history).tolist():
+        texts = [[*one.request.token_ids, *one.token_ids] for one in sequences]
+        assert any(row[: len(text)] == text for text in texts), "drafts would be looked up in another text"
 
 
 def test_a_row_is_copied_beside_prompts_that_are_read_from_the_beginning(one_by_one):
