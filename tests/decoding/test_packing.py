@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.view import View
 from tests import tiny
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), max_position_embeddings=1024)
@@ -103,6 +106,17 @@ def test_a_row_is_copied_beside_prompts_that_are_read_from_the_beginning(one_by_
 
 def test_a_prompt_alone_is_read_as_it_is_beside_others(one_by_one):
     assert tokens(served(REQUESTS, "w4a16", packed=True, rows=1, together=False)[0]) == one_by_one
+
+
+def test_pieces_see_no_more_than_a_window():
+    hf = {**tiny.BASE_HF_CONFIG, **tiny.FAMILIES["mistral_sliding_window"], "sliding_window": 40}
+    decoder, tokens = tiny.decoder(ModelConfig.from_hf({**hf, "num_hidden_layers": 1})), prompt(70)
+    cache = decoder.create_cache(batch=2, capacity=128)
+    pieces = jax.tree.map(jnp.asarray, pack([(1, 0, tokens)], rows=2).pieces)
+    places = {"rows": pieces.rows[:3], "starts": pieces.starts[:3], "ends": pieces.ends[:1]}
+    found, _ = decoder.read_pieces(pieces.tokens[:3], cache, **places, view=View())
+    whole, _ = decoder(jnp.asarray([tokens, tokens], jnp.int32), cache, precision=View())
+    np.testing.assert_allclose(found[0, 0], whole[1, -1], atol=1e-4)
 
 
 def test_what_sampling_needs_of_prompts_is_there():
