@@ -369,7 +369,8 @@ class QuantConfig:
                 )
         if self.head_bits is not None and self.keep_floats:
             raise UsageError(
-                "head_bits rounds the LM head, and verify='float' (keep_floats) keeps a model's own output; use draft_head"
+                "head_bits rounds the LM head, and verify='float' (keep_floats) keeps a model's own output; "
+                "use draft_head"
             )
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):
