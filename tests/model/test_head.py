@@ -85,7 +85,7 @@ def test_a_head_that_is_not_there_is_refused_with_how_to_have_it():
     for fields, told in (
         ({"head_bits": 6}, "head_bits=6 is not supported; use 8 or 4 or None"),
         ({"draft_head": 8}, "draft_head=8 is not supported; use 4 or None"),
-        ({"head_bits": 8, "keep_floats": True}, "keep_floats=True keeps a model's own output; use draft_head"),
+        ({"head_bits": 8, "keep_floats": True}, "keeps a model's own output; use draft_head"),
     ):
         with pytest.raises(UsageError, match=told):
             QuantConfig(**fields)
