@@ -105,9 +105,15 @@ def check_block_size(op: str, block_size: int) -> None:
         raise ValueError(f"{op}: block_size={block_size}; use a multiple of {BLOCK}")
 
 
-def check_arrays(op: str, query: Array, keys: Array, values: Array, window: int | None) -> None:
-    """Raises ValueError, in the name of an operation, for arguments that do not fit together."""
+def check_arrays(
+    op: str, query: Array, keys: Array, values: Array, window: int | None, *, rows: int | None = None
+) -> None:
+    """Raises ValueError, in the name of an operation, for arguments that do not fit together.
+
+    The cache has ``rows``, None for one for each sequence of queries.
+    """
     batch, _, num_heads, head_dim = query.shape
+    batch = batch if rows is None else rows
     if query.dtype not in _DTYPES:
         raise ValueError(f"{op}: query is {query.dtype}; use float32, bfloat16 or float16")
     if keys.dtype != query.dtype or values.dtype != query.dtype:

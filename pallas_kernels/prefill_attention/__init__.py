@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.decode_attention import by_heads
+from pallas_kernels.decode_attention import by_heads, check_arrays
 from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "prefill_attention"
 # A file has prefill_attention and obstacle(head_dim).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def prefill_attention(
@@ -51,20 +49,6 @@ def prefill_attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    _check(query, keys, values, window)
+    check_arrays(_OP, query, keys, values, window, rows=keys.shape[0])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(query.shape[3]))
     return chosen.prefill_attention(query, keys, values, rows, starts, window=window)
-
-
-def _check(query: Array, keys: Array, values: Array, window: int | None) -> None:
-    _, _, num_heads, head_dim = query.shape
-    if query.dtype not in _DTYPES:
-        raise ValueError(f"{_OP}: query is {query.dtype}; use float32, bfloat16 or float16")
-    if keys.dtype != query.dtype or values.dtype != query.dtype:
-        raise ValueError(f"{_OP}: keys are {keys.dtype} and values {values.dtype}; use {query.dtype}, as query has")
-    if keys.shape != values.shape or keys.shape[3] != head_dim:
-        raise ValueError(f"{_OP}: keys are {keys.shape} and values {values.shape}; use [B, S, KH, {head_dim}] for both")
-    if num_heads % keys.shape[2]:
-        raise ValueError(f"{_OP}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")
-    if window is not None and window < 1:
-        raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")

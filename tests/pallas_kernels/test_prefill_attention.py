@@ -131,7 +131,7 @@ def test_heads_may_lie_side_by_side():
     [
         ({"query": jnp.zeros((3, 4, 8, 64), jnp.float8_e4m3fn)}, "query is float8_e4m3fn; use float32, bfloat16 or"),
         ({"keys": jnp.zeros((2, 8, 2, 64), jnp.bfloat16)}, "keys are bfloat16 and values float32; use float32"),
-        ({"keys": jnp.zeros((2, 8, 4, 32)), "values": jnp.zeros((2, 8, 4, 32))}, r"use \[B, S, KH, 64\] for both"),
+        ({"keys": jnp.zeros((2, 8, 4, 32)), "values": jnp.zeros((2, 8, 4, 32))}, r"use \[2, S, KH, 64\] for both"),
         ({"keys": jnp.zeros((2, 8, 3, 64)), "values": jnp.zeros((2, 8, 3, 64))}, "H=8 is not a multiple of KH=3"),
         ({"window": 0}, "window=0; use a positive number"),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
