@@ -6,6 +6,14 @@ one after another, for as long as those that decode can be expected to wait, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from qspec_jax.decoding import packing
+from qspec_jax.decoding.chunks import chunk_width
+from qspec_jax.decoding.state import PromptPieces
+from qspec_jax.engine.prefixes import Chunk, NextChunk
+
 _MOST_WAIT_S = 0.05  # that those that decode wait for chunks, or as long as a chunk of each row takes
 # Of the time that reading took: what a burst between chunks takes if all other rows decode, and less if fewer do.
 _BURST_SHARE = 0.5
@@ -29,3 +37,38 @@ class Reading:
     def burst_s(self, *, decoding: int, rows: int) -> float | None:
         """Seconds of a burst while prompts are read; None if nobody knows how long that takes."""
         return _BURST_SHARE * self._read_s * decoding / rows or None
+
+
+class ChunksOfAPass(NamedTuple):
+    """Chunks that one program reads.
+
+    Attributes:
+        width: that each is padded to; 0 where ``pieces`` have their tokens.
+        chunks: what they are.
+        pieces: their tokens, where they are packed.
+    """
+
+    width: int
+    chunks: Sequence[NextChunk]
+    pieces: PromptPieces | None = None
+
+
+def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, packs: bool) -> Iterator[ChunksOfAPass]:
+    """Chunks by the programs that read them: as many in a pass as fit, or by their width.
+
+    Args:
+        chunks: each with its start and tokens.
+        rows: of the batch.
+        packs: whether a pass reads chunks of several prompts.
+    """
+    if not packs:
+        by_width: dict[int, list[NextChunk]] = {}
+        for one, (_, tokens) in chunks:
+            by_width.setdefault(chunk_width(len(tokens)), []).append(one)
+        yield from (ChunksOfAPass(width, some) for width, some in sorted(by_width.items()))
+        return
+    left = sorted(chunks, key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first
+    while left:
+        pieces, count = packing.pack([(one.row, *text) for one, text in left], rows=rows)
+        yield ChunksOfAPass(0, [one for one, _ in left[:count]], pieces)
+        left = left[count:]

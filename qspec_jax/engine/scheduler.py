@@ -31,8 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qspec_jax.decoding import packing
-from qspec_jax.decoding.chunks import Shape, chunk_width, empty_chunks
+from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
@@ -42,8 +41,9 @@ from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.compile_beside import CompileBeside
 from qspec_jax.engine.held_texts import HeldTexts
-from qspec_jax.engine.prefixes import Chunk, HeldChunks, NextChunk
-from qspec_jax.engine.reading import Reading
+from qspec_jax.engine.interruption import is_interruption
+from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.reading import Reading, passes
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
@@ -186,7 +186,7 @@ class Scheduler:
             try:
                 changed = self._step(max_cycles)
             except Exception as error:
-                if _is_interruption(error, handled):
+                if is_interruption(error, handled):
                     raise KeyboardInterrupt from error
                 raise
             self._is_torn = False
@@ -400,14 +400,9 @@ class Scheduler:
             next_chunks, later = self._held.plan(reading)
             # They write after all that others may read of their rows.
             next_chunks, own = [*next_chunks, *own], []
-            if self._programs.packs:
-                reports += self._dispatch_packed(next_chunks)
-                reading = {row: reading[row] for row in later}
-                continue
-            by_width: dict[int, list[NextChunk]] = {}
-            for one in next_chunks:
-                by_width.setdefault(chunk_width(len(rows[one.row].chunks[one.index][1])), []).append(one)
-            reports += [self._dispatch_chunks(width, some) for width, some in sorted(by_width.items())]
+            texts = [(one, rows[one.row].chunks[one.index]) for one in next_chunks]
+            some = passes(texts, rows=self.shape.rows, packs=self._programs.packs)
+            reports += [self._dispatch_chunks(*one) for one in some]
             reading = {row: reading[row] for row in later}
         return reports
 
@@ -435,22 +430,6 @@ class Scheduler:
         self._retired[rows[: len(next_chunks)]] = False
         decoding = self._decoding()
         return report, {one.row: decoding[one.row] for one in next_chunks if one.row in decoding}
-
-    def _dispatch_packed(self, next_chunks: Sequence[NextChunk]) -> list[tuple[Report, dict[int, RunningSequence]]]:
-        """Dispatches chunks, as many in a pass as fit; for each pass as :meth:`_dispatch_chunks`."""
-        reports = []
-        left = sorted(next_chunks, key=lambda one: one.source == one.row)  # copies of rows come first
-        while left:
-            texts = [(one.row, *self._text_of(one)) for one in left]
-            pieces, count = packing.pack(texts, rows=self.shape.rows)
-            some, left = left[:count], left[count:]
-            reports.append(self._dispatch_chunks(0, some, pieces))
-        return reports
-
-    def _text_of(self, one: NextChunk) -> Chunk:
-        sequence = self._rows[one.row]
-        assert sequence is not None
-        return sequence.chunks[one.index]
 
     def _chunks(self, width: int, next_chunks: Sequence[NextChunk]) -> PromptChunk:
         """Pieces of a width, which count as read from now on."""
@@ -514,17 +493,3 @@ class Scheduler:
     def _decoding(self) -> dict[int, RunningSequence]:
         """Sequences that have read their prompts, by row."""
         return {row: one for row, one in enumerate(self._rows) if one is not None and not one.reading}
-
-
-def _is_interruption(error: BaseException | None, handled: BaseException | None) -> bool:
-    """Whether an error came of Ctrl-C: some libraries, and locks of Python, report another one where it comes.
-
-    Args:
-        error: that was raised.
-        handled: what whoever called was handling before, which has nothing to do with it.
-    """
-    while error is not None and error is not handled:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
