@@ -21,14 +21,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
-from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding import packing, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.laid_out import LaidOut, compile_all
+from qspec_jax.decoding.loop_settings import cycles_per_check, launches_early
 from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
@@ -41,7 +40,6 @@ from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
-from qspec_jax.model.precision import Precision
 
 
 class Programs:
@@ -468,34 +466,6 @@ class Programs:
             together = sharing_memory(mesh)
             needed, what = needed * together // mesh.size, f"on {together} of {mesh.size} devices, {what}"
         check_memory(needed, what=what)
-
-
-def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
-    """Whether the kernels of a loop may start early (``backends/early_launch.py``); ask after ``lay_out_weights``.
-
-    They may where every weight is one of the loop's arguments, Mosaic multiplies all of them, and XLA has nothing to do
-    between a kernel that signals and the matmul behind it: no matmul in floating point, no padding of rows, no sums of
-    activation codes for asymmetric weights, no norms of single heads that it puts together, no LM head of many rows.
-    """
-    if decoder.scan_layers or decoder.config.qk_norm or not early_launch.is_supported():
-        return False
-    if not {view.precision for view in plan.views} <= {Precision.W4A16, Precision.W8A16, Precision.W4A8}:
-        return False
-    if any(n > MAX_ROWS or (n > 8 and n % 8) for n in (rows, rows * (plan.draft_length + 1))):
-        return False
-    weights = [linear.weight.get_value() for linear in linears(decoder)]
-    return all(isinstance(w, QuantizedWeight) and w.layout is Layout.WGMMA and w.symmetric for w in weights)
-
-
-def cycles_per_check(plan: DecodingPlan) -> int:
-    """Cycles that a loop runs between two looks at whether to go on.
-
-    On a GPU the host waits for the device at each look, and queues kernels ahead between them. On an H100 a look costs
-    about 0.1 ms, and a step of an 8B model 2.6 ms (docs/results.md).
-    """
-    if jax.default_backend() != "gpu":
-        return 1
-    return 4 if plan.draft_view is None else 2
 
 
 def _prefill_key(plan: DecodingPlan, shape: Shape, width: int) -> tuple[Any, ...]:

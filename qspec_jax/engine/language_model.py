@@ -364,7 +364,7 @@ class LanguageModel:
         """Generates for one prompt and yields pieces of text as they come, then the result.
 
         Arguments and errors are those of :meth:`generate`; ``cycles_per_step`` cycles run between two pieces, or
-        :func:`qspec_jax.decoding.programs.cycles_per_check` if that is more. A piece never ends inside a character.
+        :func:`qspec_jax.decoding.loop_settings.cycles_per_check` if that is more. No piece ends inside a character.
         """
         drafting: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
         plan = self.plan(mode, **drafting, verify=verify)

@@ -38,18 +38,19 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(early_launch, "is_supported", lambda: True)
 
 
-def decoder_of_shapes(layout=Layout.WGMMA, *, scan_layers=False, symmetric=True, **config):
-    """A decoder of shapes alone, with weights in a layout."""
+def decoder_of_shapes(layout=Layout.WGMMA, *, scan_layers=False, symmetric=True, bits=None, kv=None, **config):
+    """A decoder of shapes alone, with weights in a layout; ``bits`` are fields of a ``QuantConfig``."""
     decoder = nnx.eval_shape(
         lambda: Decoder(
             ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, **config}),
-            quantization=QuantConfig(symmetric=symmetric),
+            quantization=QuantConfig(symmetric=symmetric, **(bits or {})),
             scan_layers=scan_layers,
         )
     )
     for _, linear in nnx.iter_modules(decoder):
         if isinstance(linear, Linear):
             linear.weight.set_value(dataclasses.replace(linear.weight.get_value(), layout=layout))
+    decoder.kv = kv or decoder.kv
     return decoder
 
 
@@ -80,6 +81,15 @@ def test_no_kernel_starts_early_where_xla_multiplies_or_a_draft_has_activations_
     assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT), rows=1)
     assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT, Precision.W4A8, 3), rows=1)
     assert not programs.launches_early(decoder, DecodingPlan(Precision.W4A16, Precision.W4A4, 3), rows=1)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("fields", [{"bits": {"bits": 8}}, {"bits": {"draft_head": 4}}, {"kv": "int8"}], ids=str)
+def test_no_kernel_starts_early_where_no_gpu_has_run_it_so(fields):
+    verify = Precision.W8A16 if fields.get("bits", {}).get("bits") == 8 else Precision.W4A16
+    decoder = decoder_of_shapes(**fields)
+    for plan in (DecodingPlan(verify), DecodingPlan(Precision.W4A16), DecodingPlan(verify, Precision.W4A8, 3)):
+        assert not programs.launches_early(decoder, plan, rows=1)
 
 
 @pytest.mark.parametrize(

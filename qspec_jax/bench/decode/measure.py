@@ -21,7 +21,7 @@ from qspec_jax.bench.decode.parts import Part, PartName, Setting, context_state
 from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.timing import kernel_clock_works, recorded_kernels
 from qspec_jax.commands.run import say
-from qspec_jax.decoding.programs import cycles_per_check
+from qspec_jax.decoding.loop_settings import cycles_per_check
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.engine.language_model import LanguageModel
