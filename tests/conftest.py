@@ -12,8 +12,10 @@ import ctypes
 import functools
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -149,6 +151,17 @@ def pytest_runtest_call(item: pytest.Item):
     return result
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In CI a failure is printed when it happens: a run that is cut off later would not have said why."""
+    if "CI" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ or not report.failed:
+        return
+    folders = [path for path in (tempfile.gettempdir(), "/dev/shm") if os.path.isdir(path)]
+    free = ", ".join(f"{path} {shutil.disk_usage(path).free / 1e9:.1f} GB" for path in folders)
+    sys.__stderr__.write(f"\n{report.nodeid} ({report.when}; free: {free})\n{report.longreprtext[-3000:]}\n")
+    sys.__stderr__.flush()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["peak_bytes"] = _peak_bytes()
@@ -198,8 +211,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        def remove_node(self, node):
+            """Leaves out the test that ended its worker, which would end the next ones too."""
+            units = self.assigned_work[node].values()
+            unfinished = ((unit, test) for unit in units for test, is_complete in unit.items() if not is_complete)
+            unit, crashed = next(unfinished, ({}, None))
+            unit.pop(crashed, None)
+            super().remove_node(node)
+            return crashed
+
+        def _reschedule(self, node):
+            if node in self.registered_collections:  # and is no new one that has yet to say what it has collected
+                super()._reschedule(node)
+
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
