@@ -6,13 +6,14 @@ one after another, for as long as those that decode can be expected to wait, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import chunk_width
 from qspec_jax.decoding.state import PromptPieces
 from qspec_jax.engine.prefixes import Chunk, NextChunk
+from qspec_jax.engine.sequence import RunningSequence
 
 _MOST_WAIT_S = 0.05  # that those that decode wait for chunks, or as long as a chunk of each row takes
 # Of the time that reading took: what a burst between chunks takes if all other rows decode, and less if fewer do.
@@ -33,6 +34,16 @@ class Reading:
     def is_enough(self, num_chunks: int, more: int) -> bool:
         """Whether those that decode have waited long enough, for so many chunks, to wait for no more than these."""
         return self._chunk_s is None or (num_chunks + more) * self._chunk_s > _MOST_WAIT_S
+
+    def first(self, reading: Mapping[int, RunningSequence]) -> dict[int, RunningSequence]:
+        """Those of some rows that read before those that decode, where these are to wait no longer than need be.
+
+        They are those that came first: as many as read a chunk each in the time that others can be expected to wait,
+        but at least one.
+        """
+        count = 1 if self._chunk_s is None else max(1, int(_MOST_WAIT_S / max(self._chunk_s, 1e-9)))
+        came_first = sorted(reading.items(), key=lambda item: item[1].entered_s or 0.0)
+        return dict(came_first[:count])
 
     def burst_s(self, *, decoding: int, rows: int) -> float | None:
         """Seconds of a burst while prompts are read; None if nobody knows how long that takes."""

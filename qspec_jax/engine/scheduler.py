@@ -1,9 +1,10 @@
 """Continuous batching: which sequence is in which row, and what the device does next.
 
 The device is asked for two things, by turns. A *prefill* reads chunks of prompts into idle rows; a *burst* runs
-cycles in the generation loop until enough rows are idle, or for about ``burst_s`` seconds. Between them the host takes
-out what has finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk, with short
-bursts between, so that the others go on meanwhile; chunks that a row holds already are not read again
+cycles in the generation loop until enough rows are idle, or for about ``burst_s`` seconds, or, of a batch that serves,
+until somebody comes who can have a row (:mod:`qspec_jax.engine.burst`). Between them the host takes out what has
+finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk, with short bursts
+between, so that the others go on meanwhile; chunks that a row holds already are not read again
 (:mod:`qspec_jax.engine.prefixes`), nor what a row holds of a request's own session
 (:mod:`qspec_jax.engine.held_texts`).
 
@@ -20,6 +21,7 @@ read and write the same state, so that tokens do not depend on the choice. Anoth
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -37,6 +39,7 @@ from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
+from qspec_jax.engine.burst import SLICE_S, run_in_slices, until_finished
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.compile_beside import CompileBeside
@@ -54,8 +57,6 @@ _BURST_S = 0.5
 _FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
 _FIRST_BURST_S = 0.05  # of one between chunks of prompts, before the time of a chunk is known
 _MAX_CYCLES = 4096
-# With others waiting, a burst ends when this share of the rows has finished in it.
-_REFILL_SHARE = 1 / 16
 
 
 class Scheduler:
@@ -77,6 +78,7 @@ class Scheduler:
         on_event: Callable[[str], None] | None = None,
         state_of: Plan | None = None,
         keep_drafts: bool = False,
+        serves: bool = False,
     ):
         """Makes a batch; compiling and allocating wait for the first request.
 
@@ -89,11 +91,13 @@ class Scheduler:
             on_event: called with a few words when a long step begins.
             state_of: keep what this plan needs instead: programs of one of its choices are then those it would run.
             keep_drafts: keep what each cycle drafts: the programs are then others.
+            serves: requests come while others run, and nobody is to wait long: neither who comes for the end of a
+                burst, nor who decodes for many who read.
         """
         rows = -(-rows // programs.num_row_shards) * programs.num_row_shards
         self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity, keep_drafts=keep_drafts)
         self.totals = RunTotals(rows=rows)
-        self._programs, self._burst_s = programs, burst_s
+        self._programs, self._burst_s, self._serves = programs, burst_s, serves
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
         self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
         self._on_event = on_event or (lambda _: None)
@@ -386,6 +390,7 @@ class Scheduler:
         reports, num_chunks = [], 0
         while True:
             reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
+            reading = self._reading.first(reading) if self._serves and self._decoding() else reading
             if not reading or (reports and self._reading.is_enough(num_chunks, more=len(reading))):
                 return reports, num_chunks
             num_chunks += len(reading)
@@ -452,27 +457,27 @@ class Scheduler:
 
     def _dispatch(self, max_cycles: int | None) -> None:
         """Dispatches a burst."""
-        rows, active = self.shape.rows, len(self._decoding())
-        until = rows
-        if self._queue or self._anyone_reads():
-            until = rows - active + min(active, max(1, int(rows * _REFILL_SHARE)))
         assert self._state is not None
-        cycles = self._fitting_cycles()
+        rows, active = self.shape.rows, len(self._decoding())
+        others_wait, cycles, cycle_s = bool(self._queue) or self._anyone_reads(), self._fitting_cycles(), None
         if self._chooser is not None:
             even = {} if self._queue else self._evenness()
             burst = self._chooser.choose(context=self._context(), active=active, evenness=even)
             self._plan, self._why = burst.plan, burst.why
-            cycles = burst.cycles or self._fitting_cycles(burst.cycle_s, burst.seconds)
-            max_cycles = None if max_cycles is None else min(cycles, max_cycles)
+            cycle_s = burst.cycle_s
+            cycles = burst.cycles or self._fitting_cycles(cycle_s, burst.seconds)
+            max_cycles = min(cycles, max_cycles or cycles)
+        cycles = max_cycles or cycles
         self.totals.gap_s += self._clock.dispatching()
+        until = until_finished(rows, active=active, others_wait=others_wait)
         self._flight = self._dispatcher.submit(
-            self._programs.loop,
-            self._plan,
-            self.shape,
+            run_in_slices,
+            functools.partial(self._programs.loop, self._plan, self.shape, until_finished=until),
             self._state,
             self._retired,
-            max_cycles=cycles if max_cycles is None else max_cycles,
-            until_finished=until,
+            max_cycles=cycles,
+            slice_cycles=self._fitting_cycles(cycle_s, SLICE_S) if self._serves and not others_wait else cycles,
+            ends_early=lambda report: bool(self._queue) and bool(jax.device_get(report.finished).any()),
         )
         self._retired = np.zeros((rows,), bool)
 

@@ -56,7 +56,7 @@ class Service:
         self.batch_size = batch_size
         self._intake, self._plan, self._kernels = intake, plan, kernels
         self._scheduler = Scheduler(
-            programs, plan, rows=batch_size, capacity=capacity, burst_s=burst_s, on_event=on_event
+            programs, plan, rows=batch_size, capacity=capacity, burst_s=burst_s, on_event=on_event, serves=True
         )
         self._on_event: Callable[[str], None] = on_event or (lambda _: None)
         self._on_end = on_end

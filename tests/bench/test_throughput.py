@@ -81,6 +81,18 @@ def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path
     assert plot.stat().st_size > 1000
 
 
+def test_loads_are_shares_of_what_can_be_served(capsys, tmp_path, prompt_file):
+    path = tmp_path / "out.json"
+    more = ("--batch-size", "3", "--mode", "w4a16", "--prompt-file", prompt_file, "--json", str(path))
+    assert main([*SMALL, *more, "--load", "0.5,2"]) == 0
+    most, *runs = json.loads(path.read_text())["runs"]
+    assert (most["rate"], most["load"]) == (None, None)
+    assert [one["load"] for one in runs] == [0.5, 2]
+    assert [one["rate"] / most["requests_per_s"] for one in runs] == pytest.approx([0.5, 2])
+    assert runs[0]["seconds"] > 1.2 * most["seconds"]
+    assert all(one["num_tokens"] == most["num_tokens"] and one["num_compilations"] == 0 for one in runs)
+
+
 def test_conversations_are_read_up_to_where_the_file_is_cut_off():
     items = [{"id": "a", "conversations": []}, {"id": "b [1, 2], {"}]
     text = json.dumps([*items, {"id": "cut off"}])
@@ -131,6 +143,8 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
         (["--chunk", "0"], "--burst 0.0 must be more than 0"),
         (["--mode", "w4a2"], "--mode w4a2 is unknown"),
         (["--rate", "0"], "--rate 0.0 must be more than 0"),
+        (["--load", "0.5,"], "--load 0.5, must be numbers of more than 0 with commas between"),
+        (["--load", "0.5", "--rate", "3"], "leave --rate out"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
         (["--system-tokens", "-1"], "--system-tokens -1 must be at least 0"),
         (["--system-tokens", "250"], "--system-tokens 250 and --max-new-tokens 12 do not fit the context of tiny"),

@@ -15,6 +15,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling_params import SamplingFeatures
+from qspec_jax.engine.burst import SLICE_S
 from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -166,6 +167,8 @@ class OnDevice:
 class FakePrograms(Programs):
     """Yields one token per cycle, the same for all, and notes what it is asked for."""
 
+    most_tokens = 64
+
     def __init__(self, rows):
         self.rows, self.log, self.compile_s = rows, [], 0.0
         self.left, self.counts = np.zeros(rows, int), np.zeros(rows, int)
@@ -180,7 +183,7 @@ class FakePrograms(Programs):
         return "state"
 
     def _report(self, cycles):
-        tokens = np.tile(np.arange(64), (self.rows, 1))
+        tokens = np.tile(np.arange(self.most_tokens), (self.rows, 1))
         lengths = np.tile(self.counts[:, None], (1, 17))
         arrays = tokens, self.counts.copy(), self.left <= 0, lengths
         return "state", Report(*map(OnDevice, arrays), np.int32(cycles))
@@ -306,3 +309,73 @@ def test_shapes_of_other_features_are_other_programs(model):
     plan = model.plan(draft="w4a8")
     greedy, drawing = Shape(3, CAPACITY), Shape(3, CAPACITY, SamplingFeatures(draws=True))
     assert programs._loop_key(plan, greedy) != programs._loop_key(plan, drawing)
+
+
+class Serving(FakePrograms):
+    """Notes the cycles of each dispatch; ``comes[n]`` is called while dispatch ``n`` of them runs."""
+
+    def __init__(self, rows, comes):
+        super().__init__(rows)
+        self.comes, self.cycles = comes, []
+
+    def loop(self, *arguments, max_cycles, until_finished):
+        self.comes.get(len(self.cycles), lambda: None)()
+        state, report = super().loop(*arguments, max_cycles=max_cycles, until_finished=until_finished)
+        self.cycles.append(int(report.cycles))
+        return state, report
+
+
+def serve(monkeypatch, comes, *, rows, slice_cycles=3, first=(40,)):
+    """Requests of a batch that serves in bursts of 16 cycles, and those that come meanwhile."""
+    fake = Serving(rows, comes)
+    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, capacity=64, serves=True)
+    fitting = {None: 16, SLICE_S: slice_cycles}
+    monkeypatch.setattr(scheduler, "_fitting_cycles", lambda cycle_s=None, seconds=None: fitting[seconds])
+    for new in first:
+        scheduler.add(Request([1, 2], new, SamplingParams()))
+    return fake, scheduler
+
+
+def test_a_burst_ends_when_somebody_comes_who_can_have_a_row(monkeypatch):
+    comes = {}
+    fake, scheduler = serve(monkeypatch, comes, rows=2)
+    added = []
+    comes[1] = lambda: added.append(scheduler.add(Request([1, 2, 3], 8, SamplingParams())))
+    scheduler.advance()
+    scheduler.advance()
+    assert fake.cycles[:2] == [3, 3]  # of 16: after the second slice
+    assert added[0].entered_s is not None
+    while scheduler.busy:
+        scheduler.advance()
+    assert len(added[0].token_ids) == 8
+    assert scheduler.totals.cycles == sum(fake.cycles)
+
+
+def test_who_comes_to_a_full_batch_has_the_row_that_is_free_first(monkeypatch):
+    comes = {}
+    fake, scheduler = serve(monkeypatch, comes, rows=2, first=(40, 6))
+    added = []
+    comes[0] = lambda: added.append(scheduler.add(Request([1, 2, 3], 8, SamplingParams())))
+    scheduler.advance()
+    scheduler.advance()
+    assert fake.cycles[:2] == [3, 3]  # the other one has made its five tokens after the prompt's by then
+    assert added[0].entered_s is not None
+
+
+def test_a_burst_that_nobody_comes_to_is_as_long_as_ever(monkeypatch):
+    fake, scheduler = serve(monkeypatch, {}, rows=2)
+    scheduler.advance()
+    assert scheduler.advance()[0].token_ids == list(range(17))
+    assert fake.cycles[:6] == [3, 3, 3, 3, 3, 1]
+
+
+def test_a_batch_that_serves_reads_few_prompts_before_those_that_decode(monkeypatch):
+    """In the order in which they came; a batch that does not reads one chunk of each."""
+    fake, scheduler = serve(monkeypatch, {}, rows=4)
+    scheduler.advance()
+    for length in (3, 9, 5):
+        scheduler.add(Request([1] * length, 2, SamplingParams()))
+    while scheduler.busy:
+        monkeypatch.setattr(scheduler._reading, "_chunk_s", 0.04)
+        scheduler.advance()
+    assert [rows for name, *_, rows in fake.log if name == "prefill"] == [[0], [1], [2], [3]]

@@ -61,6 +61,8 @@ def add_command(commands: Any) -> None:
     add("--system-tokens", type=int, default=0, metavar="N", help="noise in front of noise prompts (default: 0)")
     add("--system-prompts", type=int, default=1, metavar="N", help="different ones of these, by turns (default: 1)")
     add("--rate", type=float, metavar="R", help="requests per second, Poisson (default: all at once)")
+    load = "then also at these shares of the requests per second that all at once had, Poisson (such as 0.5,0.8)"
+    add("--load", metavar="SHARE,...", help=load)
     burst = f"that the device runs before the host looks (default: {_BURST_S}, at a rate {_BURST_S_AT_A_RATE})"
     add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
     shared.add_verify(parser)
@@ -118,6 +120,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     for name in ("rate", "burst"):
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} must be more than 0")
+    arguments.load = _loads(arguments)
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     shared.check_weights(arguments, modes)
     arguments.verify = shared.verify_of(arguments, modes)
@@ -135,6 +138,20 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     request = ModelRequest(**asked_model(arguments, name, config, path))
     request.check_device()
     return request, modes, rows
+
+
+def _loads(arguments: argparse.Namespace) -> list[float]:
+    if arguments.load is None:
+        return []
+    if arguments.rate is not None:
+        raise UsageError("--load takes the rate from the run of all at once; leave --rate out")
+    try:
+        loads = [float(share) for share in arguments.load.split(",")]
+    except ValueError:
+        loads = [math.nan]
+    if not all(0 < share < math.inf for share in loads):
+        raise UsageError(f"--load {arguments.load} must be numbers of more than 0 with commas between, such as 0.5,0.8")
+    return loads
 
 
 def _conversations(arguments: argparse.Namespace) -> list[Conversation]:
@@ -157,22 +174,23 @@ def _measure(
     from qspec_jax.bench.throughput.measure import measure_throughput
     from qspec_jax.decoding.chunks import fitting_capacity
 
-    burst_s = arguments.burst or (_BURST_S if arguments.rate is None else _BURST_S_AT_A_RATE)
     for mode in modes:
         plan = model.plan(mode, **{**shared.plan_options(arguments), **verification(mode, arguments.verify)})
         requests = fitting_requests(model, plan, conversations, arguments, failed)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+        plan = plan.in_cache(fitting_capacity(longest))
+        options: dict[str, Any] = {"capacity": fitting_capacity(longest)}
         for count in rows:
             say(f"{mode}, batch of {count}, {len(requests)} requests ...")
-            yield measure_throughput(
-                model,
-                plan.in_cache(fitting_capacity(longest)),
-                requests,
-                rows=count,
-                capacity=fitting_capacity(longest),
-                burst_s=burst_s,
-                rate=arguments.rate,
-            )
+            rates: list[tuple[float | None, float | None]] = [(arguments.rate, None)]
+            for rate, load in rates:
+                burst_s = arguments.burst or (_BURST_S if rate is None else _BURST_S_AT_A_RATE)
+                one = measure_throughput(
+                    model, plan, requests, rows=count, burst_s=burst_s, rate=rate, load=load, **options
+                )
+                if load is None:
+                    rates += [(share * one.requests_per_s, share) for share in arguments.load]
+                yield one
 
 
 def fitting_requests(
@@ -280,7 +298,7 @@ def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) ->
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for mode in dict.fromkeys(one.mode for one in runs):
-        points = sorted((one.rows, one.tokens_per_s) for one in runs if one.mode == mode)
+        points = sorted((one.rows, one.tokens_per_s) for one in runs if one.mode == mode and one.load is None)
         axes.plot([rows for rows, _ in points], [speed for _, speed in points], marker="o", label=mode)
     axes.set(xlabel="batch size", ylabel="tokens per second, all requests")
     axes.set_title(title, fontsize="small")

@@ -6,12 +6,12 @@ host sees tokens: at the end of a burst. The tokens of a burst count as evenly s
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
 import random
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +28,7 @@ from qspec_jax.engine.sequence import RunningSequence
 
 _WARM_UP_TOKENS = 8
 _PERCENTILES = (50, 90, 99)
+_LOOK_S = 0.1  # at whether the last request has come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ThroughputRun:
         mode, draft, draft_length: of the plan; ``draft`` is None where nothing is drafted.
         rows: sequences that run together.
         rate: requests that arrive per second; None where all are there from the beginning.
+        load: that rate over the requests per second of the run where all were there; None where the rate was given.
         choices: what each plan ran, by its name; see :class:`qspec_jax.engine.results.PlanTotals`.
         num_requests, num_prompt_tokens, num_tokens: what was served.
         num_reused_tokens: those of the prompts that another prompt's row had already.
@@ -58,6 +60,7 @@ class ThroughputRun:
     draft_length: int
     rows: int
     rate: float | None
+    load: float | None
     choices: Mapping[str, PlanTotals]
     num_requests: int
     num_prompt_tokens: int
@@ -80,9 +83,18 @@ class ThroughputRun:
         """New tokens of all requests."""
         return self.num_tokens / self.seconds
 
+    @property
+    def requests_per_s(self) -> float:
+        """Requests that ended; where all were there from the beginning, about the most that can be served."""
+        return self.num_requests / self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-serialisable."""
-        return {**dataclasses.asdict(self), "tokens_per_s": self.tokens_per_s}
+        return {
+            **dataclasses.asdict(self),
+            "tokens_per_s": self.tokens_per_s,
+            "requests_per_s": self.requests_per_s,
+        }
 
 
 def measure_throughput(
@@ -94,6 +106,7 @@ def measure_throughput(
     capacity: int,
     burst_s: float,
     rate: float | None = None,
+    load: float | None = None,
     seed: int = 0,
 ) -> ThroughputRun:
     """Compiles, runs everything once, and then serves the requests as they arrive.
@@ -109,9 +122,10 @@ def measure_throughput(
         capacity: cache positions of each.
         burst_s: about how long the device runs before the host looks at what there is.
         rate: requests per second, at random (Poisson) intervals; None for all at once.
+        load: what share that is of what can be served, for the record.
         seed: of the intervals.
     """
-    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s}
+    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s, "serves": rate is not None}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
     if isinstance(plan, AutoPlan):
@@ -138,6 +152,7 @@ def measure_throughput(
         draft_length=plan.draft_length,
         rows=rows,
         rate=rate,
+        load=load,
         choices=totals.choices,
         num_requests=len(sequences),
         num_prompt_tokens=sum(len(request.token_ids) for request in requests),
@@ -190,19 +205,29 @@ def _warm_up(requests: Sequence[Request]) -> list[Request]:
 
 
 def _serve(scheduler: Scheduler, requests: Sequence[Request], times: Sequence[float]) -> list[RunningSequence]:
-    """Adds every request when its time has come, and runs the batch until all are finished."""
-    waiting, sequences = collections.deque(zip(times, requests, strict=True)), []
-    began = time.perf_counter()
-    while waiting or scheduler.busy:
-        while waiting and began + waiting[0][0] <= time.perf_counter():
-            arrival_s, request = waiting.popleft()
+    """Adds every request when its time has come, whatever runs then, and runs the batch until all are finished."""
+    sequences: list[RunningSequence] = []
+    began, come = time.perf_counter(), threading.Event()
+
+    def add_all() -> None:
+        for arrival_s, request in zip(times, requests, strict=True):
+            time.sleep(max(0.0, began + arrival_s - time.perf_counter()))
             sequence = scheduler.add(request)
             sequence.added_s = began + arrival_s
             sequences.append(sequence)
+            come.set()
+
+    adding = threading.Thread(target=add_all, daemon=True)
+    if any(times):
+        adding.start()
+    else:
+        add_all()
+    while adding.is_alive() or scheduler.busy:
+        come.clear()
         if scheduler.busy:
             scheduler.advance()
         else:
-            time.sleep(max(0.0, began + waiting[0][0] - time.perf_counter()))
+            come.wait(_LOOK_S)
     return sequences
 
 
