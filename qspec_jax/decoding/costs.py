@@ -134,7 +134,8 @@ class CostTable:
     A file that is damaged or cannot be read or written is as good as none.
 
     Attributes:
-        acceptance: by source of drafts, the chance of each draft of the last texts, once those before were accepted.
+        acceptance: by source of drafts and target, the chance of each draft of the last texts, once those before were
+            accepted.
         trials: which all batches of a model share.
     """
 

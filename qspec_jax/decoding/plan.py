@@ -146,6 +146,11 @@ class DecodingPlan:
         """Where drafts come from: a view, or the text itself; None for plain decoding."""
         return self.draft_view.name if self.draft_view is not None else "lookup" if self.lookup else None
 
+    @functools.cached_property
+    def source_and_target(self) -> str | None:
+        """What acceptance depends on, besides the text: ``w4a8 for float``; None for plain decoding."""
+        return None if self.draft_source is None else f"{self.draft_source} for {self.verify.name}"
+
 
 @typing.no_type_check  # as above
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Chooser:
             prepare: asks for it to be; returns at once.
         """
         self.acceptance: dict[str | None, Acceptance] = {
-            plan.draft_source: Acceptance(costs.acceptance.get(plan.draft_source or "", ())) for plan in plans
+            plan.draft_source: Acceptance(costs.acceptance.get(plan.source_and_target or "", ())) for plan in plans
         }
         self._plans, self._costs, self._rows, self._burst_s = plans, costs, rows, burst_s
         self._is_ready, self._prepare = is_ready, prepare
@@ -142,7 +142,7 @@ class Chooser:
         self._warm: set[DecodingPlan] = set()  # those that have run once, as the first run loads a program
         self._trial: DecodingPlan | None = None
         self._trials = costs.trials
-        if any(source not in costs.acceptance for source in self.acceptance if source is not None):
+        if any(plan.source_and_target not in costs.acceptance for plan in plans if plan.draft is not None):
             self._trials.allowed_s = _FIRST_LOSS_S
         self._overhead_s = 0.0  # of a burst
         self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, load
@@ -220,8 +220,8 @@ class Chooser:
         self._cycle += cycles
         acceptance = self.acceptance[plan.draft_source]
         acceptance.observe(histogram[: plan.draft_length + 1])
-        if plan.draft_source is not None:
-            self._costs.acceptance[plan.draft_source] = acceptance.profile(len(acceptance.tried))
+        if plan.source_and_target is not None:
+            self._costs.acceptance[plan.source_and_target] = acceptance.profile(len(acceptance.tried))
         if not cycles:
             return
         setting = Setting(self._rows, max(1, round(sum(histogram) / cycles)), context)

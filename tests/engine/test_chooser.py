@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -323,9 +324,21 @@ def test_of_a_source_that_nobody_knows_the_cheapest_plan_is_tried_and_may_lose_s
     assert chooser._trials.allowed_s > 0
 
 
+def test_what_one_target_accepts_says_nothing_of_another():
+    costs, floats = CostTable(BYTES), View(weight_bits=None)
+    exact = [dataclasses.replace(plan, verify=floats) for plan in PLANS]
+    options = {"rows": 4, "burst_s": 0.5, "is_ready": lambda _: True, "prepare": lambda _: None}
+    chooser = Chooser(PLANS, costs, **options)
+    for plan in PLANS[1:]:
+        chooser.observe(plan, cycles=50, seconds=1.0, histogram=[100] + [0] * plan.draft_length, context=64)
+    source = PLANS[1].draft_source
+    assert Chooser(PLANS, costs, **options).acceptance[source].profile(1)[0] < 0.5
+    assert Chooser(exact, costs, **options).acceptance[source].profile(1)[0] > 0.5
+
+
 def test_where_all_sources_are_known_trials_lose_their_share_of_the_time_alone():
     costs = CostTable(BYTES)
-    costs.acceptance = {plan.draft_source: [0.9] * 8 for plan in PLANS if plan.draft_source}
+    costs.acceptance = {plan.source_and_target: [0.9] * 8 for plan in PLANS if plan.source_and_target}
     chooser, _ = tried_next(costs, (), ())
     assert chooser._trials.allowed_s == 0
 
