@@ -8,13 +8,14 @@ what is worth a trial; what is chosen was measured.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ _SOUND_S = 0.2  # of a measurement with which others are compared
 _MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
 _STEPS_PER_DOUBLING = 2  # buckets of loads
 _REACH = 4.0  # of these: how far a measurement tells by its bytes alone
+_KINDS = 32  # sequences of which is kept how much texts differ
 _MOST_FIXED = 0.95  # of a step that takes the same at any load
 
 
@@ -134,8 +136,8 @@ class CostTable:
     A file that is damaged or cannot be read or written is as good as none.
 
     Attributes:
-        acceptance: by source of drafts and target, the chance of each draft of the last texts, once those before were
-            accepted.
+        acceptance: by source of drafts and target, the chances of the drafts of the last texts.
+        kinds: by source and target, drafts of the last sequences, each by place: how many were tried and accepted.
         trials: which all batches of a model share.
     """
 
@@ -143,6 +145,7 @@ class CostTable:
         """Reads what is known of a model; ``path`` is a file of :func:`table_path`."""
         self.num_bytes, self.path = num_bytes, path
         self.acceptance: dict[str, list[float]] = {}
+        self.kinds: dict[str, collections.deque[Sequence[tuple[float, float]]]] = {}
         self.trials = Trials()
         self._seconds: dict[str, dict[str, float]] = {}
         self._weights: dict[tuple[str, str], float] = {}  # seconds that they were measured for, in this process
@@ -159,13 +162,16 @@ class CostTable:
                 }
                 acceptance = {str(source): [float(one) for one in some] for source, some in read["acceptance"].items()}
                 self._seconds, self.acceptance = seconds, acceptance
+                for name, some in read.get("kinds", {}).items():
+                    drafts = [[(float(tried), float(accepted)) for tried, accepted in one] for one in some]
+                    self.note_kinds(str(name), drafts)
 
     def note(self, plan: DecodingPlan, seconds: float, setting: Setting, *, weight: float = 1.0) -> None:
         """Takes a measurement of a cycle into account, which took ``weight`` seconds."""
         known = self._seconds.setdefault(_name(plan), {})
         bucket = _bucket(setting.load)
         # As if the load were in the middle of its bucket.
-        seconds *= self._ratio(plan, Setting.of_load(setting.rows, _middle(bucket)), setting)
+        seconds *= self.ratio(plan, Setting.of_load(setting.rows, _middle(bucket)), setting)
         key = f"{setting.rows}x{bucket}"
         before, trusted = known.get(key, seconds), self._weights.get((_name(plan), key), 0.0)
         if key in known and not trusted:
@@ -175,6 +181,10 @@ class CostTable:
         self._changed = True
         self._fixed.clear()
         self._buckets_of.clear()
+
+    def note_kinds(self, source_and_target: str, drafts: Iterable[Sequence[tuple[float, float]]]) -> None:
+        """Remembers how drafts of some sequences were accepted."""
+        self.kinds.setdefault(source_and_target, collections.deque(maxlen=_KINDS)).extend(drafts)
 
     def is_exact(self, plan: DecodingPlan, setting: Setting) -> bool:
         """Whether a cycle was measured at this load."""
@@ -193,7 +203,7 @@ class CostTable:
         if nearest is None:
             return None
         seconds = self._seconds[_name(plan)][f"{setting.rows}x{nearest}"]
-        return seconds * self._ratio(plan, setting, Setting.of_load(setting.rows, _middle(nearest)))
+        return seconds * self.ratio(plan, setting, Setting.of_load(setting.rows, _middle(nearest)))
 
     def _nearest(self, plan: DecodingPlan, setting: Setting) -> int | None:
         """The bucket of loads nearest to one in which a plan was measured, if any within reach was."""
@@ -229,6 +239,10 @@ class CostTable:
             return plans[plain] + (plans[nearest] - plans[plain]) * plan.draft_length / nearest.draft_length
         return plans[plain] * self._size(plan, setting) / self._size(plain, setting)
 
+    def ratio(self, plan: DecodingPlan, setting: Setting, other: Setting) -> float:
+        """Bytes of a cycle in a setting over those in another one."""
+        return self._size(plan, setting) / self._size(plan, other)
+
     def save(self) -> None:
         """Writes what was measured since it was read, all of it or nothing."""
         if self.path is None or not self._changed:
@@ -236,13 +250,10 @@ class CostTable:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             seconds = {plan: dict(known) for plan, known in list(self._seconds.items())}  # others may add to it
-            text = json.dumps({"seconds": seconds, "acceptance": dict(self.acceptance)}, indent=1)
+            kinds = {name: list(some) for name, some in list(self.kinds.items())}
+            text = json.dumps({"seconds": seconds, "acceptance": dict(self.acceptance), "kinds": kinds})
             replace(self.path, text.encode())
             self._changed = False
-
-    def _ratio(self, plan: DecodingPlan, setting: Setting, other: Setting) -> float:
-        """Bytes of a cycle in a setting over those in another one."""
-        return self._size(plan, setting) / self._size(plan, other)
 
     def _size(self, plan: DecodingPlan, setting: Setting) -> float:
         """Bytes of a cycle, and as many more as could be read in the time that its passes take whatever they read."""

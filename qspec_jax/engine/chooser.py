@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qspec_jax.decoding.costs import CostTable, Setting
 from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.engine.acceptance import Acceptance, Drafts
+from qspec_jax.engine.makespan import Makespan, tell
 
 _MAX_LOSS = 0.01  # of the time, spent on trials
 _BETTER = 1.02  # times faster than what runs, to take its place
@@ -30,61 +32,6 @@ _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of draft
 _MAX_OVERHEAD_S = 0.02  # that a burst may take besides its cycles
 _HOPE = 0.97  # acceptance of drafts that were never seen
 _LEARNING_BURST_S, _LEARNING_S = 0.25, 5.0  # bursts while there are plans to try, at the beginning
-
-
-@dataclasses.dataclass
-class Acceptance:
-    """How often drafts of one source are accepted, by their place: the newest cycles count most.
-
-    Attributes:
-        expected: by place, what texts before had; where there is none, less than the place before.
-        tried, accepted: by place, drafts whose predecessors were accepted, and those of them that were accepted too.
-        cycles: seen in all.
-    """
-
-    expected: Sequence[float] = ()
-    tried: list[float] = dataclasses.field(default_factory=list)
-    accepted: list[float] = dataclasses.field(default_factory=list)
-    cycles: int = 0
-
-    _MEMORY = 2000.0  # cycles of sequences that count
-    _WEIGHT = 2.0  # of what is expected, in drafts
-    _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
-
-    def observe(self, histogram: Sequence[int]) -> None:
-        """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
-        new, length = sum(histogram), len(histogram) - 1
-        if not new or not length:
-            return
-        kept = max(0.0, 1 - new / self._MEMORY)
-        missing = [0.0] * (length - len(self.tried))
-        self.tried = [kept * count for count in self.tried] + missing
-        self.accepted = [kept * count for count in self.accepted] + missing
-        reached = new
-        for place in range(length):
-            self.tried[place] += reached
-            reached -= histogram[place]
-            self.accepted[place] += reached
-        self.cycles += new
-
-    def tokens_per_cycle(self, draft_length: int, *, hope: float | None = None) -> float:
-        """``E`` of cycles of so many drafts; with ``hope``, where the next drafts are accepted at least that often."""
-        tokens = reaches = 1.0
-        for chance in self.profile(draft_length):
-            reaches *= chance if hope is None else max(hope, chance)
-            tokens += reaches
-        return tokens
-
-    def profile(self, draft_length: int) -> list[float]:
-        """The chance of each draft to be accepted once those before it are."""
-        chances: list[float] = []
-        for place in range(draft_length):
-            before = chances[-1] if chances else self._UNKNOWN
-            chance = self.expected[place] if place < len(self.expected) else before
-            if place < len(self.tried):
-                chance = (self.accepted[place] + self._WEIGHT * chance) / (self.tried[place] + self._WEIGHT)
-            chances.append(chance)
-        return chances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +98,7 @@ class Chooser:
         self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._patience: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._entered = 0
-        self._evenness: Mapping[str | None, Sequence[float]] = {}
+        self._makespans: Mapping[str | None, Makespan] = {}
 
     def note_entered(self, count: int) -> None:
         """Sequences have entered: their texts may be of another kind."""
@@ -161,25 +108,42 @@ class Chooser:
             self._patience = dict.fromkeys(self._patience, _FIRST_PATIENCE)
             self._hope_at = {source: min(at, self._cycle + _FIRST_PATIENCE) for source, at in self._hope_at.items()}
 
+    def alone(self, *, context: int, active: int) -> float:
+        """The time of a plain step for one row over that for so many, as far as it is known."""
+        plain, all_rows, one = self._plans[0], *(Setting(self._rows, rows, context) for rows in (active, 1))
+        known, known_of_one = (self._costs.known(plain, setting) for setting in (all_rows, one))
+        if known is not None and known_of_one is not None:
+            return min(1.0, known_of_one / known)
+        # Between that of what it reads, and that of all else that it may be limited by.
+        return (1.0 + self._costs.ratio(plain, one, all_rows)) / 2
+
+    @property
+    def kinds(self) -> Mapping[str | None, Sequence[Drafts]]:
+        """By source, drafts of the last sequences that have ended."""
+        return {plan.draft_source: self._costs.kinds.get(plan.source_and_target or "", ()) for plan in self._plans}
+
+    def note_finished(self, drafts: Mapping[str, Drafts]) -> None:
+        """A sequence has ended, of whose drafts so many were tried and accepted, by source and place."""
+        for source, name in {plan.draft_source: plan.source_and_target for plan in self._plans}.items():
+            if name is not None and tell(some := drafts.get(source or "", ())):
+                self._costs.note_kinds(name, [some])
+
     def profiles(self) -> dict[str | None, list[float]]:
-        """By source, the chance of each draft of its longest plan to be accepted once those before it are."""
+        """By source, what :func:`qspec_jax.engine.acceptance.tokens_per_cycle` takes, for its longest plan."""
         longest: dict[str | None, int] = {}
         for plan in self._plans:
             longest[plan.draft_source] = max(longest.get(plan.draft_source, 0), plan.draft_length)
-        return {source: self.acceptance[source].profile(length) for source, length in longest.items()}
+        return {source: self.acceptance[source].profile(length + 1) for source, length in longest.items()}
 
-    def choose(
-        self, *, context: int, active: int, evenness: Mapping[str | None, Sequence[float]] | None = None
-    ) -> Burst:
+    def choose(self, *, context: int, active: int, makespans: Mapping[str | None, Makespan] | None = None) -> Burst:
         """What to run next.
 
         Args:
             context: tokens in each row that is not idle, about.
             active: rows that are not idle.
-            evenness: by source of drafts and their number, how evenly sequences end where nobody waits for their rows
-                (:func:`qspec_jax.engine.sequence.evenness`): what counts then is when the last one ends.
+            makespans: by source of drafts, when the last sequence ends; None, or no source, where more may come.
         """
-        self._evenness = evenness or {}
+        self._makespans = makespans or {}
         plain, setting = self._plans[0], Setting(self._rows, active, context)
         seconds = self._known(setting)
         if not self._costs.is_sound(plain, setting):  # everything else is compared with it
@@ -187,7 +151,7 @@ class Chooser:
             cycles = self._trial_cycles(active, None) if is_cold else None
             return Burst(plain, _LEARNING_BURST_S, cycles, "the time of a plain step is not known yet")
         rates = {
-            plan: self._even(plan) * self._tokens(plan) / one
+            plan: self._rate(plan, self._tokens(plan) / one, seconds)
             for plan, one in seconds.items()
             if plan == plain or (self._is_ready(plan) and self._has_been_seen(plan))
         }
@@ -280,8 +244,8 @@ class Chooser:
             if is_exact and not hopes and self._is_ready(plan):
                 continue
             acceptance = self.acceptance[plan.draft_source]
-            tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else None)
-            one = self._even(plan) * tokens / self._guess(plan, seconds, setting)
+            tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else 0.0)
+            one = self._rate(plan, tokens / self._guess(plan, seconds, setting), seconds)
             if one > rate * (_UNCERTAIN if plan in seconds and not is_exact else _PROMISING):
                 hoped[plan] = one
         return hoped
@@ -330,9 +294,12 @@ class Chooser:
     def _tokens(self, plan: DecodingPlan) -> float:
         return self.acceptance[plan.draft_source].tokens_per_cycle(plan.draft_length)
 
-    def _even(self, plan: DecodingPlan) -> float:
-        even = self._evenness.get(plan.draft_source)
-        return 1.0 if even is None else even[plan.draft_length]
+    def _rate(self, plan: DecodingPlan, tokens_per_s: float, seconds: dict[DecodingPlan, float]) -> float:
+        """What a plan is worth that yields a sequence so many tokens per second."""
+        ends = self._makespans.get(plan.draft_source)
+        if ends is None:
+            return tokens_per_s
+        return ends.tokens_per_s(plan.draft_length, drafting=tokens_per_s, plain=1 / seconds[self._plans[0]])
 
     def _reason(self, rates: dict[DecodingPlan, float], seconds: dict[DecodingPlan, float]) -> str:
         """Why the plan that runs was chosen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 
@@ -72,6 +73,10 @@ class RequestQueue:
     def next(self) -> RunningSequence | None:
         """The one whose turn it is; None if no other waits."""
         return self._waiting.popitem(last=False)[0] if self._waiting else None
+
+    def first(self, count: int) -> list[RunningSequence]:
+        """Those whose turns come next, of those that were taken in."""
+        return list(itertools.islice(self._waiting, count))
 
     def drop(self, sequence: RunningSequence) -> None:
         """Forgets a sequence that is finished, also before its turn."""

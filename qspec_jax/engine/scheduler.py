@@ -43,6 +43,7 @@ from qspec_jax.engine.burst import SLICE_S, run_in_slices, until_finished
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.compile_beside import CompileBeside
+from qspec_jax.engine.foresight import Foresight
 from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
@@ -50,7 +51,7 @@ from qspec_jax.engine.reading import Reading, passes
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
-from qspec_jax.engine.sequence import RunningSequence, evenness
+from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.model.cache import restart_multiple
 
 _BURST_S = 0.5
@@ -102,6 +103,7 @@ class Scheduler:
         self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
         self._on_event = on_event or (lambda _: None)
         self._chooser = self._make_chooser(plan) if isinstance(plan, AutoPlan) else None
+        self._foresight = None if self._chooser is None else Foresight(self._chooser, rows=rows, serves=serves)
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._is_torn = False  # a step has begun, and not ended
@@ -279,11 +281,6 @@ class Scheduler:
         tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
         return round(tokens / max(1, len(decoding)))
 
-    def _evenness(self) -> dict[str | None, list[float]]:
-        assert self._chooser is not None
-        decoding, profiles = self._decoding().values(), self._chooser.profiles()
-        return {source: evenness(decoding, source, profile) for source, profile in profiles.items()}
-
     def _receive(
         self, report: Report, sequences: Mapping[int, RunningSequence], made_s: float
     ) -> list[RunningSequence]:
@@ -308,6 +305,8 @@ class Scheduler:
                 changed.append(sequence)
                 if sequence.finished:  # and not before: until then it may have to start again
                     self._queue.drop(sequence)
+                    if self._chooser is not None:
+                        self._chooser.note_finished(sequence.drafts)
                     self.totals.requests += 1
         return changed
 
@@ -460,9 +459,10 @@ class Scheduler:
         assert self._state is not None
         rows, active = self.shape.rows, len(self._decoding())
         others_wait, cycles, cycle_s = bool(self._queue) or self._anyone_reads(), self._fitting_cycles(), None
-        if self._chooser is not None:
-            even = {} if self._queue else self._evenness()
-            burst = self._chooser.choose(context=self._context(), active=active, evenness=even)
+        if self._chooser is not None and self._foresight is not None:
+            context, foresight = self._context(), self._foresight
+            found = foresight.look(list(self._decoding().values()), self._queue.first(foresight.most + 1), context)
+            burst = self._chooser.choose(context=context, active=active, makespans=found)
             self._plan, self._why = burst.plan, burst.why
             cycle_s = burst.cycle_s
             cycles = burst.cycles or self._fitting_cycles(cycle_s, burst.seconds)

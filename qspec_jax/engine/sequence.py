@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
+from qspec_jax.engine.acceptance import Drafts, drafts_of
 from qspec_jax.engine.drafts import DraftedCycle
 from qspec_jax.engine.requests import Request
-
-_MEAN_DRAFTS = 8  # of a place that are accepted of a sequence as of others, until more is known of it
 
 
 class RunningSequence:
@@ -25,7 +23,7 @@ class RunningSequence:
         token_ids: new tokens.
         accepted_lengths: cycles by number of accepted drafts.
         cycles_of: the same by the plan that they ran.
-        drafts: by source of drafts, how many of each place were tried as those before were accepted, and accepted.
+        drafts: by source of drafts, how many were tried and accepted.
         finished: no more tokens come.
         cancelled: that is because nobody wants them.
         added_s, entered_s: when it was added, and when it got a row.
@@ -50,7 +48,7 @@ class RunningSequence:
         self.token_ids: list[int] = []
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
-        self.drafts: dict[str, list[tuple[int, int]]] = {}
+        self.drafts: dict[str, Drafts] = {}
         self.finished = self.cancelled = False
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
@@ -86,13 +84,9 @@ class RunningSequence:
         if cycles := sum(histogram):
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
             if plan.draft_source is not None:
-                before = self.drafts.get(plan.draft_source, [])
-                self.drafts[plan.draft_source] = _with_cycles(before, histogram)
-
-    def chances(self, source: str | None, profile: Sequence[float]) -> list[float]:
-        """The chance of each draft of a source to be accepted once those before it are: of its own, and of others."""
-        pairs = zip(itertools.chain(self.drafts.get(source or "", ()), itertools.repeat((0, 0))), profile, strict=False)
-        return [(accepted + _MEAN_DRAFTS * chance) / (tried + _MEAN_DRAFTS) for (tried, accepted), chance in pairs]
+                before, new = self.drafts.get(plan.draft_source, ()), drafts_of(histogram)
+                pairs = itertools.zip_longest(before, new, fillvalue=(0.0, 0.0))
+                self.drafts[plan.draft_source] = [(one[0] + more[0], one[1] + more[1]) for one, more in pairs]
 
     def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
         """Appends new tokens, up to the one with which a stop string ends the text; they were made at ``made_s``."""
@@ -122,45 +116,6 @@ class RunningSequence:
         """Appends the cycles of the tokens that came, from the place ``begin`` on."""
         if record is not None:
             self.drafted = (self.drafted or []) + _cycles_in(record, row, self.token_ids, begin=begin)
-
-
-def evenness(sequences: Collection[RunningSequence], source: str | None, profile: Sequence[float]) -> list[float]:
-    """How evenly sequences end that get their drafts from a source, by the number of drafts of a cycle from 0 on.
-
-    A text that a source serves badly ends last, and all others wait for it. The more drafts a cycle has, the longer.
-
-    Args:
-        sequences: those that decode, while nobody waits for their rows.
-        source: of drafts; see ``DecodingPlan.draft_source``.
-        profile: the chance of each draft of a text to be accepted once those before it are, on average.
-
-    Returns:
-        the time until the last one ends, if all yielded what they do on average, over the time that it will take:
-        1 if nothing is known of them.
-    """
-    mean = _tokens_per_cycle(profile)
-    left = [one.request.max_new_tokens - len(one.token_ids) for one in sequences]
-    own = [_tokens_per_cycle(one.chances(source, profile)) for one in sequences]
-    even = []
-    for length, of_all in enumerate(mean):
-        cycles = (tokens * of_all / its[length] for tokens, its in zip(left, own, strict=True))
-        even.append(max(1, *left) / max(1.0, *cycles) if left else 1.0)
-    return even
-
-
-def _tokens_per_cycle(chances: Sequence[float]) -> list[float]:
-    """What cycles yield of no draft, one, and so on."""
-    return list(itertools.accumulate(itertools.accumulate([1.0, *chances], operator.mul)))
-
-
-def _with_cycles(before: Sequence[tuple[int, int]], histogram: Sequence[int]) -> list[tuple[int, int]]:
-    """Drafts tried and accepted by place, with those of more cycles, counted by how many were accepted."""
-    left, new = sum(histogram), []
-    for count in histogram[:-1]:
-        new.append((left, left - count))
-        left -= count
-    pairs = itertools.zip_longest(before, new, fillvalue=(0, 0))
-    return [(tried + more, accepted + of_them) for (tried, accepted), (more, of_them) in pairs]
 
 
 def _cycles_in(record: DraftRecord, row: int, token_ids: Sequence[int], *, begin: int) -> list[DraftedCycle]:

@@ -12,9 +12,12 @@ import pytest
 from qspec_jax.decoding.costs import CostTable, PassBytes, Setting
 from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.chooser import Acceptance, Chooser
+from qspec_jax.engine.acceptance import Acceptance
+from qspec_jax.engine.chooser import Chooser
+from qspec_jax.engine.foresight import Foresight
+from qspec_jax.engine.makespan import Makespan, Served, makespans
 from qspec_jax.engine.requests import Request
-from qspec_jax.engine.sequence import RunningSequence, evenness
+from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.errors import UsageError
 from qspec_jax.model.view import View
 
@@ -140,30 +143,55 @@ def test_where_nobody_waits_the_last_to_end_counts():
         chooser.observe(plan, **counts, context=8192)
     options = {"context": 8192, "active": 16}
     assert chooser.choose(**options).plan.draft_source == "lookup"
-    uneven = {"lookup": [1.0, *[0.3] * 7]}
-    assert chooser.choose(**options, evenness=uneven).plan.draft_source == "w4a8@1024"
+    ends = Makespan(100.0, np.zeros(8), np.asarray([100.0, *[400.0] * 7]), np.full(8, 100.0))
+    assert chooser.choose(**options, makespans={"lookup": ends}).plan.draft_source == "w4a8@1024"
 
 
-def test_how_evenly_sequences_end():
-    plan, other = LOOKUPS[0], DRAFTING[0]
+def test_plans_are_worth_what_they_end_sooner():
+    """The example of the module: a is served twice as well as the mean, b half as well, c as a."""
+    profile = [0.5, 0.5]  # one draft yields 1.5 tokens
+    well, badly = [(1000.0, 1000.0)] * 2, [(1000.0, 0.0)]  # 2 and 1
+    kinds = [well] * 4
+    (found,) = makespans([8, 8], [8], [Served([well, badly], kinds, profile)], rows=2)
+    assert found.plain == 16
+    assert found.until[1] == pytest.approx(6, rel=0.02)  # 8 tokens of a, at 2 instead of 1.5 in a cycle
+    assert found.tail[1] == pytest.approx(6, rel=0.02)  # b ends after 12, and c then
+    assert found.left[1] == pytest.approx(8, rel=0.02)  # c has begun just then
+    # As many tokens per second as plain decoding: sooner by a quarter. With half as many, the last ones have no drafts.
+    assert found.tokens_per_s(1, drafting=1.0, plain=1.0) == pytest.approx(16 / 12, rel=0.02)
+    assert found.tokens_per_s(1, drafting=0.5, plain=1.0) == pytest.approx(16 / (12 + 8), rel=0.02)
+    assert found.tokens_per_s(0, drafting=1.0, plain=1.0) == pytest.approx(1.0)
 
-    def sequence(new: int, cycles: dict[DecodingPlan, list[int]]) -> RunningSequence:
-        one = RunningSequence(Request([1], new, SamplingParams()))
-        for ran, histogram in cycles.items():
-            one.count_cycles(ran, histogram)
-        return one
 
-    fast, slow = ({plan: [0, 0, 0, 1000]}, {plan: [1000, 0, 0, 0]})
-    half = [0.5, 1.0, 1.0]
-    # On average a cycle of three drafts yields 2.5: 100 tokens take 40 cycles, and the slow one 100.
-    assert evenness([sequence(100, fast), sequence(100, slow)], "lookup", half)[3] == pytest.approx(0.4, rel=0.02)
-    assert evenness([sequence(100, fast), sequence(10, slow)], "lookup", half)[3] == pytest.approx(1.6, rel=0.02)
-    one_draft = evenness([sequence(100, fast), sequence(100, slow)], "lookup", half)
-    assert one_draft[:2] == [1.0, pytest.approx(1 / 1.5, rel=0.02)]
-    assert evenness([sequence(100, fast), sequence(100, slow)], other.draft_source, [0.9]) == pytest.approx([1, 1])
-    assert evenness([sequence(100, fast), sequence(100, {})], "lookup", half)[3] == pytest.approx(1.0)
-    assert evenness([], "lookup", half) == [1.0] * 4
-    assert evenness([sequence(7, {PLAIN: [100]})], None, []) == [1.0]
+def test_rows_that_are_left_take_less_time():
+    (found,) = makespans([10, 30], [], [Served([(), ()], (), [0.7])], rows=4, alone=0.5)
+    assert found.plain == pytest.approx(0.5 * 30 + 0.5 * 20)
+
+
+def test_of_whom_nothing_is_known_is_taken_for_others():
+    """Alone the mean says that all end together."""
+    profile, well, badly = [0.5, 0.5], [(1000.0, 1000.0)] * 2, [(1000.0, 0.0)]
+    same = makespans([8] * 4, [], [Served([()] * 4, (), profile)], rows=4)[0]
+    apart = makespans([8] * 4, [], [Served([()] * 4, [well, badly] * 2, profile)], rows=4)[0]
+    assert same.tail[1] == pytest.approx(8)
+    assert apart.tail[1] == pytest.approx(12, rel=0.02)
+
+
+def test_who_waits_takes_the_row_that_is_free_first():
+    (found,) = makespans([1, 9], [5, 5, 1], [Served([(), ()], (), [0.7])], rows=2)
+    assert found.plain == 11  # 1, 5, 5 in one row, 9 and 1 in the other
+    assert found.until[0] == 9
+
+
+def test_a_batch_that_serves_knows_no_end_while_anyone_waits():
+    chooser = chooser_on(Device(rows=2, context=64, acceptance={}), CostTable(BYTES))
+    one = RunningSequence(Request([1], 10, SamplingParams()))
+    foresight = Foresight(chooser, rows=2, serves=True)
+    assert foresight.look([one], [one], 64) == {}
+    assert foresight.look([one], [], 64)["lookup"].plain == 10
+    foresight = Foresight(chooser, rows=2, serves=False)
+    assert foresight.look([one], [one] * foresight.most, 64)["lookup"].plain == 10 * (foresight.most + 1) / 2 + 5
+    assert foresight.look([one], [one] * (foresight.most + 1), 64) == {}
 
 
 def test_it_changes_its_mind_when_the_text_does():
@@ -191,16 +219,45 @@ def test_a_reason_is_given():
 def test_acceptance_is_counted_by_place():
     seen = Acceptance()
     seen.observe([100, 50, 250])  # cycles with none, one and two drafts accepted
-    assert seen.tried == [400, 300]
-    assert seen.accepted == [300, 250]
-    assert seen.profile(2) == pytest.approx([300 / 400, 250 / 300], abs=0.01)
-    assert seen.tokens_per_cycle(2) == pytest.approx(1 + 3 / 4 + 3 / 4 * 5 / 6, abs=0.01)
-    assert seen.tokens_per_cycle(1, hope=1.0) == 2
+    assert (seen.tried[1], seen.accepted[1]) == (300, 250)
+    # 250 first drafts come behind accepted ones and a token of the target.
+    assert seen.accepted[0] == pytest.approx(300 - 250 * (250 / 300) ** 2)
+    assert seen.tried[0] == pytest.approx(400 - 250 * (250 / 300))
+    assert seen.tokens_per_cycle(2) == pytest.approx(1 + (50 + 2 * 250) / 400, rel=0.02)
+    assert seen.tokens_per_cycle(1, hope=1.0) == pytest.approx(2)
     before = seen.profile(1)[0]
     seen.observe([1000, 0, 0])
     assert seen.profile(1)[0] < before / 2
     seen.observe([7])  # plain cycles say nothing
     assert seen.cycles == 1400
+
+
+@pytest.mark.parametrize("ran", [1, 3, 7])
+@pytest.mark.parametrize("stays", [0.0, 0.9], ids=["each draft alone", "texts that can be looked up for a while"])
+def test_what_one_length_shows_tells_of_others(ran, stays):
+    """A text of two kinds of tokens: those that a source foretells come together."""
+    draw = np.random.default_rng(0)
+    known = draw.random(200_000) < 0.5
+    if stays:
+        changes = draw.random(200_000) > stays
+        known = np.logical_xor.accumulate(changes)
+
+    def histogram(length: int) -> list[int]:
+        counts, place = [0] * (length + 1), 0
+        while place + length < len(known):
+            accepted = next((count for count in range(length) if not known[place + count]), length)
+            counts[accepted] += 1
+            place += accepted + 1
+        return counts
+
+    seen = Acceptance()
+    seen.observe(histogram(ran))
+    for length in (1, 3, 7):
+        counts = histogram(length)
+        yields = sum((accepted + 1) * count for accepted, count in enumerate(counts)) / sum(counts)
+        # One draft shows nothing of what comes behind an accepted one.
+        tolerance = 0.03 if ran > 1 or length == 1 or not stays else 0.5
+        assert seen.tokens_per_cycle(length) == pytest.approx(yields, rel=tolerance)
 
 
 def test_costs_tell_those_of_other_contexts_and_plans():
@@ -253,11 +310,13 @@ def test_costs_are_kept(tmp_path):
     assert not path.exists()  # nothing was measured
     costs.note(PLAIN, 0.010, Setting(16, 16, 8192))
     costs.acceptance["w4a8"] = [0.9, 0.8]
+    costs.note_kinds("w4a8", [[(3.0, 1.0)]])
     costs.save()
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
     read = CostTable(BYTES, path)
     assert read.known(PLAIN, Setting(16, 16, 8192)) == pytest.approx(0.010)
     assert read.acceptance == {"w4a8": [0.9, 0.8]}
+    assert list(read.kinds["w4a8"]) == [[(3.0, 1.0)]]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"seconds": {"x": 3}, "acceptance": {}})])

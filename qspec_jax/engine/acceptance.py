@@ -1,0 +1,117 @@
+"""What drafts yield, for any number of them, from what some number of them did.
+
+A text that can be looked up is one for a while: once drafts were accepted, the next ones mostly are, also in the next
+cycle. So the first draft of a cycle has two chances: one after a rejected draft, and one where all drafts of the cycle
+before were accepted, which is nearly that of a draft behind others. The longer drafts are, the fewer cycles are of the
+second kind. With one chance for both, longer drafts would seem better than they are, and once they run, shorter ones
+worse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+# By place in a cycle: how many drafts were tried as those before were accepted, and how many were accepted. In the
+# first place only those count that follow a rejected one, as many as can be expected: nobody notes which they are.
+Drafts = Sequence[tuple[float, float]]
+
+
+def drafts_of(histogram: Sequence[int]) -> list[tuple[float, float]]:
+    """Drafts by place, from cycles of one length counted by how many of their drafts were accepted.
+
+    Args:
+        histogram: cycles of which 0, 1, and so on were accepted; the last number is that of all drafts of a cycle.
+    """
+    *stopped, full = histogram
+    if not stopped:
+        return []
+    left, found = sum(histogram), []
+    for count in stopped:
+        found.append((float(left), float(left - count)))
+        left -= count
+    (cycles, accepted), *behind = found
+    tried, kept = (sum(some) for some in zip(*behind, strict=True)) if behind else (cycles, accepted)
+    stays = kept / tried if tried else 0.0
+    # Behind accepted drafts comes a token of the target, and then the first draft of the next cycle.
+    found[0] = cycles - full * stays, max(0.0, accepted - full * stays**2)
+    return found
+
+
+def tokens_per_cycle(chances: np.ndarray) -> np.ndarray:
+    """What cycles yield of no draft, one, and so on.
+
+    Args:
+        chances: ``[..., places]``, of a draft to be accepted: the first one after a rejected draft, each other behind
+            accepted ones. That of a place is also the chance of the first draft behind as many accepted ones.
+
+    Returns:
+        ``[..., places]``, by the number of drafts from 0 on.
+    """
+    full = np.concatenate([np.ones_like(chances[..., :1]), np.cumprod(chances[..., :-1], axis=-1)], axis=-1)
+    after_rejected = np.cumsum(full, axis=-1)
+    # Behind drafts that were all accepted comes a token of the target, like them or not, and then the next draft.
+    stays, count = np.minimum(chances, 1 - 1e-9), np.arange(chances.shape[-1])
+    first = stays**2 + (1 - stays) * chances[..., :1]
+    again = 1 + first * (1 - stays**count) / (1 - stays)
+    full_again = np.where(count > 0, first * stays ** np.maximum(count - 1, 0), 0.0)
+    share = np.where(count > 0, full / (1 - full_again + full), 0.0)  # of cycles behind one of all accepted
+    return (1 - share) * after_rejected + share * again
+
+
+@dataclasses.dataclass
+class Acceptance:
+    """How often drafts of one source are accepted, by their place: the newest cycles count most.
+
+    Attributes:
+        expected: by place, what texts before had; where there is none, less than the place before.
+        tried, accepted: as :data:`Drafts`.
+        cycles: seen in all.
+    """
+
+    expected: Sequence[float] = ()
+    tried: list[float] = dataclasses.field(default_factory=list)
+    accepted: list[float] = dataclasses.field(default_factory=list)
+    cycles: int = 0
+
+    _MEMORY = 2000.0  # cycles of sequences that count
+    _WEIGHT = 2.0  # of what is expected, in drafts
+    _FEW = 8  # drafts, of which no share is known
+    _MOST = 0.98  # texts that could be looked up for ever are none
+    _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
+
+    def observe(self, histogram: Sequence[int]) -> None:
+        """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
+        new, drafts = sum(histogram), drafts_of(histogram)
+        if not new or not drafts:
+            return
+        kept = max(0.0, 1 - new / self._MEMORY)
+        missing = [0.0] * (len(drafts) - len(self.tried))
+        self.tried = [kept * count for count in self.tried] + missing
+        self.accepted = [kept * count for count in self.accepted] + missing
+        for place, (tried, accepted) in enumerate(drafts):
+            self.tried[place] += tried
+            self.accepted[place] += accepted
+        self.cycles += new
+
+    def tokens_per_cycle(self, draft_length: int, *, hope: float = 0.0) -> float:
+        """``E`` of cycles of so many drafts; with ``hope``, where drafts are accepted at least that often."""
+        return float(tokens_per_cycle(np.maximum(hope, self.profile(draft_length + 1)))[-1])
+
+    def profile(self, count: int) -> list[float]:
+        """Chances of the first places, as :func:`tokens_per_cycle` takes them."""
+        chances: list[float] = []
+        behind = sum(self.accepted[1:]) / tried if (tried := sum(self.tried[1:])) > self._FEW else None
+        for place in range(count):
+            before = chances[-1] if chances else self._UNKNOWN
+            chance = self.expected[place] if place < len(self.expected) else before
+            if (
+                place and behind is not None
+            ):  # of a place that few drafts come to, all places behind the first tell more
+                chance = behind
+            if place < len(self.tried):
+                chance = (self.accepted[place] + self._WEIGHT * chance) / (self.tried[place] + self._WEIGHT)
+            chances.append(min(chance, self._MOST))
+        return chances
