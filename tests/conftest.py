@@ -8,6 +8,7 @@ demo model, which computes for longer than it compiles, and with ``QSPEC_JAX_THO
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import gc
@@ -45,6 +46,7 @@ XLA_FLAGS = os.environ.get("XLA_FLAGS")
 MOST_SECONDS = 60
 # Peak of a process that runs tests on a CPU, whichever files it gets.
 MOST_BYTES = 3e9
+_LISTED_FILES = 40  # of which the summary tells the seconds
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -154,6 +156,7 @@ def pytest_runtest_call(item: pytest.Item):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In CI a failure is printed when it happens: a run that is cut off later would not have said why."""
+    _seconds[report.nodeid.partition("::")[0]] += report.duration
     if "CI" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ or not report.failed:
         return
     folders = [path for path in (tempfile.gettempdir(), "/dev/shm") if os.path.isdir(path)]
@@ -173,12 +176,16 @@ def pytest_testnodedown(node, error) -> None:
 
 
 _peaks: dict[str, int] = {}
+_seconds: collections.Counter[str] = collections.Counter()  # by file
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     peaks = _peaks or {"this process": _peak_bytes()}
     listed = ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in sorted(peaks.items()))
     terminalreporter.write_line(f"peak memory: {listed}")
+    if "CI" in os.environ:
+        dearest = ", ".join(f"{seconds:.0f} {path}" for path, seconds in _seconds.most_common(_LISTED_FILES))
+        terminalreporter.write_line(f"seconds by file, of {_seconds.total():.0f}: {dearest}")
 
 
 def pytest_collection_finish() -> None:
