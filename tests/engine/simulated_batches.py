@@ -61,7 +61,8 @@ class Device(FakePrograms):
     def __init__(self, rows, context, shares, costs, seed):
         super().__init__(rows)
         self.context, self.shares, self.table = context, list(shares), costs
-        self.draw, self.loaded = np.random.default_rng(seed), set()
+        self.draw = np.random.default_rng(seed)
+        self.loaded = vars(costs).setdefault("loaded", set())  # plans that have run in the process
         self.known, self.becomes_known = np.zeros(rows, bool), np.zeros(rows)
         self.lengths = np.zeros((rows, 17), int)
 
