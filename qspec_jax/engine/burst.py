@@ -48,7 +48,7 @@ def run_in_slices(
     Args:
         loop: ``loop(state, retired, max_cycles=n)`` runs up to ``n`` cycles and uses up the state.
         state: where to go on.
-        retired: rows whose sequences end first.
+        retired: rows whose sequences end first; nobody else gets them in a burst.
         max_cycles: of the burst.
         slice_cycles: of a slice; from ``max_cycles`` on the burst is one dispatch, and nobody waits for it here.
         ends_early: asked after each slice but the last, of its report.
@@ -66,4 +66,3 @@ def run_in_slices(
         total += cycles
         if cycles < wanted or total >= max_cycles or ends_early(report):
             return state, dataclasses.replace(report, cycles=np.int32(total))
-        retired = np.zeros_like(retired)

@@ -343,8 +343,8 @@ def test_a_burst_ends_when_somebody_comes_who_can_have_a_row(monkeypatch):
     comes[1] = lambda: added.append(scheduler.add(Request([1, 2, 3], 8, SamplingParams())))
     scheduler.advance()
     scheduler.advance()
-    assert fake.cycles[:2] == [3, 3]  # of 16: after the second slice
-    assert added[0].entered_s is not None
+    assert fake.cycles[:2] == [3, 3]  # of 16
+    assert [name for name, *_ in fake.log[:4]] == ["prefill", "loop", "loop", "prefill"]
     while scheduler.busy:
         scheduler.advance()
     assert len(added[0].token_ids) == 8
@@ -359,7 +359,7 @@ def test_who_comes_to_a_full_batch_has_the_row_that_is_free_first(monkeypatch):
     scheduler.advance()
     scheduler.advance()
     assert fake.cycles[:2] == [3, 3]  # the other one has made its five tokens after the prompt's by then
-    assert added[0].entered_s is not None
+    assert [name for name, *_ in fake.log[:4]] == ["prefill", "loop", "loop", "prefill"]
 
 
 def test_a_burst_that_nobody_comes_to_is_as_long_as_ever(monkeypatch):
