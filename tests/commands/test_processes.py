@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import pytest
 
 import qspec_jax
-from qspec_jax import QuantConfig, generate, serve
+from qspec_jax import QuantConfig, chat, evaluate, generate, info, quantize, serve, texts
+from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import processes
 from qspec_jax.device.meeting import Membership
 from qspec_jax.device.processes import Group
@@ -142,7 +143,7 @@ def test_a_model_is_loaded_by_several_only_where_somebody_says_what_all_run(monk
     monkeypatch.setattr("jax.process_count", lambda: 3)
     with pytest.raises(qspec_jax.UsageError, match=r"one of 3 processes, which share a mesh; give mesh="):
         qspec_jax.load(tiny_path)
-    with pytest.raises(qspec_jax.UsageError, match="nobody says what all of them run; use the commands"):
+    with pytest.raises(qspec_jax.UsageError, match="nobody says what all of them run: load it within `with"):
         qspec_jax.load(tiny_path, mesh="data=3")
     with pytest.raises(qspec_jax.UsageError, match="a model is saved by one process"):
         qspec_jax.save(tiny.language_model(quantization=QuantConfig()), tiny_path / "saved")
@@ -177,21 +178,64 @@ def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, cap
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("command", [generate, serve])
-def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files, command):
-    group = SimpleNamespace(leads=False)
-    monkeypatch.setattr(command, "joined", lambda arguments: contextlib.nullcontext(group))
-    monkeypatch.setattr(command, "follow", lambda found, load, arguments: 7 if found is group else 0)
-    options = {generate: ["--prompt-file", "no/such.txt", "--model"], serve: ["--api-key-file", "no/such.key"]}
-    assert command.main([*options[command], str(files[1])]) == 7
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (generate, ["--prompt-file", "no/such.txt", "--model"]),
+        (serve, ["--api-key-file", "no/such.key"]),
+        (chat, ["--model"]),
+        (evaluate, ["--text", "no/such.txt", "--model"]),
+        *((bench, [kind, "--json", "no/such/x.json", "--model"]) for kind in ("decode", "speedup", "throughput")),
+    ],
+)
+def test_those_that_follow_read_no_request_and_write_no_file(monkeypatch, capfd, files, command, options):
+    """They listen nowhere, and end with the code of process 0."""
+    group = SimpleNamespace(leads=False, process=1, count=2, follower=SimpleNamespace(follow=lambda: 7))
+    monkeypatch.setattr(processes, "joined", lambda name, arguments: contextlib.nullcontext(group))
+    monkeypatch.setattr("qspec_jax.bench.__main__._keep_no_programs", lambda: None)
+    assert command.main([*options, str(files[1])]) == 7
+    assert capfd.readouterr().err == "process 1 of 2 follows process 0\n"
 
 
-def test_options_that_differ_are_named_by_who_follows():
-    given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
-    given["verify"] = "auto"
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (quantize, ["model", "out", "--recipe", "rtn"]),
+        (texts, ["folder"]),
+        (info, []),
+        (bench, ["kernels"]),
+        (bench, ["tune"]),
+        (bench, ["tpu"]),
+        (bench, ["scaling"]),
+    ],
+)
+def test_what_one_process_does_names_the_options_of_several(capfd, command, options):
+    with pytest.raises(SystemExit) as end:
+        command.main([*options, "--coordinator=a:1", "--num-processes", "2", "--process-id", "0"])
+    assert end.value.code == 2
+    said = "this command runs in one process, without --coordinator, --num-processes, --process-id: start it once"
+    assert said in capfd.readouterr().err
+
+
+def agreed(leaders, followers, *, command="generate"):
+    """What a process that follows finds the leader's models under."""
     client = Client()
-    leader, same, other = Group(client, 0, 3), Group(client, 1, 3), Group(client, 2, 3)
-    processes._agree(leader, Namespace(**given))
-    processes._agree(same, Namespace(**given))
-    with pytest.raises(qspec_jax.UsageError, match="--mesh is data=1,model=2 here and data=2,model=1 in process 0"):
-        processes._agree(other, Namespace(**{**given, "mesh": "data=1,model=2"}))
+    leader, other = Group(client, 0, 2), Group(client, 1, 2)
+    processes._agree(leader, "generate", Namespace(**leaders))
+    processes._agree(other, command, Namespace(**followers))
+    return other.follower._renamed
+
+
+def test_what_differs_is_named_by_who_follows_and_a_model_may_lie_elsewhere():
+    given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
+    given |= {"verify": "auto", "kv": "model", "model": ["a", "b"], "baseline": None, "draft_model": "c"}
+    assert agreed(given, {**given, "model": ["a", "d"]}) == {"a": "a", "b": "d", None: None, "c": "c"}
+    for changed, error in (
+        ({"mesh": "data=1,model=2"}, "--mesh is data=1,model=2 here and data=2,model=1 in process 0"),
+        ({"kv": "int8"}, "--kv is int8 here and model in process 0"),
+        ({"model": ["a"]}, "--model is not given as often here as in process 0"),
+    ):
+        with pytest.raises(qspec_jax.UsageError, match=error):
+            agreed(given, {**given, **changed})
+    with pytest.raises(qspec_jax.UsageError, match="the command is chat here and generate in process 0"):
+        agreed(given, given, command="chat")
