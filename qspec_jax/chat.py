@@ -73,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and talks; the exit code."""
+    return run_together("chat", _run, arguments, check=_check_options)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses what makes no sense for any model, before one is opened."""
     options.check_positive(arguments, "max_new_tokens", "max_seq_len")
     options.check_draft_length(arguments.draft_length)
     options.check_weights(arguments)
     SamplingParams.of(_sampling(arguments))
-    return run_together("chat", _run, arguments)
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:

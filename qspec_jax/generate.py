@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and generates; the exit code."""
-    _check_counts(arguments)
-    return run_together("generate", _run, arguments)
+    return run_together("generate", _run, arguments, check=_check_counts)
 
 
 def _run(arguments: argparse.Namespace) -> int:

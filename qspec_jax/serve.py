@@ -94,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and serves it; the exit code."""
-    _check(arguments)
-    return run_together("serve", _run, arguments)
+    return run_together("serve", _run, arguments, check=_check)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -36,13 +36,20 @@ def add_processes(parser: argparse.ArgumentParser) -> Parser:
     return group
 
 
-def run_together(name: str, run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+def run_together(
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    arguments: argparse.Namespace,
+    *,
+    check: Callable[[argparse.Namespace], None] = lambda _: None,
+) -> int:
     """Runs a command, in process 0 if there are several, whose others do what it needs; the exit code of all.
 
     Args:
         name: of the command.
         run: the command.
         arguments: parsed, with those of :func:`add_processes`, and ``mesh``.
+        check: refuses arguments, before anything is loaded; in each process, and all hear of it.
 
     Raises:
         UsageError: the options do not go together.
@@ -50,6 +57,7 @@ def run_together(name: str, run: Callable[[argparse.Namespace], int | None], arg
         QSpecError: as the command, or as loading its models.
     """
     with joined(name, arguments) as group:
+        check(arguments)
         if group is None:
             return run(arguments) or 0
         if group.leads:

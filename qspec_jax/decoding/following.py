@@ -69,6 +69,7 @@ def programs_of(decoder: Decoder, mesh: Mesh | None) -> Programs:
     programs = FollowingPrograms(decoder, mesh)
     if group.follower is not None:
         group.follower.arrived.append(programs)
+        group.meet(next(group.models))
     return programs
 
 

@@ -113,6 +113,7 @@ class LeadingPrograms(Programs):
         self._dropped: list[int] = []
         weakref.finalize(self, group.gone.append, self._number)
         group.tell(Loaded(self._number, digest(decoder)))
+        group.meet(self._number)  # or it would compute what needs no message, and then hear that others cannot go on
 
     def compile(
         self,

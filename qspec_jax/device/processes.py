@@ -27,6 +27,7 @@ from qspec_jax.errors import DeviceError
 
 SILENT_S = 30.0  # without a sign of life, after which a process is taken for dead
 _BEAT_S = 2.0
+_MEET_S = 0.05
 _LEAVE_S = 5.0  # that the leader waits for the others to have heard that it ends
 _OVER_S = 10.0  # after which a leader ends that can have nothing done any more, if it has not ended by itself
 _LAST_S = 0.5  # that the leader outlives the others: it has JAX's coordinator
@@ -43,7 +44,8 @@ class Group:
     Attributes:
         process: which of them this one is.
         count: of all of them.
-        models, gone: of the leader: the numbers that models get, and those of models that it has no more.
+        models: the numbers that models of this process get.
+        gone: of the leader: those of models that it has no more.
         follower: of the others: what does as the leader says.
         code: with which all end, where nothing fails.
     """
@@ -88,6 +90,7 @@ class Group:
             try:
                 self._set(f"alive/{self.process}", str(count).encode())
                 failed = self._read("failed")
+                failed.pop(self.process, None)  # which it is about to say itself
                 said = next((failed[one] for one in sorted(failed)), "1 ").partition(" ")
                 code, lost = int(said[0]), said[2] or signs.lost(self._read("alive"))
                 if lost is None and time.monotonic() - self._over_since > _OVER_S:
@@ -167,6 +170,14 @@ class Group:
             if isinstance(heard, End):
                 self._over = _ENDED
             yield heard
+
+    def meet(self, number: int) -> None:
+        """Marks a point that this process has come to; the leader waits there for all others, which do not wait."""
+        if not self.leads:
+            self._set(f"met/{number}/{self.process}", b"")
+            return
+        while len(self._read(f"met/{number}")) < self.count - 1:
+            time.sleep(_MEET_S)
 
     def leave(self) -> str | None:
         """Ends what the processes have in common; the leader waits until the others have left, or for a few seconds.

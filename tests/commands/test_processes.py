@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import processes
 from qspec_jax.device.meeting import Membership
 from qspec_jax.device.processes import Group
+from qspec_jax.evaluation.scores import score_text
 from tests import tiny
 from tests.device.test_processes import Client
 
@@ -33,14 +36,18 @@ MOST_S = 120
 
 
 @contextlib.contextmanager
-def started(count, command):
-    """So many processes of a command, told who they are by three arguments."""
+def started(count, command, *, typed=""):
+    """So many processes of a command, told who they are by three arguments; ``typed`` is the first one's input."""
     with socket.create_server(("localhost", 0)) as free:
         coordinator = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "QSPEC_JAX_CACHE": "off"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
     members = [(coordinator, str(count), str(process)) for process in range(count)]
     running = [subprocess.Popen(command(*one), cwd=ROOT, env=environment, **pipes) for one in members]
+    running[0].stdin.write(typed)
+    for one in running:
+        one.stdin.close()
+        one.stdin = None
     try:
         yield running
     finally:
@@ -100,6 +107,53 @@ def test_a_process_that_is_killed_ends_the_job_and_the_next_one_goes_on(files, c
     assert results(files, "several.jsonl") == results(files, "one.jsonl")
     assert results(files, "several.jsonl")[: len(kept)] == kept
     capfd.readouterr()
+
+
+def test_commands_score_measure_and_talk_in_several_processes(tmp_path, tiny_path):
+    """All in one pair of processes, which end with the code of process 0."""
+    with_template = tmp_path / "model"
+    shutil.copytree(tiny_path, with_template)
+    template = "{% for message in messages %}{{ message['content'] }} w3 {% endfor %}w4"
+    (with_template / "chat_template.jinja").write_text(template)
+    words = " ".join(f"w{1 + 7 * k % 46}" for k in range(40))
+    (tmp_path / "text.txt").write_text(words)
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3 w4\nw5 w6 w7\n")
+
+    def command(*who):
+        return [sys.executable, "-m", "tests.commands.several_commands", *who, str(with_template), str(tmp_path)]
+
+    with started(2, command, typed="w1 w2\n/exit\n") as running:
+        (code, out, said), (other_code, other_out, other_said) = ended(running)
+    assert (code, other_code, out, other_out) == (3, 3, "", ""), (said, other_said)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one[0] for one in found.values()] == [0, 0, 0, 0, 0]
+    assert len(found["chat"][1].split()) == 6
+    scores = json.loads(found["evaluate"][1])
+    baseline, w4a16 = scores["text"]
+    assert baseline["perplexity"] != w4a16["perplexity"]
+    assert [(one["num_prompts"], one["identical"]) for one in scores["drafts"]] == [(2, 2)]
+    assert found["likelihood"][1] / -39 == pytest.approx(math.log(w4a16["perplexity"]), rel=1e-4)
+    model = qspec_jax.load(tiny_path, kernels="reference")
+    (alone,) = score_text(model, model.tokenizer.encode(words), precisions=[])
+    assert w4a16["perplexity"] == pytest.approx(alone.perplexity, rel=1e-3)
+    (step,) = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert (step["part"], step["status"], step["repetitions"]) == ("step", "ok", 4)
+    assert "w4a16" in found["throughput"][1].splitlines()[-1]
+
+
+def test_a_model_that_one_process_lacks_ends_all_before_anything_is_written(tmp_path, tiny_path):
+    (tmp_path / "text.txt").write_text("w1 w2 w3")
+
+    def command(coordinator, count, process):
+        who = ["--coordinator", coordinator, "--num-processes", count, "--process-id", process, "--mesh", "data=2"]
+        model = ["--model", str(tmp_path / "none" if process == "1" else tiny_path)]
+        return [sys.executable, "-m", "qspec_jax.evaluate", *model, "--text", str(tmp_path / "text.txt"), *who]
+
+    with started(2, command) as running:
+        (code, out, said), (other_code, _, other_said) = ended(running)
+    assert (code, other_code, out) == (1, 1, "")
+    assert said.startswith(f"error: process 1: model '{tmp_path}/none': no such file")
+    assert other_said == said.replace("process 1: ", "")
 
 
 ROW_INVARIANCE = """

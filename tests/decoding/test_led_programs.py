@@ -93,6 +93,9 @@ class Said(Group):
             raise DeviceError(self.over)
         self.said.append(message)
 
+    def meet(self, number):
+        pass
+
     def hear(self):
         for message in self.said[self._told :]:
             self._told += 1

@@ -103,6 +103,19 @@ def test_an_error_is_passed_on_to_all():
     assert "qspec_jax/left/0" in client.kept
 
 
+def test_the_leader_waits_where_all_meet_and_nobody_else_does(monkeypatch):
+    monkeypatch.setattr(processes, "_MEET_S", 0.01)
+    _, (leader, one, other) = groups(3)
+    one.meet(0)
+    meeting = threading.Thread(target=leader.meet, args=(0,))
+    meeting.start()
+    meeting.join(0.05)
+    assert meeting.is_alive()
+    other.meet(0)
+    meeting.join(10)
+    assert not meeting.is_alive()
+
+
 def test_a_leader_whose_own_part_fails_ends_with_all_others(monkeypatch):
     """A server, say, which would answer nobody any more."""
     monkeypatch.setattr(processes, "_OVER_S", 0.05)
