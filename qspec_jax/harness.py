@@ -37,7 +37,7 @@ def _run() -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_processes(parser)
     own, others = parser.parse_known_args(sys.argv[1:])
-    mesh = re.search(r"\bmesh=([^,]+)", " ".join(others))
+    mesh = re.search(r"\bmesh=([^,\s]+)", " ".join(others))
     own.mesh = mesh and mesh[1]
     if own.coordinator is not None and own.mesh is None:
         raise UsageError("several processes share a mesh: --model_args needs one, such as mesh=data=2;model=4")

@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -97,18 +98,29 @@ def guarded(
             return 1
         except (QSpecError, OSError) as error:
             if debug():
-                raise
+                return _raised(error)
             say(f"error: {error}")
             return 2 if isinstance(error, UsageError) else 1
         except Exception as error:
             known = explained(error)
             if known is None or debug():
-                raise
+                return _raised(error)
             say(f"error: {known}")
             return 1
         except KeyboardInterrupt:
             say(interrupted)
             return 128 + signals[0] if signals else 130
+
+
+def _raised(error: Exception) -> int:
+    """Raises an error; of several processes says it, and returns the code of a failure.
+
+    An exit that waits for devices may wait for the other processes, which have ended.
+    """
+    if processes.current is None:
+        raise error
+    say("".join(traceback.format_exception(error)).rstrip())
+    return 2 if isinstance(error, UsageError) else 1
 
 
 @contextlib.contextmanager

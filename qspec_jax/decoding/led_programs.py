@@ -207,11 +207,13 @@ class LeadingPrograms(Programs):
     ) -> Callable[[DecodeState, int], DecodeState]:
         """See the base. The others compile as well; one that they cannot compile fails as it is called."""
         call = self._call("repetition", plan, _by_name(make), makes=True, advance=_by_name(advance))
+        assert call.made is not None
+        loop = Value(call.made)
         self._group.tell(call)
         program = super().repetition(plan, make, advance=advance)
 
         def repeated(state: DecodeState, repetitions: int) -> DecodeState:
-            with self._together("call", Value(call.made), state, repetitions, makes=True) as number:
+            with self._together("call", loop, state, repetitions, makes=True) as number:
                 return self._noted(program(state, repetitions), number)
 
         return self._noted(repeated, call.made)

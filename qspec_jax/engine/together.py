@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import faulthandler
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +19,7 @@ from qspec_jax.device import meeting, processes
 from qspec_jax.device.meeting import Membership
 from qspec_jax.errors import QSpecError, UsageError
 
+_END_S = 20
 _LOST = (
     "another process has ended, or the network between them failed ({error}). What is finished is kept; with --output, "
     "the same commands go on with it"
@@ -60,13 +64,23 @@ def join(
     else:
         yield processes.Group(None, 0, 1)
         return
-    with together(group):
+    with _ending(), together(group):
         group.follower = None if group.leads else Follower(group)
         yield group
         if group.follower is not None:
             group.follower.follow()
     if not is_known:
         jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """After an error has the process end in time: its devices may wait for those of others, and Python for them."""
+    try:
+        yield
+    except BaseException:
+        atexit.register(faulthandler.dump_traceback_later, _END_S, exit=True, file=sys.__stderr__)
+        raise
 
 
 def _membership(coordinator: Any, num_processes: Any, process_id: Any) -> Membership | None:

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 import qspec_jax
-from qspec_jax import QuantConfig, chat, evaluate, generate, info, quantize, serve, texts
+from qspec_jax import QuantConfig, chat, evaluate, generate, harness, info, quantize, serve, texts
 from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import processes
 from qspec_jax.device.meeting import Membership
@@ -269,6 +269,21 @@ def test_what_one_process_does_names_the_options_of_several(capfd, command, opti
     assert end.value.code == 2
     said = "this command runs in one process, without --coordinator, --num-processes, --process-id: start it once"
     assert said in capfd.readouterr().err
+
+
+def test_the_harness_takes_its_own_options_off_those_of_lm_eval(monkeypatch, capfd):
+    asked = []
+    monkeypatch.setattr(harness, "run_together", lambda name, run, own: asked.append((name, vars(own))) or 0)
+    others = ["run", "--model_args", "model=x,mesh=data=2;model=4", "--tasks", "piqa"]
+    monkeypatch.setattr(
+        sys, "argv", ["harness", *others, "--coordinator", "a:1", "--num-processes=2", "--process-id=1"]
+    )
+    assert harness.main() == 0
+    given = {"coordinator": "a:1", "num_processes": 2, "process_id": 1, "mesh": "data=2;model=4"}
+    assert (asked, sys.argv[1:]) == ([(f"harness {' '.join(others)}", given)], others)
+    monkeypatch.setattr(sys, "argv", ["harness", "run", "--model_args", "model=x", "--coordinator=auto"])
+    assert harness.main() == 2
+    assert "--model_args needs one, such as mesh=data=2;model=4" in capfd.readouterr().err
 
 
 def agreed(leaders, followers, *, command="generate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -165,3 +166,12 @@ def test_the_leader_leaves_last():
 )
 def test_a_lost_message_is_known_by_who_carries_it(error, expected):
     assert processes.is_lost_message(RuntimeError(error)) is expected
+
+
+def test_an_end_at_once_undoes_what_it_must_and_says_one_line(monkeypatch, capsys):
+    undone = []
+    monkeypatch.setattr(processes, "before_the_end", [lambda: undone.append(1 / 0), lambda: undone.append("echo")])
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        processes.end_with("process 1: no such file", 2)
+    assert (undone, capsys.readouterr().err) == (["echo"], "error: process 1: no such file\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+
 import pytest
 
 import qspec_jax
@@ -90,6 +92,16 @@ def test_a_script_s_block_joins_and_those_that_follow_do_so_at_its_end(pair, mon
     assert other.over
     with pytest.raises(qspec_jax.UsageError, match="a process joins once"), qspec_jax.join():
         pass
+
+
+def test_a_script_ends_in_time_after_an_error(pair, monkeypatch):
+    """Its devices may wait for those of others."""
+    noted = []
+    monkeypatch.setattr(meeting, "join", lambda _: pair[1])
+    monkeypatch.setattr("atexit.register", lambda *given, **options: noted.append((*given, options["exit"])))
+    with pytest.raises(KeyError), qspec_jax.join("host:1234", num_processes=2, process_id=0):
+        raise KeyError
+    assert noted == [(faulthandler.dump_traceback_later, 20, True)]
 
 
 def test_a_script_may_have_told_jax_of_the_processes_or_be_alone(pair, monkeypatch):
