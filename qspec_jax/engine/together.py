@@ -79,7 +79,8 @@ def _ending() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        atexit.register(faulthandler.dump_traceback_later, _END_S, exit=True, file=sys.__stderr__)
+        if sys.__stderr__ is not None:
+            atexit.register(faulthandler.dump_traceback_later, _END_S, exit=True, file=sys.__stderr__)
         raise
 
 
