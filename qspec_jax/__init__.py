@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
     from qspec_jax.engine.service import Service
     from qspec_jax.engine.session import Session
+    from qspec_jax.engine.together import join
     from qspec_jax.errors import (
         CheckpointError,
         DeviceError,
@@ -70,6 +71,7 @@ __all__ = [
     "cycle",
     "enable_compilation_cache",
     "expected_tokens",
+    "join",
     "load",
     "quantize_rtn",
     "save",
@@ -107,6 +109,7 @@ _MODULES = {
     "cycle": "qspec_jax.decoding.speculative",
     "enable_compilation_cache": "qspec_jax.device.compilation_cache",
     "expected_tokens": "qspec_jax.decoding.speedup",
+    "join": "qspec_jax.engine.together",
     "load": "qspec_jax.engine.load",
     "quantize_rtn": "qspec_jax.quantization.rtn",
     "save": "qspec_jax.engine.load",

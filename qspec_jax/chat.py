@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show
+from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.run import exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.errors import OutputError, QSpecError, UsageError
+from qspec_jax.errors import DeviceError, OutputError, QSpecError, UsageError
 from qspec_jax.model.config import held_weights
 from qspec_jax.weights.resolve import check_model_name, resolve_model
 
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-history", action="store_true", help="keep nothing of what is typed for the next time")
     sampling = options.add_sampling(parser)
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    add_processes(parser)
     options.add_debug(parser)
     return parser
 
@@ -71,11 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and talks; the exit code."""
+    return run_together("chat", _run, arguments, check=_check_options)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses what makes no sense for any model, before one is opened."""
     options.check_positive(arguments, "max_new_tokens", "max_seq_len")
     options.check_draft_length(arguments.draft_length)
     options.check_weights(arguments)
-    sampling = {**options.sampling_of(arguments), "stop": arguments.stop}
-    SamplingParams.of(sampling)
+    SamplingParams.of(_sampling(arguments))
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {**options.sampling_of(arguments), "stop": arguments.stop}
+
+
+def _run(arguments: argparse.Namespace) -> int:
     require_standard_output("a conversation needs one")
     check_model_name(arguments.model)
     from qspec_jax.dialogue.lines import lines_of_the_user
@@ -83,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     lines = lines_of_the_user(keeps_history=not arguments.no_history, commands=NAMES)
     with lines.while_others_write():
-        return converse(_begin(arguments, sampling), lines, is_watched=is_terminal(sys.stdin))
+        return converse(_begin(arguments, _sampling(arguments)), lines, is_watched=is_terminal(sys.stdin))
 
 
 def converse(conversation: Conversation, lines: Lines, *, is_watched: bool) -> int:
@@ -118,7 +131,7 @@ def converse(conversation: Conversation, lines: Lines, *, is_watched: bool) -> i
             except CtrlC as pressed:
                 if not any(pressed.args):
                     say("Ctrl-D or /exit leaves")
-            except OutputError:  # nobody would see the answers to come
+            except (OutputError, DeviceError):  # nobody would see the answers to come, or none can come
                 raise
             except QSpecError as error:
                 say(f"error: {error}")

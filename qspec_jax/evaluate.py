@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
+from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw acceptance by position; needs matplotlib")
     add("--outlier-plot", type=Path, metavar="FILE.png", help="draw how loud the channels in front of the MLPs are")
+    add_processes(parser)
     options.add_debug(parser)
     return parser
 
@@ -87,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the models and scores them; 1 if a prompt or a figure failed."""
+    return run_together("evaluate", _run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     require_standard_output("send it to a file")
     request = _request(arguments)
     say("starting ...")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_colored, is_terminal, require_standard_output, say, show, show_json
-from qspec_jax.commands.processes import add_processes, follow, joined
+from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import (
     Prompt,
     PromptLine,
@@ -99,13 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and generates; the exit code."""
-    _check_counts(arguments)
-    with joined(arguments) as group:
-        if group is None or group.leads:
-            return _run(arguments)
-        import qspec_jax
-
-        return follow(group, qspec_jax.load, arguments)
+    return run_together("generate", _run, arguments, check=_check_counts)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,14 +8,21 @@ Takes what ``lm_eval`` takes, for example::
 are those of W4A16, which decides what it generates. Needs ``pip install 'qspec-jax[eval]'``. Other programs register
 the class by importing :mod:`qspec_jax.evaluation.harness_model`. Tasks come from the Hugging Face hub, unless they are
 local ones (``--include_path``).
+
+``--coordinator``, ``--num-processes`` and ``--process-id`` run it in several processes, which all get the same other
+arguments, with ``mesh=data=2;model=2`` among those of the model.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+import sys
 from importlib.util import find_spec
 
+from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.run import guarded, leave
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import QSpecError, UsageError
 
 
 def main() -> int:
@@ -26,7 +33,20 @@ def main() -> int:
     return guarded(_run)
 
 
-def _run() -> None:
+def _run() -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_processes(parser)
+    own, others = parser.parse_known_args(sys.argv[1:])
+    mesh = re.search(r"\bmesh=([^,\s]+)", " ".join(others))
+    own.mesh = mesh and mesh[1]
+    if own.coordinator is not None and own.mesh is None:
+        raise UsageError("several processes share a mesh: --model_args needs one, such as mesh=data=2;model=4")
+    sys.argv[1:] = others
+    return run_together(" ".join(["harness", *others]), _evaluate, own)
+
+
+def _evaluate(_: argparse.Namespace) -> int:
+    """Runs lm-eval, which may end the process as its own parser does."""
     if find_spec("lm_eval") is None:
         raise UsageError("the harness needs lm-eval; run `pip install 'qspec-jax[eval]'`")
     import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
@@ -35,7 +55,13 @@ def _run() -> None:
 
     if "qspec" not in model_registry:
         model_registry.register("qspec", target="qspec_jax.evaluation.harness_model:HarnessModel")
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise QSpecError(end.code) from end
+        return end.code or 0
+    return 0
 
 
 if __name__ == "__main__":

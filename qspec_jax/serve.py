@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import say
-from qspec_jax.commands.processes import add_processes, follow, joined
+from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.run import end_at_once, exit_code, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import QSpecError, UsageError
@@ -94,17 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and serves it; the exit code."""
-    _check(arguments)
-    check_model_name(arguments.model)
-    with joined(arguments) as group:
-        if group is None or group.leads:
-            return _run(arguments)
-        import qspec_jax
-
-        return follow(group, qspec_jax.load, arguments)
+    return run_together("serve", _run, arguments, check=_check)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_model_name(arguments.model)
     api_key = _api_key(arguments.api_key_file)
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise QSpecError(f"a server needs {missing[0]}: pip install 'qspec-jax[serve]'")

@@ -26,6 +26,7 @@ from qspec_jax.bench.throughput import command as throughput
 from qspec_jax.bench.tpu import command as tpu
 from qspec_jax.bench.tune import command as tune
 from qspec_jax.commands.output import require_standard_output
+from qspec_jax.commands.processes import run_together
 from qspec_jax.commands.run import exit_code, leave
 from qspec_jax.files.lock import locked
 
@@ -49,14 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_standard_output("send it to a file")
         _keep_no_programs()
         arguments.argv = argv
-        with contextlib.ExitStack() as locks:
-            for name in ("json", "output"):
-                path = getattr(arguments, name, None)
-                if path is not None and _is_made(path):
-                    locks.enter_context(locked(path))
-            return arguments.run(arguments)
+        if hasattr(arguments, "coordinator"):
+            return run_together(f"bench {arguments.run.__module__.split('.')[-2]}", _run, arguments)
+        return _run(arguments)
 
     return exit_code(run, build_parser(), argv)
+
+
+def _run(arguments: argparse.Namespace) -> int | None:
+    """Runs a command, with the files that it writes locked."""
+    with contextlib.ExitStack() as locks:
+        for name in ("json", "output"):
+            path = getattr(arguments, name, None)
+            if path is not None and _is_made(path):
+                locks.enter_context(locked(path))
+        return arguments.run(arguments)
 
 
 def _is_made(path: Path) -> bool:

@@ -28,6 +28,7 @@ class ModelRequest:
 
     Attributes:
         name, config, path: the model; ``path`` is None for synthetic weights.
+        given: what it was asked for by, which other processes know it by.
         quantization: of the 4-bit modes; None for what the model brings.
         verify, draft_model, dtype, kernels, kv, mesh: as in :func:`qspec_jax.load`.
         heads: ``head_bits`` and ``draft_head`` there, as far as they are given.
@@ -36,6 +37,7 @@ class ModelRequest:
     name: str
     config: ModelConfig
     path: Path | None
+    given: str | None
     quantization: QuantConfig | None
     dtype: str | None
     kernels: str
@@ -80,9 +82,9 @@ class ModelRequest:
         import qspec_jax
 
         if floating_point:
-            return qspec_jax.load(self.path, quantization=None, **placement)
+            return qspec_jax.load(self.given, quantization=None, **placement)
         weights: dict[str, Any] = {"verify": self.verify, "draft_model": self.draft_model, **self.heads}
-        return qspec_jax.load(self.path, quantization=self.quantization or "auto", **weights, **placement)
+        return qspec_jax.load(self.given, quantization=self.quantization or "auto", **weights, **placement)
 
 
 def verification(mode: str, verify: str) -> dict[str, str]:
@@ -143,6 +145,7 @@ def asked_model(arguments: argparse.Namespace, name: str, config: ModelConfig, p
         "name": name,
         "config": config,
         "path": path,
+        "given": arguments.model,
         "quantization": chosen_quantization(arguments, config),
         "dtype": arguments.dtype,
         "kernels": arguments.kernels,

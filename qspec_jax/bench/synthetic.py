@@ -20,8 +20,9 @@ from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight, dequantize
 from qspec_jax.bench.random_arrays import random_normal, random_weight
+from qspec_jax.decoding.led_programs import tell_load
 from qspec_jax.device.memory import explain_out_of_memory
-from qspec_jax.device.mesh import MODEL, make_mesh
+from qspec_jax.device.mesh import MODEL, make_mesh, told_mesh
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
@@ -62,6 +63,9 @@ def synthetic_model(
     shapes: dict[str, Any] = {"quantization": quantization, "formats": None, **arrangement}
     shards = None if on is None else Shards.of(config, on, **shapes)
     decoder = abstract_decoder(config, **shapes) if shards is None else shards.shapes()
+    if on is not None:
+        given = {"config": config, "quantization": quantization, "dtype": dtype, "kernels": kernels, "kv": kv}
+        tell_load(synthetic_model, {**given, "name": name, "mesh": told_mesh(mesh, on)})
     placing = Placing() if shards is None else MeshPlacing(shards)
     placing.check_memory(decoder, name=name)
     keys = _Keys()

@@ -31,6 +31,7 @@ from qspec_jax.weights.resolve import check_model_name
 
 KERNELS = ("auto", "reference", "triton", "mosaic", "tpu")
 GROUP_SIZE_CHOICES = (*map(str, GROUP_SIZES), WHOLE_ROW)
+PROCESSES = ("--coordinator", "--num-processes", "--process-id")  # of commands that several processes run
 _DTYPE_HELP = "default: float32 on the CPU, bfloat16 elsewhere"
 
 # Fields of `SamplingParams`: type, default, help.

@@ -13,11 +13,12 @@ import io
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qspec_jax.commands.options import weights_of
+from qspec_jax.commands.options import PROCESSES, weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.device import processes
@@ -56,13 +57,23 @@ def exit_code(
         helped = io.StringIO()  # argparse would pass over that it cannot be printed
         try:
             with contextlib.redirect_stdout(helped):
-                asked.__dict__.update(vars(parser.parse_args(argv)))
+                found, unknown = parser.parse_known_args(argv)
+                asked.__dict__.update(vars(found))
+                if unknown:
+                    parser.error(_unknown(unknown))
         finally:
             if text := helped.getvalue():
                 show(text, end="")
         return run(asked)
 
     return guarded(parse_and_run, debug=lambda: asked.debug, interrupted=interrupted)
+
+
+def _unknown(arguments: Sequence[str]) -> str:
+    """What to say of arguments that a command does not take."""
+    if given := [name for name in PROCESSES if any(one.partition("=")[0] == name for one in arguments)]:
+        return f"this command runs in one process, without {', '.join(given)}: start it once (docs/mesh.md)"
+    return f"unrecognized arguments: {' '.join(arguments)}"
 
 
 def guarded(
@@ -87,18 +98,29 @@ def guarded(
             return 1
         except (QSpecError, OSError) as error:
             if debug():
-                raise
+                return _raised(error)
             say(f"error: {error}")
             return 2 if isinstance(error, UsageError) else 1
         except Exception as error:
             known = explained(error)
             if known is None or debug():
-                raise
+                return _raised(error)
             say(f"error: {known}")
             return 1
         except KeyboardInterrupt:
             say(interrupted)
             return 128 + signals[0] if signals else 130
+
+
+def _raised(error: Exception) -> int:
+    """Raises an error; of several processes says it, and returns the code of a failure.
+
+    An exit that waits for devices may wait for the other processes, which have ended.
+    """
+    if processes.current is None:
+        raise error
+    say("".join(traceback.format_exception(error)).rstrip())
+    return 2 if isinstance(error, UsageError) else 1
 
 
 @contextlib.contextmanager

@@ -325,10 +325,13 @@ class Programs:
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        return self.made(lambda: self._idle(shape))
+        return self._made(lambda: self._idle(shape))
 
-    def made(self, make: Callable[[], DecodeState]) -> DecodeState:
-        """The state that a function makes, where programs take it."""
+    def made(self, make: Callable[[Decoder], DecodeState]) -> DecodeState:
+        """The state that a function makes for the decoder, where programs take it."""
+        return self._made(lambda: make(self.decoder))
+
+    def _made(self, make: Callable[[], DecodeState]) -> DecodeState:
         return make() if self._on_mesh is None else self._on_mesh.made(make)
 
     def _idle(self, shape: Shape) -> DecodeState:
@@ -421,6 +424,20 @@ class Programs:
 
         with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
             return self._lower(loop, laid_out, state, np.int32(0), reports=False)
+
+    def repetition(
+        self, plan: DecodingPlan, make: Callable[[Decoder], DecodeState], *, advance: Callable[..., DecodeState]
+    ) -> Callable[[DecodeState, int], DecodeState]:
+        """The compiled loop of :meth:`lower_repetition` as a function of a state, which is used up, and repetitions.
+
+        Args:
+            plan: of the loop.
+            make: a state like those that it takes, of which the shapes count.
+            advance: what it repeats.
+        """
+        state = jax.eval_shape(lambda: make(self.decoder))
+        program, laid_out = self.lower_repetition(plan, state, advance=advance).compile(), self._laid_out
+        return lambda state, repetitions: self._run(program, laid_out.leaves, state, np.int32(repetitions))
 
     def function(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """A compiled ``compute(decoder, *arrays)`` as a function of the arrays, with the weights as they lie now.

@@ -82,11 +82,14 @@ def join(membership: Membership, *, connect_s: int = CONNECT_S) -> Group:
     """Waits for all processes; before anything asks JAX for a device.
 
     Raises:
-        UsageError: no cluster is found that tells who the processes are.
+        UsageError: no cluster is found that tells who the processes are, or JAX has been asked for a device.
         DeviceError: process 0 cannot be reached in time, or others do not come.
     """
     import jax
+    from jax._src import xla_bridge  # JAX has no public way to ask
 
+    if xla_bridge.backends_are_initialized():
+        raise UsageError("JAX has been asked for its devices already, of this process alone; join the others before")
     _meet(membership, float(connect_s))
     config: Any = jax.config
     config.update("jax_enable_preemption_service", False)  # which would take SIGTERM for its own
@@ -106,6 +109,13 @@ def join(membership: Membership, *, connect_s: int = CONNECT_S) -> Group:
             f"not all{of} processes came within {connect_s} s, or they do not agree on who they are: start each with "
             f"its own --process-id and the same --coordinator and --num-processes ({_first_line(error)})"
         ) from error
+    return found()
+
+
+def found() -> Group:
+    """The processes that JAX knows."""
+    import jax
+
     return Group(_client(), jax.process_index(), jax.process_count())
 
 

@@ -73,6 +73,11 @@ def shape_of(mesh: jax.sharding.Mesh) -> MeshShape:
     return MeshShape(mesh.shape[DATA], mesh.shape[MODEL])
 
 
+def told_mesh(given: Any, mesh: jax.sharding.Mesh) -> Any:
+    """What tells other processes of a mesh: what was given if that is a text, else its devices by their numbers."""
+    return str(shape_of(mesh)) if isinstance(given, str) else [[d.id for d in row] for row in mesh.devices]
+
+
 def _of_text(given: str | MeshShape) -> jax.sharding.Mesh:
     import jax
     from jax.sharding import AxisType

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ except ImportError:  # Windows
     termios = None
 
 from qspec_jax.commands.output import is_terminal, say
+from qspec_jax.device.processes import before_the_end
 from qspec_jax.dialogue.stop_key import CtrlC
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import decode
@@ -150,11 +152,14 @@ def _without_echo(terminal: Any) -> Iterator[None]:
     quiet = [*earlier[:6], list(earlier[6])]
     quiet[0] &= ~termios.ICRNL  # Enter is what it is where a line is read
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    restore = functools.partial(termios.tcsetattr, number, termios.TCSANOW, earlier)
     termios.tcsetattr(number, termios.TCSANOW, quiet)
+    before_the_end.append(restore)
     try:
         yield
     finally:
-        termios.tcsetattr(number, termios.TCSANOW, earlier)
+        before_the_end.remove(restore)
+        restore()
 
 
 def _key_bindings() -> Any:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
-from qspec_jax.decoding.led_programs import programs_of
+from qspec_jax.decoding.following import programs_of
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth

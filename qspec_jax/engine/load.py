@@ -15,11 +15,12 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from qspec_jax.decoding.led_programs import tell_load
 from qspec_jax.decoding.plan import AUTO, check_verify
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device import processes
 from qspec_jax.device.compilation_cache import enable_compilation_cache
-from qspec_jax.device.mesh import make_mesh
+from qspec_jax.device.mesh import make_mesh, told_mesh
 from qspec_jax.device.start import start_device
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
@@ -241,6 +242,9 @@ def load(
     heads: dict[str, Any] = {"head_bits": head_bits, "draft_head": draft_head}
     opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path, **heads)
     shards = None if on is None else opened.shards(on, placement)
+    if on is not None:
+        given = {"model": model, "draft_model": draft_model, "quantization": quantization, "verify": verify, **heads}
+        tell_load(load, {**given, "dtype": dtype, "kernels": kernels, "kv": kv, "mesh": told_mesh(mesh, on)})
     shown = _progress_bar(f"loading {opened.name}") if progress else iter
     # Weights and tokenizer wait for the disk (transformers for thousands of small files), and a compiler for neither.
     pool = ThreadPoolExecutor(2, thread_name_prefix="load")
@@ -262,10 +266,12 @@ def _check_processes(mesh: Any) -> None:
     count = jax.process_count()
     if count > 1 and mesh is None:
         raise UsageError(f"this is one of {count} processes, which share a mesh; give mesh= over all their devices")
+    if processes.current is not None and processes.current.over is not None:
+        raise UsageError(processes.current.over)
     if count > 1 and processes.current is None:
         raise UsageError(
-            f"this is one of {count} processes, and nobody says what all of them run; use the commands with "
-            "--coordinator (docs/mesh.md), or one process"
+            f"this is one of {count} processes, and nobody says what all of them run: load it within "
+            "`with qspec_jax.join() as processes:` (docs/mesh.md), or use the commands with --coordinator"
         )
 
 

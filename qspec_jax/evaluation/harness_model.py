@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import qspec_jax
-from qspec_jax.decoding.plan import AUTO, DecodingPlan, plan_of
+from qspec_jax.decoding.plan import AUTO, plan_of
 from qspec_jax.decoding.request_options import request_options
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import INT32_MAX, at_least_1, between, refuse
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import QSpecError, UsageError
-from qspec_jax.model.collectives import all_logits
-from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.precision import Precision
-from qspec_jax.model.view import View
+from qspec_jax.evaluation.scores import scores_function
 
 _LENGTH_STEP = 64  # sequences are padded to multiples of it, so that few programs are compiled
 _DEFAULT_NEW_TOKENS = 256
@@ -34,7 +29,6 @@ _ARGUMENTS = (
     *("verify", "draft_model", "batch_size", "max_length"),
 )
 _WITHOUT_MEANING = ("device", "max_batch_size", "trust_remote_code")  # given to every class of lm-eval
-Scores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 
 @register_model("qspec")
@@ -97,7 +91,7 @@ class HarnessModel(TemplateLM):
         self.drafting = drafting
         plan = model.plan(mode, **drafting)
         self.max_length = min(longest, model.config.max_position_embeddings)
-        self._scores = _scores_function(model, plan.verify)
+        self._scores = scores_function(model, plan.verify)
 
     @property
     def eot_token_id(self) -> int:
@@ -239,19 +233,6 @@ def _number(name: str, value: Any) -> Any:
     if not re.fullmatch("-?[0-9]{1,18}", value.strip()):
         raise refuse(name, value, "a whole number")
     return int(value)
-
-
-def _scores_function(model: LanguageModel, precision: Precision | View) -> Scores:
-    """A compiled ``tokens [B, T] -> (log-likelihoods, is greedy) [B, T - 1]``."""
-    model.programs.lay_out_weights(DecodingPlan(precision))
-
-    def scores(decoder: Decoder, tokens: Array) -> tuple[Array, Array]:
-        cache = decoder.create_cache(batch=tokens.shape[0], capacity=tokens.shape[1])
-        logits = all_logits(decoder(tokens, cache, precision=precision)[0][:, :-1], decoder.axis)
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == tokens[:, 1:]
-
-    return model.programs.function(scores)
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -9,6 +9,7 @@ draft, and by kind of task.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -25,8 +26,10 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.collectives import all_logits
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 Logits = Callable[[Int32[Array, "1 T"]], Float32[Array, "1 T V"]]
+TokenScores = Callable[[Int32[Array, "B T"]], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +132,25 @@ def logits_function(model: LanguageModel, precision: Precision) -> Logits:
     if precision is not Precision.FLOAT and model.quantization is None:
         raise UsageError(f"precision {precision.value} needs 4-bit weights; load the model with a QuantConfig")
     model.programs.lay_out_weights(DecodingPlan(precision))
+    return model.programs.function(functools.partial(_logits, precision=precision))
 
-    def logits(decoder: Decoder, tokens: Array) -> Array:
-        cache = decoder.create_cache(batch=1, capacity=tokens.shape[1])
-        return all_logits(decoder(tokens, cache, precision=precision)[0], decoder.axis)
 
-    return model.programs.function(logits)
+def _logits(decoder: Decoder, tokens: Array, *, precision: Precision) -> Array:
+    cache = decoder.create_cache(batch=1, capacity=tokens.shape[1])
+    return all_logits(decoder(tokens, cache, precision=precision)[0], decoder.axis)
+
+
+def scores_function(model: LanguageModel, precision: Precision | View) -> TokenScores:
+    """A compiled ``tokens [B, T] -> (log-likelihoods, whether each is the most likely) [B, T - 1]``."""
+    model.programs.lay_out_weights(DecodingPlan(precision))
+    return model.programs.function(functools.partial(_token_scores, precision=precision))
+
+
+def _token_scores(decoder: Decoder, tokens: Array, *, precision: Precision | View) -> tuple[Array, Array]:
+    cache = decoder.create_cache(batch=tokens.shape[0], capacity=tokens.shape[1])
+    logits = all_logits(decoder(tokens, cache, precision=precision)[0][:, :-1], decoder.axis)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == tokens[:, 1:]
 
 
 def score_drafts(

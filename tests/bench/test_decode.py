@@ -140,7 +140,7 @@ def test_a_sliding_window_bounds_the_cache_that_is_read():
 @pytest.mark.parametrize("name", ["draft", "verify"])
 def test_a_repetition_runs_its_part_and_goes_back_to_the_context(model, name):
     plan = model.plan(draft="w4a8", draft_length=3)
-    before = context_state(model, SETTING)
+    before = context_state(model.decoder, SETTING)
     after = jax.jit(lambda state: Part(name, plan).advance(model.decoder, state, plan=plan))(before)
     for field in ("num_tokens", "finished", "max_new_tokens"):
         assert np.array_equal(getattr(after, field), getattr(before, field))

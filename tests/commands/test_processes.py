@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +22,12 @@ from types import SimpleNamespace
 import pytest
 
 import qspec_jax
-from qspec_jax import QuantConfig, generate, serve
+from qspec_jax import QuantConfig, chat, evaluate, generate, harness, info, quantize, serve, texts
+from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands import processes
 from qspec_jax.device.meeting import Membership
 from qspec_jax.device.processes import Group
+from qspec_jax.evaluation.scores import score_text
 from tests import tiny
 from tests.device.test_processes import Client
 
@@ -32,14 +36,18 @@ MOST_S = 120
 
 
 @contextlib.contextmanager
-def started(count, command):
-    """So many processes of a command, told who they are by three arguments."""
+def started(count, command, *, typed=""):
+    """So many processes of a command, told who they are by three arguments; ``typed`` is the first one's input."""
     with socket.create_server(("localhost", 0)) as free:
         coordinator = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "QSPEC_JAX_CACHE": "off"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
     members = [(coordinator, str(count), str(process)) for process in range(count)]
     running = [subprocess.Popen(command(*one), cwd=ROOT, env=environment, **pipes) for one in members]
+    running[0].stdin.write(typed)
+    for one in running:
+        one.stdin.close()
+        one.stdin = None
     try:
         yield running
     finally:
@@ -101,6 +109,53 @@ def test_a_process_that_is_killed_ends_the_job_and_the_next_one_goes_on(files, c
     capfd.readouterr()
 
 
+def test_commands_score_measure_and_talk_in_several_processes(tmp_path, tiny_path):
+    """All in one pair of processes, which end with the code of process 0."""
+    with_template = tmp_path / "model"
+    shutil.copytree(tiny_path, with_template)
+    template = "{% for message in messages %}{{ message['content'] }} w3 {% endfor %}w4"
+    (with_template / "chat_template.jinja").write_text(template)
+    words = " ".join(f"w{1 + 7 * k % 46}" for k in range(40))
+    (tmp_path / "text.txt").write_text(words)
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3 w4\nw5 w6 w7\n")
+
+    def command(*who):
+        return [sys.executable, "-m", "tests.commands.several_commands", *who, str(with_template), str(tmp_path)]
+
+    with started(2, command, typed="w1 w2\n/exit\n") as running:
+        (code, out, said), (other_code, other_out, other_said) = ended(running)
+    assert (code, other_code, out, other_out) == (3, 3, "", ""), (said, other_said)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one[0] for one in found.values()] == [0, 0, 0, 0, 0]
+    assert len(found["chat"][1].split()) == 6
+    scores = json.loads(found["evaluate"][1])
+    baseline, w4a16 = scores["text"]
+    assert baseline["perplexity"] != w4a16["perplexity"]
+    assert [(one["num_prompts"], one["identical"]) for one in scores["drafts"]] == [(2, 2)]
+    assert found["likelihood"][1] / -39 == pytest.approx(math.log(w4a16["perplexity"]), rel=1e-4)
+    model = qspec_jax.load(tiny_path, kernels="reference")
+    (alone,) = score_text(model, model.tokenizer.encode(words), precisions=[])
+    assert w4a16["perplexity"] == pytest.approx(alone.perplexity, rel=1e-3)
+    (step,) = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert (step["part"], step["status"], step["repetitions"]) == ("step", "ok", 4)
+    assert "w4a16" in found["throughput"][1].splitlines()[-1]
+
+
+def test_a_model_that_one_process_lacks_ends_all_before_anything_is_written(tmp_path, tiny_path):
+    (tmp_path / "text.txt").write_text("w1 w2 w3")
+
+    def command(coordinator, count, process):
+        who = ["--coordinator", coordinator, "--num-processes", count, "--process-id", process, "--mesh", "data=2"]
+        model = ["--model", str(tmp_path / "none" if process == "1" else tiny_path)]
+        return [sys.executable, "-m", "qspec_jax.evaluate", *model, "--text", str(tmp_path / "text.txt"), *who]
+
+    with started(2, command) as running:
+        (code, out, said), (other_code, _, other_said) = ended(running)
+    assert (code, other_code, out) == (1, 1, "")
+    assert said.startswith(f"error: process 1: model '{tmp_path}/none': no such file")
+    assert other_said == said.replace("process 1: ", "")
+
+
 ROW_INVARIANCE = """
 import sys
 from qspec_jax.device import meeting
@@ -142,7 +197,7 @@ def test_a_model_is_loaded_by_several_only_where_somebody_says_what_all_run(monk
     monkeypatch.setattr("jax.process_count", lambda: 3)
     with pytest.raises(qspec_jax.UsageError, match=r"one of 3 processes, which share a mesh; give mesh="):
         qspec_jax.load(tiny_path)
-    with pytest.raises(qspec_jax.UsageError, match="nobody says what all of them run; use the commands"):
+    with pytest.raises(qspec_jax.UsageError, match="nobody says what all of them run: load it within `with"):
         qspec_jax.load(tiny_path, mesh="data=3")
     with pytest.raises(qspec_jax.UsageError, match="a model is saved by one process"):
         qspec_jax.save(tiny.language_model(quantization=QuantConfig()), tiny_path / "saved")
@@ -177,21 +232,79 @@ def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, cap
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("command", [generate, serve])
-def test_those_that_follow_read_no_request_and_listen_nowhere(monkeypatch, files, command):
-    group = SimpleNamespace(leads=False)
-    monkeypatch.setattr(command, "joined", lambda arguments: contextlib.nullcontext(group))
-    monkeypatch.setattr(command, "follow", lambda found, load, arguments: 7 if found is group else 0)
-    options = {generate: ["--prompt-file", "no/such.txt", "--model"], serve: ["--api-key-file", "no/such.key"]}
-    assert command.main([*options[command], str(files[1])]) == 7
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (generate, ["--prompt-file", "no/such.txt", "--model"]),
+        (serve, ["--api-key-file", "no/such.key"]),
+        (chat, ["--model"]),
+        (evaluate, ["--text", "no/such.txt", "--model"]),
+        *((bench, [kind, "--json", "no/such/x.json", "--model"]) for kind in ("decode", "speedup", "throughput")),
+    ],
+)
+def test_those_that_follow_read_no_request_and_write_no_file(monkeypatch, capfd, files, command, options):
+    """They listen nowhere, and end with the code of process 0."""
+    group = SimpleNamespace(leads=False, process=1, count=2, follower=SimpleNamespace(follow=lambda: 7))
+    monkeypatch.setattr(processes, "joined", lambda name, arguments: contextlib.nullcontext(group))
+    monkeypatch.setattr("qspec_jax.bench.__main__._keep_no_programs", lambda: None)
+    assert command.main([*options, str(files[1])]) == 7
+    assert capfd.readouterr().err == "process 1 of 2 follows process 0\n"
 
 
-def test_options_that_differ_are_named_by_who_follows():
-    given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
-    given["verify"] = "auto"
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (quantize, ["model", "out", "--recipe", "rtn"]),
+        (texts, ["folder"]),
+        (info, []),
+        (bench, ["kernels"]),
+        (bench, ["tune"]),
+        (bench, ["tpu"]),
+        (bench, ["scaling"]),
+    ],
+)
+def test_what_one_process_does_names_the_options_of_several(capfd, command, options):
+    with pytest.raises(SystemExit) as end:
+        command.main([*options, "--coordinator=a:1", "--num-processes", "2", "--process-id", "0"])
+    assert end.value.code == 2
+    said = "this command runs in one process, without --coordinator, --num-processes, --process-id: start it once"
+    assert said in capfd.readouterr().err
+
+
+def test_the_harness_takes_its_own_options_off_those_of_lm_eval(monkeypatch, capfd):
+    asked = []
+    monkeypatch.setattr(harness, "run_together", lambda name, run, own: asked.append((name, vars(own))) or 0)
+    others = ["run", "--model_args", "model=x,mesh=data=2;model=4", "--tasks", "piqa"]
+    monkeypatch.setattr(
+        sys, "argv", ["harness", *others, "--coordinator", "a:1", "--num-processes=2", "--process-id=1"]
+    )
+    assert harness.main() == 0
+    given = {"coordinator": "a:1", "num_processes": 2, "process_id": 1, "mesh": "data=2;model=4"}
+    assert (asked, sys.argv[1:]) == ([(f"harness {' '.join(others)}", given)], others)
+    monkeypatch.setattr(sys, "argv", ["harness", "run", "--model_args", "model=x", "--coordinator=auto"])
+    assert harness.main() == 2
+    assert "--model_args needs one, such as mesh=data=2;model=4" in capfd.readouterr().err
+
+
+def agreed(leaders, followers, *, command="generate"):
+    """What a process that follows finds the leader's models under."""
     client = Client()
-    leader, same, other = Group(client, 0, 3), Group(client, 1, 3), Group(client, 2, 3)
-    processes._agree(leader, Namespace(**given))
-    processes._agree(same, Namespace(**given))
-    with pytest.raises(qspec_jax.UsageError, match="--mesh is data=1,model=2 here and data=2,model=1 in process 0"):
-        processes._agree(other, Namespace(**{**given, "mesh": "data=1,model=2"}))
+    leader, other = Group(client, 0, 2), Group(client, 1, 2)
+    processes._agree(leader, "generate", Namespace(**leaders))
+    processes._agree(other, command, Namespace(**followers))
+    return other.follower._renamed
+
+
+def test_what_differs_is_named_by_who_follows_and_a_model_may_lie_elsewhere():
+    given = {"mesh": "data=2,model=1", "mode": "qspec", "dtype": None, "group_size": None, "kernels": "auto"}
+    given |= {"verify": "auto", "kv": "model", "model": ["a", "b"], "baseline": None, "draft_model": "c"}
+    assert agreed(given, {**given, "model": ["a", "d"]}) == {"a": "a", "b": "d", None: None, "c": "c"}
+    for changed, error in (
+        ({"mesh": "data=1,model=2"}, "--mesh is data=1,model=2 here and data=2,model=1 in process 0"),
+        ({"kv": "int8"}, "--kv is int8 here and model in process 0"),
+        ({"model": ["a"]}, "--model is not given as often here as in process 0"),
+    ):
+        with pytest.raises(qspec_jax.UsageError, match=error):
+            agreed(given, {**given, **changed})
+    with pytest.raises(qspec_jax.UsageError, match="the command is chat here and generate in process 0"):
+        agreed(given, given, command="chat")

@@ -120,5 +120,12 @@ def test_no_cluster_and_auto_is_refused(monkeypatch):
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr("jax.config.update", lambda *_: None)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(UsageError, match=r"no cluster says who the processes are \(coordinator_address should"):
+        meeting.join(Membership(AUTO))
+
+
+def test_nothing_may_have_asked_for_a_device_before(monkeypatch):
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: True)
+    with pytest.raises(UsageError, match="JAX has been asked for its devices already"):
         meeting.join(Membership(AUTO))

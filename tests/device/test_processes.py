@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -75,12 +76,12 @@ def lost(watching, *, beside=(), then=lambda: None):
     """What a process loses, while others leave signs of life until something happens."""
     came, told = threading.Event(), []
 
-    def note(line):
-        told.append(line)
+    def note(line, code):
+        told.append((line, code))
         came.set()
 
     for other in beside:
-        other.watch(lambda _: None)
+        other.watch(lambda *_: None)
     watching.watch(note)
     then()
     assert came.wait(10)
@@ -91,21 +92,53 @@ def lost(watching, *, beside=(), then=lambda: None):
 
 def test_a_process_that_is_silent_or_never_there_is_named():
     _, (leader, one, _) = groups(3)
-    (line,) = lost(leader, beside=[one])
+    ((line, code),) = lost(leader, beside=[one])
     assert line.startswith("process 2 has given no sign of life for 0 s")
+    assert code == 1
 
 
 def test_an_error_is_passed_on_to_all():
     client, (leader, one) = groups(2)
-    (line,) = lost(leader, beside=[one], then=lambda: one.fail("no such file"))
-    assert line == "process 1: no such file"
+    ((line, code),) = lost(leader, beside=[one], then=lambda: one.fail("no such file", 2))
+    assert (line, code) == ("process 1: no such file", 2)
     assert "qspec_jax/left/0" in client.kept
+
+
+def test_the_leader_waits_where_all_meet_and_nobody_else_does(monkeypatch):
+    monkeypatch.setattr(processes, "_MEET_S", 0.01)
+    _, (leader, one, other) = groups(3)
+    one.meet(0)
+    meeting = threading.Thread(target=leader.meet, args=(0,))
+    meeting.start()
+    meeting.join(0.05)
+    assert meeting.is_alive()
+    other.meet(0)
+    meeting.join(10)
+    assert not meeting.is_alive()
+
+
+def test_a_leader_whose_own_part_fails_ends_with_all_others(monkeypatch):
+    """A server, say, which would answer nobody any more."""
+    monkeypatch.setattr(processes, "_OVER_S", 0.05)
+    client, (leader, _) = groups(2)
+
+    def fail():
+        with pytest.raises(ValueError, match="no room"), leader.telling("a call"):
+            raise ValueError("no room")
+        with pytest.raises(DeviceError):
+            leader.tell("another")
+
+    ((line, code),) = lost(leader, then=fail)
+    expected = "the processes cannot go on together after an error of this one (no room); start anew"
+    assert (line, code) == (expected, 1)
+    assert client.kept["qspec_jax/failed/0"] == f"1 process 0: {expected}".encode()
 
 
 def test_a_coordinator_that_is_gone_ends_those_that_follow():
     client, (_, one) = groups(2)
-    (line,) = lost(one, then=lambda: setattr(client, "is_gone", True))
+    ((line, code),) = lost(one, then=lambda: setattr(client, "is_gone", True))
     assert line == "process 0 has ended, or cannot be reached any more (UNAVAILABLE: connection refused)"
+    assert code == 1
     one.fail("nobody can be told")
 
 
@@ -118,6 +151,8 @@ def test_the_leader_leaves_last():
     one.leave()
     leaving.join(10)
     assert not leaving.is_alive()
+    one.fail("at the last moment")
+    assert leader.leave() == "process 1: at the last moment"
 
 
 @pytest.mark.parametrize(
@@ -131,3 +166,12 @@ def test_the_leader_leaves_last():
 )
 def test_a_lost_message_is_known_by_who_carries_it(error, expected):
     assert processes.is_lost_message(RuntimeError(error)) is expected
+
+
+def test_an_end_at_once_undoes_what_it_must_and_says_one_line(monkeypatch, capsys):
+    undone = []
+    monkeypatch.setattr(processes, "before_the_end", [lambda: undone.append(1 / 0), lambda: undone.append("echo")])
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        processes.end_with("process 1: no such file", 2)
+    assert (undone, capsys.readouterr().err) == (["echo"], "error: process 1: no such file\n")

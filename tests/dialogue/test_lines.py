@@ -8,12 +8,14 @@ import signal
 import stat
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from qspec_jax.device import processes
 from qspec_jax.dialogue import history, lines
 from qspec_jax.dialogue.lines import EditedLines, PlainLines, lines_of_the_user
 from qspec_jax.dialogue.slash import NAMES
@@ -147,3 +149,23 @@ def test_ctrl_c_stops_first_and_is_raised_then_and_is_nothing_in_between():
             signal.raise_signal(signal.SIGINT)
     assert stopped == [1]
     assert signal.getsignal(signal.SIGINT) is earlier
+
+
+def test_a_process_that_is_ended_at_once_leaves_a_terminal_that_shows_what_is_typed():
+    """As one of several is whose other one has gone, while it reads a line."""
+    termios = pytest.importorskip("termios")
+    master, terminal = os.openpty()
+
+    def shows():
+        return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+    try:
+        with lines._without_echo(SimpleNamespace(fileno=lambda: terminal)):
+            assert not shows()
+            (restore,) = processes.before_the_end
+            restore()
+            assert shows()
+        assert (shows(), processes.before_the_end) == (True, [])
+    finally:
+        os.close(master)
+        os.close(terminal)

@@ -233,3 +233,16 @@ def test_a_harness_that_is_not_installed_is_named(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert command.main() == 2
     assert capsys.readouterr().err == "error: the harness needs lm-eval; run `pip install 'qspec-jax[eval]'`\n"
+
+
+@pytest.mark.parametrize(("end", "code"), [(None, 0), (SystemExit(), 0), (SystemExit(2), 2)])
+def test_the_command_ends_as_lm_eval_does(monkeypatch, end, code):
+    from qspec_jax import harness
+
+    def ending():
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", ending)
+    monkeypatch.setattr("sys.argv", ["harness"])
+    assert harness.main() == code

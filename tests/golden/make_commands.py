@@ -55,7 +55,8 @@ _HARNESS = """\
 ## python -m qspec_jax.harness
 
 Hands over to lm-eval, which then knows the model class `qspec`. It needs `pip install 'qspec-jax[eval]'`.
-Its options are those of `lm_eval`:
+Its options are those of `lm_eval`, and `--coordinator`, `--num-processes` and `--process-id`, which run it in
+[several processes](mesh.md#several-processes):
 
 ```
 python -m qspec_jax.harness run --model qspec --model_args model=CHECKPOINT,mode=w4a16 --tasks piqa

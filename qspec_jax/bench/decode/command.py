@@ -20,6 +20,7 @@ from qspec_jax.bench.options import write_report
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
+from qspec_jax.commands.processes import add_processes
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import WHOLE_ROW
 
@@ -66,6 +67,7 @@ def add_command(commands: Any) -> None:
     add("--steps", type=int, metavar="N", help="repetitions in a dispatch (default: a quarter of a second of them)")
     add("--breakdown", action="store_true", help="print the kernels of every plain step; needs CUPTI")
     shared.add_report(parser, "speed-up over acceptance")
+    add_processes(parser)
     shared.add_debug(parser)
     parser.set_defaults(run=run)
 

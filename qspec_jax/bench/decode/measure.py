@@ -7,6 +7,7 @@ a part in place of the cycle. Times are of the wall clock, around one dispatch o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import statistics
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from qspec_jax.bench.decode.parts import Part, PartName, Setting, context_state
 from qspec_jax.bench.decode.speedup import Speculation
@@ -24,6 +24,7 @@ from qspec_jax.commands.run import say
 from qspec_jax.decoding.loop_settings import cycles_per_check
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.memory import explain_out_of_memory
+from qspec_jax.device.processes import is_lost_message
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import OutOfMemoryError
 from qspec_jax.evaluation.scores import DraftScore
@@ -153,14 +154,14 @@ class _Loop:
     @classmethod
     def compile(cls, model: LanguageModel, part: Part, setting: Setting) -> _Loop:
         model.programs.check_cache(rows=setting.batch, capacity=setting.capacity)
-        shapes = jax.eval_shape(lambda: context_state(model, setting, **_state_options(part)))
+        make = functools.partial(context_state, setting=setting, **_state_options(part))
         began = time.perf_counter()
-        program = model.programs.lower_repetition(part.plan, shapes, advance=part.advance).compile()
+        program = model.programs.repetition(part.plan, make, advance=part.advance)
         return cls(model, part, setting, program, time.perf_counter() - began)
 
     def measure(self, repeats: int, repetitions: int | None) -> Measurement:
-        options = _state_options(self.part)
-        self._state = self.model.programs.made(lambda: context_state(self.model, self.setting, **options))
+        make = functools.partial(context_state, setting=self.setting, **_state_options(self.part))
+        self._state = self.model.programs.made(make)
         per_step_ms = 1e3 / self.part.steps_per_repetition
         together = cycles_per_check(self.part.plan)
         self._run(together)
@@ -186,7 +187,7 @@ class _Loop:
         return time.perf_counter() - began
 
     def _dispatch(self, repetitions: int) -> DecodeState:
-        self._state = self.program(self.model.programs.leaves, self._state, np.int32(repetitions))
+        self._state = self.program(self._state, repetitions)
         return jax.block_until_ready(self._state)
 
     def _kernels(self) -> tuple[tuple[str, float, float], ...] | None:
@@ -251,6 +252,8 @@ def _attempt(task: Callable[[], Any], part: Part, setting: Setting) -> Any:
         with explain_out_of_memory("in this setting"):
             return task()
     except (NotImplementedError, ValueError, OutOfMemoryError, jax.errors.JaxRuntimeError) as error:
+        if is_lost_message(error):  # nothing can run any more
+            raise
         status: Status = "unsupported" if isinstance(error, NotImplementedError) else "failed"
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         return dataclasses.replace(_subject(part, setting), status=status, reason=reason)

@@ -182,24 +182,24 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     }
 
 
-def context_state(model: LanguageModel, setting: Setting, *, num_blocks: int = 0, lookup: bool = False) -> DecodeState:
+def context_state(decoder: Decoder, setting: Setting, *, num_blocks: int = 0, lookup: bool = False) -> DecodeState:
     """Unfinished sequences of ``context`` tokens, with random keys, values and tokens.
 
     Of ``num_blocks`` of the cache, which a view with a budget reads, the numbers are random as well, and ascending.
     ``lookup`` is whether drafts are looked up in the tokens.
     """
     rows, sizes = (setting.batch,), {"capacity": setting.capacity, "num_blocks": num_blocks}
-    empty = jax.eval_shape(lambda: model.decoder.create_cache(batch=setting.batch, **sizes))
+    empty = jax.eval_shape(lambda: decoder.create_cache(batch=setting.batch, **sizes))
     keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 3 + len(jax.tree.leaves(empty.layers))))
     layers = jax.tree.map(lambda a: _random_entries(next(keys), a), empty.layers)
-    if model.decoder.kv == KV_INT8:
+    if decoder.kv == KV_INT8:
         layers = _with_scales(layers)
     blocks = None
     if empty.blocks is not None:
         scores = jax.random.uniform(next(keys), (*empty.blocks.shape[:-1], setting.context // View.cache_block))
         blocks = jnp.sort(jnp.argsort(scores, axis=-1)[..., :num_blocks].astype(jnp.int32), axis=-1)
     cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32), blocks)
-    tokens = functools.partial(jax.random.randint, minval=0, maxval=model.config.vocab_size, dtype=jnp.int32)
+    tokens = functools.partial(jax.random.randint, minval=0, maxval=decoder.config.vocab_size, dtype=jnp.int32)
     return jax.tree.map(
         jnp.asarray,
         dataclasses.replace(

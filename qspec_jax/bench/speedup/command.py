@@ -15,6 +15,7 @@ from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
+from qspec_jax.commands.processes import add_processes
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, static
 from qspec_jax.errors import UsageError
@@ -59,6 +60,7 @@ def add_command(commands: Any) -> None:
     add("--repeats", type=int, default=3, metavar="N", help="timed dispatches, of which the median counts (default: 3)")
     add("--steps", type=int, metavar="N", help="repetitions in a dispatch (default: a quarter of a second of them)")
     shared.add_report(parser, "the speed-up by batch and context")
+    add_processes(parser)
     shared.add_debug(parser)
     parser.set_defaults(run=run)
 

@@ -18,6 +18,7 @@ from qspec_jax.bench.models import ModelRequest, asked_model, chosen_model, veri
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
+from qspec_jax.commands.processes import add_processes
 from qspec_jax.commands.prompt_files import read_prompt_file
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import UsageError
@@ -73,6 +74,7 @@ def add_command(commands: Any) -> None:
     shared.add_asymmetric(parser)
     shared.add_dtype(parser)
     shared.add_report(parser, "tokens/s over the size of the batch")
+    add_processes(parser)
     shared.add_debug(parser)
     parser.set_defaults(run=run)
 
