@@ -38,28 +38,53 @@ SMALL = ModelConfig(
 )
 
 
+ROWS, CAPACITY = 8, 8192
+
+
+def small_loop(plan: DecodingPlan, quantization: QuantConfig, *, generation: str) -> jax.stages.Compiled:
+    """The program of a plan for one device."""
+    device = described_devices(generation)[0]
+    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
+    decoder = abstract_decoder(SMALL, quantization=quantization, formats=None, **options)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
+    nnx.update(decoder, placed)
+    with described(device):
+        lowered = Programs(decoder).lower_loop(plan, Shape(ROWS, CAPACITY, num_blocks=plan.num_blocks))
+    return lowered.compile()
+
+
+def assert_no_cache_is_copied(program: jax.stages.Compiled) -> None:
+    width = SMALL.num_kv_heads * SMALL.head_dim
+    lines = [line for line in program.as_text().splitlines() if f"bf16[{ROWS},{CAPACITY},{width}]" in line]
+    assert lines
+    assert not [line for line in lines if " copy(" in line or " transpose(" in line]
+    assert program.memory_analysis().temp_size_in_bytes < 2 * SMALL.num_layers * ROWS * CAPACITY * width * 2 / 20
+
+
 @pytest.mark.contract
 @pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v6e"])
 def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
     """Drafts from a budget, verification, attention and writes: each copy of a layer's keys would be an eighth."""
-    (device, *_), rows, capacity = described_devices(generation), 8, 8192
-    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
-    decoder = abstract_decoder(SMALL, quantization=QuantConfig(group_size=128), formats=None, **options)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
-    nnx.update(decoder, placed)
     plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
-    with described(device):
-        lowered = Programs(decoder).lower_loop(plan, Shape(rows, capacity, num_blocks=plan.num_blocks))
-    program = lowered.compile()
-    width = SMALL.num_kv_heads * SMALL.head_dim
-    cache = 2 * SMALL.num_layers * rows * capacity * width * 2
-    copies = [line for line in program.as_text().splitlines() if f"bf16[{rows},{capacity},{width}]" in line]
-    assert not [line for line in copies if " copy(" in line or " transpose(" in line]
-    assert program.memory_analysis().temp_size_in_bytes < cache / 20
+    program = small_loop(plan, QuantConfig(group_size=128), generation=generation)
+    assert_no_cache_is_copied(program)
     # Each layer, of the draft and of the verification: four matmuls, attention and a write; and each pass, the LM head.
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
     assert len(re.findall(r"%block_attention[.\d]* = ", program.as_text())) == SMALL.num_layers
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_nested_weights_and_heads_are_read_by_kernels_and_copied_nowhere(generation):
+    plan = DecodingPlan(Precision.W8A16, View(activation_bits=8, head_bits=4), 3)
+    quantization = QuantConfig(group_size=128, symmetric=True, bits=8, head_bits=8, draft_head=4)
+    program = small_loop(plan, quantization, generation=generation)
+    assert_no_cache_is_copied(program)
+    # The draft reads four linears of each layer as integers, and its head with floats; verification reads both planes.
+    per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
+    text = program.as_text()
+    assert {name: len(re.findall(rf"%{name}[.\d]* = .* custom-call\(", text)) for name in per_pass} == per_pass
 
 
 @pytest.mark.contract

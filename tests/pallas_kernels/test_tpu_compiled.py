@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels import QuantizedActivation, float_matmul, hadamard, upper_nibbles, w4a4_matmul, w4a16_matmul
 from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
 from tests.conftest import THOROUGH
 from tests.pallas_kernels.kernel_cases import AttentionCase
-from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
+from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight, array
 
 pytest.importorskip("libtpu")
 
@@ -128,6 +128,27 @@ def test_w4a16_compiles_without_temporaries(generation, case):
     # 64 rows of 28672 are cut into two planes in memory on 7x, which is 3.7 MB; a weight would be 117.
     rows_alone = 1.02 * x.size * x.dtype.itemsize if (generation, *x.shape) == ("7x", 64, 28672) else 0
     compile_alone(generation, w4a16_matmul, x, abstract_weight(*shape), most_bytes=rows_alone)
+
+
+@for_each_generation([(shape, rows) for shape in SHAPES for rows in (ROWS if THOROUGH else (8,))])
+def test_both_planes_of_a_nested_weight_are_read_without_temporaries(generation, case):
+    shape, num_rows = case
+    x = array(num_rows, shape[0], dtype=jnp.bfloat16)
+    rows_alone = 1.02 * x.size * x.dtype.itemsize if (generation, *x.shape) == ("7x", 64, 28672) else 0
+    compile_alone(generation, w4a16_matmul, x, abstract_nested_weight(*shape), most_bytes=rows_alone)
+
+
+@for_each_generation([(SHAPES[0], True), (SHAPES[1], False), (SHAPES[1], True)])
+def test_drafts_read_the_upper_plane_of_a_nested_weight_without_temporaries(generation, case):
+    """With floats, and with integers, of which those of 4 bits are asymmetric."""
+    shape, floats = case
+    (k, _, group_size, _), weight = shape, upper_nibbles(abstract_nested_weight(*shape))
+    if floats:
+        compile_alone(generation, w4a16_matmul, array(8, k, dtype=jnp.bfloat16), weight)
+        return
+    per_group = array(8, k // group_size, dtype=jnp.float32)
+    x = QuantizedActivation(array(8, k, dtype=jnp.int8), per_group, per_group, bits=4)
+    compile_alone(generation, lambda x, w: w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
 
 # One scale per token, or asymmetric groups.

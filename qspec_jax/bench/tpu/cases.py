@@ -23,7 +23,7 @@ _WRITTEN = 32  # slots of the tiles that new tokens fall into, at most two, read
 _BLOCKS = (16, 64)  # slots of a block
 _BUDGET = 512  # slots that a draft reads of a longer cache
 
-OPS = ("w4a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS = ("w4a16", "w8a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _matmuls(config: ModelConfig, *, rows: int, group_size: int) -> Iterator[Cas
         shape = f"{rows} x {linear}"
         weight, outputs = _weight(linear.k, linear.n, group_size), 2 * rows * linear.n
         x = _array(rows, linear.k, dtype="bfloat16")
-        yield Case("w4a16", shape, pallas_kernels.w4a16_matmul, (x, weight), _bytes((x, weight)) + outputs)
+        for op, one in (("w4a16", weight), ("w8a16", dataclasses.replace(weight, low=weight.packed))):
+            yield Case(op, shape, pallas_kernels.w4a16_matmul, (x, one), _bytes((x, one)) + outputs)
         codes, scale = _array(rows, linear.k, dtype="int8"), _array(rows, 1, dtype="float32")
         x = QuantizedActivation(codes, scale, None, bits=8)
         yield Case("w4a8", shape, multiply, (x, weight), _bytes((x, weight)) + outputs)
