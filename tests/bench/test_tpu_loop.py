@@ -15,6 +15,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.mesh import AXES
+from qspec_jax.model.cache import KV_INT8, KV_OF_MODEL
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
@@ -41,11 +42,14 @@ SMALL = ModelConfig(
 ROWS, CAPACITY = 8, 8192
 
 
-def small_loop(plan: DecodingPlan, quantization: QuantConfig, *, generation: str) -> jax.stages.Compiled:
+def small_loop(
+    plan: DecodingPlan, quantization: QuantConfig, *, generation: str, kv: str = KV_OF_MODEL
+) -> jax.stages.Compiled:
     """The program of a plan for one device."""
     device = described_devices(generation)[0]
     options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
     decoder = abstract_decoder(SMALL, quantization=quantization, formats=None, **options)
+    decoder.kv = kv
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
     nnx.update(decoder, placed)
@@ -54,12 +58,19 @@ def small_loop(plan: DecodingPlan, quantization: QuantConfig, *, generation: str
     return lowered.compile()
 
 
-def assert_no_cache_is_copied(program: jax.stages.Compiled) -> None:
+def assert_no_cache_is_copied(program: jax.stages.Compiled, *, dtype: str = "bf16", itemsize: int = 2) -> None:
     width = SMALL.num_kv_heads * SMALL.head_dim
-    lines = [line for line in program.as_text().splitlines() if f"bf16[{ROWS},{CAPACITY},{width}]" in line]
+    lines = [line for line in program.as_text().splitlines() if f"{dtype}[{ROWS},{CAPACITY},{width}]" in line]
     assert lines
     assert not [line for line in lines if " copy(" in line or " transpose(" in line]
-    assert program.memory_analysis().temp_size_in_bytes < 2 * SMALL.num_layers * ROWS * CAPACITY * width * 2 / 20
+    cache = 2 * SMALL.num_layers * ROWS * CAPACITY * width * itemsize
+    assert program.memory_analysis().temp_size_in_bytes < cache / 20
+
+
+def kernels(program: jax.stages.Compiled, *names: str) -> dict[str, int]:
+    """How many of them there are."""
+    text = program.as_text()
+    return {name: len(re.findall(rf"%{name}[.\d]* = .* custom-call\(", text)) for name in names}
 
 
 @pytest.mark.contract
@@ -83,8 +94,20 @@ def test_nested_weights_and_heads_are_read_by_kernels_and_copied_nowhere(generat
     assert_no_cache_is_copied(program)
     # The draft reads four linears of each layer as integers, and its head with floats; verification reads both planes.
     per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
-    text = program.as_text()
-    assert {name: len(re.findall(rf"%{name}[.\d]* = .* custom-call\(", text)) for name in per_pass} == per_pass
+    assert kernels(program, *per_pass) == per_pass
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_a_cache_of_int8_is_read_and_written_by_kernels_and_copied_nowhere(generation):
+    """Drafts from a budget, of which verification weighs the blocks."""
+    plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
+    program = small_loop(plan, QuantConfig(group_size=128), generation=generation, kv=KV_INT8)
+    assert_no_cache_is_copied(program, dtype="s8", itemsize=1)
+    layers = SMALL.num_layers
+    expected = {"decode_attention_int8": layers, "block_attention_int8": layers}
+    expected |= {"quantize_keys": 2 * layers, "write_slots": 2 * layers}
+    assert kernels(program, *expected) == expected
 
 
 @pytest.mark.contract

@@ -23,12 +23,13 @@ from qspec_jax.errors import QSpecError, UsageError
 
 GENERATIONS = ("v5e", "v6e", "7x")
 OPS = ("w4a16", "w8a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS += ("attention-int8", "masses-int8", "write-int8")
 NOTICE = "counted, not measured: bundles of the TPU compiler's machine code, on a machine without a TPU"
 _DESCRIPTION = """
 Compiles the kernels for TPUs by their own compiler (libtpu), and counts the cycles of its machine code beside those
 that the memory needs for the bytes. Nothing is run.
 """
-_COLUMNS = "{:<4} {:<10} {:<24} {:>10} {:>10} {:>6} {:>8} {:>10}"
+_COLUMNS = "{:<4} {:<14} {:<24} {:>10} {:>10} {:>6} {:>8} {:>10}"
 
 
 def add_command(commands: Any) -> None:
