@@ -156,8 +156,8 @@ def _reader(cache: Int8Cache, sizes: _Sizes, *listed: Array) -> whole.CacheReade
     ]
     arrays = cache.keys, cache.key_scales, cache.recent_keys, cache.values, cache.value_scales, *listed
     name = "block_attention_int8" if listed else "decode_attention_int8"
-    add = (functools.partial(_add_tile, with_ring=with_ring) for with_ring in (False, True))
-    return whole.CacheReader(arrays, specs, next(add), name, next(add), _has_newest)
+    add, add_newest = (functools.partial(_add_tile, with_ring=with_ring) for with_ring in (False, True))
+    return whole.CacheReader(arrays, specs, add, name, (_has_newest, add_newest))
 
 
 def _has_newest(block: Array, length: Array, sizes: _Sizes) -> Array:

@@ -76,7 +76,8 @@ def write(
         keys = reference.write(keys[:, :, None], new_keys[:, :, None], lengths)[:, :, 0]
         return keys, reference.write(values[:, :, None], new_values[:, :, None], lengths)[:, :, 0]
     ours = [Written(cache, new) for cache, new in ((keys, new_keys), (values, new_values))]
-    return tuple(write_tiles(ours, lengths, num_tokens=num_tokens, interpret=interpret))
+    keys, values = write_tiles(ours, lengths, num_tokens=num_tokens, interpret=interpret)
+    return keys, values
 
 
 class Written(NamedTuple):

@@ -84,7 +84,7 @@ def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, ca
     assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
 
 
-INT8 = [(ATTENTION[0], "bfloat16"), (AttentionCase(4, 8, 2, 64, 300), "bfloat16"), (ATTENTION[2], "float32")]
+INT8 = [(ATTENTION[0], "bfloat16"), (AttentionCase(4, 8, 2, 64, 300), "bfloat16"), (ATTENTION[2], "bfloat16")]
 if THOROUGH:
     more = [*ATTENTION, AttentionCase(4, 32, 32, 128, 2048)]
     INT8 += [(case, dtype) for case in more for dtype in ("bfloat16", "float32")]
