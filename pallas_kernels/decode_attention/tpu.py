@@ -11,10 +11,9 @@ cache before each call.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.tpu_masses import Weighing
+from pallas_kernels.decode_attention.tpu_sizes import LANES as LANES
+from pallas_kernels.decode_attention.tpu_sizes import Sizes as Sizes
 
-LANES = 128
-_ROWS = 16  # of a tile of 16 bits
-_BLOCK_SLOTS = 512
-_BLOCK_BYTES = 8 * 2**20  # of keys and values, two blocks of each; a kernel has 16 MiB on v5e
 UNSEEN = -1e30  # finite: exp(UNSEEN - UNSEEN) of a block that a row does not see must not be NaN
 
 
@@ -78,74 +75,24 @@ def decode_attention_with_masses(
     return decode_attention(*arrays, window=window, interpret=interpret), masses
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the kernel is told: tokens, queries of a key/value head, and their rows up to whole tiles.
+class CacheReader(NamedTuple):
+    """How the kernel reads a cache.
 
     Attributes:
-        share: heads of keys that share a tile of lanes.
-        width: lanes of such a tile.
-        itemsize: bytes of a key.
-        block: slots that a step adds, fewer where heads are many.
+        arrays: of the cache.
+        specs: the blocks of each that a step reads.
+        add_tile: takes references to these blocks, a tile's number and its queries, maxima, sums and totals, a block of
+            slots, the length, and sizes; adds the slots, and returns what :func:`add_logits` does.
+        name: of the kernel, as profiles show it.
+        newest: a function of a block, the length and sizes, and what takes the place of ``add_tile`` where it is true;
+            None where all blocks are alike.
     """
 
-    num_tokens: int
-    group: int
-    head_dim: int
-    num_kv: int
-    slots: int
-    window: int | None
-    itemsize: int = 2
-
-    @classmethod
-    def of(cls, query: Array, keys: Array, window: int | None, **more: int) -> Any:
-        """Those of arrays whose heads lie side by side."""
-        (_, num_tokens, num_heads, head_dim), (_, slots, flat) = query.shape, keys.shape
-        num_kv, itemsize = flat // head_dim, keys.dtype.itemsize
-        return cls(num_tokens, num_heads // num_kv, head_dim, num_kv, slots, window, itemsize, **more)
-
-    def weighing(self, block_size: int) -> Weighing:
-        """How blocks are weighed, and by which rows."""
-        rows = reference.weighed_tokens(self.num_tokens, self.group) * self.group
-        return Weighing(block_size, self.slots, self.block, self.num_tiles, self.share, self.padded, rows)
-
-    @property
-    def rows(self) -> int:
-        return self.num_tokens * self.group
-
-    @property
-    def padded(self) -> int:
-        return -(-self.rows // _ROWS) * _ROWS
-
-    @property
-    def share(self) -> int:
-        return min(self.num_kv, math.lcm(self.head_dim, LANES) // self.head_dim)
-
-    @property
-    def num_tiles(self) -> int:
-        return pl.cdiv(self.num_kv, self.share)
-
-    @property
-    def width(self) -> int:
-        return self.share * self.head_dim
-
-    @property
-    def block(self) -> int:
-        fitting = _BLOCK_BYTES // (4 * self.num_kv * self.head_dim * self.itemsize)
-        return min(_BLOCK_SLOTS, self.slots, max(_ROWS, 1 << fitting.bit_length() - 1))
-
-    @property
-    def num_steps(self) -> int:
-        whole = pl.cdiv(self.slots, self.block)
-        if self.window is None:
-            return whole
-        return min(whole, pl.cdiv(self.window + self.num_tokens, self.block) + 1)
-
-    def first_block(self, length: Array) -> Any:
-        return 0 if self.window is None else jnp.maximum(length - self.window + 1, 0) // self.block
-
-    def last_block(self, length: Array) -> Array:
-        return jnp.minimum(length + self.num_tokens - 1, self.slots - 1) // self.block
+    arrays: Sequence[Array]
+    specs: Sequence[pl.BlockSpec]
+    add_tile: Callable[..., tuple[Array, Array]]
+    name: str
+    newest: tuple[Callable[..., Array], Callable[..., tuple[Array, Array]]] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("window", "interpret"))
@@ -159,7 +106,8 @@ def attend(
     interpret: Any = False,
 ) -> Float[Array, "B T H HD"]:
     """Attention over caches whose heads lie side by side."""
-    return _call(query, keys, values, lengths, Sizes.of(query, keys, window), None, interpret=interpret)[0]
+    sizes = Sizes.of(query, keys, window)
+    return call(query, _reader(keys, values, sizes), lengths, sizes, None, interpret=interpret)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret"))
@@ -176,41 +124,51 @@ def attend_and_weigh(
     """The same, and the masses of blocks."""
     sizes = Sizes.of(query, keys, window)
     weighing = sizes.weighing(block_size)
-    out, masses = _call(query, keys, values, lengths, sizes, weighing, interpret=interpret)
+    out, masses = call(query, _reader(keys, values, sizes), lengths, sizes, weighing, interpret=interpret)
     return out, weighing.by_heads(masses, sizes.num_kv)
 
 
-def _call(query, keys, values, lengths, sizes: Sizes, weighing: Weighing | None, *, interpret: Any) -> list[Array]:
+def _reader(keys: Array, values: Array, sizes: Sizes) -> CacheReader:
+    return CacheReader((keys, values), [slots_spec(sizes)] * 2, _add_tile, "decode_attention")
+
+
+def slots_spec(sizes: Sizes) -> pl.BlockSpec:
+    """The slots of a step, of an array ``[B, S, KH * HD]``."""
+    shape = None, sizes.block, sizes.num_kv * sizes.head_dim
+    return pl.BlockSpec(shape, lambda b, s, lengths: (b, sizes.block_of_step(lengths[b], s), 0))
+
+
+def whole_spec(*shape: int) -> pl.BlockSpec:
+    """All that an array has of a sequence."""
+    return pl.BlockSpec((None, *shape), lambda b, s, lengths: (b, *(0 for _ in shape)))
+
+
+def call(
+    query: Array, reader: CacheReader, lengths: Array, sizes: Sizes, weighing: Weighing | None, *, interpret: Any
+) -> list[Array]:
     """The kernel's results: attention and, where something weighs, masses."""
     batch = query.shape[0]
-
-    def slot_block(b, s, lengths):
-        return b, jnp.minimum(sizes.first_block(lengths[b]) + s, sizes.last_block(lengths[b])), 0
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda b, s, lengths: (b, *(0 for _ in shape)))
-
     tiles = (sizes.num_tiles, sizes.share * sizes.padded)
-    slot_spec = pl.BlockSpec((None, sizes.block, keys.shape[2]), slot_block)
     scratch = [pltpu.VMEM((*tiles, width), jnp.float32) for width in (LANES, LANES, sizes.width)]
     out_shapes: list[tuple[tuple[int, ...], Any]] = [((*tiles, sizes.width), query.dtype)]
     if weighing is not None:
         out_shapes.append((weighing.masses_shape, jnp.float32))
         scratch.append(pltpu.VMEM(weighing.sums_shape, jnp.float32))
+    about = {"sizes": sizes, "weighing": weighing, "num_arrays": len(reader.arrays)}
     results: Any = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, weighing=weighing),
+        functools.partial(_kernel, reader=reader._replace(arrays=reader.arrays[:0]), **about),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, sizes.num_steps),
-            in_specs=[whole(*tiles, sizes.width), slot_spec, slot_spec],
-            out_specs=[whole(*shape) for shape, _ in out_shapes],
+            in_specs=[whole_spec(*tiles, sizes.width), *reader.specs],
+            out_specs=[whole_spec(*shape) for shape, _ in out_shapes],
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in out_shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
-        name="decode_attention",
-    )(lengths, to_tiles(query, sizes), keys, values)
+        name=reader.name,
+    )(lengths, to_tiles(query, sizes), *reader.arrays)
     return [from_tiles(results[0], sizes).reshape(query.shape), *results[1:]]
 
 
@@ -241,12 +199,14 @@ def from_tiles(out: Array, sizes: Sizes) -> Array:
 def _kernel(
     lengths_ref,  # [B] int32
     query_ref,  # [tiles, share * padded, width]
-    keys_ref,  # [block, W]
-    values_ref,
-    *refs,  # as the queries; masses; [tiles, share * padded, 128] f32, the same in all lanes: maxima and sums; totals
+    # the cache's; as the queries; masses; [tiles, share * padded, 128] f32, the same in all lanes: maxima, sums; totals
+    *refs,
+    num_arrays: int,
+    reader: CacheReader,
     sizes: Sizes,
     weighing: Weighing | None,
 ):
+    cache_refs, refs = refs[:num_arrays], refs[num_arrays:]
     out_ref, *masses_ref = refs[: 1 if weighing is None else 2]
     max_ref, sum_ref, total_ref, *block_sums_ref = refs[1 + len(masses_ref) :]
     step = pl.program_id(1)
@@ -259,35 +219,39 @@ def _kernel(
         for ref in (sum_ref, total_ref, *block_sums_ref):
             ref[...] = jnp.zeros_like(ref)
 
-    @pl.when(block <= sizes.last_block(length))
-    def _():
+    def add_block(add_tile: Callable[..., tuple[Array, Array]]) -> None:
         belongs: Any = None if weighing is None else weighing.belongs(block)
         for tile in range(sizes.num_tiles):
-            start = tile * sizes.width
-            lanes = slice(start, min(start + sizes.width, keys_ref.shape[1]))
+            lanes = sizes.lanes(tile)
             state = max_ref.at[tile], sum_ref.at[tile], total_ref.at[tile]
-            query = query_ref[tile][:, : lanes.stop - start]
-            weights, kept = _add_block(state, query, keys_ref[:, lanes], values_ref[:, lanes], block, length, sizes)
+            query = query_ref[tile][:, : lanes.stop - lanes.start]
+            weights, kept = add_tile(cache_refs, tile, query, state, block, length, sizes)
             if weighing is not None:
                 weighing.add(block_sums_ref[0].at[tile], weights, kept, belongs, block)
+
+    is_seen = block <= sizes.last_block(length)
+    if reader.newest is None:
+        pl.when(is_seen)(lambda: add_block(reader.add_tile))
+    else:
+        has_newest, add_newest = reader.newest
+        newest = has_newest(block, length, sizes)
+        pl.when(is_seen & ~newest)(lambda: add_block(reader.add_tile))
+        pl.when(is_seen & newest)(lambda: add_block(add_newest))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         for tile in range(sizes.num_tiles):
             total = sum_ref[tile][:, :1]
-            out_ref[tile] = (total_ref[tile] / total).astype(out_ref.dtype)
+            # A row that sees nothing gets zeros.
+            out_ref[tile] = (total_ref[tile] / jnp.where(total > 0, total, 1.0)).astype(out_ref.dtype)
             if weighing is not None:
                 weighing.finish(masses_ref[0].at[tile], block_sums_ref[0].at[tile], total)
 
 
-def _add_block(state, query, keys, values, block, length, sizes: Sizes):
-    """Adds a block of slots, those that are seen; returns what ``add_slots`` does."""
-    shape = query.shape[0], keys.shape[0]
-    slot = block * sizes.block + lax.broadcasted_iota(jnp.int32, shape, 1)
-    token = lax.broadcasted_iota(jnp.int32, shape, 0) % sizes.padded // sizes.group
-    seen = slot <= jnp.minimum(length + token, sizes.slots - 1)
-    if sizes.window is not None:
-        seen &= slot > length + token - sizes.window
+def _add_tile(refs, tile: int, query, state, block, length, sizes: Sizes) -> tuple[Array, Array]:
+    """As :class:`CacheReader` says, of keys and values as they are."""
+    keys, values = (ref[:, sizes.lanes(tile)] for ref in refs)
+    seen = sizes.seen(block, length, (query.shape[0], keys.shape[0]))
     if sizes.slots % sizes.block:  # what is copied beyond the last slot may be anything, NaN too
         inside = block * sizes.block + lax.broadcasted_iota(jnp.int32, values.shape, 0) < sizes.slots
         values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
@@ -295,24 +259,39 @@ def _add_block(state, query, keys, values, block, length, sizes: Sizes):
 
 
 def add_slots(state, query, keys, values, seen, sizes: Sizes) -> tuple[Array, Array]:
+    """Adds slots, as :func:`add_logits` does."""
+    return add_logits(state, dot(query, keys, contract=(1, 1)), values, seen, sizes)
+
+
+def dot(one: Array, other: Array, *, contract: tuple[int, int]) -> Array:
+    """In a kernel: a product in float32 over an axis of each."""
+    precision = lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(one, other, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def add_logits(state, logits, values, seen, sizes: Sizes, *, value_scales: Array | None = None) -> tuple[Array, Array]:
     """Adds slots to maxima, sums and totals of a tile's rows; values that are not seen must not be NaN.
+
+    Args:
+        state: references to these three.
+        logits: ``[rows, slots]``, not yet divided by the root of the head dimension.
+        values: ``[slots, width]``.
+        seen: which of the slots a row sees.
+        sizes: of the call.
+        value_scales: ``[rows, slots]``, which multiply the values.
 
     Returns:
         exponentials of the slots, relative to the largest logit so far, and what scales earlier ones to it.
     """
     max_ref, sum_ref, total_ref = state
-    dot = functools.partial(
-        lax.dot_general,
-        precision=lax.Precision.HIGHEST if query.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    logits = dot(query, keys, (((1,), (1,)), ((), ()))) * jnp.float32(sizes.head_dim**-0.5)
-    logits = jnp.where(seen, logits, UNSEEN)
+    logits = jnp.where(seen, logits * jnp.float32(sizes.head_dim**-0.5), UNSEEN)
     largest = max_ref[:, :1]
     new_largest = jnp.maximum(largest, jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.where(seen, jnp.exp(logits - new_largest), 0.0)
     kept = jnp.exp(largest - new_largest)
-    update = dot(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
+    scaled = weights if value_scales is None else jnp.where(seen, weights * value_scales, 0.0)
+    update = dot(scaled.astype(values.dtype), values, contract=(1, 0))
     total = kept * sum_ref[:, :1] + jnp.sum(weights, axis=1, keepdims=True)
     sum_ref[...] = jnp.broadcast_to(total, sum_ref.shape)
     max_ref[...] = jnp.broadcast_to(new_largest, max_ref.shape)

@@ -13,15 +13,15 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention import check_block_size
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.decode_attention_int8 import reference
-from pallas_kernels.dispatch import REFERENCE, TRITON, Implementations
+from pallas_kernels.dispatch import REFERENCE, TPU, TRITON, Implementations
 from pallas_kernels.rotate_and_write_int8 import check_written
 from pallas_kernels.rotate_and_write_int8 import reference as writing
 
 _OP = "decode_attention_int8"
 # A file has decode_attention_int8, decode_attention_int8_with_masses, block_attention_int8 and
-# obstacle(num_tokens, head_dim, blocks).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
-_ORDER = (REFERENCE, TRITON)  # no GPU has run the kernels yet: they are there for those who ask by name
+# obstacle(num_tokens, head_dim, blocks); and cache_obstacle(cache), if it does not read all.
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
+_ORDER = (TPU, REFERENCE, TRITON)  # no GPU has run its kernels yet: they are there for those who ask by name
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -40,7 +40,7 @@ def decode_attention_int8(
     Args:
         query, lengths, window: as there; at most ``MAX_DECODE_TOKENS`` tokens.
         cache: the entries of the new tokens are there already.
-        implementation: a name of ``IMPLEMENTATIONS``, or None for the reference.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the reference, or on a TPU for its kernels.
 
     Returns:
         ``[B, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
@@ -150,6 +150,10 @@ def _selected(
         raise ValueError(f"{_OP}: window={window}; use a positive number, or None to see all slots")
     if num_tokens > MAX_DECODE_TOKENS:
         raise ValueError(f"{_OP}: there are {num_tokens} tokens; use at most {MAX_DECODE_TOKENS}, or prefill_int8")
-    return _IMPLEMENTATIONS.select(
-        implementation, lambda module: module.obstacle(num_tokens, head_dim, blocks=blocks), order=_ORDER
-    )
+
+    def obstacle(module: Any) -> str | None:
+        told = module.obstacle(num_tokens, head_dim, blocks=blocks)
+        of_cache = getattr(module, "cache_obstacle", None)
+        return of_cache(cache) if told is None and of_cache is not None else told
+
+    return _IMPLEMENTATIONS.select(implementation, obstacle, order=_ORDER)

@@ -7,7 +7,8 @@ and written back. It reads and writes caches ``[B, S, KH * HD]``, as the kernel 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.rotate_and_write import reference
 
 _SLOTS = 16
+_SLOTS_OF_BYTES = 32
+LANES = 128
 
 
 def obstacle(dtype: DTypeLike | None = None) -> str | None:
@@ -68,46 +71,100 @@ def write(
     interpret: Any = False,
 ) -> tuple[Float[Array, "B S W"], Float[Array, "B S W"]]:
     """The caches with new slots from ``lengths`` on, in place where the caller gives them up."""
-    batch, num_slots, width = keys.shape
     num_tokens = new_keys.shape[1]
     if num_tokens > MAX_DECODE_TOKENS:  # a prefill writes as much as it reads: XLA does that well
         keys = reference.write(keys[:, :, None], new_keys[:, :, None], lengths)[:, :, 0]
         return keys, reference.write(values[:, :, None], new_values[:, :, None], lengths)[:, :, 0]
-    block = min(_SLOTS, num_slots)
-    num_blocks = pl.cdiv(num_slots, block)
+    ours = [Written(cache, new) for cache, new in ((keys, new_keys), (values, new_values))]
+    keys, values = write_tiles(ours, lengths, num_tokens=num_tokens, interpret=interpret)
+    return keys, values
 
-    def slot_block(b, step, lengths):
-        return b, jnp.minimum(lengths[b] // block + step, num_blocks - 1), 0
 
-    slot_spec = pl.BlockSpec((None, block, width), slot_block)
-    new_spec = pl.BlockSpec((None, num_tokens, width), lambda b, step, lengths: (b, 0, 0))
-    cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
-    new_keys_and_values: Any = pl.pallas_call(
-        functools.partial(_kernel, num_tokens=num_tokens, slot_block=slot_block),
+class Written(NamedTuple):
+    """An array of a cache, and the entries of new tokens.
+
+    Attributes:
+        cache: ``[B, S, W]``, or ``[B, W, S]`` with slots in lanes.
+        new: ``[B, T, W]``, or ``[B, W, T]``.
+        in_lanes: whether slots are the last axis.
+        is_ring: position ``p`` is in slot ``p % S``, which is whole tiles.
+    """
+
+    cache: Array
+    new: Array
+    in_lanes: bool = False
+    is_ring: bool = False
+
+    @property
+    def tile(self) -> int:
+        """Slots that are read and written at a time: no copy is smaller."""
+        least = LANES if self.in_lanes else _SLOTS_OF_BYTES if self.cache.dtype.itemsize == 1 else _SLOTS
+        return min(least, self.num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        return self.cache.shape[2 if self.in_lanes else 1]
+
+    def tile_of_step(self, length: Array, step: Array) -> Array:
+        """That which a step merges; the last one again where new tokens are past it."""
+        at, count = length // self.tile + step, pl.cdiv(self.num_slots, self.tile)
+        return at % count if self.is_ring else jnp.minimum(at, count - 1)
+
+    @property
+    def specs(self) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """Of the cache and of the new entries."""
+        shape = (self.cache.shape[1], self.tile) if self.in_lanes else (self.tile, self.cache.shape[2])
+
+        def place(b: Array, step: Array, lengths: Any) -> tuple[Any, ...]:
+            tile = self.tile_of_step(lengths[b], step)
+            return (b, 0, tile) if self.in_lanes else (b, tile, 0)
+
+        whole = pl.BlockSpec((None, *self.new.shape[1:]), lambda b, step, lengths: (b, 0, 0))
+        return pl.BlockSpec((None, *shape), place), whole
+
+    def merged(self, slots_ref: Any, new_ref: Any, length: Array, step: Array) -> Array:
+        """In a kernel: a tile with the tokens that are in it."""
+        wide = jnp.int32 if slots_ref.dtype == jnp.int8 else jnp.float32
+        slots, new = slots_ref[...].astype(wide), new_ref[...].astype(wide)
+        axis = int(self.in_lanes)
+        first = self.tile_of_step(length, step) * self.tile
+        slot = first + lax.broadcasted_iota(jnp.int32, slots.shape, axis)
+        for token in range(new.shape[axis]):
+            position = (length + token) % self.num_slots if self.is_ring else length + token
+            one = new[:, token : token + 1] if self.in_lanes else new[token : token + 1]
+            slots = jnp.where(slot == position, one, slots)
+        return slots.astype(slots_ref.dtype)
+
+
+def write_tiles(arrays: Sequence[Written], lengths: Array, *, num_tokens: int, interpret: Any) -> list[Array]:
+    """The caches with the new entries, in place where the caller gives them up."""
+    steps = max(pl.cdiv(num_tokens - 1, one.tile) for one in arrays) + 1
+    specs = [one.specs for one in arrays]
+    of_caches = [of_cache for of_cache, _ in specs]
+    results: Any = pl.pallas_call(
+        functools.partial(_kernel, arrays=[one._replace(cache=shape_of(one.cache), new=None) for one in arrays]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, pl.cdiv(num_tokens - 1, block) + 1),
-            in_specs=[slot_spec, slot_spec, new_spec, new_spec],
-            out_specs=[slot_spec, slot_spec],
+            grid=(lengths.shape[0], steps),
+            in_specs=[*of_caches, *[of_new for _, of_new in specs]],
+            out_specs=of_caches,
         ),
-        out_shape=[cache, cache],
-        input_output_aliases={1: 0, 2: 1},
+        out_shape=[shape_of(one.cache) for one in arrays],
+        input_output_aliases={1 + index: index for index in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="write_slots",
-    )(lengths, keys, values, new_keys, new_values)
-    return tuple(new_keys_and_values)
+    )(lengths, *[one.cache for one in arrays], *[one.new for one in arrays])
+    return list(results)
 
 
-def _kernel(lengths_ref, keys_ref, values_ref, new_keys_ref, new_values_ref, *out_refs, num_tokens: int, slot_block):
-    row = pl.program_id(0)
-    block = keys_ref.shape[0]
-    first = slot_block(row, pl.program_id(1), lengths_ref)[1] * block
-    for slots_ref, new_ref, out_ref in zip(
-        (keys_ref, values_ref), (new_keys_ref, new_values_ref), out_refs, strict=True
-    ):
-        merged, new = slots_ref[...].astype(jnp.float32), new_ref[...].astype(jnp.float32)
-        slot = first + lax.broadcasted_iota(jnp.int32, merged.shape, 0)
-        for token in range(num_tokens):
-            merged = jnp.where(slot == lengths_ref[row] + token, new[token : token + 1], merged)
-        out_ref[...] = merged.astype(out_ref.dtype)
+def shape_of(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _kernel(lengths_ref, *refs, arrays: Sequence[Written]):
+    count = len(arrays)
+    slots_refs, new_refs, out_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
+    length, step = lengths_ref[pl.program_id(0)], pl.program_id(1)
+    for one, slots_ref, new_ref, out_ref in zip(arrays, slots_refs, new_refs, out_refs, strict=True):
+        out_ref[...] = one.merged(slots_ref, new_ref, length, step)

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.arrays.int8_cache import RING, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
-from pallas_kernels.dispatch import REFERENCE, TRITON, Implementations
+from pallas_kernels.dispatch import REFERENCE, TPU, TRITON, Implementations
 
 _OP = "rotate_and_write_int8"
 # A file has rotate_and_write_int8 and obstacle(dtype).
-_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
-_ORDER = (REFERENCE, TRITON)  # no GPU has run the kernels yet: they are there for those who ask by name
+_IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
+_ORDER = (TPU, REFERENCE, TRITON)  # no GPU has run its kernels yet: they are there for those who ask by name
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -33,7 +33,7 @@ def rotate_and_write_int8(
     Args:
         qkv, cosine, sine, lengths: as in :func:`rotate_and_write`.
         cache: whose ``recent_keys`` have the dtype of ``qkv``.
-        implementation: a name of ``IMPLEMENTATIONS``, or None for the reference.
+        implementation: a name of ``IMPLEMENTATIONS``, or None for the reference, or on a TPU for its kernels.
 
     Returns:
         The rotated queries ``[B, T, H, HD]``, and the cache with the new entries.

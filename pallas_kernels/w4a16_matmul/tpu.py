@@ -1,9 +1,9 @@
 """``w4a16_matmul`` as a Pallas kernel for TPUs, compiled for v5e, v6e and 7x; no TPU has run it.
 
-Codes become ``16 * (code - 8)`` in bfloat16, which is exact; the scales multiply the float32 sums. Rows of other types
-are cut into bfloat16 pieces that hold all their bits, so that every product of the matrix unit is exact. An asymmetric
-weight adds ``(8 * scale - offset) * (sum of the rows' inputs of the group)``. See
-:mod:`pallas_kernels.backends.tpu.matmul`.
+Codes become ``16 * (code - 8)`` in bfloat16, which is exact, for nested 8-bit codes too. The scales multiply the
+float32 sums. Rows of other types are cut into bfloat16 pieces that hold all their bits, so that every product of the
+matrix unit is exact. An asymmetric weight adds ``(8 * scale - offset) * (sum of the rows' inputs of the group)``, and a
+symmetric nested one, whose zero is 8.5, ``-scale / 2`` times that sum. See :mod:`pallas_kernels.backends.tpu.matmul`.
 
 More rows than a decode has are bound by arithmetic: there the weight is dequantised once, and XLA multiplies.
 """
@@ -30,11 +30,7 @@ _TILE_ROWS = 16  # of 16 bits
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a weight, as the end of a sentence; None if it can."""
     del dtype  # all three of the public function work
-    return (
-        matmul.obstacle(weight.num_inputs, weight.group_size)
-        or matmul.nested_obstacle(weight)
-        or layout_obstacle(weight.layout, LAYOUT)
-    )
+    return matmul.obstacle(weight.num_inputs, weight.group_size) or layout_obstacle(weight.layout, LAYOUT)
 
 
 def w4a16_matmul(
@@ -62,34 +58,38 @@ def _matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, interpret: A
     height = pieces[0].shape[0]
     rows = matmul.padded(jnp.concatenate(pieces), _TILE_ROWS)
     per_group = [array for array in (weight.scale, weight.offset) if array is not None]
+    num_arrays = len(matmul.packed_arrays(weight)), len(per_group)
+    steps = matmul.shift_in_steps(weight)
     product = matmul.launch(
-        functools.partial(_kernel, num_scales=len(per_group), group_size=weight.group_size),
+        functools.partial(_kernel, num_arrays=num_arrays, steps=steps, group_size=weight.group_size),
         rows,
         (),
         weight,
         per_group,
-        num_scales=len(per_group),
         out_dtype=dtype if len(pieces) == 1 else jnp.float32,
         interpret=interpret,
-        name="w4a16",
+        name=f"w{weight.bits}a16",  # as profiles show it
     )
     parts = [product[i * height : i * height + num_rows] for i in range(len(pieces))]
     return functools.reduce(jnp.add, reversed(parts)).astype(dtype)
 
 
 def _kernel(
-    low_ref,  # [block_m, K/2] bf16
-    high_ref,
+    first_ref,  # [block_m, K/2] bf16
+    second_ref,
     packed_ref,  # [block_n, K/2] uint8
-    *refs,  # scale and perhaps offset [G, block_n], output [block_m, block_n], as many scratch arrays as of the first
-    num_scales: int,
+    *refs,  # low as packed; scale and perhaps offset [G, block_n]; output [block_m, block_n]; scratch as the scale
+    num_arrays: tuple[int, int],
+    steps: float | None,
     group_size: int,
 ):
-    group_refs, out_ref, scale_refs = refs[:num_scales], refs[num_scales], refs[num_scales + 1 :]
+    num_packed, num_per_group = num_arrays
+    low_refs, refs = refs[: num_packed - 1], refs[num_packed - 1 :]
+    group_refs, out_ref, scale_refs = refs[:num_per_group], refs[num_per_group], refs[num_per_group + 1 :]
     scale_ref, *shift_refs = scale_refs
     half, (block_m, block_n) = packed_ref.shape[1], out_ref.shape
     run, whole_rows = matmul.scale_run(2 * half, group_size), group_size == 2 * half
-    matmul.read_scales(group_refs, scale_refs)
+    matmul.read_scales(group_refs, scale_refs, steps)
 
     def plane(carry, x, codes, first_input):
         """Adds one plane's chunk to the scaled product, or (one group) to product and row sums, still unscaled."""
@@ -108,9 +108,10 @@ def _kernel(
         return product, row_sum
 
     def chunk(columns, start, carry):
-        low, high = (codes.astype(jnp.bfloat16) for codes in words.decode_planes(packed_ref[:, columns]))
-        carry = plane(carry, low_ref[:, columns], low, start)
-        return plane(carry, high_ref[:, columns], high, start + half)
+        planes = words.decode_planes(*(ref[:, columns] for ref in (packed_ref, *low_refs)))
+        first, second = (codes.astype(jnp.bfloat16) for codes in planes)
+        carry = plane(carry, first_ref[:, columns], first, start)
+        return plane(carry, second_ref[:, columns], second, start + half)
 
     zeros = jnp.zeros((block_m, block_n), jnp.float32), jnp.zeros((block_m, 1), jnp.float32)
     product, row_sum = matmul.for_each_chunk(half, chunk, zeros)

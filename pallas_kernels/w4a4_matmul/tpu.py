@@ -31,7 +31,6 @@ def obstacle(x: QuantizedActivation, weight: QuantizedWeight) -> str | None:
     """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
     return (
         matmul.obstacle(weight.num_inputs, weight.group_size, x.group_size)
-        or matmul.nested_obstacle(weight)
         or layout_obstacle(weight.layout, LAYOUT)
         or layout_obstacle(x.layout, LAYOUT, what="activations")
     )
@@ -58,20 +57,20 @@ def _matmul(x: QuantizedActivation, weight: QuantizedWeight, *, dtype: DTypeLike
     codes = matmul.padded(x.codes, tile)
     per_row = [x.scale]
     per_group = [array for array in (weight.scale, weight.offset) if array is not None]
-    num_scales = len(per_group)
+    num_per_group = len(per_group)
     if x.offset is not None:
         sums = weight.group_sum
         assert sums is not None  # the public function has checked it
         per_row.append(jnp.repeat(x.offset, sums.shape[0] // x.num_groups, axis=1))
         per_group.append(sums)
     sizes = {"group_size": weight.group_size, "x_group": x.group_size}
+    num_arrays, steps = (len(per_row), num_per_group), matmul.shift_in_steps(weight)
     product = matmul.launch(
-        functools.partial(_kernel, num_scales=num_scales, num_per_row=len(per_row), **sizes),
+        functools.partial(_kernel, num_arrays=num_arrays, steps=steps, **sizes),
         codes if integers else codes.astype(jnp.bfloat16),
         [matmul.padded(array, tile) for array in per_row],
         weight,
         per_group,
-        num_scales=num_scales,
         out_dtype=dtype,
         interpret=interpret,
         name=f"w4a{x.bits}",  # as profiles show it
@@ -83,21 +82,22 @@ def _kernel(
     low_ref,  # [block_m, K/2] int8, or bf16 of whole numbers
     high_ref,
     *refs,  # scale (and offset) of the rows, packed, scale (and offset) (and group sums), output, scratch
-    num_scales: int,
-    num_per_row: int,
+    num_arrays: tuple[int, int],
+    steps: float | None,
     group_size: int,
     x_group: int,
 ):
+    num_per_row, num_per_group = num_arrays
     (x_scale_ref, *x_offset_refs), (packed_ref, *refs) = refs[:num_per_row], refs[num_per_row:]
-    group_refs, sums_refs, refs = refs[:num_scales], refs[num_scales : -1 - num_scales], refs[-1 - num_scales :]
-    out_ref, *scale_refs = refs
+    group_refs, refs = refs[:num_per_group], refs[num_per_group:]
+    sums_refs, (out_ref, *scale_refs) = refs[: len(x_offset_refs)], refs[len(x_offset_refs) :]
     scale_ref, *shift_refs = scale_refs
     half, (block_m, block_n) = packed_ref.shape[1], out_ref.shape
     run = matmul.scale_run(2 * half, group_size, x_group)
     x_whole = x_group == 2 * half
     one_scale = group_size == x_group == 2 * half  # it covers all sums
     sum_dtype = jnp.int32 if low_ref.dtype == jnp.int8 else jnp.float32
-    matmul.read_scales(group_refs, scale_refs)
+    matmul.read_scales(group_refs, scale_refs, steps)
 
     def plane(carry, x, codes, first_input):
         product, code_sum = carry

@@ -58,8 +58,6 @@ def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto", mesh: Any = N
         )
     if kv == KV_INT8 and mesh is not None:
         raise UsageError("kv='int8' works on one device, and not yet on a mesh; use kv='model', or no mesh")
-    if kv == KV_INT8 and jax.default_backend() == "tpu":
-        raise UsageError("kv='int8' has no kernels for TPUs yet; use kv='model'")
     if kv == KV_INT8 and jax.default_backend() == "gpu" and kernels not in (TRITON, REFERENCE):
         raise UsageError(
             "kv='int8' has kernels that no GPU has run yet; use kernels='triton' to try them, once `python -m "

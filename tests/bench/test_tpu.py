@@ -65,7 +65,7 @@ def test_the_command_knows_the_generations_and_operations_without_jax():
 
 
 RESULT = {"op": "w4a16", "shape": "8 x 4096x6144", "status": "ok", "is_kernel": True}
-RESULT |= {"cycles": 300, "cycles_of_bytes": 200, "temporary_bytes": 0}
+RESULT |= {"cycles": 300, "cycles_of_bytes": 200, "temporary_bytes": 0, "vmem_bytes": 8_200_000}
 
 
 def test_it_prints_a_line_for_each_call_and_says_that_nothing_was_measured(monkeypatch, capsys, tmp_path):
@@ -78,7 +78,8 @@ def test_it_prints_a_line_for_each_call_and_says_that_nothing_was_measured(monke
     assert main(["tpu", "--generations", "v5e,7x", "--ops", "w4a16,head", "--json", str(path)]) == 1
     out = capsys.readouterr().out
     assert out.startswith("counted, not measured")
-    assert [line.split()[-2:] for line in out.splitlines()[2:]] == [["1.50", "0"], ["0", "XLA"], ["no", "VMEM"]]
+    ends = [["1.50", "8.2", "0"], ["8.2", "0", "XLA"], ["FAILED:", "no", "VMEM"]]
+    assert [line.split()[-3:] for line in out.splitlines()[2:]] == ends
     assert given[0]["ops"] == ["w4a16", "head"]
     report = json.loads(path.read_text())
     assert [result["name"] for result in report["results"]] == ["v5e", "7x", "7x"]
@@ -119,3 +120,4 @@ def test_a_kernel_is_compiled_and_counted():
     (result,) = command.counted("v6e", settings)
     assert (result["status"], result["is_kernel"], result["temporary_bytes"]) == ("ok", True, 0)
     assert 50 < result["cycles"] < 5000
+    assert 10_000 < result["vmem_bytes"] < 1_000_000

@@ -15,6 +15,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.mesh import AXES
+from qspec_jax.model.cache import KV_INT8, KV_OF_MODEL
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
@@ -38,28 +39,75 @@ SMALL = ModelConfig(
 )
 
 
+ROWS, CAPACITY = 8, 8192
+
+
+def small_loop(
+    plan: DecodingPlan, quantization: QuantConfig, *, generation: str, kv: str = KV_OF_MODEL
+) -> jax.stages.Compiled:
+    """The program of a plan for one device."""
+    device = described_devices(generation)[0]
+    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
+    decoder = abstract_decoder(SMALL, quantization=quantization, formats=None, **options)
+    decoder.kv = kv
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
+    nnx.update(decoder, placed)
+    with described(device):
+        lowered = Programs(decoder).lower_loop(plan, Shape(ROWS, CAPACITY, num_blocks=plan.num_blocks))
+    return lowered.compile()
+
+
+def assert_no_cache_is_copied(program: jax.stages.Compiled, *, dtype: str = "bf16", itemsize: int = 2) -> None:
+    width = SMALL.num_kv_heads * SMALL.head_dim
+    lines = [line for line in program.as_text().splitlines() if f"{dtype}[{ROWS},{CAPACITY},{width}]" in line]
+    assert lines
+    assert not [line for line in lines if " copy(" in line or " transpose(" in line]
+    cache = 2 * SMALL.num_layers * ROWS * CAPACITY * width * itemsize
+    assert program.memory_analysis().temp_size_in_bytes < cache / 20
+
+
+def kernels(program: jax.stages.Compiled, *names: str) -> dict[str, int]:
+    """How many of them there are."""
+    text = program.as_text()
+    return {name: len(re.findall(rf"%{name}[.\d]* = .* custom-call\(", text)) for name in names}
+
+
 @pytest.mark.contract
 @pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v6e"])
 def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
     """Drafts from a budget, verification, attention and writes: each copy of a layer's keys would be an eighth."""
-    (device, *_), rows, capacity = described_devices(generation), 8, 8192
-    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
-    decoder = abstract_decoder(SMALL, quantization=QuantConfig(group_size=128), formats=None, **options)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
-    nnx.update(decoder, placed)
     plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
-    with described(device):
-        lowered = Programs(decoder).lower_loop(plan, Shape(rows, capacity, num_blocks=plan.num_blocks))
-    program = lowered.compile()
-    width = SMALL.num_kv_heads * SMALL.head_dim
-    cache = 2 * SMALL.num_layers * rows * capacity * width * 2
-    copies = [line for line in program.as_text().splitlines() if f"bf16[{rows},{capacity},{width}]" in line]
-    assert not [line for line in copies if " copy(" in line or " transpose(" in line]
-    assert program.memory_analysis().temp_size_in_bytes < cache / 20
+    program = small_loop(plan, QuantConfig(group_size=128), generation=generation)
+    assert_no_cache_is_copied(program)
     # Each layer, of the draft and of the verification: four matmuls, attention and a write; and each pass, the LM head.
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
     assert len(re.findall(r"%block_attention[.\d]* = ", program.as_text())) == SMALL.num_layers
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_nested_weights_and_heads_are_read_by_kernels_and_copied_nowhere(generation):
+    plan = DecodingPlan(Precision.W8A16, View(activation_bits=8, head_bits=4), 3)
+    quantization = QuantConfig(group_size=128, symmetric=True, bits=8, head_bits=8, draft_head=4)
+    program = small_loop(plan, quantization, generation=generation)
+    assert_no_cache_is_copied(program)
+    # The draft reads four linears of each layer as integers, and its head with floats; verification reads both planes.
+    per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
+    assert kernels(program, *per_pass) == per_pass
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_a_cache_of_int8_is_read_and_written_by_kernels_and_copied_nowhere(generation):
+    """Drafts from a budget, of which verification weighs the blocks."""
+    plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
+    program = small_loop(plan, QuantConfig(group_size=128), generation=generation, kv=KV_INT8)
+    assert_no_cache_is_copied(program, dtype="s8", itemsize=1)
+    layers = SMALL.num_layers
+    expected = {"decode_attention_int8": layers, "block_attention_int8": layers}
+    expected |= {"quantize_keys": 2 * layers, "write_slots": 2 * layers}
+    assert kernels(program, *expected) == expected
 
 
 @pytest.mark.contract

@@ -48,7 +48,7 @@ def test_int8_takes_about_half_of_bfloat16():
         ("model", {"dtype": "float32", "mesh": "model=2"}, KV_OF_MODEL),
         ("bf16", {"dtype": "float32"}, "this one runs in float32: use kv='model'"),
         ("int8", {"mesh": "model=2"}, "not yet on a mesh; use kv='model'"),
-        ("int8", {"backend": "tpu"}, "no kernels for TPUs yet; use kv='model'"),
+        ("int8", {"backend": "tpu"}, KV_INT8),
         ("int8", {"backend": "gpu"}, "no GPU has run yet; use kernels='triton'"),
         ("int8", {"backend": "gpu", "kernels": "mosaic"}, "use kernels='triton'"),
         ("int8", {"backend": "gpu", "kernels": "triton"}, KV_INT8),

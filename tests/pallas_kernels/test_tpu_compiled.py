@@ -12,13 +12,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import QuantizedActivation, float_matmul, hadamard, w4a4_matmul, w4a16_matmul
+from pallas_kernels import (
+    Int8Cache,
+    QuantizedActivation,
+    float_matmul,
+    hadamard,
+    upper_nibbles,
+    w4a4_matmul,
+    w4a16_matmul,
+)
 from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.decode_attention import tpu as attention_tpu
+from pallas_kernels.decode_attention_int8 import tpu as int8_tpu
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
+from pallas_kernels.rotate_and_write_int8 import tpu as int8_writing
 from tests.conftest import THOROUGH
 from tests.pallas_kernels.kernel_cases import AttentionCase
-from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
+from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight, array
 
 pytest.importorskip("libtpu")
 
@@ -72,6 +82,28 @@ def test_attention_and_writes_compile_without_a_copy_of_the_cache(generation, ca
     compile_alone(generation, attend, query, cache, cache, lengths)
     write = compile_alone(generation, rotate_tpu.write, cache, cache, new, new, lengths, donate_argnums=(0, 1))
     assert write.memory_analysis().alias_size_in_bytes >= 2 * 4 * sizes.slots * width * dtype.itemsize
+
+
+INT8 = [(ATTENTION[0], "bfloat16"), (ATTENTION[0], "bfloat16"), (AttentionCase(4, 8, 2, 64, 300), "bfloat16")]
+if THOROUGH:
+    more = [*ATTENTION, AttentionCase(4, 32, 32, 128, 2048)]
+    INT8 += [(case, dtype) for case in more for dtype in ("bfloat16", "float32")]
+
+
+@for_each_generation(INT8)
+def test_a_cache_of_int8_is_read_and_written_without_a_copy(generation, case):
+    """With masses of blocks."""
+    sizes, dtype = case
+    heads = {"num_kv_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim, "dtype": jnp.dtype(dtype)}
+    cache = jax.eval_shape(lambda: Int8Cache.zeros(batch=4, capacity=sizes.slots, **heads))
+    query = array(4, sizes.num_tokens, sizes.num_heads, sizes.head_dim, dtype=jnp.dtype(dtype))
+    new = array(4, sizes.num_tokens, sizes.num_kv_heads, sizes.head_dim, dtype=jnp.dtype(dtype))
+    lengths, options = array(4, dtype=jnp.int32), {"block_size": 16, "window": sizes.window}
+    weigh = functools.partial(int8_tpu.decode_attention_int8_with_masses, **options)
+    compile_alone(generation, weigh, query, cache, lengths)
+    write = compile_alone(generation, int8_writing.write, cache, new, new, lengths, donate_argnums=0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert write.memory_analysis().alias_size_in_bytes >= size
 
 
 # The first of them has so many heads that 512 slots do not fit the memory of v5e.
@@ -128,6 +160,28 @@ def test_w4a16_compiles_without_temporaries(generation, case):
     # 64 rows of 28672 are cut into two planes in memory on 7x, which is 3.7 MB; a weight would be 117.
     rows_alone = 1.02 * x.size * x.dtype.itemsize if (generation, *x.shape) == ("7x", 64, 28672) else 0
     compile_alone(generation, w4a16_matmul, x, abstract_weight(*shape), most_bytes=rows_alone)
+
+
+# The last one is for v6e.
+@for_each_generation([*((shape, rows) for shape in SHAPES for rows in (ROWS if THOROUGH else (8,))), (SHAPES[0], 8)])
+def test_both_planes_of_a_nested_weight_are_read_without_temporaries(generation, case):
+    shape, num_rows = case
+    x = array(num_rows, shape[0], dtype=jnp.bfloat16)
+    rows_alone = 1.02 * x.size * x.dtype.itemsize if (generation, *x.shape) == ("7x", 64, 28672) else 0
+    compile_alone(generation, w4a16_matmul, x, abstract_nested_weight(*shape), most_bytes=rows_alone)
+
+
+@for_each_generation([(SHAPES[0], True), (SHAPES[1], False), (SHAPES[1], True)])
+def test_drafts_read_the_upper_plane_of_a_nested_weight_without_temporaries(generation, case):
+    """With floats, and with integers, of which those of 4 bits are asymmetric."""
+    shape, floats = case
+    (k, _, group_size, _), weight = shape, upper_nibbles(abstract_nested_weight(*shape))
+    if floats:
+        compile_alone(generation, w4a16_matmul, array(8, k, dtype=jnp.bfloat16), weight)
+        return
+    per_group = array(8, k // group_size, dtype=jnp.float32)
+    x = QuantizedActivation(array(8, k, dtype=jnp.int8), per_group, per_group, bits=4)
+    compile_alone(generation, lambda x, w: w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
 
 # One scale per token, or asymmetric groups.

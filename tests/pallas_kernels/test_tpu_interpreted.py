@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import quantize_activations, with_group_sums
+from pallas_kernels import quantize_activations, upper_nibbles, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
 from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.block_attention.reference import EVERYTHING
@@ -30,6 +30,7 @@ from tests.pallas_kernels.kernel_cases import (
     activation_in_float64,
     assert_nearly_the_same,
     attention_in_float64,
+    random_nested_weight,
     random_rows,
     random_weight,
     relative_error,
@@ -62,6 +63,28 @@ def test_w4a16_equals_the_definition_in_float64(shape, interpret):
     weight, x = random_weight(*sizes, symmetric=symmetric), random_rows(5, shape[1])
     expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
     assert relative_error(w4a16_tpu.w4a16_matmul(x, weight, interpret=interpret), expected) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        ((48, 256, 32, True), "simulated"),
+        ((32, 576, 64, False), "quick"),
+        ((16, 576, 576, True), "quick"),
+    ],
+    ids=str,
+)
+def test_nested_weights_and_their_upper_nibbles_equal_the_definition_in_float64(shape, mode):
+    """Verification reads both planes, drafts the upper one, with floats or integers."""
+    *sizes, symmetric = shape
+    weight, x = random_nested_weight(*sizes, symmetric=symmetric, scale_dtype=jnp.float32), random_rows(5, shape[1])
+    codes = quantize_activations(x, bits=8, group_size=shape[2], symmetric=symmetric)
+    for one in (weight, upper_nibbles(weight)):
+        expected = np.asarray(x, np.float64) @ weight_in_float64(one).T
+        out = w4a16_tpu.w4a16_matmul(x, one, interpret=MODES[mode])
+        assert relative_error(out, expected) < 3e-7
+    out = w4a4_tpu.w4a4_matmul(codes, one, dtype=jnp.float32, integers=True, interpret=MODES[mode])
+    assert relative_error(out, activation_in_float64(codes) @ weight_in_float64(one).T) < 2e-6
 
 
 @pytest.mark.parametrize(("num_rows", "dtype"), [(33, jnp.float16), (33, jnp.bfloat16), (257, jnp.bfloat16)])
@@ -307,10 +330,10 @@ def test_all_numbers_of_rows_add_in_one_order():
     """The chunks, and how many are unrolled, depend on the weight alone; a block of outputs is a multiple of tiles."""
     assert {name: type(mode).__name__ for name, mode in MODES.items()}["simulated"] == "InterpretParams"
     for k in (576, 4096, 14336, 28672):
-        packed = jnp.zeros((1, k // 2), jnp.uint8)
-        width = matmul.block_n(packed)
-        assert width % 256 == 0
-        assert 2 * width * k // 2 <= 8 * 2**20
+        for row_bytes, most in ((k // 2, 8), (k, 15)):  # of a nested weight twice as many; long rows ask for more
+            width = matmul.block_n(row_bytes)
+            assert width % 256 == 0
+            assert 2 * width * row_bytes <= most * 2**20
 
 
 @pytest.mark.newest_jax

@@ -16,12 +16,13 @@ from pallas_kernels import (
     hadamard,
     swiglu_hadamard,
     swiglu_hadamard_quantize,
+    upper_nibbles,
     w4a4_matmul,
     w4a16_matmul,
 )
 from pallas_kernels.decode_attention import tpu as attention_tpu
 from pallas_kernels.rotate_and_write import tpu as rotate_tpu
-from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array
+from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight, array
 from tests.pallas_kernels.tpu_cases import DEVICE_KINDS, tpu_program
 
 pytestmark = pytest.mark.newest_jax
@@ -36,6 +37,12 @@ SHAPES = [(576, 960, 32, False), (4096, 6144, 128, True), (14336, 4096, 14336, T
 def test_w4a16_is_one_kernel_wherever_a_tpu_is_described(shape, num_rows, dtype):
     x = array(num_rows, shape[0], dtype=jnp.dtype(dtype))
     assert tpu_program(w4a16_matmul, x, abstract_weight(*shape)).count(KERNEL_CALL) == 1
+
+
+def test_a_nested_weight_and_its_upper_nibbles_are_one_kernel_each():
+    weight, x = abstract_nested_weight(*SHAPES[0]), array(8, SHAPES[0][0], dtype=jnp.bfloat16)
+    for one in (weight, upper_nibbles(weight)):
+        assert tpu_program(w4a16_matmul, x, one).count(KERNEL_CALL) == 1
 
 
 def test_xla_multiplies_a_w4a16_prefill_of_16_bits():

@@ -1,4 +1,4 @@
-"""What the 4-bit matmuls for TPUs share: blocks, scales, and the walk over the inputs.
+"""What the matmuls for TPUs share that read codes: blocks, scales, and the walk over the inputs.
 
 A program of the grid has all inputs of ``block_n`` outputs: their bytes arrive in one copy, while those of the outputs
 before are multiplied. It goes through them in chunks of 128 lanes. Scales multiply sums, which are fewer than weights
@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, QuantizedWeight
+from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, TRUNCATED_CODE, QuantizedWeight
 from pallas_kernels.backends.tpu import words
 
 LANES = 128
@@ -32,7 +32,7 @@ MAX_ROWS = 256  # of a decode; more are bound by arithmetic, which XLA does well
 _MAX_BLOCK_M = 128
 _UNROLLED = 16  # chunks at most: the compiler fills the gaps of one with others
 _BLOCK_BYTES = 4 * 2**20  # of packed codes; two blocks are in VMEM, of which a kernel on v5e may take 16 MiB
-_LONG_ROWS = 16384  # inputs from which a kernel asks for more; a core has 64 MiB at least
+_LONG_ROW_BYTES = 8192  # from which a kernel asks for more; a core has 64 MiB at least
 _VMEM_OF_LONG_ROWS = 48 * 2**20
 
 
@@ -49,14 +49,28 @@ def obstacle(num_inputs: int, *group_sizes: int) -> str | None:
     return f"needs groups that are whole rows, or runs of 2^n or 128 n inputs; K={num_inputs} gives runs of {run}"
 
 
-def nested_obstacle(weight: QuantizedWeight) -> str | None:
-    """Why the kernels cannot serve codes of 8 bits, or their upper nibbles; None if they can serve the weight's."""
-    return "needs 4-bit codes; these are of a nested 8-bit weight" if weight.bits == 8 or weight.truncated else None
+def packed_arrays(weight: QuantizedWeight) -> list[Array]:
+    """Those of its codes: one, or of a nested weight two."""
+    return [weight.packed] if weight.low is None else [weight.packed, weight.low]
 
 
-def block_n(packed: Array) -> int:
-    """Outputs of a program: 512, whose first and last products wait for nothing the shortest time, or 256."""
-    return 512 if 512 * packed.shape[1] <= _BLOCK_BYTES else 256
+def block_n(row_bytes: int) -> int:
+    """Outputs of a program: 512, whose first and last products wait for nothing the shortest time, or 256.
+
+    Args:
+        row_bytes: of the codes of an output.
+    """
+    return 512 if 512 * row_bytes <= _BLOCK_BYTES else 256
+
+
+def shift_in_steps(weight: QuantizedWeight) -> float | None:
+    """``a`` of the weight ``scale * (code - 8) + shift``, ``shift = a * scale - offset``; None where there is none.
+
+    The code is that of the packed nibbles alone: those of a truncated weight stand for half a step more. The zero
+    point of a symmetric nested weight is half a step from 8.
+    """
+    steps = SYMMETRIC_ZERO_POINT + TRUNCATED_CODE * weight.truncated - weight.zero_point * weight.symmetric
+    return None if weight.symmetric and not steps else float(steps)
 
 
 def padded(x: Array, multiple: int) -> Array:
@@ -72,7 +86,6 @@ def launch(
     weight: QuantizedWeight,
     per_group: Sequence[Array],
     *,
-    num_scales: int,
     out_dtype: DTypeLike,
     interpret: Any,
     name: str,
@@ -80,14 +93,17 @@ def launch(
     """A kernel over ``[M, N]``, ``M`` a multiple of the rows of a tile (:func:`padded`).
 
     Args:
-        kernel: takes references to both planes of ``x``, ``per_row``, packed codes, ``per_group``, the output, and
-            ``num_scales`` scratch arrays in the shape of a block of scales, float32.
+        kernel: takes references to both planes of ``x``, ``per_row``, :func:`packed_arrays`, ``per_group``, the output,
+            and one scratch array, or of a weight with a shift two, in the shape of a block of scales, float32.
         x: ``[M, K]`` rows.
         per_row: ``[M, _]`` each.
         per_group: ``[_, N]`` each; of float16 as :func:`words.half_bits`.
     """
     m, (n, half) = x.shape[0], weight.packed.shape
-    width, block_m = block_n(weight.packed), min(m, _MAX_BLOCK_M)
+    packed = packed_arrays(weight)
+    row_bytes = len(packed) * half
+    width, block_m = block_n(row_bytes), min(m, _MAX_BLOCK_M)
+    num_scales = 1 if shift_in_steps(weight) is None else 2
     planes, plane_specs = _planes(x, block_m)
     per_group = [words.half_bits(array) for array in per_group]
     return pl.pallas_call(
@@ -96,7 +112,7 @@ def launch(
         in_specs=[
             *plane_specs,
             *[pl.BlockSpec((block_m, array.shape[1]), lambda n, m: (m, 0)) for array in per_row],
-            pl.BlockSpec((width, half), lambda n, m: (n, 0)),
+            *[pl.BlockSpec((width, half), lambda n, m: (n, 0))] * len(packed),
             *[pl.BlockSpec((array.shape[0], width), lambda n, m: (0, n)) for array in per_group],
         ],
         out_specs=pl.BlockSpec((block_m, width), lambda n, m: (m, n)),
@@ -105,12 +121,13 @@ def launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             # XLA would else write the bits of all float16 scales to memory, before the loop of a program.
-            allow_input_fusion=[False] * (3 + len(per_row)) + [array.dtype == jnp.int16 for array in per_group],
-            vmem_limit_bytes=_VMEM_OF_LONG_ROWS if x.shape[1] > _LONG_ROWS else None,
+            allow_input_fusion=[False] * (2 + len(per_row) + len(packed))
+            + [array.dtype == jnp.int16 for array in per_group],
+            vmem_limit_bytes=_VMEM_OF_LONG_ROWS if row_bytes > _LONG_ROW_BYTES else None,
         ),
         interpret=interpret,
         name=name,
-    )(*planes, *per_row, weight.packed, *per_group)
+    )(*planes, *per_row, *packed, *per_group)
 
 
 def _planes(x: Array, block_m: int) -> tuple[tuple[Array, Array], list[pl.BlockSpec]]:
@@ -122,15 +139,21 @@ def _planes(x: Array, block_m: int) -> tuple[tuple[Array, Array], list[pl.BlockS
     return (low, high), [pl.BlockSpec((block_m, half), lambda n, m: (m, 0))] * 2
 
 
-def read_scales(group_refs: Sequence[Any], scale_refs: Sequence[Any]) -> None:
-    """In a kernel, once per block of outputs: the scale of a decoded code, and what the sum of a row is times of."""
+def read_scales(group_refs: Sequence[Any], scale_refs: Sequence[Any], steps: float | None) -> None:
+    """In a kernel, once per block of outputs: the scale of a decoded code, and what the sum of a row is times of.
+
+    ``steps`` is :func:`shift_in_steps`.
+    """
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         scale = words.as_float32(group_refs[0][...])
         scale_refs[0][...] = scale * jnp.float32(1 / words.CODE_FACTOR)
-        if len(scale_refs) > 1:
-            scale_refs[1][...] = SYMMETRIC_ZERO_POINT * scale - words.as_float32(group_refs[1][...])
+        if steps is not None:
+            shift = jnp.float32(steps) * scale
+            for offset_ref in group_refs[1:]:
+                shift = shift - words.as_float32(offset_ref[...])
+            scale_refs[1][...] = shift
 
 
 def for_each_chunk(half: int, chunk: Callable[..., Any], carry: Any) -> Any:

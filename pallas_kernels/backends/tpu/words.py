@@ -34,15 +34,20 @@ def as_float32(values: Array) -> Array:
     return jnp.where(bits < 0, -unsigned, unsigned)
 
 
-def decode_planes(packed: Array) -> tuple[Array, Array]:
+def decode_planes(packed: Array, low: Array | None = None) -> tuple[Array, Array]:
     """In a kernel: ``CODE_FACTOR * (code - 8)`` of both planes as int8, four codes at a time.
 
     Flipping the highest bit of a nibble makes ``code - 8`` of it, in two's complement. As the upper half of a byte it
-    is 16 times that, so that four operations decode a word of eight codes, and none extends a sign.
+    is 16 times that, so that four operations decode a word of eight codes, and none extends a sign. The lower half is
+    that of a nested code, which is a whole number of sixteenths: the byte is the code of 8 bits less 128.
     """
     flipped = pltpu.bitcast(packed, jnp.int32) ^ jnp.int32(-0x77777778)
     upper: Any = jnp.int32(-0x0F0F0F10)
-    return pltpu.bitcast((flipped << 4) & upper, jnp.int8), pltpu.bitcast(flipped & upper, jnp.int8)
+    planes = (flipped << 4) & upper, flipped & upper
+    if low is not None:
+        lower, nibbles = jnp.int32(0x0F0F0F0F), pltpu.bitcast(low, jnp.int32)
+        planes = planes[0] | (nibbles & lower), planes[1] | ((nibbles >> 4) & lower)
+    return pltpu.bitcast(planes[0], jnp.int8), pltpu.bitcast(planes[1], jnp.int8)
 
 
 def int8_where(mask: Array, codes: Array) -> Array:

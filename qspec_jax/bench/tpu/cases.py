@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels import Layout, QuantizedActivation, QuantizedWeight
+from pallas_kernels import Int8Cache, Layout, QuantizedActivation, QuantizedWeight
 from pallas_kernels.block_attention import tpu as block_attention
 from pallas_kernels.decode_attention import tpu as attention
+from pallas_kernels.decode_attention_int8 import tpu as int8_attention
 from pallas_kernels.rotate_and_write import tpu as rotation
+from pallas_kernels.rotate_and_write_int8 import tpu as int8_writing
 from qspec_jax.bench.presets import distinct, linear_shapes
 from qspec_jax.model.config import ModelConfig
 
@@ -23,7 +25,8 @@ _WRITTEN = 32  # slots of the tiles that new tokens fall into, at most two, read
 _BLOCKS = (16, 64)  # slots of a block
 _BUDGET = 512  # slots that a draft reads of a longer cache
 
-OPS = ("w4a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS = ("w4a16", "w8a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS += ("attention-int8", "masses-int8", "write-int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +66,32 @@ def cases(config: ModelConfig, *, rows: int, context: int, group_size: int, toke
     written = 4 * rows * _WRITTEN * width * cache.dtype.itemsize  # keys and values, to and fro
     donated = {"donate_argnums": (0, 1)}
     yield Case("write", shape, rotation.write, (cache, cache, new, new, lengths), written, donated)
+    yield from _int8(config, query, context, shape)
     x = _array(rows, config.intermediate_size, dtype="bfloat16")
     yield Case("hadamard", f"{rows} x {x.shape[1]}", pallas_kernels.hadamard, (x,), 2 * _bytes(x))
     x, weight = (_array(n, config.hidden_size, dtype="bfloat16") for n in (rows, config.vocab_size))
     logits = 4 * rows * config.vocab_size
     shape = f"{rows} x {config.hidden_size} x {config.vocab_size}"
     yield Case("head", shape, pallas_kernels.float_matmul, (x, weight), _bytes((x, weight)) + logits)
+
+
+def _int8(config: ModelConfig, query: Any, context: int, shape: str) -> Iterator[Case]:
+    """The same over a cache of int8."""
+    (rows, tokens, *_), heads, head_dim = query.shape, config.num_kv_heads, config.head_dim
+    sizes: Any = {"num_kv_heads": heads, "head_dim": head_dim, "dtype": query.dtype}
+    cache = jax.eval_shape(lambda: Int8Cache.zeros(batch=rows, capacity=context, **sizes))
+    new, lengths = _array(rows, tokens, heads, head_dim, dtype="bfloat16"), _array(rows, dtype="int32")
+    args, num_bytes = (query, cache, lengths), _bytes((query, query, cache))
+    attend = functools.partial(int8_attention.decode_attention_int8, window=None)
+    yield Case("attention-int8", shape, attend, args, num_bytes)
+    weigh = functools.partial(int8_attention.decode_attention_int8_with_masses, block_size=_BLOCKS[0], window=None)
+    masses = 4 * rows * heads * -(-context // _BLOCKS[0])
+    yield Case("masses-int8", shape, weigh, args, num_bytes + masses)
+    # To and fro: two tiles of values and of the ring, one of scales of either kind. No block becomes whole.
+    width = heads * head_dim
+    written = 2 * rows * (2 * 32 * width + 2 * 16 * 2 * width + 8 * 4 * width + 4 * heads * 128)
+    donated = {"donate_argnums": (0,)}
+    yield Case("write-int8", shape, int8_writing.write, (cache, new, new, lengths), written, donated)
 
 
 def _blocks(config: ModelConfig, cache: Any, lengths: Any, block_size: int) -> Case:
@@ -90,7 +113,8 @@ def _matmuls(config: ModelConfig, *, rows: int, group_size: int) -> Iterator[Cas
         shape = f"{rows} x {linear}"
         weight, outputs = _weight(linear.k, linear.n, group_size), 2 * rows * linear.n
         x = _array(rows, linear.k, dtype="bfloat16")
-        yield Case("w4a16", shape, pallas_kernels.w4a16_matmul, (x, weight), _bytes((x, weight)) + outputs)
+        for op, one in (("w4a16", weight), ("w8a16", dataclasses.replace(weight, low=weight.packed))):
+            yield Case(op, shape, pallas_kernels.w4a16_matmul, (x, one), _bytes((x, one)) + outputs)
         codes, scale = _array(rows, linear.k, dtype="int8"), _array(rows, 1, dtype="float32")
         x = QuantizedActivation(codes, scale, None, bits=8)
         yield Case("w4a8", shape, multiply, (x, weight), _bytes((x, weight)) + outputs)

@@ -22,13 +22,14 @@ from qspec_jax.commands.output import say, show
 from qspec_jax.errors import QSpecError, UsageError
 
 GENERATIONS = ("v5e", "v6e", "7x")
-OPS = ("w4a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS = ("w4a16", "w8a16", "w4a8", "attention", "masses", "blocks", "write", "hadamard", "head")
+OPS += ("attention-int8", "masses-int8", "write-int8")
 NOTICE = "counted, not measured: bundles of the TPU compiler's machine code, on a machine without a TPU"
 _DESCRIPTION = """
 Compiles the kernels for TPUs by their own compiler (libtpu), and counts the cycles of its machine code beside those
 that the memory needs for the bytes. Nothing is run.
 """
-_COLUMNS = "{:<4} {:<10} {:<24} {:>10} {:>10} {:>6} {:>10}"
+_COLUMNS = "{:<4} {:<14} {:<24} {:>10} {:>10} {:>6} {:>8} {:>10}"
 
 
 def add_command(commands: Any) -> None:
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--group-size {size} does not divide the rows of {arguments.model}; use 32, 64 or 128")
     _check_compiler()
     settings = {name: getattr(arguments, name) for name in ("model", "rows", "tokens", "context", "group_size")}
-    show(f"{NOTICE}\n{_COLUMNS.format('', 'op', 'shape', 'cycles', 'of bytes', 'ratio', 'temporary')}")
+    show(f"{NOTICE}\n{_COLUMNS.format('', 'op', 'shape', 'cycles', 'of bytes', 'ratio', 'VMEM MB', 'temporary')}")
     results = []
     for generation in generations:
         for result in counted(generation, {**settings, "ops": ops}):
@@ -78,11 +79,11 @@ def table_row(result: dict[str, Any]) -> str:
     """A call as a line."""
     cells = result["name"], result["op"], result["shape"]
     if result["status"] != "ok":
-        return _COLUMNS.format(*cells, "-", "-", "-", "-") + f"  FAILED: {result['error']}"
+        return _COLUMNS.format(*cells, "-", "-", "-", "-", "-") + f"  FAILED: {result['error']}"
     ratio = result["cycles"] / result["cycles_of_bytes"]
-    line = _COLUMNS.format(
-        *cells, result["cycles"], result["cycles_of_bytes"], f"{ratio:.2f}", result["temporary_bytes"]
-    )
+    vmem = f"{result['vmem_bytes'] / 1e6:.1f}"
+    counts = result["cycles"], result["cycles_of_bytes"], f"{ratio:.2f}", vmem, result["temporary_bytes"]
+    line = _COLUMNS.format(*cells, *counts)
     return line if result["is_kernel"] else f"{line}  XLA"
 
 

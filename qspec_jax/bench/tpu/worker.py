@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+
+_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"\}')
 
 
 def main(argv: list[str]) -> None:
@@ -37,16 +40,17 @@ def _compiled(generation: str, folder: Path, case: Any) -> dict[str, Any]:
         program = compile_for(generation, case.function, *case.args, **case.options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         return {"status": "failed", "error": str(error).splitlines()[0]}
-    by_operation = cycles_by_operation(folder)
+    by_operation, text = cycles_by_operation(folder), program.as_text() or ""
     memory: Any = program.memory_analysis()
     return {
         "status": "ok",
-        "is_kernel": "tpu_custom_call" in (program.as_text() or ""),
+        "is_kernel": "tpu_custom_call" in text,
         "cycles": sum(by_operation.values()),
         "cycles_by_operation": by_operation,
         "cycles_of_bytes": round(GENERATIONS[generation].cycles(case.num_bytes)),
         "num_bytes": case.num_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "vmem_bytes": max((int(size) for size in _VMEM.findall(text)), default=0),
         "generation": dataclasses.asdict(GENERATIONS[generation]),
     }
 
