@@ -53,6 +53,7 @@ class OpenedModel:
         tokenizer: reads its tokenizer.
         read: reads its weights into a decoder; takes ``progress``, ``placing`` and what :func:`decoder_options`
             returns.
+        verify: what drafts of it are verified with, unless a request says otherwise.
         source: what it was opened as.
         drafts: where its 4-bit copy is, if not there.
     """
@@ -63,6 +64,7 @@ class OpenedModel:
     formats: Mapping[str, WeightFormat] | None
     tokenizer: Callable[[], Tokenizer | None]
     read: Callable[..., Decoder]
+    verify: str
     source: Source | Checkpoint
     drafts: Source | None = None
 
@@ -103,11 +105,10 @@ def open_model(
     if check_weights(quantization, verify, draft_path):
         assert quantization is not None
         exact = open_exact(path, quantization, draft_path)
-        chosen, source = dataclasses.replace(exact.quantization, **heads), exact.source
-        options: dict[str, Any] = {"quantization": chosen, "formats": exact.formats, "drafts": exact.drafts}
-        read = functools.partial(load_decoder, source, **options)
-        tokenizer = functools.partial(open_tokenizer, path)
-        return OpenedModel(path.name, source.config, chosen, exact.formats, tokenizer, read, source, exact.drafts)
+        chosen, formats, drafts = dataclasses.replace(exact.quantization, **heads), exact.formats, exact.drafts
+        source, tokenizer = exact.source, functools.partial(open_tokenizer, path)
+        read = functools.partial(load_decoder, source, quantization=chosen, formats=formats, drafts=drafts)
+        return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, verify, source, drafts)
     if is_checkpoint(path) and quantization is not None:
         checkpoint = open_checkpoint(path)
         manifest = checkpoint.manifest
@@ -116,7 +117,8 @@ def open_model(
         check_bits(path, chosen, verify)
         check_head(path, manifest.model, manifest.quantization, chosen)
         read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
-        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read, checkpoint)
+        tokenizer = checkpoint.tokenizer
+        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, tokenizer, read, verify, checkpoint)
     source = open_source(path)
     chosen = usual_quantization(source, verify) if quantization == "auto" else quantization
     if chosen is not None and verify == "w8a16":
@@ -126,7 +128,7 @@ def open_model(
     check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     tokenizer = functools.partial(open_tokenizer, path)
-    return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, source)
+    return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, verify, source)
 
 
 def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:
@@ -205,9 +207,10 @@ def load(
         verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
             and tokens are those of plain decoding with the floats. ``w8a16`` to round to nested 8-bit weights, of
             which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone; ``auto`` for that, too, unless
-            ``quantization`` or the checkpoint say otherwise. Codes of 8 bits stay such whatever is given; ``verify`` of
-            :meth:`~qspec_jax.LanguageModel.generate` decides whether all of them verify, or their upper 4 bits. Where
-            ``quantization`` is ``auto``, 8-bit weights are symmetric, in groups as large as fit.
+            ``quantization`` or the checkpoint say otherwise. Codes of 8 bits stay such whatever is given: with
+            ``w4a16`` their upper 4 bits verify. The model remembers it (:attr:`LanguageModel.verify`): whatever drafts
+            is verified so, unless a call or its plan says otherwise. Where ``quantization`` is ``auto``, 8-bit weights
+            are symmetric, in groups as large as fit.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.
@@ -279,6 +282,7 @@ def _assemble(
     """A model around a decoder, which may have shapes alone; ``runs`` are the kernels asked for, and its cache."""
     kernels, decoder.kv = runs
     options: dict[str, Any] = {"quantization": opened.quantization, "name": opened.name, "mesh": mesh}
+    options["verify"] = opened.verify
     return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
 
