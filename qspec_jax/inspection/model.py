@@ -119,9 +119,10 @@ def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
     manifest = checkpoint.manifest
     name = str(manifest.recipe.get("name", "unknown"))
     linears: collections.Counter[str] = collections.Counter()
+    beside = " and floats" if manifest.quantization.keep_floats else ""
     for spec in expected_parameters(manifest.model).values():
         if spec.kind == "linear":
-            linears[f"{manifest.formats[spec.module].bits}-bit codes, kept"] += 1
+            linears[f"{manifest.formats[spec.module].bits}-bit codes{beside}, kept"] += 1
     return _Stored("checkpoint of qspec_jax", _anatomy(manifest.model), f"recipe {name}", linears)
 
 

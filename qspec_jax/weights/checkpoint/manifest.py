@@ -20,7 +20,8 @@ from qspec_jax.model.parameters import layer_anatomy
 FILE_NAME = "qspec.json"
 DATA_PREFIX = "data-"
 FORMAT = "qspec-jax checkpoint"
-FORMAT_VERSION = 2  # 1: 4-bit weights and LM heads in floating point alone
+# 1: 4-bit weights and LM heads in floating point alone; 2: 8-bit weights, and LM heads in codes
+FORMAT_VERSION = 3  # floats beside a 4-bit copy of them
 _CHECKSUM = "sha256"
 _BLOCK_BYTES = 1 << 20
 _WRITE_AGAIN = "write the checkpoint again with python -m qspec_jax.quantize, or fetch it again"
@@ -75,16 +76,25 @@ class Manifest:
         """Bytes of all files."""
         return sum(record.num_bytes for record in self.files.values())
 
+    @property
+    def _version(self) -> int:
+        """The oldest format that can say all this."""
+        if self.quantization.keep_floats:
+            return FORMAT_VERSION
+        has_new_codes = any(one.bits == 8 for one in self.formats.values()) or self.quantization.has_quantized_head
+        return 2 if has_new_codes else 1
+
     def to_json(self) -> str:
         """The text of ``qspec.json``, with its own checksum."""
-        is_new = any(one.bits == 8 for one in self.formats.values()) or self.quantization.has_quantized_head
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION if is_new else 1, **dataclasses.asdict(self)}
-        for fields in () if is_new else (content["quantization"], *content["formats"].values()):
+        version = self._version
+        content = {"format": FORMAT, "format_version": version, **dataclasses.asdict(self)}
+        for fields in () if version > 1 else (content["quantization"], *content["formats"].values()):
             for name in ("bits", "head_bits", "draft_head"):  # for versions that know 4 bits and float heads alone
                 fields.pop(name, None)
         for fields in content["formats"].values():
             del fields["wide"]  # the records of its arrays say so
-        del content["quantization"]["keep_floats"]  # of a model in memory: a checkpoint has codes alone
+        if version < FORMAT_VERSION:
+            del content["quantization"]["keep_floats"]  # which older versions do not know
         return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
 
 

@@ -136,11 +136,12 @@ def restore_decoder(
     placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Decoder:
-    """Restores the decoder, with 4-bit weights bit for bit as they were saved.
+    """Restores the decoder, with its weights bit for bit as they were saved.
 
     Args:
         checkpoint: an opened one.
-        quantization: how draft activations are quantised, None for what is stored with the weights.
+        quantization: how draft activations are quantised, and whether floats that it has beside a 4-bit copy are read;
+            None for what is stored with the weights.
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``; independent of how the saved model was arranged.

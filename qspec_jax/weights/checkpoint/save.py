@@ -29,7 +29,7 @@ from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.linear import Linear, WeightFormat, with_bits_of
 from qspec_jax.model.parameters import layer_anatomy
-from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
+from qspec_jax.weights.checkpoint.arrays import group_names, keeps_floats, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
     FILE_NAME,
@@ -65,8 +65,8 @@ def save_checkpoint(
 
     Args:
         path: of the directory.
-        decoder: with quantised weights, in either arrangement of its layers. Its floats are written exactly, and what
-            lies on a mesh as if it lay on one device.
+        decoder: with quantised weights, and maybe their floats besides, in either arrangement of its layers. Floats
+            are written exactly, and what lies on a mesh as if it lay on one device.
         tokenizer: of the model, if it has one.
         quantization: of the decoder.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
@@ -83,11 +83,6 @@ def save_checkpoint(
     """
     if quantization is None:
         raise UsageError("only quantised weights are saved; load the model with a QuantConfig")
-    if quantization.keep_floats:
-        raise UsageError(
-            "only quantised weights are saved, and this model has floating-point ones besides; its checkpoint has "
-            "those. Load it with verify='w4a16' to save its 4-bit copy, and give that as draft_model the next time"
-        )
     if jax.process_count() > 1:
         raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
     path, formats = Path(os.path.abspath(path)), _formats(decoder)
@@ -168,7 +163,7 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor() as pool:
-        for group in progress(group_names(decoder.config)):
+        for group in progress(group_names(decoder.config, keep_floats=keeps_floats(decoder))):
             arrays = stored_arrays(decoder, group)
             hashes = pool.map(hash_array, arrays.values())  # while they are written
             with _errors_of_the_system():

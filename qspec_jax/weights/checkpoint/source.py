@@ -17,13 +17,23 @@ from qspec_jax.weights.codes import packed
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 
-def open_saved_source(checkpoint: Checkpoint) -> Source:
-    """The tensors of an opened checkpoint. A layer is read when the first of its tensors is."""
+def open_saved_source(checkpoint: Checkpoint, *, floats: bool = True) -> Source:
+    """The tensors of an opened checkpoint. A layer is read when the first of its tensors is.
+
+    Args:
+        checkpoint: an opened one.
+        floats: give the linears of one that has both in floating point; else, the 4-bit copy.
+    """
     specs = expected_parameters(checkpoint.manifest.model)
-    read_group = functools.lru_cache(maxsize=1)(checkpoint.read_group)
+    read_group = functools.lru_cache(maxsize=2)(checkpoint.read_group)  # a layer, and its floats
+    has_floats = floats and checkpoint.manifest.quantization.keep_floats
     entries = {}
     for name, spec in specs.items():
-        if spec.kind == "linear":
+        if spec.kind == "linear" and has_floats:
+            entries[name] = TensorEntry(
+                spec.shape, functools.partial(_read_floats, read_group, spec.floats.path, spec.rows)
+            )
+        elif spec.kind == "linear":
             weight_format = checkpoint.manifest.formats[spec.module]
             codes = dataclasses.replace(weight_format, group_size=weight_format.group_size or spec.shape[1])
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
