@@ -30,7 +30,7 @@ from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.placement import decoder_options, kernels_in_use, kv_format
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
-from qspec_jax.weights.checkpoint.head import check_head, head_of
+from qspec_jax.weights.checkpoint.head import check_head, formats_of, head_of
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
@@ -118,8 +118,9 @@ def open_model(
     chosen = usual_quantization(source, verify) if quantization == "auto" else quantization
     if chosen is not None and verify == "w8a16":
         chosen = dataclasses.replace(chosen, bits=8)
+    chosen = None if chosen is None else dataclasses.replace(chosen, **heads)
     formats = weight_formats(source, chosen)
-    chosen = None if chosen is None else dataclasses.replace(with_bits_of(chosen, formats), **heads)
+    chosen = None if chosen is None else with_bits_of(chosen, formats)
     check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     tokenizer = functools.partial(open_tokenizer, path)
@@ -137,8 +138,8 @@ def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: Ma
     check_bits(path, chosen, verify)
     check_head(path, manifest.model, stored, chosen)
     read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
-    tokenizer = checkpoint.tokenizer
-    return OpenedModel(path.name, manifest.model, chosen, manifest.formats, tokenizer, read, verify, checkpoint)
+    tokenizer, formats = checkpoint.tokenizer, formats_of(manifest, chosen)
+    return OpenedModel(path.name, manifest.model, chosen, formats, tokenizer, read, verify, checkpoint)
 
 
 def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:
@@ -226,7 +227,7 @@ def load(
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.
         head_bits: 8 or 4 to round the LM head to; 16 for the head as it is; None for what ``quantization`` or the
-            checkpoint say.
+            checkpoint say. 8 keeps the codes of a GGUF file's head in Q8_0.
         draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy. None likewise.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it

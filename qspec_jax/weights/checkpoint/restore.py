@@ -24,7 +24,7 @@ from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.arrays import MODEL_GROUP, dtype_fits, expected_shapes, fill, group_of
-from qspec_jax.weights.checkpoint.head import with_head
+from qspec_jax.weights.checkpoint.head import formats_of, with_head
 from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
 from qspec_jax.weights.placing import Placing
 from qspec_jax.weights.tokenizers import load_tokenizer
@@ -157,7 +157,7 @@ def restore_decoder(
     decoder = placing.whole(
         manifest.model,
         quantization=quantization,
-        formats=manifest.formats,
+        formats=formats_of(manifest, quantization),
         dtype=dtype,
         scan_layers=scan_layers,
         kernels=kernels,
@@ -166,7 +166,7 @@ def restore_decoder(
 
     def read_group(group: str) -> dict[str, np.ndarray]:
         arrays = checkpoint.read_group(group)
-        return with_head(arrays, decoder, manifest.quantization, quantization) if group == MODEL_GROUP else arrays
+        return with_head(arrays, decoder, manifest, quantization) if group == MODEL_GROUP else arrays
 
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):

@@ -27,8 +27,9 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import Linear, WeightFormat, with_bits_of
-from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.parameters import HEAD, layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, keeps_floats, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
@@ -144,7 +145,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 
 
 def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
-    """The format of each linear of a layer, from the weights themselves."""
+    """The format of each linear of a layer, from the weights themselves, and of a head that has its file's codes."""
     formats = {}
     for name in layer_anatomy(decoder.config).linears:
         linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
@@ -153,7 +154,8 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
             raise UsageError(f"only quantised weights are saved, and {name} is floating point; load with a QuantConfig")
         is_wide = weight.scale.dtype.itemsize > 2
         formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits, is_wide)
-    return formats
+    head = None if decoder.quantized_head is None else decoder.quantized_head.get_value()
+    return formats if head is None or head.symmetric else {**formats, HEAD: IMPORTED_HEAD}
 
 
 def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable], Iterable]) -> dict[str, ArrayRecord]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dequantize, unpack_codes, unpack_nested
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.parameters import HEAD, expected_parameters, head_name
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
 from qspec_jax.weights.codes import packed
@@ -42,6 +42,12 @@ def open_saved_source(checkpoint: Checkpoint, *, floats: bool = True) -> Source:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_head, read_group))
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
+    if HEAD in checkpoint.manifest.formats:
+        name, read_head = (
+            head_name(checkpoint.manifest.model),
+            functools.partial(_read_codes, read_group, HEAD, slice(None)),
+        )
+        entries[name] = dataclasses.replace(entries[name], read_head=read_head)
     return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
 
 
@@ -50,7 +56,7 @@ def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
 
 
 def _read_head(read_group) -> np.ndarray:
-    tensor = _read_codes(read_group, "quantized_head", slice(None))
+    tensor = _read_codes(read_group, HEAD, slice(None))
     return np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
 
 
