@@ -268,8 +268,9 @@ def _precisions(request: _Request, model: Any) -> list[str]:
 
 def _baseline(name: str | None, arguments: argparse.Namespace, model: Any) -> Any:
     """The model to compare with, of which nothing is rounded: the model itself if it has its floats, and its cache."""
-    has_floats = arguments.verify == "float" and arguments.baseline is None and arguments.kv == KV_NAMES[0]
-    return model if has_floats else _load(arguments.baseline or name, arguments, None, KV_NAMES[0])
+    keeps_floats = getattr(getattr(model, "quantization", None), "keep_floats", False)
+    is_its_own = keeps_floats and arguments.baseline is None and arguments.kv == KV_NAMES[0]
+    return model if is_its_own else _load(arguments.baseline or name, arguments, None, KV_NAMES[0])
 
 
 def _load(name: str | None, arguments: argparse.Namespace, quantization: Any, kv: str) -> Any:

@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_group_size(parser, "inputs per scale of rounded weights (default: 32)")
     bits = "of rounded weights: 4, or 8, of which drafts read the upper 4 (default: 4)"
     add("--bits", type=int, choices=WEIGHT_BITS, help=bits)
+    kept = "store the model's own floats besides: they verify what the rounded weights draft (docs/exact.md)"
+    add("--keep-floats", action="store_true", help=kept)
     options.add_heads(parser)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
@@ -120,7 +122,10 @@ def _override(recipe: Recipe, given: RecipeOptions, arguments: argparse.Namespac
             )
         quantization = dataclasses.replace(quantization, bits=arguments.bits)
     heads = {name: None if bits == 16 else bits for name, bits in options.heads_of(arguments).items()}
-    quantization = dataclasses.replace(quantization, **heads)
+    kept = {"keep_floats": True} if arguments.keep_floats else {}
+    quantization = dataclasses.replace(quantization, **heads, **kept)
+    if quantization.keep_floats:
+        recipe.check_floats()
     if arguments.symmetric is not None:
         quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
     if arguments.outlier_groups is not None:

@@ -10,7 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell tagged "parameters" of each sets for a reader, and a test for itself: fewer programs of fewer tokens.
 SMALLER = {
-    "01_quickstart": {"NUM_TOKENS": 8, "NUM_PROMPTS": 2, "DRAFT_LENGTHS": (3,)},
+    "01_quickstart": {"NUM_TOKENS": 8, "NUM_PROMPTS": 2, "DRAFT_LENGTHS": (3,), "TARGETS": ("float",)},
     "02_where_speculation_pays": {
         **{"NUM_TOKENS": 8, "NUM_PROMPTS": 2, "NUM_RUNS": 1},
         **{"DRAFT_LENGTHS": (1, 3), "COPIED_BYTES": 2**22},
@@ -20,7 +20,10 @@ SMALLER = {
 }
 # What each prints at least so often, and the pictures that it draws.
 PRINTS = {
-    "01_quickstart": ({"2 of 2 outputs equal plain decoding": 2, "rejected draft": 2}, 1),
+    "01_quickstart": (
+        {"2 of 2 outputs equal plain decoding": 2, "rejected draft": 2, "float: equal to plain decoding": 1},
+        1,
+    ),
     "02_where_speculation_pays": ({"speed-up": 2, "c_d = ": 1, "tokens per cycle": 3, "a plain step could take": 1}, 3),
     "03_kernels": ({"reference": 2, "W4A8": 2, "TFLOP/s": 1}, 1),
     "04_your_pipeline": ({"right, and equal to the program above": 1}, 0),

@@ -231,6 +231,7 @@ def plan_of(
     draft_length: int | str | Any = 3,
     draft_context: str | int | Any = "auto",
     verify: str | Any = AUTO,
+    usual: str = AUTO,
     held: Collection[int | None] = (4,),
     draft_head: int | None = None,
 ) -> Plan:
@@ -244,9 +245,10 @@ def plan_of(
             :data:`AUTO_LENGTHS` and none.
         draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
             matter of a long text where there is a kernel that reads no others.
-        verify: one of :data:`VERIFY`, the target of modes that draft. ``auto`` is ``float`` for a model that holds its
-            checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others. A
-            plain mode is its own target.
+        verify: one of :data:`VERIFY`, the target of modes that draft; ``auto`` for ``usual``. A plain mode is its own
+            target.
+        usual: one of :data:`VERIFY`, which a model was loaded for. ``auto`` is ``float`` for one that holds its
+            checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others.
         held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
         draft_head: 4 if the model has an LM head of 4 bits for its drafts.
 
@@ -259,8 +261,8 @@ def plan_of(
         raise UsageError(f"mode={shown(mode)} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
     if not isinstance(draft, str) or draft not in DRAFTS:
         raise UsageError(f"draft={shown(draft)} is unknown; use one of {', '.join(DRAFTS)}")
-    target = _target_of(mode, verify, held)
-    if mode not in ("qspec", *LOOKUP_MODES, AUTO):
+    target = _target_of(mode, verify, usual, held)
+    if _is_plain(mode):
         return DecodingPlan(target)
     view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
     view = dataclasses.replace(view, head_bits=draft_head)
@@ -281,13 +283,15 @@ def plan_of(
     return DecodingPlan(target, Lookup(view) if mode == "lookup-qspec" else view, draft_length)
 
 
-def _target_of(mode: str, verify: str | Any, held: Collection[int | None]) -> View:
+def _target_of(mode: str, verify: str | Any, usual: str, held: Collection[int | None]) -> View:
     """The view whose output a mode produces.
 
     Raises:
         UsageError: there is no such target, it contradicts the mode, or the model has not the weights of both.
     """
     verify = check_verify(verify, mode)
+    if verify == AUTO and not _is_plain(mode):
+        verify = usual
     if mode != "float" and 4 not in held:
         raise UsageError(f"mode={mode!r} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
     if mode == "w8a16" and 8 not in held:
@@ -298,11 +302,15 @@ def _target_of(mode: str, verify: str | Any, held: Collection[int | None]) -> Vi
             f"verify={verify!r} needs weights that this model does not hold; load it with verify={verify!r}, or use "
             f"verify={' or '.join(map(repr, others))}"
         )
-    if mode in MODES and mode != "qspec":
+    if _is_plain(mode):
         return View.of(Precision(mode))
     if verify == AUTO:
         return _TARGETS["float" if None in held else "w8a16" if 8 in held else "w4a16"]
     return target
+
+
+def _is_plain(mode: str) -> bool:
+    return mode in MODES and mode != "qspec"
 
 
 def check_verify(verify: str | Any, mode: str) -> str:
@@ -313,7 +321,7 @@ def check_verify(verify: str | Any, mode: str) -> str:
     """
     if not isinstance(verify, str) or verify not in VERIFY:
         raise UsageError(f"verify={shown(verify)} is unknown; use one of {', '.join(VERIFY)}")
-    if verify not in (AUTO, mode) and mode in MODES and mode != "qspec":
+    if verify not in (AUTO, mode) and _is_plain(mode):
         raise UsageError(
             f"mode={mode!r} decodes plainly and has no drafts for verify={verify!r} to verify; use verify={AUTO!r}, "
             f"or mode={verify!r} or 'qspec'"

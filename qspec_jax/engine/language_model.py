@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.following import programs_of
-from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan, plan_of, static
+from qspec_jax.decoding.plan import AUTO, AutoPlan, DecodingPlan, Plan, check_verify, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.device.mesh import shape_of
@@ -49,6 +49,8 @@ class LanguageModel:
         tokenizer: text to token ids and back.
         quantization: None if the weights are floating point.
         kernels: the implementation its matmuls run on.
+        verify: what it was loaded for, of :data:`~qspec_jax.decoding.plan.VERIFY`: the target of all that drafts and is
+            not told another. ``auto`` is the best that its weights serve.
         name: where it was loaded from.
         mesh: the devices that share it; None for one.
     """
@@ -60,6 +62,7 @@ class LanguageModel:
         *,
         quantization: QuantConfig | None,
         kernels: str,
+        verify: str = AUTO,
         name: str = "model",
         stop_tokens: Sequence[int] = (),
         mesh: Mesh | None = None,
@@ -68,6 +71,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.quantization = quantization
         self.kernels = kernels
+        self.verify = check_verify(verify, "qspec")
         self.name = name
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
@@ -116,14 +120,16 @@ class LanguageModel:
     ) -> Plan:
         """What a mode does in each cycle; see :func:`qspec_jax.decoding.plan.plan_of`.
 
+        With ``verify="auto"``, modes that draft are verified with what the model was loaded for (:attr:`verify`).
+
         Raises:
             UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small, or
                 weights that the model does not hold.
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
         draft_head = None if self.quantization is None else self.quantization.draft_head
-        held = held_weights(self.quantization)
-        return plan_of(mode, **options, verify=verify, held=held, draft_head=draft_head)
+        weights: dict[str, Any] = {"held": held_weights(self.quantization), "draft_head": draft_head}
+        return plan_of(mode, **options, verify=verify, usual=self.verify, **weights)
 
     def decoder_for(self, plan: Plan | Any) -> Decoder:
         """The decoder with its weights as a plan's kernels read them, for a program of your own.
@@ -184,8 +190,9 @@ class LanguageModel:
             draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
             draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 512 that
                 matter of texts from 1,024 on (on a GPU), or a number of them. Tokens do not depend on it.
-            verify: what drafts are verified with, and so what tokens are those of: ``w4a16``, ``float`` for the floats
-                of a model that :func:`qspec_jax.load` loaded with ``verify="float"``, or ``auto`` for what it has.
+            verify: what drafts are verified with, and so what tokens are those of: ``w4a16``, ``w8a16`` for 8-bit
+                weights, ``float`` for the floats of a model that :func:`qspec_jax.load` loaded with
+                ``verify="float"``, or ``auto`` for what :func:`qspec_jax.load` was asked for.
             max_new_tokens: limit per prompt; generation also ends at a stop token, which is included.
             chat: put each text into the model's chat template; None does so if there is one.
             max_seq_len: cache positions per sequence; None makes it fit.
@@ -265,7 +272,7 @@ class LanguageModel:
         """A batch that requests enter one by one, and leave when they are finished.
 
         Args:
-            plan: of :meth:`plan`; None for its defaults.
+            plan: of :meth:`plan`; None for its defaults, verified with what the model was loaded for.
             batch_size: requests that run together.
             max_seq_len: cache positions of each, prompt and new tokens together; None for the model's context, up
                 to 4096.

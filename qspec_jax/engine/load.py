@@ -31,8 +31,8 @@ from qspec_jax.model.linear import WeightFormat, with_bits_of
 from qspec_jax.model.placement import decoder_options, kernels_in_use, kv_format
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
-from qspec_jax.weights.checkpoint.head import check_head, head_of
-from qspec_jax.weights.checkpoint.manifest import is_checkpoint
+from qspec_jax.weights.checkpoint.head import check_head, formats_of, head_of
+from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.exact import open_exact
@@ -54,6 +54,7 @@ class OpenedModel:
         tokenizer: reads its tokenizer.
         read: reads its weights into a decoder; takes ``progress``, ``placing`` and what :func:`decoder_options`
             returns.
+        verify: what drafts of it are verified with, unless a request says otherwise.
         source: what it was opened as.
         drafts: where its 4-bit copy is, if not there.
     """
@@ -64,6 +65,7 @@ class OpenedModel:
     formats: Mapping[str, WeightFormat] | None
     tokenizer: Callable[[], Tokenizer | None]
     read: Callable[..., Decoder]
+    verify: str
     source: Source | Checkpoint
     drafts: Source | None = None
 
@@ -101,33 +103,44 @@ def open_model(
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     heads = _heads(quantization, head_bits, draft_head)
-    if check_weights(quantization, verify, draft_path):
+    is_exact = check_weights(quantization, verify, draft_path)
+    if is_checkpoint(path) and quantization is not None and draft_path is None:
+        saved = read_manifest(path).quantization
+        if saved.keep_floats or not is_exact:
+            return _open_saved(path, saved if quantization == "auto" else quantization, verify=verify, heads=heads)
+    if is_exact:
         assert quantization is not None
         exact = open_exact(path, quantization, draft_path)
-        chosen, source = dataclasses.replace(exact.quantization, **heads), exact.source
-        options: dict[str, Any] = {"quantization": chosen, "formats": exact.formats, "drafts": exact.drafts}
-        read = functools.partial(load_decoder, source, **options)
-        tokenizer = functools.partial(open_tokenizer, path)
-        return OpenedModel(path.name, source.config, chosen, exact.formats, tokenizer, read, source, exact.drafts)
-    if is_checkpoint(path) and quantization is not None:
-        checkpoint = open_checkpoint(path)
-        manifest = checkpoint.manifest
-        chosen = with_bits_of(manifest.quantization if quantization == "auto" else quantization, manifest.formats)
-        chosen = dataclasses.replace(chosen, **{**head_of(manifest.quantization), **heads})
-        check_bits(path, chosen, verify)
-        check_head(path, manifest.model, manifest.quantization, chosen)
-        read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
-        return OpenedModel(path.name, manifest.model, chosen, manifest.formats, checkpoint.tokenizer, read, checkpoint)
+        chosen, formats, drafts = dataclasses.replace(exact.quantization, **heads), exact.formats, exact.drafts
+        source, tokenizer = exact.source, functools.partial(open_tokenizer, path)
+        read = functools.partial(load_decoder, source, quantization=chosen, formats=formats, drafts=drafts)
+        return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, verify, source, drafts)
     source = open_source(path)
     chosen = usual_quantization(source, verify) if quantization == "auto" else quantization
     if chosen is not None and verify == "w8a16":
         chosen = dataclasses.replace(chosen, bits=8)
+    chosen = None if chosen is None else dataclasses.replace(chosen, **heads)
     formats = weight_formats(source, chosen)
-    chosen = None if chosen is None else dataclasses.replace(with_bits_of(chosen, formats), **heads)
+    chosen = None if chosen is None else with_bits_of(chosen, formats)
     check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     tokenizer = functools.partial(open_tokenizer, path)
-    return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, source)
+    return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, verify, source)
+
+
+def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: Mapping[str, int | None]) -> OpenedModel:
+    """A checkpoint of this library, whose weights stay as they are. Arguments and errors of :func:`open_model`."""
+    checkpoint = open_checkpoint(path)
+    manifest = checkpoint.manifest
+    stored = manifest.quantization
+    kept = {"keep_floats": stored.keep_floats and verify != "w4a16"}  # whose copy is all that is read then
+    chosen = dataclasses.replace(quantization, bits=4, keep_floats=False)
+    chosen = dataclasses.replace(with_bits_of(chosen, manifest.formats), **{**head_of(stored), **heads, **kept})
+    check_bits(path, chosen, verify)
+    check_head(path, manifest.model, stored, chosen)
+    read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
+    tokenizer, formats = checkpoint.tokenizer, formats_of(manifest, chosen)
+    return OpenedModel(path.name, manifest.model, chosen, formats, tokenizer, read, verify, checkpoint)
 
 
 def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:
@@ -190,7 +203,8 @@ def load(
     Args:
         model: a Hugging Face hub id, a local directory with ``config.json`` and safetensors, or a GGUF
             file, whose 4-bit codes are kept as they are; a checkpoint directory that
-            ``python -m qspec_jax.quantize`` or :func:`save` wrote; None for the demo model,
+            ``python -m qspec_jax.quantize`` or :func:`save` wrote, whose weights come back bit for bit; None for the
+            demo model,
             SmolLM2-135M-Instruct.
         quantization: how to store weights and quantise draft activations. ``auto`` is what a checkpoint
             stores, and ``QuantConfig()`` for all else; the weights of a checkpoint stay as they are
@@ -205,15 +219,16 @@ def load(
             ``model``. No device holds more than its share. None for the default device alone.
         verify: ``float`` to keep the checkpoint's own floats beside a 4-bit copy: the copy drafts, the floats verify,
             and tokens are those of plain decoding with the floats. ``w8a16`` to round to nested 8-bit weights, of
-            which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone; ``auto`` for that, too, unless
-            ``quantization`` or the checkpoint say otherwise. Codes of 8 bits stay such whatever is given; ``verify`` of
-            :meth:`~qspec_jax.LanguageModel.generate` decides whether all of them verify, or their upper 4 bits. Where
-            ``quantization`` is ``auto``, 8-bit weights are symmetric, in groups as large as fit.
+            which drafts read the upper 4 bits. ``w4a16`` for 4-bit weights alone, also of a checkpoint that has floats
+            besides; ``auto`` for that, too, unless ``quantization`` or the checkpoint say otherwise. Codes of 8 bits
+            stay such whatever is given: with ``w4a16`` their upper 4 bits verify. The model remembers it
+            (:attr:`LanguageModel.verify`): whatever drafts is verified so, unless a call or its plan says otherwise.
+            Where ``quantization`` is ``auto``, 8-bit weights are symmetric, in groups as large as fit.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
             as fit.
         head_bits: 8 or 4 to round the LM head to; 16 for the head as it is; None for what ``quantization`` or the
-            checkpoint say.
+            checkpoint say. 8 keeps the codes of a GGUF file's head in Q8_0.
         draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy. None likewise.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
@@ -285,6 +300,7 @@ def _assemble(
     """A model around a decoder, which may have shapes alone; ``runs`` are the kernels asked for, and its cache."""
     kernels, decoder.kv = runs
     options: dict[str, Any] = {"quantization": opened.quantization, "name": opened.name, "mesh": mesh}
+    options["verify"] = opened.verify
     return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
 
@@ -315,13 +331,14 @@ def save(
     """Writes a loaded, quantised model as a checkpoint directory that :func:`load` takes.
 
     Args:
-        model: with 4-bit weights.
+        model: with quantised weights. Its floats, which ``verify="float"`` keeps besides, and a head of fewer bits are
+            saved as they are.
         path: of the directory.
         recipe: JSON values to record with it: how the weights were made.
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:
-        UsageError: the weights are floating point, or there is a checkpoint and ``overwrite`` is not set.
+        UsageError: the weights are floating point alone, or there is a checkpoint and ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
         QSpecError: another process writes there.
     """

@@ -21,7 +21,7 @@ from qspec_jax.model.cache import position_bytes, row_bytes
 from qspec_jax.model.config import ModelConfig, QuantConfig, quantization_config, quantization_method
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import expected_parameters, layer_anatomy
+from qspec_jax.model.parameters import HEAD, expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options, kv_format
 from qspec_jax.model.sharding import cached_config, check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -119,9 +119,10 @@ def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
     manifest = checkpoint.manifest
     name = str(manifest.recipe.get("name", "unknown"))
     linears: collections.Counter[str] = collections.Counter()
+    beside = " and floats" if manifest.quantization.keep_floats else ""
     for spec in expected_parameters(manifest.model).values():
         if spec.kind == "linear":
-            linears[f"{manifest.formats[spec.module].bits}-bit codes, kept"] += 1
+            linears[f"{manifest.formats[spec.module].bits}-bit codes{beside}, kept"] += 1
     return _Stored("checkpoint of qspec_jax", _anatomy(manifest.model), f"recipe {name}", linears)
 
 
@@ -192,12 +193,14 @@ def _quantization(
             name: {"group_size": None if one.group_size == linears[name].num_inputs else one.group_size}
             | {"symmetric": one.symmetric, "bits": one.bits}
             for name, one in formats.items()
+            if name in linears
         },
         "drafts": {name: dataclasses.asdict(getattr(quantization, name)) for name in ("w4a8", "w4a4")},
         "rotated": config.down_hadamard,
         "hadamard_block": config.hadamard_block,
         "head": "tied to the embedding" if config.tie_word_embeddings else "of its own",
         "head_bits": quantization.head_bits,
+        "keeps_head_codes": HEAD in formats,
         "draft_head": quantization.draft_head,
     }
 

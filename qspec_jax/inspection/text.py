@@ -80,7 +80,8 @@ def _quantization(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _head(facts: Mapping[str, Any]) -> str:
-    bits = "" if facts["head_bits"] is None else f", rounded to {facts['head_bits']} bits"
+    how = "kept in" if facts["keeps_head_codes"] else "rounded to"
+    bits = "" if facts["head_bits"] is None else f", {how} {facts['head_bits']} bits"
     return f"{facts['head']}{bits}" + (
         "" if facts["draft_head"] is None else f"; drafts read {facts['draft_head']} bits"
     )

@@ -330,7 +330,8 @@ class QuantConfig:
         w4a4: activations of ``Precision.W4A4``. By default the loudest group of a token keeps 8 bits; with more
             ``outlier_groups`` acceptance rises towards that of ``w4a8``.
         w4a8: activations of ``Precision.W4A8``.
-        head_bits: 8 or 4 to round the LM head to; None for the head as it is. In 8 bits it is nested.
+        head_bits: 8 or 4 to round the LM head to; None for the head as it is. In 8 bits it is nested,
+            and one that a GGUF file has in Q8_0 keeps its codes.
         draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy of one as it is.
             None for the head that verifies.
         keep_floats: the linears of the checkpoint are kept in floating point besides: they verify what the 4-bit copy

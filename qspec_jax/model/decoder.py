@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         self.head_bits = None if quantization is None else quantization.head_bits
         kept = not tied and self.head_bits is None
         self.lm_head = nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype)) if kept else None
-        head = empty_head(local, quantization, kernels=self.head_kernels, dtype=dtype)
+        head = empty_head(local, quantization, formats, kernels=self.head_kernels, dtype=dtype)
         self.quantized_head = None if head is None else nnx.Param(head)
 
     def __repr__(self) -> str:

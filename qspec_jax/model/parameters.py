@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from qspec_jax.model.config import GROUP_SIZES, ModelConfig
 
+HEAD = "quantized_head"  # the LM head in codes, also among the formats of linears
 FLOATS = "floats"  # of a quantised linear, the array that holds its weight as the checkpoint does
 
 

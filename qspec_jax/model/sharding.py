@@ -30,7 +30,7 @@ from qspec_jax.device.mesh import DATA, MODEL
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.parameters import HEAD, layer_anatomy
 
 _VOCABULARY = ("embedding", "lm_head", "quantized_head")
 _CODES = (".packed", ".low")
@@ -62,8 +62,9 @@ def local_formats(
     linears = layer_anatomy(config).linears
 
     def local(path: str, stored: WeightFormat | None) -> WeightFormat | None:
-        shares_row = split > 1 and stored is not None and stored.group_size == linears[path].num_inputs
-        return dataclasses.replace(stored, group_size=None) if shares_row and stored is not None else stored
+        if split == 1 or stored is None or path == HEAD or stored.group_size != linears[path].num_inputs:
+            return stored
+        return dataclasses.replace(stored, group_size=None)
 
     return {path: local(path, stored) for path, stored in formats.items()}
 

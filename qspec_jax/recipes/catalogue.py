@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ACTIVATION_GROUP, ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.recipes.steps import (
     AS_FLOATS,
@@ -45,6 +46,20 @@ class Recipe:
     def needs_text(self) -> bool:
         """Whether a step runs the model on calibration text."""
         return any(step.needs_text for step in self.steps)
+
+    def check_floats(self) -> None:
+        """Refuses to keep a model's floats beside weights that expect other inputs.
+
+        Raises:
+            UsageError: the recipe makes such weights.
+        """
+        if any(step.turns for step in self.steps):
+            fitting = [recipe.name for recipe in RECIPES.values() if not any(step.turns for step in recipe.steps)]
+            raise UsageError(
+                f"recipe {self.name} rotates or sorts what linears read, which the model's own floats do not expect: "
+                f"they cannot be kept beside its weights. Leave --keep-floats (keep_floats) out, or use "
+                f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+            )
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Config of the model that comes out, from that of the model that goes in.

@@ -1,4 +1,4 @@
-"""A model in, a 4-bit checkpoint out: opens a source, runs a recipe on it, writes what comes out."""
+"""A model in, a quantised checkpoint out: opens a source, runs a recipe on it, writes what comes out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.recipes.catalogue import Recipe
 from qspec_jax.recipes.layerwise import open_calibration
 from qspec_jax.recipes.steps import Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.work_folder import remove_work_folders
 from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
+from qspec_jax.weights.exact import copy_formats
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.resolve import model_bytes, open_source, open_tokenizer, resolve_model
 from qspec_jax.weights.source import Source
@@ -70,8 +72,11 @@ def convert(
     start = time.perf_counter()
     start_device()
     _check_calibration(recipe, options)
+    if options.quantization.keep_floats:
+        recipe.check_floats()
     source_path = resolve_model(model)
-    source = open_source(source_path)
+    source = open_source(source_path, floats=recipe.name != "keep")
+    _check_kept(source, recipe, options)
     estimate = _estimate(source, recipe.config(source.config), options)
     check_destination(path, estimate.finished, overwrite=overwrite)
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
@@ -107,7 +112,8 @@ def _convert(
             settings=recorded(recipe, options),
         )
         context = dataclasses.replace(context, text=text)
-    decoder = _load(recipe.apply(source, context), options, progress)
+    floats = open_source(source_path) if options.quantization.keep_floats else None
+    decoder = _load(recipe.apply(source, context), floats, options, progress)
     manifest = save_checkpoint(
         path,
         decoder,
@@ -121,17 +127,43 @@ def _convert(
     return manifest.num_bytes
 
 
-def _load(source: Source, options: RecipeOptions, progress: Progress) -> Decoder:
+def _load(source: Source, floats: Source | None, options: RecipeOptions, progress: Progress) -> Decoder:
+    """The decoder that a recipe made the tensors of, with the floats of another source besides if there is one."""
     # The stacked arrangement takes the fewest arrays; checkpoints do not depend on it.
     return load_decoder(
-        source,
+        source if floats is None else floats,
+        drafts=source,
         quantization=options.quantization,
-        formats=weight_formats(source, options.quantization),
+        formats=_formats(source, options),
         dtype=jnp.dtype(options.dtype),
         kernels=REFERENCE,
         scan_layers=True,
         progress=lambda tensors: progress.bar(tensors, "quantising"),
     )
+
+
+def _formats(source: Source, options: RecipeOptions) -> dict[str, WeightFormat] | None:
+    """How each linear is stored; beside floats, in 4 bits."""
+    of = copy_formats if options.quantization.keep_floats else weight_formats
+    return of(source, options.quantization)
+
+
+def _check_kept(source: Source, recipe: Recipe, options: RecipeOptions) -> None:
+    """Refuses codes that are to be kept beside floats, and have more bits than a copy that drafts.
+
+    Raises:
+        UsageError: there are such.
+    """
+    codes = (entry.codes for entry in source.entries.values())
+    if (
+        recipe.name == "keep"
+        and options.quantization.keep_floats
+        and any(one is not None and one.bits == 8 for one in codes)
+    ):
+        raise UsageError(
+            f"{source.path.name} has 8-bit weights, and beside floats (--keep-floats) are 4-bit ones; use --recipe "
+            "rtn, or leave --keep-floats out: 8-bit weights draft from their own upper 4 bits"
+        )
 
 
 def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
@@ -143,6 +175,7 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "symmetric": quantization.symmetric,
         **({"bits": quantization.bits} if quantization.bits != 4 else {}),
         **({"head_bits": quantization.head_bits} if quantization.head_bits is not None else {}),
+        **({"keep_floats": True} if quantization.keep_floats else {}),
         "dtype": options.dtype,
     }
     if options.calibration is not None:
@@ -159,7 +192,7 @@ class _Estimate:
 
 
 def _estimate(source: Source, config: ModelConfig, options: RecipeOptions) -> _Estimate:
-    formats = weight_formats(source, options.quantization)
+    formats = _formats(source, options)
     decoder = abstract_decoder(
         config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
     )

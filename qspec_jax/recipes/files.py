@@ -5,6 +5,7 @@ A recipe file (TOML) names a recipe and holds options::
     recipe = "rtn"
     group_size = 64           # 32, 64, 128 or "row"
     symmetric = true
+    keep_floats = true        # the model's own floats besides, which verify
     dtype = "float32"         # of what is not quantised
     calibration = "text.txt"  # of gptq, with calibration_tokens = 65536; relative to the recipe file
 
@@ -55,12 +56,13 @@ def read_recipe(text: str) -> tuple[Recipe, RecipeOptions]:
 def _parse_recipe(fields: Mapping[str, Any], folder: Path) -> tuple[Recipe, RecipeOptions]:
     kinds = {"recipe": str, "group_size": (int, str), "symmetric": bool, "dtype": str, "w4a4": dict, "w4a8": dict}
     kinds |= {"bits": int, "head_bits": int, "draft_head": int, "calibration": str, "calibration_tokens": int}
+    kinds["keep_floats"] = bool
     _check_fields(fields, kinds, "the recipe")
     if fields.get("recipe") not in RECIPES:
         given = repr(fields["recipe"]) if "recipe" in fields else "none"
         raise UsageError(f'recipe is {given}; write recipe = "NAME" with one of {", ".join(RECIPES)}')
     recipe = RECIPES[fields["recipe"]]
-    of_weights = ("group_size", "symmetric", "bits", "head_bits", "draft_head")
+    of_weights = ("group_size", "symmetric", "bits", "head_bits", "draft_head", "keep_floats")
     changes: dict[str, Any] = {key: fields[key] for key in of_weights if key in fields}
     if "group_size" in changes:
         changes["group_size"] = parse_group_size(changes["group_size"])

@@ -26,7 +26,8 @@ class RecipeOptions:
     """What a recipe is told.
 
     Attributes:
-        quantization: grid of the weights that are rounded, and the draft activations to store with them.
+        quantization: grid of the weights that are rounded, the draft activations to store with them, and whether the
+            model's own floats are stored besides.
         dtype: in which everything that is not quantised is read; it is stored without further rounding.
         calibration: text (or JSONL of prompts) on which recipes that calibrate run the model.
         calibration_tokens: how much of it.
@@ -38,8 +39,6 @@ class RecipeOptions:
     calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        if self.quantization.keep_floats:
-            raise UsageError("a recipe makes 4-bit weights alone; leave keep_floats out, and give it to qspec_jax.load")
         if self.calibration_tokens < 1:
             raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
         if self.dtype not in DTYPES:
@@ -84,11 +83,13 @@ class Step:
         config: of the model that comes out, from that of the model that goes in. Raises UsageError if the step cannot
             be taken with such a model.
         needs_text: it runs the model on calibration text.
+        turns: what linears read and write afterwards is other than in the model that goes in.
     """
 
     apply: Callable[[Source, RecipeContext], Source]
     config: Callable[[ModelConfig], ModelConfig] = lambda config: config
     needs_text: bool = False
+    turns: bool = False
 
 
 def _keep_codes(source: Source, context: RecipeContext) -> Source:
@@ -192,6 +193,6 @@ KEEP_CODES = Step(_keep_codes)
 AS_FLOATS = Step(_as_floats)
 GPTQ = Step(_gptq, needs_text=True)
 # Of a model that is read as floats.
-ROTATE = Step(_rotate, _rotated_config)
-SORT_CHANNELS = Step(_sort_channels, _sorted_config, needs_text=True)
-TURN_ONTO_AXES = Step(_turn_onto_axes, _principal_config, needs_text=True)
+ROTATE = Step(_rotate, _rotated_config, turns=True)
+SORT_CHANNELS = Step(_sort_channels, _sorted_config, needs_text=True, turns=True)
+TURN_ONTO_AXES = Step(_turn_onto_axes, _principal_config, needs_text=True, turns=True)

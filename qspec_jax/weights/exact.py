@@ -82,16 +82,24 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
     else:
         chosen = QuantConfig(group_size=largest_group_size(source.config), symmetric=True)
     chosen = dataclasses.replace(chosen, bits=4, keep_floats=True)
-    formats = weight_formats(copied, chosen)
+    return ExactModel(source, drafts, chosen, copy_formats(copied, chosen))
+
+
+def copy_formats(copied: Source, quantization: QuantConfig) -> dict[str, WeightFormat]:
+    """The format of each linear of a 4-bit copy of some tensors.
+
+    Raises:
+        UsageError: the group size does not divide a linear's inputs.
+    """
+    formats = weight_formats(copied, quantization)
     assert formats is not None
     # Codes of 8 bits are rounded like floats: nobody would read their lower nibbles.
-    formats = {name: dataclasses.replace(one, bits=4, wide=one.wide and one.bits == 4) for name, one in formats.items()}
-    return ExactModel(source, drafts, chosen, formats)
+    return {name: dataclasses.replace(one, bits=4, wide=one.wide and one.bits == 4) for name, one in formats.items()}
 
 
 def _open_drafts(path: Path, source: Source) -> Source:
     """The checkpoint of a copy, which fits."""
-    drafts = open_source(path)
+    drafts = open_source(path, floats=False)
     name = f"draft_model={drafts.path.name}"
     if not any(entry.codes is not None for entry in drafts.entries.values()):
         raise UsageError(

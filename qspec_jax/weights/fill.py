@@ -8,6 +8,7 @@ of a scanned model into their stack. The peak is the finished model plus the lar
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,8 +29,9 @@ from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec, head_name, largest_group_size, layer_anatomy
+from qspec_jax.model.parameters import HEAD, ParameterSpec, head_name, largest_group_size, layer_anatomy
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.codes import with_tensor
 from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
@@ -94,7 +96,7 @@ def load_decoder(
     """
     keeps_floats = quantization is not None and quantization.keep_floats
     if quantization is not None and not keeps_floats:  # whose quality does not depend on the 4-bit copy
-        _warn_of_requantization(source, formats)
+        _warn_of_requantization(source, formats, quantization)
 
     decoder = placing.whole(
         source.config,
@@ -193,10 +195,12 @@ def load_layer(source: Source, index: int) -> DecoderLayer:
     return layer
 
 
-def _warn_of_requantization(source: Source, formats: Mapping[str, WeightFormat] | None) -> None:
+def _warn_of_requantization(
+    source: Source, formats: Mapping[str, WeightFormat] | None, quantization: QuantConfig
+) -> None:
     """Warns once, naming the types, if codes of the checkpoint cannot be kept, or it has kept linears from rounding.
 
-    Rounding to 8 bits loses nothing worth a warning.
+    Rounding linears to 8 bits loses nothing worth a warning.
     """
     nested = {path for path, one in (formats or {}).items() if one.bits == 8}
     linears = {name: source.entries[name] for name, spec in source.specs.items() if spec.kind == "linear"}
@@ -216,6 +220,13 @@ def _warn_of_requantization(source: Source, formats: Mapping[str, WeightFormat] 
             f"{len(in_float)} of {len(linears)} linears, {in_float[0]} for one, are left in floating point by this "
             "quantised checkpoint; they are rounded to 4 bits here, which costs quality. Use a checkpoint whose "
             "linears are all quantised, or load it with quantization=None"
+        )
+    head, head_bits = source.entries[head_name(source.config)].requantized_from, quantization.head_bits
+    if head is not None and head_bits is not None and HEAD not in (formats or {}):
+        kept = "head_bits=8, which keeps its codes" if head == "Q8_0" else "a file whose head is Q8_0, with head_bits=8"
+        problems.append(
+            f"the LM head is stored as {head}; it is dequantised and rounded to {head_bits} bits a second time, which "
+            f"costs quality. Use head_bits=16, or {kept}"
         )
     if problems:
         warnings.warn(
@@ -260,7 +271,13 @@ def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str
             imported[spec.module].add(codes)
     formats = {name: _joint_format(found) or default for name, found in imported.items()}
     _check_group_sizes(source.config, formats)
-    return formats
+    return formats | imported_head(source, quantization)
+
+
+def imported_head(source: Source, quantization: QuantConfig) -> dict[str, WeightFormat]:
+    """The format of an LM head in 8 bits whose codes a source has: among those of linears, or none."""
+    keeps = quantization.head_bits == 8 and source.entries[head_name(source.config)].read_head is not None
+    return {HEAD: IMPORTED_HEAD} if keeps else {}
 
 
 def _check_group_sizes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
@@ -298,7 +315,7 @@ def _targets(
     """Where a parameter goes, and the floats beside a 4-bit copy of it, which may come from elsewhere."""
     own, place = source.entries[spec.name], _place(decoder, spec)
     if spec.name == head_name(source.config):
-        return [_Target(own, tuple(_Place(path, 0, layer=None) for path in _heads(decoder, spec)))]
+        return list(_head_targets(decoder, spec, own))
     if not keeps_floats or spec.kind != "linear":
         return [_Target(own, (place,))]
     floats = _place(decoder, spec.floats)
@@ -307,12 +324,17 @@ def _targets(
     return [_Target(copied.entries[spec.name], (place,)), _Target(own, (floats,))]
 
 
-def _heads(decoder: Decoder, spec: ParameterSpec) -> Iterator[str]:
-    """The arrays that the tensor of the LM head goes to."""
-    if spec.module == "embedding" or decoder.lm_head is not None:
-        yield spec.module
-    if decoder.quantized_head is not None:
-        yield "quantized_head"
+def _head_targets(decoder: Decoder, spec: ParameterSpec, entry: TensorEntry) -> Iterator[_Target]:
+    """The arrays that the tensor of the LM head goes to: its floats, and its codes, which it may bring itself."""
+    floats = [_Place(spec.module, 0, layer=None)] if spec.module == "embedding" or decoder.lm_head is not None else []
+    codes = [_Place(HEAD, 0, layer=None)] if decoder.quantized_head is not None else []
+    weight = None if decoder.quantized_head is None else decoder.quantized_head.get_value()
+    if weight is not None and (weight.offset is None or entry.read_head is None):  # rounded as floats are
+        floats, codes = [*floats, *codes], []
+    if floats:
+        yield _Target(entry, tuple(floats))
+    if codes and entry.read_head is not None:
+        yield _Target(dataclasses.replace(entry, read=entry.read_head), tuple(codes))
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:

@@ -80,8 +80,12 @@ def check_model_name(model: str | os.PathLike[str] | Any, *, what: str = "model"
         )
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, *, floats: bool = True) -> Source:
     """Opens a model of any kind and checks its list of tensors; reads none of them.
+
+    Args:
+        path: of the model.
+        floats: of a checkpoint that has linears in floating point and a 4-bit copy, the first are meant.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or damaged.
@@ -95,7 +99,7 @@ def open_source(path: Path) -> Source:
         from qspec_jax.weights.checkpoint.restore import open_checkpoint
         from qspec_jax.weights.checkpoint.source import open_saved_source
 
-        return open_saved_source(open_checkpoint(path))
+        return open_saved_source(open_checkpoint(path), floats=floats)
     if path.is_dir():
         from qspec_jax.weights.huggingface.directory import open_hf
 

@@ -56,12 +56,15 @@ class TensorEntry:
         codes: the format of the codes that ``read`` returns, with a number for its group size; None where it
             returns floats.
         requantized_from: the quantised type in the file that ``read`` turns into floats, None if there is none.
+        read_head: reads what may be an LM head in 8 bits (``IMPORTED_HEAD``) as the codes that ``read`` turns into
+            floats, None if there are none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray | QuantizedTensor]
     codes: WeightFormat | None = None
     requantized_from: str | None = None
+    read_head: Callable[[], QuantizedTensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

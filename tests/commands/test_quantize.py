@@ -160,7 +160,7 @@ def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_fi
     name = "layers.0.mlp.down.weight"
     entry = float_entry(opened.entries[name])
     mixed = dataclasses.replace(opened, entries={**opened.entries, name: entry})
-    monkeypatch.setattr(convert, "open_source", lambda _: mixed)
+    monkeypatch.setattr(convert, "open_source", lambda *_, **__: mixed)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         code, _, err = run(capsys, four_bit_file, tmp_path / "out", "--recipe", "keep")

@@ -24,7 +24,10 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.scores import logits_function
+from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.precision import Precision
+from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from tests import tiny
 from tests.decoding.on_mesh import PROMPTS, model, tokens
 
 MESH = "data=2,model=4"
@@ -167,6 +170,16 @@ def test_parts_of_a_cycle_are_timed(on_mesh):
     (one,) = measure_parts(on_mesh, [Part("verify", plan)], setting, repeats=1, repetitions=1)
     assert (one.status, one.reason) == ("ok", None)
     assert one.num_bytes["weights"] < model("smollm2_tied").nbytes / 3  # those of a device
+
+
+def test_a_model_of_floats_and_a_copy_is_saved_as_on_one_device(tmp_path):
+    exact = QuantConfig(group_size=32, symmetric=True, keep_floats=True)
+    qspec_jax.save(tiny.language_model(quantization=exact), tmp_path / "one")
+    loaded = qspec_jax.load(tmp_path / "one", mesh="data=2,model=2", kernels="reference", dtype="float32")
+    qspec_jax.save(loaded, tmp_path / "mesh")
+    one, mesh = (open_checkpoint(tmp_path / name).manifest for name in ("one", "mesh"))
+    assert mesh.arrays == one.arrays
+    assert mesh.quantization == one.quantization == exact
 
 
 def test_a_program_of_ones_own_is_refused(on_mesh):

@@ -25,7 +25,6 @@ from qspec_jax.inspection.text import model_text
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, held_weights
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.shards import parameters
-from qspec_jax.recipes.steps import RecipeOptions
 from qspec_jax.weights.exact import _differences, open_exact
 from qspec_jax.weights.placing import parts_of
 from tests import tiny
@@ -177,18 +176,10 @@ def test_loads_that_make_no_sense_are_refused_before_a_file_is_read(options, wor
         qspec_jax.load(**{"model": "default", **options})
 
 
-def test_a_model_of_both_is_not_saved(model, tmp_path):
-    with pytest.raises(UsageError, match="Load it with verify='w4a16' to save its 4-bit copy"):
-        qspec_jax.save(model, tmp_path / "both")
-    assert not any(tmp_path.iterdir())
-
-
 def test_what_a_model_holds():
     assert [held_weights(one) for one in (None, QuantConfig(), EXACT)] == [(None,), (4,), (4, None)]
     with pytest.raises(UsageError, match="keep_floats must be True or False"):
         QuantConfig(keep_floats=1)
-    with pytest.raises(UsageError, match="a recipe makes 4-bit weights alone; leave keep_floats out"):
-        RecipeOptions(EXACT)
 
 
 COMMANDS = {

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 import qspec_jax
 from qspec_jax import info
 from qspec_jax.engine.load import open_model
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import RequantizationWarning, UsageError
 from qspec_jax.inspection import machine, text
 from qspec_jax.inspection.choices import kernel_choices
 from qspec_jax.inspection.model import describe_model
@@ -108,7 +108,9 @@ def with_scales(tmp_path_factory):
     tiny_checkpoints.write_gguf(folder / "q8.gguf", config, tensors, linear_type=GGMLQuantizationType.Q8_0)
     opened = open_model(folder / "q8.gguf", "auto", head_bits=4)
     options = {"tokenizer": None, "quantization": opened.quantization, "recipe": {"name": "keep"}}
-    save_checkpoint(folder / "saved", opened.read(**decoder_options("auto", None)), **options)
+    with pytest.warns(RequantizationWarning, match="the LM head is stored as Q8_0"):
+        read = opened.read(**decoder_options("auto", None))
+    save_checkpoint(folder / "saved", read, **options)
     return folder
 
 

@@ -150,7 +150,8 @@ def test_the_head_of_a_checkpoint_is_rounded_as_it_is_read(tmp_path):
 
 def test_devices_share_a_head_by_tokens():
     codes = np.random.default_rng(0).integers(0, 256, (96, 32), np.uint8)
-    for part, axis, shape in (("packed", -2, (96, 32)), ("low", -2, (96, 32)), ("scale", -1, (1, 96))):
+    parts = (("packed", -2, (96, 32)), ("low", -2, (96, 32)), ("scale", -1, (1, 96)), ("offset", -1, (1, 96)))
+    for part, axis, shape in parts:
         path = f"quantized_head.{part}"
         assert split_axis(path, shape) == axis
         assert spec_of(path, shape)[axis] == "model"

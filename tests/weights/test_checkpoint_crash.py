@@ -43,7 +43,7 @@ def contents(path):
     checkpoint = open_checkpoint(path)
     return {
         name: array
-        for group in group_names(checkpoint.manifest.model)
+        for group in group_names(checkpoint.manifest.model, keep_floats=checkpoint.manifest.quantization.keep_floats)
         for name, array in checkpoint.read_group(group).items()
     }
 

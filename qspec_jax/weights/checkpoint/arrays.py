@@ -1,7 +1,8 @@
 """The one arrangement in which arrays are stored: each layer by itself, as an unrolled decoder holds them.
 
 An array is called by its path in the decoder, ``layers.3.attention.qkv.weight.packed``. Arrays are kept in
-*groups* that are written and read at once: each layer is one, ``layers.3``, and the rest is one, ``model``.
+*groups* that are written and read at once: each layer is one, ``layers.3``, and the rest is one, ``model``. What a
+layer has in floating point beside its codes is one as well, ``floats.3``: who wants the codes alone reads no more.
 Neither the stacking of layers nor ``group_sum``, which follows from the weight, is stored, nor the layout that kernels
 read: packed weights are stored in planes.
 """
@@ -21,7 +22,9 @@ from jaxtyping import Array
 from pallas_kernels import Layout
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import FLOATS
 from qspec_jax.model.sharding import from_shard_order
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.checkpoint.manifest import ArrayRecord
@@ -44,14 +47,18 @@ class _Place(NamedTuple):
     layout: Layout = Layout.PLANES
 
 
-def group_names(config: ModelConfig) -> list[str]:
-    """The groups of a model, in order."""
-    return [MODEL_GROUP, *(f"layers.{layer}" for layer in range(config.num_layers))]
+def group_names(config: ModelConfig, *, keep_floats: bool) -> list[str]:
+    """The groups of a model, in order; with those of floats beside the codes, or without."""
+    kinds = ("layers", FLOATS) if keep_floats else ("layers",)
+    return [MODEL_GROUP, *(f"{kind}.{layer}" for layer in range(config.num_layers) for kind in kinds)]
 
 
 def group_of(name: str) -> str:
     """The group that an array belongs to."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else MODEL_GROUP
+    if not name.startswith("layers."):
+        return MODEL_GROUP
+    kind, layer = (FLOATS if name.endswith(f".{FLOATS}") else "layers"), name.split(".")[1]
+    return f"{kind}.{layer}"
 
 
 def expected_shapes(
@@ -106,7 +113,7 @@ def fill(
             arrays[stored] = array.astype(wanted, copy=False)
         return arrays
 
-    groups = group_names(decoder.config)
+    groups = group_names(decoder.config, keep_floats=keeps_floats(decoder))
     # In all processes of a program in the same order, in which they agree on each array.
     at_once = _GROUPS_AT_ONCE if jax.process_count() == 1 else 1
     for _, arrays in zip(progress(groups), _in_threads(read, groups, at_once=at_once), strict=True):
@@ -125,6 +132,11 @@ def fill(
         value = parameter.get_value()
         parts = {part: placed[f"{name}{part}"] for part in parts_of(value)}
         parameter.set_value(of_parts(parts, layout=layout_of(value, ".packed")))
+
+
+def keeps_floats(decoder: Decoder) -> bool:
+    """Whether a decoder has its linears in floating point beside their codes."""
+    return any(linear.floats is not None for linear in linears(decoder))
 
 
 def _in_threads(function: Callable[[str], Any], items: Sequence[str], *, at_once: int) -> Iterator[Any]:

@@ -12,10 +12,13 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.head import head_format
+from qspec_jax.model.linear import WeightFormat
+from qspec_jax.model.parameters import HEAD
+from qspec_jax.weights.checkpoint.manifest import Manifest
 from qspec_jax.weights.codes import rounded
 from qspec_jax.weights.placing import parts_of
 
-_QUANTIZED, _FLOATS, _TABLE = "quantized_head", "lm_head", "embedding"
+_FLOATS, _TABLE = "lm_head", "embedding"
 
 
 def head_of(quantization: QuantConfig) -> dict[str, int | None]:
@@ -33,23 +36,31 @@ def check_head(path: Path, config: ModelConfig, stored: QuantConfig, asked: Quan
         )
 
 
+def formats_of(manifest: Manifest, asked: QuantConfig) -> dict[str, WeightFormat]:
+    """The formats of a checkpoint for a decoder of ``asked``: a head of other bits has none of the file's own."""
+    kept = asked.head_bits == manifest.quantization.head_bits
+    return {path: one for path, one in manifest.formats.items() if kept or path != HEAD}
+
+
 def with_head(
-    arrays: Mapping[str, Shaped[np.ndarray, ...]], decoder: Decoder, stored: QuantConfig, asked: QuantConfig
+    arrays: Mapping[str, Shaped[np.ndarray, ...]], decoder: Decoder, manifest: Manifest, asked: QuantConfig
 ) -> dict[str, Shaped[np.ndarray, ...]]:
     """The arrays of a checkpoint outside of its layers, with the head that was asked for in place of the one stored.
 
     Args:
         arrays: by name.
         decoder: that they are for.
-        stored, asked: of the checkpoint and of ``decoder``, which :func:`check_head` lets through.
+        manifest: of the checkpoint.
+        asked: of ``decoder``, which :func:`check_head` lets through.
     """
     config = decoder.config
-    before, wanted = head_format(config, stored), head_format(config, asked)
-    made = {name: array for name, array in arrays.items() if before == wanted or not name.startswith(_QUANTIZED)}
+    before = head_format(config, manifest.quantization, manifest.formats)
+    wanted = head_format(config, asked, formats_of(manifest, asked))
+    made = {name: array for name, array in arrays.items() if before == wanted or not name.startswith(HEAD)}
     if wanted is not None and before != wanted:
         floats = arrays[_TABLE if config.tie_word_embeddings else _FLOATS]
         weight = rounded(np.asarray(floats, np.float32), wanted)
-        made |= {f"{_QUANTIZED}{part}": array for part, array in parts_of(weight).items()}
+        made |= {f"{HEAD}{part}": array for part, array in parts_of(weight).items()}
     if decoder.lm_head is None:
         made.pop(_FLOATS, None)
     return made

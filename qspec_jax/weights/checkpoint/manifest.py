@@ -14,13 +14,15 @@ import numpy as np
 
 from qspec_jax.errors import CheckpointError, QSpecError
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.parameters import HEAD, layer_anatomy
 
 FILE_NAME = "qspec.json"
 DATA_PREFIX = "data-"
 FORMAT = "qspec-jax checkpoint"
-FORMAT_VERSION = 2  # 1: 4-bit weights and LM heads in floating point alone
+# 1: 4-bit weights and LM heads in floating point alone; 2: 8-bit weights, and LM heads in codes
+FORMAT_VERSION = 3  # floats beside a 4-bit copy of them, and LM heads with the codes of Q8_0
 _CHECKSUM = "sha256"
 _BLOCK_BYTES = 1 << 20
 _WRITE_AGAIN = "write the checkpoint again with python -m qspec_jax.quantize, or fetch it again"
@@ -50,7 +52,7 @@ class Manifest:
     Attributes:
         model: shape and options of the decoder.
         quantization: how draft activations are quantised, and the format that was asked for weights.
-        formats: the format of each linear of a layer, as it is stored.
+        formats: the format of each linear of a layer, as it is stored, and of an LM head whose codes a file brought.
         recipe: name and settings of what made the weights.
         data: name of the directory that holds arrays and tokenizer.
         tokenizer_eos_token_ids: ending tokens of the tokenizer, None where there is no tokenizer.
@@ -75,16 +77,26 @@ class Manifest:
         """Bytes of all files."""
         return sum(record.num_bytes for record in self.files.values())
 
+    @property
+    def _version(self) -> int:
+        """The oldest format that can say all this."""
+        if self.quantization.keep_floats or HEAD in self.formats:
+            return FORMAT_VERSION
+        has_new_codes = any(one.bits == 8 for one in self.formats.values()) or self.quantization.has_quantized_head
+        return 2 if has_new_codes else 1
+
     def to_json(self) -> str:
         """The text of ``qspec.json``, with its own checksum."""
-        is_new = any(one.bits == 8 for one in self.formats.values()) or self.quantization.has_quantized_head
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION if is_new else 1, **dataclasses.asdict(self)}
-        for fields in () if is_new else (content["quantization"], *content["formats"].values()):
+        version = self._version
+        content = {"format": FORMAT, "format_version": version, **dataclasses.asdict(self)}
+        content["formats"].pop(HEAD, None)  # its arrays say that it is there
+        for fields in () if version > 1 else (content["quantization"], *content["formats"].values()):
             for name in ("bits", "head_bits", "draft_head"):  # for versions that know 4 bits and float heads alone
                 fields.pop(name, None)
         for fields in content["formats"].values():
             del fields["wide"]  # the records of its arrays say so
-        del content["quantization"]["keep_floats"]  # of a model in memory: a checkpoint has codes alone
+        if version < FORMAT_VERSION:
+            del content["quantization"]["keep_floats"]  # which older versions do not know
         return json.dumps({_CHECKSUM: checksum(content), **content}, indent=1) + "\n"
 
 
@@ -187,12 +199,11 @@ def _parse(content: dict[str, Any]) -> Manifest:
     }
     wide = {name for name, record in arrays.items() if name.endswith(".scale") and record.dtype == "float32"}
     wide_linears = {name.split(".", 2)[-1].removesuffix(".weight.scale") for name in wide}
+    formats = {name: WeightFormat(**fields, wide=name in wide_linears) for name, fields in content["formats"].items()}
     return Manifest(
         model=config,
         quantization=QuantConfig(**quantization),
-        formats={
-            name: WeightFormat(**fields, wide=name in wide_linears) for name, fields in content["formats"].items()
-        },
+        formats=formats | ({HEAD: IMPORTED_HEAD} if f"{HEAD}.offset" in arrays else {}),
         recipe=dict(content["recipe"]),
         data=data,
         tokenizer_eos_token_ids=None if eos_token_ids is None else tuple(eos_token_ids),

@@ -24,7 +24,7 @@ from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.arrays import MODEL_GROUP, dtype_fits, expected_shapes, fill, group_of
-from qspec_jax.weights.checkpoint.head import with_head
+from qspec_jax.weights.checkpoint.head import formats_of, with_head
 from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
 from qspec_jax.weights.placing import Placing
 from qspec_jax.weights.tokenizers import load_tokenizer
@@ -136,11 +136,12 @@ def restore_decoder(
     placing: Placing = _DEFAULT,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Decoder:
-    """Restores the decoder, with 4-bit weights bit for bit as they were saved.
+    """Restores the decoder, with its weights bit for bit as they were saved.
 
     Args:
         checkpoint: an opened one.
-        quantization: how draft activations are quantised, None for what is stored with the weights.
+        quantization: how draft activations are quantised, and whether floats that it has beside a 4-bit copy are read;
+            None for what is stored with the weights.
         dtype: of everything that is not quantised.
         kernels: implementation name for the matmuls, None for the best that works.
         scan_layers: see ``Decoder``; independent of how the saved model was arranged.
@@ -156,7 +157,7 @@ def restore_decoder(
     decoder = placing.whole(
         manifest.model,
         quantization=quantization,
-        formats=manifest.formats,
+        formats=formats_of(manifest, quantization),
         dtype=dtype,
         scan_layers=scan_layers,
         kernels=kernels,
@@ -165,7 +166,7 @@ def restore_decoder(
 
     def read_group(group: str) -> dict[str, np.ndarray]:
         arrays = checkpoint.read_group(group)
-        return with_head(arrays, decoder, manifest.quantization, quantization) if group == MODEL_GROUP else arrays
+        return with_head(arrays, decoder, manifest, quantization) if group == MODEL_GROUP else arrays
 
     size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
     with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):

@@ -27,9 +27,10 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import Linear, WeightFormat, with_bits_of
-from qspec_jax.model.parameters import layer_anatomy
-from qspec_jax.weights.checkpoint.arrays import group_names, stored_arrays
+from qspec_jax.model.parameters import HEAD, layer_anatomy
+from qspec_jax.weights.checkpoint.arrays import group_names, keeps_floats, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
     FILE_NAME,
@@ -65,8 +66,8 @@ def save_checkpoint(
 
     Args:
         path: of the directory.
-        decoder: with quantised weights, in either arrangement of its layers. Its floats are written exactly, and what
-            lies on a mesh as if it lay on one device.
+        decoder: with quantised weights, and maybe their floats besides, in either arrangement of its layers. Floats
+            are written exactly, and what lies on a mesh as if it lay on one device.
         tokenizer: of the model, if it has one.
         quantization: of the decoder.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
@@ -83,11 +84,6 @@ def save_checkpoint(
     """
     if quantization is None:
         raise UsageError("only quantised weights are saved; load the model with a QuantConfig")
-    if quantization.keep_floats:
-        raise UsageError(
-            "only quantised weights are saved, and this model has floating-point ones besides; its checkpoint has "
-            "those. Load it with verify='w4a16' to save its 4-bit copy, and give that as draft_model the next time"
-        )
     if jax.process_count() > 1:
         raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
     path, formats = Path(os.path.abspath(path)), _formats(decoder)
@@ -149,7 +145,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 
 
 def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
-    """The format of each linear of a layer, from the weights themselves."""
+    """The format of each linear of a layer, from the weights themselves, and of a head that has its file's codes."""
     formats = {}
     for name in layer_anatomy(decoder.config).linears:
         linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
@@ -158,7 +154,8 @@ def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
             raise UsageError(f"only quantised weights are saved, and {name} is floating point; load with a QuantConfig")
         is_wide = weight.scale.dtype.itemsize > 2
         formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits, is_wide)
-    return formats
+    head = None if decoder.quantized_head is None else decoder.quantized_head.get_value()
+    return formats if head is None or head.symmetric else {**formats, HEAD: IMPORTED_HEAD}
 
 
 def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable], Iterable]) -> dict[str, ArrayRecord]:
@@ -168,7 +165,7 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor() as pool:
-        for group in progress(group_names(decoder.config)):
+        for group in progress(group_names(decoder.config, keep_floats=keeps_floats(decoder))):
             arrays = stored_arrays(decoder, group)
             hashes = pool.map(hash_array, arrays.values())  # while they are written
             with _errors_of_the_system():

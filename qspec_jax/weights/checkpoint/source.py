@@ -10,20 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dequantize, unpack_codes, unpack_nested
-from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.parameters import HEAD, expected_parameters, head_name
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
 from qspec_jax.weights.codes import packed
 from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
 
 
-def open_saved_source(checkpoint: Checkpoint) -> Source:
-    """The tensors of an opened checkpoint. A layer is read when the first of its tensors is."""
+def open_saved_source(checkpoint: Checkpoint, *, floats: bool = True) -> Source:
+    """The tensors of an opened checkpoint. A layer is read when the first of its tensors is.
+
+    Args:
+        checkpoint: an opened one.
+        floats: give the linears of one that has both in floating point; else, the 4-bit copy.
+    """
     specs = expected_parameters(checkpoint.manifest.model)
-    read_group = functools.lru_cache(maxsize=1)(checkpoint.read_group)
+    read_group = functools.lru_cache(maxsize=2)(checkpoint.read_group)  # a layer, and its floats
+    has_floats = floats and checkpoint.manifest.quantization.keep_floats
     entries = {}
     for name, spec in specs.items():
-        if spec.kind == "linear":
+        if spec.kind == "linear" and has_floats:
+            entries[name] = TensorEntry(
+                spec.shape, functools.partial(_read_floats, read_group, spec.floats.path, spec.rows)
+            )
+        elif spec.kind == "linear":
             weight_format = checkpoint.manifest.formats[spec.module]
             codes = dataclasses.replace(weight_format, group_size=weight_format.group_size or spec.shape[1])
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
@@ -32,6 +42,12 @@ def open_saved_source(checkpoint: Checkpoint) -> Source:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_head, read_group))
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
+    if HEAD in checkpoint.manifest.formats:
+        name, read_head = (
+            head_name(checkpoint.manifest.model),
+            functools.partial(_read_codes, read_group, HEAD, slice(None)),
+        )
+        entries[name] = dataclasses.replace(entries[name], read_head=read_head)
     return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
 
 
@@ -40,7 +56,7 @@ def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:
 
 
 def _read_head(read_group) -> np.ndarray:
-    tensor = _read_codes(read_group, "quantized_head", slice(None))
+    tensor = _read_codes(read_group, HEAD, slice(None))
     return np.asarray(dequantize(jax.tree.map(jnp.asarray, packed(tensor))))
 
 

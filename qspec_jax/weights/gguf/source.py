@@ -1,6 +1,7 @@
 """Opens a GGUF file as a source of tensors.
 
-Q4_0, Q4_1 and Q8_0 linears keep their codes and scales bit for bit; every other tensor is dequantised to
+Q4_0, Q4_1 and Q8_0 linears keep their codes and scales bit for bit, and so does an LM head in Q8_0 that is to have 8
+bits; every other tensor is dequantised to
 float32 when it is read, and a linear among them (K-quants) is then rounded a second time: its entry says from
 which type, so that loading can warn. The rows of query and key, which llama.cpp reorders for the Llama architecture
 (its rotary embedding pairs neighbours), come back in the order of the original checkpoint.
@@ -16,8 +17,9 @@ import numpy as np
 
 from qspec_jax.errors import UnsupportedModelError
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec, expected_parameters
+from qspec_jax.model.parameters import ParameterSpec, expected_parameters, head_name
 from qspec_jax.weights.gguf.file import GGUFFile
 from qspec_jax.weights.gguf.metadata import ROPE_FACTORS, read_config
 from qspec_jax.weights.gguf.values import BLOCK, can_dequantize, read_codes, read_floats, shape_of
@@ -76,7 +78,10 @@ def _found_tensors(file: GGUFFile, config: ModelConfig, specs: Mapping[str, Para
             )
         problem = None if can_dequantize(tensor.tensor_type) else f"is {tensor.tensor_type.name}, which cannot be read"
         quantized = kept is None and tensor.tensor_type.name not in _FLOAT_TYPES
-        entry = TensorEntry(shape_of(tensor), read, kept, tensor.tensor_type.name if quantized else None)
+        kind = tensor.tensor_type.name
+        is_head = name == head_name(config) and _KEPT.get(kind) == IMPORTED_HEAD
+        head = functools.partial(read_codes, tensor) if is_head else None
+        entry = TensorEntry(shape_of(tensor), read, kept, kind if quantized else None, head)
         yield FoundTensor(source_name, name, entry, problem)
 
 
