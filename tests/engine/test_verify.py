@@ -85,7 +85,7 @@ def test_the_harness_takes_a_model_with_its_target_and_asks_for_another(model):
     from qspec_jax.evaluation.harness_model import HarnessModel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qspec_jax.evaluation.harness_model._scores_function", lambda model, view: view)
+        patch.setattr("qspec_jax.evaluation.harness_model.scores_function", lambda model, view: view)
         patch.setattr(model, "tokenizer", "some")
         assert HarnessModel(model, mode="qspec")._scores == CODES
         assert HarnessModel(model, mode="qspec", verify="w8a16")._scores == EIGHT
