@@ -361,7 +361,10 @@ class QuantConfig:
         if self.bits not in WEIGHT_BITS:
             raise UsageError(f"bits={self.bits} is not supported; use 4, or 8 for nested weights")
         if self.bits == 8 and self.keep_floats:
-            raise UsageError("bits=8 and keep_floats=True are two ways to verify a 4-bit draft; use one of them")
+            raise UsageError(
+                "bits=8 (--bits 8) and keep_floats=True (--keep-floats) are two ways to verify a 4-bit draft; "
+                "use one of them"
+            )
         for name, allowed in (("head_bits", HEAD_BITS), ("draft_head", DRAFT_HEADS)):
             object.__setattr__(self, name, fields.whole(name, getattr(self, name), or_none=True))
             if getattr(self, name) not in (None, *allowed):
@@ -370,8 +373,8 @@ class QuantConfig:
                 )
         if self.head_bits is not None and self.keep_floats:
             raise UsageError(
-                "head_bits rounds the LM head, and verify='float' (keep_floats) keeps a model's own output; "
-                "use draft_head"
+                "head_bits (--head-bits) rounds the LM head, and verify='float' (keep_floats, --keep-floats) keeps a "
+                "model's own output; use draft_head (--draft-head)"
             )
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):

@@ -200,7 +200,7 @@ def test_recipes_that_change_what_linears_read_keep_no_floats(name, floats, tmp_
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (("rtn", "--bits", "8"), "bits=8 and keep_floats=True are two ways to verify a 4-bit draft"),
+        (("rtn", "--bits", "8"), "(--bits 8) and keep_floats=True (--keep-floats) are two ways to verify a 4-bit draft"),
         (("rtn", "--head-bits", "8"), "keeps a model's own output; use draft_head"),
         (("keep",), "has 8-bit weights, and beside floats (--keep-floats) are 4-bit ones; use --recipe rtn"),
     ],

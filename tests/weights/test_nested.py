@@ -190,7 +190,7 @@ def test_floats_are_nested_at_load_and_4_bit_codes_are_not(model_file):
     floats = open_model(model_file(GGMLQuantizationType.F32), "auto", verify="w8a16")
     assert floats.quantization == QuantConfig(group_size=32, symmetric=True, bits=8)
     assert {one.bits for one in floats.formats.values()} == {8}
-    with pytest.raises(UsageError, match="bits=8 and keep_floats=True are two ways"):
+    with pytest.raises(UsageError, match=r"bits=8 .* keep_floats=True .* are two ways"):
         QuantConfig(bits=8, keep_floats=True)
     with pytest.raises(UsageError, match="bits=6 is not supported; use 4, or 8"):
         QuantConfig(bits=6)
