@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qspec_jax.recipes.convert import Conversion
 
 _SECONDS_BETWEEN_LINES = 30
+_ON_ANY_GRID = ("rtn", "gptq")  # recipes by name; a file may say a grid
 _INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
 
 
@@ -48,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
         + "; or a file that names one of them and holds options",
     )
-    options.add_group_size(parser, "inputs per scale of rounded weights (default: 32)")
+    sizes = "inputs per scale of rounded weights (default: 32; with --bits 8 or --keep-floats the largest that fits)"
+    options.add_group_size(parser, sizes)
     bits = "of rounded weights: 4, or 8, of which drafts read the upper 4 (default: 4)"
     add("--bits", type=int, choices=WEIGHT_BITS, help=bits)
     kept = "store the model's own floats besides: they verify what the rounded weights draft (docs/exact.md)"
@@ -57,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
     either.add_argument(
-        "--asymmetric", dest="symmetric", action="store_const", const=False, help="round with an offset (default)"
+        "--asymmetric",
+        dest="symmetric",
+        action="store_const",
+        const=False,
+        help="round with an offset (default for 4 bits)",
     )
     dtype = "of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)"
     options.add_dtype(parser, dtype)
@@ -86,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_model_name(arguments.model)
     from qspec_jax.recipes.convert import convert
 
+    recipe_options = _with_usual_grid(recipe_options, arguments)
     keep_compiled_programs()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -104,6 +111,25 @@ def summary(conversion: Conversion) -> str:
     """The closing line."""
     before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
     return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
+
+
+def _with_usual_grid(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+    """The options with the grid of :func:`qspec_jax.load` where floats or 8 bits verify, as far as none is asked for.
+
+    Drafts then read the fewest scales, and the fastest kernels read all.
+    """
+    quantization = given.quantization
+    if arguments.recipe not in _ON_ANY_GRID or not (quantization.bits == 8 or quantization.keep_floats):
+        return given
+    if arguments.symmetric is None:
+        quantization = dataclasses.replace(quantization, symmetric=True)
+    if arguments.group_size is None:
+        from qspec_jax.model.parameters import largest_group_size
+        from qspec_jax.weights.resolve import open_source, resolve_model
+
+        config = open_source(resolve_model(arguments.model)).config
+        quantization = dataclasses.replace(quantization, group_size=largest_group_size(config))
+    return dataclasses.replace(given, quantization=quantization)
 
 
 def _override(recipe: Recipe, given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:

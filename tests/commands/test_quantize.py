@@ -108,7 +108,7 @@ def test_rtn_writes_what_loading_would_have_rounded(capsys, tmp_path, float_dire
 
 @pytest.mark.parametrize("given", ["options", "file"])
 def test_8_bits_are_nested(capsys, tmp_path, float_directory, given):
-    arguments = ("--recipe", "rtn", "--symmetric", "--bits", "8")
+    arguments = ("--recipe", "rtn", "--group-size", "32", "--bits", "8")
     if given == "file":
         (recipe := tmp_path / "recipe.toml").write_text('recipe = "rtn"\nsymmetric = true\nbits = 8\n')
         arguments = ("--recipe", str(recipe))
@@ -116,6 +116,16 @@ def test_8_bits_are_nested(capsys, tmp_path, float_directory, given):
     model, quantization = load(tmp_path / "out"), QuantConfig(symmetric=True, bits=8)
     assert model.quantization == quantization
     assert_same_parameters(model, load(float_directory, quantization=quantization))
+
+
+def test_8_bits_have_the_grid_that_loading_rounds_to(capsys, tmp_path, float_directory):
+    assert run(capsys, float_directory, tmp_path / "out", "--recipe", "rtn", "--bits", "8")[0] == 0
+    asymmetric = ("--asymmetric", "--group-size", "32")
+    assert run(capsys, float_directory, tmp_path / "other", "--recipe", "rtn", "--bits", "8", *asymmetric)[0] == 0
+    model = load(tmp_path / "out")
+    assert model.quantization.symmetric  # in the largest groups that divide all inputs, which are 32
+    assert_same_parameters(model, load(float_directory, verify="w8a16"))
+    assert load(tmp_path / "other").quantization == QuantConfig(bits=8)
 
 
 def test_rounding_once_more_is_done_with_a_warning(capsys, tmp_path, four_bit_file):

@@ -170,14 +170,14 @@ def run(monkeypatch, capsys):
 @pytest.mark.parametrize("given", ["option", "file"])
 def test_quantize_keeps_the_floats_that_loading_would(given, floats, tmp_path, run):
     (tmp_path / "recipe.toml").write_text('recipe = "rtn"\nsymmetric = true\nkeep_floats = true\n')
-    line = ("--recipe", "rtn", "--symmetric", "--keep-floats") if given == "option" else ()
+    line = ("--recipe", "rtn", "--group-size", "32", "--keep-floats") if given == "option" else ()
     assert run(floats, tmp_path / "out", *(line or ("--recipe", tmp_path / "recipe.toml")))[0] == 0
     assert_identical(load(tmp_path / "out").decoder, load(floats, verify="float").decoder)
     assert open_checkpoint(tmp_path / "out").manifest.recipe["keep_floats"] is True
 
 
 def test_recipes_read_the_floats_of_a_checkpoint_of_both_and_keep_its_copy(floats, tmp_path, run):
-    run(floats, tmp_path / "both", "--recipe", "rtn", "--keep-floats")
+    run(floats, tmp_path / "both", "--recipe", "rtn", "--asymmetric", "--keep-floats")
     both = load(tmp_path / "both")
     code, err = run(tmp_path / "both", tmp_path / "again", "--recipe", "rtn", "--symmetric")
     assert (code, "warning" in err) == (0, False)
@@ -200,7 +200,10 @@ def test_recipes_that_change_what_linears_read_keep_no_floats(name, floats, tmp_
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (("rtn", "--bits", "8"), "(--bits 8) and keep_floats=True (--keep-floats) are two ways to verify a 4-bit draft"),
+        (
+            ("rtn", "--bits", "8"),
+            "(--bits 8) and keep_floats=True (--keep-floats) are two ways to verify a 4-bit draft",
+        ),
         (("rtn", "--head-bits", "8"), "keeps a model's own output; use draft_head"),
         (("keep",), "has 8-bit weights, and beside floats (--keep-floats) are 4-bit ones; use --recipe rtn"),
     ],
