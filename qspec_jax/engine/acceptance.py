@@ -107,9 +107,7 @@ class Acceptance:
         for place in range(count):
             before = chances[-1] if chances else self._UNKNOWN
             chance = self.expected[place] if place < len(self.expected) else before
-            if (
-                place and behind is not None
-            ):  # of a place that few drafts come to, all places behind the first tell more
+            if place and behind is not None:  # few drafts come to a place far behind, so all places tell
                 chance = behind
             if place < len(self.tried):
                 chance = (self.accepted[place] + self._WEIGHT * chance) / (self.tried[place] + self._WEIGHT)

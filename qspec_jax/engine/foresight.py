@@ -10,16 +10,14 @@ from qspec_jax.engine.makespan import Makespan, Served, makespans
 from qspec_jax.engine.sequence import RunningSequence
 
 _ROWFULS = 8  # of requests that wait: where there are more, the end of the last ones is worth little
-_LOOK_S = (
-    0.1  # from one look to the next while others wait: one takes about a millisecond, in which a device may be idle
-)
+_LOOK_S = 0.1  # from one look to the next while others wait: one takes about a millisecond of a device's time
 
 
 class Foresight:
     """What a chooser is told of the end of a batch."""
 
     def __init__(self, chooser: Chooser, *, rows: int, serves: bool):
-        """Of a batch of some rows; of one that ``serves`` nobody knows the end while anyone waits."""
+        """Of a batch of some rows; of one that ``serves`` nobody knows the end."""
         self.most = _ROWFULS * rows
         self._chooser, self._rows, self._serves = chooser, rows, serves
         self._found: Mapping[str | None, Makespan] = {}
@@ -35,7 +33,7 @@ class Foresight:
             waiting: for rows, all of them or more than :attr:`most`, in order.
             context: tokens that a row holds, on average.
         """
-        if len(waiting) > self.most or (waiting and self._serves):
+        if self._serves or len(waiting) > self.most:
             return {}
         if waiting and time.perf_counter() < self._again_s:
             return self._found
@@ -51,5 +49,7 @@ class Foresight:
             rows=self._rows,
             alone=self._chooser.alone(context=context, active=len(decoding)),
         )
-        self._found, self._again_s = dict(zip(profiles, found, strict=True)), time.perf_counter() + _LOOK_S
+        self._found = dict(zip(profiles, found, strict=True))
+        # What holds once nobody waits says nothing of those who come after.
+        self._again_s = time.perf_counter() + _LOOK_S if waiting else 0.0
         return self._found

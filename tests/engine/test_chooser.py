@@ -183,13 +183,13 @@ def test_who_waits_takes_the_row_that_is_free_first():
     assert found.until[0] == 9
 
 
-def test_a_batch_that_serves_knows_no_end_while_anyone_waits():
+def test_a_batch_that_serves_knows_no_end():
     chooser = chooser_on(Device(rows=2, context=64, acceptance={}), CostTable(BYTES))
     one = RunningSequence(Request([1], 10, SamplingParams()))
     foresight = Foresight(chooser, rows=2, serves=True)
-    assert foresight.look([one], [one], 64) == {}
-    assert foresight.look([one], [], 64)["lookup"].plain == 10
+    assert foresight.look([one], [one], 64) == foresight.look([one], [], 64) == {}
     foresight = Foresight(chooser, rows=2, serves=False)
+    assert foresight.look([one], [], 64)["lookup"].plain == 10
     assert foresight.look([one], [one] * foresight.most, 64)["lookup"].plain == 10 * (foresight.most + 1) / 2 + 5
     assert foresight.look([one], [one] * (foresight.most + 1), 64) == {}
 

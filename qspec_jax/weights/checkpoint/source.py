@@ -43,10 +43,8 @@ def open_saved_source(checkpoint: Checkpoint, *, floats: bool = True) -> Source:
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
     if HEAD in checkpoint.manifest.formats:
-        name, read_head = (
-            head_name(checkpoint.manifest.model),
-            functools.partial(_read_codes, read_group, HEAD, slice(None)),
-        )
+        name = head_name(checkpoint.manifest.model)
+        read_head = functools.partial(_read_codes, read_group, HEAD, slice(None))
         entries[name] = dataclasses.replace(entries[name], read_head=read_head)
     return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
 

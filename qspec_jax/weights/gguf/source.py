@@ -1,10 +1,10 @@
 """Opens a GGUF file as a source of tensors.
 
 Q4_0, Q4_1 and Q8_0 linears keep their codes and scales bit for bit, and so does an LM head in Q8_0 that is to have 8
-bits; every other tensor is dequantised to
-float32 when it is read, and a linear among them (K-quants) is then rounded a second time: its entry says from
-which type, so that loading can warn. The rows of query and key, which llama.cpp reorders for the Llama architecture
-(its rotary embedding pairs neighbours), come back in the order of the original checkpoint.
+bits. Every other tensor is dequantised to float32 when it is read, and a linear among them (K-quants) is then rounded a
+second time: its entry says from which type, so that loading can warn. The rows of query and key, which llama.cpp
+reorders for the Llama architecture (its rotary embedding pairs neighbours), come back in the order of the original
+checkpoint.
 """
 
 from __future__ import annotations
