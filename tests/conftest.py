@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -52,6 +53,22 @@ _LISTED_FILES = 40  # of which the summary tells the seconds
 @pytest.fixture(autouse=True, scope="session")
 def strict_dtype_promotion():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def end_before_memory_does():
+    """A test that fills memory ends its process, after a traceback of all threads: else others end, or fail."""
+
+    def watch():
+        while not ended.wait(1):
+            if _resident_bytes() > 2 * MOST_BYTES:
+                os.abort()
+
+    ended = threading.Event()
+    if sys.platform == "linux" and jax.default_backend() == "cpu":
+        threading.Thread(target=watch, daemon=True).start()
+    yield
+    ended.set()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -133,6 +150,10 @@ def _peak_bytes() -> int:
     import resource
 
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_seconds() -> float:

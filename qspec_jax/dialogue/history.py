@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -40,17 +41,28 @@ def open_history(*, is_kept: bool) -> History:
 
 
 class _PrivateHistory(FileHistory):
-    """A history whose file may become full, or go away."""
+    """A history whose file may not be read, or become full, or go away."""
 
     _is_kept = True
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return super().load_history_strings()
+        except OSError as error:
+            self._keep_no_more(error)
+            return tuple(self._loaded_strings)
 
     def store_string(self, string: str) -> None:
         if self._is_kept:
             try:
                 super().store_string(string.encode(errors="replace").decode())
             except OSError as error:
-                self._is_kept = False
-                _say_not_kept(error)
+                self._keep_no_more(error)
+
+    def _keep_no_more(self, error: OSError) -> None:
+        if self._is_kept:
+            self._is_kept = False
+            _say_not_kept(error)
 
 
 def _say_not_kept(error: OSError) -> None:

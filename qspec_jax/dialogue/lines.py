@@ -126,7 +126,8 @@ class EditedLines(Lines):
         """See :class:`Lines`."""
         while True:
             try:
-                text = self._session.prompt([("bold", PROMPT)])
+                # Its own handler of exceptions asks for Enter, again and again where that cannot be read.
+                text = self._session.prompt([("bold", PROMPT)], set_exception_handler=False)
             except EOFError:
                 return None
             if text.strip():

@@ -25,29 +25,39 @@ from qspec_jax.errors import QSpecError, UsageError
 ALT_ENTER, UP, END, INTERRUPT, LATER = "\x1b\r", "\x1b[A", "\x04", "\x03", "|"
 
 
-LATER_S = 0.15  # by when prompt_toolkit has read the history
-
-
 def typed(keys, kept=None):
-    """What is read of some keys, up to the end; Ctrl-C is what had been typed, in a list. ``LATER`` waits a little."""
+    """What is read of some keys, up to the end; Ctrl-C is what had been typed, in a list.
+
+    ``LATER`` waits until the lines before it are read, and the history for the next one.
+    """
     read = []
+
+    def has_read(count):
+        history = edited._session.default_buffer._load_history_task
+        return len(read) == count and history is not None and history.done()
+
     with create_pipe_input() as pipe:
 
         def press():
-            for part in keys.split(LATER):
+            parts = keys.split(LATER)
+            for number, part in enumerate(parts):
+                deadline, lines = time.monotonic() + 20, "".join(parts[:number]).count("\r")
+                while number and not has_read(lines) and time.monotonic() < deadline:
+                    time.sleep(0.005)
                 pipe.send_text(part)
-                time.sleep(LATER_S if LATER in keys else 0)
             pipe.send_text(END)
 
         edited = EditedLines(kept or InMemoryHistory(), NAMES, input=pipe, output=DummyOutput())
         threading.Thread(target=press).start()
         while len(read) < 9:
             try:
-                if (line := edited.read()) is None:
-                    return read
-                read.append(line)
+                line = edited.read()
             except CtrlC as pressed:
-                read.append(list(pressed.args))
+                line = list(pressed.args)
+            if line is None:
+                return read
+            edited._session.default_buffer.reset()  # forgets the history, which the next line reads again
+            read.append(line)
     raise AssertionError(read)
 
 
@@ -93,12 +103,33 @@ def test_nothing_is_kept_where_that_is_asked_or_cannot_be(home, capsys):
     home.parent.write_text("no folder")
     assert typed(f"a\r{LATER}{UP}\r", history.open_history(is_kept=True)) == ["a", "a"]
     assert "not kept" in capsys.readouterr().err
-    home.parent.unlink()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [("a\rb\r", ["a", "b"]), (f"{LATER}a\rb\r{LATER}{UP}{UP}\r", ["a", "b", "a"])],
+    ids=["before", "after"],
+)
+def test_a_history_that_cannot_be_read_is_said_once(home, capsys, keys, expected):
+    """Typed before it is read, and after."""
     kept = history.open_history(is_kept=True)
     (home / "chat-history").unlink()
     (home / "chat-history").mkdir()
-    assert typed("a\rb\r", kept) == ["a", "b"]
-    assert capsys.readouterr().err.count("not kept") == 1
+    assert typed(keys, kept) == expected
+    out, err = capsys.readouterr()
+    assert (out, err.count("not kept"), err.count("\n")) == ("", 1, 1)
+
+
+def test_an_error_of_the_event_loop_asks_for_no_key(home, capsys, monkeypatch, caplog):
+    """prompt_toolkit would ask for Enter, for ever where the standard input is no terminal."""
+
+    def fails(self):
+        raise RuntimeError("a history that fails")
+
+    monkeypatch.setattr(InMemoryHistory, "load_history_strings", fails)
+    assert typed(f"{LATER}a\r{LATER}") == ["a"]
+    assert capsys.readouterr().out == ""
+    assert "a history that fails" in caplog.text
 
 
 def piped(monkeypatch, data, *, asks=False):
