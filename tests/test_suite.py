@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import sys
 import types
 from typing import Any
@@ -17,7 +18,9 @@ from jaxtyping import Array, Float, Int8
 
 import pallas_kernels
 from qspec_jax import ModelConfig
+from qspec_jax.bench.__main__ import build_parser
 from tests.conftest import THOROUGH
+from tests.gpu import figures
 
 
 @pytest.mark.contract
@@ -93,3 +96,20 @@ def test_all_that_is_annotated_is_checked():
     # jaxtyping's hook leaves what is asynchronous alone; anything is allowed where names are of another scope.
     checkable = [f for f in functions if set(f.__annotations__.values()) - {Any} and not f.__code__.co_flags & ASYNC]
     assert [f.__qualname__ for f in checkable if not hasattr(f, "__wrapped__")] == []
+
+
+@pytest.mark.parametrize("group", figures.GROUPS)
+def test_the_commands_of_the_figures_that_are_aimed_at_are_understood(group):
+    for command in figures.GROUPS[group].commands:
+        build_parser().parse_args([*shlex.split(command), "--json", "measured.json"])
+
+
+def test_a_figure_needs_one_measurement():
+    rows = [
+        {"part": "step", "batch": batch, "context": 512, "status": "ok", "milliseconds": 2.5} for batch in (1, 2, 2)
+    ]
+    results = figures.Results([{"measurements": rows}])
+    assert results.ms("step", 1) == 2.5
+    for batch in (2, 3):
+        with pytest.raises(LookupError, match="measurements with"):
+            results.ms("step", batch)

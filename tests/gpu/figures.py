@@ -1,0 +1,279 @@
+"""The figures that this project aims at, measured by its own commands in one go, beside the aims.
+
+``python -m tests.gpu.figures`` lists the groups, ``python -m tests.gpu.figures plain budget --minutes 9`` measures some
+of them, on NVIDIA GPUs. What each command prints and measures stays in a folder. A figure counts with its hardware and
+version, which are the first line; ``docs/results.md`` has those that are shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Tokens per cycle of real models by drafts, of one more at most: of SmolLM2 with drafts that read a budget of the cache
+# (page 033 of the lab notebook), and of Qwen2.5-Coder-0.5B, simulated: floats verify drafts of symmetric groups of 128,
+# and 8 bits in groups of 64 their upper halves.
+BUDGET_TOKENS = {3: 3.77, 5: 5.40}
+FLOAT_TOKENS = {5: 5.22}
+NESTED_TOKENS = {5: 5.36}
+
+
+class Results:
+    """What the commands of a group have measured, in order."""
+
+    def __init__(self, files: Sequence[Mapping[str, Any]]):
+        self._files = files
+
+    def one(self, key: str, place: int = 0, **wanted: Any) -> Mapping[str, Any]:
+        """The one measurement of a command that has some fields.
+
+        Raises:
+            LookupError: there is none, or several.
+        """
+        rows = self._files[place][key]
+        found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} measurements with {wanted}")
+        return found[0]
+
+    def ms(self, part: str, batch: int, context: int = 512, place: int = 0, **wanted: Any) -> float:
+        """Milliseconds of a part of a cycle by ``bench decode``."""
+        found = self.one("measurements", place, part=part, batch=batch, context=context, **wanted)
+        if found["status"] != "ok":
+            raise LookupError(str(found["reason"]))
+        return found["milliseconds"]
+
+    def steps(self, batch: int, context: int = 512, place: int = 0) -> float:
+        """Plain steps that the cycle of the only plan costs."""
+        return self.ms("cycle", batch, context, place) / self.ms("step", batch, context, place)
+
+
+class Figure(NamedTuple):
+    """What is aimed at; ``sign`` is 1 where more is better, -1 where less is."""
+
+    what: str
+    value: Callable[[Results], float]
+    aim: float
+    sign: int = 1
+
+
+class Group(NamedTuple):
+    """Commands of ``python -m qspec_jax.bench``, measured together, and what follows from them."""
+
+    commands: Sequence[str]
+    figures: Sequence[Figure]
+    num_gpus: int = 1
+
+
+def _speedup(what: str, tokens: float, aim: float, batch: int, context: int = 512, place: int = 0) -> Figure:
+    return Figure(what, lambda results: tokens / results.steps(batch, context, place), aim)
+
+
+def _tokens_per_s(what: str, aim: float, batch: int, place: int = 0) -> Figure:
+    return Figure(what, lambda results: 1000 * batch / results.ms("step", batch, place=place), aim)
+
+
+def _run(what: str, field: Callable[[Mapping[str, Any]], float], aim: float, sign: int = 1, **wanted: Any) -> Figure:
+    return Figure(what, lambda results: field(results.one("runs", **wanted)), aim, sign)
+
+
+def _matmul(rows: int, aim: float) -> Figure:
+    wanted = {"op": "w4a16", "rows": rows}
+    value = lambda results: results.one("measurements", **wanted)["microseconds"]  # noqa: E731
+    return Figure(f"W4A16 4096 x 28672, {rows} rows, us", value, aim, -1)
+
+
+def _over(batch: int, context: int = 512, part: str = "step") -> Callable[[Results], float]:
+    """How many times as fast the second command is."""
+    return lambda results: results.ms(part, batch, context, 0) / results.ms(part, batch, context, 1)
+
+
+_8B, _31 = "decode --preset llama-3-8b", "decode --preset llama-3.1-8b"
+_SHARDS = f"{_8B} --mode w4a16 --batch 1,16,64"
+_LONG = f"{_31} --mode w4a16,qspec --draft w4a8 --draft-context auto --repeats 3"
+_SERVED = "throughput --preset llama-3-8b --mode w4a16 --batch-size 64"
+GROUPS = {
+    "plain": Group(
+        [f"{_8B} --batch 1,16,32 --mode w4a16,qspec", f"{_8B} --batch 1 --mode w4a16 --head-bits 8"],
+        [
+            _tokens_per_s("plain W4A16, batch 1, tokens/s", 440, 1),
+            _tokens_per_s("plain W4A16, batch 16, tokens/s", 5_800, 16),
+            _tokens_per_s("plain W4A16 with a head of 8 bits, batch 1, tokens/s", 440, 1, place=1),
+            Figure(
+                "verification of 4 tokens over a plain step, batch 32",
+                lambda results: results.ms("verify", 32) / results.ms("step", 32),
+                1.35,
+                -1,
+            ),
+        ],
+    ),
+    "matmuls": Group(
+        ["kernels --shape 4096x28672 --group-size 128 --ops w4a16 --implementations mosaic --rows 96,128,192,256"],
+        [_matmul(96, 42), _matmul(128, 50), _matmul(192, 72), _matmul(256, 85)],
+    ),
+    "budget": Group(
+        [
+            f"{_LONG} --batch 32 --context 4096 --draft-length 3",
+            f"{_LONG} --batch 16 --context 8000,16384 --draft-length 5",
+            f"{_LONG} --batch 1 --context 32768 --draft-length 3",
+        ],
+        [
+            Figure("draft / step, 32 x 4096", lambda r: r.ms("draft", 32, 4096) / r.ms("step", 32, 4096), 0.45, -1),
+            Figure(
+                "draft / step, 16 x 8000", lambda r: r.ms("draft", 16, 8000, 1) / r.ms("step", 16, 8000, 1), 0.42, -1
+            ),
+            _speedup("QSpec over plain, 32 x 4096", BUDGET_TOKENS[3], 1.4, 32, 4096),
+            _speedup("QSpec over plain, 16 x 8000", BUDGET_TOKENS[5], 1.6, 16, 8000, 1),
+            _speedup("QSpec over plain, 16 x 16384", BUDGET_TOKENS[5], 2.0, 16, 16384, 1),
+            _speedup("QSpec over plain, 1 x 32768", BUDGET_TOKENS[3], 1.2, 1, 32768, 2),
+        ],
+    ),
+    "float": Group(
+        [f"{_8B} --verify float --mode float,qspec --draft-length 5 --batch 1,16"],
+        [
+            _speedup("floats verify, over plain floats, batch 1", FLOAT_TOKENS[5], 1.7, 1),
+            _speedup("floats verify, over plain floats, batch 16", FLOAT_TOKENS[5], 1.45, 16),
+        ],
+    ),
+    "nested": Group(
+        [f"{_8B} --verify w8a16 --head-bits 8 --draft-head 4 --mode w8a16,qspec --draft-length 5 --batch 1,16"],
+        [
+            Figure(
+                "plain W8A16, batch 1, share of the limit by bytes",
+                lambda results: results.one("measurements", part="step", batch=1)["share_of_bound"],
+                0.72,
+            ),
+            _speedup("8 bits verify, over plain W8A16, batch 1", NESTED_TOKENS[5], 1.3, 1),
+            _speedup("8 bits verify, over plain W8A16, batch 16", NESTED_TOKENS[5], 1.15, 16),
+        ],
+    ),
+    "int8-cache": Group(
+        [
+            f"{_31} --mode w4a16 --batch 32 --context 4096",
+            f"{_31} --mode w4a16 --batch 32 --context 4096 --kv int8 --kernels triton",
+            f"{_31} --mode w4a16 --batch 64 --context 1024",
+            f"{_31} --mode w4a16 --batch 64 --context 1024 --kv int8 --kernels triton",
+            f"{_LONG} --batch 32 --context 4096 --draft-length 3 --kv int8 --kernels triton",
+        ],
+        [
+            Figure("plain, int8 cache over bf16, 32 x 4096", _over(32, 4096), 1.35),
+            Figure(
+                "plain, int8 cache over bf16, 64 x 1024",
+                lambda results: results.ms("step", 64, 1024, 2) / results.ms("step", 64, 1024, 3),
+                1.2,
+            ),
+            Figure(
+                "budget drafts on the int8 cache over plain with bf16, 32 x 4096",
+                lambda results: BUDGET_TOKENS[3] * results.ms("step", 32, 4096) / results.ms("cycle", 32, 4096, 4),
+                1.7,
+            ),
+        ],
+    ),
+    "prompts": Group(
+        [f"{_SERVED} --num-prompts 64 --max-new-tokens 64"],
+        [
+            _run("64 rows, 64 prompts x 64 tokens, tokens/s", lambda run: run["tokens_per_s"], 7_500),
+            _run(
+                "prompt tokens/s while reading",
+                lambda run: run["num_prompt_tokens"] / (run["prefill_share"] * run["seconds"]),
+                30_000,
+            ),
+        ],
+    ),
+    "many-prompts": Group(
+        [f"{_SERVED} --num-prompts 512 --max-new-tokens 256"],
+        [
+            _run("64 rows, 512 prompts x 256 tokens, tokens/s", lambda run: run["tokens_per_s"], 8_500),
+            _run("the same, share of reading", lambda run: run["prefill_share"], 0.12, -1),
+        ],
+    ),
+    "serving": Group(
+        [f"{_SERVED} --num-prompts 128 --max-new-tokens 64 --load 0.5,0.8"],
+        [
+            _run("first token at 80% load, p50, ms", lambda run: 1000 * run["first_token_s"]["p50"], 60, -1, load=0.8),
+            _run("first token at 80% load, p99, ms", lambda run: 1000 * run["first_token_s"]["p99"], 250, -1, load=0.8),
+        ],
+    ),
+    "demo": Group(
+        ["throughput --model default --mode w4a16 --batch-size 64 --num-prompts 256 --max-new-tokens 128"],
+        [_run("demo model, 64 rows, tokens/s", lambda run: run["tokens_per_s"], 30_000)],
+    ),
+    "mesh": Group(
+        [_SHARDS, f"{_SHARDS} --mesh model=2", f"{_8B} --mode w4a16 --batch 128 --mesh data=2"],
+        [
+            *(
+                Figure(f"model=2 over one GPU, batch {n}", _over(n), aim)
+                for n, aim in ((1, 1.35), (16, 1.5), (64, 1.6))
+            ),
+            Figure(
+                "data=2 over one GPU, 64 + 64 rows", lambda r: 2 * r.ms("step", 64) / r.ms("step", 128, place=2), 1.9
+            ),
+        ],
+        num_gpus=2,
+    ),
+}
+
+
+def measure(name: str, group: Group, folder: Path, until: float) -> None:
+    """Runs the commands of a group and prints its figures; what fails, or takes too long, is a line."""
+    files = []
+    for place, command in enumerate(group.commands):
+        path = folder / f"{name}-{place}"
+        arguments = [sys.executable, "-m", "qspec_jax.bench", *shlex.split(command), "--json", f"{path}.json"]
+        began = time.monotonic()
+        with open(f"{path}.log", "w") as log:
+            try:
+                seconds = max(1.0, until - began)
+                code: int | str = subprocess.run(arguments, stdout=log, stderr=log, timeout=seconds).returncode
+            except subprocess.TimeoutExpired:
+                code = "no time left"
+        print(f"  {time.monotonic() - began:4.0f} s  {command}" + (f"  ({code})" if code else ""), flush=True)
+        is_there = not code and Path(f"{path}.json").exists()
+        files.append(json.loads(Path(f"{path}.json").read_text()) if is_there else {"measurements": [], "runs": []})
+        if is_there and place == 0:
+            print("  {device}, driver {driver}, jax {jax}, {date}".format(**files[0]["environment"]))
+    results = Results(files)
+    for figure in group.figures:
+        try:
+            value = figure.value(results)
+        except (LookupError, TypeError, ZeroDivisionError) as error:
+            print(f"  {figure.what}: not measured ({error})", flush=True)
+            continue
+        reached = "reached" if figure.sign * value >= figure.sign * figure.aim else "open"
+        print(
+            f"  {figure.what}: {value:.4g} ({'<=' if figure.sign < 0 else '>='} {figure.aim:g}: {reached})", flush=True
+        )
+
+
+def main() -> None:
+    """Measures what the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.figures", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", choices=[[], *GROUPS], help=", ".join(GROUPS))
+    parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun (default: 60)")
+    parser.add_argument("--folder", type=Path, help="for what commands print and measure (default: a new one)")
+    arguments = parser.parse_args()
+    until = time.monotonic() + 60 * arguments.minutes
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="figures-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"in {os.fspath(folder)}")
+    for name in arguments.groups or ():
+        if time.monotonic() < until:
+            print(name, flush=True)
+            measure(name, GROUPS[name], folder, until)
+    if not arguments.groups:
+        for name, group in GROUPS.items():
+            needs = f" ({group.num_gpus} GPUs)" if group.num_gpus > 1 else ""
+            print(f"{name}{needs}", *(f"  python -m qspec_jax.bench {one}" for one in group.commands), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
