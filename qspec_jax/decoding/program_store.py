@@ -3,7 +3,7 @@
 JAX's own cache (``device/compilation_cache.py``) looks a program up by its lowered form, and to trace and lower all
 layers of a decoder takes longer than anything else at a start. Here a program is looked up by its ingredients:
 
-- the program: its plan, shape and width, which are all that the functions of ``programs.py`` close over;
+- the program: its plan, shape and width, which are all that the functions of ``lowering.py`` close over;
 - the decoder: its Flax graph with every static attribute (config, quantisation, kernels, dtype), the structure of its
   arrays (layouts among them), and shape, dtype, layout and device of each;
 - the source: the text of every ``.py`` and ``.json`` file of ``qspec_jax`` and ``pallas_kernels``;

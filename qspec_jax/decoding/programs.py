@@ -1,15 +1,13 @@
 """The compiled programs of a decoder: one that reads prompts into rows (prefill), and the generation loop.
 
-The decoder is split into its graph and its arrays once; the arrays are the programs' first argument, so
-that every program reads the same ones. Programs are compiled ahead of their first call: compile time is
-known and never hides in another figure. A batch needs one loop, and one prefill program for each width of a chunk of
-a prompt, of which there are ``len(CHUNK_WIDTHS)``: whatever prompts come, no more are compiled.
+Programs (``decoding/lowering.py``) are compiled ahead of their first call: compile time is known and never hides in
+another figure. A batch needs one loop, and one prefill program for each width of a chunk of a prompt, of which there
+are ``len(CHUNK_WIDTHS)``: whatever prompts come, no more are compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 import time
@@ -21,28 +19,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels.backends import early_launch
-from qspec_jax.decoding import packing, speculative
-from qspec_jax.decoding.chunks import Shape, empty_chunks
+from qspec_jax.decoding import packing
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.costs import CostTable, PassBytes, table_path
-from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.laid_out import LaidOut, compile_all
-from qspec_jax.decoding.loop_settings import cycles_per_check, launches_early
-from qspec_jax.decoding.on_mesh import OnMesh
+from qspec_jax.decoding.lowering import Lowering
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
-from qspec_jax.decoding.sampling import Sampler
-from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report, TokenScores, with_rows_of
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.errors import UsageError
-from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
 
 
-class Programs:
+class Programs(Lowering):
     """Compiles what a decoder needs, and keeps it. Any thread may use it.
 
     Attributes:
@@ -54,15 +46,13 @@ class Programs:
         costs: what cycles of this model take; kept beside the store, if there is one.
         packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. False until
             a GPU has run it. To be set before anything is compiled.
-        mesh: that the decoder is on; None for one device. What runs there is kept nowhere but in this process.
+        mesh: see the base. What runs on a mesh is kept nowhere but in this process.
     """
 
     packing: bool | None = False
-    _on_mesh: OnMesh | None = None
 
     def __init__(self, decoder: Decoder, mesh: Mesh | None = None):
-        self.decoder = decoder
-        self._on_mesh = None if mesh is None else OnMesh(mesh)
+        super().__init__(decoder, mesh)
         self.num_compilations = 0
         self.compile_s = 0.0
         self.store: ProgramStore | None = None
@@ -70,17 +60,6 @@ class Programs:
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
         self._lock = threading.RLock()
-        self._laid_out = LaidOut(decoder)
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """See the class."""
-        return None if self._on_mesh is None else self._on_mesh.mesh
-
-    @property
-    def num_row_shards(self) -> int:
-        """Into how many parts the rows of a batch are split: their number must be a multiple of it."""
-        return 1 if self._on_mesh is None else self._on_mesh.num_row_shards
 
     @property
     def packs(self) -> bool:
@@ -130,9 +109,6 @@ class Programs:
     def __len__(self) -> int:
         """Programs that are there."""
         return len(self.compiled)
-
-    def _merge(self, leaves: list[jax.Array]) -> Decoder:
-        return self._laid_out.merge(leaves)
 
     def adopt(self, others: Programs) -> None:
         """Takes the programs that were compiled for the shapes of this decoder before its arrays were there."""
@@ -297,9 +273,6 @@ class Programs:
         with explain_out_of_memory("while generating"):
             return self._run(program, leaves, state, retired, np.int32(max_cycles), np.int32(until_finished))
 
-    def _run(self, program: Any, *arguments: Any) -> Any:
-        return program(*arguments) if self._on_mesh is None else self._on_mesh.run(program, *arguments)
-
     def _program(
         self, key: tuple[Any, ...], plan: DecodingPlan, shape: Shape, widths: Iterable[int]
     ) -> tuple[Any, list[jax.Array]]:
@@ -322,108 +295,6 @@ class Programs:
                 changed |= add_group_sums(self.decoder, self.mesh)
             if changed:
                 self._laid_out = LaidOut(self.decoder)
-
-    def idle_state(self, shape: Shape) -> DecodeState:
-        """Rows without a sequence."""
-        return self._made(lambda: self._idle(shape))
-
-    def made(self, make: Callable[[Decoder], DecodeState]) -> DecodeState:
-        """The state that a function makes for the decoder, where programs take it."""
-        return self._made(lambda: make(self.decoder))
-
-    def _made(self, make: Callable[[], DecodeState]) -> DecodeState:
-        return make() if self._on_mesh is None else self._on_mesh.made(make)
-
-    def _idle(self, shape: Shape) -> DecodeState:
-        sizes = {"batch": shape.rows, "capacity": shape.capacity, "num_blocks": shape.num_blocks}
-        cache = self.decoder.create_cache(**sizes)
-        return self._with_features(DecodeState.idle(cache, lookup=shape.lookup), shape)
-
-    def with_rows_of(self, state: DecodeState, smaller: DecodeState) -> DecodeState:
-        """Idle rows that hold what those of another state do; see the function. The first state is used up."""
-        return with_rows_of(state, smaller) if self._on_mesh is None else self._on_mesh.with_rows_of(state, smaller)
-
-    def with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
-        """A state with what the features of a shape need besides; the sequences in it go on as before."""
-        made = self._with_features(state, shape)
-        return made if self._on_mesh is None else self._on_mesh.placed(made)
-
-    def _with_features(self, state: DecodeState, shape: Shape) -> DecodeState:
-        sampler = Sampler.idle(shape.rows, self.decoder.config.vocab_size, shape.features, state.sampler)
-        scores = state.scores
-        if shape.features.scores and scores is None:
-            scores = TokenScores.zeros(shape.rows, shape.capacity)
-        record = state.record
-        if shape.kept_drafts and record is None:
-            record = DraftRecord.idle(shape.rows, shape.capacity, shape.kept_drafts)
-        return dataclasses.replace(state, sampler=sampler, scores=scores, record=record)
-
-    def lower_prefill(self, plan: DecodingPlan, shape: Shape, width: int) -> jax.stages.Lowered:
-        """Lowers the program that reads chunks of a width into rows; its state is donated."""
-        laid_out, rows_over = self._laid_out, self._rows_over
-
-        def prefill(leaves, state, chunks, rows, sources, count):
-            options: dict[str, Any] = {"plan": plan, "rows_over": rows_over}
-            state = speculative.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, **options)
-            return state, Report.of(state, count * 0, rows_over=rows_over)
-
-        state = jax.eval_shape(lambda: self._idle(shape))
-        rows = np.zeros((shape.rows,), np.int32)
-        sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
-        chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
-        with early_launch.early_launch(False):
-            return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0))
-
-    def lower_pieces(self, plan: DecodingPlan, shape: Shape, size: int) -> jax.stages.Lowered:
-        """Lowers the program that reads so many pieces of prompts in one pass; its state is donated."""
-        laid_out = self._laid_out
-
-        def read(leaves, state, pieces, chunks, rows, sources, num_copied):
-            places = rows, sources, num_copied
-            state = speculative.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, plan=plan)
-            return state, Report.of(state, num_copied * 0)
-
-        state = jax.eval_shape(lambda: self._idle(shape))
-        rows = np.zeros((shape.rows,), np.int32)
-        sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
-        chunks = PromptChunk(**empty_chunks(shape, 0), sampler=sampler)
-        pieces = packing.empty_pieces(size, shape.rows)
-        with early_launch.early_launch(False):
-            return self._lower(read, laid_out, state, pieces, chunks, rows, rows, np.int32(0))
-
-    def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
-        """Lowers the generation loop; its state is donated."""
-        laid_out, rows_over = self._laid_out, self._rows_over
-        options: dict[str, Any] = {"cycles_per_check": cycles_per_check(plan), "rows_over": rows_over}
-
-        def loop(leaves, state, retired, max_cycles, until_finished):
-            retired = own_rows(retired, len(state.finished), rows_over)
-            state = dataclasses.replace(state, finished=state.finished | retired)
-            limits = max_cycles, until_finished
-            state, cycles = speculative.generate(laid_out.merge(leaves), state, *limits, plan=plan, **options)
-            return state, Report.of(state, cycles, rows_over=rows_over)
-
-        state = jax.eval_shape(lambda: self._idle(shape))
-        retired = np.zeros((shape.rows,), bool)
-        with early_launch.early_launch(self._launches_early(plan, shape.rows)):
-            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0))
-
-    def lower_repetition(
-        self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
-    ) -> jax.stages.Lowered:
-        """Lowers the loop ``(leaves, state, max_cycles) -> state`` for a state like the one given, which is donated.
-
-        ``advance`` is what the loop repeats, see :func:`speculative.generate`.
-        """
-        options: dict[str, Any] = {"plan": plan, "cycles_per_check": cycles_per_check(plan), "advance": advance}
-        options["rows_over"] = self._rows_over
-        laid_out = self._laid_out
-
-        def loop(leaves, state, max_cycles):
-            return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
-
-        with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
-            return self._lower(loop, laid_out, state, np.int32(0), reports=False)
 
     def repetition(
         self, plan: DecodingPlan, make: Callable[[Decoder], DecodeState], *, advance: Callable[..., DecodeState]
@@ -451,28 +322,6 @@ class Programs:
 
         program = jax.jit(run if self._on_mesh is None else self._on_mesh.map_same(run, laid_out.leaves))
         return lambda *arrays: self._run(program, laid_out.leaves, arrays)
-
-    @property
-    def _rows_over(self) -> str | None:
-        """The axis of the mesh over which rows are split, None for none."""
-        return None if self._on_mesh is None else self._on_mesh.rows_over
-
-    def _launches_early(self, plan: DecodingPlan, rows: int) -> bool:
-        # Nobody has tried it beside the kernels that carry messages.
-        return self._on_mesh is None and launches_early(self.decoder, plan, rows)
-
-    def _lower(
-        self,
-        program: Callable[..., Any],
-        laid_out: LaidOut,
-        state: DecodeState,
-        *others: Any,
-        reports: bool = True,
-    ) -> jax.stages.Lowered:
-        """Lowers ``program(leaves, state, *others)``, whose state is donated, for one device or the mesh."""
-        if self._on_mesh is not None:
-            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports)
-        return jax.jit(program, donate_argnums=1).lower(laid_out.leaves, state, *others)
 
     def check_cache(self, *, rows: int, capacity: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""

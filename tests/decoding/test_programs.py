@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
-from qspec_jax.decoding import chunks, programs
+from qspec_jax.decoding import chunks, lowering, programs
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
@@ -28,9 +28,9 @@ CYCLES = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
 
 def test_only_a_loop_on_a_gpu_looks_seldom_whether_to_go_on(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert programs.cycles_per_check(PLAIN) > programs.cycles_per_check(CYCLES) > 1
+    assert lowering.cycles_per_check(PLAIN) > lowering.cycles_per_check(CYCLES) > 1
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert programs.cycles_per_check(PLAIN) == programs.cycles_per_check(CYCLES) == 1
+    assert lowering.cycles_per_check(PLAIN) == lowering.cycles_per_check(CYCLES) == 1
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def decoder_of_shapes(layout=Layout.WGMMA, *, scan_layers=False, symmetric=True,
 
 @pytest.mark.usefixtures("on_hopper")
 def test_kernels_start_early_where_matmuls_that_read_early_are_all_that_reads_behind_a_signal():
-    assert programs.launches_early(decoder_of_shapes(), PLAIN, rows=1)
-    assert not programs.launches_early(decoder_of_shapes(layout=Layout.PLANES), PLAIN, rows=1)
-    assert not programs.launches_early(decoder_of_shapes(scan_layers=True), PLAIN, rows=1)
-    assert not programs.launches_early(decoder_of_shapes(symmetric=False), PLAIN, rows=1)
-    assert not programs.launches_early(
+    assert lowering.launches_early(decoder_of_shapes(), PLAIN, rows=1)
+    assert not lowering.launches_early(decoder_of_shapes(layout=Layout.PLANES), PLAIN, rows=1)
+    assert not lowering.launches_early(decoder_of_shapes(scan_layers=True), PLAIN, rows=1)
+    assert not lowering.launches_early(decoder_of_shapes(symmetric=False), PLAIN, rows=1)
+    assert not lowering.launches_early(
         decoder_of_shapes(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), PLAIN, rows=1
     )
 
@@ -68,19 +68,19 @@ def test_kernels_start_early_where_matmuls_that_read_early_are_all_that_reads_be
 @pytest.mark.usefixtures("on_hopper")
 def test_no_kernel_starts_early_where_rows_are_padded_or_more_than_the_head_serves():
     decoder = decoder_of_shapes()
-    early = {rows for rows in range(1, 300) if programs.launches_early(decoder, PLAIN, rows)}
+    early = {rows for rows in range(1, 300) if lowering.launches_early(decoder, PLAIN, rows)}
     assert early == {*range(1, 9), *range(16, 257, 8)}
-    early = {rows for rows in range(1, 300) if programs.launches_early(decoder, CYCLES, rows)}
+    early = {rows for rows in range(1, 300) if lowering.launches_early(decoder, CYCLES, rows)}
     assert early == {1, 2, 4, 6, 8, *range(16, 65, 8)}
 
 
 @pytest.mark.usefixtures("on_hopper")
 def test_no_kernel_starts_early_where_xla_multiplies_or_a_draft_has_activations_of_4_bits():
     decoder = decoder_of_shapes()
-    assert programs.launches_early(decoder, CYCLES, rows=1)
-    assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT), rows=1)
-    assert not programs.launches_early(decoder, DecodingPlan(Precision.FLOAT, Precision.W4A8, 3), rows=1)
-    assert not programs.launches_early(decoder, DecodingPlan(Precision.W4A16, Precision.W4A4, 3), rows=1)
+    assert lowering.launches_early(decoder, CYCLES, rows=1)
+    assert not lowering.launches_early(decoder, DecodingPlan(Precision.FLOAT), rows=1)
+    assert not lowering.launches_early(decoder, DecodingPlan(Precision.FLOAT, Precision.W4A8, 3), rows=1)
+    assert not lowering.launches_early(decoder, DecodingPlan(Precision.W4A16, Precision.W4A4, 3), rows=1)
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -89,7 +89,7 @@ def test_no_kernel_starts_early_where_no_gpu_has_run_it_so(fields):
     verify = Precision.W8A16 if fields.get("bits", {}).get("bits") == 8 else Precision.W4A16
     decoder = decoder_of_shapes(**fields)
     for plan in (DecodingPlan(verify), DecodingPlan(Precision.W4A16), DecodingPlan(verify, Precision.W4A8, 3)):
-        assert not programs.launches_early(decoder, plan, rows=1)
+        assert not lowering.launches_early(decoder, plan, rows=1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ _unused_slots = itertools.count(1000)
 
 @pytest.mark.parametrize("early", [False, True])
 def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, early):
-    monkeypatch.setattr(programs, "launches_early", lambda decoder, plan, rows: early)
+    monkeypatch.setattr(lowering, "launches_early", lambda decoder, plan, rows: early)
     traced, original = [], Linear.partial_sums
 
     def watched(linear, x, *, view):
@@ -148,12 +148,12 @@ def test_looking_seldom_whether_to_go_on_changes_no_result(monkeypatch, mode):
         return [(one.token_ids, one.finish_reason, one.stats.accepted_lengths) for one in found]
 
     expected = results()
-    monkeypatch.setattr(programs, "cycles_per_check", lambda plan: 4)
+    monkeypatch.setattr(lowering, "cycles_per_check", lambda plan: 4)
     assert results() == expected
 
 
 def test_cycles_are_run_in_whole_rounds_and_counted(monkeypatch):
-    monkeypatch.setattr(programs, "cycles_per_check", lambda plan: 4)
+    monkeypatch.setattr(lowering, "cycles_per_check", lambda plan: 4)
     model = tiny.language_model()
     shape = chunks.Shape(rows=2, capacity=64)
     model.programs.compile(PLAIN, shape, [])

@@ -52,7 +52,7 @@ def compiled_fill(model, **options):
 def float_bytes(model):
     weights = [
         leaf
-        for leaf in jax.tree.leaves(model.programs._merge(model.programs.leaves), is_leaf=is_weight)
+        for leaf in jax.tree.leaves(model.programs._laid_out.merge(model.programs.leaves), is_leaf=is_weight)
         if is_weight(leaf)
     ]
     return sum(8 * weight.packed.size for weight in weights)
