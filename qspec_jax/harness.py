@@ -30,7 +30,7 @@ def main() -> int:
 
     lm-eval knows the model class ``qspec``, and imports it once a model is asked for.
     """
-    return guarded(_run)
+    return guarded(_run, sys.argv[1:])
 
 
 def _run() -> int:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qspec_jax.commands.absence import tell_others
 from qspec_jax.commands.options import PROCESSES, weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
@@ -52,37 +53,56 @@ def exit_code(
         SystemExit: the arguments are wrong, or ask for help.
     """
     asked = argparse.Namespace(debug=False)
+    given = list(sys.argv[1:] if argv is None else argv)
 
     def parse_and_run() -> int | None:
-        helped = io.StringIO()  # argparse would pass over that it cannot be printed
-        try:
-            with contextlib.redirect_stdout(helped):
-                found, unknown = parser.parse_known_args(argv)
-                asked.__dict__.update(vars(found))
-                if unknown:
-                    parser.error(_unknown(unknown))
-        finally:
-            if text := helped.getvalue():
-                show(text, end="")
+        _parse(parser, given, asked)
         return run(asked)
 
-    return guarded(parse_and_run, debug=lambda: asked.debug, interrupted=interrupted)
+    return guarded(parse_and_run, given, debug=lambda: asked.debug, interrupted=interrupted)
 
 
-def _unknown(arguments: Sequence[str]) -> str:
-    """What to say of arguments that a command does not take."""
-    if given := [name for name in PROCESSES if any(one.partition("=")[0] == name for one in arguments)]:
-        return f"this command runs in one process, without {', '.join(given)}: start it once (docs/mesh.md)"
-    return f"unrecognized arguments: {' '.join(arguments)}"
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], into: argparse.Namespace) -> None:
+    """Parses arguments. Processes that would wait for this one hear of what is wrong.
+
+    Raises:
+        SystemExit: the arguments are wrong, or ask for help.
+    """
+    helped, said = io.StringIO(), io.StringIO()  # argparse would pass over that it cannot be printed
+    of_one_process: list[str] = []
+    try:
+        with contextlib.redirect_stdout(helped), contextlib.redirect_stderr(said):
+            found, unknown = parser.parse_known_args(argv)
+            into.__dict__.update(vars(found))
+            of_one_process = [name for name in PROCESSES if any(one.partition("=")[0] == name for one in unknown)]
+            if of_one_process:
+                named = ", ".join(of_one_process)
+                parser.error(f"this command runs in one process, without {named}: start it once (docs/mesh.md)")
+            if unknown:
+                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as end:
+        if text := said.getvalue():
+            say(text.rstrip())
+        if end.code and not of_one_process:
+            tell_others(argv, said.getvalue().partition(": error: ")[2].strip(), 2)
+        raise
+    finally:
+        if text := helped.getvalue():
+            show(text, end="")
 
 
 def guarded(
-    work: Callable[[], int | None], *, debug: Callable[[], bool] = lambda: False, interrupted: str = "interrupted"
+    work: Callable[[], int | None],
+    argv: Sequence[str] = (),
+    *,
+    debug: Callable[[], bool] = lambda: False,
+    interrupted: str = "interrupted",
 ) -> int:
     """The exit code of some work. What is known to go wrong is one line; a reader who has gone is none.
 
     Args:
         work: its own exit code, or None for success.
+        argv: the arguments of the process, of which some may say that others wait for it.
         debug: whether to raise errors instead.
         interrupted: what to say when the user stops it.
     """
@@ -97,16 +117,18 @@ def guarded(
             discard(sys.stdout)
             return 1
         except (QSpecError, OSError) as error:
-            if debug():
-                return _raised(error)
-            say(f"error: {error}")
-            return 2 if isinstance(error, UsageError) else 1
+            code = 2 if isinstance(error, UsageError) else 1
+            if not debug():
+                say(f"error: {error}")
+            tell_others(argv, str(error), code)
+            return _raised(error) if debug() else code
         except Exception as error:
             known = explained(error)
-            if known is None or debug():
-                return _raised(error)
-            say(f"error: {known}")
-            return 1
+            is_shown = known is None or debug()
+            if not is_shown:
+                say(f"error: {known}")
+            tell_others(argv, str(known or f"{type(error).__name__}: {error}"), 1)
+            return _raised(error) if is_shown else 1
         except KeyboardInterrupt:
             say(interrupted)
             return 128 + signals[0] if signals else 130

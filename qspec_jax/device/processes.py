@@ -6,7 +6,7 @@ devices (:meth:`Group.tell`). They *follow* (:meth:`Group.hear`).
 
 Whoever dies is missed. Each process leaves a sign of life with JAX's coordinator, in process 0, every two seconds. One
 that leaves none for half a minute, or reports its error, ends the others with a line that names it: devices that wait
-for a message of one that is gone wait for ever.
+for a message of one that is gone wait for ever. Process 0 is missed at once, by :mod:`qspec_jax.device.relay`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qspec_jax.errors import DeviceError
+
+if TYPE_CHECKING:
+    from qspec_jax.device.relay import Relay
 
 SILENT_S = 30.0  # without a sign of life, after which a process is taken for dead
 _BEAT_S = 2.0
@@ -35,7 +38,7 @@ _KEPT = 4096  # messages with the coordinator, of which the oldest are deleted
 _CARRIERS = re.compile("gloo|nccl|mpi_|connection (?:reset|closed)|coordination service", re.IGNORECASE)
 _PREFIX = "qspec_jax"
 _ENDED = "these processes have ended what they ran together, and with it their models"
-_LOST = "process 0 has ended, or cannot be reached any more"
+LOST = "process 0 has ended, or cannot be reached any more"
 
 
 class Group:
@@ -50,8 +53,8 @@ class Group:
         code: with which all end, where nothing fails.
     """
 
-    def __init__(self, client: Any, process: int, count: int):
-        self._client, self.process, self.count = client, process, count
+    def __init__(self, client: Any, process: int, count: int, relay: Relay | None = None):
+        self._client, self.process, self.count, self._relay = client, process, count, relay
         self.models: Iterator[int] = itertools.count()
         self.gone: list[int] = []
         self.follower: Any = None
@@ -79,6 +82,8 @@ class Group:
         Args:
             on_loss: called in a thread of its own with what was lost and an exit code, once. It must end the process.
         """
+        if self._relay is not None:
+            self._relay.on_loss = lambda: None if self._stopped.is_set() or self._over else on_loss(LOST, 1)
         self._watch = threading.Thread(target=self._beat, args=(on_loss,), name="qspec_jax watch", daemon=True)
         self._watch.start()
 
@@ -97,7 +102,7 @@ class Group:
                     lost = self._over
                     self.fail(str(lost))
             except RuntimeError as error:
-                code, lost = 1, f"{_LOST} ({_first_line(error)})"
+                code, lost = 1, f"{LOST} ({_first_line(error)})"
             if lost is not None and not self._stopped.is_set():
                 with contextlib.suppress(RuntimeError):
                     self._set(f"left/{self.process}", b"")
@@ -162,9 +167,7 @@ class Group:
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):  # it has nothing to do, which :meth:`watch` knows from being gone
                     continue
-                raise DeviceError(
-                    f"process 0 has ended, or cannot be reached any more ({_first_line(error)})"
-                ) from None
+                raise DeviceError(f"{LOST} ({_first_line(error)})") from None
             self._told += 1
             heard = pickle.loads(message)
             if isinstance(heard, End):
@@ -234,6 +237,7 @@ class End(NamedTuple):
 
 
 current: Group | None = None  # that this process is in, if a command has joined one
+has_met = False  # whether this process has begun to look for others, which then hear of its errors
 
 
 before_the_end: list[Callable[[], None]] = []  # what an end at once must not leave: a terminal that shows nothing

@@ -28,6 +28,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import restart_multiple
 from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.grid import formats_in, with_grid_of
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ class LanguageModel:
     Attributes:
         decoder: the Flax module; call it for logits.
         tokenizer: text to token ids and back.
-        quantization: None if the weights are floating point.
+        quantization: None if the weights are floating point; else its grid is theirs, whatever was given.
         kernels: the implementation its matmuls run on.
         verify: what it was loaded for, of :data:`~qspec_jax.decoding.plan.VERIFY`: the target of all that drafts and is
             not told another. ``auto`` is the best that its weights serve.
@@ -69,7 +70,7 @@ class LanguageModel:
     ):
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.quantization = quantization
+        self.quantization = quantization and with_grid_of(quantization, formats_in(decoder), decoder.config)
         self.kernels = kernels
         self.verify = check_verify(verify, "qspec")
         self.name = name

@@ -27,7 +27,8 @@ from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
-from qspec_jax.model.linear import WeightFormat, with_bits_of
+from qspec_jax.model.grid import with_grid_of
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.placement import decoder_options, kernels_in_use, kv_format
 from qspec_jax.model.shards import Shards
 from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ def open_model(
         chosen = dataclasses.replace(chosen, bits=8)
     chosen = None if chosen is None else dataclasses.replace(chosen, **heads)
     formats = weight_formats(source, chosen)
-    chosen = None if chosen is None else with_bits_of(chosen, formats)
+    chosen = None if chosen is None else with_grid_of(chosen, formats, source.config)
     check_bits(path, chosen, verify)
     read = functools.partial(load_decoder, source, quantization=chosen, formats=formats)
     tokenizer = functools.partial(open_tokenizer, path)
@@ -135,7 +136,8 @@ def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: Ma
     stored = manifest.quantization
     kept = {"keep_floats": stored.keep_floats and verify != "w4a16"}  # whose copy is all that is read then
     chosen = dataclasses.replace(quantization, bits=4, keep_floats=False)
-    chosen = dataclasses.replace(with_bits_of(chosen, manifest.formats), **{**head_of(stored), **heads, **kept})
+    chosen = with_grid_of(chosen, manifest.formats, manifest.model)
+    chosen = dataclasses.replace(chosen, **{**head_of(stored), **heads, **kept})
     check_bits(path, chosen, verify)
     check_head(path, manifest.model, stored, chosen)
     read = functools.partial(restore_decoder, checkpoint, quantization=chosen)

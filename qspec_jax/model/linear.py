@@ -27,7 +27,6 @@ from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.errors import UsageError
 from qspec_jax.model.collectives import add_up
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
-from qspec_jax.model.parameters import HEAD
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 
@@ -55,12 +54,6 @@ def complete_formats(
     """How each linear is stored: as ``formats`` says of it, else as ``quantization`` does."""
     default = None if quantization is None else WeightFormat.of(quantization)
     return {path: (formats or {}).get(path, default) for path in paths}
-
-
-def with_bits_of(quantization: QuantConfig, formats: Mapping[str, WeightFormat] | None) -> QuantConfig:
-    """The configuration with the bits of the linears that have most, whatever was asked for the others."""
-    bits = [one.bits for path, one in (formats or {}).items() if path != HEAD]
-    return dataclasses.replace(quantization, bits=max(bits)) if bits else quantization
 
 
 def activation_quantization(quantization: QuantConfig, view: View) -> ActivationQuantization | None:

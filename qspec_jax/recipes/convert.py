@@ -18,6 +18,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import WHOLE_ROW, ModelConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
+from qspec_jax.model.grid import formats_in, with_grid_of
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.recipes.catalogue import Recipe
 from qspec_jax.recipes.layerwise import open_calibration
@@ -114,12 +115,13 @@ def _convert(
         context = dataclasses.replace(context, text=text)
     floats = open_source(source_path) if options.quantization.keep_floats else None
     decoder = _load(recipe.apply(source, context), floats, options, progress)
+    quantization = with_grid_of(options.quantization, formats_in(decoder), decoder.config)
     manifest = save_checkpoint(
         path,
         decoder,
         tokenizer=tokenizer,
-        quantization=options.quantization,
-        recipe=recorded(recipe, options),
+        quantization=quantization,
+        recipe=recorded(recipe, dataclasses.replace(options, quantization=quantization)),
         overwrite=overwrite,
         progress=lambda groups: progress.bar(groups, "writing"),
     )

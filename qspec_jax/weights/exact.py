@@ -21,6 +21,7 @@ import numpy as np
 from pallas_kernels import dequantize
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.grid import with_grid_of
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import largest_group_size
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
@@ -78,11 +79,12 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
     elif is_checkpoint(copied_path):
         chosen = dataclasses.replace(read_manifest(copied_path).quantization, head_bits=None)
     elif any(entry.codes is not None for entry in copied.entries.values()):
-        chosen = QuantConfig()  # its own grid is kept, and this is that of all other models
+        chosen = QuantConfig()  # of linears that are not in codes; the others keep their own grid
     else:
         chosen = QuantConfig(group_size=largest_group_size(source.config), symmetric=True)
     chosen = dataclasses.replace(chosen, bits=4, keep_floats=True)
-    return ExactModel(source, drafts, chosen, copy_formats(copied, chosen))
+    formats = copy_formats(copied, chosen)
+    return ExactModel(source, drafts, with_grid_of(chosen, formats, source.config), formats)
 
 
 def copy_formats(copied: Source, quantization: QuantConfig) -> dict[str, WeightFormat]:

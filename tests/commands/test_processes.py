@@ -156,6 +156,31 @@ def test_a_model_that_one_process_lacks_ends_all_before_anything_is_written(tmp_
     assert other_said == said.replace("process 1: ", "")
 
 
+LED = """
+import sys, time
+from qspec_jax.device import meeting
+from qspec_jax.engine.together import together
+with together(meeting.join(meeting.Membership.of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))) as group:
+    if group.leads:
+        group.tell("begin")
+        time.sleep(600)
+    heard = group.hear()
+    print(next(heard), flush=True)
+    next(heard)
+"""
+
+
+def test_others_say_in_a_line_that_process_0_was_killed():
+    """JAX would end them with a signal and a page of addresses."""
+    with started(3, lambda *who: [sys.executable, "-c", LED, *who]) as (leader, *others):
+        assert [one.stdout.readline() for one in others] == ["begin\n"] * 2
+        leader.send_signal(signal.SIGKILL)
+        said = [one.communicate(timeout=MOST_S)[1] for one in others]
+    lines = [[line for line in err.splitlines() if "[Gloo]" not in line] for err in said]
+    assert lines == [["error: process 0 has ended, or cannot be reached any more"]] * 2
+    assert [one.returncode for one in others] == [1, 1]
+
+
 ROW_INVARIANCE = """
 import sys
 from qspec_jax.device import meeting
@@ -210,10 +235,53 @@ def test_a_model_is_loaded_by_several_only_where_somebody_says_what_all_run(monk
         (["--process-id", "0"], "--coordinator is missing"),
     ],
 )
-def test_options_are_refused_before_anything_is_started(capfd, files, options, error):
+def test_options_are_refused_before_anything_is_started(capfd, files, options, error, told):
     assert generate.main([*arguments(files, "refused.jsonl"), *options]) == 2
     assert error in capfd.readouterr().err
     assert not results(files, "refused.jsonl")
+    expected = [("a:1", 2, 0, 2)] if "--coordinator" in options else []
+    assert [(*one[:3], one[4]) for one in told] == expected
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Of what the other processes hear that wait for this one."""
+    heard = []
+    monkeypatch.setattr("qspec_jax.device.processes.has_met", False)
+    monkeypatch.setattr("qspec_jax.device.meeting.tell_of_failure", lambda *given, waits: heard.append(given))
+    return heard
+
+
+@pytest.mark.parametrize(
+    ("who", "wrong", "expected"),
+    [
+        ("--coordinator a:1 --num-processes 2 --process-id 1", "--no-such", ("a:1", 2, 1)),
+        ("--coordinator=a:1 --num-processes=2 --process-id=0", "--batch-size x", ("a:1", 2, 0)),
+        ("--coordinator a:1 --num-processes 2 --process-id 2", "--mesh data=2", ("a:1", 2, None)),
+        ("--coordinator a:1 --num-processes two", "--mesh data=2", ("a:1", None, None)),
+        ("--coordinator auto", "--no-such", None),
+        ("--coordinator a --num-processes 2 --process-id 1", "--no-such", ("a", 2, 1)),
+        ("", "--no-such", None),
+        ("--coordinator a:1 --num-processes 2 --process-id 1", "--help", None),
+    ],
+)
+def test_others_hear_of_options_that_one_process_cannot_take(capfd, told, who, wrong, expected):
+    code = 2
+    try:
+        code = generate.main([*who.split(), *wrong.split()])
+    except SystemExit as end:
+        code = end.code
+    said = capfd.readouterr().err
+    assert code == (0 if wrong == "--help" else 2)
+    assert [one[:3] for one in told] == ([] if expected is None else [expected])
+    assert all(said.endswith(f"error: {one[3]}\n") and one[4] == 2 for one in told)
+
+
+def test_one_that_has_met_the_others_tells_them_otherwise(capfd, told, monkeypatch):
+    monkeypatch.setattr("qspec_jax.device.processes.has_met", True)
+    assert generate.main(["--coordinator", "a:1", "--num-processes", "2", "--process-id", "1"]) == 2
+    assert told == []
+    capfd.readouterr()
 
 
 def test_a_scheduler_s_processes_join_where_a_mesh_is_asked_for(monkeypatch, capfd, files):
@@ -263,7 +331,9 @@ def test_those_that_follow_read_no_request_and_write_no_file(monkeypatch, capfd,
         (bench, ["scaling"]),
     ],
 )
-def test_what_one_process_does_names_the_options_of_several(capfd, command, options):
+def test_what_one_process_does_names_the_options_of_several(capfd, monkeypatch, command, options):
+    monkeypatch.setattr("qspec_jax.device.processes.has_met", False)
+    monkeypatch.setattr("qspec_jax.device.meeting.tell_of_failure", None)  # nobody waits for it
     with pytest.raises(SystemExit) as end:
         command.main([*options, "--coordinator=a:1", "--num-processes", "2", "--process-id", "0"])
     assert end.value.code == 2

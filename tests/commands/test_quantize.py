@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from flax import nnx
 import qspec_jax
 from qspec_jax import ActivationQuantization, QuantConfig, UsageError, quantize
 from qspec_jax.device import memory
+from qspec_jax.engine.load import open_model
 from qspec_jax.errors import QSpecError, RequantizationWarning
 from qspec_jax.files.lock import locked
 from qspec_jax.recipes import convert
 from qspec_jax.recipes import files as recipe_files
 from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.floats import float_entry
+from qspec_jax.weights.checkpoint.manifest import FILE_NAME
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.golden import make_demo
@@ -150,6 +153,22 @@ def test_warnings_of_loading_are_shown_as_lines(capsys, tmp_path, four_bit_file,
     assert code == 0
     assert "\nwarning: twice rounded\n" in err
     assert "test_quantize" not in err.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(("kind", "symmetric", "bits"), [("Q4_0", True, 4), ("Q4_1", False, 4), ("Q8_0", False, 8)])
+def test_what_is_recorded_of_kept_codes_is_their_own_grid(capsys, tmp_path, kind, symmetric, bits):
+    path = write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind])
+    grid = QuantConfig(group_size=32, symmetric=symmetric, bits=bits)
+    for asked in ((), ("--group-size", "64", "--asymmetric" if symmetric else "--symmetric")):
+        assert run(capsys, path, tmp_path / "out", "--recipe", "keep", "--overwrite", *asked)[0] == 0
+        manifest = open_checkpoint(tmp_path / "out").manifest
+        assert json.loads((tmp_path / "out" / FILE_NAME).read_text())["quantization"]["symmetric"] == symmetric
+        assert manifest.quantization == grid
+        assert (manifest.recipe["group_size"], manifest.recipe["symmetric"]) == (32, symmetric)
+        assert manifest.recipe.get("bits", 4) == bits
+    for model in (path, tmp_path / "out"):
+        for given in ("auto", QuantConfig(group_size=64, symmetric=not symmetric)):
+            assert open_model(model, given).quantization == grid
 
 
 def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from qspec_jax.device import meeting
 from qspec_jax.device.meeting import AUTO, Membership, in_cluster
 from qspec_jax.errors import DeviceError, UsageError
+
+MOST_S = 60.0
 
 
 @pytest.fixture
@@ -19,18 +23,24 @@ def coordinator():
     return f"localhost:{port}"
 
 
-def meet(members, connect_s=5.0):
-    """What each of them ends with."""
+def meet(members, connect_s=5.0, failing=()):
+    """What each of them ends with; those of ``failing`` end by themselves: address, count, which, error and code."""
 
     def one(member):
         try:
             meeting._meet(member, connect_s)
         except DeviceError as error:
             return str(error)
+        except UsageError as error:
+            return f"usage: {error}"
         return None
 
-    with ThreadPoolExecutor(len(members)) as pool:
-        return list(pool.map(one, members))
+    with ThreadPoolExecutor(len(members) + len(failing)) as pool:
+        telling = [pool.submit(meeting.tell_of_failure, *given, tell_s=MOST_S) for given in failing]
+        ended = list(pool.map(one, members))
+        for told in telling:
+            told.result()
+        return ended
 
 
 def test_all_go_on_once_all_have_come(coordinator):
@@ -42,6 +52,53 @@ def test_who_does_not_come_is_named_by_all_who_came(coordinator):
     first, second = meet([Membership(coordinator, 4, one) for one in (0, 2)], connect_s=1.0)
     assert first == second
     assert first.startswith("process 1, 3 of 4 did not come within 1 s: start each with its own --process-id")
+
+
+@pytest.mark.parametrize(
+    ("process", "code", "said"),
+    [
+        (0, 2, "usage: process 0: no option --x"),
+        (1, 2, "usage: process 1: no option --x"),
+        (1, 1, "process 1: no option --x"),
+        (None, 2, "usage: a process: no option --x"),
+    ],
+)
+def test_one_that_fails_before_it_comes_ends_all_with_its_error(coordinator, process, code, said):
+    others = [Membership(coordinator, 3, one) for one in range(3) if one != (1 if process is None else process)]
+    assert meet(others, MOST_S, failing=[(coordinator, 3, process, "no option\n --x", code)]) == [said, said]
+
+
+def test_several_that_fail_end_one_another(coordinator):
+    failing = [(coordinator, 3, process, f"wrong {process}", 2) for process in range(2)]
+    assert meet([Membership(coordinator, 3, 2)], MOST_S, failing)[0] == "usage: process 0: wrong 0"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_fails_says_that_it_waits_for_others_and_goes_without_them(coordinator, process, monkeypatch):
+    monkeypatch.setattr(meeting, "_NOTICE_S", 0.0)
+    said = []
+    meeting.tell_of_failure(coordinator, 2, process, "no", 2, waits=lambda: said.append("waits"), tell_s=0.5)
+    assert said == ["waits"]
+
+
+def test_who_is_none_of_them_is_passed_over(coordinator):
+    port = int(coordinator.rpartition(":")[2])
+
+    def come(line):
+        with socket.create_connection(("localhost", port), timeout=MOST_S) as stranger:
+            stranger.sendall(line)
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it is reset
+
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(meeting._meet, Membership(coordinator, 2, 0), MOST_S)
+        while not leader.done():
+            with contextlib.suppress(ConnectionRefusedError):
+                come(b"")
+                break
+        for line in (b"GET / HTTP/1.1\r\n\r\n", b"qspec_jax x 2\n", b"\xff\n"):
+            come(line)
+        meeting._meet(Membership(coordinator, 2, 1), MOST_S)
+        leader.result()
 
 
 def test_processes_that_disagree_are_told_what_about(coordinator):

@@ -78,7 +78,7 @@ def test_floats_alone_are_those_of_the_model(saved, model):
 
 def test_draft_activations_may_be_chosen_anew_and_weights_stay(saved, model):
     loaded = load(saved, quantization=OTHER)
-    assert loaded.quantization == dataclasses.replace(OTHER, keep_floats=True)
+    assert loaded.quantization == dataclasses.replace(OTHER, group_size=32, symmetric=True, keep_floats=True)
     down, expected = (one.decoder.layers[0].mlp.down for one in (loaded, model))
     np.testing.assert_array_equal(down.weight.get_value().packed, expected.weight.get_value().packed)
 

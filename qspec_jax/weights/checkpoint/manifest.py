@@ -14,6 +14,7 @@ import numpy as np
 
 from qspec_jax.errors import CheckpointError, QSpecError
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
+from qspec_jax.model.grid import with_grid_of
 from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import HEAD, layer_anatomy
@@ -51,7 +52,8 @@ class Manifest:
 
     Attributes:
         model: shape and options of the decoder.
-        quantization: how draft activations are quantised, and the format that was asked for weights.
+        quantization: how draft activations are quantised, and the grid of the weights: read as that of ``formats``, for
+            older versions may have written what was asked for instead.
         formats: the format of each linear of a layer, as it is stored, and of an LM head whose codes a file brought.
         recipe: name and settings of what made the weights.
         data: name of the directory that holds arrays and tokenizer.
@@ -202,7 +204,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     formats = {name: WeightFormat(**fields, wide=name in wide_linears) for name, fields in content["formats"].items()}
     return Manifest(
         model=config,
-        quantization=QuantConfig(**quantization),
+        quantization=with_grid_of(QuantConfig(**quantization), formats, config),
         formats=formats | ({HEAD: IMPORTED_HEAD} if f"{HEAD}.offset" in arrays else {}),
         recipe=dict(content["recipe"]),
         data=data,

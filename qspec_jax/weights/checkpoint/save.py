@@ -10,7 +10,6 @@ who calls holds the lock of :mod:`qspec_jax.files.lock`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -23,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from pallas_kernels import QuantizedWeight
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.grid import formats_in, with_grid_of
 from qspec_jax.model.head import IMPORTED_HEAD
-from qspec_jax.model.linear import Linear, WeightFormat, with_bits_of
+from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import HEAD, layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, keeps_floats, stored_arrays
 from qspec_jax.weights.checkpoint.manifest import (
@@ -69,7 +68,7 @@ def save_checkpoint(
         decoder: with quantised weights, and maybe their floats besides, in either arrangement of its layers. Floats
             are written exactly, and what lies on a mesh as if it lay on one device.
         tokenizer: of the model, if it has one.
-        quantization: of the decoder.
+        quantization: of the decoder; the grid that is recorded is that of its weights.
         recipe: ``name`` and settings of what made the weights, as JSON values; only recorded.
         overwrite: replace a checkpoint that is there. It stays what it is until the new one is complete.
         progress: wraps the iteration over the parts of the model.
@@ -96,7 +95,7 @@ def save_checkpoint(
                 tokenizer.save(data / TOKENIZER)
             manifest = Manifest(
                 model=decoder.config,
-                quantization=with_bits_of(quantization, formats),
+                quantization=with_grid_of(quantization, formats, decoder.config),
                 formats=formats,
                 recipe=recipe,
                 data=data.name,
@@ -145,15 +144,12 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 
 
 def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
-    """The format of each linear of a layer, from the weights themselves, and of a head that has its file's codes."""
-    formats = {}
-    for name in layer_anatomy(decoder.config).linears:
-        linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
-        weight = linear.weight.get_value()
-        if not isinstance(weight, QuantizedWeight):
-            raise UsageError(f"only quantised weights are saved, and {name} is floating point; load with a QuantConfig")
-        is_wide = weight.scale.dtype.itemsize > 2
-        formats[name] = WeightFormat(weight.group_size, weight.symmetric, weight.bits, is_wide)
+    """The format of each linear of a layer, and of a head that has its file's codes."""
+    formats = formats_in(decoder)
+    if in_float := [name for name in layer_anatomy(decoder.config).linears if name not in formats]:
+        raise UsageError(
+            f"only quantised weights are saved, and {in_float[0]} is floating point; load with a QuantConfig"
+        )
     head = None if decoder.quantized_head is None else decoder.quantized_head.get_value()
     return formats if head is None or head.symmetric else {**formats, HEAD: IMPORTED_HEAD}
 
