@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
     recipe, given = read_recipe(arguments.recipe)
-    recipe_options = _override(recipe, given, arguments)
     check_model_name(arguments.model)
+    recipe_options = _override(recipe, _as_saved(given, arguments), arguments)
     from qspec_jax.recipes.convert import convert
 
     recipe_options = _with_usual_grid(recipe_options, arguments)
@@ -111,6 +111,20 @@ def summary(conversion: Conversion) -> str:
     """The closing line."""
     before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
     return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
+
+
+def _as_saved(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+    """The options with the heads and the draft activations of a checkpoint whose codes are kept."""
+    if arguments.recipe != "keep":
+        return given
+    from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
+
+    if not is_checkpoint(arguments.model):
+        return given
+    saved = dataclasses.replace(read_manifest(Path(arguments.model)).quantization, keep_floats=False)
+    if arguments.head_bits == 4:
+        saved = dataclasses.replace(saved, draft_head=None)  # which reads fewer bits than the head
+    return dataclasses.replace(given, quantization=saved)
 
 
 def _with_usual_grid(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:

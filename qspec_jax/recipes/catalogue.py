@@ -47,14 +47,19 @@ class Recipe:
         """Whether a step runs the model on calibration text."""
         return any(step.needs_text for step in self.steps)
 
+    @property
+    def turns(self) -> bool:
+        """Whether a step changes what linears read and write."""
+        return any(step.turns for step in self.steps)
+
     def check_floats(self) -> None:
         """Refuses to keep a model's floats beside weights that expect other inputs.
 
         Raises:
             UsageError: the recipe makes such weights.
         """
-        if any(step.turns for step in self.steps):
-            fitting = [recipe.name for recipe in RECIPES.values() if not any(step.turns for step in recipe.steps)]
+        if self.turns:
+            fitting = [recipe.name for recipe in RECIPES.values() if not recipe.turns]
             raise UsageError(
                 f"recipe {self.name} rotates or sorts what linears read, which the model's own floats do not expect: "
                 f"they cannot be kept beside its weights. Leave --keep-floats (keep_floats) out, or use "

@@ -16,11 +16,12 @@ from qspec_jax.device.memory import check_memory
 from qspec_jax.device.start import start_device
 from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
-from qspec_jax.model.config import WHOLE_ROW, ModelConfig
+from qspec_jax.model.config import WHOLE_ROW
 from qspec_jax.model.decoder import Decoder, abstract_decoder, num_bytes
 from qspec_jax.model.grid import formats_in, with_grid_of
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.recipes.catalogue import Recipe
+from qspec_jax.recipes.floats import as_floats
 from qspec_jax.recipes.layerwise import open_calibration
 from qspec_jax.recipes.steps import Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.work_folder import remove_work_folders
@@ -78,7 +79,7 @@ def convert(
     source_path = resolve_model(model)
     source = open_source(source_path, floats=recipe.name != "keep")
     _check_kept(source, recipe, options)
-    estimate = _estimate(source, recipe.config(source.config), options)
+    estimate = _estimate(source, recipe, options)
     check_destination(path, estimate.finished, overwrite=overwrite)
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
     needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
@@ -193,14 +194,25 @@ class _Estimate:
     peak: int
 
 
-def _estimate(source: Source, config: ModelConfig, options: RecipeOptions) -> _Estimate:
-    formats = _formats(source, options)
+def _estimate(source: Source, recipe: Recipe, options: RecipeOptions) -> _Estimate:
+    config = recipe.config(source.config)
+    formats = _formats(_as_far_as_left(source, recipe), options)
     decoder = abstract_decoder(
         config, quantization=options.quantization, formats=formats, dtype=jnp.dtype(options.dtype)
     )
     finished = num_bytes(decoder)
     largest = max(math.prod(spec.shape) for spec in source.specs.values())
     return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
+
+
+def _as_far_as_left(source: Source, recipe: Recipe) -> Source:
+    """The source with the codes that a recipe leaves: all or none, and those of a head unless it turns the model."""
+    if recipe.name == "keep":
+        return source
+    entries = as_floats(source).entries
+    if recipe.turns:
+        entries = {name: dataclasses.replace(entry, read_head=None) for name, entry in entries.items()}
+    return dataclasses.replace(source, entries=entries)
 
 
 def _check_calibration(recipe: Recipe, options: RecipeOptions) -> None:

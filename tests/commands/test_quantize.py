@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import ANY
 
 import gguf
 import jax
@@ -169,6 +170,45 @@ def test_what_is_recorded_of_kept_codes_is_their_own_grid(capsys, tmp_path, kind
     for model in (path, tmp_path / "out"):
         for given in ("auto", QuantConfig(group_size=64, symmetric=not symmetric)):
             assert open_model(model, given).quantization == grid
+
+
+def test_keep_of_a_checkpoint_keeps_its_heads_and_draft_activations(capsys, tmp_path, float_directory):
+    saved, again, other = (tmp_path / name for name in ("saved", "again", "other"))
+    file = tmp_path / "recipe.toml"
+    file.write_text('recipe = "rtn"\nbits = 8\nhead_bits = 8\ndraft_head = 4\n[w4a4]\noutlier_groups = 2\n')
+    assert run(capsys, float_directory, saved, "--recipe", file)[0] == 0
+    assert run(capsys, saved, again, "--recipe", "keep") == (0, ANY, ANY)
+    made, kept = open_checkpoint(saved).manifest, open_checkpoint(again).manifest
+    assert kept.quantization == made.quantization
+    assert (kept.quantization.head_bits, kept.quantization.w4a4.outlier_groups) == (8, 2)
+    assert_same_parameters(load(again), load(saved))
+    assert run(capsys, saved, other, "--recipe", "keep", "--head-bits", 4, "--outlier-groups", 1) == (0, ANY, ANY)
+    changed = dataclasses.replace(kept.quantization.w4a4, outlier_groups=1)
+    expected = dataclasses.replace(kept.quantization, head_bits=4, draft_head=None, w4a4=changed)
+    assert open_checkpoint(other).manifest.quantization == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Q4_1", ("--recipe", "rtn", "--bits", 8, "--head-bits", 8, "--draft-head", 4)),
+        ("Q4_1", ("--recipe", "keep", "--draft-head", 4)),
+        ("Q8_0", ("--recipe", "keep", "--head-bits", 8)),
+        ("Q8_0", ("--recipe", "rtn", "--symmetric", "--head-bits", 8)),
+        ("Q8_0", ("--recipe", "rtn", "--keep-floats")),
+        ("Q8_0", ("--recipe", "quarot-rtn", "--bits", 8, "--head-bits", 8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+@pytest.mark.filterwarnings("ignore::qspec_jax.errors.RequantizationWarning")
+def test_as_much_is_foretold_as_is_written(capsys, tmp_path, monkeypatch, kind, options):
+    foretold = []
+    original = convert._estimate
+    monkeypatch.setattr(convert, "_estimate", lambda *given: foretold.append(original(*given)) or foretold[-1])
+    model = write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind])
+    assert run(capsys, model, tmp_path / "out", *options)[0] == 0
+    made = nnx.state(load(tmp_path / "out").decoder)
+    assert foretold[0].finished == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
 
 
 def test_keep_of_float_weights_says_to_round(capsys, tmp_path, float_directory):
