@@ -21,7 +21,7 @@ from qspec_jax.model import cache as cached
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.parameters import layer_anatomy
-from qspec_jax.model.sharding import cached_config, local_config
+from qspec_jax.model.sharding import local_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
 
 def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int) -> int:
     """Of keys and values of a position in all layers, on one of the devices that share a model."""
-    return cached.position_bytes(cached_config(config, split), dtype_bytes=dtype_bytes) // split
+    return cached.position_bytes(local_config(config, split), dtype_bytes=dtype_bytes)
 
 
 def _activations(config: ModelConfig, split: int, *, tokens: int, sums: int, logits: int, dtype_bytes: int) -> int:

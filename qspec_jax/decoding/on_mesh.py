@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qspec_jax.decoding.state import DecodeState, with_rows_of
 from qspec_jax.device.mesh import DATA, MODEL
-from qspec_jax.model.sharding import cache_spec
+from qspec_jax.model.sharding import cache_specs
 
 _SAME = PartitionSpec()
 # Two programs that devices begin in different orders would wait for each other's messages for ever.
@@ -93,9 +93,8 @@ class OnMesh:
         """How the arrays of a state lie: rows over ``data``, and heads of the cache over ``model``."""
         rows = PartitionSpec(DATA)
         cache = jax.tree.map(lambda _: rows, state.cache)
-        of_layers = jax.tree.map(lambda array: cache_spec(stacked=array.ndim == 4), state.cache.layers)
         blocks = None if cache.blocks is None else PartitionSpec(DATA, None, MODEL)
-        cache = dataclasses.replace(cache, layers=of_layers, blocks=blocks)
+        cache = dataclasses.replace(cache, layers=cache_specs(state.cache.layers), blocks=blocks)
         others = jax.tree.map(lambda _: rows, dataclasses.replace(state, cache=None))
         return dataclasses.replace(others, cache=cache)
 

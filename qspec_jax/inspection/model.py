@@ -23,7 +23,7 @@ from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import HEAD, expected_parameters, layer_anatomy
 from qspec_jax.model.placement import decoder_options, kv_format
-from qspec_jax.model.sharding import cached_config, check_split, local_config, local_formats
+from qspec_jax.model.sharding import check_split, local_config, local_formats
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint
 from qspec_jax.weights.checkpoint.restore import Checkpoint, open_checkpoint
@@ -72,8 +72,7 @@ def describe_model(
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     placement = decoder_options(kernels, dtype)
-    several = mesh.data * mesh.model > 1
-    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels, mesh=mesh if several else None)
+    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels)
     heads = heads or {}
     opened = open_model(path, quantization or "auto", verify=verify, draft_path=draft_path, **heads)
     config, chosen, formats = opened.config, opened.quantization, opened.formats
@@ -226,8 +225,8 @@ def _memory(
     decoder = abstract_decoder(config, **shapes, **placement, split=mesh.model)
     weights, free = num_bytes(decoder), available_bytes()
     contexts = sorted({min(size, config.max_position_embeddings) for size in CONTEXTS})
-    cached: Any = cached_config(config, mesh.model), {"dtype_bytes": placement["dtype"].itemsize, "kv": kv}
-    per_position, per_row = (of(cached[0], **cached[1]) // mesh.model for of in (position_bytes, row_bytes))
+    local, kept = local_config(config, mesh.model), {"dtype_bytes": placement["dtype"].itemsize, "kv": kv}
+    per_position, per_row = position_bytes(local, **kept), row_bytes(local, **kept)
     one = {context: fitting_capacity(context) * per_position + per_row for context in contexts}
     left = None if free is None else free - weights
     fitting = {context: max(0, (left or 0) // size) * mesh.data for context, size in one.items()}

@@ -37,14 +37,13 @@ def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:
     }
 
 
-def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto", mesh: Any = None) -> str:
+def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto") -> str:
     """What keys and values are kept as, one of ``KV_FORMATS``, from the name that a person gives.
 
     Args:
         kv: ``model``, ``int8``, or ``bf16`` for that of a model in bfloat16.
         dtype: of the model.
         kernels: that were asked for.
-        mesh: devices that share it; None for one.
 
     Raises:
         UsageError: there is no such format, or not here.
@@ -56,8 +55,6 @@ def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto", mesh: Any = N
             f"kv='bf16' is the cache of a model in bfloat16; this one runs in {jnp.dtype(dtype)}: use kv='model' for a "
             "cache of its dtype, or dtype='bfloat16'"
         )
-    if kv == KV_INT8 and mesh is not None:
-        raise UsageError("kv='int8' works on one device, and not yet on a mesh; use kv='model', or no mesh")
     if kv == KV_INT8 and jax.default_backend() == "gpu" and kernels not in (TRITON, REFERENCE):
         raise UsageError(
             "kv='int8' has kernels that no GPU has run yet; use kernels='triton' to try them, once `python -m "

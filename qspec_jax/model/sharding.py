@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Int, Shaped
@@ -162,9 +163,18 @@ def spec_of(path: str, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(*(MODEL if place == len(shape) + axis else None for place in range(len(shape))))
 
 
-def cache_spec(*, stacked: bool) -> PartitionSpec:
-    """How keys and values lie on a mesh: ``[B, S, KH * HD]``, with the layers in front if they are stacked."""
-    return PartitionSpec(*([None] if stacked else []), DATA, None, MODEL)
+def cache_specs(layers: Any) -> Any:
+    """How the arrays of a cache's layers lie on a mesh, each by its name: rows over ``data``, heads over ``model``.
+
+    Heads lie side by side in the last axis, but for the scales of values ``[B, KH, S]``.
+    """
+
+    def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
+        axes: list[str | None] = [None] * array.ndim
+        axes[-3], axes[-2 if path[-1].name == "value_scales" else -1] = DATA, MODEL
+        return PartitionSpec(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, layers)
 
 
 def to_shard_order(

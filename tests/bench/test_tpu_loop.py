@@ -111,19 +111,24 @@ def test_a_cache_of_int8_is_read_and_written_by_kernels_and_copied_nowhere(gener
 
 
 @pytest.mark.contract
-def test_the_loop_of_four_devices_copies_no_cache_and_sends_two_sums_for_each_layer():
+@pytest.mark.parametrize(("kv", "stored"), [(KV_OF_MODEL, ("bf16", 2)), (KV_INT8, ("s8", 1))])
+def test_the_loop_of_four_devices_copies_no_cache_and_sends_two_sums_for_each_layer(kv, stored):
     """Besides, each pass sends a row of the embedding and a choice: of the draft and of the verification."""
     devices, rows, capacity = described_devices("v6e")[:4], 8, 8192
     mesh = Mesh(np.array(devices).reshape(1, 4), AXES)
     options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
     shards = Shards.of(SMALL, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
+    decoder, (dtype, itemsize) = shards.shapes(), stored
+    decoder.kv = kv
     plan = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
-    program = Programs(shards.shapes(), mesh).lower_loop(plan, Shape(rows=rows, capacity=capacity)).compile()
+    program = Programs(decoder, mesh).lower_loop(plan, Shape(rows=rows, capacity=capacity)).compile()
     text, width = program.as_text(), SMALL.head_dim  # one head of each device
-    lines = [line for line in text.splitlines() if f"bf16[{rows},{capacity},{width}]" in line]
+    lines = [line for line in text.splitlines() if f"{dtype}[{rows},{capacity},{width}]" in line]
     assert lines
     assert not [line for line in lines if " copy(" in line or " transpose(" in line]
-    assert program.memory_analysis().temp_size_in_bytes < 2 * SMALL.num_layers * rows * capacity * width * 2 / 10
+    cache = 2 * SMALL.num_layers * rows * capacity * width * itemsize
+    assert program.memory_analysis().temp_size_in_bytes < cache / 10
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     assert len(sent) == 2 * (2 * SMALL.num_layers + 2)
-    assert text.count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
+    calls = 7 if kv == KV_INT8 else 6  # of a layer: four matmuls, attention, a write, and of int8 the rounding of keys
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * (calls * SMALL.num_layers + 1)

@@ -74,7 +74,7 @@ def files(tmp_path_factory, tiny_path):
 def arguments(files, output):
     folder, model = files
     names = {"model": model, "prompt-file": folder / "prompts.jsonl", "output": folder / output, "batch-size": 2}
-    names |= {"max-new-tokens": 96, "mode": "w4a16", "kernels": "reference"}
+    names |= {"max-new-tokens": 128, "mode": "w4a16", "kernels": "reference", "kv": "int8"}
     return [f"--{name}={value}" for name, value in names.items()]
 
 
@@ -84,6 +84,8 @@ def results(files, output):
 
 
 def test_a_process_that_is_killed_ends_the_job_and_the_next_one_goes_on(files, capfd):
+    """Over a cache of int8, whose first block ends within each text."""
+
     def command(coordinator, count, process):
         who = ["--coordinator", coordinator, "--num-processes", count, "--process-id", process, "--mesh", "data=2"]
         return [sys.executable, "-m", "qspec_jax.generate", *arguments(files, "several.jsonl"), *who]

@@ -40,16 +40,25 @@ SAMPLED = [
 
 
 @functools.cache
-def model(family="llama2", mesh=None, *, scan_layers=True, dtype="float32", with_text=False):
+def model(
+    family="llama2",
+    mesh=None,
+    *,
+    scan_layers=True,
+    dtype="float32",
+    with_text=False,
+    kv="model",
+    quantization=QuantConfig(),  # noqa: B008 - frozen
+):
     """A tiny model of a family, on one device or a mesh."""
     config = ModelConfig.from_hf({**tiny.hf_config(family), **SHAPE})
     source = tiny.source(dataclasses.replace(config, eos_token_ids=()))
-    quantization = QuantConfig()
     formats, on = weight_formats(source, quantization), make_mesh(mesh)
     options = {"quantization": quantization, "formats": formats, "kernels": "reference"}
     options |= {"dtype": jnp.dtype(dtype), "scan_layers": scan_layers}
     placing = Placing() if on is None else MeshPlacing(Shards.of(source.config, on, **options))
     decoder = load_decoder(source, placing=placing, **options)
+    decoder.kv = kv
     options = {"quantization": quantization, "kernels": "reference", "name": "tiny", "mesh": on}
     return LanguageModel(decoder, _characters() if with_text else None, **options)
 

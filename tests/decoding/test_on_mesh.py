@@ -18,7 +18,7 @@ from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.device.mesh import AXES
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("equal", "features")  # two processes, so that each of these tests stays below the limit of CPU time
+PARTS = ("equal", "features", "int8")  # processes, so that each of these tests stays below the limit of CPU time
 
 
 def test_one_thread_at_a_time_hands_work_to_devices():
@@ -37,7 +37,7 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     assert most == [1] * 8
 
 
-@pytest.mark.slow  # 35 to 45 CPU seconds each, and on a slower machine more than a test may take
+@pytest.mark.slow  # 20 to 45 CPU seconds each, and on a slower machine more than a test may take
 @pytest.mark.parametrize("part", PARTS)
 def test_on_eight_devices(part, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}

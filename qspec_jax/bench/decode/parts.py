@@ -28,7 +28,7 @@ from qspec_jax.model.cache import KV_INT8, KVCache, position_bytes
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import outside_bytes, unread_bytes
 from qspec_jax.model.linear import activation_quantization
-from qspec_jax.model.sharding import cached_config
+from qspec_jax.model.sharding import local_config
 from qspec_jax.model.view import View
 
 PartName = Literal["step", "draft", "verify", "cycle"]
@@ -169,7 +169,7 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     unread = unread_bytes(decoder, view)
     if view.weight_bits is not None and not _reads_group_sums(model, view):
         unread += _group_sum_bytes(decoder)
-    per_position = position_bytes(cached_config(config, decoder.split), **_cache_of(decoder))
+    per_position = position_bytes(local_config(config, decoder.split), **_cache_of(decoder))
     limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
     seen = min(limit for limit in limits if limit is not None)
     data, split = (1, 1) if model.mesh is None else shape_of(model.mesh)
@@ -178,7 +178,7 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
         "weights": (model.nbytes - outside - unread) // split,
         "lm_head": head_bytes // split,
         "embedding": rows * new_tokens * config.hidden_size * embedding.dtype.itemsize,
-        "cache": rows * (seen + new_tokens) * per_position // split,
+        "cache": rows * (seen + new_tokens) * per_position,
     }
 
 
