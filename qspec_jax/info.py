@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     model = "hub id, Hugging Face directory, GGUF file, checkpoint, or 'default' for the demo model"
-    add("model", metavar="MODEL", nargs="?", help=model)
+    options.add_model_first(parser, model)
     options.add_dtype(parser)
     options.add_group_size(parser, "as in generate")
     options.add_verify(parser)

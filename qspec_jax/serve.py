@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     model = "hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)"
-    add("model", nargs="?", metavar="MODEL", help=model)
+    options.add_model_first(parser, model)
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, metavar="N", help="0 is any that is free (default: 8000)")
     key = f"what clients have to send as their key; else the variable {KEY_VARIABLE} (default: none)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,28 @@ def add_model(parser: Parser) -> None:
     """``--model``."""
     text = "hub id, Hugging Face directory, GGUF file or checkpoint (default: SmolLM2-135M-Instruct)"
     parser.add_argument("--model", help=text)
+
+
+class _ModelOnce(argparse.Action):
+    """Takes the model from either of two arguments."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"{self.metavar} is given twice: {getattr(namespace, self.dest)} and {values}")
+        setattr(namespace, self.dest, values)
+
+
+def add_model_first(parser: argparse.ArgumentParser, text: str) -> None:
+    """``MODEL``, which may be left out; ``--model MODEL``, as other commands have it, is understood as well."""
+    # Without a default of its own a MODEL that is not there leaves alone what --model has set.
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, action=_ModelOnce, help=text)
+    parser.add_argument("--model", metavar="MODEL", action=_ModelOnce, help="the same, as other commands take it")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

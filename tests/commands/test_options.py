@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from qspec_jax import chat, evaluate, generate, serve
+from qspec_jax import chat, evaluate, generate, info, serve
 from qspec_jax.bench.__main__ import build_parser as bench_parser
 from qspec_jax.commands import options
 from qspec_jax.commands.options import text_of
@@ -73,3 +73,14 @@ def test_weights_that_no_mode_reads_are_refused_before_a_model_is_opened(modes, 
 )
 def test_a_plain_mode_of_8_bits_asks_for_such_weights(verify, modes, wanted):
     assert options.verify_of(argparse.Namespace(verify=verify), modes) == wanted
+
+
+@pytest.mark.parametrize("build", [serve.build_parser, info.build_parser], ids=["serve", "info"])
+def test_a_model_is_given_first_or_as_to_other_commands(capsys, build):
+    for words in (["x"], ["--model", "x"], ["--model=x", "--debug"], ["--debug", "x"]):
+        assert build().parse_args(words).model == "x"
+    assert build().parse_args([]).model is None
+    for words in (["x", "--model", "y"], ["--model", "x", "y"], ["--model", "x", "--model", "y"]):
+        with pytest.raises(SystemExit):
+            build().parse_args(words)
+        assert "MODEL is given twice: x and y" in capsys.readouterr().err
