@@ -49,14 +49,19 @@ def _evaluate(_: argparse.Namespace) -> int:
     """Runs lm-eval, which may end the process as its own parser does."""
     if find_spec("lm_eval") is None:
         raise UsageError("the harness needs lm-eval; run `pip install 'qspec-jax[eval]'`")
-    import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.registry import model_registry
+    from lm_eval._cli import HarnessCLI  # what lm_eval.__main__ calls, which imports NumPy and more before it parses
 
-    if "qspec" not in model_registry:
-        model_registry.register("qspec", target="qspec_jax.evaluation.harness_model:HarnessModel")
+    parser = HarnessCLI()
     try:
-        cli_evaluate()
+        arguments = parser.parse_args()
+        import lm_eval.models  # noqa: F401 - registers its own classes, which lm-eval does only where it knows none
+        from lm_eval.api.registry import model_registry
+        from lm_eval.utils import setup_logging
+
+        setup_logging()
+        if "qspec" not in model_registry:
+            model_registry.register("qspec", target="qspec_jax.evaluation.harness_model:HarnessModel")
+        parser.execute(arguments)
     except SystemExit as end:
         if isinstance(end.code, str):
             raise QSpecError(end.code) from end

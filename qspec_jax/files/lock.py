@@ -19,6 +19,8 @@ except ImportError:  # Windows
 
 from qspec_jax.errors import QSpecError
 
+_TRIES = 100  # to open a file that another run removes at the same moment, each time
+
 
 def lock(file: IO[bytes] | int, what: str) -> None:
     """Locks an open file for as long as it is open.
@@ -63,7 +65,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _open(file: Path, what: str) -> int:
-    while True:
+    for _ in range(_TRIES):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             lock(descriptor, what)
@@ -74,3 +76,6 @@ def _open(file: Path, what: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise QSpecError(
+        f"cannot lock {file}: it is another file each time that it is opened; write to a folder of another file system"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 from pallas_kernels import QuantizedActivation
 from pallas_kernels.accuracy import EQUAL_CODES, REFERENCE_EQUAL_CODES, allowed_error, differing_codes, relative_error
 from pallas_kernels.dispatch import REFERENCE, available_implementations, interpreted, operations
-from qspec_jax.inspection.kernel_cases import DEMO, LLAMA_8B, KernelCase, kernel_cases
+from qspec_jax.inspection.kernel_case import DEMO, LLAMA_8B, KernelCase
+from qspec_jax.inspection.kernel_cases import kernel_cases
 
 INTERPRETED = "interpreted "  # before the name of an implementation
 _LONGEST_REASON = 300
@@ -129,10 +131,11 @@ def _allowed(case: KernelCase, implementation: str) -> float:
 
 def _errors(case: KernelCase, out: Any, expected: Any) -> Iterator[float]:
     """That of each array of a result."""
-    if isinstance(expected, QuantizedActivation):
-        yield differing_codes(out, expected, jnp.dtype(case.dtype))
-        return
-    for ours, theirs in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+    leaves = functools.partial(jax.tree.leaves, is_leaf=lambda one: isinstance(one, QuantizedActivation))
+    for ours, theirs in zip(leaves(out), leaves(expected), strict=True):
+        if isinstance(theirs, QuantizedActivation):
+            yield differing_codes(ours, theirs, jnp.dtype(case.dtype))
+            continue
         ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
         error = float(np.mean(ours != theirs)) if case.measure == "numbers" else relative_error(ours, theirs)
         yield error if np.isfinite(error) else float("inf")

@@ -156,10 +156,10 @@ def test_a_signal_to_end_is_an_interruption_and_leaves_nothing_behind(tmp_path, 
 def test_an_interrupted_process_waits_for_no_thread():
     source = (
         "import signal, threading, time; from qspec_jax.commands.run import guarded, leave\n"
-        "threading.Thread(target=time.sleep, args=[60]).start()\n"
+        "threading.Thread(target=time.sleep, args=[600]).start()\n"
         "leave(guarded(lambda: signal.raise_signal(signal.SIGTERM)))"
     )
-    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert (ended.returncode, ended.stderr) == (143, "interrupted\n")
 
 

@@ -23,7 +23,7 @@ def coordinator():
     return f"localhost:{port}"
 
 
-def meet(members, connect_s=5.0, failing=()):
+def meet(members, connect_s=MOST_S, failing=()):
     """What each of them ends with; those of ``failing`` end by themselves: address, count, which, error and code."""
 
     def one(member):
@@ -48,10 +48,29 @@ def test_all_go_on_once_all_have_come(coordinator):
     assert meet([Membership(coordinator, 1, 0)]) == [None]
 
 
-def test_who_does_not_come_is_named_by_all_who_came(coordinator):
-    first, second = meet([Membership(coordinator, 4, one) for one in (0, 2)], connect_s=1.0)
+@pytest.fixture
+def time_is_up(monkeypatch):
+    """Says after how many of those who come process 0 waits no longer: none is too late for that."""
+
+    def after(count):
+        came, welcome = [], meeting._Reception.welcome
+
+        def count_them(here, other):
+            welcome(here, other)
+            came.append(other)
+            if len(came) == count:
+                here.end = 0.0
+
+        monkeypatch.setattr(meeting._Reception, "welcome", count_them)
+
+    return after
+
+
+def test_who_does_not_come_is_named_by_all_who_came(coordinator, time_is_up):
+    time_is_up(1)
+    first, second = meet([Membership(coordinator, 4, one) for one in (0, 2)])
     assert first == second
-    assert first.startswith("process 1, 3 of 4 did not come within 1 s: start each with its own --process-id")
+    assert first.startswith("process 1, 3 of 4 did not come within 60 s: start each with its own --process-id")
 
 
 @pytest.mark.parametrize(
@@ -65,12 +84,12 @@ def test_who_does_not_come_is_named_by_all_who_came(coordinator):
 )
 def test_one_that_fails_before_it_comes_ends_all_with_its_error(coordinator, process, code, said):
     others = [Membership(coordinator, 3, one) for one in range(3) if one != (1 if process is None else process)]
-    assert meet(others, MOST_S, failing=[(coordinator, 3, process, "no option\n --x", code)]) == [said, said]
+    assert meet(others, failing=[(coordinator, 3, process, "no option\n --x", code)]) == [said, said]
 
 
 def test_several_that_fail_end_one_another(coordinator):
     failing = [(coordinator, 3, process, f"wrong {process}", 2) for process in range(2)]
-    assert meet([Membership(coordinator, 3, 2)], MOST_S, failing)[0] == "usage: process 0: wrong 0"
+    assert meet([Membership(coordinator, 3, 2)], failing=failing)[0] == "usage: process 0: wrong 0"
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -101,12 +120,17 @@ def test_who_is_none_of_them_is_passed_over(coordinator):
         leader.result()
 
 
-def test_processes_that_disagree_are_told_what_about(coordinator):
-    found = meet([Membership(coordinator, 2, 0), Membership(coordinator, 3, 1)], connect_s=1.0)
+def test_processes_that_disagree_are_told_what_about(coordinator, time_is_up):
+    time_is_up(1)
+    found = meet([Membership(coordinator, 2, 0), Membership(coordinator, 3, 1)])
     assert found[1] == "--num-processes is 3 here and 2 in process 0; give all processes the same"
     assert "process 1 of 2 did not come" in found[0]
-    found = meet([Membership(coordinator, 3, 0), Membership(coordinator, 3, 1), Membership(coordinator, 3, 1)], 1.0)
-    assert any("--process-id 1 is given to two processes" in one for one in found)
+
+
+def test_two_that_say_they_are_one_are_told(coordinator, time_is_up):
+    time_is_up(2)
+    found = meet([Membership(coordinator, 3, 0), Membership(coordinator, 3, 1), Membership(coordinator, 3, 1)])
+    assert sum("--process-id 1 is given to two processes" in one for one in found) == 1
 
 
 def test_nobody_there_and_somebody_else_there_are_told_apart(coordinator):

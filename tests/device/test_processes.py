@@ -11,6 +11,8 @@ from qspec_jax.device import processes
 from qspec_jax.device.processes import Group
 from qspec_jax.errors import DeviceError
 
+MOST_S = 60.0
+
 
 class Client:
     """What JAX's client of its coordinator does, as far as it is used."""
@@ -44,7 +46,7 @@ class Client:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    for name, seconds in (("_BEAT_S", 0.01), ("SILENT_S", 0.3), ("_LEAVE_S", 0.3), ("_LAST_S", 0.0)):
+    for name, seconds in (("_BEAT_S", 0.01), ("_LEAVE_S", 0.3), ("_LAST_S", 0.0)):
         monkeypatch.setattr(processes, name, seconds)
 
 
@@ -84,17 +86,30 @@ def lost(watching, *, beside=(), then=lambda: None):
         other.watch(lambda *_: None)
     watching.watch(note)
     then()
-    assert came.wait(10)
-    for one in (watching, *beside):
+    assert came.wait(MOST_S)
+    for one in (*beside, watching):
         one.leave()
     return told
 
 
-def test_a_process_that_is_silent_or_never_there_is_named():
-    _, (leader, one, _) = groups(3)
-    ((line, code),) = lost(leader, beside=[one])
-    assert line.startswith("process 2 has given no sign of life for 0 s")
+def test_a_process_that_is_never_there_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "SILENT_S", 0.05)
+    _, (leader, _) = groups(2)
+    ((line, code),) = lost(leader)
+    assert line.startswith("process 1 has given no sign of life for 0 s")
     assert code == 1
+
+
+def test_of_several_the_one_that_is_silent_is_named(monkeypatch):
+    """By a clock that goes on as the test says: a thread that starts late is silent, too."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    signs = processes._Signs([1, 2])
+    for second in range(40):
+        now[0] = float(second)
+        said = signs.lost({1: str(second), 2: str(min(second, 5))})
+        assert (said is None) == (second <= 5 + processes.SILENT_S)
+        assert said is None or said.startswith("process 2 has given no sign of life for 30 s")
 
 
 def test_an_error_is_passed_on_to_all():
@@ -113,7 +128,7 @@ def test_the_leader_waits_where_all_meet_and_nobody_else_does(monkeypatch):
     meeting.join(0.05)
     assert meeting.is_alive()
     other.meet(0)
-    meeting.join(10)
+    meeting.join(MOST_S)
     assert not meeting.is_alive()
 
 
@@ -142,14 +157,15 @@ def test_a_coordinator_that_is_gone_ends_those_that_follow():
     one.fail("nobody can be told")
 
 
-def test_the_leader_leaves_last():
+def test_the_leader_leaves_last(monkeypatch):
+    monkeypatch.setattr(processes, "_LEAVE_S", MOST_S)
     _, (leader, one) = groups(2)
     leaving = threading.Thread(target=leader.leave)
     leaving.start()
     leaving.join(0.1)
     assert leaving.is_alive()
     one.leave()
-    leaving.join(10)
+    leaving.join(MOST_S)
     assert not leaving.is_alive()
     one.fail("at the last moment")
     assert leader.leave() == "process 1: at the last moment"

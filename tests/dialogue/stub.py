@@ -10,6 +10,7 @@ from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotal
 from qspec_jax.errors import UsageError
 
 STATS = GenerationStats("auto", None, 3, (1, 0, 2, 0), 7, 9, 0.25, 0.5, 0.0, "cpu", "reference", choices={"w4a16": 3})
+_MOST_S = 60
 
 
 class Session(session.Session):
@@ -20,9 +21,10 @@ class Session(session.Session):
         fails_after: pieces, after which the device fails.
     """
 
-    def __init__(self, max_seq_len=200, *, pause_s=0.0, has_system=True):
+    def __init__(self, max_seq_len=200, *, holds=None, has_system=True):
+        """``holds`` is a word: an answer with it goes on to that word, and no further until it is stopped."""
         self.max_seq_len = max_seq_len
-        self.pause_s, self.has_system = pause_s, has_system
+        self.holds, self.has_system = holds, has_system
         self.asked, self.resets, self.fails_after, self.is_stopping = [], 0, None, False
 
     @property
@@ -45,7 +47,7 @@ class Session(session.Session):
         for place in range(0, min(limit, len(text)), 4):
             if self.fails_after is not None and place >= self.fails_after:
                 raise KeyboardInterrupt if self.fails_after < 0 else UsageError("the device failed")
-            time.sleep(self.pause_s)
+            self._hold(text, place)
             if self.is_stopping:
                 reason = "interrupted"
                 break
@@ -55,6 +57,11 @@ class Session(session.Session):
         stats = dataclasses.replace(STATS, reused_prompt_tokens=3)
         ids = [*range(len(said))]
         yield GenerationResult(None, [1] * self.num_tokens(messages), said, ids, reason, stats)
+
+    def _hold(self, text, place):
+        end = time.monotonic() + _MOST_S
+        while self.holds and self.holds in text[: place + 4] and not self.is_stopping and time.monotonic() < end:
+            time.sleep(0.01)
 
     def stop(self):
         self.is_stopping = True

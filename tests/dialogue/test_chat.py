@@ -109,7 +109,7 @@ from qspec_jax.dialogue.lines import lines_of_the_user
 from qspec_jax.dialogue.slash import NAMES
 from tests.dialogue.stub import Session
 lines = lines_of_the_user(keeps_history=False, commands=NAMES)
-talk = Conversation(Session(1000, pause_s=0.05))
+talk = Conversation(Session(1000, holds="story"))
 with lines.while_others_write():
     code = guarded(lambda: chat.converse(talk, lines, is_watched=True))
 leave(code)

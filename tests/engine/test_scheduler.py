@@ -263,7 +263,7 @@ def test_the_first_token_of_a_prompt_does_not_wait_for_the_chunk_after_it():
 
     class SlowPrograms(FakePrograms):
         def loop(self, *arguments, **limits):
-            was_free.append(may_end.wait(timeout=10))
+            was_free.append(may_end.wait(timeout=60))
             return super().loop(*arguments, **limits)
 
     scheduler = Scheduler(SlowPrograms(1), DecodingPlan(Precision.W4A16), rows=1, capacity=64)

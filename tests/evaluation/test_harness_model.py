@@ -166,10 +166,11 @@ def test_the_command_of_the_harness_ends_as_the_others_do(monkeypatch, capsys):
 
     for error, code, said in ((KeyboardInterrupt(), 130, "interrupted"), (UsageError("why"), 2, "error: why")):
 
-        def evaluate(error=error):
+        def evaluate(parser, arguments, error=error):
             raise error
 
-        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+        monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", evaluate)
+        monkeypatch.setattr("sys.argv", ["harness"])
         assert command.main() == code
         assert capsys.readouterr().err == f"{said}\n"
 
@@ -239,10 +240,10 @@ def test_a_harness_that_is_not_installed_is_named(monkeypatch, capsys):
 def test_the_command_ends_as_lm_eval_does(monkeypatch, end, code):
     from qspec_jax import harness
 
-    def ending():
+    def ending(parser, arguments):
         if end is not None:
             raise end
 
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", ending)
+    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", ending)
     monkeypatch.setattr("sys.argv", ["harness"])
     assert harness.main() == code

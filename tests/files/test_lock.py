@@ -14,6 +14,15 @@ from qspec_jax.files.lock import locked
 from qspec_jax.files.whole import check_writable, write_picture, write_whole
 
 
+def test_a_lock_that_is_another_file_each_time_is_tried_no_further(tmp_path, monkeypatch):
+    """As a file system without numbers of files has it."""
+    asked = []
+    monkeypatch.setattr("os.path.samestat", lambda *stats: asked.append(stats))
+    with pytest.raises(QSpecError, match="is another file each time that it is opened"), locked(tmp_path / "out"):
+        pass
+    assert 1 < len(asked) <= 100
+
+
 def test_a_second_writer_is_refused_by_any_name_until_the_first_has_ended(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with locked(tmp_path / "out"):

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import QuantizedActivation
+import pallas_kernels
+from pallas_kernels import PartialSums, QuantizedActivation, QuantizedWeight
 from pallas_kernels.accuracy import allowed_error, differing_codes
 from pallas_kernels.dispatch import BACKENDS, Backend, operations
 from qspec_jax import info
-from qspec_jax.inspection.kernel_cases import DEMO, kernel_cases
+from qspec_jax.inspection.kernel_case import DEMO
+from qspec_jax.inspection.kernel_cases import kernel_cases
 from qspec_jax.inspection.self_test import Outcome, all_cases, run_cases, verdict
 from qspec_jax.inspection.text import WIDTH, outcome_line, self_test_text
+from qspec_jax.model.config import GROUP_SIZES, WEIGHT_BITS
+from qspec_jax.model.linear import WeightFormat
 
 run = functools.partial(run_cases, with_interpreted=False, most_seconds=60)
 
@@ -49,14 +56,93 @@ def right(gate_up):
     return importlib.import_module("pallas_kernels.swiglu.reference").swiglu(gate_up)
 
 
+def functions():
+    """Name to signature of all that run an implementation; what leaves partial sums is what a case calls as well."""
+    found = {name: getattr(pallas_kernels, name) for name in pallas_kernels.__all__}
+    signatures = {name: inspect.signature(one) for name, one in found.items() if inspect.isfunction(one)}
+    others = ("best_layout", "best_layout_for_codes", "float_partial_sums", "w4a4_partial_sums", "w4a16_partial_sums")
+    return {name: one for name, one in signatures.items() if "implementation" in one.parameters and name not in others}
+
+
+@pytest.fixture(scope="module")
+def calls():
+    """The arguments of every case at small widths, by function; operands are there."""
+    made = collections.defaultdict(list)
+    for case in all_cases(small=True):
+        made[case.function].append(functions()[case.function].bind(*given(case)[0], **given(case)[1]).arguments)
+    return made
+
+
+def given(case):
+    """Positional and named arguments of a case."""
+    arguments = []
+    patched = SimpleNamespace(**{case.function: lambda *given, **named: arguments.append((given, named))})
+    operands = jax.eval_shape(case.operands)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qspec_jax.inspection.kernel_case.pallas_kernels", patched)
+        case.call(operands, "reference")
+    return arguments[0]
+
+
 def test_every_operation_and_function_with_implementations_has_a_case():
     """Of a new operation, whose folder is found by itself, somebody has to say how it is called."""
-    cases = all_cases()
+    cases = all_cases(small=True)
     assert {case.op for case in cases} == operations().keys()
-    functions = {"choose_blocks", "decode_attention_with_masses", *operations()}
-    functions |= {"block_attention_int8", "decode_attention_int8_with_masses"}
-    assert {case.function for case in cases} == functions
+    assert {case.function for case in cases} == functions().keys()
+    assert {case.function for case in all_cases()} == functions().keys()
     assert [case.op for case in all_cases(["hadamard"], small=True)] == ["hadamard"]
+
+
+@pytest.mark.parametrize("function", functions())
+def test_every_option_of_a_function_is_given_by_a_case(function, calls):
+    """With another value than its default; and of what may be left out, some case does leave it out."""
+    for name, parameter in functions()[function].parameters.items():
+        if parameter.default is parameter.empty or name == "implementation":
+            continue
+        values = [arguments.get(name, parameter.default) for arguments in calls[function]]
+        is_default = [value is parameter.default or value == parameter.default for value in values]
+        assert not all(is_default), f"no case of {function} gives {name}"
+        assert any(is_default), f"every case of {function} gives {name}"
+
+
+@pytest.mark.parametrize("function", functions())
+def test_every_form_of_an_array_is_that_of_a_case(function, calls):
+    """Partial sums, caches whose heads lie side by side, and activations in 4 and 8 bits of both symmetries."""
+    for name, parameter in functions()[function].parameters.items():
+        values = [arguments[name] for arguments in calls[function] if name in arguments]
+        annotation = str(parameter.annotation)
+        if "PartialSums" in annotation:
+            assert {isinstance(one, PartialSums) for one in values} == {False, True}, name
+        if "*heads" in annotation and name == "keys" and function != "rotate_and_write":
+            assert {one.ndim for one in values} == {3, 4}
+        if annotation == "QuantizedActivation":
+            assert {(one.bits, one.symmetric) for one in values} >= {(8, True), (8, False), (4, True), (4, False)}
+            assert {one.num_groups == 1 for one in values} == {False, True}
+        if name == "bits":
+            assert {*values} == {4, 8}
+
+
+@pytest.mark.parametrize("function", [name for name, one in functions().items() if "weight" in one.parameters])
+def test_every_form_of_a_weight_is_that_of_a_case(function, calls):
+    """A form that a model can be stored in; a field that is new there needs cases, and a line here."""
+    assert {field.name for field in dataclasses.fields(WeightFormat)} == {"group_size", "symmetric", "bits", "wide"}
+    weights = [arguments["weight"] for arguments in calls[function]]
+    if function == "float_matmul":
+        assert not any(isinstance(weight, QuantizedWeight) for weight in weights)
+        return
+    groups = {None if one.num_groups == 1 else one.group_size for one in weights}
+    assert groups == {*GROUP_SIZES, None}
+    assert {one.scale.dtype.name for one in weights} == {"float16", "float32"}
+    nested = [one for one in weights if one.low is not None]
+    truncated = [one for one in weights if one.truncated]
+    kinds = {(one.bits, one.symmetric) for one in weights}
+    if function == "w4a16_matmul":
+        assert kinds == {(bits, symmetric) for bits in WEIGHT_BITS for symmetric in (False, True)}
+        assert nested
+    else:  # of those in 8 bits, drafts read the upper plane
+        assert kinds == {(4, False), (4, True)}
+        assert truncated
+        assert not nested
 
 
 def test_on_a_cpu_it_says_that_only_the_reference_runs(gate):
