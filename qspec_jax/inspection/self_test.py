@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import QuantizedActivation
-from pallas_kernels.accuracy import EQUAL_CODES, REFERENCE_EQUAL_CODES, allowed_error, differing_codes, relative_error
+from pallas_kernels.accuracy import allowed_error, differing_codes, equal_codes, relative_error
 from pallas_kernels.dispatch import REFERENCE, available_implementations, interpreted, operations
 from qspec_jax.inspection.kernel_case import DEMO, LLAMA_8B, KernelCase
 from qspec_jax.inspection.kernel_cases import kernel_cases
@@ -125,8 +125,7 @@ def _outcome(case: KernelCase, name: str, **result: Any) -> Outcome:
 def _allowed(case: KernelCase, implementation: str) -> float:
     if case.measure == "relative":
         return allowed_error(case.op, case.dtype, num_inputs=case.num_inputs, implementation=implementation)
-    equal = REFERENCE_EQUAL_CODES if implementation == REFERENCE else EQUAL_CODES
-    return 1 - equal if case.measure == "codes" else 0.0
+    return 1 - equal_codes(case.op, implementation=implementation) if case.measure == "codes" else 0.0
 
 
 def _errors(case: KernelCase, out: Any, expected: Any) -> Iterator[float]:
