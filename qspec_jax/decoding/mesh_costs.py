@@ -147,9 +147,9 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     return DeviceBytes(num_bytes(local), cache, max(decode, chunk))
 
 
-def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int) -> int:
+def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int, kv: str = cached.KV_OF_MODEL) -> int:
     """Of keys and values of a position in all layers, on one of the devices that share a model."""
-    return cached.position_bytes(local_config(config, split), dtype_bytes=dtype_bytes)
+    return cached.position_bytes(local_config(config, split), dtype_bytes=dtype_bytes, kv=kv)
 
 
 def _activations(config: ModelConfig, split: int, *, tokens: int, sums: int, logits: int, dtype_bytes: int) -> int:
