@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.backends.tpu.dots import dot
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.tpu_masses import Weighing
 from pallas_kernels.decode_attention.tpu_sizes import LANES as LANES
@@ -263,13 +264,6 @@ def add_slots(state, query, keys, values, seen, sizes: Sizes) -> tuple[Array, Ar
     return add_logits(state, dot(query, keys, contract=(1, 1)), values, seen, sizes)
 
 
-def dot(one: Array, other: Array, *, contract: tuple[int, int]) -> Array:
-    """In a kernel: a product in float32 over an axis of each."""
-    precision = lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
-    axes = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(one, other, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
 def add_logits(state, logits, values, seen, sizes: Sizes, *, value_scales: Array | None = None) -> tuple[Array, Array]:
     """Adds slots to maxima, sums and totals of a tile's rows; values that are not seen must not be NaN.
 
@@ -291,7 +285,7 @@ def add_logits(state, logits, values, seen, sizes: Sizes, *, value_scales: Array
     weights = jnp.where(seen, jnp.exp(logits - new_largest), 0.0)
     kept = jnp.exp(largest - new_largest)
     scaled = weights if value_scales is None else jnp.where(seen, weights * value_scales, 0.0)
-    update = dot(scaled.astype(values.dtype), values, contract=(1, 0))
+    update = dot(scaled.astype(values.dtype), values)
     total = kept * sum_ref[:, :1] + jnp.sum(weights, axis=1, keepdims=True)
     sum_ref[...] = jnp.broadcast_to(total, sum_ref.shape)
     max_ref[...] = jnp.broadcast_to(new_largest, max_ref.shape)

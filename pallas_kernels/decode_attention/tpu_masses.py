@@ -7,7 +7,6 @@ bfloat16 pieces, they lose nothing in the matrix unit. Sums are relative to the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels.backends.tpu import words
+from pallas_kernels.backends.tpu.dots import dot
 
 _LANES = 128
 _ROWS = 16  # of a tile of 16 bits
@@ -76,8 +76,7 @@ class Weighing:
     def add(self, sums_ref, weights: Array, kept: Array, belongs: Array, step: Array) -> None:
         """Adds the exponentials of a step ``[rows, slots]`` to the sums of a tile; ``kept`` scales what there is."""
         pieces = jnp.concatenate(words.bfloat16_pieces(self._own(weights)))
-        dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-        parts = jnp.split(dot(pieces, belongs, (((1,), (0,)), ((), ()))), 3)
+        parts = jnp.split(dot(pieces, belongs), 3)
         scale = self._own(kept)
         for group in range(self.groups):
             sums_ref[group] = sums_ref[group] * scale

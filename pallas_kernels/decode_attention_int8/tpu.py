@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, Int8Cache
+from pallas_kernels.backends.tpu.dots import dot
 from pallas_kernels.block_attention.reference import EVERYTHING
 from pallas_kernels.decode_attention import tpu as whole
 from pallas_kernels.decode_attention_int8 import reference
@@ -176,12 +177,12 @@ def _add_tile(refs, tile: int, query, state, block, length, sizes: _Sizes, *, wi
         scale = _row_of_scales(scales_ref[:, lanes], number)
         codes = keys_ref[part * KEY_BLOCK : (part + 1) * KEY_BLOCK, lanes].astype(query.dtype)
         scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-        of_codes = whole.dot(scaled, codes, contract=(1, 1))
+        of_codes = dot(scaled, codes, contract=(1, 1))
         if not with_ring:
             return of_codes
         starts = [pl.multiple_of((number * KEY_BLOCK + half) % RING, _HALF) for half in (0, _HALF)]
         newest = jnp.concatenate([ring_ref[pl.ds(start, _HALF), lanes] for start in starts])
-        return jnp.where(number < own, of_codes, whole.dot(query, newest, contract=(1, 1)))
+        return jnp.where(number < own, of_codes, dot(query, newest, contract=(1, 1)))
 
     logits = jnp.concatenate([logits_of(part) for part in range(sizes.blocks_of_keys)], axis=1)
     values = values_ref[:, lanes].astype(query.dtype)

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends.tpu import words
+from pallas_kernels.backends.tpu.dots import dot
 from pallas_kernels.hadamard.matrices import core_order, kronecker_factors, sylvester_matrix
 
 _LANES = 128
@@ -79,12 +79,7 @@ def _kernel(x_ref, lanes_ref, out_ref, *, factors: Sequence[np.ndarray]):
 
     def product(tile):
         columns = slice(tile * _LANES, (tile + 1) * _LANES)
-        parts = [
-            lax.dot_general(  # the matrix is symmetric
-                piece[:, columns], lanes_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-            )
-            for piece in pieces
-        ]
+        parts = [dot(piece[:, columns], lanes_ref[...]) for piece in pieces]  # the matrix is symmetric
         return functools.reduce(jnp.add, reversed(parts))
 
     tiles = [product(tile) for tile in range(count)]

@@ -48,7 +48,8 @@ def w4a16_matmul(
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantized_matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike) -> Array:
     floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
-    return matmul.dot_transposed(x, floats).astype(dtype)
+    product = lax.dot_general(x, floats, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return product.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))

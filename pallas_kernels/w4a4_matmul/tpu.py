@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, layout_obstacle
 from pallas_kernels.backends.tpu import matmul, words
+from pallas_kernels.backends.tpu.dots import dot
 from pallas_kernels.backends.tpu.generation import has_integer_unit
 
 LAYOUT = Layout.PLANES
@@ -130,11 +131,5 @@ def _kernel(
     if x_whole:
         product = product * x_scale_ref[...]
     for x_offset_ref, sums_ref in zip(x_offset_refs, sums_refs, strict=True):
-        product = product - _exact_dot(x_offset_ref[...], words.as_float32(sums_ref[...]))
+        product = product - dot(x_offset_ref[...], words.as_float32(sums_ref[...]))
     out_ref[...] = product.astype(out_ref.dtype)
-
-
-def _exact_dot(x: Array, sums: Array) -> Array:
-    """``x @ sums`` of float32."""
-    highest = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    return lax.dot_general(x, sums, (((1,), (0,)), ((), ())), **highest)

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from qspec_jax.decoding.mesh_costs import position_bytes
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.program_store import source_digest
+from qspec_jax.device.mesh import DATA
 from qspec_jax.files.whole import replace
-from qspec_jax.model.cache import position_bytes
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.decoder import num_bytes as bytes_of_decoder
 from qspec_jax.model.layouts import num_bytes, outside_bytes, unread_bytes
 from qspec_jax.model.view import View
 
@@ -64,7 +64,7 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PassBytes:
-    """What passes over a model read.
+    """What passes over a model read; on a mesh, what one of its devices does.
 
     Attributes:
         weights: bytes of all weights but those of a table.
@@ -72,6 +72,7 @@ class PassBytes:
         window: positions that the model itself attends to; None for all.
         unread: of the weights, those that views of so many ``weight_bits`` leave alone.
         heads: how many bytes fewer an LM head of so many ``head_bits`` has than the one that verifies.
+        places: devices that share the rows.
     """
 
     weights: int
@@ -79,19 +80,26 @@ class PassBytes:
     window: int | None = None
     unread: Mapping[int | None, int] = dataclasses.field(default_factory=dict)
     heads: Mapping[int | None, int] = dataclasses.field(default_factory=dict)
+    places: int = 1
 
     @classmethod
     def of(cls, decoder: Decoder) -> PassBytes:
         """Of a decoder, whose arrays may be shapes."""
         config = decoder.config
-        position = position_bytes(config, dtype_bytes=decoder.dtype.itemsize, kv=decoder.kv)
+        position = position_bytes(config, decoder.split, dtype_bytes=decoder.dtype.itemsize, kv=decoder.kv)
         unread = {view.weight_bits: unread_bytes(decoder, view) for view in map(View, (4, 8, None))}
         head = num_bytes(decoder.head_for(View()))
-        weights = bytes_of_decoder(decoder) - outside_bytes(decoder) + head
+        weights = num_bytes(_state(decoder)) - outside_bytes(decoder) + head
         heads = {}
         if decoder.quantized_head is not None:
             heads[4] = head - num_bytes(decoder.head_for(View(head_bits=4)))
-        return cls(weights, position, config.sliding_window, unread, heads)
+        mesh = getattr(getattr(decoder.embedding.get_value(), "sharding", None), "mesh", None)
+        places = 1 if mesh is None else mesh.shape.get(DATA, 1)
+        return cls(weights, position, config.sliding_window, unread, heads, places)
+
+    def own_rows(self, rows: int) -> int:
+        """Those of a batch that a device has, or has at most."""
+        return -(-rows // self.places)
 
     def weights_of(self, view: View) -> int:
         """Bytes of the weights that a pass over a view reads, whatever it does."""
@@ -99,7 +107,7 @@ class PassBytes:
 
     def of_cycle(self, plan: DecodingPlan, *, rows: int, context: int) -> int:
         """Bytes of a cycle: of its drafts, and of the verification."""
-        seen = min(context, self.window or context)
+        rows, seen = self.own_rows(rows), min(context, self.window or context)
         total = self.weights_of(plan.verify) + rows * seen * self.position
         if (view := plan.draft_view) is not None:
             budget = view.cache_budget if view.cache_budget and context >= view.cache_full_below else seen

@@ -148,6 +148,8 @@ class LanguageModel:
     def cycle_bytes(self, plan: DecodingPlan | Any, *, rows: int | Any = 1, context: int | Any) -> int:
         """Bytes that a cycle of a plan reads: weights, keys and values, in its drafts and its verification.
 
+        On a mesh they are those that a device reads.
+
         Args:
             plan: with no choice in it.
             rows: sequences that run together.

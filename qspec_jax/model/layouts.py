@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,18 +46,24 @@ def linears(decoder: Decoder) -> list[Linear]:
 
 
 def num_bytes(value: Any) -> int:
-    """Of the arrays of a parameter, which may be shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+    """Of the arrays of a parameter, which may be shapes; on a mesh, of what one device has of them."""
+
+    def of_device(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(of_device, jax.tree.leaves(value)))
 
 
 def outside_bytes(decoder: Decoder) -> int:
-    """Of the embedding and all LM heads."""
+    """Of the embedding and all LM heads, as :func:`num_bytes`."""
     outside = (decoder.embedding, decoder.lm_head, decoder.quantized_head)
     return sum(num_bytes(parameter.get_value()) for parameter in outside if parameter is not None)
 
 
 def unread_bytes(decoder: Decoder, view: View) -> int:
-    """Bytes of the arrays of linears that a view leaves alone, where a model has nested or two sets of weights."""
+    """Of the arrays of linears that a view leaves alone, where a model has nested or two sets of weights."""
 
     def held(linear: Linear) -> int:
         floats = 0 if linear.floats is None else num_bytes(linear.floats.get_value())

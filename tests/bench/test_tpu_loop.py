@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +45,18 @@ ROWS, CAPACITY = 8, 8192
 
 
 def small_loop(
-    plan: DecodingPlan, quantization: QuantConfig, *, generation: str, kv: str = KV_OF_MODEL
+    plan: DecodingPlan,
+    quantization: QuantConfig,
+    *,
+    generation: str,
+    kv: str = KV_OF_MODEL,
+    config: ModelConfig = SMALL,
+    dtype: Any = jnp.bfloat16,
 ) -> jax.stages.Compiled:
     """The program of a plan for one device."""
     device = described_devices(generation)[0]
-    options = {"dtype": jnp.bfloat16, "scan_layers": False, "kernels": None}
-    decoder = abstract_decoder(SMALL, quantization=quantization, formats=None, **options)
+    options = {"dtype": dtype, "scan_layers": False, "kernels": None}
+    decoder = abstract_decoder(config, quantization=quantization, formats=None, **options)
     decoder.kv = kv
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
@@ -108,6 +116,32 @@ def test_a_cache_of_int8_is_read_and_written_by_kernels_and_copied_nowhere(gener
     expected = {"decode_attention_int8": layers, "block_attention_int8": layers}
     expected |= {"quantize_keys": 2 * layers, "write_slots": 2 * layers}
     assert kernels(program, *expected) == expected
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_the_loop_of_a_rotated_decoder_in_float32_is_one_of_kernels(generation):
+    """Its precision is the highest, which Mosaic refuses for operands of 8 and 16 bits. The LM head is XLA's."""
+    plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
+    config = dataclasses.replace(SMALL, down_hadamard=True)
+    options = {"generation": generation, "kv": KV_INT8, "config": config, "dtype": jnp.float32}
+    program = small_loop(plan, QuantConfig(group_size=128), **options)
+    assert_no_cache_is_copied(program, dtype="s8", itemsize=1)
+    layers = SMALL.num_layers
+    expected = {"w4a16": 4 * layers, "w4a8": 4 * layers, "hadamard": 2 * layers}
+    expected |= {"decode_attention_int8": layers, "block_attention_int8": layers, "write_slots": 2 * layers}
+    assert kernels(program, *expected) == expected
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v6e"])
+def test_nested_weights_are_read_by_kernels_in_float32_too(generation):
+    plan = DecodingPlan(Precision.W8A16, View(activation_bits=8, head_bits=4), 3)
+    quantization = QuantConfig(group_size=128, symmetric=True, bits=8, head_bits=8, draft_head=4)
+    program = small_loop(plan, quantization, generation=generation, dtype=jnp.float32)
+    assert_no_cache_is_copied(program, dtype="f32", itemsize=4)
+    per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
+    assert kernels(program, *per_pass) == per_pass
 
 
 @pytest.mark.contract

@@ -170,6 +170,10 @@ def test_parts_of_a_cycle_are_timed(on_mesh):
     (one,) = measure_parts(on_mesh, [Part("verify", plan)], setting, repeats=1, repetitions=1)
     assert (one.status, one.reason) == ("ok", None)
     assert one.num_bytes["weights"] < model("smollm2_tied").nbytes / 3  # those of a device
+    position = 2 * on_mesh.config.num_layers * 32 * 4  # one head, which two devices have
+    assert one.num_bytes["cache"] == 2 * (32 + 3) * position
+    longer, shorter = (on_mesh.cycle_bytes(on_mesh.plan("w4a16"), rows=4, context=length) for length in (33, 32))
+    assert longer - shorter == 2 * position
 
 
 def test_a_model_of_floats_and_a_copy_is_saved_as_on_one_device(tmp_path):

@@ -11,16 +11,21 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from qspec_jax import DecodingPlan, ModelConfig, QuantConfig, SamplingParams, View
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.scaling.hardware import HARDWARE
 from qspec_jax.decoding.chunks import Shape
+from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.mesh_costs import Drafting, Traffic, decode_traffic, device_bytes, position_bytes, predict
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.device.mesh import MeshShape, make_mesh
+from qspec_jax.device.mesh import AXES, MeshShape, make_mesh
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from qspec_jax.model.shards import Shards
 from tests import tiny
@@ -81,9 +86,28 @@ def test_devices_share_weights_and_cache_and_repeat_heads_where_there_are_too_fe
     assert held.total == held.weights + held.cache + held.temporaries
     more = device_bytes(eighth, MeshShape(2, 8), rows=33, context=1000)
     assert more.cache == held.cache * 17 // 16
-    cache = jax.eval_shape(lambda: whole.create_cache(batch=4, capacity=64))
-    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
-    assert device_bytes(whole, ONE, rows=4, context=64).cache == taken
+    for whole.kv, capacity in (("model", 64), (KV_INT8, 128)):
+        cache = jax.eval_shape(lambda capacity=capacity: whole.create_cache(batch=4, capacity=capacity))
+        taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+        assert device_bytes(whole, ONE, rows=4, context=capacity).cache == taken
+
+
+@pytest.mark.parametrize(("data", "split", "kv", "position"), [(2, 16, "model", 16384), (4, 4, KV_INT8, 16896)])
+def test_what_a_pass_reads_on_a_mesh_is_what_one_device_has(data, split, kv, position):
+    """As `auto` guesses by: one of eight key/value heads on each of 16 devices, and a share of the rows."""
+    options = {"formats": None, "dtype": jnp.bfloat16, "kernels": "reference", "scan_layers": True}
+    quantization = QuantConfig(group_size=32, symmetric=True, bits=8, head_bits=8, draft_head=4)
+    mesh = Mesh(np.full((data, split), jax.devices()[0]), AXES)  # of whose devices the shape is all that counts
+    shards = Shards.of(LLAMA, mesh, quantization=quantization, **options)
+    of_mesh, of_device = shards.shapes(), shards.local
+    of_mesh.kv = of_device.kv = kv
+    found, local = PassBytes.of(of_mesh), PassBytes.of(of_device)
+    assert found == dataclasses.replace(local, places=data)
+    assert found.position == position
+    plan = DecodingPlan(View(weight_bits=8), View(activation_bits=8, head_bits=4), 3)
+    cycle = found.of_cycle(plan, rows=8 * data - 1, context=1000)
+    assert cycle == local.of_cycle(plan, rows=8, context=1000)
+    assert cycle == found.weights_of(plan.verify) + 3 * found.weights_of(plan.draft_view) + 4 * 8 * 1000 * position
 
 
 def test_replicas_decode_as_one_and_a_slow_link_costs():

@@ -30,10 +30,15 @@ def races_raise() -> Iterator[None]:
         pltpu.reset_tpu_interpret_mode_state()
 
 
-def tpu_program(function: Any, *args: Any, generation: str = "v5e") -> str:
-    """What a function is lowered to for a TPU that is only described; libtpu is not needed."""
+def described_tpu(generation: str = "v5e") -> contextlib.AbstractContextManager[Any]:
+    """What is traced within is for a TPU that is only described; libtpu is not needed."""
     device = jax.sharding.AbstractDevice(device_kind=DEVICE_KINDS[generation], num_cores=1, platform="tpu")
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def tpu_program(function: Any, *args: Any, generation: str = "v5e") -> str:
+    """What a function is lowered to for such a TPU."""
+    with described_tpu(generation):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()

@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, TRUNCATED_CODE, QuantizedWeight
 from pallas_kernels.backends.tpu import words
+from pallas_kernels.backends.tpu.dots import dot
 
 LANES = 128
 MAX_ROWS = 256  # of a decode; more are bound by arithmetic, which XLA does well
@@ -188,8 +189,8 @@ def by_runs(x: Array, run: int) -> Array:
 
 
 def dot_transposed(x: Array, weight: Array, accumulator: DTypeLike = jnp.float32) -> Array:
-    """``x @ weight.T``."""
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulator)
+    """In a kernel: ``x @ weight.T``."""
+    return dot(x, weight, contract=(1, 1), accumulator=accumulator)
 
 
 def row_sum(x: Array) -> Array:

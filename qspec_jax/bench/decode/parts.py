@@ -20,15 +20,14 @@ from qspec_jax.bench.description import quantized_weights
 from qspec_jax.bench.random_arrays import random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
+from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.plan import AUTO, DecodingPlan, static
 from qspec_jax.decoding.state import DecodeState
-from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.model.cache import KV_INT8, KVCache, position_bytes
+from qspec_jax.model.cache import KV_INT8, KVCache
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.layouts import outside_bytes, unread_bytes
+from qspec_jax.model.layouts import num_bytes
 from qspec_jax.model.linear import activation_quantization
-from qspec_jax.model.sharding import local_config
 from qspec_jax.model.view import View
 
 PartName = Literal["step", "draft", "verify", "cycle"]
@@ -164,21 +163,18 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     not count.
     """
     decoder, config = model.decoder, model.config
-    embedding = decoder.embedding.get_value()
-    head_bytes, outside = decoder.head_for(view).nbytes, outside_bytes(decoder)
-    unread = unread_bytes(decoder, view)
+    of, head = PassBytes.of(decoder), num_bytes(decoder.head_for(view))
+    weights = of.weights_of(view) - head
     if view.weight_bits is not None and not _reads_group_sums(model, view):
-        unread += _group_sum_bytes(decoder)
-    per_position = position_bytes(local_config(config, decoder.split), **_cache_of(decoder))
+        weights -= num_bytes([weight.group_sum for weight in quantized_weights(decoder)])
     limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
     seen = min(limit for limit in limits if limit is not None)
-    data, split = (1, 1) if model.mesh is None else shape_of(model.mesh)
-    rows = setting.batch // data
+    rows = of.own_rows(setting.batch)
     return {
-        "weights": (model.nbytes - outside - unread) // split,
-        "lm_head": head_bytes // split,
-        "embedding": rows * new_tokens * config.hidden_size * embedding.dtype.itemsize,
-        "cache": rows * (seen + new_tokens) * per_position,
+        "weights": weights,
+        "lm_head": head,
+        "embedding": rows * new_tokens * config.hidden_size * decoder.embedding.get_value().dtype.itemsize,
+        "cache": rows * (seen + new_tokens) * of.position,
     }
 
 
@@ -227,10 +223,6 @@ def _with_scales(layers: Any) -> Any:
     return dataclasses.replace(layers, **like_one)
 
 
-def _cache_of(decoder: Decoder) -> dict[str, Any]:
-    return {"dtype_bytes": decoder.dtype.itemsize, "kv": decoder.kv}
-
-
 def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
     assert plan.draft_view is not None
     tokens, cache = speculative.draft(
@@ -260,8 +252,3 @@ _RUN: dict[PartName, Callable[..., DecodeState]] = {
 def _reads_group_sums(model: LanguageModel, view: View) -> bool:
     recipe = None if model.quantization is None else activation_quantization(model.quantization, view)
     return recipe is not None and not recipe.symmetric
-
-
-def _group_sum_bytes(decoder: Decoder) -> int:
-    sums = [weight.group_sum for weight in quantized_weights(decoder)]
-    return sum(array.nbytes for array in sums if array is not None)
