@@ -18,7 +18,8 @@ from pallas_kernels import QuantizedActivation, dispatch, upper_nibbles, w4a4_ma
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.dispatch import TPU, TRITON, operations
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
-from qspec_jax.inspection.kernel_cases import DEMO, LLAMA_8B, KernelCase, kernel_cases
+from qspec_jax.inspection.kernel_case import DEMO, LLAMA_8B, KernelCase
+from qspec_jax.inspection.kernel_cases import kernel_cases
 from tests.pallas_kernels.test_cuda_lowering import (
     KERNEL_CALL,
     abstract_nested_weight,
