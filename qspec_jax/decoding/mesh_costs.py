@@ -131,7 +131,7 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     """Of a model on a mesh.
 
     Args:
-        local: what one of the devices that share it has, of shapes or arrays of this size.
+        local: what one of the devices that share it has, of shapes or arrays of this size; its ``kv`` is the cache's.
         mesh: its axes.
         rows: sequences of all devices together.
         context: tokens of each.
@@ -139,7 +139,9 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     """
     config, size = local.config, local.dtype.itemsize
     own_rows = -(-rows // mesh.data)
-    cache = own_rows * fitting_capacity(context) * position_bytes(config, mesh.model, dtype_bytes=size)
+    kept: Any = {"dtype_bytes": size, "kv": local.kv}
+    row = fitting_capacity(context) * position_bytes(config, mesh.model, **kept)
+    cache = own_rows * (row + cached.row_bytes(local_config(config, mesh.model), **kept))
     tokens = own_rows * (draft_length + 1)
     parts = mesh.model if mesh.model > 1 else 0
     decode = _activations(config, mesh.model, tokens=tokens, sums=parts, logits=tokens, dtype_bytes=size)
@@ -233,7 +235,7 @@ def _local_seconds(
     config, size = local.config, local.dtype.itemsize
     table = 0 if config.tie_word_embeddings else config.vocab_size // split * config.hidden_size * size
     read = (num_bytes(local) - table) / hardware.of_weights
-    read += rows * seen * position_bytes(config, split, dtype_bytes=size) / hardware.of_cache
+    read += rows * seen * position_bytes(config, split, dtype_bytes=size, kv=local.kv) / hardware.of_cache
     linears = layer_anatomy(local_config(config, split)).linears.values()
     weights = config.num_layers * sum(linear.num_inputs * linear.num_outputs for linear in linears)
     weights += config.vocab_size // split * config.hidden_size

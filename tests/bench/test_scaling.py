@@ -25,6 +25,25 @@ def test_each_mesh_that_fits_the_model_is_a_line_for_each_batch(capsys, tmp_path
     assert all(one["fits"] for one in report["results"])
 
 
+def test_a_cache_of_int8_takes_half_and_its_drafts_have_a_budget_on_gpus_alone(capsys, tmp_path):
+    def found(*arguments):
+        path = tmp_path / "scaling.json"
+        assert main(["scaling", "--mesh", "model=2", "--batch", "16", *arguments, "--json", str(path)]) == 0
+        report = json.loads(path.read_text())
+        assert report["settings"]["kv"] == ("int8" if "int8" in arguments else "model")
+        assert ("in a cache of int8" in capsys.readouterr().out) == ("int8" in arguments)
+        return report["results"][0]
+
+    bfloat16, int8 = found(), found("--kv", "int8")
+    codes, scales, newest = 2 * 4 * 128, 4 * 4 + 4 * 4 * 128 // 128, 2 * 192 * 4 * 128
+    assert int8["cache_bytes"] == 16 * 32 * (4096 * (codes + scales) + newest)
+    assert 0.5 < int8["cache_bytes"] / bfloat16["cache_bytes"] < 0.55
+    assert int8["step_s"] < bfloat16["step_s"]
+    assert int8["cycle_s"] < found("--kv", "int8", "--draft-context", "full")["cycle_s"]
+    on_tpu = [found("--hardware", "v5e", "--kv", "int8", "--draft-context", name) for name in ("auto", "full")]
+    assert on_tpu[0] == on_tpu[1]
+
+
 def test_what_does_not_fit_says_so_and_predicts_no_speed(capsys):
     assert main(["scaling", "--preset", "llama-3.1-405b", "--mesh", "model=2", "--batch", "1"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]

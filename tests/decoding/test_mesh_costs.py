@@ -86,9 +86,10 @@ def test_devices_share_weights_and_cache_and_repeat_heads_where_there_are_too_fe
     assert held.total == held.weights + held.cache + held.temporaries
     more = device_bytes(eighth, MeshShape(2, 8), rows=33, context=1000)
     assert more.cache == held.cache * 17 // 16
-    cache = jax.eval_shape(lambda: whole.create_cache(batch=4, capacity=64))
-    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
-    assert device_bytes(whole, ONE, rows=4, context=64).cache == taken
+    for whole.kv, capacity in (("model", 64), (KV_INT8, 128)):
+        cache = jax.eval_shape(lambda capacity=capacity: whole.create_cache(batch=4, capacity=capacity))
+        taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+        assert device_bytes(whole, ONE, rows=4, context=capacity).cache == taken
 
 
 @pytest.mark.parametrize(("data", "split", "kv", "position"), [(2, 16, "model", 16384), (4, 4, KV_INT8, 16896)])

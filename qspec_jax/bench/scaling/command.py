@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NOTICE = "predicted by formula, not measured: docs/scaling.md has the formulas and their inputs"
 KINDS = ("h100", "h200", "v5e")
 _MOST_DEVICES = 4096
+_READS_ALL_OF_INT8 = ("v5e",)  # kinds of device, for drafts with a budget too: docs/tpu.md
 _DESCRIPTION = """
 Predicts what a model takes on meshes of devices: memory of each device, bytes over its links, and tokens per second,
 plain and with W4A8 drafts. Nothing is run, and no such device is needed.
@@ -45,6 +46,7 @@ def add_command(commands: Any) -> None:
     shared.add_group_size(parser, "inputs per weight scale (default: 128, or the largest that fits)")
     add("--draft-length", type=int, default=3, metavar="N", help="drafts per cycle (default: 3)")
     shared.add_draft_context(parser)
+    shared.add_kv(parser)
     add("--acceptance", type=float, default=0.95, metavar="A", help="chance of each draft (default: 0.95)")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
     shared.add_debug(parser)
@@ -56,12 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     batches, meshes = _check(arguments)
     from qspec_jax.bench.scaling.hardware import HARDWARE
     from qspec_jax.decoding.mesh_costs import Drafting
+    from qspec_jax.model.cache import KV_INT8
 
     config, hardware = PRESETS[arguments.preset], HARDWARE[arguments.hardware]
-    budget = {"full": None, "auto": DRAFT_BUDGET}.get(arguments.draft_context, arguments.draft_context)
-    drafting = Drafting(arguments.draft_length, budget, arguments.acceptance)
+    drafting = Drafting(arguments.draft_length, _budget(arguments), arguments.acceptance)
     decoders = [*_decoders(config, meshes, arguments)]  # all, before a line is printed: one of them may be refused
-    show(f"{NOTICE}\n{arguments.preset} on {arguments.hardware}, {arguments.context:,} tokens of each sequence")
+    about = f"{arguments.preset} on {arguments.hardware}, {arguments.context:,} tokens of each sequence"
+    show(f"{NOTICE}\n{about}" + ", in a cache of int8" * (arguments.kv == KV_INT8))
     show(_COLUMNS.format("mesh", "batch", "weights", "cache", "other", "MB/pass", "link ms", "step ms", *_LAST))
     results = []
     for mesh, local in decoders:
@@ -69,13 +72,22 @@ def run(arguments: argparse.Namespace) -> int:
             settings = {"rows": batch * mesh.data, "context": arguments.context, "drafting": drafting}
             results.append(_predicted(local, mesh, hardware, **settings))
             show(table_row(results[-1]))
-    names = ("preset", "hardware", "context", "group_size", "draft_length", "draft_context", "acceptance")
+    names = ("preset", "hardware", "context", "group_size", "draft_length", "draft_context", "kv", "acceptance")
     settings = {name: getattr(arguments, name) for name in names}
     options.write_report(arguments.json, {"notice": NOTICE, "settings": settings, "results": results})
     return 0
 
 
 _LAST = ("tokens/s", "drafting", "gain")
+
+
+def _budget(arguments: argparse.Namespace) -> int | None:
+    """Positions of the cache that a draft reads; None for all, as of int8 on TPUs whatever was asked for."""
+    from qspec_jax.model.cache import KV_INT8
+
+    if arguments.kv == KV_INT8 and arguments.hardware in _READS_ALL_OF_INT8:
+        return None
+    return {"full": None, "auto": DRAFT_BUDGET}.get(arguments.draft_context, arguments.draft_context)
 
 
 def _check(arguments: argparse.Namespace) -> tuple[list[int], list[tuple[MeshShape, bool]]]:
@@ -117,7 +129,9 @@ def _decoders(
                 raise
             continue
         settings: Any = {"dtype": "bfloat16", "kernels": "reference", "scan_layers": True, "split": mesh.model}
-        yield mesh, abstract_decoder(config, quantization=quantization, formats=None, **settings)
+        local = abstract_decoder(config, quantization=quantization, formats=None, **settings)
+        local.kv = arguments.kv
+        yield mesh, local
 
 
 def _quantization(config: ModelConfig, split: int, group_size: str | None) -> QuantConfig:
