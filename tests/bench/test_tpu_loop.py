@@ -44,7 +44,7 @@ SMALL = ModelConfig(
 ROWS, CAPACITY = 8, 8192
 
 
-def small_loop(
+def small_program(
     plan: DecodingPlan,
     quantization: QuantConfig,
     *,
@@ -52,8 +52,9 @@ def small_loop(
     kv: str = KV_OF_MODEL,
     config: ModelConfig = SMALL,
     dtype: Any = jnp.bfloat16,
+    prefill: int | None = None,
 ) -> jax.stages.Compiled:
-    """The program of a plan for one device."""
+    """The loop of a plan for one device, or the program that reads chunks of so many tokens."""
     device = described_devices(generation)[0]
     options = {"dtype": dtype, "scan_layers": False, "kernels": None}
     decoder = abstract_decoder(config, quantization=quantization, formats=None, **options)
@@ -61,14 +62,19 @@ def small_loop(
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.state(decoder))
     nnx.update(decoder, placed)
+    shape, programs = Shape(ROWS, CAPACITY, num_blocks=plan.num_blocks), Programs(decoder)
     with described(device):
-        lowered = Programs(decoder).lower_loop(plan, Shape(ROWS, CAPACITY, num_blocks=plan.num_blocks))
+        lowered = programs.lower_loop(plan, shape) if prefill is None else programs.lower_prefill(plan, shape, prefill)
     return lowered.compile()
 
 
 def assert_no_cache_is_copied(program: jax.stages.Compiled, *, dtype: str = "bf16", itemsize: int = 2) -> None:
+    """Within a fusion nothing is: what it calls a copy there is another order of the tiles that it reads or writes."""
     width = SMALL.num_kv_heads * SMALL.head_dim
-    lines = [line for line in program.as_text().splitlines() if f"{dtype}[{ROWS},{CAPACITY},{width}]" in line]
+    fused = set(re.findall(r"calls=%([\w.-]+)", program.as_text()))
+    parts = re.split(r"^%([\w.-]+) \(", program.as_text(), flags=re.MULTILINE)
+    outside = [parts[0], *[text for name, text in zip(parts[1::2], parts[2::2], strict=True) if name not in fused]]
+    lines = [line for text in outside for line in text.splitlines() if f"{dtype}[{ROWS},{CAPACITY},{width}]" in line]
     assert lines
     assert not [line for line in lines if " copy(" in line or " transpose(" in line]
     cache = 2 * SMALL.num_layers * ROWS * CAPACITY * width * itemsize
@@ -86,7 +92,7 @@ def kernels(program: jax.stages.Compiled, *names: str) -> dict[str, int]:
 def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
     """Drafts from a budget, verification, attention and writes: each copy of a layer's keys would be an eighth."""
     plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
-    program = small_loop(plan, QuantConfig(group_size=128), generation=generation)
+    program = small_program(plan, QuantConfig(group_size=128), generation=generation)
     assert_no_cache_is_copied(program)
     # Each layer, of the draft and of the verification: four matmuls, attention and a write; and each pass, the LM head.
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (6 * SMALL.num_layers + 1)
@@ -98,7 +104,7 @@ def test_the_loop_needs_a_twentieth_of_its_cache_at_most(generation):
 def test_nested_weights_and_heads_are_read_by_kernels_and_copied_nowhere(generation):
     plan = DecodingPlan(Precision.W8A16, View(activation_bits=8, head_bits=4), 3)
     quantization = QuantConfig(group_size=128, symmetric=True, bits=8, head_bits=8, draft_head=4)
-    program = small_loop(plan, quantization, generation=generation)
+    program = small_program(plan, quantization, generation=generation)
     assert_no_cache_is_copied(program)
     # The draft reads four linears of each layer as integers, and its head with floats; verification reads both planes.
     per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
@@ -110,12 +116,23 @@ def test_nested_weights_and_heads_are_read_by_kernels_and_copied_nowhere(generat
 def test_a_cache_of_int8_is_read_and_written_by_kernels_and_copied_nowhere(generation):
     """Drafts from a budget, of which verification weighs the blocks."""
     plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
-    program = small_loop(plan, QuantConfig(group_size=128), generation=generation, kv=KV_INT8)
+    program = small_program(plan, QuantConfig(group_size=128), generation=generation, kv=KV_INT8)
     assert_no_cache_is_copied(program, dtype="s8", itemsize=1)
     layers = SMALL.num_layers
     expected = {"decode_attention_int8": layers, "block_attention_int8": layers}
     expected |= {"quantize_keys": 2 * layers, "write_slots": 2 * layers}
     assert kernels(program, *expected) == expected
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("kv", [KV_OF_MODEL, KV_INT8] if THOROUGH else [KV_INT8])
+@pytest.mark.parametrize("generation", GENERATIONS if THOROUGH else ["v5e"])
+def test_chunks_of_prompts_are_read_into_a_row_and_no_cache_is_copied(generation, kv):
+    """A row of the cache is cut out and written back, which takes the same beside any number of rows."""
+    plan = DecodingPlan(Precision.W4A16, Precision.W4A8, 3)
+    program = small_program(plan, QuantConfig(group_size=128), generation=generation, kv=kv, prefill=32)
+    stored = {"dtype": "s8", "itemsize": 1} if kv == KV_INT8 else {"dtype": "bf16", "itemsize": 2}
+    assert_no_cache_is_copied(program, **stored)
 
 
 @pytest.mark.contract
@@ -125,7 +142,7 @@ def test_the_loop_of_a_rotated_decoder_in_float32_is_one_of_kernels(generation):
     plan = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
     config = dataclasses.replace(SMALL, down_hadamard=True)
     options = {"generation": generation, "kv": KV_INT8, "config": config, "dtype": jnp.float32}
-    program = small_loop(plan, QuantConfig(group_size=128), **options)
+    program = small_program(plan, QuantConfig(group_size=128), **options)
     assert_no_cache_is_copied(program, dtype="s8", itemsize=1)
     layers = SMALL.num_layers
     expected = {"w4a16": 4 * layers, "w4a8": 4 * layers, "hadamard": 2 * layers}
@@ -138,7 +155,7 @@ def test_the_loop_of_a_rotated_decoder_in_float32_is_one_of_kernels(generation):
 def test_nested_weights_are_read_by_kernels_in_float32_too(generation):
     plan = DecodingPlan(Precision.W8A16, View(activation_bits=8, head_bits=4), 3)
     quantization = QuantConfig(group_size=128, symmetric=True, bits=8, head_bits=8, draft_head=4)
-    program = small_loop(plan, quantization, generation=generation, dtype=jnp.float32)
+    program = small_program(plan, quantization, generation=generation, dtype=jnp.float32)
     assert_no_cache_is_copied(program, dtype="f32", itemsize=4)
     per_pass = {"w8a16": 4 * SMALL.num_layers + 1, "w4a8": 4 * SMALL.num_layers, "w4a16": 1}
     assert kernels(program, *per_pass) == per_pass
