@@ -178,6 +178,7 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "symmetric": quantization.symmetric,
         **({"bits": quantization.bits} if quantization.bits != 4 else {}),
         **({"head_bits": quantization.head_bits} if quantization.head_bits is not None else {}),
+        **({"draft_head": quantization.draft_head} if quantization.draft_head is not None else {}),
         **({"keep_floats": True} if quantization.keep_floats else {}),
         "dtype": options.dtype,
     }
@@ -211,7 +212,7 @@ def _as_far_as_left(source: Source, recipe: Recipe) -> Source:
         return source
     entries = as_floats(source).entries
     if recipe.turns:
-        entries = {name: dataclasses.replace(entry, read_head=None) for name, entry in entries.items()}
+        entries = {name: entry.without_head_codes() for name, entry in entries.items()}
     return dataclasses.replace(source, entries=entries)
 
 
