@@ -37,7 +37,13 @@ _WORKING_COPIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` did."""
+    """What :func:`convert` did.
+
+    Attributes:
+        path: of the checkpoint.
+        bytes_before, bytes_after: of the weights on disk, as ``info`` counts them.
+        seconds: that it took.
+    """
 
     path: Path
     bytes_before: int
@@ -100,7 +106,7 @@ def _convert(
     overwrite: bool,
     progress: Progress,
 ) -> int:
-    """Runs the recipe and writes the checkpoint; its bytes."""
+    """Runs the recipe and writes the checkpoint; the bytes of its weights."""
     tokenizer = open_tokenizer(source_path)
     context = RecipeContext(options, progress)
     if recipe.needs_text:
@@ -117,7 +123,7 @@ def _convert(
     floats = open_source(source_path) if options.quantization.keep_floats else None
     decoder = _load(recipe.apply(source, context), floats, options, progress)
     quantization = with_grid_of(options.quantization, formats_in(decoder), decoder.config)
-    manifest = save_checkpoint(
+    save_checkpoint(
         path,
         decoder,
         tokenizer=tokenizer,
@@ -127,7 +133,7 @@ def _convert(
         progress=lambda groups: progress.bar(groups, "writing"),
     )
     remove_work_folders(path)
-    return manifest.num_bytes
+    return model_bytes(path)
 
 
 def _load(source: Source, floats: Source | None, options: RecipeOptions, progress: Progress) -> Decoder:

@@ -15,11 +15,22 @@ import qspec_jax
 from pallas_kernels import dequantize
 from qspec_jax import ActivationQuantization
 from qspec_jax.errors import RequantizationWarning
+from qspec_jax.inspection.model import describe_model
 from qspec_jax.quantization.rtn import quantize_rtn
+from qspec_jax.recipes.catalogue import RECIPES
+from qspec_jax.recipes.convert import convert
+from qspec_jax.recipes.steps import RecipeOptions
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.commands.quantizing import assert_same_parameters, load, run
 from tests.weights import tiny_checkpoints
+
+
+def test_sizes_before_and_after_count_the_same_files(tmp_path, four_bit_file):
+    first = convert(four_bit_file, tmp_path / "first", recipe=RECIPES["keep"], options=RecipeOptions())
+    second = convert(first.path, tmp_path / "second", recipe=RECIPES["keep"], options=RecipeOptions())
+    assert first.bytes_after == second.bytes_before
+    assert second.bytes_after == describe_model(second.path)["disk_bytes"]
 
 
 @pytest.mark.parametrize("is_file", [False, True])
