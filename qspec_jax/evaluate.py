@@ -259,7 +259,7 @@ def _failure(request: _Request, line: PromptLine, reason: str) -> str:
 def _precisions(request: _Request, model: Any) -> list[str]:
     """Those asked for, and where nobody said which, the one that verifies nested weights first."""
     is_nested = getattr(getattr(model, "quantization", None), "bits", None) == 8
-    if is_nested and request.precisions == list(PRECISIONS):
+    if is_nested and model.verify != "w4a16" and request.precisions == list(PRECISIONS):
         return ["w8a16", *PRECISIONS]
     if not is_nested and "w8a16" in request.precisions:
         raise UsageError(f"--precisions w8a16 reads 8-bit weights, which {model.name} has not; add --verify w8a16")

@@ -13,15 +13,14 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say, show
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.errors import UsageError
-from qspec_jax.model.config import WEIGHT_BITS, parse_group_size
+from qspec_jax.model.config import WEIGHT_BITS, QuantConfig, parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES, Recipe
-from qspec_jax.recipes.files import read_recipe
+from qspec_jax.recipes.files import read_recipe, with_heads
 from qspec_jax.recipes.steps import Progress, RecipeOptions
 from qspec_jax.weights.resolve import check_model_name
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from qspec_jax.recipes.convert import Conversion
 
 _SECONDS_BETWEEN_LINES = 30
-_ON_ANY_GRID = ("rtn", "gptq")  # recipes by name; a file may say a grid
+_ON_ANY_GRID = ("rtn", "gptq")  # others group channels, and rotate by groups
 _INTERRUPTED = "interrupted; nothing was changed, and the same command goes on with what is finished"
 
 
@@ -49,13 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
         + "; or a file that names one of them and holds options",
     )
-    sizes = "inputs per scale of rounded weights (default: 32; with --bits 8 or --keep-floats the largest that fits)"
+    sizes = (
+        "inputs per scale of rounded weights (default: 32; the largest that fits with --bits 8 of rtn and gptq, and "
+    )
+    sizes += "with --keep-floats)"
     options.add_group_size(parser, sizes)
     bits = "of rounded weights: 4, or 8, of which drafts read the upper 4 (default: 4)"
     add("--bits", type=int, choices=WEIGHT_BITS, help=bits)
     kept = "store the model's own floats besides: they verify what the rounded weights draft (docs/exact.md)"
     add("--keep-floats", action="store_true", help=kept)
-    options.add_heads(parser)
+    options.add_heads(parser, "16, or with keep as the checkpoint says")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--symmetric", action="store_const", const=True, help="round without an offset")
     either.add_argument(
@@ -63,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="symmetric",
         action="store_const",
         const=False,
-        help="round with an offset (default for 4 bits)",
+        help="round with an offset (default where 32 is that of --group-size)",
     )
     dtype = "of what is not quantised; what 16 bits hold exactly is stored in 16 bits anyway (default: float32)"
     options.add_dtype(parser, dtype)
@@ -87,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the recipe, converts the model and prints what came of it."""
-    recipe, given = read_recipe(arguments.recipe)
+    recipe, given = read_recipe(arguments.recipe, saved=lambda: _saved(arguments.model))
+    recipe_options = _override(recipe, given, arguments)
     check_model_name(arguments.model)
-    recipe_options = _override(recipe, _as_saved(given, arguments), arguments)
     from qspec_jax.recipes.convert import convert
 
-    recipe_options = _with_usual_grid(recipe_options, arguments)
+    recipe_options = _with_usual_grid(recipe, recipe_options, arguments.model)
     keep_compiled_programs()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -113,35 +115,28 @@ def summary(conversion: Conversion) -> str:
     return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
 
 
-def _as_saved(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
-    """The options with the heads and the draft activations of a checkpoint whose codes are kept."""
-    if arguments.recipe != "keep":
-        return given
+def _saved(model: str) -> QuantConfig | None:
+    """What a checkpoint was stored with, its heads and draft activations among it; None of other models."""
     from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
 
-    if not is_checkpoint(arguments.model):
-        return given
-    saved = dataclasses.replace(read_manifest(Path(arguments.model)).quantization, keep_floats=False)
-    if arguments.head_bits == 4:
-        saved = dataclasses.replace(saved, draft_head=None)  # which reads fewer bits than the head
-    return dataclasses.replace(given, quantization=saved)
+    return read_manifest(Path(model)).quantization if is_checkpoint(model) else None
 
 
-def _with_usual_grid(given: RecipeOptions, arguments: argparse.Namespace) -> RecipeOptions:
+def _with_usual_grid(recipe: Recipe, given: RecipeOptions, model: str) -> RecipeOptions:
     """The options with the grid of :func:`qspec_jax.load` where floats or 8 bits verify, as far as none is asked for.
 
     Drafts then read the fewest scales, and the fastest kernels read all.
     """
     quantization = given.quantization
-    if arguments.recipe not in _ON_ANY_GRID or not (quantization.bits == 8 or quantization.keep_floats):
+    if recipe.name not in _ON_ANY_GRID or not (quantization.bits == 8 or quantization.keep_floats):
         return given
-    if arguments.symmetric is None:
+    if "symmetric" not in given.said:
         quantization = dataclasses.replace(quantization, symmetric=True)
-    if arguments.group_size is None:
+    if "group_size" not in given.said:
         from qspec_jax.model.parameters import largest_group_size
         from qspec_jax.weights.resolve import open_source, resolve_model
 
-        config = open_source(resolve_model(arguments.model)).config
+        config = open_source(resolve_model(model)).config
         quantization = dataclasses.replace(quantization, group_size=largest_group_size(config))
     return dataclasses.replace(given, quantization=quantization)
 
@@ -152,28 +147,28 @@ def _override(recipe: Recipe, given: RecipeOptions, arguments: argparse.Namespac
     Raises:
         UsageError: the recipe does not round, and bits are given.
     """
-    quantization = given.quantization
+    grid: dict[str, Any] = {}
     if arguments.group_size is not None:
-        quantization = dataclasses.replace(quantization, group_size=parse_group_size(arguments.group_size))
+        grid["group_size"] = parse_group_size(arguments.group_size)
+    if arguments.symmetric is not None:
+        grid["symmetric"] = arguments.symmetric
+    quantization = dataclasses.replace(given.quantization, **grid)
     if arguments.bits is not None:
-        if recipe.name == "keep":
-            raise UsageError(
-                "--recipe keep leaves codes the bits that they have; leave --bits out, or use --recipe rtn"
-            )
+        recipe.check_bits()
         quantization = dataclasses.replace(quantization, bits=arguments.bits)
     heads = {name: None if bits == 16 else bits for name, bits in options.heads_of(arguments).items()}
-    kept = {"keep_floats": True} if arguments.keep_floats else {}
-    quantization = dataclasses.replace(quantization, **heads, **kept)
+    quantization = with_heads(quantization, **heads)
+    if arguments.keep_floats:
+        quantization = dataclasses.replace(quantization, keep_floats=True)
     if quantization.keep_floats:
         recipe.check_floats()
-    if arguments.symmetric is not None:
-        quantization = dataclasses.replace(quantization, symmetric=arguments.symmetric)
     if arguments.outlier_groups is not None:
         w4a4 = dataclasses.replace(quantization.w4a4, outlier_groups=arguments.outlier_groups)
         quantization = dataclasses.replace(quantization, w4a4=w4a4)
     return dataclasses.replace(
         given,
         quantization=quantization,
+        said=given.said.union(grid),
         dtype=arguments.dtype or given.dtype,
         calibration=arguments.calibration or given.calibration,
         calibration_tokens=(

@@ -160,9 +160,9 @@ def add_verify(parser: Parser) -> None:
     add_heads(parser)
 
 
-def add_heads(parser: Parser) -> None:
+def add_heads(parser: Parser, usual: str = "as the checkpoint says, or 16") -> None:
     """``--head-bits`` and ``--draft-head``."""
-    heads = "LM head: 16 as it is, 8 or 4 rounded (default: as the checkpoint says, or 16)"
+    heads = f"LM head: 16 as it is, 8 or 4 rounded (default: {usual})"
     parser.add_argument("--head-bits", type=int, choices=(16, *HEAD_BITS), help=heads)
     draft_head = "LM head of drafts: the upper half of one in 8 bits, or a copy (default: the one that verifies)"
     parser.add_argument("--draft-head", type=int, choices=DRAFT_HEADS, help=draft_head)

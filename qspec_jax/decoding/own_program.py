@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int32
 
 from qspec_jax.decoding import speculative
@@ -27,8 +28,8 @@ from qspec_jax.model.decoder import Decoder
 
 def begin_decoding(
     decoder: Decoder,
-    tokens: Int32[Array, "B T"],
-    num_tokens: Int32[Array, " B"],
+    tokens: Int32[Array, "B T"] | Any,
+    num_tokens: Int32[Array, " B"] | Any,
     *,
     plan: Plan | Any,
     max_new_tokens: int | Any,
@@ -52,7 +53,9 @@ def begin_decoding(
     Raises:
         UsageError: an argument makes no sense.
     """
-    plan, (batch, width) = static(plan), tokens.shape
+    plan = static(plan)
+    _check_prompts(tokens, num_tokens)
+    batch, width = tokens.shape
     max_new_tokens = at_least_1("max_new_tokens", max_new_tokens)
     params = [sampling] * batch if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != batch:
@@ -81,6 +84,23 @@ def begin_decoding(
     )
     state, chunk = jax.tree.map(jnp.asarray, (state, chunk))
     return speculative.prefill(decoder, state, chunk, plan=plan)
+
+
+def _check_prompts(tokens: Int32[Array, "B T"] | Any, num_tokens: Int32[Array, " B"] | Any) -> None:
+    """Raises UsageError for what are no prompts; of arrays that are traced, shapes and dtypes alone are known."""
+    for name, array, axes in (("tokens", tokens, "[B, T]"), ("num_tokens", num_tokens, "[B]")):
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if shape is None or dtype is None:
+            raise UsageError(f"{name}={shown(array)}: use an array of whole numbers, {axes} int32")
+        if len(shape) != axes.count(",") + 1 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+            raise UsageError(f"{name} is {dtype}{list(shape)}; use {axes} int32, with at least one token")
+    batch, width = tokens.shape
+    if num_tokens.shape != (batch,):
+        raise UsageError(f"num_tokens is of {num_tokens.shape[0]} prompts and tokens of {batch}; give one for each")
+    if not isinstance(num_tokens, Tracer):
+        counts = np.asarray(num_tokens)
+        if counts.min() < 1 or counts.max() > width:
+            raise UsageError(f"num_tokens={shown(counts.tolist())}: each prompt has between 1 and {width} tokens here")
 
 
 def _stop_tokens(params: Sequence[SamplingParams], stop_tokens: Sequence[int]) -> Int32[Array, "B stops"]:

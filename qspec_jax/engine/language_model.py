@@ -403,9 +403,12 @@ class LanguageModel:
         """
         checked = _plan(plan)
         choices = checked.choices if isinstance(checked, AutoPlan) else (checked,)
-        packed = [view.name for one in choices for view in one.views if view.weight_bits is not None]
+        views = [view for one in choices for view in one.views]
+        packed = [view.name for view in views if view.weight_bits is not None]
         if packed and self.quantization is None:
             raise UsageError(f"{packed[0]} needs 4-bit weights; load the model with a QuantConfig, or use mode='float'")
+        for view in views:
+            self.decoder.check_view(view)
         return checked
 
     def attempt(self, prompt: Prompt, plan: Plan | Any, **options: Any) -> Request | GenerationResult:

@@ -109,6 +109,11 @@ def score_text(
         longest = one.config.max_position_embeddings
         if min(context, len(token_ids)) > longest:
             raise UsageError(f"windows of {context} tokens do not fit {one.name}; give a context of up to {longest}")
+    if baseline is not None and (size := baseline.config.vocab_size) != model.config.vocab_size:
+        raise UsageError(
+            f"{baseline.name} has {size} tokens and {model.name} {model.config.vocab_size}, so their logits cannot be "
+            "compared; give a baseline of the same family, or none"
+        )
     reference = (
         logits_function(model, Precision.W4A16) if baseline is None else logits_function(baseline, Precision.FLOAT)
     )

@@ -10,6 +10,8 @@ import numpy as np
 from qspec_jax.evaluation.scores import DraftScore, ModelScore, TextScore
 from qspec_jax.files.whole import write_picture
 
+_WIDEST_FIRST = ("w8a16", "w4a16", "w4a8", "w4a4")
+
 
 def text_table(scores: Sequence[TextScore]) -> str:
     """One line per precision; empty without scores."""
@@ -61,19 +63,19 @@ def _draft_lines(scores: Sequence[DraftScore]) -> list[str]:
 
 
 def comparison_table(models: Sequence[ModelScore]) -> str:
-    """One line per model: perplexity and KL of W4A16, and of each draft acceptance and tokens per cycle.
+    """One line per model: perplexity and KL at the precision named, and of each draft acceptance and tokens per cycle.
 
-    What a model has not, or did not run, is a dash.
+    The precision is the widest that was scored. What a model has not, or did not run, is a dash.
     """
     width = max(len(model.name) for model in models) + 2
     drafts = list(dict.fromkeys((score.draft, score.draft_length) for model in models for score in model.drafts))
     headings = "".join(f"{f'{draft}, {length}':>14}" for draft, length in drafts)
-    lines = [f"{'model':{width}}{'perplexity':>10}{'KL, nats':>10}{headings}"]
+    lines = [f"{'model':{width}}{'text':>6}{'perplexity':>12}{'KL, nats':>10}{headings}"]
     for model in models:
-        score = next((score for score in model.text if score.name == "w4a16"), None)
-        text = f"{'-':>10}{'-':>10}"
-        if score is not None and score.kl is not None:
-            text = f"{score.perplexity:>10.3f}{round(score.kl, 5) + 0.0:>10.5f}"
+        compared = {score.name: score for score in model.text if score.kl is not None}
+        text = f"{'-':>6}{'-':>12}{'-':>10}"
+        if (score := next((compared[one] for one in _WIDEST_FIRST if one in compared), None)) is not None:
+            text = f"{score.name:>6}{score.perplexity:>12.3f}{round(score.kl or 0.0, 5) + 0.0:>10.5f}"
         ran = {(score.draft, score.draft_length): score for score in model.drafts if score.num_prompts}
         figures = [
             f"{ran[one].acceptance_rate:.3f} {ran[one].tokens_per_cycle:.2f}" if one in ran else "-" for one in drafts

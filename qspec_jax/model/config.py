@@ -374,7 +374,8 @@ class QuantConfig:
         if self.head_bits is not None and self.keep_floats:
             raise UsageError(
                 "head_bits (--head-bits) rounds the LM head, and verify='float' (keep_floats, --keep-floats) keeps a "
-                "model's own output; use draft_head (--draft-head)"
+                "model's own output; use draft_head (--draft-head) for drafts, and --head-bits 16 where a checkpoint "
+                "has a rounded head"
             )
         for name in ("w4a4", "w4a8"):
             if not isinstance(value := getattr(self, name), ActivationQuantization):

@@ -91,6 +91,7 @@ class Decoder(nnx.Module):
         complete = local_formats(config, complete_formats(layer_anatomy(config).linears, quantization, formats), split)
         tied, local = config.tie_word_embeddings, local_config(config, split)
         count, leading = (1, (config.num_layers,)) if scan_layers else (config.num_layers, ())
+        self.has_8_bits = any(one is not None and one.bits == 8 for one in complete.values())
         self.embedding = nnx.Param(jnp.zeros((local.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List(
             DecoderLayer(
@@ -166,10 +167,12 @@ class Decoder(nnx.Module):
             (``pallas_kernels.decode_attention_with_masses``) or None.
 
         Raises:
-            UsageError: several devices share the model, and this is not the program of one of them.
+            UsageError: several devices share the model, and this is not the program of one of them; or the view reads
+                weights that the model has not.
         """
         self._check_axis()
         view = View.of(precision)
+        self.check_view(view)
         with _exact_float32(self.dtype):
             context = self._context(tokens, cache, view, logits_at=logits_at, idle=idle)
             stream, layers, masses = self._hidden(tokens, cache, context, view=view, weigh=weigh)
@@ -227,19 +230,33 @@ class Decoder(nnx.Module):
             multiply = functools.partial(head_product, self.head_for(view), implementation=self.head_kernels)
             return value_of(in_pieces(multiply, y))
 
-    def head_for(self, view: View) -> Array | QuantizedWeight:
-        """The LM head that a view reads.
+    def check_view(self, view: View) -> None:
+        """Refuses a view that would read other weights than its name says. A float weight refuses codes itself.
 
         Raises:
-            UsageError: the view reads one in 4 bits, and there is none.
+            UsageError: it reads 8-bit weights, or an LM head in 4 bits, and there are none.
         """
-        if view.head_bits is None and self.head_bits is None:
-            return (self.embedding if self.lm_head is None else self.lm_head).get_value()
-        if self.quantized_head is None:
+        if view.weight_bits == 8 and not self.has_8_bits:
+            raise UsageError(
+                f"view {view.name} reads 8-bit weights, which this model has not; load it with verify='w8a16', or use "
+                "Precision.W4A16"
+            )
+        if view.head_bits is not None and self.quantized_head is None:
             raise UsageError(
                 f"view {view.name} reads an LM head of {view.head_bits} bits, which this model has not; load it with "
                 "QuantConfig(draft_head=4)"
             )
+
+    def head_for(self, view: View) -> Array | QuantizedWeight:
+        """The LM head that a view reads.
+
+        Raises:
+            UsageError: the model has not what the view reads.
+        """
+        self.check_view(view)
+        if view.head_bits is None and self.head_bits is None:
+            return (self.embedding if self.lm_head is None else self.lm_head).get_value()
+        assert self.quantized_head is not None
         head = self.quantized_head.get_value()
         return head if view.head_bits is None else pallas_kernels.upper_nibbles(head)
 

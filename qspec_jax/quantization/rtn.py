@@ -39,8 +39,10 @@ def quantize_rtn(
         bits: 4 or 8.
 
     Raises:
-        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do.
+        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others.
     """
+    if bits not in (4, 8):
+        raise ValueError(f"bits={bits} is not supported; use 4 or 8")
     num_outputs, num_inputs = weight.shape
     group_size = group_size or num_inputs
     check_group_size(num_inputs, group_size)

@@ -66,6 +66,17 @@ class Recipe:
                 f"{', '.join(fitting[:-1])} or {fitting[-1]}"
             )
 
+    def check_bits(self) -> None:
+        """Refuses bits that are asked for of codes that stay as they are.
+
+        Raises:
+            UsageError: the recipe keeps codes.
+        """
+        if KEEP_CODES in self.steps:
+            raise UsageError(
+                f"--recipe {self.name} leaves codes the bits that they have; leave --bits out, or use --recipe rtn"
+            )
+
     def config(self, config: ModelConfig) -> ModelConfig:
         """Config of the model that comes out, from that of the model that goes in.
 

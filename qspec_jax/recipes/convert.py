@@ -37,7 +37,13 @@ _WORKING_COPIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` did."""
+    """What :func:`convert` did.
+
+    Attributes:
+        path: of the checkpoint.
+        bytes_before, bytes_after: of the weights on disk, as ``info`` counts them.
+        seconds: that it took.
+    """
 
     path: Path
     bytes_before: int
@@ -100,7 +106,7 @@ def _convert(
     overwrite: bool,
     progress: Progress,
 ) -> int:
-    """Runs the recipe and writes the checkpoint; its bytes."""
+    """Runs the recipe and writes the checkpoint; the bytes of its weights."""
     tokenizer = open_tokenizer(source_path)
     context = RecipeContext(options, progress)
     if recipe.needs_text:
@@ -117,7 +123,7 @@ def _convert(
     floats = open_source(source_path) if options.quantization.keep_floats else None
     decoder = _load(recipe.apply(source, context), floats, options, progress)
     quantization = with_grid_of(options.quantization, formats_in(decoder), decoder.config)
-    manifest = save_checkpoint(
+    save_checkpoint(
         path,
         decoder,
         tokenizer=tokenizer,
@@ -127,7 +133,7 @@ def _convert(
         progress=lambda groups: progress.bar(groups, "writing"),
     )
     remove_work_folders(path)
-    return manifest.num_bytes
+    return model_bytes(path)
 
 
 def _load(source: Source, floats: Source | None, options: RecipeOptions, progress: Progress) -> Decoder:
@@ -178,6 +184,7 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "symmetric": quantization.symmetric,
         **({"bits": quantization.bits} if quantization.bits != 4 else {}),
         **({"head_bits": quantization.head_bits} if quantization.head_bits is not None else {}),
+        **({"draft_head": quantization.draft_head} if quantization.draft_head is not None else {}),
         **({"keep_floats": True} if quantization.keep_floats else {}),
         "dtype": options.dtype,
     }
@@ -211,7 +218,7 @@ def _as_far_as_left(source: Source, recipe: Recipe) -> Source:
         return source
     entries = as_floats(source).entries
     if recipe.turns:
-        entries = {name: dataclasses.replace(entry, read_head=None) for name, entry in entries.items()}
+        entries = {name: entry.without_head_codes() for name, entry in entries.items()}
     return dataclasses.replace(source, entries=entries)
 
 

@@ -39,7 +39,7 @@ def rotate_source(source: Source, rotation: Rotation | None = None) -> Source:
         entry = source.entries[name if name in source.entries else "embedding.weight"]
         gain = spec.norm_before if rotation.fold_gains else None
         read = functools.partial(_read, spec, entry, rotation, None if gain is None else source.entries[gain])
-        entries[name] = dataclasses.replace(entry, read=read, read_head=None)
+        entries[name] = dataclasses.replace(entry.without_head_codes(), read=read)
     return Source(config, source.path, entries, specs)
 
 

@@ -31,12 +31,14 @@ class RecipeOptions:
         dtype: in which everything that is not quantised is read; it is stored without further rounding.
         calibration: text (or JSONL of prompts) on which recipes that calibrate run the model.
         calibration_tokens: how much of it.
+        said: fields of ``quantization`` that somebody asked for; others may depend on the model.
     """
 
     quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     dtype: str = "float32"
     calibration: Path | None = None
     calibration_tokens: int = 65536
+    said: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.calibration_tokens < 1:

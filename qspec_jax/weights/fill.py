@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels import Layout
+from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.arrays.weight import check_group_size
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import explain_out_of_memory
@@ -29,7 +29,7 @@ from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.head import IMPORTED_HEAD
+from qspec_jax.model.head import head_format
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import HEAD, ParameterSpec, head_name, largest_group_size, layer_anatomy
 from qspec_jax.model.shards import parameters
@@ -221,12 +221,14 @@ def _warn_of_requantization(
             "quantised checkpoint; they are rounded to 4 bits here, which costs quality. Use a checkpoint whose "
             "linears are all quantised, or load it with quantization=None"
         )
-    head, head_bits = source.entries[head_name(source.config)].requantized_from, quantization.head_bits
-    if head is not None and head_bits is not None and HEAD not in (formats or {}):
-        kept = "head_bits=8, which keeps its codes" if head == "Q8_0" else "a file whose head is Q8_0, with head_bits=8"
+    head, bits = source.entries[head_name(source.config)], quantization.head_bits
+    if head.requantized_from is not None and bits is not None and _kept_head(source, quantization) is None:
+        kept = "a file whose head is Q8_0, with head_bits=8"
+        if head.head_codes is not None:
+            kept = f"head_bits={head.head_codes.bits}, which keeps its codes"
         problems.append(
-            f"the LM head is stored as {head}; it is dequantised and rounded to {head_bits} bits a second time, which "
-            f"costs quality. Use head_bits=16, or {kept}"
+            f"the LM head is stored as {head.requantized_from}; it is dequantised and rounded to {bits} bits a second "
+            f"time, which costs quality. Use head_bits=16, or {kept}"
         )
     if problems:
         warnings.warn(
@@ -275,9 +277,15 @@ def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str
 
 
 def imported_head(source: Source, quantization: QuantConfig) -> dict[str, WeightFormat]:
-    """The format of an LM head in 8 bits whose codes a source has: among those of linears, or none."""
-    keeps = quantization.head_bits == 8 and source.entries[head_name(source.config)].read_head is not None
-    return {HEAD: IMPORTED_HEAD} if keeps else {}
+    """The format of an LM head whose codes a source has, where it is not the usual one: among those of linears."""
+    codes = _kept_head(source, quantization)
+    return {} if codes is None or codes == head_format(source.config, quantization) else {HEAD: codes}
+
+
+def _kept_head(source: Source, quantization: QuantConfig) -> WeightFormat | None:
+    """The format of the LM head's codes in a source, if they have the bits that are asked for."""
+    codes, wanted = source.entries[head_name(source.config)].head_codes, head_format(source.config, quantization)
+    return None if codes is None or wanted is None or codes.bits != wanted.bits else codes
 
 
 def _check_group_sizes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
@@ -329,12 +337,22 @@ def _head_targets(decoder: Decoder, spec: ParameterSpec, entry: TensorEntry) -> 
     floats = [_Place(spec.module, 0, layer=None)] if spec.module == "embedding" or decoder.lm_head is not None else []
     codes = [_Place(HEAD, 0, layer=None)] if decoder.quantized_head is not None else []
     weight = None if decoder.quantized_head is None else decoder.quantized_head.get_value()
-    if weight is not None and (weight.offset is None or entry.read_head is None):  # rounded as floats are
+    if weight is not None and not _is_of(weight, entry.head_codes):  # rounded as floats are
         floats, codes = [*floats, *codes], []
     if floats:
         yield _Target(entry, tuple(floats))
     if codes and entry.read_head is not None:
         yield _Target(dataclasses.replace(entry, read=entry.read_head), tuple(codes))
+
+
+def _is_of(weight: QuantizedWeight, codes: WeightFormat | None) -> bool:
+    """Whether codes of a format fit into a weight as they are."""
+    if codes is None:
+        return False
+    return (weight.bits, weight.symmetric, weight.group_size) == (
+        *(codes.bits, codes.symmetric),
+        codes.group_size or weight.num_inputs,
+    )
 
 
 def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:

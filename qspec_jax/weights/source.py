@@ -56,8 +56,9 @@ class TensorEntry:
         codes: the format of the codes that ``read`` returns, with a number for its group size; None where it
             returns floats.
         requantized_from: the quantised type in the file that ``read`` turns into floats, None if there is none.
-        read_head: reads what may be an LM head in 8 bits (``IMPORTED_HEAD``) as the codes that ``read`` turns into
-            floats, None if there are none.
+        read_head: reads what may be an LM head in codes as those, which ``read`` turns into floats or which are kept
+            beside these; None if there are none.
+        head_codes: the format of the codes that ``read_head`` returns, None with it.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +66,11 @@ class TensorEntry:
     codes: WeightFormat | None = None
     requantized_from: str | None = None
     read_head: Callable[[], QuantizedTensor] | None = None
+    head_codes: WeightFormat | None = None
+
+    def without_head_codes(self) -> TensorEntry:
+        """The tensor, of which a head is made anew."""
+        return dataclasses.replace(self, read_head=None, head_codes=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,9 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest.mock import ANY
 
 import gguf
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -30,59 +28,10 @@ from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.floats import float_entry
 from qspec_jax.weights.checkpoint.manifest import FILE_NAME
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
-from qspec_jax.weights.tokenizers import load_tokenizer
+from tests.commands.quantizing import assert_same_parameters, load, run, write_gguf
 from tests.golden import make_demo
-from tests.weights import tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
-Q4_1 = gguf.GGMLQuantizationType.Q4_1
-VOCABULARY = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": [chr(ord("A") + index) for index in range(tiny_checkpoints.VOCAB)],
-    "tokenizer.ggml.token_type": [1] * tiny_checkpoints.VOCAB,
-    "tokenizer.ggml.merges": ["A B"],
-    "tokenizer.chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
-}
-VOCABULARY["tokenizer.ggml.tokens"][-1] = "AB"
-
-
-def run(capsys, *arguments):
-    """Exit code, standard output, standard error."""
-    code = quantize.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def write_gguf(path, linear_type=Q4_1):
-    config = tiny_checkpoints.hf_config()
-    tensors = tiny_checkpoints.gguf_tensors(config, tiny_checkpoints.hf_tensors(config))
-    return tiny_checkpoints.write_gguf(path, config, tensors, linear_type=linear_type, metadata=VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def four_bit_file(tmp_path_factory):
-    """A GGUF file whose linears are 4-bit codes, with a vocabulary and a chat template."""
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf")
-
-
-@pytest.fixture(scope="module")
-def float_directory(tmp_path_factory, four_bit_file):
-    """A Hugging Face directory of float weights, with the same vocabulary."""
-    config = tiny_checkpoints.hf_config()
-    path = tmp_path_factory.mktemp("hf")
-    load_tokenizer(four_bit_file).save(path)
-    return tiny_checkpoints.write_hf(path, config, tiny_checkpoints.hf_tensors(config))
-
-
-def load(path, **options):
-    return qspec_jax.load(path, kernels="reference", dtype="float32", **options)
-
-
-def assert_same_parameters(one, other):
-    leaves, others = (jax.tree.leaves(nnx.state(model.decoder)) for model in (one, other))
-    assert len(leaves) == len(others)
-    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, others, strict=True))
 
 
 def test_keep_writes_the_codes_of_the_file_and_its_tokenizer(capsys, tmp_path, four_bit_file):
@@ -123,6 +72,13 @@ def test_8_bits_are_nested(capsys, tmp_path, float_directory, given):
 
 
 def test_8_bits_have_the_grid_that_loading_rounds_to(capsys, tmp_path, float_directory):
+    """So have those of a file that says no grid."""
+    file, with_grid = tmp_path / "recipe.toml", tmp_path / "grid.toml"
+    file.write_text('recipe = "rtn"\nbits = 8\n')
+    with_grid.write_text('recipe = "rtn"\nbits = 8\nsymmetric = false\n')
+    for recipe, symmetric in ((file, True), (with_grid, False)):
+        assert run(capsys, float_directory, tmp_path / recipe.stem, "--recipe", recipe)[0] == 0
+        assert load(tmp_path / recipe.stem).quantization.symmetric is symmetric
     assert run(capsys, float_directory, tmp_path / "out", "--recipe", "rtn", "--bits", "8")[0] == 0
     asymmetric = ("--asymmetric", "--group-size", "32")
     assert run(capsys, float_directory, tmp_path / "other", "--recipe", "rtn", "--bits", "8", *asymmetric)[0] == 0
@@ -170,22 +126,6 @@ def test_what_is_recorded_of_kept_codes_is_their_own_grid(capsys, tmp_path, kind
     for model in (path, tmp_path / "out"):
         for given in ("auto", QuantConfig(group_size=64, symmetric=not symmetric)):
             assert open_model(model, given).quantization == grid
-
-
-def test_keep_of_a_checkpoint_keeps_its_heads_and_draft_activations(capsys, tmp_path, float_directory):
-    saved, again, other = (tmp_path / name for name in ("saved", "again", "other"))
-    file = tmp_path / "recipe.toml"
-    file.write_text('recipe = "rtn"\nbits = 8\nhead_bits = 8\ndraft_head = 4\n[w4a4]\noutlier_groups = 2\n')
-    assert run(capsys, float_directory, saved, "--recipe", file)[0] == 0
-    assert run(capsys, saved, again, "--recipe", "keep") == (0, ANY, ANY)
-    made, kept = open_checkpoint(saved).manifest, open_checkpoint(again).manifest
-    assert kept.quantization == made.quantization
-    assert (kept.quantization.head_bits, kept.quantization.w4a4.outlier_groups) == (8, 2)
-    assert_same_parameters(load(again), load(saved))
-    assert run(capsys, saved, other, "--recipe", "keep", "--head-bits", 4, "--outlier-groups", 1) == (0, ANY, ANY)
-    changed = dataclasses.replace(kept.quantization.w4a4, outlier_groups=1)
-    expected = dataclasses.replace(kept.quantization, head_bits=4, draft_head=None, w4a4=changed)
-    assert open_checkpoint(other).manifest.quantization == expected
 
 
 @pytest.mark.parametrize(
@@ -237,41 +177,6 @@ def test_keep_of_a_mixed_file_says_what_is_rounded(capsys, tmp_path, four_bit_fi
     assert f"warning: model.gguf: 1 of 14 linears, {name} for one, are left in floating point" in err
 
 
-def test_a_checkpoint_is_a_model_too(capsys, tmp_path, four_bit_file):
-    """Kept with other draft activations, rounded once more, and written over itself."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert run(capsys, four_bit_file, first, "--recipe", "keep")[0] == 0
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('recipe = "keep"\n[w4a8]\ngroup_size = 32\n')
-    assert run(capsys, first, second, "--recipe", recipe)[0] == 0
-    assert_same_parameters(load(second), load(first))
-    assert load(second).quantization.w4a8 == ActivationQuantization(group_size=32)
-    assert run(capsys, first, first, "--recipe", "rtn", "--overwrite")[0] == 0
-    rounded = tmp_path / "rounded"
-    assert run(capsys, four_bit_file, rounded, "--recipe", "rtn")[0] == 0
-    assert_same_parameters(load(first), load(rounded))
-
-
-def test_a_rotated_model_is_saved_and_opened_as_one(capsys, tmp_path, float_directory):
-    """Its head is its own and its MLP transforms; rounding it once more keeps that, rotating it again is refused."""
-    rotated, again = tmp_path / "rotated", tmp_path / "again"
-    arguments = ("--recipe", "quarot-rtn", "--group-size", 32, "--symmetric")
-    assert run(capsys, float_directory, rotated, *arguments)[0] == 0
-    manifest = open_checkpoint(rotated).manifest
-    assert manifest.recipe == {"name": "quarot-rtn", "group_size": 32, "symmetric": True, "dtype": "float32"}
-    assert (manifest.model.down_hadamard, manifest.model.tie_word_embeddings) == (True, False)
-    model = load(rotated)
-    assert model.decoder.layers[0].mlp.down_hadamard
-    assert model.decoder.layers[0].mlp.down.weight.get_value().symmetric
-    results = [model.generate([[5, 6, 7]], mode=mode, max_new_tokens=4)[0] for mode in ("qspec", "w4a16")]
-    assert results[0].token_ids == results[1].token_ids
-    assert run(capsys, rotated, again, "--recipe", "rtn")[0] == 0
-    assert open_checkpoint(again).manifest.model.down_hadamard
-    code, _, err = run(capsys, rotated, tmp_path / "twice", "--recipe", "quarot-rtn")
-    assert code == 2
-    assert "this model is rotated already; use a recipe that does not rotate" in err
-
-
 def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path, float_directory):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -302,6 +207,7 @@ def test_a_recipe_file_sets_everything_and_options_override_it(capsys, tmp_path,
         ("", 'recipe is none; write recipe = "NAME" with one of keep, rtn, gptq, quarot-rtn, quarot-gptq'),
         ('recipe = "gptx"', "recipe is 'gptx'; write"),
         ('recipe = "rtn"\nbit = 8', "the recipe has unknown keys: bit; known: recipe, group_size"),
+        ('recipe = "keep"\nbits = 8', "--recipe keep leaves codes the bits that they have"),
         ('recipe = "rtn"\nbits = 3', "bits=3 is not supported; use 4, or 8 for nested weights"),
         ('recipe = "rtn"\ngroup_size = 48', "group_size=48 is not supported; use 32, 64, 128 or None"),
         ('recipe = "rtn"\ngroup_size = "all"', "group_size='all' is not supported; use a number or 'row'"),

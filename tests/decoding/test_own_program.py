@@ -72,6 +72,24 @@ def test_what_makes_no_sense_is_refused(model, options, message):
         own_program(model, plan, **options)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "num_tokens", "message"),
+    [
+        ([[5, 6]], jnp.asarray([2]), r"tokens=\[\[5, 6\]\]: use an array of whole numbers, \[B, T\] int32"),
+        (jnp.asarray([5, 6]), jnp.asarray([2]), r"tokens is int32\[2\]; use \[B, T\] int32"),
+        (jnp.asarray([[5.0, 6.0]]), jnp.asarray([2]), r"tokens is float32\[1, 2\]"),
+        (jnp.zeros((0, 4), jnp.int32), jnp.zeros(0, jnp.int32), "with at least one token"),
+        (jnp.asarray([[5, 6]]), jnp.asarray([2, 2]), "num_tokens is of 2 prompts and tokens of 1; give one for each"),
+        (jnp.asarray([[5, 6]]), jnp.asarray([3]), r"num_tokens=\[3\]: each prompt has between 1 and 2 tokens here"),
+        (jnp.asarray([[5, 6]]), jnp.asarray([0]), r"num_tokens=\[0\]: each prompt has between 1 and 2 tokens here"),
+    ],
+    ids=str,
+)
+def test_what_are_no_prompts_is_refused(model, tokens, num_tokens, message):
+    with pytest.raises(UsageError, match=message):
+        qspec_jax.begin_decoding(model.decoder, tokens, num_tokens, plan=model.plan("w4a16"), max_new_tokens=4)
+
+
 def test_what_is_no_plan_is_refused(model):
     with pytest.raises(UsageError, match=r"plan='qspec': use what LanguageModel\.plan returns"):
         qspec_jax.begin_decoding(

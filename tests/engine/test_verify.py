@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import pytest
 
 import qspec_jax
@@ -71,6 +72,26 @@ def test_a_call_says_otherwise(way, model, target):
     assert target(WAYS_IN[way], model, verify="w8a16") == EIGHT
     assert target(WAYS_IN[way], model, mode="w8a16") == EIGHT
     assert target(WAYS_IN[way], model, mode="w4a8") == View(activation_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (EIGHT, "view w8a16 reads 8-bit weights, which this model has not; load it with verify='w8a16'"),
+        (View(head_bits=4), "reads an LM head of 4 bits, which this model has not; load it with QuantConfig"),
+    ],
+)
+def test_a_plan_of_weights_that_a_model_has_not_is_refused(view, message, target):
+    """As a call that asks for them: it ran on those that are there, by the name of the others."""
+    model = tiny.language_model()
+    plan = DecodingPlan(view)
+    ways = {name: getattr(model, name) for name in (*WITHOUT_OPTIONS, "decoder_for")}
+    ways |= {"run": lambda plan: model.run([], plan), "cycle_bytes": lambda plan: model.cycle_bytes(plan, context=1)}
+    cache = model.decoder.create_cache(batch=1, capacity=2)
+    ways["decoder"] = lambda plan: model.decoder(jnp.zeros((1, 1), jnp.int32), cache, precision=plan.verify)
+    for way in ways.values():
+        with pytest.raises(UsageError, match=message):
+            target(way, plan)
 
 
 def test_a_plan_says_otherwise(model, target):

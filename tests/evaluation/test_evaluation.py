@@ -103,6 +103,21 @@ def test_drafts_are_scored_by_length_and_position(model):
         assert lower.acceptance_rate <= every.acceptance_rate <= upper.acceptance_rate
 
 
+@pytest.mark.parametrize(("verify", "first"), [("auto", "w8a16"), ("w8a16", "w8a16"), ("w4a16", "w4a16")])
+def test_of_8_bit_weights_what_verifies_is_scored_first(tmp_path, verify, first):
+    (tmp_path / "text.txt").write_text("some letters")
+    request = evaluate._request(evaluate.build_parser().parse_args(["--text", str(tmp_path / "text.txt")]))
+    nested = types.SimpleNamespace(quantization=QuantConfig(bits=8), verify=verify)
+    assert evaluate._precisions(request, nested)[0] == first
+
+
+def test_a_baseline_of_another_vocabulary_is_refused(model):
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 64})
+    other = tiny.language_model(config, quantization=None)
+    with pytest.raises(UsageError, match=r"has 64 tokens and .* 96, so their logits cannot be compared"):
+        evaluation.score_text(model, TEXT, precisions=PRECISIONS, baseline=other, context=32)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("1-3", [1, 2, 3]), ("5", [5]), ("1, 3,5", [1, 3, 5])])
 def test_draft_lengths_are_ranges_or_lists(text, expected):
     assert evaluate.draft_lengths(text) == expected
@@ -216,9 +231,12 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
 @pytest.mark.usefixtures("any_name")
 def test_several_models_are_compared_a_line_each(capsys, tmp_path, monkeypatch):
     def score(name, arguments, request):
-        text = evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)
+        baseline = evaluation.TextScore("baseline", 9, 11.0, None, None)
+        texts = [evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)]
+        if name == "another":  # which verifies with 8 bits
+            texts = [evaluation.TextScore("w8a16", 9, 11.5, 0.9, 0.125), *texts]
         drafts = [evaluation.DraftScore("w4a8", length, 2, 8, 0.9, 3.7, (0.9,), 2) for length in (3, 5)]
-        return ModelScore(name, [text], drafts)
+        return ModelScore(name, [baseline, *texts], drafts)
 
     monkeypatch.setattr(evaluate, "_score", score)
     (tmp_path / "text.txt").write_text("some letters")
@@ -226,9 +244,9 @@ def test_several_models_are_compared_a_line_each(capsys, tmp_path, monkeypatch):
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert [line.split() for line in out.splitlines()] == [
-        ["model", "perplexity", "KL,", "nats", "w4a8,", "3", "w4a8,", "5"],
-        ["one", "12.346", "0.25000", "0.900", "3.70", "0.900", "3.70"],
-        ["another", "12.346", "0.25000", "0.900", "3.70", "0.900", "3.70"],
+        ["model", "text", "perplexity", "KL,", "nats", "w4a8,", "3", "w4a8,", "5"],
+        ["one", "w4a16", "12.346", "0.25000", "0.900", "3.70", "0.900", "3.70"],
+        ["another", "w8a16", "11.500", "0.12500", "0.900", "3.70", "0.900", "3.70"],
     ]
     _, out, _ = run(capsys, *arguments, "--json")
     assert [model["name"] for model in json.loads(out)["models"]] == ["one", "another"]
@@ -376,10 +394,10 @@ def test_of_several_models_one_that_cannot_be_scored_costs_the_others_nothing(ca
     code, out, err = run(capsys, *names)
     assert code == 1
     assert [line.split() for line in out.splitlines()] == [
-        ["model", "perplexity", "KL,", "nats", "w4a8,", "3"],
-        ["bad", "-", "-", "-"],
-        ["good", "12.346", "0.25000", "0.900", "3.70"],
-        ["idle", "12.346", "0.25000", "-"],
+        ["model", "text", "perplexity", "KL,", "nats", "w4a8,", "3"],
+        ["bad", "-", "-", "-", "-"],
+        ["good", "w4a16", "12.346", "0.25000", "0.900", "3.70"],
+        ["idle", "w4a16", "12.346", "0.25000", "-"],
     ]
     assert err.splitlines()[-1] == "model bad failed: it is damaged"
     code, out, err = run(capsys, "--model", "bad", "--model", "bad 2", "--text", tmp_path / "text.txt")

@@ -50,3 +50,8 @@ def test_a_group_size_that_does_not_divide_names_those_that_do():
     message = r"K=576 is not a multiple of group_size=128; use 32 or 64 or the whole row \(576\)"
     with pytest.raises(ValueError, match=message):
         quantize_rtn(jnp.zeros((4, 576)), group_size=128)
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(ValueError, match="bits=3 is not supported; use 4 or 8"):
+        quantize_rtn(jnp.zeros((4, 64)), group_size=32, bits=3)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dequantize, unpack_codes, unpack_nested
+from qspec_jax.model.head import head_format
 from qspec_jax.model.parameters import HEAD, expected_parameters, head_name
 from qspec_jax.weights.checkpoint.arrays import group_of
 from qspec_jax.weights.checkpoint.restore import Checkpoint
@@ -38,15 +39,17 @@ def open_saved_source(checkpoint: Checkpoint, *, floats: bool = True) -> Source:
             codes = dataclasses.replace(weight_format, group_size=weight_format.group_size or spec.shape[1])
             read = functools.partial(_read_codes, read_group, spec.path, spec.rows)
             entries[name] = TensorEntry(spec.shape, read, codes)
-        elif spec.path == "lm_head" and checkpoint.manifest.quantization.head_bits is not None:
-            entries[name] = TensorEntry(spec.shape, functools.partial(_read_head, read_group))
+        elif spec.path == "lm_head" and (bits := checkpoint.manifest.quantization.head_bits) is not None:
+            read = functools.partial(_read_head, read_group)
+            entries[name] = TensorEntry(spec.shape, read, requantized_from=f"{bits}-bit codes")
         else:
             entries[name] = TensorEntry(spec.shape, functools.partial(_read_floats, read_group, spec.path, spec.rows))
-    if HEAD in checkpoint.manifest.formats:
-        name = head_name(checkpoint.manifest.model)
+    manifest = checkpoint.manifest
+    if (head := head_format(manifest.model, manifest.quantization, manifest.formats)) is not None:
+        name = head_name(manifest.model)
         read_head = functools.partial(_read_codes, read_group, HEAD, slice(None))
-        entries[name] = dataclasses.replace(entries[name], read_head=read_head)
-    return Source(checkpoint.manifest.model, checkpoint.path, entries, specs)
+        entries[name] = dataclasses.replace(entries[name], read_head=read_head, head_codes=head)
+    return Source(manifest.model, checkpoint.path, entries, specs)
 
 
 def _read_floats(read_group, stored: str, rows: slice) -> np.ndarray:

@@ -81,7 +81,9 @@ def _found_tensors(file: GGUFFile, config: ModelConfig, specs: Mapping[str, Para
         kind = tensor.tensor_type.name
         is_head = name == head_name(config) and _KEPT.get(kind) == IMPORTED_HEAD
         head = functools.partial(read_codes, tensor) if is_head else None
-        entry = TensorEntry(shape_of(tensor), read, kept, kind if quantized else None, head)
+        entry = TensorEntry(
+            shape_of(tensor), read, kept, kind if quantized else None, head, IMPORTED_HEAD if is_head else None
+        )
         yield FoundTensor(source_name, name, entry, problem)
 
 
