@@ -19,7 +19,7 @@ import numpy as np
 Drafts = Sequence[tuple[float, float]]
 
 
-def drafts_of(histogram: Sequence[int]) -> list[tuple[float, float]]:
+def drafts_of(histogram: Sequence[int] | Sequence[float]) -> list[tuple[float, float]]:
     """Drafts by place, from cycles of one length counted by how many of their drafts were accepted.
 
     Args:
@@ -69,32 +69,33 @@ class Acceptance:
         expected: by place, what texts before had; where there is none, less than the place before.
         tried, accepted: as :data:`Drafts`.
         cycles: seen in all.
+        memory: cycles of sequences that count.
     """
 
     expected: Sequence[float] = ()
     tried: list[float] = dataclasses.field(default_factory=list)
     accepted: list[float] = dataclasses.field(default_factory=list)
-    cycles: int = 0
+    cycles: float = 0.0
+    memory: float = 2000.0
 
-    _MEMORY = 2000.0  # cycles of sequences that count
     _WEIGHT = 2.0  # of what is expected, in drafts
     _FEW = 8  # drafts, of which no share is known
     _MOST = 0.98  # texts that could be looked up for ever are none
     _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
 
-    def observe(self, histogram: Sequence[int]) -> None:
+    def observe(self, histogram: Sequence[int] | Sequence[float]) -> None:
         """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
         new, drafts = sum(histogram), drafts_of(histogram)
         if not new or not drafts:
             return
-        kept = max(0.0, 1 - new / self._MEMORY)
+        kept = max(0.0, 1 - new / self.memory)
         missing = [0.0] * (len(drafts) - len(self.tried))
         self.tried = [kept * count for count in self.tried] + missing
         self.accepted = [kept * count for count in self.accepted] + missing
         for place, (tried, accepted) in enumerate(drafts):
             self.tried[place] += tried
             self.accepted[place] += accepted
-        self.cycles += new
+        self.cycles += float(new)
 
     def tokens_per_cycle(self, draft_length: int, *, hope: float = 0.0) -> float:
         """``E`` of cycles of so many drafts; with ``hope``, where drafts are accepted at least that often."""
