@@ -242,13 +242,13 @@ class Device(FakePrograms):
         began, began_s, before = (self.counts.copy(), self.left.copy()), Clock.now_s, int(self.counts.sum())
         Clock.now_s += DISPATCH_S
         while cycles < max_cycles and (self.left <= 0).sum() < until_finished:
-            seconds = self.hardware.cycle_s(plan, int((self.left > 0).sum()), self.context)
+            seconds = float(self.hardware.cycle_s(plan, int((self.left > 0).sum()), self.context))
             Clock.now_s += seconds
             advance(plan, self.yields, self.text_of, self.counts, self.left, self.lengths)
             cycles += 1
         tokens = int(self.counts.sum()) - before
         seconds = Clock.now_s - began_s
-        Clock.now_s += load_s
+        Clock.now_s += float(load_s)
         beside_s = 0.0 if self.beside is None else self._seconds_of(tokens, self.beside, *began)
         self.ran.append(Ran(plan, cycles, seconds, load_s, tokens, beside_s))
         return self._report(cycles)

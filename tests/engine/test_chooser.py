@@ -12,7 +12,7 @@ import pytest
 from qspec_jax.decoding.costs import CostTable, PassBytes, Setting
 from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.acceptance import Acceptance
+from qspec_jax.engine.acceptance import Acceptance, tokens_per_cycle
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.foresight import Foresight
 from qspec_jax.engine.makespan import Makespan, Served, makespans
@@ -122,7 +122,7 @@ def test_short_runs_pay_for_trials_once(rows, context, accepted):
         chooser.note_entered(rows)
         tokens += device.run(chooser, 1.0)
         runs.append(tokens / (device.now_s - before) / best)
-    assert np.mean(runs[1:]) > 0.97
+    assert np.mean(runs[1:]) > 0.98
 
 
 def test_where_nothing_can_win_nothing_else_is_compiled():
@@ -151,7 +151,7 @@ def test_plans_are_worth_what_they_end_sooner():
     """The example of the module: a is served twice as well as the mean, b half as well, c as a."""
     profile = [0.5, 0.5]  # one draft yields 1.5 tokens
     well, badly = [(1000.0, 1000.0)] * 2, [(1000.0, 0.0)]  # 2 and 1
-    kinds = [well] * 4
+    kinds = [well] * 100
     (found,) = makespans([8, 8], [8], [Served([well, badly], kinds, profile)], rows=2)
     assert found.plain == 16
     assert found.until[1] == pytest.approx(6, rel=0.02)  # 8 tokens of a, at 2 instead of 1.5 in a cycle
@@ -175,6 +175,14 @@ def test_of_whom_nothing_is_known_is_taken_for_others():
     apart = makespans([8] * 4, [], [Served([()] * 4, [well, badly] * 2, profile)], rows=4)[0]
     assert same.tail[1] == pytest.approx(8)
     assert apart.tail[1] == pytest.approx(12, rel=0.02)
+
+
+def test_where_one_is_unknown_all_others_count():
+    """Whichever of them is the oldest: half of all texts yield 2 tokens in a cycle, half 1, and 1.5 is the mean."""
+    well, badly = [(1000.0, 1000.0)] * 2, [(1000.0, 0.0)]
+    for kinds in ([well] * 2 + [badly] * 2, [badly] * 2 + [well] * 2):
+        (found,) = makespans([8], [8], [Served([()], kinds, [0.5, 0.5])], rows=1)
+        assert found.until[1] + found.tail[1] == pytest.approx(8 * 1.5 * (1 / 2 + 1), rel=0.02)
 
 
 def test_who_waits_takes_the_row_that_is_free_first():
@@ -201,10 +209,10 @@ def test_it_changes_its_mind_when_the_text_does():
     device.run(chooser, 2 * WHILE_S)
     assert chooser.choose(context=8192, active=16).plan.draft_source == "w4a8@1024"
     chances["w4a8@1024"] = 0.1
-    device.run(chooser, 15)
+    device.run(chooser, 10)
     assert chooser._current == PLAIN
     chances["w4a8@1024"] = 0.95
-    device.run(chooser, 3 * WHILE_S)
+    device.run(chooser, 2 * WHILE_S)
     assert chooser._current.draft_source == "w4a8@1024"
 
 
@@ -258,6 +266,17 @@ def test_what_one_length_shows_tells_of_others(ran, stays):
         # One draft shows nothing of what comes behind an accepted one.
         tolerance = 0.03 if ran > 1 or length == 1 or not stays else 0.5
         assert seen.tokens_per_cycle(length) == pytest.approx(yields, rel=tolerance)
+
+
+def test_longer_drafts_yield_no_less_however_few_came_to_the_last_places():
+    """Three drafts ran nearly always, and of seven some by chance were not accepted in the end."""
+    seen = Acceptance()
+    seen.observe([25, 2, 1, 22])
+    seen.observe([3, 0, 0, 0, 0, 0, 2, 5])
+    yields = [seen.tokens_per_cycle(length) for length in range(8)]
+    assert yields == sorted(yields)
+    yields = tokens_per_cycle(np.asarray([0.25, 0.95, 0.9, 0.98, 0.9, 0.89, 0.79, 0.92]))
+    assert yields[7] > 1.1 * yields[3]
 
 
 def test_costs_tell_those_of_other_contexts_and_plans():
