@@ -2,8 +2,8 @@
 
 A decode step is limited by the memory that it reads: the weights, and the keys and values of rows that are not idle. So
 the time of a cycle in one setting tells its time in another one, and that of one plan the time of a similar one, in the
-ratio of their bytes. What a step takes besides is learnt from plain decoding at two loads. That is good enough to say
-what is worth a trial; what is chosen was measured.
+ratio of their bytes. What a step takes besides is learnt from plain decoding at two loads, or at one where it is known
+how fast the device copies. That is good enough to say what is worth a trial; what is chosen was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,15 @@ from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import num_bytes, outside_bytes, unread_bytes
 from qspec_jax.model.view import View
 
-_SOUND_S = 0.2  # of a measurement with which others are compared
+_SOUND_S = 0.03  # of a measurement with which others are compared
 _MEMORY_S = 2.0  # of what was measured before, where a setting is measured again
 _STEPS_PER_DOUBLING = 2  # buckets of loads
 _REACH = 4.0  # of these: how far a measurement tells by its bytes alone
 _KINDS = 32  # sequences of which is kept how much texts differ
 _MOST_FIXED = 0.95  # of a step that takes the same at any load
+_OF_BANDWIDTH = (
+    0.5  # of copies, that passes reach: 0.65 of large weights, less of small ones and of a cache of few rows
+)
 
 
 class Setting(NamedTuple):
@@ -129,13 +132,24 @@ class Trials:
 
     Attributes:
         elapsed_s: of all bursts.
-        lost_s: by trials.
-        allowed_s: that trials may lose whatever has elapsed.
+        lost_s: by trials, programs that were loaded for them included.
+        gained_s: by plans that were chosen, against plain decoding.
+        load_s: what the first run of a program takes besides its cycles, as far as it is known.
+        loaded: names of the programs that have run.
+        num_loads: of which was measured what they take.
     """
 
     elapsed_s: float = 0.0
     lost_s: float = 0.0
-    allowed_s: float = 0.0
+    gained_s: float = 0.0
+    load_s: float = 0.01
+    loaded: set[Hashable] = dataclasses.field(default_factory=set)
+    num_loads: int = 0
+
+    def note_load(self, seconds: float) -> None:
+        """Takes the first run of a program into account, which took so much besides its cycles."""
+        self.num_loads += 1
+        self.load_s += (seconds - self.load_s) / min(self.num_loads, 4)
 
 
 class CostTable:
@@ -149,9 +163,15 @@ class CostTable:
         trials: which all batches of a model share.
     """
 
-    def __init__(self, num_bytes: PassBytes, path: Path | None = None):
-        """Reads what is known of a model; ``path`` is a file of :func:`table_path`."""
-        self.num_bytes, self.path = num_bytes, path
+    def __init__(self, num_bytes: PassBytes, path: Path | None = None, *, bandwidth: float | None = None):
+        """Reads what is known of a model.
+
+        Args:
+            num_bytes: of its passes.
+            path: a file of :func:`table_path`.
+            bandwidth: bytes per second that the device copies; None if nobody knows.
+        """
+        self.num_bytes, self.path, self._bandwidth = num_bytes, path, bandwidth
         self.acceptance: dict[str, list[float]] = {}
         self.kinds: dict[str, collections.deque[Sequence[tuple[float, float]]]] = {}
         self.trials = Trials()
@@ -274,14 +294,21 @@ class CostTable:
         return read + passes * self._fixed[key]
 
     def _fixed_bytes(self, plain: DecodingPlan, rows: int) -> float:
-        """What could be read in that part of a pass that takes the same at any load; 0 until two loads are known."""
+        """What could be read in that part of a pass that takes the same at any load, as far as it is known.
+
+        Two loads tell, or one and the time that its bytes take at least.
+        """
         buckets = self._buckets(_name(plain), rows)
-        if len(buckets) < 2:
+        if not buckets or (len(buckets) < 2 and self._bandwidth is None):
             return 0.0
         few, many = min(buckets), max(buckets)
         sizes = [self.num_bytes.of_cycle(plain, rows=rows, context=_middle(bucket)) for bucket in (few, many)]
         seconds = [self._seconds[_name(plain)][f"{rows}x{bucket}"] for bucket in (few, many)]
-        per_byte = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+        if few < many:
+            per_byte = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+        else:
+            assert self._bandwidth is not None
+            per_byte = 1 / (_OF_BANDWIDTH * self._bandwidth)
         fixed_s = min(max(0.0, seconds[0] - per_byte * sizes[0]), _MOST_FIXED * seconds[0])
         return sizes[0] * fixed_s / (seconds[0] - fixed_s)
 

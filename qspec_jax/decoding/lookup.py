@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-_LONGEST, _SHORTEST = 3, 2  # n-grams
+LONGEST, _SHORTEST = 3, 2  # n-grams
 
 
 def look_up(
@@ -30,7 +30,7 @@ def look_up(
     positions = jnp.arange(history.shape[1], dtype=jnp.int32)
     same = positions < newest[:, None]  # so far, of the n-gram that ends at each position
     length = jnp.zeros(history.shape, jnp.int32)
-    for back in range(_LONGEST):
+    for back in range(LONGEST):
         token = jnp.take_along_axis(history, jnp.maximum(newest - back, 0)[:, None], axis=1)
         same &= (jnp.roll(history, back, axis=1) == token) & (positions >= back)
         length += same.astype(jnp.int32)

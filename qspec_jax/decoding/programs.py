@@ -27,6 +27,7 @@ from qspec_jax.decoding.lowering import Lowering
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_keys
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report
+from qspec_jax.device.bandwidth import copy_bandwidth
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
@@ -89,7 +90,7 @@ class Programs(Lowering):
             if self._costs is None:
                 store = self._kept_in
                 path = None if store is None else table_path(store.folder.parent / "costs", self.decoder)
-                self._costs = CostTable(PassBytes.of(self.decoder), path)
+                self._costs = CostTable(PassBytes.of(self.decoder), path, bandwidth=copy_bandwidth())
             return self._costs
 
     @property

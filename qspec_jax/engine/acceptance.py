@@ -19,7 +19,7 @@ import numpy as np
 Drafts = Sequence[tuple[float, float]]
 
 
-def drafts_of(histogram: Sequence[int]) -> list[tuple[float, float]]:
+def drafts_of(histogram: Sequence[int] | Sequence[float]) -> list[tuple[float, float]]:
     """Drafts by place, from cycles of one length counted by how many of their drafts were accepted.
 
     Args:
@@ -45,7 +45,7 @@ def tokens_per_cycle(chances: np.ndarray) -> np.ndarray:
 
     Args:
         chances: ``[..., places]``, of a draft to be accepted: the first one after a rejected draft, each other behind
-            accepted ones. That of a place is also the chance of the first draft behind as many accepted ones.
+            accepted ones. The first draft behind some that were all accepted has the mean of theirs, but for the first.
 
     Returns:
         ``[..., places]``, by the number of drafts from 0 on.
@@ -53,7 +53,10 @@ def tokens_per_cycle(chances: np.ndarray) -> np.ndarray:
     full = np.concatenate([np.ones_like(chances[..., :1]), np.cumprod(chances[..., :-1], axis=-1)], axis=-1)
     after_rejected = np.cumsum(full, axis=-1)
     # Behind drafts that were all accepted comes a token of the target, like them or not, and then the next draft.
-    stays, count = np.minimum(chances, 1 - 1e-9), np.arange(chances.shape[-1])
+    # That of one place alone is known from few drafts: it would say that longer drafts yield less than shorter ones.
+    count, behind = np.arange(chances.shape[-1]), np.cumsum(chances[..., 1:], axis=-1)
+    stays = np.concatenate([chances[..., :1], behind / count[1:]], axis=-1)
+    stays = np.minimum(stays, 1 - 1e-9)
     first = stays**2 + (1 - stays) * chances[..., :1]
     again = 1 + first * (1 - stays**count) / (1 - stays)
     full_again = np.where(count > 0, first * stays ** np.maximum(count - 1, 0), 0.0)
@@ -69,32 +72,33 @@ class Acceptance:
         expected: by place, what texts before had; where there is none, less than the place before.
         tried, accepted: as :data:`Drafts`.
         cycles: seen in all.
+        memory: cycles of sequences that count.
     """
 
     expected: Sequence[float] = ()
     tried: list[float] = dataclasses.field(default_factory=list)
     accepted: list[float] = dataclasses.field(default_factory=list)
-    cycles: int = 0
+    cycles: float = 0.0
+    memory: float = 2000.0
 
-    _MEMORY = 2000.0  # cycles of sequences that count
-    _WEIGHT = 2.0  # of what is expected, in drafts
+    _WEIGHT, _WEIGHT_OF_ALL = 2.0, 32.0  # of what is expected, and of all places behind the first, in drafts
     _FEW = 8  # drafts, of which no share is known
     _MOST = 0.98  # texts that could be looked up for ever are none
     _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
 
-    def observe(self, histogram: Sequence[int]) -> None:
+    def observe(self, histogram: Sequence[int] | Sequence[float]) -> None:
         """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
         new, drafts = sum(histogram), drafts_of(histogram)
         if not new or not drafts:
             return
-        kept = max(0.0, 1 - new / self._MEMORY)
+        kept = max(0.0, 1 - new / self.memory)
         missing = [0.0] * (len(drafts) - len(self.tried))
         self.tried = [kept * count for count in self.tried] + missing
         self.accepted = [kept * count for count in self.accepted] + missing
         for place, (tried, accepted) in enumerate(drafts):
             self.tried[place] += tried
             self.accepted[place] += accepted
-        self.cycles += new
+        self.cycles += float(new)
 
     def tokens_per_cycle(self, draft_length: int, *, hope: float = 0.0) -> float:
         """``E`` of cycles of so many drafts; with ``hope``, where drafts are accepted at least that often."""
@@ -106,10 +110,10 @@ class Acceptance:
         behind = sum(self.accepted[1:]) / tried if (tried := sum(self.tried[1:])) > self._FEW else None
         for place in range(count):
             before = chances[-1] if chances else self._UNKNOWN
-            chance = self.expected[place] if place < len(self.expected) else before
+            chance, weight = self.expected[place] if place < len(self.expected) else before, self._WEIGHT
             if place and behind is not None:  # few drafts come to a place far behind, so all places tell
-                chance = behind
+                chance, weight = behind, self._WEIGHT_OF_ALL
             if place < len(self.tried):
-                chance = (self.accepted[place] + self._WEIGHT * chance) / (self.tried[place] + self._WEIGHT)
+                chance = (self.accepted[place] + weight * chance) / (self.tried[place] + weight)
             chances.append(min(chance, self._MOST))
         return chances

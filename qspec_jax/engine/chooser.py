@@ -4,34 +4,36 @@ The rate of a plan is ``E / seconds``: tokens that a cycle yields a sequence, ov
 from the chance of each draft to be accepted once those before it are (:class:`Acceptance`), which plans of one source
 of drafts share whatever their length; seconds are those of :mod:`qspec_jax.decoding.costs`.
 
-A plan that was never tried here may be faster, and a text may change. So a plan that could win is tried now and then,
-in a burst of few cycles: of a source of drafts that nobody knows, or hopes for again, its cheapest. What trials lose
-against the best plan is counted for as long as the process lives, and they may lose :data:`_MAX_LOSS` of the time: one
-that turns out to be slow is paid for by a long time without any. Plain decoding runs until another plan has been
-compiled, and wherever none is faster.
+A plan that was never tried here may be faster, and a text may change. So a plan that could win is tried in a burst of
+few cycles, where what it may save in the rest of the work, times the chance that it does, is more than the trial costs
+(:mod:`qspec_jax.engine.trials`). What lookup would find is known without a trial (:mod:`qspec_jax.engine.replay`); how
+long its cycles take is not. Plain decoding runs until another plan has been compiled, and wherever none is faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+
+import numpy as np
 
 from qspec_jax.decoding.costs import CostTable, Setting
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.engine.acceptance import Acceptance, Drafts
 from qspec_jax.engine.makespan import Makespan, tell
+from qspec_jax.engine.trials import UNKNOWN_REST_S, Knowledge, PossibleTrial, choose_trial, cycles_to_tell
 
-_MAX_LOSS = 0.01  # of the time, spent on trials
 _BETTER = 1.02  # times faster than what runs, to take its place
-_PROMISING = 1.02  # times faster than what runs, to be worth a trial
-_UNCERTAIN = 0.97  # the same, where the time is known from another load
-_FIRST_LOSS_S = 0.1  # that trials may lose at the beginning, where some source of drafts was never seen
-_TRIAL_DRAFTS = 48  # sequences times cycles of a trial, about
-_TRIAL_CYCLES, _TRIAL_S = range(2, 65), 0.05  # of a trial: at least so many, and at most; and about so long
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
+_MEMORY_CYCLES, _MEMORY = 125, (500, 2000)  # that count of acceptance; at least and at most, of all sequences
 _MAX_OVERHEAD_S = 0.02  # that a burst may take besides its cycles
-_HOPE = 0.97  # acceptance of drafts that were never seen
-_LEARNING_BURST_S, _LEARNING_S = 0.25, 5.0  # bursts while there are plans to try, at the beginning
+_FASTER = 0.7  # that drafts could take of the time that was guessed
+_FEW_REPLAYED = 16  # cycles of sequences, of which a source is known without a trial
+_SHORT_CYCLES = 4  # of the second one
+_COLD_CYCLES = 2  # of the first burst of a program, which says little of their time
+_LEARNING_BURST_S = 0.03  # of plain decoding until its time is known, and bursts at least
+_UNTIL_REPLAY = 64  # plain steps at most, where they may show that others would be faster
+_SHARE_OF_PAST, _SHARE_OF_REST = 1 / 4, 1 / 4  # of a burst: after that, more is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Chooser:
         burst_s: float,
         is_ready: Callable[[DecodingPlan], bool],
         prepare: Callable[[DecodingPlan], None],
+        name_of: Callable[[DecodingPlan], Hashable] = lambda plan: plan,
+        replayed: Collection[str | None] = (),
     ):
         """Starts with plain decoding.
 
@@ -79,24 +83,28 @@ class Chooser:
             burst_s: seconds of a burst when there is nothing to find out.
             is_ready: whether a plan has been compiled.
             prepare: asks for it to be; returns at once.
+            name_of: the program of a plan; its first run in a process loads it.
+            replayed: sources of drafts of which :meth:`note_replayed` tells what they would yield.
         """
+        memory = float(np.clip(_MEMORY_CYCLES * rows, *_MEMORY))
         self.acceptance: dict[str | None, Acceptance] = {
-            plan.draft_source: Acceptance(costs.acceptance.get(plan.source_and_target or "", ())) for plan in plans
+            plan.draft_source: Acceptance(costs.acceptance.get(plan.source_and_target or "", ()), memory=memory)
+            for plan in plans
         }
         self._plans, self._costs, self._rows, self._burst_s = plans, costs, rows, burst_s
-        self._is_ready, self._prepare = is_ready, prepare
+        self._is_ready, self._prepare, self._name_of = is_ready, prepare, name_of
         self._current = plans[0]
-        self._warm: set[DecodingPlan] = set()  # those that have run once, as the first run loads a program
-        self._trial: DecodingPlan | None = None
+        self._trial: PossibleTrial | None = None
         self._trials = costs.trials
-        if any(plan.source_and_target not in costs.acceptance for plan in plans if plan.draft is not None):
-            self._trials.allowed_s = _FIRST_LOSS_S
-        self._overhead_s = 0.0  # of a burst
+        self._elapsed_s = 0.0  # of this batch
+        self._overhead_s: float | None = None  # of a burst
+        self._first_plain: tuple[int, float] | None = None  # cycles and seconds of the burst that loaded its program
         self._last_burst: dict[DecodingPlan, tuple[int, float, int]] = {}  # cycles, seconds, load
         self._cycle = 0  # of all plans
         # By source: when to hope again for more than was seen, and how long to wait after that.
         self._hope_at: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
         self._patience: dict[str | None, int] = dict.fromkeys(self.acceptance, _FIRST_PATIENCE)
+        self._replayed = replayed
         self._entered = 0
         self._makespans: Mapping[str | None, Makespan] = {}
 
@@ -128,6 +136,10 @@ class Chooser:
             if name is not None and tell(some := drafts.get(source or "", ())):
                 self._costs.note_kinds(name, [some])
 
+    def note_replayed(self, plan: DecodingPlan, histogram: Sequence[int] | Sequence[float]) -> None:
+        """What cycles of a plan would have yielded of tokens that came without it, as in :meth:`observe`."""
+        self._note_accepted(plan, histogram)
+
     def profiles(self) -> dict[str | None, list[float]]:
         """By source, what :func:`qspec_jax.engine.acceptance.tokens_per_cycle` takes, for its longest plan."""
         longest: dict[str | None, int] = {}
@@ -143,12 +155,13 @@ class Chooser:
             active: rows that are not idle.
             makespans: by source of drafts, when the last sequence ends; None, or no source, where more may come.
         """
-        self._makespans = makespans or {}
+        self._makespans, self._trial = makespans or {}, None
         plain, setting = self._plans[0], Setting(self._rows, active, context)
         seconds = self._known(setting)
         if not self._costs.is_sound(plain, setting):  # everything else is compared with it
-            is_cold = plain not in self._warm
-            cycles = self._trial_cycles(active, None) if is_cold else None
+            # One that loads the program, and a short one, which tells with a longer one what a burst takes besides.
+            cycles = _SHORT_CYCLES if plain not in self._last_burst else None
+            cycles = cycles if self._has_run(plain) else _COLD_CYCLES
             return Burst(plain, _LEARNING_BURST_S, cycles, "the time of a plain step is not known yet")
         rates = {
             plan: self._rate(plan, self._tokens(plan) / one, seconds)
@@ -158,15 +171,24 @@ class Chooser:
         best = max(rates, key=rates.__getitem__)
         if rates[best] > rates.get(self._current, 0.0) * _BETTER:
             self._current = best
-        promising = self._promising(seconds, rates[self._current], setting)
-        wanted = max(promising, key=promising.__getitem__, default=None)
-        if wanted is not None and not self._is_ready(wanted):
-            self._prepare(wanted)
-        if (trial := self._next_trial(promising, rates[self._current], seconds, setting)) is not None:
-            return trial
-        self._trial = None
-        is_learning = wanted is not None and self._trials.elapsed_s < _LEARNING_S
-        burst_s = min(_LEARNING_BURST_S, self._burst_s) if is_learning else self._burst_s
+        ends = next(iter(self._makespans.values()), None)
+        rest_s = UNKNOWN_REST_S if ends is None else ends.plain * seconds[plain]
+        trials = self._possible_trials(seconds, rates[self._current], setting, rest_s)
+        wanted = max(trials, key=lambda one: one.worth_s, default=None)
+        if wanted is not None and not self._is_ready(wanted.plan):
+            self._prepare(wanted.plan)
+        ready = [one for one in trials if self._is_ready(one.plan)]
+        if (trial := choose_trial(ready, self._trials, rest_s)) is not None:
+            self._trial = trial
+            return Burst(trial.plan, None, trial.cycles, "a trial")
+        burst_s = max(_LEARNING_BURST_S, _SHARE_OF_PAST * self._elapsed_s)
+        if ends is not None:
+            burst_s = min(burst_s, max(_LEARNING_BURST_S, _SHARE_OF_REST * rest_s))
+        burst_s = min(burst_s, self._burst_s)
+        if (
+            self._replayed and self._current.draft_source not in self._replayed
+        ):  # each burst tells what they would yield
+            burst_s = min(burst_s, _UNTIL_REPLAY * seconds[plain])
         return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
 
     def observe(
@@ -182,31 +204,51 @@ class Chooser:
             context: tokens in each row that is not idle, about.
         """
         self._cycle += cycles
+        self._note_accepted(plan, histogram)
+        if not cycles:
+            return
+        setting = Setting(self._rows, max(1, round(sum(histogram) / cycles)), context)
+        self._trials.elapsed_s += seconds
+        self._elapsed_s += seconds
+        if not self._has_run(plan):
+            self._learn_load(plan, cycles, seconds, setting, tokens=_tokens_of(histogram) / setting.active)
+            return
+        is_short = plan.draft is None and plan not in self._last_burst and seconds < _LEARNING_BURST_S
+        self._learn_overhead(plan, cycles, seconds, setting)
+        if is_short and not self._costs.is_sound(plan, setting):
+            return  # most of what it takes may be something else
+        running_s = max(seconds - (self._overhead_s or 0.0), 0.5 * seconds)
+        self._costs.note(plan, running_s / cycles, setting, weight=seconds)
+        known, tokens = self._known(setting), _tokens_of(histogram) / setting.active
+        if plan.draft is None and self._first_plain is not None:
+            (first, first_s), self._first_plain = self._first_plain, None
+            self._trials.note_load(max(0.0, first_s - first * known[plan]))
+        if self._trial is not None:
+            self._account(self._trial, tokens, running_s, known)
+        elif plan.draft is not None and self._plans[0] in known:
+            self._trials.gained_s = max(0.0, self._trials.gained_s + tokens * known[self._plans[0]] - running_s)
+
+    def _note_accepted(self, plan: DecodingPlan, histogram: Sequence[int] | Sequence[float]) -> None:
         acceptance = self.acceptance[plan.draft_source]
         acceptance.observe(histogram[: plan.draft_length + 1])
         if plan.source_and_target is not None:
             self._costs.acceptance[plan.source_and_target] = acceptance.profile(len(acceptance.tried))
-        if not cycles:
-            return
-        setting = Setting(self._rows, max(1, round(sum(histogram) / cycles)), context)
-        first = plan not in self._warm
-        self._warm.add(plan)
-        self._trials.elapsed_s += seconds
-        running_s = max(seconds - self._overhead_s, 0.5 * seconds)
-        if not first:
-            self._learn_overhead(plan, cycles, seconds, setting)
-            self._costs.note(plan, running_s / cycles, setting, weight=seconds)
-        elif self._plans[0] in (known := self._known(setting)):  # its first run loads a program, which is paid once
-            running_s = min(running_s, cycles * self._guess(plan, known, setting))
-        if plan == self._trial:
-            self._account(plan, cycles, running_s, setting)
 
-    def _trial_cycles(self, active: int, cycle_s: float | None) -> int:
-        """Cycles that tell the acceptance of so many rows, and the time of a cycle, if it is about this long."""
-        enough = [_TRIAL_CYCLES[0], -(-_TRIAL_DRAFTS // max(1, active))]
-        if cycle_s is not None:
-            enough.append(round(_TRIAL_S / cycle_s))
-        return min(max(enough), _TRIAL_CYCLES[-1])
+    def _has_run(self, plan: DecodingPlan) -> bool:
+        return self._name_of(plan) in self._trials.loaded
+
+    def _learn_load(self, plan: DecodingPlan, cycles: int, seconds: float, setting: Setting, *, tokens: float) -> None:
+        """Learns what the first run of a program takes besides its cycles, whose time it does not tell."""
+        self._trials.loaded.add(self._name_of(plan))
+        known = self._known(setting)
+        if self._plans[0] not in known:
+            self._first_plain = cycles, seconds
+            return
+        running_s = min(seconds, cycles * self._guess(plan, known, setting))
+        self._trials.note_load(seconds - running_s)
+        if self._trial is not None:
+            self._trials.lost_s += seconds - running_s
+            self._account(self._trial, tokens, running_s, known)
 
     def _learn_overhead(self, plan: DecodingPlan, cycles: int, seconds: float, setting: Setting) -> None:
         """Learns what a burst takes besides its cycles, from a short one and a long one of the same plan.
@@ -219,63 +261,82 @@ class Chooser:
             return
         (few, short_s), (many, long_s) = sorted([last[:2], (cycles, seconds)])
         if many >= 3 * few:
-            found = (many * short_s - few * long_s) / (many - few)
-            self._overhead_s = 0.5 * self._overhead_s + 0.5 * min(max(found, 0.0), _MAX_OVERHEAD_S)
+            found = min(max((many * short_s - few * long_s) / (many - few), 0.0), _MAX_OVERHEAD_S)
+            self._overhead_s = found if self._overhead_s is None else 0.5 * self._overhead_s + 0.5 * found
 
-    def _account(self, plan: DecodingPlan, cycles: int, seconds: float, setting: Setting) -> None:
-        """Counts what a trial lost, and says when its source may be hoped for again."""
-        known = self._known(setting)
-        if self._current in known:
-            rate = self._tokens(self._current) / known[self._current]
-            self._trials.lost_s += max(0.0, seconds - self._tokens(plan) * cycles / rate)
-            source, worth = plan.draft_source, self._tokens(plan) * cycles / seconds > rate
+    def _account(
+        self, trial: PossibleTrial, tokens: float, seconds: float, known: Mapping[DecodingPlan, float]
+    ) -> None:
+        """Counts what a trial lost that yielded a sequence so many tokens; says when to hope for its source again."""
+        if self._current not in known:
+            return
+        others_s = tokens * known[self._current] / self._tokens(self._current)
+        self._trials.lost_s += max(0.0, seconds - others_s)
+        if trial.knowledge in (Knowledge.NOTHING, Knowledge.HOPE):
+            source = trial.plan.draft_source
             self._hope_at[source] = self._cycle + self._patience[source]
-            self._patience[source] = _FIRST_PATIENCE if worth else min(_LONGEST_PATIENCE, 4 * self._patience[source])
+            longer = min(_LONGEST_PATIENCE, 4 * self._patience[source])
+            self._patience[source] = _FIRST_PATIENCE if others_s > seconds else longer
 
-    def _promising(
-        self, seconds: dict[DecodingPlan, float], rate: float, setting: Setting
-    ) -> dict[DecodingPlan, float]:
-        """The plans that could be the fastest of those that were not measured, or not for long, by their hoped rate."""
-        hoped = {}
+    def _possible_trials(
+        self, seconds: dict[DecodingPlan, float], rate: float, setting: Setting, rest_s: float
+    ) -> list[PossibleTrial]:
+        """Of plans that could be the fastest of those that were not measured, or not for long."""
+        found, running = [], self._tokens(self._current) / seconds[self._current]
         for plan in self._plans:
-            if plan == self._current:
-                continue
             hopes, is_exact = self._hopes(plan), self._costs.is_exact(plan, setting)
-            if is_exact and not hopes and self._is_ready(plan):
+            if plan == self._current or (is_exact and not hopes and self._is_ready(plan)):
                 continue
+            if plan.draft_source in self._replayed and self.acceptance[plan.draft_source].cycles < _FEW_REPLAYED:
+                continue  # more will be known without a trial
+            knowledge = self._knowledge(plan, seconds, hopes=hopes)
             acceptance = self.acceptance[plan.draft_source]
-            tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=_HOPE if hopes else 0.0)
-            one = self._rate(plan, tokens / self._guess(plan, seconds, setting), seconds)
-            if one > rate * (_UNCERTAIN if plan in seconds and not is_exact else _PROMISING):
-                hoped[plan] = one
-        return hoped
+            tokens = acceptance.tokens_per_cycle(plan.draft_length, hope=knowledge.accepted)
+            hoped_s = self._guess(plan, seconds, setting)
+            if plan not in seconds and self._has_run(plan):  # it costs little to know better
+                plain_s = seconds[self._plans[0]]
+                hoped_s = plain_s + _FASTER * (hoped_s - plain_s)
+            hoped = self._rate(plan, tokens / hoped_s, seconds)
+            tried = self._tried_for(plan, seconds, knowledge)
+            one_s, is_loaded = self._guess(tried, seconds, setting), self._has_run(tried)
+            enough = cycles_to_tell(setting.active, one_s)
+            # Of a source that nobody has seen nothing may be accepted.
+            yields = 1.0 if knowledge is Knowledge.NOTHING else self._tokens(tried)
+            # A second trial follows where the first one is promising.
+            tried_for = enough if is_loaded else _COLD_CYCLES + enough / 2
+            lost_s = tried_for * max(0.0, one_s - yields / running)
+            price_s = lost_s + (0.0 if is_loaded else self._trials.load_s)
+            cycles = enough if is_loaded else _COLD_CYCLES
+            found.append(PossibleTrial(tried, cycles, knowledge, rest_s * (1 - rate / hoped), price_s))
+        return [one for one in found if one.is_promising(rest_s)]
 
-    def _next_trial(
-        self, promising: Mapping[DecodingPlan, float], rate: float, seconds: dict[DecodingPlan, float], setting: Setting
-    ) -> Burst | None:
-        """A burst of the plan to try, if there is one and trials may lose what it could."""
-        ready = [plan for plan in promising if self._is_ready(plan)]
-        if not ready:
-            return None
-        plan = max(ready, key=promising.__getitem__)
-        if self._hopes(plan):  # its first draft tells most of what there is to know
-            alike = [one for one in ready if one.draft_source == plan.draft_source]
-            plan = min(alike, key=lambda one: self._guess(one, seconds, setting))
-        one_s = self._guess(plan, seconds, setting)
-        cycles = self._trial_cycles(setting.active, one_s) if plan in self._warm else _TRIAL_CYCLES[0]
-        could_lose_s = max(0.0, cycles * (one_s - self._tokens(plan) / rate))
-        allowed_s = self._trials.allowed_s + _MAX_LOSS * self._trials.elapsed_s
-        if self._has_been_seen(plan) and self._trials.lost_s + could_lose_s > allowed_s:
-            return None
-        self._trial = plan
-        return Burst(plan, None, cycles, "a trial")
+    def _knowledge(self, plan: DecodingPlan, seconds: Mapping[DecodingPlan, float], *, hopes: bool) -> Knowledge:
+        if not self._has_been_seen(plan):
+            return Knowledge.NOTHING
+        if hopes:
+            return Knowledge.HOPE
+        if plan in seconds:
+            return Knowledge.OTHER_LOAD
+        alike = any(one.draft_source == plan.draft_source for one in seconds)
+        return Knowledge.LENGTH if alike else Knowledge.DRAFTS
+
+    def _tried_for(
+        self, plan: DecodingPlan, seconds: Mapping[DecodingPlan, float], knowledge: Knowledge
+    ) -> DecodingPlan:
+        """What tells of a plan: itself, or the shortest of its source, to learn a time or to hope again."""
+        alike = [one for one in self._plans if one.draft_source == plan.draft_source and self._is_ready(one)]
+        if knowledge is Knowledge.HOPE:
+            alike = [one for one in alike if one in seconds]
+        elif knowledge is not Knowledge.DRAFTS:
+            return plan
+        return min(alike, key=lambda one: one.draft_length, default=plan)
 
     def _hopes(self, plan: DecodingPlan) -> bool:
         """Whether more than was seen may be accepted of its source: it is unknown, or was not tried for long."""
         if not self._has_been_seen(plan):
             return True
-        # The source of the drafts that run is seen all the time: nothing to hope for.
-        is_seen = self._current.draft_source == plan.draft_source
+        # The source of the drafts that run is seen all the time, as is one that texts tell: nothing to hope for.
+        is_seen = plan.draft_source in {self._current.draft_source, *self._replayed}
         return not is_seen and self._cycle >= self._hope_at[plan.draft_source]
 
     def _has_been_seen(self, plan: DecodingPlan) -> bool:
@@ -313,3 +374,8 @@ class Chooser:
         ratio = rates.get(plan, 0.0) * seconds[plain]
         tokens = self._tokens(plan)
         return f"{ratio:.2f} times plain decoding: {tokens:.2f} tokens in {1e3 * seconds[plan]:.2f} ms"
+
+
+def _tokens_of(histogram: Sequence[int]) -> int:
+    """Tokens of cycles, counted by how many drafts were accepted in each."""
+    return sum((accepted + 1) * count for accepted, count in enumerate(histogram))

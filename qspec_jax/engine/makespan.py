@@ -60,7 +60,8 @@ class Served(NamedTuple):
 
     Attributes:
         drafts: of each sequence that decodes.
-        kinds: of others. Those of which little is known, or nothing, are taken for one or another.
+        kinds: of others. Those of which little is known, or nothing, are taken for one or another; where they are
+            fewer than the others, each for the mean of some.
         profile: the chances of their mean, as :func:`qspec_jax.engine.acceptance.tokens_per_cycle` takes them.
     """
 
@@ -101,14 +102,20 @@ def _slower(one: Served, num_waiting: int) -> np.ndarray:
     """By number of drafts, how much longer each sequence takes than if it were served as the mean is."""
     like = [*one.kinds, *filter(tell, one.drafts)]
     like = like if len(like) >= _FEWEST_KINDS else [()]
-    own = [drafts if tell(drafts) else like[place % len(like)] for place, drafts in enumerate(one.drafts)]
     profile = np.asarray(one.profile)
-    counts = np.zeros((len(own) + len(like), len(profile), 2))
-    for place, drafts in enumerate((*own, *like)):
+    counts = np.zeros((len(one.drafts) + len(like), len(profile), 2))
+    for place, drafts in enumerate((*one.drafts, *like)):
         counts[place, : len(drafts)] = np.asarray(drafts[: len(profile)]).reshape(-1, 2)
     chances = (counts[:, :, 1] + _MEAN_DRAFTS * profile) / (counts[:, :, 0] + _MEAN_DRAFTS)
     slower = (tokens_per_cycle(profile) / tokens_per_cycle(chances)).T
-    return slower[:, [*range(len(own)), *(len(own) + np.arange(num_waiting) % len(like))]]
+    own, others = np.split(slower, [len(one.drafts)], axis=1)
+    unknown = [place for place, drafts in enumerate(one.drafts) if not tell(drafts)]
+    count = len(unknown) + num_waiting
+    # For whom each of the others stands: all of them count, also where few are unknown.
+    stands_for = np.arange(len(like))[:, None] % max(1, count) == np.arange(count) % len(like)
+    taken = others @ (stands_for / stands_for.sum(axis=0))
+    own[:, unknown] = taken[:, : len(unknown)]
+    return np.concatenate([own, taken[:, len(unknown) :]], axis=1)
 
 
 def _with_fewer(ends: np.ndarray, alone: float) -> np.ndarray:

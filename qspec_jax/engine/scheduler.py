@@ -40,10 +40,8 @@ from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
 from qspec_jax.engine.burst import SLICE_S, run_in_slices, until_finished
-from qspec_jax.engine.chooser import Chooser
+from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
-from qspec_jax.engine.compile_beside import CompileBeside
-from qspec_jax.engine.foresight import Foresight
 from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
@@ -102,8 +100,10 @@ class Scheduler:
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
         self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
         self._on_event = on_event or (lambda _: None)
-        self._chooser = self._make_chooser(plan) if isinstance(plan, AutoPlan) else None
-        self._foresight = None if self._chooser is None else Foresight(self._chooser, rows=rows, serves=serves)
+        self._choosing: Choosing | None = None
+        if isinstance(plan, AutoPlan):
+            options: dict[str, Any] = {"burst_s": burst_s, "serves": serves, "on_event": self._on_event}
+            self._choosing = Choosing(programs, plan, lambda: self.shape, **options)
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._is_torn = False  # a step has begun, and not ended
@@ -116,19 +116,6 @@ class Scheduler:
         self._reading = Reading()
         self._why = ""  # the plan of the next burst was chosen
         self._clock = Clock()
-
-    def _make_chooser(self, plan: AutoPlan) -> Chooser:
-        for one in plan.choices:
-            self._programs.lay_out_weights(one)  # now, since programs compiled before would be dropped
-        beside = CompileBeside(self._programs, self._on_event)
-        return Chooser(
-            plan.choices,
-            self._programs.costs,
-            rows=self.shape.rows,
-            burst_s=self._burst_s,
-            is_ready=lambda one: self._programs.has_loop(one, self.shape),
-            prepare=lambda one: beside.prepare(one, self.shape),
-        )
 
     @property
     def busy(self) -> bool:
@@ -217,7 +204,7 @@ class Scheduler:
     def _step(self, max_cycles: int | None) -> list[RunningSequence]:
         if self._flight is None:
             return self._go_on(max_cycles)
-        flight, self._flight = self._flight, None
+        flight, self._flight, plan = self._flight, None, self._plan
         self._state, report = flight.result()
         running = self._decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
@@ -232,6 +219,8 @@ class Scheduler:
             more = self._go_on(max_cycles)
         finally:
             changed += self._receive(jax.device_get(report), others, made_s)
+            if self._choosing is not None:
+                self._choosing.received(plan, changed)
         return changed + more
 
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -271,15 +260,8 @@ class Scheduler:
             new += gained
             sequence.count_cycles(self._plan, gained.tolist())
         self.totals.count_burst(self._plan, cycles, seconds, new.tolist(), why=self._why)
-        if self._chooser is not None:
-            options = {"cycles": cycles, "seconds": seconds, "histogram": new.tolist()}
-            self._chooser.observe(self._plan, **options, context=self._context())
-
-    def _context(self) -> int:
-        """Tokens that a row holds, on average over those that decode."""
-        decoding = self._decoding().values()
-        tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
-        return round(tokens / max(1, len(decoding)))
+        if self._choosing is not None:
+            self._choosing.ran(self._plan, running.values(), cycles=cycles, seconds=seconds, histogram=new.tolist())
 
     def _receive(
         self, report: Report, sequences: Mapping[int, RunningSequence], made_s: float
@@ -305,8 +287,8 @@ class Scheduler:
                 changed.append(sequence)
                 if sequence.finished:  # and not before: until then it may have to start again
                     self._queue.drop(sequence)
-                    if self._chooser is not None:
-                        self._chooser.note_finished(sequence.drafts)
+                    if self._choosing is not None:
+                        self._choosing.finished(sequence)
                     self.totals.requests += 1
         return changed
 
@@ -352,8 +334,8 @@ class Scheduler:
             self._rows[row] = entering
             self._queue.expect(widths_of(entering.chunks), SamplingFeatures.of([entering.request.sampling]))
             entered.append(entering)
-            if self._chooser is not None:
-                self._chooser.note_entered(1)
+            if self._choosing is not None:
+                self._choosing.entered()
         wanted = self._compile()
         if self._state is None:
             self._state = self._programs.idle_state(wanted)
@@ -459,10 +441,8 @@ class Scheduler:
         assert self._state is not None
         rows, active = self.shape.rows, len(self._decoding())
         others_wait, cycles, cycle_s = bool(self._queue) or self._anyone_reads(), self._fitting_cycles(), None
-        if self._chooser is not None and self._foresight is not None:
-            context, foresight = self._context(), self._foresight
-            found = foresight.look(list(self._decoding().values()), self._queue.first(foresight.most + 1), context)
-            burst = self._chooser.choose(context=context, active=active, makespans=found)
+        if self._choosing is not None:
+            burst = self._choosing.next(list(self._decoding().values()), self._queue)
             self._plan, self._why = burst.plan, burst.why
             cycle_s = burst.cycle_s
             cycles = burst.cycles or self._fitting_cycles(cycle_s, burst.seconds)

@@ -12,6 +12,7 @@ from qspec_jax.decoding.sampling import NO_TOKEN
 from qspec_jax.decoding.state import TokenScores
 from qspec_jax.engine.acceptance import Drafts, drafts_of
 from qspec_jax.engine.drafts import DraftedCycle
+from qspec_jax.engine.replay import Replay
 from qspec_jax.engine.requests import Request
 
 
@@ -49,6 +50,7 @@ class RunningSequence:
         self.accepted_lengths: list[int] = []
         self.cycles_of: dict[DecodingPlan, int] = {}
         self.drafts: dict[str, Drafts] = {}
+        self._replayed: Replay | None = None
         self.finished = self.cancelled = False
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
@@ -84,9 +86,28 @@ class RunningSequence:
         if cycles := sum(histogram):
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
             if plan.draft_source is not None:
-                before, new = self.drafts.get(plan.draft_source, ()), drafts_of(histogram)
-                pairs = itertools.zip_longest(before, new, fillvalue=(0.0, 0.0))
-                self.drafts[plan.draft_source] = [(one[0] + more[0], one[1] + more[1]) for one, more in pairs]
+                self._count_drafts(plan.draft_source, histogram)
+
+    def replay_lookup(self, draft_length: int, *, most: int) -> list[int]:
+        """Runs cycles of lookup on tokens that came without it (:meth:`Replay.go_on`), and notes their drafts."""
+        counts = self._replay().go_on(self.token_ids, draft_length, most=most)
+        if any(counts):
+            self._count_drafts("lookup", counts)
+        return counts
+
+    def skip_replay(self) -> None:
+        """The tokens so far need no replay: lookup itself has yielded the newest."""
+        self._replay().skip(self.token_ids)
+
+    def _replay(self) -> Replay:
+        if self._replayed is None:
+            self._replayed = Replay(self.request.token_ids, self.request.max_new_tokens)
+        return self._replayed
+
+    def _count_drafts(self, source: str, histogram: Sequence[int]) -> None:
+        before, new = self.drafts.get(source, ()), drafts_of(histogram)
+        pairs = itertools.zip_longest(before, new, fillvalue=(0.0, 0.0))
+        self.drafts[source] = [(one[0] + more[0], one[1] + more[1]) for one, more in pairs]
 
     def receive(self, tokens: Sequence[int], *, finished: bool, made_s: float) -> None:
         """Appends new tokens, up to the one with which a stop string ends the text; they were made at ``made_s``."""

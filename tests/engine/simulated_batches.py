@@ -1,157 +1,204 @@
 """Whole batches with ``auto`` on a device that takes no time: ``python -m tests.engine.simulated_batches``.
 
-Scheduler, chooser and costs are the real ones; the clock is that of the device. A cycle takes what one took on an H200
-with SmolLM2-135M: 0.85 ms and 0.029 ms for each row of 2,006 tokens, 0.0052 ms for each draft that is verified. Every
-text is by turns one that can be looked up (0.97 of the drafts are accepted, for 30 tokens on average) and one that
-cannot (0.05); the share of the first kind differs from text to text. This says what a choice is worth, and no speed of
-any hardware.
+Scheduler, chooser and costs are the real ones; the clock is that of :mod:`tests.engine.simulated_device`. Every cell of
+batch and context has texts in which lookup pays, in which a budget of the cache pays, and in which nothing does. The
+first batch of a process loads programs, later ones do not. Each seed has other texts, lengths and times; the first one
+has those of the table of the module. This says what a choice is worth, and no speed of any hardware.
+
+Beside ``auto`` stand the best static plan and one who sees what comes: every 64 cycles the plan that yields the most.
+What ``auto`` loses against the best static plan is split by where it lost it, in percent of the time of that: loading
+programs, trials, plain bursts at the beginning, other bursts of a plan that yields less there, and the rest, which are
+looks from burst to burst and rows that end unevenly.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import collections
+import concurrent.futures
 import time
 from types import SimpleNamespace
 
 import numpy as np
 
 from qspec_jax import SamplingParams
-from qspec_jax.decoding.costs import CostTable, PassBytes
-from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup
-from qspec_jax.decoding.programs import Report
+from qspec_jax.decoding.costs import CostTable
 from qspec_jax.engine import scheduler as of_scheduler
+from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
-from qspec_jax.model.view import View
-from tests.engine.test_scheduler import FakePrograms, OnDevice
+from tests.engine.simulated_device import (
+    AUTO,
+    BUDGET,
+    DISPATCH_S,
+    DRAFTING,
+    FULL,
+    LARGE,
+    LOOKUPS,
+    PLAIN,
+    SMALL,
+    Clock,
+    Device,
+    Later,
+    Process,
+    advance,
+    texts,
+)
 
-FULL, BUDGET = View(activation_bits=8), View(activation_bits=8, cache_budget=512, cache_full_below=1024)
-PLAIN = DecodingPlan(View())
-LOOKUPS = tuple(DecodingPlan(View(), Lookup(), length) for length in (3, 7))
-DRAFTING = tuple(DecodingPlan(View(), view, length) for view in (FULL, BUDGET) for length in AUTO_LENGTHS)
-BYTES = PassBytes(142_000_000, 23_040)
-ACCEPTED, LOAD_S, DISPATCH_S, STAYS = 0.9, 0.01, 0.0003, 29 / 30
-NEW_TOKENS = 256
-# Rows, requests, context, share of the text that can be looked up.
-BATCHES = [(16, 64, 2006, 0.22), (64, 192, 2006, 0.3), (16, 64, 2006, 0.45), (64, 192, 2006, 0.5), (4, 16, 2006, 0.3)]
-BATCHES += [(16, 64, 512, 0.05)]
-
-
-class Clock:
-    now_s = 1000.0
-
-
-class Later:
-    """A pool whose work is done when somebody waits for it: host and device then take turns on one clock."""
-
-    def submit(self, work, *arguments, **options):
-        return Later.Done(lambda: work(*arguments, **options))
-
-    class Done:
-        def __init__(self, work):
-            self.work, self.value = work, None
-
-        def result(self):
-            if self.work is not None:
-                self.value, self.work = self.work(), None
-            return self.value
+CELLS = [(rows, context) for rows in (1, 4, 16, 64) for context in (512, 2048, 8192)]
+# Share of a text that can be looked up, and how often drafts of the model are accepted.
+KINDS = {
+    "lookup": (0.4, {FULL: 0.9, BUDGET: 0.85}),
+    "budget": (0.03, {FULL: 0.95, BUDGET: 0.92}),
+    "nothing": (0.03, {FULL: 0.05, BUDGET: 0.03}),
+}
+STATIC = (PLAIN, *LOOKUPS, *(plan for plan in DRAFTING if plan.draft_view is BUDGET and plan.draft_length < 7))
+LATER = 2  # batches of a process after its first one
+TERMS = ("load", "trials", "learning", "choices", "rest")
 
 
-class Device(FakePrograms):
-    def __init__(self, rows, context, shares, costs, seed):
-        super().__init__(rows)
-        self.context, self.shares, self.table = context, list(shares), costs
-        self.draw = np.random.default_rng(seed)
-        self.loaded = vars(costs).setdefault("loaded", set())  # plans that have run in the process
-        self.known, self.becomes_known = np.zeros(rows, bool), np.zeros(rows)
-        self.lengths = np.zeros((rows, 17), int)
-
-    @property
-    def costs(self):
-        return self.table
-
-    def lay_out_weights(self, plan):
-        pass
-
-    def has_loop(self, plan, shape):
-        return True
-
-    def _report(self, cycles):
-        tokens = np.zeros((self.rows, NEW_TOKENS), int)
-        arrays = tokens, self.counts.copy(), self.left <= 0, self.lengths.copy()
-        return "state", Report(*map(OnDevice, arrays), np.int32(cycles))
-
-    def prefill(self, plan, shape, state, chunks, rows, sources, count):
-        Clock.now_s += 0.001 * count
-        for chunk, row in enumerate(rows[:count]):
-            self.lengths[row] = 0
-            if chunks.last[chunk]:
-                share = self.shares.pop(0)
-                self.becomes_known[row] = (1 - STAYS) * share / (1 - share)
-                self.known[row] = self.draw.random() < share
-        return super().prefill(plan, shape, state, chunks, rows, sources, count)
-
-    def loop(self, plan, shape, state, retired, *, max_cycles, until_finished):
-        Clock.now_s += DISPATCH_S + (plan not in self.loaded) * LOAD_S
-        self.loaded.add(plan)
-        self.left[retired], cycles = 0, 0
-        while cycles < max_cycles and (self.left <= 0).sum() < until_finished:
-            active = self.left > 0
-            Clock.now_s += self.cycle_s(plan, int(active.sum()))
-            for row in np.flatnonzero(active):
-                accepted = self.accepted(plan, row)
-                self.lengths[row, accepted] += 1
-                new = min(accepted + 1, self.left[row])
-                self.left[row] -= new
-                self.counts[row] += new
-            cycles += 1
-        return self._report(cycles)
-
-    def cycle_s(self, plan, active):
-        plain = 0.85e-3 + 0.0288e-3 * active * self.context / 2006
-        drafts = {None: 0.0, FULL: 0.85, BUDGET: 0.75}[plan.draft_view] * plan.draft_length
-        return plain * (1 + drafts) + 0.0052e-3 * active * plan.draft_length
-
-    def accepted(self, plan, row):
-        for place in range(plan.draft_length):
-            self.go_on(row)
-            chance = (0.97 if self.known[row] else 0.05) if plan.lookup else ACCEPTED
-            if self.draw.random() >= chance:
-                return place
-        self.go_on(row)
-        return plan.draft_length
-
-    def go_on(self, row):
-        self.known[row] = self.draw.random() < (STAYS if self.known[row] else self.becomes_known[row])
-
-
-def tokens_per_s(plan, rows, requests, context, shares, costs, seed):
-    scheduler = Scheduler(Device(rows, context, shares, costs, seed), plan, rows=rows, capacity=4096)
+def run(plan, rows, some, hardware, process, beside=None):
+    """Seconds of decoding, and the bursts."""
+    device = Device(rows, some, hardware, process, beside)
+    scheduler = Scheduler(device, plan, rows=rows, capacity=device.context + 512)
     scheduler._dispatcher = Later()
-    sequences = [scheduler.add(Request([1] * context, NEW_TOKENS, SamplingParams())) for _ in range(requests)]
+    sequences = [scheduler.add(Request(one.prompt, len(one.tokens), SamplingParams())) for one in some]
     while scheduler.busy:
         scheduler.advance()
-    return sum(len(one.token_ids) for one in sequences) / scheduler.totals.decode_s
+    assert all(len(one.token_ids) == len(text.tokens) for one, text in zip(sequences, some, strict=True))
+    return scheduler.totals.decode_s, device.ran
+
+
+def foreseen(rows, some, hardware):
+    """Seconds of one who takes the plan that yields the most in the next 64 cycles of plain decoding."""
+    device = Device(rows, some, hardware, Process(CostTable(hardware.num_bytes, bandwidth=4.3e12)))
+    waiting, seconds = collections.deque(range(len(some))), 0.0
+    text_of, counts, left = device.text_of, device.counts, device.left
+    while waiting or (left > 0).any():
+        for row in np.flatnonzero(left <= 0):
+            if waiting:
+                text_of[row], counts[row] = (number := waiting.popleft()), 1
+                left[row] = len(some[number].tokens) - 1
+        tried = [_window(device, plan, (text_of, counts, left), bool(waiting)) for plan in STATIC]
+        took_s, _, (counts, left) = max(tried, key=lambda one: one[1] / one[0])
+        seconds += took_s
+    return seconds
+
+
+def _window(device, plan, state, others_wait):
+    text_of, counts, left = state[0], state[1].copy(), state[2].copy()
+    before, took_s, active = counts.sum(), DISPATCH_S, int((left > 0).sum())
+    window_s = 64 * device.hardware.cycle_s(PLAIN, active, device.context)
+    enough = max(1, len(left) // 16) if others_wait else active
+    while took_s < window_s and (now := int((left > 0).sum())) > active - enough:
+        took_s += device.hardware.cycle_s(plan, now, device.context)
+        advance(plan, device.yields, text_of, counts, left)
+    return took_s, counts.sum() - before, (counts, left)
+
+
+def lost(ran, whys, more_s):
+    """Seconds of ``more_s`` by where they were lost: in each burst against what the best plan takes for its tokens."""
+    terms = dict.fromkeys(TERMS, 0.0)
+    for one, why in zip(ran, whys, strict=True):
+        terms["load"] += one.load_s
+        kind = "trials" if "trial" in why else "learning" if "not known yet" in why else "choices"
+        terms[kind] += one.seconds - DISPATCH_S - one.beside_s
+    terms["rest"] = more_s - sum(terms.values())
+    return terms
+
+
+def measure(task):
+    """Figures of a cell and a kind for a seed."""
+    (rows, context), kind, seed, base = task
+    time.perf_counter = lambda: Clock.now_s
+    of_scheduler.futures = SimpleNamespace(wait=lambda some: [one.result() for one in some])
+    whys = []
+    choose = Chooser.choose
+
+    def noted(self, **options):
+        whys.append((burst := choose(self, **options)).why)
+        return burst
+
+    Chooser.choose = noted
+    try:
+        draw = np.random.default_rng(seed)
+        hardware = base if seed == 0 else base.varied(draw)
+        lookup, chances = KINDS[kind]
+        count = rows * (3 if rows == 64 else 4)
+        batches = [
+            texts(count, context, np.random.default_rng([seed, index]), lookup=lookup, chances=chances, varied=seed > 0)
+            for index in range(1 + LATER)
+        ]
+        process, figures = Process(CostTable(hardware.num_bytes, bandwidth=4.3e12)), []
+        for index, some in enumerate(batches):
+            static = {plan: run(plan, rows, some, hardware, Process(process.costs, {plan}))[0] for plan in STATIC}
+            best = min(static, key=static.__getitem__)
+            whys.clear()
+            auto_s, ran = run(AUTO, rows, some, hardware, process, best)
+            load_s = 0.0 if index else hardware.load_s
+            plain_s, best_s = static[PLAIN] + load_s, static[best] + load_s
+            terms = lost(ran, whys, auto_s - static[best])
+            terms["load"] -= load_s
+            seen_s = foreseen(rows, some, hardware)
+            figures.append(
+                {
+                    "auto": plain_s / auto_s,
+                    "static": plain_s / best_s,
+                    "foreseen": static[PLAIN] / min(seen_s, static[best]),
+                    "plain_s": plain_s,
+                    "lost": {name: 100 * some / best_s for name, some in terms.items()},
+                }
+            )
+        return task, figures
+    finally:
+        Chooser.choose = choose
 
 
 def main():
-    num_seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 6
-    time.perf_counter = lambda: Clock.now_s
-    of_scheduler.futures = SimpleNamespace(wait=lambda some: [one.result() for one in some])
-    plans = (*LOOKUPS, next(plan for plan in DRAFTING if plan.draft_view is BUDGET))
-    print("rows", "requests", "context", "share", *(plan.label for plan in plans), "auto", "again", "least", sep="\t")
-    for rows, requests, context, share in BATCHES:
-        static, runs = [], []
-        for seed in range(num_seeds):
-            shares = np.random.default_rng(seed).beta(share, 1 - share, requests).clip(0.002, 0.98)
-            batch = rows, requests, context, shares
-            plain = tokens_per_s(PLAIN, *batch, CostTable(BYTES), seed)
-            static.append([tokens_per_s(plan, *batch, CostTable(BYTES), seed) / plain for plan in plans])
-            auto, costs = AutoPlan("auto", (PLAIN, *LOOKUPS, *DRAFTING)), CostTable(BYTES)
-            runs.append([tokens_per_s(auto, *batch, costs, seed + 10 * run) / plain for run in range(4)])
-        again = np.asarray(runs)[:, 1:]
-        figures = *np.mean(static, axis=0), np.mean(runs, axis=0)[0], again.mean(), again.min()
-        print(rows, requests, context, share, *(f"{one:.2f}" for one in figures), sep="\t", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--model", choices=("small", "large"), default="small")
+    parser.add_argument("--rows", type=int, nargs="*")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    options = parser.parse_args()
+    base = {"small": SMALL, "large": LARGE}[options.model]
+    cells = [cell for cell in CELLS if not options.rows or cell[0] in options.rows]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    tasks = [(cell, kind, seed, base) for kind in options.kinds for cell in cells for seed in seeds]
+    columns = "kind", "rows", "context", "run", "plain s", "static", "foreseen", "auto", "least", "of static", "least"
+    print(*columns, *TERMS, sep="\t")
+    worst = collections.defaultdict(lambda: (9.0, ""))
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        done = collections.defaultdict(list)
+        for (cell, kind, _, _), figures in pool.map(measure, tasks):
+            done[kind, cell].append(figures)
+            if len(done[kind, cell]) == len(seeds):
+                report(kind, cell, done[kind, cell], worst)
+    for what, (value, where) in worst.items():
+        print(*what, f"{value:.3f}", where)
+
+
+def report(kind, cell, seeds, worst):
+    """Prints a line for the first batches of some seeds and one for later ones; notes what is worst of all."""
+    for name, which in (("first", slice(0, 1)), ("later", slice(1, None))):
+        some = [figures for batches in seeds for figures in batches[which]]
+        auto, static, seen = (np.asarray([one[key] for one in some]) for key in ("auto", "static", "foreseen"))
+        plain_s = np.mean([one["plain_s"] for one in some])
+        row = (
+            plain_s,
+            static.mean(),
+            seen.mean(),
+            auto.mean(),
+            auto.min(),
+            (auto / static).mean(),
+            (auto / static).min(),
+        )
+        terms = [np.mean([one["lost"][term] for one in some]) for term in TERMS]
+        print(kind, *cell, name, *(f"{one:.2f}" for one in row), *(f"{one:.1f}" for one in terms), sep="\t", flush=True)
+        for against, values in (("plain decoding", auto), ("the best static plan", auto / static)):
+            for how, value in (("mean", values.mean()), ("least", values.min())):
+                worst[name, against, how] = min(worst[name, against, how], (float(value), f"{kind} {cell}"))
 
 
 if __name__ == "__main__":

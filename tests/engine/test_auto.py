@@ -73,8 +73,8 @@ def test_it_starts_plainly_and_compiles_beside(monkeypatch):
         return compile_it(self, plan, *arguments, **options)
 
     monkeypatch.setattr(type(model.programs), "compile", compile_or_fail)
-    monkeypatch.setattr("qspec_jax.engine.chooser._PROMISING", 0.0)
-    monkeypatch.setattr("qspec_jax.engine.chooser._TRIAL_DRAFTS", 2)
+    monkeypatch.setattr("qspec_jax.engine.trials.PossibleTrial.is_promising", lambda self, rest_s: True)
+    monkeypatch.setattr("qspec_jax.engine.chooser._FEW_REPLAYED", 0)
     # A step counts as measured at once.
     monkeypatch.setattr("qspec_jax.engine.chooser._LEARNING_BURST_S", 0.001)
     monkeypatch.setattr("qspec_jax.decoding.costs._SOUND_S", 0.0)

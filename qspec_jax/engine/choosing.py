@@ -1,0 +1,115 @@
+"""What a scheduler tells a choice between plans, and asks of it.
+
+It knows sequences, which :class:`qspec_jax.engine.chooser.Chooser` does not: what each has drafted, when it ends
+(:mod:`qspec_jax.engine.foresight`), and what lookup would have drafted of it (:mod:`qspec_jax.engine.replay`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from qspec_jax.decoding.chunks import Shape
+from qspec_jax.decoding.plan import AutoPlan, DecodingPlan
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.engine.chooser import Burst, Chooser
+from qspec_jax.engine.compile_beside import CompileBeside
+from qspec_jax.engine.foresight import Foresight
+from qspec_jax.engine.request_queue import RequestQueue
+from qspec_jax.engine.sequence import RunningSequence
+
+# Of all rows after a burst: each takes the host about 20 us while the device runs the next burst.
+_REPLAYED = 256
+
+
+class Choosing:
+    """The choice between the plans of a batch."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        plan: AutoPlan,
+        shape: Callable[[], Shape],
+        *,
+        burst_s: float,
+        serves: bool,
+        on_event: Callable[[str], None],
+    ):
+        """Lays weights out for all plans, since programs compiled before would be dropped.
+
+        Args:
+            programs: of the model.
+            plan: what there is to choose from.
+            shape: of the programs, as it is now.
+            burst_s: seconds of a burst when there is nothing to find out.
+            serves: of such a batch nobody knows the end.
+            on_event: told of a plan that does not compile.
+        """
+        for one in plan.choices:
+            programs.lay_out_weights(one)
+        beside = CompileBeside(programs, on_event)
+        lookups = [one for one in plan.choices if one.lookup]
+        rows = shape().rows
+        self._chooser = Chooser(
+            plan.choices,
+            programs.costs,
+            rows=rows,
+            burst_s=burst_s,
+            is_ready=lambda one: programs.has_loop(one, shape()),
+            prepare=lambda one: beside.prepare(one, shape()),
+            name_of=lambda one: (one, shape()),
+            replayed={one.draft_source for one in lookups},
+        )
+        self._foresight = Foresight(self._chooser, rows=rows, serves=serves)
+        self._lookup = max(lookups, key=lambda one: one.draft_length, default=None)
+        self._replayed = max(1, _REPLAYED // rows)
+
+    def next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
+        """What to run next, while some sequences decode and others wait."""
+        context = _context(decoding)
+        found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
+        return self._chooser.choose(context=context, active=len(decoding), makespans=found)
+
+    def ran(
+        self,
+        plan: DecodingPlan,
+        decoding: Collection[RunningSequence],
+        *,
+        cycles: int,
+        seconds: float,
+        histogram: Sequence[int],
+    ) -> None:
+        """Takes a burst into account, see :meth:`Chooser.observe`."""
+        context = _context(decoding)
+        self._chooser.observe(plan, cycles=cycles, seconds=seconds, histogram=histogram, context=context)
+
+    def received(self, plan: DecodingPlan, sequences: Sequence[RunningSequence]) -> None:
+        """Some sequences have new tokens of a plan: where it did not look them up, this says what lookup would find."""
+        if self._lookup is None:
+            return
+        counts = []
+        for one in sequences:
+            if plan.lookup:
+                one.skip_replay()
+            elif any(new := one.replay_lookup(self._lookup.draft_length, most=self._replayed)):
+                counts.append(new)
+        if counts:
+            # Rows run as many cycles each, where the same tokens of a text that lookup serves well take it few.
+            some = np.asarray(counts, float)
+            mean = (some / some.sum(axis=1, keepdims=True)).mean(axis=0)
+            self._chooser.note_replayed(self._lookup, (mean * some.sum()).tolist())
+
+    def entered(self) -> None:
+        """A sequence has got a row."""
+        self._chooser.note_entered(1)
+
+    def finished(self, sequence: RunningSequence) -> None:
+        """A sequence has ended."""
+        self._chooser.note_finished(sequence.drafts)
+
+
+def _context(decoding: Collection[RunningSequence]) -> int:
+    """Tokens that a row holds, on average over those that decode."""
+    tokens = sum(len(one.request.token_ids) + len(one.token_ids) for one in decoding)
+    return round(tokens / max(1, len(decoding)))
