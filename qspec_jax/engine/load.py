@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from qspec_jax.decoding.led_programs import tell_load
 from qspec_jax.decoding.plan import AUTO, check_verify
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.values import refuse
 from qspec_jax.device import processes
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.device.mesh import make_mesh, told_mesh
@@ -324,8 +325,8 @@ def _programs_ahead(
 
 
 def save(
-    model: LanguageModel,
-    path: str | os.PathLike[str],
+    model: LanguageModel | Any,
+    path: str | os.PathLike[str] | Any,
     *,
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -340,10 +341,15 @@ def save(
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:
-        UsageError: the weights are floating point alone, or there is a checkpoint and ``overwrite`` is not set.
+        UsageError: there is no model or no path, the weights are floating point alone, or there is a checkpoint and
+            ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
         QSpecError: another process writes there.
     """
+    if not isinstance(model, LanguageModel):
+        raise refuse("model", model, "what qspec_jax.load returned")
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise refuse("path", path, "the path of a directory, as a text or a Path")
     with locked(Path(path)):
         save_checkpoint(
             path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from qspec_jax.bench.decode.plot import plot_speedup
 from qspec_jax.bench.decode.speedup import Speculation, targets_of
 from qspec_jax.bench.decode.tables import model_line, speculation_table
 from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
+from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import QuantConfig
 
@@ -39,6 +41,23 @@ def test_the_acceptance_for_a_yield_inverts_it():
         assert acceptance_for(expected_tokens(acceptance, 3), 3) == pytest.approx(acceptance)
     assert acceptance_for(0.7, 3) == pytest.approx(0)  # a cycle cheaper than a step gains at once
     assert acceptance_for(4.01, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "first", "draft_length", "message"),
+    [
+        (expected_tokens, 1.1, 3, "acceptance=1.1: use a chance, 0 to 1"),
+        (expected_tokens, float("nan"), 3, "acceptance=nan: use a chance"),
+        (expected_tokens, "0.5", 3, "acceptance='0.5': use a number"),
+        (expected_tokens, 0.5, -1, "draft_length=-1: use 0 or more"),
+        (expected_tokens, 0.5, 2.5, "draft_length=2.5: use a whole number"),
+        (acceptance_for, float("nan"), 3, "tokens=nan: use 0 or more"),
+        (acceptance_for, 2.0, None, "draft_length=None: use a whole number"),
+    ],
+)
+def test_what_is_no_chance_no_yield_or_no_length_is_refused(function, first, draft_length, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        function(first, draft_length)
 
 
 def test_speedup_is_yield_over_cost_and_breaks_even_at_one():

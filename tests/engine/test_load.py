@@ -130,3 +130,16 @@ def test_an_interruption_waits_for_no_compiler(saved, monkeypatch):
         assert not ended.is_set()
     finally:
         ended.set()
+
+
+def test_what_is_no_model_or_no_path_is_not_saved(tmp_path):
+    model = tiny.language_model()
+    for given, message in (
+        ((3, tmp_path / "a"), "model=3: use what qspec_jax.load returned"),
+        ((model.decoder, tmp_path / "a"), "use what qspec_jax.load returned"),
+        ((model, None), "path=None: use the path of a directory"),
+        ((model, b"a"), "path=b'a': use the path of a directory"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            qspec_jax.save(*given)
+    assert not list(tmp_path.iterdir())
