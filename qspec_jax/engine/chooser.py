@@ -185,9 +185,8 @@ class Chooser:
         if ends is not None:
             burst_s = min(burst_s, max(_LEARNING_BURST_S, _SHARE_OF_REST * rest_s))
         burst_s = min(burst_s, self._burst_s)
-        if (
-            self._replayed and self._current.draft_source not in self._replayed
-        ):  # each burst tells what they would yield
+        # After each burst of another source's plan, replay tells what drafts would have yielded.
+        if self._replayed and self._current.draft_source not in self._replayed:
             burst_s = min(burst_s, _UNTIL_REPLAY * seconds[plain])
         return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
 
