@@ -36,9 +36,8 @@ _STEPS_PER_DOUBLING = 2  # buckets of loads
 _REACH = 4.0  # of these: how far a measurement tells by its bytes alone
 _KINDS = 32  # sequences of which is kept how much texts differ
 _MOST_FIXED = 0.95  # of a step that takes the same at any load
-_OF_BANDWIDTH = (
-    0.5  # of copies, that passes reach: 0.65 of large weights, less of small ones and of a cache of few rows
-)
+# Of the bandwidth of copies, that passes reach: 0.65 with large weights, less with small ones and a cache of few rows.
+_OF_BANDWIDTH = 0.5
 
 
 class Setting(NamedTuple):

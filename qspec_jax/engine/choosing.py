@@ -19,7 +19,7 @@ from qspec_jax.engine.foresight import Foresight
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.sequence import RunningSequence
 
-# Of all rows after a burst: each takes the host about 20 us while the device runs the next burst.
+# Cycles of all rows after a burst: each takes the host about 8 us while the device runs the next burst.
 _REPLAYED = 256
 
 
@@ -92,7 +92,7 @@ class Choosing:
         for one in sequences:
             if plan.lookup:
                 one.skip_replay()
-            elif any(new := one.replay_lookup(self._lookup.draft_length, most=self._replayed)):
+            elif any(new := one.replay(self._lookup, most=self._replayed)):
                 counts.append(new)
         if counts:
             # Rows run as many cycles each, where the same tokens of a text that lookup serves well take it few.

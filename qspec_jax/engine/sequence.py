@@ -85,26 +85,27 @@ class RunningSequence:
         """Notes cycles that it took part in, by how many of their drafts were accepted."""
         if cycles := sum(histogram):
             self.cycles_of[plan] = self.cycles_of.get(plan, 0) + cycles
-            if plan.draft_source is not None:
-                self._count_drafts(plan.draft_source, histogram)
+            self._count_drafts(plan, histogram)
 
-    def replay_lookup(self, draft_length: int, *, most: int) -> list[int]:
+    def replay(self, plan: DecodingPlan, *, most: int) -> list[int]:
         """Runs cycles of lookup on tokens that came without it (:meth:`Replay.go_on`), and notes their drafts."""
-        counts = self._replay().go_on(self.token_ids, draft_length, most=most)
+        counts = self._own_replay().go_on(self.token_ids, plan.draft_length, most=most)
         if any(counts):
-            self._count_drafts("lookup", counts)
+            self._count_drafts(plan, counts)
         return counts
 
     def skip_replay(self) -> None:
         """The tokens so far need no replay: lookup itself has yielded the newest."""
-        self._replay().skip(self.token_ids)
+        self._own_replay().skip(self.token_ids)
 
-    def _replay(self) -> Replay:
+    def _own_replay(self) -> Replay:
         if self._replayed is None:
             self._replayed = Replay(self.request.token_ids, self.request.max_new_tokens)
         return self._replayed
 
-    def _count_drafts(self, source: str, histogram: Sequence[int]) -> None:
+    def _count_drafts(self, plan: DecodingPlan, histogram: Sequence[int]) -> None:
+        if (source := plan.draft_source) is None:
+            return
         before, new = self.drafts.get(source, ()), drafts_of(histogram)
         pairs = itertools.zip_longest(before, new, fillvalue=(0.0, 0.0))
         self.drafts[source] = [(one[0] + more[0], one[1] + more[1]) for one, more in pairs]
