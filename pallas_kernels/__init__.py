@@ -34,7 +34,7 @@ from pallas_kernels.decode_attention_int8 import (
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul, float_partial_sums
 from pallas_kernels.hadamard import hadamard
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention, prefill_is_alike
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
@@ -45,7 +45,7 @@ from pallas_kernels.swiglu_hadamard import swiglu_hadamard
 from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
-from pallas_kernels.w4a16_matmul import best_layout, w4a16_matmul, w4a16_partial_sums
+from pallas_kernels.w4a16_matmul import best_layout, rows_alike, w4a16_matmul, w4a16_partial_sums
 
 __all__ = [
     "EVERYTHING",
@@ -77,11 +77,13 @@ __all__ = [
     "pack_nested",
     "prefill_attention",
     "prefill_int8",
+    "prefill_is_alike",
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",
     "rotate_and_write",
     "rotate_and_write_int8",
+    "rows_alike",
     "swiglu",
     "swiglu_hadamard",
     "swiglu_hadamard_quantize",

@@ -8,7 +8,7 @@ from pallas_kernels.decode_attention import by_heads, check_arrays
 from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "prefill_attention"
-# A file has prefill_attention and obstacle(head_dim).
+# A file has prefill_attention, obstacle(head_dim), and ALIKE, whether the bits of a token depend on nothing else read.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
@@ -52,3 +52,8 @@ def prefill_attention(
     check_arrays(_OP, query, keys, values, window, rows=keys.shape[0])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(query.shape[3]))
     return chosen.prefill_attention(query, keys, values, rows, starts, window=window)
+
+
+def prefill_is_alike(head_dim: int) -> bool:
+    """Whether :func:`prefill_attention` gives a token the same bits whatever else is read, for heads of a size."""
+    return _IMPLEMENTATIONS.select(None, lambda module: module.obstacle(head_dim)).ALIKE

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.decode_attention import gpu_triton as decode
 
+ALIKE = True
 _ROWS = 64  # of a tile
 _MAX_HEAD_DIM = 256
 _SLOTS = 64  # of a block

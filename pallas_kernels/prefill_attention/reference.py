@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.decode_attention import reference
 
+ALIKE = False
+
 
 def prefill_attention(
     query: Float[Array, "N T H HD"],

@@ -14,7 +14,8 @@ from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_
 
 _OP = "w4a16_matmul"
 # A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
-# reads. The reference reads all, and names that of checkpoints.
+# reads; ROWS_ALIKE, rows of a call that have the same bits whatever the others are, None for any number.
+# The reference reads all, and names that of checkpoints.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -65,6 +66,31 @@ def w4a16_partial_sums(
         order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     return chosen.w4a16_matmul(x, weight, dtype=dtype)
+
+
+def rows_alike(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> int | None:
+    """How many rows a call may have for each of them to have the same bits whatever the others are.
+
+    Args:
+        weight: a ``[N, K]`` weight, with or without leading axes.
+        dtype: of the rows.
+        implementation: as in the call.
+
+    Returns:
+        the number; None for any number of rows, 1 where a library multiplies or nothing serves.
+
+    Raises:
+        ValueError: the name of the implementation is unknown.
+    """
+    try:
+        chosen = _IMPLEMENTATIONS.select(
+            implementation,
+            lambda module: module.obstacle(jnp.dtype(dtype), weight),
+            order=order_of_trial(weight.num_outputs, weight.num_inputs),
+        )
+    except NotImplementedError:
+        return 1
+    return chosen.ROWS_ALIKE
 
 
 def best_layout(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> Layout:

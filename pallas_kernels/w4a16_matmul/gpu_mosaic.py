@@ -27,7 +27,7 @@ from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, vector
 
-LAYOUT = Layout.WGMMA
+LAYOUT, ROWS_ALIKE = Layout.WGMMA, None
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;

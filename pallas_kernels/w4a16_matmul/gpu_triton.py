@@ -33,7 +33,7 @@ from pallas_kernels.arrays.weight import (
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
-LAYOUT = Layout.PLANES
+LAYOUT, ROWS_ALIKE = Layout.PLANES, DECODE_ROWS[-1]
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:

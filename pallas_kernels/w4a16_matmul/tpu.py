@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize, layout_obstacle
 from pallas_kernels.backends.tpu import matmul, words
 
-LAYOUT = Layout.PLANES
+LAYOUT, ROWS_ALIKE = Layout.PLANES, matmul.MAX_ROWS
 _TILE_ROWS = 16  # of 16 bits
 
 

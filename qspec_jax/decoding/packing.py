@@ -1,7 +1,7 @@
 """Chunks of several prompts cut into pieces of the same size, which one pass over the weights reads together.
 
 A pass for a prompt of 97 tokens reads all weights for 97 rows, and a GPU has arithmetic for many more. So where a token
-has the same bits whatever is read beside it (:func:`can_pack`), chunks are cut into pieces of :data:`PIECE` tokens, of
+has the same bits whatever is read beside it (:func:`can_pack`), chunks are cut into pieces of ``PIECE`` tokens, of
 which only the last one of a chunk is padded. Pieces of as many chunks as fit share a pass, for a few numbers of pieces
 (:func:`sizes`).
 
@@ -19,27 +19,44 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels import Layout, QuantizedWeight
+import pallas_kernels
+from pallas_kernels import QuantizedWeight
+from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding.state import PromptPieces
 from qspec_jax.model.cache import KV_OF_MODEL
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import linears
+from qspec_jax.model.linear import PIECE, Linear
 
-PIECE = 32  # tokens
+_MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
 _SIZES = (2, 8, 32, 64)  # pieces of a pass: what is padded costs less than more programs
 _LONGEST_CHUNK = 512 // PIECE  # pieces
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """Whether the kernels of a decoder give a token the same bits whatever else its pass reads.
+    """Whether the kernels of a decoder give a token the same bits whatever else its pass reads, and gain by it.
 
-    Those of Hopper do, for any number of rows. Elsewhere a library multiplies many rows, in an order that depends on
-    their number; then chunks are read one by one, each padded to one of few widths.
+    Those of Hopper do, for any number of rows. Triton's do for ``MAX_ROWS`` rows at a time, at a fraction of the rate
+    of a library, which a model of few weights does not feel. Otherwise a library multiplies many rows, in an order that
+    depends on their number; then chunks are read one by one, each padded to one of few widths.
     """
-    weights = [linear.weight.get_value() for linear in linears(decoder)]
-    by_hopper = all(isinstance(weight, QuantizedWeight) and weight.layout is Layout.WGMMA for weight in weights)
-    keeps_floats = any(linear.floats is not None for linear in linears(decoder))  # a library multiplies them
-    return by_hopper and not keeps_floats and obstacle(decoder) is None
+    if obstacle(decoder) is not None or not pallas_kernels.prefill_is_alike(decoder.config.head_dim):
+        return False
+    in_pieces = 0
+    for linear in linears(decoder):
+        alike = _rows_alike(linear)
+        if alike is not None and alike < MAX_ROWS:
+            return False
+        in_pieces += 0 if alike is None else 2 * linear.weight.get_value().packed.size
+    return in_pieces <= _MOST_IN_PIECES
+
+
+def _rows_alike(linear: Linear) -> int | None:
+    """Rows that have the same bits whatever the others are; None for any number."""
+    weight = linear.weight.get_value()
+    if not isinstance(weight, QuantizedWeight) or linear.floats is not None:  # a library multiplies floats
+        return 1
+    return pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
 
 
 def obstacle(decoder: Decoder) -> str | None:

@@ -45,12 +45,12 @@ class Programs(Lowering):
         compile_s: seconds that took, and those of reading programs from the store.
         store: where programs of other processes are found, None for nowhere.
         costs: what cycles of this model take; kept beside the store, if there is one.
-        packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. False until
-            a GPU has run it. To be set before anything is compiled.
+        packing: whether chunks of several prompts are read in one pass; None for where that changes no bit. To be set
+            before anything is compiled.
         mesh: see the base. What runs on a mesh is kept nowhere but in this process.
     """
 
-    packing: bool | None = False
+    packing: bool | None = None
 
     def __init__(self, decoder: Decoder, mesh: Mesh | None = None):
         super().__init__(decoder, mesh)
@@ -71,7 +71,12 @@ class Programs(Lowering):
         """
         if self.packing and (obstacle := packing.obstacle(self.decoder)) is not None:
             raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
-        return packing.can_pack(self.decoder) if self.packing is None else self.packing
+        if self.packing is not None:
+            return self.packing
+        laid_out = self._laid_out
+        if laid_out.can_pack is None:
+            laid_out.can_pack = packing.can_pack(self.decoder)
+        return laid_out.can_pack
 
     @property
     def leaves(self) -> list[jax.Array]:

@@ -66,6 +66,9 @@ def other_kernels(kernels: str | None) -> str | None:
     return None if kernels in (MOSAIC, TPU) else kernels
 
 
+# Tokens of each prompt where a pass reads pieces of several (``decoding/packing.py``).
+PIECE = 32
+
 # A new weight gets the order of codes that the kernels of these read fastest. A plan with another draft has the weights
 # laid out anew (``layouts.py``).
 _USUAL_VIEWS = (View.of(Precision.W4A16), View.of(Precision.W4A8))
@@ -192,6 +195,8 @@ class Linear(nnx.Module):
         if isinstance(weight, QuantizedWeight):
             if view.weight_bits is not None:
                 product = functools.partial(pallas_kernels.w4a16_partial_sums, implementation=self.kernels)
+                if weight.layout is Layout.WGMMA and _is_prefill(x):  # any number of rows are alike there
+                    return product(x, weight)
                 return in_pieces(lambda rows: product(rows, weight), x)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif view.weight_bits is not None:
@@ -211,9 +216,12 @@ class Linear(nnx.Module):
 
         Kernels of another name do not serve every dtype and number of rows. Prefill is left to XLA.
         """
-        is_prefill = x.ndim == 3 and x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS
-        implementation = REFERENCE if is_prefill or self.kernels == REFERENCE else None
+        implementation = REFERENCE if _is_prefill(x) or self.kernels == REFERENCE else None
         return pallas_kernels.float_partial_sums(x, weight, dtype=self.dtype, implementation=implementation)
+
+
+def _is_prefill(x: Float[Array, "*batch K"]) -> bool:
+    return x.ndim == 3 and x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS
 
 
 def in_pieces(
@@ -222,10 +230,11 @@ def in_pieces(
     """The product of rows of new tokens, of no more rows at a time than have the same bits whatever is beside them.
 
     Kernels promise that for ``MAX_ROWS`` rows; more are left to a library, whose sums depend on their number. A batch
-    of many sequences that verifies many tokens has more: they are multiplied in pieces of whole sequences. Prefill, of
-    one sequence at a time, is not.
+    of many sequences that verifies many tokens has more, and so has a pass that reads :data:`PIECE` tokens of each of
+    many prompts: they are multiplied in pieces of whole sequences. A longer chunk of a prompt, which has a pass to
+    itself, is not.
     """
-    if x.ndim != 3 or x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS or x.shape[0] * x.shape[1] <= MAX_ROWS:
+    if x.ndim != 3 or x.shape[1] > PIECE or x.shape[0] * x.shape[1] <= MAX_ROWS:
         return product(x)
     batch = x.shape[0]
     count = -(-batch // (MAX_ROWS // x.shape[1]))

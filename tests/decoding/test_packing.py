@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from qspec_jax.decoding import packing
 from qspec_jax.decoding.packing import PIECE, can_pack, pack, sizes
@@ -17,6 +19,7 @@ from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.layouts import linears
 from qspec_jax.model.view import View
 from tests import tiny
 
@@ -167,6 +170,43 @@ def test_what_does_not_fit_is_left_for_another_pass():
 def test_the_reference_is_read_one_by_one():
     """Its sums depend on how many rows a pass has."""
     assert not can_pack(tiny.decoder())
+
+
+def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
+    nvidia = SimpleNamespace(platform_version="cuda 13000")
+    ada = SimpleNamespace(client=nvidia, compute_capability="8.9", device_kind="NVIDIA L4")
+    decoder, by_reference = tiny.decoder(CONFIG, kernels=None), tiny.decoder(CONFIG)
+    of_floats = tiny.decoder(CONFIG, kernels=None, quantization=None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [ada])
+    assert can_pack(decoder)
+    assert not can_pack(by_reference)
+    assert not can_pack(of_floats)
+    weights = [linear.weight.get_value() for linear in linears(decoder)]
+    count = CONFIG.num_layers * sum(weight.num_outputs * weight.num_inputs for weight in weights)
+    monkeypatch.setattr(packing, "_MOST_IN_PIECES", count)
+    assert can_pack(decoder)
+    monkeypatch.setattr(packing, "_MOST_IN_PIECES", count - 1)
+    assert not can_pack(decoder)
+
+
+def test_nothing_asks_the_model_between_bursts(monkeypatch):
+    """To go through its modules takes as long as reading several prompts."""
+    model = tiny.language_model(CONFIG)
+    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=2, capacity=CAPACITY)
+    scheduler.add(REQUESTS[0])
+    scheduler.advance()
+
+    def asked(*_, **__):
+        raise AssertionError("the model was gone through")
+
+    monkeypatch.setattr(packing, "can_pack", asked)
+    monkeypatch.setattr(nnx, "iter_modules", asked)
+    monkeypatch.setattr(nnx, "split", asked)
+    sequences = [scheduler.add(request) for request in (REQUESTS[1], REQUESTS[4])]
+    while scheduler.busy:
+        scheduler.advance()
+    assert all(one.finished for one in sequences)
 
 
 def test_what_no_pass_reads_together_is_refused_before_it_is_compiled():

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MAX_DECODE_TOKENS, PartialSums, value_of
+from pallas_kernels import PartialSums, value_of
 from qspec_jax.model import linear
-from qspec_jax.model.linear import in_pieces
+from qspec_jax.model.linear import PIECE, in_pieces
 
 WEIGHT = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
 
@@ -37,7 +37,7 @@ def counting(seen, *, parts=lambda rows: 0):
         ((5, 2), [(3, 2), (2, 2)]),
         ((9, 2), [(3, 2)] * 3),
         ((8, 1), [(4, 1)] * 2),
-        ((1, MAX_DECODE_TOKENS + 1), [(1, MAX_DECODE_TOKENS + 1)]),  # a chunk of a prompt
+        ((1, PIECE + 1), [(1, PIECE + 1)]),  # a chunk of a prompt
     ],
 )
 def test_no_piece_has_more_rows_than_are_alike(shape, pieces):
@@ -54,3 +54,9 @@ def test_partial_sums_stay_partial_where_all_pieces_have_as_many():
     out = in_pieces(counting([], parts=lambda rows: 2), jnp.ones((4, 2, 8), jnp.float32))
     assert isinstance(out, PartialSums)
     assert out.parts.shape == (2, 4, 2, 5)
+
+
+def test_pieces_of_prompts_are_multiplied_in_pieces_as_well():
+    seen: list[tuple[int, ...]] = []
+    in_pieces(counting(seen), jnp.ones((9, PIECE, 8), jnp.float32))
+    assert seen == [(5, PIECE), (4, PIECE)]
