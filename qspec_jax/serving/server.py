@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from qspec_jax.serving.api import Api
 from qspec_jax.serving.limits import Limits
 
 _AFTER_GRACE_S = 5  # for those that failed then to be told
+
+
+class _State(ServerState):
+    """What all connections of a server know."""
+
+    is_ending = False
+
+
+class _Connection(H11Protocol):
+    """A client's connection, which is closed where it comes as the server ends.
+
+    asyncio tells a protocol of its connection a step of the loop after it was accepted. uvicorn closes those that it
+    knows when it ends, and then waits for all: one in between would be waited for until the time of grace is over.
+    """
+
+    server_state: _State
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if self.server_state.is_ending:
+            self.shutdown()
 
 
 class Server(uvicorn.Server):
@@ -22,7 +46,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             api.app,
             loop="asyncio",
-            http="h11",
+            http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,  # which would close handlers of others
@@ -33,8 +57,10 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(limits.grace_s) + _AFTER_GRACE_S,
         )
         super().__init__(config)
+        self.server_state: _State = _State()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests, and waits for those that run, for a time."""
         self._api.end()
+        self.server_state.is_ending = True
         await super().shutdown(sockets)

@@ -238,14 +238,19 @@ def test_a_client_that_does_not_read_takes_no_room_from_others(idle):
 
 
 def test_an_answer_that_takes_too_long_ends_and_says_so(slow, monkeypatch):
-    monkeypatch.setattr(slow.api, "_limits", dataclasses.replace(LIMITS, request_s=0.2))
     body = {"prompt": "abc", "temperature": 0, "max_tokens": 150}
+    plain(slow, {**body, "max_tokens": 2})  # compiles
+    monkeypatch.setattr(slow.api, "_limits", dataclasses.replace(LIMITS, request_s=0.2))
     status, headers, got = call(slow, "POST", "/v1/completions", json.dumps(body))
     assert (status, json.loads(got)["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
-    status, _, got = call(slow, "POST", "/v1/completions", json.dumps({**body, "stream": True}))
-    *pieces, last = [json.loads(line[6:]) for line in got.decode().split("\n\n") if line]
+    for request_s in (0.2, 1.0, 5.0):  # a busy machine's first token comes late
+        monkeypatch.setattr(slow.api, "_limits", dataclasses.replace(LIMITS, request_s=request_s))
+        status, _, got = call(slow, "POST", "/v1/completions", json.dumps({**body, "stream": True}))
+        *pieces, last = [json.loads(line[6:]) for line in got.decode().split("\n\n") if line]
+        assert (status, last["error"]["code"]) == (200, "timeout")
+        if pieces:
+            break
     assert pieces[0]["choices"][0]["text"]
-    assert (status, last["error"]["code"]) == (200, "timeout")
 
 
 def test_an_answer_that_fails_says_so_and_the_server_goes_on(idle, monkeypatch):
