@@ -50,9 +50,14 @@ class BlockProblem(whole.Problem):
         return min(64, _TILE_BYTES // (self.block_dim * self.itemsize))
 
     @property
+    def slots_of_share(self) -> int:
+        """Slots of the table that a program reads, unless these are more programs than there may be."""
+        return _SHARE
+
+    @property
     def shares(self) -> int:
         """Programs that share a table: a power of two, as whoever puts their results together loads all of them."""
-        return min(_MAX_SHARES, pl.next_power_of_2(pl.cdiv(self.entries * self.block_size, _SHARE)))
+        return min(_MAX_SHARES, pl.next_power_of_2(pl.cdiv(self.entries * self.block_size, self.slots_of_share)))
 
     def share_of(self, table_begins: Array, end: Array) -> tuple[Array, Array]:
         """Slots that are listed in all, where ``end`` is after the last one seen, and those of a share."""

@@ -30,7 +30,6 @@ _MAX_HEAD_DIM = 256
 # Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
 SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
 _CHUNKS = 16  # the short ones, and those that are put together at a time
-_SHORT_SLOTS, _LONG_SLOTS = _CHUNKS * SHORT_CHUNK, _CHUNKS * _LONG_CHUNK
 _TILE_BYTES = 16384  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
 
@@ -67,8 +66,13 @@ class Problem:
         return self.num_tokens * self.group
 
     @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return ROWS
+
+    @property
     def row_blocks(self) -> int:
-        return pl.cdiv(self.num_rows, ROWS)
+        return pl.cdiv(self.num_rows, self.rows)
 
     @property
     def block_dim(self) -> int:
@@ -76,9 +80,20 @@ class Problem:
         return max(16, pl.next_power_of_2(self.head_dim))
 
     @property
+    def chunk_sizes(self) -> tuple[int, int]:
+        """Slots of each of the first chunks, and of those after them."""
+        return SHORT_CHUNK, _LONG_CHUNK
+
+    @property
     def num_chunks(self) -> int:
-        short = min(self.slots, _SHORT_SLOTS)
-        return pl.cdiv(short, SHORT_CHUNK) + pl.cdiv(self.slots - short, _LONG_CHUNK)
+        short_chunk, long_chunk = self.chunk_sizes
+        short = min(self.slots, _CHUNKS * short_chunk)
+        return pl.cdiv(short, short_chunk) + pl.cdiv(self.slots - short, long_chunk)
+
+    def first_slot(self, chunk: Array) -> Array:
+        """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
+        short, long = self.chunk_sizes
+        return jnp.where(chunk < _CHUNKS, chunk * short, _CHUNKS * short + (chunk - _CHUNKS) * long)
 
     def first_seen(self, position: Array) -> Array | int:
         """The first slot that a token at ``position`` sees."""
@@ -196,9 +211,9 @@ def parts_of(problem: Problem, batch: int, count: int) -> tuple[list[pl.BlockSpe
     def block(program, part, sequence):
         return sequence, lax.div(program, problem.row_blocks), part, lax.rem(program, problem.row_blocks)
 
-    rows = pl.BlockSpec((None, None, None, ROWS), block)
-    wide = pl.BlockSpec((None, None, None, ROWS, problem.block_dim), lambda *ids: (*block(*ids), 0))
-    shape = (batch, problem.num_kv_heads, count, problem.row_blocks * ROWS)
+    rows = pl.BlockSpec((None, None, None, problem.rows), block)
+    wide = pl.BlockSpec((None, None, None, problem.rows, problem.block_dim), lambda *ids: (*block(*ids), 0))
+    shape = (batch, problem.num_kv_heads, count, problem.row_blocks * problem.rows)
     shapes = [shape, shape, (*shape, problem.block_dim)]
     return [rows, rows, wide], [jax.ShapeDtypeStruct(one, jnp.float32) for one in shapes]
 
@@ -207,12 +222,12 @@ def results_of_chunks(problem: Problem, batch: int) -> tuple[list[pl.BlockSpec],
     """What programs for chunks leave: their parts, and of a problem that weighs blocks the sums of these."""
     out_specs, out_shape = parts_of(problem, batch, problem.num_chunks)
     if problem.weigh_blocks:
-        weighing = pl.cdiv(problem.weighed_rows, ROWS)
-        sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * ROWS)
+        weighing = pl.cdiv(problem.weighed_rows, problem.rows)
+        sums = (batch, problem.num_kv_heads, problem.num_blocks, weighing * problem.rows)
         out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
         out_specs.append(
             pl.BlockSpec(
-                (None, None, problem.num_blocks, ROWS),
+                (None, None, problem.num_blocks, problem.rows),
                 lambda program, chunk, sequence: (
                     sequence,
                     lax.div(program, problem.row_blocks),
@@ -260,8 +275,8 @@ def _chunk_kernel(
 
     # Whole tiles from the first slot that the first token sees to the last one that the last token sees.
     block_slots = min(SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
-    chunk_start = first_slot(chunk)
-    end = jnp.minimum(first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
+    chunk_start = problem.first_slot(chunk)
+    end = jnp.minimum(problem.first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
     first_tile = lax.div(jnp.maximum(problem.first_seen(length) - chunk_start, 0), block_slots)
     end_tile = lax.div(end - chunk_start + (block_slots - 1), block_slots)
 
@@ -383,7 +398,7 @@ def join_chunks(
     batch, group = lengths.shape[0], problem.group
     out_specs, out_shape = ([one] for one in result_of(problem, batch, dtype))
     if problem.weigh_blocks:
-        sums = (batch, problem.num_kv_heads, problem.row_blocks * ROWS)
+        sums = (batch, problem.num_kv_heads, problem.row_blocks * problem.rows)
         out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))
         out_specs.append(
             pl.BlockSpec(
@@ -423,7 +438,7 @@ def _join_kernel(
         maximum, total, mixed = carry
         here = pl.ds(step * _CHUNKS, _CHUNKS)
         chunks = step * _CHUNKS + lax.broadcasted_iota(jnp.int32, (_CHUNKS,), 0)
-        seen = (first_slot(chunks) < end) & (first_slot(chunks + 1) > first)
+        seen = (problem.first_slot(chunks) < end) & (problem.first_slot(chunks + 1) > first)
         seen_wide = across(seen, (_CHUNKS, problem.block_dim))
         # What was not written may hold anything, so it is not read.
         maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
@@ -435,7 +450,8 @@ def _join_kernel(
         return maximum, total, mixed
 
     # One step for the short chunks, then as many as the token needs: the same program for any number of slots.
-    num_steps = 1 + lax.div(jnp.maximum(end - _SHORT_SLOTS, 0) + (_LONG_SLOTS - 1), _LONG_SLOTS)
+    short_slots, long_slots = (_CHUNKS * size for size in problem.chunk_sizes)
+    num_steps = 1 + lax.div(jnp.maximum(end - short_slots, 0) + (long_slots - 1), long_slots)
     maximum, total, mixed = lax.fori_loop(0, num_steps, join, nothing((), problem))
     out = mixed / jnp.where(total > 0, total, 1.0)
     exists = lax.broadcasted_iota(jnp.int32, out.shape, 0) < problem.head_dim
@@ -444,14 +460,9 @@ def _join_kernel(
         sum_ref[0][...] = jnp.where(total > 0, maximum + jnp.log(total), 0.0)
 
 
-def first_slot(chunk: Array) -> Array:
-    """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
-    return jnp.where(chunk < _CHUNKS, chunk * SHORT_CHUNK, _SHORT_SLOTS + (chunk - _CHUNKS) * _LONG_CHUNK)
-
-
 def load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: Problem) -> Array:
-    """The queries of 16 rows ``[16, block_dim]``, with zeros where there are none."""
-    shape = (ROWS, problem.block_dim)
+    """The queries of a tile's rows ``[rows, block_dim]``, with zeros where there are none."""
+    shape = (len(rows), problem.block_dim)
     rows, group = across(rows, shape), problem.group
     dims = lax.broadcasted_iota(jnp.int32, shape, 1)
     queries = ref.at[lax.div(rows, group), kv_head * group + lax.rem(rows, group), dims]

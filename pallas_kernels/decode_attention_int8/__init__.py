@@ -13,7 +13,7 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention import check_block_size
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.decode_attention_int8 import reference
-from pallas_kernels.dispatch import REFERENCE, TPU, TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.rotate_and_write_int8 import check_written
 from pallas_kernels.rotate_and_write_int8 import reference as writing
 
@@ -21,7 +21,6 @@ _OP = "decode_attention_int8"
 # A file has decode_attention_int8, decode_attention_int8_with_masses, block_attention_int8 and
 # obstacle(num_tokens, head_dim, blocks); and cache_obstacle(cache), if it does not read all.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
-_ORDER = (TPU, REFERENCE, TRITON)  # no GPU has run its kernels yet: they are there for those who ask by name
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -156,4 +155,4 @@ def _selected(
         of_cache = getattr(module, "cache_obstacle", None)
         return of_cache(cache) if told is None and of_cache is not None else told
 
-    return _IMPLEMENTATIONS.select(implementation, obstacle, order=_ORDER)
+    return _IMPLEMENTATIONS.select(implementation, obstacle)

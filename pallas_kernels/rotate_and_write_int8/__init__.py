@@ -8,12 +8,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.arrays.int8_cache import RING, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
-from pallas_kernels.dispatch import REFERENCE, TPU, TRITON, Implementations
+from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "rotate_and_write_int8"
 # A file has rotate_and_write_int8 and obstacle(dtype).
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
-_ORDER = (TPU, REFERENCE, TRITON)  # no GPU has run its kernels yet: they are there for those who ask by name
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -46,7 +45,7 @@ def rotate_and_write_int8(
     check_written(_OP, qkv, cosine, sine, cache)
     if qkv.shape[1] > MAX_DECODE_TOKENS:
         raise ValueError(f"{_OP}: there are {qkv.shape[1]} tokens; use at most {MAX_DECODE_TOKENS}, or prefill_int8")
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(qkv.dtype), order=_ORDER)
+    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(qkv.dtype))
     return chosen.rotate_and_write_int8(qkv, cosine, sine, cache, lengths)
 
 

@@ -1,8 +1,10 @@
 """``rotate_and_write_int8`` as a Pallas Triton kernel for NVIDIA GPUs (compute capability 8.0 and newer).
 
-A program takes one head of queries or values of one token, or one head of keys of all tokens. The last of these also
-quantises the block of which it writes the last position: its older keys are in the ring, the new ones in registers. The
-arrays of the cache are aliased to the results and seen whole, so that nothing else of them is touched or copied.
+A program is one warp and takes a few heads of queries of one token, one head of its values, or some channels of a head
+of keys, of all tokens. The last of these also quantises the block of which it writes the last position: its older keys
+are in the ring, the new ones in registers. They are few channels, so that this takes few steps, for which all others of
+the layer would wait. The arrays of the cache are aliased to the results and seen whole, so that nothing else of them is
+touched or copied.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.backends.triton.producers import reciprocal, round_half_to_even, rounded_to
 
-_ROWS = 16  # keys of the ring that are read at a time
+_ROWS = 32  # keys of the ring that are read at a time
+_QUERIES = 4  # heads of a program
+_CHANNELS = 32  # of keys, of either half of a head, of a program
 
 
 def obstacle(dtype: DTypeLike | None = None) -> None:
@@ -58,12 +61,12 @@ def _rotate_and_write(
     block_dim = head_dim // 2 + block_half  # what a load of the second half may reach
 
     def whole(*sizes: int) -> pl.BlockSpec:
-        return pl.BlockSpec(sizes, lambda head, token, sequence: (0,) * len(sizes))
+        return pl.BlockSpec(sizes, lambda program, token, sequence: (0,) * len(sizes))
 
     def part_spec(index: int) -> pl.BlockSpec:
         # One array read several times: slices of it would be copies.
-        shape = (None, None, num_tokens, None, block_dim)
-        return pl.BlockSpec(shape, lambda head, token, sequence: (index, sequence, 0, head, 0))
+        shape = (None, None, num_tokens, num_heads, block_dim)
+        return pl.BlockSpec(shape, lambda program, token, sequence: (index, sequence, 0, 0, 0))
 
     by_heads = [
         array.reshape(*array.shape[:2], num_kv_heads, head_dim)
@@ -72,12 +75,13 @@ def _rotate_and_write(
     written = [*by_heads, cache.value_scales]
     specs = [*[whole(*array.shape[:3], block_dim) for array in by_heads], whole(batch, num_kv_heads, capacity)]
     query_shape = (batch, num_tokens, num_heads - 2 * num_kv_heads)
-    turn = pl.BlockSpec((None, num_tokens, block_half), lambda head, token, sequence: (sequence, 0, 0))
+    turn = pl.BlockSpec((None, num_tokens, block_half), lambda program, token, sequence: (sequence, 0, 0))
+    pieces = pl.cdiv(block_half, _CHANNELS)
     query, *arrays = pl.pallas_call(
         functools.partial(_kernel, num_tokens=num_tokens, half=head_dim // 2, capacity=capacity, interpret=interpret),
-        grid=(num_heads, num_tokens, batch),
+        grid=(pl.cdiv(query_shape[2], _QUERIES) + num_kv_heads * (1 + pieces), num_tokens, batch),
         in_specs=[
-            pl.BlockSpec((None,), lambda head, token, sequence: (sequence,)),
+            pl.BlockSpec((None,), lambda program, token, sequence: (sequence,)),
             turn,
             turn,
             *specs,
@@ -101,78 +105,112 @@ def _kernel(
     length_ref,  # [] int32
     cosine_ref,  # [T, block_half] f32
     sine_ref,  # [T, block_half] f32
-    *refs,  # the cache: the same memory as the results; qkv or each of its parts [T, block_dim]; query; the cache
+    *refs,  # the cache: the same memory as the results; qkv or each part of it [T, heads, block_dim]; query; the cache
     num_tokens: int,
     half: int,
     capacity: int,
     interpret: bool,
 ):
     *part_refs, query_ref, keys_ref, scales_ref, recent_ref, values_ref, value_scales_ref = refs[5:]
-    head, token, sequence = (pl.program_id(axis) for axis in range(3))
-    first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
+    program, token, sequence = (pl.program_id(axis) for axis in range(3))
+    (num_queries, num_kv_heads), block_half = (query_ref.shape[2], keys_ref.shape[2]), cosine_ref.shape[1]
+    first_value = pl.cdiv(num_queries, _QUERIES)
+    first_key = first_value + num_kv_heads
     length, dtype = length_ref[...], query_ref.dtype
     position = length + token
-    of_head = _Head(part_refs, cosine_ref, sine_ref, dtype, half, interpret)
+    new = _New(part_refs, cosine_ref, sine_ref, dtype, half, interpret)
 
-    @pl.when(head < first_key)
+    @pl.when(program < first_value)
     def _():
-        for start, part in zip((0, half), of_head.rotated(token), strict=True):
-            _store_half(query_ref, (sequence, token, head), part.astype(dtype), start, half)
+        heads = program * _QUERIES + lax.broadcasted_iota(jnp.int32, (_QUERIES, 1), 0)
+        tile = _Tile(token, heads, heads < num_queries, 0, block_half, half)
+        for start, part in zip((0, half), new.rotated(tile), strict=True):
+            tile.store(query_ref, (sequence, token, heads), start, part.astype(dtype))
 
-    @pl.when((head >= first_value) & (position < capacity))
+    @pl.when((program >= first_value) & (program < first_key) & (position < capacity))
     def _():
-        halves = of_head.value(token)
-        magnitude = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in halves])
+        head = program - first_value
+        tile = _Tile(token, num_queries + num_kv_heads + head, jnp.full((1, 1), True), 0, block_half, half)
+        halves = new.values(tile)
+        magnitude = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), axis=1) for part in halves])[:, None]
         for start, part in zip((0, half), halves, strict=True):
-            codes, scale = of_head.code(part, jnp.broadcast_to(magnitude, part.shape))
-            _store_half(values_ref, (sequence, position, head - first_value), codes, start, half)
-        plgpu.store(value_scales_ref.at[sequence, head - first_value, position], jnp.max(scale))
+            codes, scale = new.code(part, jnp.broadcast_to(magnitude, part.shape))
+            tile.store(values_ref, (sequence, position, head), start, codes)
+        plgpu.store(value_scales_ref.at[sequence, head, position], jnp.max(scale))
 
-    @pl.when((head >= first_key) & (head < first_value) & (token == 0))
+    @pl.when((program >= first_key) & (token == 0))
     def _():
-        where = sequence, head - first_key
+        head, piece = (part(program - first_key, pl.cdiv(block_half, _CHANNELS)) for part in (lax.div, lax.rem))
         tokens = lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(num_tokens), 1), 0)
-        new = [rounded_to(part, dtype, interpret=interpret) for part in of_head.rotated(tokens)]
-        for start, part in zip((0, half), new, strict=True):
-            slots = lax.rem(length + tokens, RING)
-            _store_rows(recent_ref, where, slots, tokens < num_tokens, part.astype(dtype), start, half)
+        channels = min(_CHANNELS, block_half)
+        tile = _Tile(tokens, num_queries + head, tokens < num_tokens, piece * channels, channels, half)
+        keys = [rounded_to(part, dtype, interpret=interpret) for part in new.rotated(tile)]
+        for start, part in zip((0, half), keys, strict=True):
+            tile.store(recent_ref, (sequence, lax.rem(length + tokens, RING), head), start, part.astype(dtype))
         end = (lax.div(length, KEY_BLOCK) + 1) * KEY_BLOCK
 
         @pl.when((end <= length + num_tokens) & (end <= capacity))
         def _():
             arrays = keys_ref, scales_ref, recent_ref
-            for start, part in zip((0, half), new, strict=True):
-                bounds = length, end
-                _quantise_block(*arrays, part, tokens, bounds, where, code=of_head.code, start=start, half=half)
+            for start, part in zip((0, half), keys, strict=True):
+                _quantise_block(*arrays, part, tile, (length, end), (sequence, head), code=new.code, start=start)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Head:
-    """A head of one token, a scalar, or of several, ``[tokens, 1]``, as float32 halves."""
+class _Tile:
+    """Tokens or heads, by channels of either half of a head."""
 
-    part_refs: list[registers.Ref]  # [T, block_dim]
+    tokens: Array  # [] or [rows, 1]
+    heads: Array  # [] or [rows, 1]
+    exist: Array  # [rows, 1]
+    first: Array | int  # of the channels
+    channels: int
+    half: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.exist.shape[0], self.channels
+
+    def load(self, ref: registers.Ref, where: tuple[Array, ...], start: int) -> Array:
+        """``[rows, channels]`` of a half that begins at ``start``, with zeros where there are none."""
+        place, mask = self._place(ref, where, start)
+        return plgpu.load(place, mask=mask, other=jnp.zeros((), ref.dtype))
+
+    def store(self, ref: registers.Ref, where: tuple[Array, ...], start: int, values: Array) -> None:
+        place, mask = self._place(ref, where, start)
+        plgpu.store(place, values, mask=mask)
+
+    def _place(self, ref: registers.Ref, where: tuple[Array, ...], start: int) -> tuple[registers.Ref, Array]:
+        columns = self.first + lax.broadcasted_iota(jnp.int32, self.shape, 1)
+        mask = jnp.broadcast_to(self.exist, self.shape) & (columns < self.half)
+        return ref.at[(*[jnp.broadcast_to(index, self.shape) for index in where], start + columns)], mask
+
+
+@dataclasses.dataclass(frozen=True)
+class _New:
+    """What is new, as float32 halves of a tile."""
+
+    part_refs: list[registers.Ref]  # [T, heads, block_dim]
     cosine_ref: registers.Ref
     sine_ref: registers.Ref
     dtype: DTypeLike
     half: int
     interpret: bool
 
-    def value(self, tokens: Array) -> tuple[Array, Array]:
+    def values(self, tile: _Tile) -> tuple[Array, Array]:
         """Both halves as they come."""
-        block_half = self.cosine_ref.shape[1]
 
         def load_sum(start: int) -> Array:
-            loaded = [_load_half(ref, tokens, start, block_half, half=self.half) for ref in self.part_refs]
+            loaded = [tile.load(ref, (tile.tokens, tile.heads), start) for ref in self.part_refs]
             total = tree_sum([part.astype(jnp.float32) for part in loaded])
             return total if len(loaded) == 1 else rounded_to(total, self.dtype, interpret=self.interpret)
 
         return load_sum(0), load_sum(self.half)
 
-    def rotated(self, tokens: Array) -> tuple[Array, Array]:
+    def rotated(self, tile: _Tile) -> tuple[Array, Array]:
         """Both halves, rotated."""
-        first, second = self.value(tokens)
-        refs, block_half = (self.cosine_ref, self.sine_ref), self.cosine_ref.shape[1]
-        cosine, sine = (_load_half(ref, tokens, 0, block_half, half=self.half) for ref in refs)
+        first, second = self.values(tile)
+        cosine, sine = (tile.load(ref, (tile.tokens,), 0) for ref in (self.cosine_ref, self.sine_ref))
         return first * cosine - second * sine, second * cosine + first * sine
 
     def code(self, x: Array, magnitude: Array) -> tuple[Array, Array]:
@@ -186,85 +224,39 @@ def _quantise_block(
     keys_ref: registers.Ref,  # [B, S, KH, block_dim] int8
     scales_ref: registers.Ref,  # [B, NB, KH, block_dim] f32
     recent_ref: registers.Ref,  # [B, RING, KH, block_dim]
-    new: Array,  # [tokens, block_half] f32, the new keys as the dtype holds them
-    tokens: Array,  # [tokens, 1]
+    new: Array,  # [tokens, channels] f32, the new keys as the dtype holds them
+    tile: _Tile,  # that of the new keys
     bounds: tuple[Array, Array],  # positions before the new ones, and the end of the block
     where: tuple[Array, Array],  # the sequence and its head
     *,
     code: Callable[..., tuple[Array, Array]],
     start: int,
-    half: int,
 ) -> None:
-    """The codes and scales of half of a head in a block: its older keys come from the ring."""
-    length, end = bounds
-    is_new = tokens < end - length
-    new = jnp.where(jnp.broadcast_to(is_new, new.shape), new, 0.0)
+    """The codes and scales of some channels of half of a head in a block: its older keys come from the ring."""
+    (sequence, head), (length, end) = where, bounds
+    added = dataclasses.replace(tile, exist=tile.exist & (tile.tokens < end - length))
+    new = jnp.where(jnp.broadcast_to(added.exist, new.shape), new, 0.0)
+    first = end - KEY_BLOCK
 
-    def older(step: Array) -> tuple[Array, Array, Array]:
-        positions = end - KEY_BLOCK + step * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0)
-        exists = positions < length
-        rows, columns, mask = _places(lax.rem(positions, RING), exists, start, half, new.shape[1])
-        here = recent_ref.at[_everywhere(where[0], mask), rows, _everywhere(where[1], mask), columns]
-        keys = plgpu.load(here, mask=mask, other=jnp.zeros((), recent_ref.dtype))
-        return positions, exists, keys.astype(jnp.float32)
+    def older(step: Array) -> tuple[_Tile, Array]:
+        positions = first + step * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0)
+        rows = dataclasses.replace(tile, tokens=positions, exist=positions < length)
+        return rows, rows.load(recent_ref, (sequence, lax.rem(positions, RING), head), start).astype(jnp.float32)
 
     def largest(step: Array, magnitude: Array) -> Array:
-        return jnp.maximum(magnitude, jnp.max(jnp.abs(older(step)[2]), axis=0))
+        return jnp.maximum(magnitude, jnp.max(jnp.abs(older(step)[1]), axis=0))
 
-    steps = KEY_BLOCK // _ROWS
+    steps = lax.div(length - first + (_ROWS - 1), _ROWS)
     magnitude = lax.fori_loop(0, steps, largest, jnp.max(jnp.abs(new), axis=0))[None, :]
 
-    def store_older(step: Array, carry: Any) -> Any:
-        positions, exists, keys = older(step)
+    def store_older(step: Array, carry: Array) -> Array:
+        rows, keys = older(step)
         codes, _ = code(keys, jnp.broadcast_to(magnitude, keys.shape))
-        _store_rows(keys_ref, where, positions, exists, codes, start, half)
+        rows.store(keys_ref, (sequence, rows.tokens, head), start, codes)
         return carry
 
     lax.fori_loop(0, steps, store_older, 0)
     codes, scales = code(new, jnp.broadcast_to(magnitude, new.shape))
-    _store_rows(keys_ref, where, length + tokens, is_new, codes, start, half)
-    place = where[0], lax.div(end, KEY_BLOCK) - 1, where[1]
-    _store_half(scales_ref, place, jnp.max(scales, axis=0), start, half)
-
-
-def _exists(block_half: int, half: int) -> Array | None:
-    return None if block_half == half else lax.broadcasted_iota(jnp.int32, (block_half,), 0) < half
-
-
-def _load_half(ref: registers.Ref, tokens: Array, start: int, block_half: int, *, half: int) -> Array:
-    """Half of a head of one token ``[block_half]``, or of several ``[tokens, block_half]``."""
-    if tokens.ndim:
-        rows, columns, places = _places(tokens, tokens < ref.shape[0], start, half, block_half)
-        return plgpu.load(ref.at[rows, columns], mask=places, other=jnp.zeros((), ref.dtype))
-    mask = _exists(block_half, half)
-    here = ref.at[tokens, pl.ds(start, block_half)]
-    return plgpu.load(here) if mask is None else plgpu.load(here, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
-def _store_half(ref: registers.Ref, where: tuple[Array, ...], values: Array, start: int, half: int) -> None:
-    plgpu.store(ref.at[(*where, pl.ds(start, len(values)))], values, mask=_exists(len(values), half))
-
-
-def _places(rows: Array, exists: Array, start: int, half: int, block_half: int) -> tuple[Array, Array, Array]:
-    """Rows, columns and mask ``[rows, block_half]`` of half of a head of several tokens."""
-    shape = (rows.shape[0], block_half)
-    columns = lax.broadcasted_iota(jnp.int32, shape, 1)
-    mask = jnp.broadcast_to(exists, shape) & (columns < half)
-    return jnp.broadcast_to(rows, shape), start + columns, mask
-
-
-def _store_rows(
-    ref: registers.Ref,  # [B, rows, KH, block_dim]
-    where: tuple[Array, Array],
-    rows: Array,
-    exists: Array,
-    values: Array,
-    start: int,
-    half: int,
-) -> None:
-    rows, columns, mask = _places(rows, exists, start, half, values.shape[1])
-    plgpu.store(ref.at[_everywhere(where[0], mask), rows, _everywhere(where[1], mask), columns], values, mask=mask)
-
-
-def _everywhere(index: Array, like: Array) -> Array:
-    return jnp.broadcast_to(index, like.shape)
+    added.store(keys_ref, (sequence, length + tile.tokens, head), start, codes)
+    once = dataclasses.replace(tile, exist=jnp.full((1, 1), True))
+    once.store(scales_ref, (sequence, lax.div(end, KEY_BLOCK) - 1, head), start, jnp.max(scales, axis=0)[None, :])

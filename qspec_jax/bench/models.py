@@ -61,7 +61,7 @@ class ModelRequest:
         from qspec_jax.model.sharding import check_split
 
         mesh, dtype = make_mesh(self.mesh), decoder_options(self.kernels, self.dtype)["dtype"]
-        kv_format(self.kv, dtype=dtype, kernels=self.kernels)
+        kv_format(self.kv, dtype=dtype)
         if mesh is None:
             return
         shape, formats = shape_of(mesh), complete_formats(layer_anatomy(self.config).linears, self.quantization, None)

@@ -59,7 +59,7 @@ def synthetic_model(
     """
     arrangement = decoder_options(kernels, dtype)
     on = make_mesh(mesh)
-    kv = kv_format(kv, dtype=arrangement["dtype"], kernels=kernels)
+    kv = kv_format(kv, dtype=arrangement["dtype"])
     shapes: dict[str, Any] = {"quantization": quantization, "formats": None, **arrangement}
     shards = None if on is None else Shards.of(config, on, **shapes)
     decoder = abstract_decoder(config, **shapes) if shards is None else shards.shapes()

@@ -26,11 +26,11 @@ from qspec_jax.decoding.state import PromptPieces
 from qspec_jax.model.cache import KV_OF_MODEL
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import linears
-from qspec_jax.model.linear import PIECE, Linear
+from qspec_jax.model.linear import PIECE
 
 _MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
 _SIZES = (2, 8, 32, 64)  # pieces of a pass: what is padded costs less than more programs
-_LONGEST_CHUNK = 512 // PIECE  # pieces
+LONGEST_CHUNK = 512 // PIECE  # pieces
 
 
 def can_pack(decoder: Decoder) -> bool:
@@ -44,19 +44,14 @@ def can_pack(decoder: Decoder) -> bool:
         return False
     in_pieces = 0
     for linear in linears(decoder):
-        alike = _rows_alike(linear)
+        weight = linear.weight.get_value()
+        if not isinstance(weight, QuantizedWeight) or linear.floats is not None:  # a library multiplies floats
+            return False
+        alike = pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
         if alike is not None and alike < MAX_ROWS:
             return False
-        in_pieces += 0 if alike is None else 2 * linear.weight.get_value().packed.size
+        in_pieces += 0 if alike is None else 2 * weight.packed.size
     return in_pieces <= _MOST_IN_PIECES
-
-
-def _rows_alike(linear: Linear) -> int | None:
-    """Rows that have the same bits whatever the others are; None for any number."""
-    weight = linear.weight.get_value()
-    if not isinstance(weight, QuantizedWeight) or linear.floats is not None:  # a library multiplies floats
-        return 1
-    return pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
 
 
 def obstacle(decoder: Decoder) -> str | None:
@@ -68,7 +63,7 @@ def obstacle(decoder: Decoder) -> str | None:
 
 def sizes(rows: int) -> tuple[int, ...]:
     """The numbers of pieces that passes of a batch have: the last is what a chunk of every row needs, or the most."""
-    most = min(_SIZES[-1], rows * _LONGEST_CHUNK)
+    most = min(_SIZES[-1], rows * LONGEST_CHUNK)
     return (*(size for size in _SIZES if size < most), most)
 
 

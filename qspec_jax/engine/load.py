@@ -215,8 +215,8 @@ def load(
         dtype: of everything that is not quantised; None for float32 on the CPU and bfloat16 elsewhere.
         kernels: ``auto``, ``reference``, ``triton``, or ``mosaic`` (Hopper; its matmuls only).
         kv: how keys and values are kept: ``model`` in its dtype (``bf16`` is the same of a model in bfloat16), or
-            ``int8`` in about half of the memory, on one device or a mesh: of CPUs, TPUs, or with ``kernels="triton"``
-            GPUs. QSpec yields the tokens of plain decoding with the same cache.
+            ``int8`` in about half of the memory, on one device or a mesh. QSpec yields the tokens of plain decoding
+            with the same cache.
         mesh: devices that share the model: ``"data=2,model=4"`` of JAX's first devices, or a ``jax.sharding.Mesh`` with
             one or both of these axes. Rows of a batch are split over ``data``; heads, channels and vocabulary over
             ``model``. No device holds more than its share. None for the default device alone.
@@ -255,7 +255,7 @@ def load(
         enable_compilation_cache()
     _check_processes(mesh)
     on = make_mesh(mesh)
-    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels)
+    kv = kv_format(kv, dtype=placement["dtype"])
     draft_path = None if draft_model is None else resolve_model(draft_model, what="draft_model")
     heads: dict[str, Any] = {"head_bits": head_bits, "draft_head": draft_head}
     opened = open_model(resolve_model(model), quantization, verify=verify, draft_path=draft_path, **heads)

@@ -72,7 +72,7 @@ def describe_model(
         CheckpointError, UnsupportedModelError: the model cannot be opened.
     """
     placement = decoder_options(kernels, dtype)
-    kv = kv_format(kv, dtype=placement["dtype"], kernels=kernels)
+    kv = kv_format(kv, dtype=placement["dtype"])
     heads = heads or {}
     opened = open_model(path, quantization or "auto", verify=verify, draft_path=draft_path, **heads)
     config, chosen, formats = opened.config, opened.quantization, opened.formats

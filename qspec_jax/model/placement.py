@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 import pallas_kernels
 from pallas_kernels import Layout, QuantizedWeight
-from pallas_kernels.dispatch import MOSAIC, REFERENCE, TRITON
+from pallas_kernels.dispatch import MOSAIC, REFERENCE
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8, KV_OF_MODEL
 from qspec_jax.model.config import DTYPES, KV_NAMES
@@ -37,16 +37,15 @@ def decoder_options(kernels: str, dtype: str | None) -> dict[str, Any]:
     }
 
 
-def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto") -> str:
+def kv_format(kv: Any, *, dtype: DTypeLike) -> str:
     """What keys and values are kept as, one of ``KV_FORMATS``, from the name that a person gives.
 
     Args:
         kv: ``model``, ``int8``, or ``bf16`` for that of a model in bfloat16.
         dtype: of the model.
-        kernels: that were asked for.
 
     Raises:
-        UsageError: there is no such format, or not here.
+        UsageError: there is no such format, or not in this dtype.
     """
     if kv not in KV_NAMES:
         raise UsageError(f"kv={kv!r} is not supported; use one of {', '.join(KV_NAMES)}")
@@ -54,11 +53,6 @@ def kv_format(kv: Any, *, dtype: DTypeLike, kernels: str = "auto") -> str:
         raise UsageError(
             f"kv='bf16' is the cache of a model in bfloat16; this one runs in {jnp.dtype(dtype)}: use kv='model' for a "
             "cache of its dtype, or dtype='bfloat16'"
-        )
-    if kv == KV_INT8 and jax.default_backend() == "gpu" and kernels not in (TRITON, REFERENCE):
-        raise UsageError(
-            "kv='int8' has kernels that no GPU has run yet; use kernels='triton' to try them, once `python -m "
-            "qspec_jax.info --self-test --op decode_attention_int8` has found them right, or kv='model'"
         )
     return KV_INT8 if kv == KV_INT8 else KV_OF_MODEL
 

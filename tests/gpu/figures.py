@@ -159,10 +159,10 @@ GROUPS = {
     "int8-cache": Group(
         [
             f"{_31} --mode w4a16 --batch 32 --context 4096",
-            f"{_31} --mode w4a16 --batch 32 --context 4096 --kv int8 --kernels triton",
+            f"{_31} --mode w4a16 --batch 32 --context 4096 --kv int8",
             f"{_31} --mode w4a16 --batch 64 --context 1024",
-            f"{_31} --mode w4a16 --batch 64 --context 1024 --kv int8 --kernels triton",
-            f"{_LONG} --batch 32 --context 4096 --draft-length 3 --kv int8 --kernels triton",
+            f"{_31} --mode w4a16 --batch 64 --context 1024 --kv int8",
+            f"{_LONG} --batch 32 --context 4096 --draft-length 3 --kv int8",
         ],
         [
             Figure("plain, int8 cache over bf16, 32 x 4096", _over(32, 4096), 1.35),

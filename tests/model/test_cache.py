@@ -47,10 +47,6 @@ def test_int8_takes_about_half_of_bfloat16():
         ("int8", {"dtype": "float32"}, KV_INT8),
         ("model", {"dtype": "float32"}, KV_OF_MODEL),
         ("bf16", {"dtype": "float32"}, "this one runs in float32: use kv='model'"),
-        ("int8", {"backend": "tpu"}, KV_INT8),
-        ("int8", {"backend": "gpu"}, "no GPU has run yet; use kernels='triton'"),
-        ("int8", {"backend": "gpu", "kernels": "mosaic"}, "use kernels='triton'"),
-        ("int8", {"backend": "gpu", "kernels": "triton"}, KV_INT8),
         ("int4", {}, f"kv='int4' is not supported; use one of {', '.join(KV_NAMES)}"),
         ("INT8", {}, "is not supported"),
         ("", {}, "is not supported"),
@@ -60,9 +56,8 @@ def test_int8_takes_about_half_of_bfloat16():
     ],
     ids=str,
 )
-def test_a_format_is_known_or_refused_with_those_that_are(monkeypatch, kv, options, expected):
-    monkeypatch.setattr(jax, "default_backend", lambda: options.get("backend", "cpu"))
-    given = {"dtype": "bfloat16", **{name: value for name, value in options.items() if name != "backend"}}
+def test_a_format_is_known_or_refused_with_those_that_are(kv, options, expected):
+    given = {"dtype": "bfloat16", **options}
     if expected in KV_FORMATS:
         assert kv_format(kv, **given) == expected
         return
