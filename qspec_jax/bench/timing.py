@@ -1,7 +1,8 @@
 """Times of compiled programs of many calls.
 
 On an NVIDIA GPU the clock is CUPTI, the profiler of the driver: the time of every kernel that the program runs,
-without dispatch and without the gaps between kernels. Elsewhere it is the wall clock.
+without dispatch and without the gaps between kernels. Elsewhere it is the wall clock. With several GPUs XLA asks CUPTI:
+what Mosaic offers detaches it each time, after which a program whose kernels carry messages never ended.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import functools
 import importlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -23,6 +26,7 @@ from qspec_jax.errors import QSpecError
 
 Clock = Literal["kernel", "wall"]
 WALL_NOTICE = "wall: wall-clock times of a device without a kernel clock; they say nothing about a GPU"
+_NO_KERNELS = ("Memcpy", "Memset")  # of the events on a stream
 _Result = TypeVar("_Result")
 
 
@@ -101,11 +105,13 @@ def _kernels(program: Any, *arguments: Any) -> list[tuple[str, float]]:
 
 
 def recorded_kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Name and milliseconds of every kernel of one run, of a program that has run before.
+    """Name and milliseconds of every kernel of one run, of a program that has run before; of all GPUs that run it.
 
     Raises:
         ImportError, RuntimeError: there is no CUPTI.
     """
+    if jax.local_device_count() > 1:
+        return _traced_kernels(run)
     # profiler.measure would call a program twice with the same arguments, which donated ones do not survive.
     profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")  # not on every platform
     if profiler.mosaic_gpu_lib is None:
@@ -117,6 +123,29 @@ def recorded_kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
     finally:
         kernels = cupti._cupti_get_timings(True)  # detaches CUPTI
     return list(kernels or ())
+
+
+def _traced_kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(run())
+        files = list(Path(folder).rglob("*.xplane.pb"))
+        return [kernel for file in files for kernel in kernels_of(jax.profiler.ProfileData.from_file(os.fspath(file)))]
+
+
+def kernels_of(trace: Any) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel in a ``jax.profiler.ProfileData``, device by device."""
+    streams = (
+        line
+        for plane in trace.planes
+        if plane.name.startswith("/device:GPU:")
+        for line in plane.lines
+        if line.name.startswith("Stream #")  # others tell the same by operations and modules
+    )
+    events = (event for stream in streams for event in stream.events)
+    return [(event.name, event.duration_ns / 1e6) for event in events if not event.name.startswith(_NO_KERNELS)]
 
 
 def _wall_us(program: jax.stages.Compiled, shared: Any, copies: list[Any]) -> float:

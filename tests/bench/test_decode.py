@@ -313,6 +313,33 @@ def test_cupti_is_detached_whatever_happens(monkeypatch, fails):
     assert events == ["init", "run", ("read", True)]
 
 
+TRACE = """
+planes {
+  name: "/device:GPU:%d"
+  lines {
+    name: "Stream #7(Compute)" events { metadata_id: 1 duration_ps: 2000000 } events { metadata_id: 2 duration_ps: 9 }
+  }
+  lines { name: "XLA Ops" events { metadata_id: 1 duration_ps: 2000000 } }
+  event_metadata { key: 1 value { id: 1 name: "matmul" } }
+  event_metadata { key: 2 value { id: 2 name: "MemcpyD2D" } }
+}
+"""
+
+
+def test_kernels_of_several_gpus_are_read_from_a_trace_of_xla(monkeypatch):
+    host = 'planes { name: "/host:CPU" lines { name: "python" events { metadata_id: 1 } } }'
+    space = jax.profiler.ProfileData.text_proto_to_serialized_xspace(TRACE % 0 + TRACE % 1 + host)
+    trace = jax.profiler.ProfileData.from_serialized_xspace(space)
+    assert timing.kernels_of(trace) == [("matmul", 0.002)] * 2
+
+
+def test_with_several_gpus_xla_traces_the_kernels(monkeypatch):
+    ran = []
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    assert timing.recorded_kernels(lambda: ran.append(1) or jnp.ones(1)) == []  # of a CPU
+    assert ran == [1]
+
+
 def test_repetitions_fill_a_quarter_of_a_second(model, monkeypatch):
     with_idle_loops(monkeypatch)
     monkeypatch.setattr(decode_measure._Loop, "_run", lambda self, repetitions: 0.01 * repetitions)

@@ -12,7 +12,10 @@ import pytest
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.throughput import command
-from qspec_jax.bench.throughput.measure import arrivals, inter_token_seconds
+from qspec_jax.bench.throughput.measure import arrivals, fill_passes, inter_token_seconds
+from qspec_jax.decoding.packing import pack
+from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.requests import Request
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation import sharegpt
 from qspec_jax.files.lock import locked
@@ -127,6 +130,27 @@ def test_requests_arrive_at_random_at_the_rate():
     assert np.mean(np.diff(times)) == pytest.approx(0.25, rel=0.1)
     assert arrivals(3, None) == [0.0] * 3
     assert arrivals(5, 4.0, seed=1) != arrivals(5, 4.0, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "sizes"),
+    [
+        (64, 1000, [2, 8, 32, 64]),
+        (64, 20, [2, 8, 32, 64]),
+        (4, 97, [2, 8, 32]),  # four prompts of four pieces at most
+        (1, 600, [2, 8, 16]),
+        (1, 5, [2]),
+    ],
+)
+def test_every_program_that_reads_prompts_of_several_runs_before_the_clock(rows, longest, sizes):
+    requests = [Request([1] * longest, 5, SamplingParams()), Request([1], 5, SamplingParams())]
+    found = []
+    for some in fill_passes(requests, rows=rows, vocab_size=50):
+        packed = pack([(row, 0, one.token_ids) for row, one in enumerate(some)], rows=rows)
+        assert packed.count == len(some) <= rows
+        assert all(len(one.token_ids) <= longest for one in some)
+        found.append(len(packed.pieces.rows))
+    assert found == sizes
 
 
 def test_tokens_of_a_chunk_are_spread_over_its_time():

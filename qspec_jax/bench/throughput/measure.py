@@ -13,11 +13,12 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.engine.language_model import LanguageModel
@@ -133,9 +134,13 @@ def measure_throughput(
         could_win = functools.partial(model.programs.costs.num_bytes.can_win, rows=rows, context=context)
         plan = AutoPlan(plan.mode, tuple(filter(could_win, plan.choices)))
     model.programs.compile(plan, Shape.of(plan, rows=rows, capacity=capacity), widths)
-    first = _warm_up(requests)
-    for one in plan.choices if isinstance(plan, AutoPlan) else (plan,):
-        _serve(Scheduler(model.programs, one, state_of=plan, **options), first, arrivals(len(first), None))
+    plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
+    once = [(one, _warm_up(requests)) for one in plans]
+    if model.programs.packs:
+        passes = fill_passes(requests, rows=rows, vocab_size=model.decoder.config.vocab_size)
+        once += [(plans[0], some) for some in passes]
+    for one, some in once:
+        _serve(Scheduler(model.programs, one, state_of=plan, **options), some, arrivals(len(some), None))
     if isinstance(plan, AutoPlan):
         _serve(Scheduler(model.programs, plan, **options), requests, arrivals(len(requests), None))
     compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
@@ -202,6 +207,37 @@ def _warm_up(requests: Sequence[Request]) -> list[Request]:
         dataclasses.replace(request, max_new_tokens=min(_WARM_UP_TOKENS, request.max_new_tokens))
         for request in by_width.values()
     ]
+
+
+def fill_passes(requests: Sequence[Request], *, rows: int, vocab_size: int) -> Iterator[list[Request]]:
+    """Short requests that come together, so that each program that reads prompts of several runs once.
+
+    Args:
+        requests: which these are like; none of theirs is longer than the longest of these.
+        rows: of the batch.
+        vocab_size: tokens are drawn of.
+    """
+    generator, pieces = random.Random(0), 0  # fewer than those of a pass of this size
+    longest = min(packing.LONGEST_CHUNK, max(packing.num_pieces(len(one.token_ids)) for one in requests))
+    for size in packing.sizes(rows):
+        counts, needed = [], pieces + 1
+        while sum(counts) < needed:
+            counts.append(min(longest, needed - sum(counts)))
+        pieces = size
+        if len(counts) > rows:
+            return  # no pass has as many
+        yield [
+            dataclasses.replace(
+                requests[0],
+                token_ids=[generator.randrange(vocab_size) for _ in range(packing.PIECE * (count - 1) + 1)],
+                max_new_tokens=1,
+                prompt=None,
+                watch=None,
+                prefix_length=0,
+                session=None,
+            )
+            for count in counts
+        ]
 
 
 def _serve(scheduler: Scheduler, requests: Sequence[Request], times: Sequence[float]) -> list[RunningSequence]:
