@@ -7,6 +7,8 @@ layers of Llama-3-8B, whose sums are then of two parts.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qspec_jax
@@ -22,6 +24,28 @@ PLANS = {
     "7 drafts": {"mode": "qspec", "draft_length": 7},
     "lookup": {"mode": "lookup"},
 }
+
+
+@pytest.mark.parametrize("turns", ["as many", "of their own"])
+def test_loops_of_jax_alone_end(turns):
+    """What the others rest on: loops on both devices, with messages inside, and of as many turns as each has rows."""
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+
+    def of_a_device(a):
+        def turn(index, a):
+            return jax.lax.all_gather(a, "x").sum(0) if turns == "as many" else a + 1
+
+        count = 5 if turns == "as many" else jax.lax.axis_index("x") * 3 + 1
+        a = jax.lax.fori_loop(0, count, turn, a)
+        return jax.lax.all_gather(a, "x", tiled=True)
+
+    whole = jax.sharding.PartitionSpec()
+    program = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
+    for _ in range(3):
+        found = program(jnp.zeros((4, 256)) if turns == "of their own" else jnp.ones((4, 256)))
+        np.testing.assert_array_equal(
+            found, np.repeat([32, 32] if turns == "as many" else [1, 4], 4)[:, None] * np.ones(256)
+        )
 
 
 def differences(model, given, *, rows, expected):
