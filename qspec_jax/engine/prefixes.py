@@ -22,6 +22,7 @@ Example, chunks of up to 512 tokens, a system prompt S of 600 (chunks S1 and S2)
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -81,14 +82,15 @@ class HeldChunks:
             return max(sum(len(ids) for _, ids in self._held[row]), *also_held[row : row + 1], 0)
 
         in_common = [self._in_common(row, chunks) for row in range(len(self._held))]
+        firsts = range(0, len(self._held), self._per_device)
+        most = [max(in_common[first : first + self._per_device]) for first in firsts]
+        num_idle = collections.Counter(row // self._per_device for row in idle)
 
-        def of_device(row: int) -> int:
-            return max(in_common[other] for other in self._beside(row))
+        def order(row: int) -> tuple[int, ...]:
+            device = row // self._per_device
+            return -most[device], -in_common[row], -num_idle[device], size(row)
 
-        def num_idle(row: int) -> int:
-            return sum(other in idle for other in self._beside(row))
-
-        return min(idle, key=lambda row: (-of_device(row), -in_common[row], -num_idle(row), size(row)))
+        return min(idle, key=order)
 
     def plan(self, reading: Mapping[int, Sequence[Chunk]]) -> tuple[list[NextChunk], list[int]]:
         """What some rows read next, in any order or at once.
