@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -72,6 +74,7 @@ class Group(NamedTuple):
     commands: Sequence[str]
     figures: Sequence[Figure]
     num_gpus: int = 1
+    by_processes: bool = False  # a command that asks for a mesh is run by a process for each GPU
 
 
 def _speedup(what: str, tokens: float, aim: float, batch: int, context: int = 512, place: int = 0) -> Figure:
@@ -100,6 +103,11 @@ def _over(batch: int, context: int = 512, part: str = "step") -> Callable[[Resul
 _8B, _31 = "decode --preset llama-3-8b", "decode --preset llama-3.1-8b"
 _SHARDS = f"{_8B} --mode w4a16 --batch 1,16,64"
 _LONG = f"{_31} --mode w4a16,qspec --draft w4a8 --draft-context auto --repeats 3"
+_ON_MESH = [_SHARDS, f"{_SHARDS} --mesh model=2", f"{_8B} --mode w4a16 --batch 128 --mesh data=2"]
+_OF_MESH = [
+    *(Figure(f"model=2 over one GPU, batch {n}", _over(n), aim) for n, aim in ((1, 1.35), (16, 1.5), (64, 1.6))),
+    Figure("data=2 over one GPU, 64 + 64 rows", lambda r: 2 * r.ms("step", 64) / r.ms("step", 128, place=2), 1.9),
+]
 _SERVED = "throughput --preset llama-3-8b --mode w4a16 --batch-size 64"
 GROUPS = {
     "plain": Group(
@@ -207,20 +215,35 @@ GROUPS = {
         ["throughput --model default --mode w4a16 --batch-size 64 --num-prompts 256 --max-new-tokens 128"],
         [_run("demo model, 64 rows, tokens/s", lambda run: run["tokens_per_s"], 30_000)],
     ),
-    "mesh": Group(
-        [_SHARDS, f"{_SHARDS} --mesh model=2", f"{_8B} --mode w4a16 --batch 128 --mesh data=2"],
-        [
-            *(
-                Figure(f"model=2 over one GPU, batch {n}", _over(n), aim)
-                for n, aim in ((1, 1.35), (16, 1.5), (64, 1.6))
-            ),
-            Figure(
-                "data=2 over one GPU, 64 + 64 rows", lambda r: 2 * r.ms("step", 64) / r.ms("step", 128, place=2), 1.9
-            ),
-        ],
-        num_gpus=2,
-    ),
+    "mesh": Group(_ON_MESH, _OF_MESH, num_gpus=2),
+    "processes": Group(_ON_MESH, _OF_MESH, num_gpus=2, by_processes=True),
 }
+
+
+def run(arguments: Sequence[str], log: Path, count: int, *, seconds: float) -> int | str:
+    """Runs a command, by as many processes as there are GPUs where it is more than one; what came of it."""
+    # A hang is told by its tracebacks: ABRT has Python write them.
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--num-processes", str(count)]
+    processes, until = [], time.monotonic() + seconds
+    for index in range(count):
+        several = {"CUDA_VISIBLE_DEVICES": str(index)} if count > 1 else {}
+        command = [*arguments, *together, "--process-id", str(index)] if count > 1 else arguments
+        with open(log if index == 0 else f"{log}.{index}", "w") as file:
+            started = subprocess.Popen(command, stdout=file, stderr=file, env={**environment, **several})
+        processes.append(started)
+    try:
+        codes = [one.wait(max(0.1, until - time.monotonic())) for one in processes]
+        return next(filter(None, codes), 0)
+    except subprocess.TimeoutExpired:
+        return "no time left"
+    finally:
+        for one in processes:
+            if one.poll() is None:
+                one.send_signal(signal.SIGABRT)
+                one.wait()
 
 
 def measure(name: str, group: Group, folder: Path, until: float) -> None:
@@ -230,12 +253,8 @@ def measure(name: str, group: Group, folder: Path, until: float) -> None:
         path = folder / f"{name}-{place}"
         arguments = [sys.executable, "-m", "qspec_jax.bench", *shlex.split(command), "--json", f"{path}.json"]
         began = time.monotonic()
-        with open(f"{path}.log", "w") as log:
-            try:
-                seconds = max(1.0, until - began)
-                code: int | str = subprocess.run(arguments, stdout=log, stderr=log, timeout=seconds).returncode
-            except subprocess.TimeoutExpired:
-                code = "no time left"
+        count = group.num_gpus if group.by_processes and "--mesh" in command else 1
+        code = run(arguments, Path(f"{path}.log"), count, seconds=max(1.0, until - began))
         print(f"  {time.monotonic() - began:4.0f} s  {command}" + (f"  ({code})" if code else ""), flush=True)
         is_there = not code and Path(f"{path}.json").exists()
         files.append(json.loads(Path(f"{path}.json").read_text()) if is_there else {"measurements": [], "runs": []})
