@@ -4,9 +4,10 @@ Split along the cache (flash decoding: Dao et al., 2023): a program of the first
 queries of one key/value head, to one chunk of slots, and leaves the largest logit, the sum of the exponentials and
 the sum of the weighted values, all float32. The second kernel puts the chunks of a query together.
 
-Row invariance: where a chunk begins depends on its number alone, a tile always has 16 rows (more rows are more
-programs), a slot that a row does not see adds zero, and chunks are put together in their order, 16 at a time. Every
-row therefore goes through the same operations however many tokens, sequences and slots there are.
+Row invariance: where a chunk begins depends on its number alone, a product always has 16 rows (more rows are more
+products with the same tile of slots, or more programs), a slot that a row does not see adds zero, and chunks are put
+together in their order, 16 at a time. Every row therefore goes through the same operations however many tokens,
+sequences and slots there are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.decode_attention.reference import BLOCK, MAX_DECODE_TOKENS, weighed_tokens
 
-ROWS = 16  # of a tile: the fewest that a tensor core takes
+ROWS = 16  # of a product: the fewest that a tensor core takes
+# Products of a program, which share what it loads of the cache. With one, six tokens of four heads, 24 rows, load all
+# of it twice. To be 2 once a GPU has compared and timed both.
+_MOST_GROUPS = 1
 _MAX_HEAD_DIM = 256
 # Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
 SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
@@ -45,6 +49,7 @@ class Problem:
     slots: int
     window: int | None
     weigh_blocks: bool = False
+    row_groups: int = 1  # of 16 rows, that a program attends from
 
     @property
     def weighed_rows(self) -> int:
@@ -67,8 +72,8 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile."""
-        return ROWS
+        """Rows of a program."""
+        return ROWS * self.row_groups
 
     @property
     def row_blocks(self) -> int:
@@ -121,11 +126,13 @@ def decode_attention(
     lengths: Int32[Array, " B"],
     *,
     window: int | None,
+    most_groups: int = _MOST_GROUPS,
     interpret: bool = False,
 ) -> Float[Array, "B T H HD"]:
-    """See the public function."""
+    """See the public function. ``most_groups`` of 16 rows share what a program loads, and each has the same bits."""
     registers.ignore_triton_deprecation()
-    return _attend(query, keys, values, lengths, window=window, interpret=interpret)
+    options = {"window": window, "most_groups": most_groups, "interpret": interpret}
+    return _attend(query, keys, values, lengths, **options)
 
 
 def decode_attention_with_masses(
@@ -136,37 +143,57 @@ def decode_attention_with_masses(
     *,
     block_size: int,
     window: int | None,
+    most_groups: int = _MOST_GROUPS,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
-    """See the public function."""
+    """See the public function, and :func:`decode_attention`."""
     registers.ignore_triton_deprecation()
-    return _attend_and_weigh(query, keys, values, lengths, block_size=block_size, window=window, interpret=interpret)
+    options = {"block_size": block_size, "window": window, "most_groups": most_groups, "interpret": interpret}
+    return _attend_and_weigh(query, keys, values, lengths, **options)
 
 
 # Jits of their own, so that a program with many layers lowers the kernels once per shape.
-@functools.partial(jax.jit, static_argnames=("window", "interpret"))
-def _attend(query: Array, keys: Array, values: Array, lengths: Array, *, window: int | None, interpret: bool) -> Array:
-    problem = _problem_of(query, keys, window)
+@functools.partial(jax.jit, static_argnames=("window", "most_groups", "interpret"))
+def _attend(
+    query: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    *,
+    window: int | None,
+    most_groups: int,
+    interpret: bool,
+) -> Array:
+    problem = _problem_of(query, keys, window, most_groups)
     chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
     [out] = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "window", "most_groups", "interpret"))
 def _attend_and_weigh(
-    query: Array, keys: Array, values: Array, lengths: Array, *, block_size: int, window: int | None, interpret: bool
+    query: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    *,
+    block_size: int,
+    window: int | None,
+    most_groups: int,
+    interpret: bool,
 ) -> tuple[Array, Array]:
-    problem = dataclasses.replace(_problem_of(query, keys, window), weigh_blocks=True)
+    problem = dataclasses.replace(_problem_of(query, keys, window, most_groups), weigh_blocks=True)
     *chunks, block_sums = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
     out, whole_sums = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
     sums = whole_sums, block_sums
     return out, weigh_blocks(lengths, *sums, block_size=block_size, problem=problem, interpret=interpret)
 
 
-def _problem_of(query: Array, keys: Array, window: int | None) -> Problem:
+def _problem_of(query: Array, keys: Array, window: int | None, most_groups: int) -> Problem:
     _, num_tokens, num_heads, head_dim = query.shape
     _, slots, num_kv_heads, _ = keys.shape
-    return Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
+    row_groups = min(most_groups, pl.cdiv(num_tokens * (num_heads // num_kv_heads), ROWS))
+    return Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window, row_groups=row_groups)
 
 
 def _attend_to_chunks(
@@ -262,16 +289,18 @@ def _chunk_kernel(
     query_ref,  # [T, H, HD]
     keys_ref,  # [S, block_dim]
     values_ref,  # [S, block_dim]
-    maximum_ref,  # [16] f32
-    total_ref,  # [16] f32
-    mixed_ref,  # [16, block_dim] f32
-    *block_sums_ref,  # one [blocks, 16] f32, of a problem that weighs blocks
+    maximum_ref,  # [rows] f32, rows = 16 * groups
+    total_ref,  # [rows] f32
+    mixed_ref,  # [rows, block_dim] f32
+    *block_sums_ref,  # one [blocks, rows] f32, of a problem that weighs blocks
     problem: Problem,
 ):
     program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
-    rows = row_block * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
-    exists = rows < problem.num_rows
+    first_row = row_block * problem.rows
+    first_rows = [first_row, *(first_row + place * ROWS for place in range(1, problem.row_groups))]
+    rows_of = [first_row + lax.broadcasted_iota(jnp.int32, (ROWS,), 0) for first_row in first_rows]
+    exists_of = [rows < problem.num_rows for rows in rows_of]
 
     # Whole tiles from the first slot that the first token sees to the last one that the last token sees.
     block_slots = min(SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
@@ -282,55 +311,74 @@ def _chunk_kernel(
 
     @pl.when(first_tile < end_tile)
     def _():
-        attend_to_tile = functools.partial(
-            _attend_to_tile,
-            query=load_rows(query_ref, rows, exists, kv_head, problem),
-            positions=length + lax.div(rows, problem.group),
-            cache_refs=(keys_ref, values_ref),
-            bounds=(chunk_start, end),
-            block_slots=block_slots,
-            sums_ref=block_sums_ref[0] if block_sums_ref else None,
-            weighs=row_block * ROWS < problem.weighed_rows,
-            problem=problem,
-        )
-        results = lax.fori_loop(first_tile, end_tile, attend_to_tile, nothing((ROWS,), problem))
-        for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
-            plgpu.store(ref, result, mask=exists if result.ndim == 1 else across(exists, result.shape))
+        groups = [
+            _Group(
+                pl.ds(place * ROWS, ROWS) if problem.row_groups > 1 else slice(None),
+                exists,
+                load_rows(query_ref, rows, exists, kv_head, problem),
+                length + lax.div(rows, problem.group),
+                first_row < problem.weighed_rows,
+                block_sums_ref[0] if block_sums_ref else None,
+                problem,
+            )
+            for place, (first_row, rows, exists) in enumerate(zip(first_rows, rows_of, exists_of, strict=True))
+        ]
+
+        def attend_to_tile(tile, carries):
+            start = chunk_start + tile * block_slots
+            keys, values = (load_slots(ref, start, end, block_slots, problem) for ref in (keys_ref, values_ref))
+            return [one.attend(carry, start, end, keys, values) for one, carry in zip(groups, carries, strict=True)]
+
+        carries = [nothing((ROWS,), problem) for _ in groups]
+        for one, results in zip(groups, lax.fori_loop(first_tile, end_tile, attend_to_tile, carries), strict=True):
+            for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
+                mask = one.exists if result.ndim == 1 else across(one.exists, result.shape)
+                plgpu.store(ref if problem.row_groups == 1 else ref.at[one.here], result, mask=mask)
 
 
-def _attend_to_tile(
-    tile: Array,
-    carry: tuple[Array, Array, Array],  # maximum [16], total [16], mixed [16, block_dim] of the tiles before
-    *,
-    query: Array,  # [16, block_dim]
-    positions: Array,  # [16]
-    cache_refs: tuple[registers.Ref, registers.Ref],
-    bounds: tuple[Array, Array],  # where the chunk begins, and where no row sees any more
-    block_slots: int,
-    sums_ref: registers.Ref | None,
-    weighs: Array,
-    problem: Problem,
-) -> tuple[Array, Array, Array]:
-    maximum, total, mixed = carry
-    chunk_start, end = bounds
-    start = chunk_start + tile * block_slots
-    keys, values = (load_slots(ref, start, end, block_slots, problem) for ref in cache_refs)
-    shape = (ROWS, block_slots)
-    slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), across(positions, shape)
-    seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
-    logits = dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-    maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
-    total = total * kept + jnp.sum(weights, axis=1)
-    mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
-    if sums_ref is not None:
-        sums = jnp.sum(weights.reshape(ROWS, block_slots // BLOCK, BLOCK), axis=2)
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """16 rows of a program."""
+
+    here: pl.Slice | slice  # of the program's rows
+    exists: Array  # [16]
+    query: Array  # [16, block_dim]
+    positions: Array  # [16]
+    weighs: Array
+    sums_ref: registers.Ref | None
+    problem: Problem
+
+    def attend(
+        self,
+        carry: tuple[Array, Array, Array],  # maximum [16], total [16], mixed [16, block_dim] of the tiles before
+        start: Array,
+        end: Array,  # from where on no row sees any more
+        keys: Array,  # [slots, block_dim]
+        values: Array,  # [slots, block_dim]
+    ) -> tuple[Array, Array, Array]:
+        """To a tile of slots from ``start`` on."""
+        maximum, total, mixed = carry
+        problem, shape = self.problem, (ROWS, len(keys))
+        slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), across(self.positions, shape)
+        seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
+        logits = dot(self.query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
+        maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+        total = total * kept + jnp.sum(weights, axis=1)
+        mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
+        if self.sums_ref is not None:
+            self._store_sums(self.sums_ref, start, maximum, weights)
+        return maximum, total, mixed
+
+    def _store_sums(self, ref: registers.Ref, start: Array, maximum: Array, weights: Array) -> None:
+        """Logarithms of what each block of a tile weighs, for the rows that weigh them."""
+        count = weights.shape[1] // BLOCK
+        sums = jnp.sum(weights.reshape(ROWS, count, BLOCK), axis=2)
         shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         first = lax.div(start, BLOCK)
-        exists = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < problem.num_blocks
-        here = sums_ref.at[pl.ds(first, block_slots // BLOCK), :]
+        exists = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < self.problem.num_blocks
+        here = ref.at[pl.ds(first, count), self.here]
         # A mask and no branch: a branch in this loop costs more than what it saves for the rows that do not weigh.
-        plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=weighs & exists)
-    return maximum, total, mixed
+        plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=self.weighs & exists)
 
 
 def weigh_blocks(

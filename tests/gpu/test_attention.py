@@ -22,6 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.accuracy import ATTENTION, relative_error
 from pallas_kernels.block_attention import reference as block_reference
+from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.rotate_and_write import reference as rotate_reference
 from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows
@@ -82,6 +83,21 @@ def test_blocks_are_weighed_beside_an_attention_that_keeps_its_bits(case, dtype)
         reference = functools.partial(attention_reference.decode_attention_with_masses, window=case.window)
         _, expected = jax.jit(functools.partial(reference, block_size=16))(*arrays, lengths)
     np.testing.assert_allclose(masses, expected, atol=1e-5)
+
+
+@dtypes
+@models
+def test_rows_that_share_what_a_program_loads_have_the_same_bits(case, dtype):
+    lengths = int32(fitting_lengths(case))
+    arrays = case.arrays(len(lengths), dtype)
+
+    def results(most_groups):
+        options = {"window": case.window, "most_groups": most_groups}
+        attend = functools.partial(attention_triton.decode_attention, **options)
+        weigh = functools.partial(attention_triton.decode_attention_with_masses, block_size=16, **options)
+        return jax.jit(attend)(*arrays, lengths), *jax.jit(weigh)(*arrays, lengths)
+
+    jax.tree.map(np.testing.assert_array_equal, results(2), results(1))
 
 
 @dtypes

@@ -28,8 +28,9 @@ def test_decode_attention_lowers_to_two_kernels(shape, dtype):
     tokens, heads, kv_heads, head_dim, slots = shape
     query, cache = array(2, tokens, heads, head_dim, dtype=dtype), array(2, slots, kv_heads, head_dim, dtype=dtype)
     assert attention_triton.obstacle(tokens, head_dim) is None
-    attend = functools.partial(attention_triton.decode_attention, window=500)
-    assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
+    for groups in (1, 2):
+        attend = functools.partial(attention_triton.decode_attention, window=500, most_groups=groups)
+        assert cuda_program(attend, query, cache, cache, array(2, dtype=jnp.int32)).count(KERNEL_CALL) == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
@@ -60,6 +61,8 @@ def test_weighing_choosing_and_reading_blocks_lower(shape):
     # First, while no other kernel has silenced it.
     assert cuda_program(choose, masses, lengths).count(KERNEL_CALL) == 1
     weigh = functools.partial(attention_triton.decode_attention_with_masses, block_size=16, window=None)
+    assert cuda_program(weigh, query, cache, cache, lengths).count(KERNEL_CALL) == 3
+    weigh = functools.partial(weigh, most_groups=2)
     assert cuda_program(weigh, query, cache, cache, lengths).count(KERNEL_CALL) == 3
     attend = functools.partial(block_triton.block_attention, block_size=16, window=500)
     assert block_triton.obstacle(1, head_dim) is None

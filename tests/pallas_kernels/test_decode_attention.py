@@ -79,6 +79,25 @@ def test_a_token_has_the_same_bits_alone_and_among_others():
     np.testing.assert_array_equal(attend(query, keys, values, lengths), together)
 
 
+@pytest.mark.parametrize(
+    "case", [AttentionCase(6, 8, 2, 32, 1350), AttentionCase(17, 3, 1, 64, 200, window=90)], ids=str
+)
+def test_rows_that_share_what_a_program_loads_have_the_same_bits(case):
+    """24 rows, or 51: groups that fill the programs, and those that do not; and the masses of the blocks."""
+    lengths = int32(0, 70, case.slots - case.num_tokens, 130)
+    arrays = case.arrays(len(lengths), jnp.bfloat16)
+
+    def results(most_groups):
+        options = {"window": case.window, "most_groups": most_groups, "interpret": True}
+        attended = gpu_triton.decode_attention(*arrays, lengths, **options)
+        return attended, *gpu_triton.decode_attention_with_masses(*arrays, lengths, block_size=16, **options)
+
+    expected = results(1)
+    for groups in (2, 3):
+        for one, other in zip(results(groups), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_slots_that_no_token_sees_are_not_read():
     attend = functools.partial(IMPLEMENTATIONS["triton"], window=DRAFTS.window)
     (query, keys, values), lengths = DRAFTS.arrays(3, jnp.float32), [3, 152, 61]
