@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,16 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, layout_obstacle
 from pallas_kernels.backends import codes, early_launch
 from pallas_kernels.backends.mosaic import matmul as hopper
+from pallas_kernels.backends.mosaic import pair_pipeline, pairs
 from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, vector
 
 LAYOUT, ROWS_ALIKE = Layout.WGMMA, None
+
+# By outputs of a weight, the numbers of rows that pairs of programs multiply, where pairs.obstacle finds none. No whole
+# model has run so yet: when one has, {28672: range(96, 257)} is what was faster on an H200.
+PAIRED_ROWS: Mapping[int, range] = {}
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;
@@ -57,15 +62,32 @@ def w4a16_matmul(
     weight: QuantizedWeight,
     *,
     dtype: DTypeLike | None = None,
-    config: hopper.MosaicConfig | None = None,
+    config: hopper.MosaicConfig | pairs.PairConfig | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
-    """See the public functions. ``config`` replaces the measured choice of tiles."""
+    """See the public functions. ``config`` replaces the measured choice of tiles.
+
+    Raises:
+        NotImplementedError: ``config`` is one of pairs, which cannot serve this call.
+    """
     rows = x.reshape(-1, x.shape[-1])
+    early = early_launch.is_enabled()
     if config is None:
-        config = default_config(rows.shape[0], weight.num_outputs, weight.num_inputs)
-    options = {"dtype": jnp.dtype(dtype or x.dtype), "early": early_launch.is_enabled(), "config": config}
+        config = _chosen_config(rows.shape[0], weight, early=early)
+    elif isinstance(config, pairs.PairConfig) and (reason := pairs.obstacle(weight, config, early=early)):
+        raise NotImplementedError(f"w4a16_matmul: pairs of programs {reason}")
+    options = {"dtype": jnp.dtype(dtype or x.dtype), "early": early, "config": config}
     outputs = _matmul(rows, dataclasses.replace(weight, group_sum=None), **options)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+
+
+def _chosen_config(m: int, weight: QuantizedWeight, *, early: bool) -> hopper.MosaicConfig | pairs.PairConfig:
+    """Pairs where they are to be taken and can serve, else the programs of :func:`default_config`."""
+    n, k = weight.num_outputs, weight.num_inputs
+    if m in PAIRED_ROWS.get(n, ()):
+        config = pairs.default_config(m, n, k)
+        if pairs.obstacle(weight, config, early=early) is None:
+            return config
+    return default_config(m, n, k)
 
 
 def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
@@ -81,19 +103,29 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
 def _matmul(
-    x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, early: bool, config: hopper.MosaicConfig
+    x: Array,
+    weight: QuantizedWeight,
+    *,
+    dtype: DTypeLike,
+    early: bool,
+    config: hopper.MosaicConfig | pairs.PairConfig,
 ) -> Array | PartialSums:
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
     sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
     problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed))
     columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
     is_centred = weight.symmetric and weight.low is not None
+    consume = functools.partial(_consume, truncated=weight.truncated, centred=is_centred)
+    if isinstance(config, pairs.PairConfig):
+        config = pairs.with_most_slots(config)
+        settings = {"consume": consume, "problem": problem, "config": config, "name": "w4a16_pairs"}
+        return pair_pipeline.launch(x, weight.packed, weight.scale, **settings)
     return pipelines.launch(
         x,
         packed,
         columns,
         None,
-        consume=functools.partial(_consume, truncated=weight.truncated, centred=is_centred),
+        consume=consume,
         problem=problem,
         config=hopper.with_most_stages(config, problem, len(columns)),
         early=early,
@@ -101,8 +133,8 @@ def _matmul(
     )
 
 
-def _consume(pipeline: pipelines.Pipeline, *, truncated: bool, centred: bool) -> jax.Array:
-    shape, dtype = (lanes.ROWS, pipeline.config.block_m), pipeline.problem.x_dtype
+def _consume(pipeline: pipelines.Pipeline | pair_pipeline.Block, *, truncated: bool, centred: bool) -> jax.Array:
+    shape, dtype = (lanes.ROWS, pipeline.block_m), pipeline.problem.x_dtype
 
     def multiply(accumulator, tile):
         factors = []

@@ -17,12 +17,14 @@ from pallas_kernels import (
     rms_norm_quantize,
     swiglu_quantize,
     upper_nibbles,
+    value_of,
     w4a4_matmul,
     w4a16_matmul,
     with_layout,
 )
 from pallas_kernels.accuracy import INTEGER_MATMUL, W4A16, W4A16_ROUNDED_WEIGHTS, allowed_error, relative_error
 from pallas_kernels.arrays.weight import order_activation_codes
+from pallas_kernels.backends.mosaic import pairs
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
@@ -92,6 +94,36 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     widest = np.asarray(call(x[: INVARIANT_ROWS[implementation]]))
     for num_rows in (rows for rows in ROWS if rows <= len(widest)):
         np.testing.assert_array_equal(np.asarray(call(x[:num_rows])), widest[:num_rows], err_msg=f"M={num_rows}")
+
+
+PAIRED_ROWS = (96, 100, 128, 192, 200, 256)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(("k", "n"), [(4096, 28672), (14336, 4096), (4096, 6144)], ids=str)
+def test_pairs_of_programs_give_each_row_the_bits_of_programs_that_share_nothing(k, n, dtype):
+    """Many times over: programs of a pair write to each other's memory, and a race need not show at once."""
+    weight = laid_out(random_weight(n, k, 128, symmetric=True), "mosaic", dtype)
+    x = random_rows(max(PAIRED_ROWS), k, dtype=dtype)
+    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation="mosaic")
+    true = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
+
+    def multiply(choose, x, weight):
+        return value_of(w4a16_mosaic.w4a16_matmul(x, weight, config=choose(len(x), n, k)))
+
+    apart = jax.jit(functools.partial(multiply, w4a16_mosaic.default_config))
+    paired = jax.jit(functools.partial(multiply, pairs.default_config))
+
+    for rows in (x, cancelling(x)):
+        expected = apart(rows, weight)
+        for num_rows in PAIRED_ROWS:
+            for _ in range(10):
+                out = paired(rows[:num_rows], weight)
+                assert bool(jnp.array_equal(out, expected[:num_rows])), num_rows
+            if rows is x:
+                assert relative_error(out.astype(jnp.float32), true[:num_rows]) < bound, num_rows
+    elsewhere = np.arange(128)[::-1]
+    np.testing.assert_array_equal(paired(x[elsewhere], weight), apart(x, weight)[elsewhere])
 
 
 NESTED = [(4096, 6144, 128, True), (14336, 4096, 64, False), (1536, 576, 32, True), (4096, 28672, 4096, True)]

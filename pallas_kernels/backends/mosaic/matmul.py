@@ -25,7 +25,7 @@ from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.backends.mosaic.registers import ROWS, TILE
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
-_SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
+SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
 HALF_OF_AN_SM = 114 * 1024  # bytes of shared memory; an SM has 228 KiB, and each program takes 1 KiB more
 
 
@@ -153,7 +153,7 @@ def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -
     if not config.x_slots:
         per_tile += 2 * rows * TILE * itemsize // 128
     fixed = rows * config.x_slots + (config.warpgroups_k > 1) * 4 * ROWS * config.block_m * config.num_warpgroups
-    stages = (_SHARED_MEMORY - fixed) // (per_tile * config.warpgroups_k)
+    stages = (SHARED_MEMORY - fixed) // (per_tile * config.warpgroups_k)
     return dataclasses.replace(config, num_stages=max(2, min(config.num_stages, stages)))
 
 

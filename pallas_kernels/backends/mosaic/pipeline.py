@@ -394,6 +394,11 @@ class Pipeline:
     def config(self) -> MosaicConfig:
         return self._program.config
 
+    @property
+    def block_m(self) -> int:
+        """Rows of the product."""
+        return self.config.block_m
+
     def for_each_tile(self, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
         """``carry = body(tile, carry)`` over all tiles; ``body`` multiplies each plane of each part, in order."""
         scratch, config = self._program.scratch, self.config

@@ -89,7 +89,7 @@ def store(product: jax.Array, out: Ref, *, num_outputs: int, num_rows: jax.Array
         product: the float32 product.
         out: ``[block_m, 64]`` of an array with ``num_outputs`` columns.
         num_outputs: see ``out``.
-        num_rows: how many of the rows exist, at least 1; None for all.
+        num_rows: how many of the rows exist, none where that is below 1; None for all.
     """
 
     def build(context, product, out, *limit):
