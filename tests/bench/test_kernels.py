@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import available_implementations
+from pallas_kernels import Layout, available_implementations
 from qspec_jax.bench import options, timing
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.kernels import command as kernels
@@ -17,6 +17,7 @@ from qspec_jax.bench.kernels.ceilings import Ceilings
 from qspec_jax.bench.kernels.measure import Measurement
 from qspec_jax.bench.kernels.plot import plot_roofline
 from qspec_jax.errors import QSpecError, UsageError
+from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program
 
 CEILINGS = Ceilings(copy_tb_per_s=2.0, bf16_top_per_s=500.0, int8_top_per_s=1000.0)
 SMALL = ("kernels", "--shape", "128x64", "--repeats", "2")
@@ -107,6 +108,28 @@ def test_what_an_implementation_refuses_is_a_dash_with_the_reason(tmp_path, caps
     line = next(line for line in out.splitlines() if line.split()[:2] == ["w4a16", "triton"])
     assert line.split()[5:] == ["-"] * 6
     assert "needs an NVIDIA GPU; this is cpu" in err
+
+
+@on_cpu
+def test_pairs_of_programs_are_timed_of_one_operation_where_asked_for(tmp_path):
+    code, report = measured(
+        tmp_path, "--rows", "1", "--ops", "w4a16,w4a8", "--implementations", "reference,mosaic_pairs"
+    )
+    assert code == 0
+    named = [(one["op"], one["implementation"], one["status"]) for one in report["measurements"]]
+    reference = [("w4a16", "reference", "ok"), ("w4a8", "reference", "ok")]
+    assert sorted(named) == sorted([*reference, ("w4a16", "mosaic_pairs", "unsupported")])
+    [refused] = [one["reason"] for one in report["measurements"] if one["status"] == "unsupported"]
+    assert "needs an NVIDIA GPU" in refused
+    assert "mosaic_pairs" not in kernels._all_implementations()
+
+
+def test_the_kernel_that_is_timed_as_pairs_is_one(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dispatch._platform_obstacle", lambda *_: None)
+    x, weight = array(128, 4096, dtype=jnp.bfloat16), abstract_weight(4096, 28672, 128, True, Layout.WGMMA)
+    for name, is_pairs in (("mosaic", False), ("mosaic_pairs", True)):
+        program = cuda_program(lambda x, w, name=name: operands.weight_only_product(x, w, name), x, weight)
+        assert ("w4a16_pairs_mosaic_gpu" in program) == is_pairs
 
 
 @on_cpu

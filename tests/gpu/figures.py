@@ -89,10 +89,10 @@ def _run(what: str, field: Callable[[Mapping[str, Any]], float], aim: float, sig
     return Figure(what, lambda results: field(results.one("runs", **wanted)), aim, sign)
 
 
-def _matmul(rows: int, aim: float) -> Figure:
-    wanted = {"op": "w4a16", "rows": rows}
+def _matmul(rows: int, aim: float, by: str) -> Figure:
+    wanted = {"op": "w4a16", "rows": rows, "implementation": by}
     value = lambda results: results.one("measurements", **wanted)["microseconds"]  # noqa: E731
-    return Figure(f"W4A16 4096 x 28672, {rows} rows, us", value, aim, -1)
+    return Figure(f"W4A16 4096 x 28672 by {by}, {rows} rows, us", value, aim, -1)
 
 
 def _over(batch: int, context: int = 512, part: str = "step") -> Callable[[Results], float]:
@@ -100,6 +100,8 @@ def _over(batch: int, context: int = 512, part: str = "step") -> Callable[[Resul
     return lambda results: results.ms(part, batch, context, 0) / results.ms(part, batch, context, 1)
 
 
+_MOSAIC = ("mosaic", "mosaic_pairs")
+_LARGEST = "kernels --shape 4096x28672 --group-size 128 --ops w4a16 --rows 96,128,192,256"
 _8B, _31 = "decode --preset llama-3-8b", "decode --preset llama-3.1-8b"
 _SHARDS = f"{_8B} --mode w4a16 --batch 1,16,64"
 _LONG = f"{_31} --mode w4a16,qspec --draft w4a8 --draft-context auto --repeats 3"
@@ -125,8 +127,8 @@ GROUPS = {
         ],
     ),
     "matmuls": Group(
-        ["kernels --shape 4096x28672 --group-size 128 --ops w4a16 --implementations mosaic --rows 96,128,192,256"],
-        [_matmul(96, 42), _matmul(128, 50), _matmul(192, 72), _matmul(256, 85)],
+        [f"{_LARGEST} --implementations {','.join(_MOSAIC)}"],
+        [_matmul(*aim, by) for by in _MOSAIC for aim in ((96, 42), (128, 50), (192, 72), (256, 85))],
     ),
     "budget": Group(
         [

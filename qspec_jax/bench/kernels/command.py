@@ -39,7 +39,8 @@ def add_command(commands: Any) -> None:
     add = parser.add_argument
     add("--rows", default=_DEFAULT_ROWS, metavar="M,...", help=f"rows of the activations (default: {_DEFAULT_ROWS})")
     add("--ops", metavar="OP,...", help="some of the operations above (default: all)")
-    add("--implementations", metavar="NAME,...", help="default: all that work here, and torch where it has CUDA")
+    all_here = "default: all that work here, and torch where it has CUDA; mosaic_pairs: W4A16 by pairs of programs"
+    add("--implementations", metavar="NAME,...", help=all_here)
     add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts (default: 5)")
     shared.add_report(parser, "the roofline")
     parser.set_defaults(run=run)

@@ -14,7 +14,7 @@ from pallas_kernels import QuantizedWeight
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.bench.kernels import operands, producers, torch_int4
 from qspec_jax.bench.kernels.ceilings import Ceilings
-from qspec_jax.bench.kernels.names import BASELINE, MATMULS, PRODUCERS, TORCH, WEIGHT_ONLY, XLA
+from qspec_jax.bench.kernels.names import BASELINE, MATMULS, PAIRS, PRODUCERS, TORCH, W4A16_ALONE, WEIGHT_ONLY, XLA
 from qspec_jax.bench.kernels.operands import Workload
 from qspec_jax.bench.presets import MatmulShape
 from qspec_jax.bench.timing import Clock, compile_calls, run_in_threads, time_calls
@@ -91,7 +91,7 @@ class MeasurementPlan:
 
     Attributes:
         ops: some of ``names.OPS``.
-        implementations: of the library's operations; ``names.TORCH`` adds torch's.
+        implementations: of the library's operations; ``names.W4A16_ALONE`` add others of that one.
         rows: values of M.
         symmetric: weights without zero points.
         repeats: timed runs, of which the median counts.
@@ -159,7 +159,7 @@ def _by_activation_groups(subjects: Sequence[Measurement]) -> tuple[list[Measure
 
 
 def _library(plan: MeasurementPlan) -> list[str]:
-    return [name for name in plan.implementations if name != TORCH]
+    return [name for name in plan.implementations if name not in W4A16_ALONE]
 
 
 def _float_cases(shape: MatmulShape, plan: MeasurementPlan) -> list[_Case]:
@@ -182,10 +182,11 @@ def _measure_quantized(shape: MatmulShape, group_size: int, plan: MeasurementPla
     for op in MATMULS:
         if op not in plan.ops:
             continue
+        names = [*_library(plan), *[PAIRS] * (op == "w4a16" and PAIRS in plan.implementations)]
         subjects = [
             Measurement(op, name, shape.k, shape.n, group_size, plan.symmetric, rows, shape.name)
             for rows in plan.rows
-            for name in _library(plan)
+            for name in names
         ]
         possible, refused = _by_activation_groups(subjects)
         yield from refused

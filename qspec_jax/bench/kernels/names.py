@@ -11,6 +11,7 @@ PRODUCERS = (
     *("hadamard", "swiglu_hadamard", "swiglu_hadamard_a8", "swiglu_hadamard_a4"),
 )
 OPS = (*MATMULS, BASELINE, *PRODUCERS)
-# Those of pallas_kernels, the best first, and torch's.
-TORCH = "torch"
-IMPLEMENTATIONS = ("triton", "mosaic", "tpu", "reference", TORCH)
+# Those of pallas_kernels, the best first, torch's, and pairs of Mosaic programs, which the library does not choose yet.
+TORCH, PAIRS = "torch", "mosaic_pairs"
+W4A16_ALONE = (TORCH, PAIRS)
+IMPLEMENTATIONS = ("triton", "mosaic", "tpu", "reference", *W4A16_ALONE)

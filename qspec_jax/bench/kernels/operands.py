@@ -31,8 +31,8 @@ from pallas_kernels import (
     with_group_sums,
     with_layout,
 )
-from pallas_kernels.dispatch import REFERENCE
-from qspec_jax.bench.kernels.names import WEIGHT_ONLY, XLA
+from pallas_kernels.dispatch import MOSAIC, REFERENCE, operations
+from qspec_jax.bench.kernels.names import PAIRS, WEIGHT_ONLY, XLA
 from qspec_jax.bench.random_arrays import random_weight
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 
@@ -115,12 +115,25 @@ def matmul_workload(op: str, x: Array, weights: Sequence[QuantizedWeight]) -> Wo
     num_operations = 2 * x.shape[0] * weights[0].num_inputs * weights[0].num_outputs
     if op in WEIGHT_ONLY:
         expected = jax.jit(lambda x, w: w4a16_matmul(x, w, implementation=REFERENCE))(x.astype(jnp.float32), weights[0])
-        implement = lambda name: lambda x, w: w4a16_matmul(x, w, implementation=name)  # noqa: E731
+        implement = lambda name: lambda x, w: weight_only_product(x, w, name)  # noqa: E731
         return Workload(x, weights, implement, expected, num_operations)
     codes = quantized_rows(op, x, weights[0].layout)
     expected = jax.jit(functools.partial(w4a4_matmul, dtype=jnp.float32, implementation=REFERENCE))(codes, weights[0])
     implement = lambda name: functools.partial(w4a4_matmul, dtype=x.dtype, implementation=name)  # noqa: E731
     return Workload(codes, weights, implement, expected, num_operations)
+
+
+def weight_only_product(x: Array, weight: QuantizedWeight, name: str | None) -> Array:
+    """``w4a16_matmul`` by the implementation of a name, or by pairs of Mosaic programs.
+
+    Raises:
+        NotImplementedError: it cannot serve this call, or does not run here.
+    """
+    if name != PAIRS:
+        return w4a16_matmul(x, weight, implementation=name)
+    mosaic = operations()["w4a16_matmul"].select(MOSAIC, lambda module: module.obstacle(x.dtype, weight))
+    config = mosaic.pairs.default_config(x.shape[0], weight.num_outputs, weight.num_inputs)
+    return value_of(mosaic.w4a16_matmul(x, weight, config=config))
 
 
 def weights_for(op: str, weights: Sequence[QuantizedWeight]) -> Sequence[QuantizedWeight]:
@@ -133,7 +146,7 @@ def weights_for(op: str, weights: Sequence[QuantizedWeight]) -> Sequence[Quantiz
 
 def in_layout_for(name: str | None, weights: Sequence[QuantizedWeight]) -> Sequence[QuantizedWeight]:
     """The weights as the implementation of a name reads them beside bfloat16 rows."""
-    layout = best_layout(weights[0], jnp.bfloat16, implementation=name)
+    layout = best_layout(weights[0], jnp.bfloat16, implementation=MOSAIC if name == PAIRS else name)
     if layout is weights[0].layout:
         return weights
     lay_out = jax.jit(with_layout, static_argnums=1)
