@@ -2,7 +2,8 @@
 
 ``jaxtyped`` binds the arguments of each call to a signature, and checks all of them twice. Here beartype checks them
 once, and only calls whose annotations name axes remember what these axes are. What axes are called by f-strings of
-arguments, which the packages do not do, is not supported.
+arguments, which the packages do not do, is not supported. A function within a function is made anew by every call of
+that one, and what checks it is written and compiled only for the first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from jaxtyping._storage import pop_shape_memo, push_shape_memo
 
 _original = jaxtyping.jaxtyped
 _checked = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+
+_checked_within = {}  # by code and names of the module: what checks a function within another one, and if it names axes
 
 
 def install(packages: list[str]) -> None:
@@ -42,10 +45,17 @@ def _decorate(function, *, typechecker):
         return _original(function, typechecker=typechecker)
     if not function.__annotations__:
         return function
-    hints = _hints(function)
-    function.__annotations__ = hints
-    checked = _checked(function)
-    if not any("jaxtyping" in repr(hint) for hint in hints.values()):
+    key = (function.__code__, id(function.__globals__))
+    if key in _checked_within:
+        checked, names_axes = _checked_within[key]
+        checked = _for_another(checked, function)
+    else:
+        hints = _hints(function)
+        function.__annotations__ = hints
+        checked, names_axes = _checked(function), any("jaxtyping" in repr(hint) for hint in hints.values())
+        if "<locals>" in function.__qualname__ and "__beartype_func" in (checked.__kwdefaults__ or ()):
+            _checked_within[key] = checked, names_axes
+    if not names_axes:
         return checked
 
     @functools.wraps(function)
@@ -58,6 +68,14 @@ def _decorate(function, *, typechecker):
             pop_shape_memo()
 
     return with_axes
+
+
+def _for_another(checked, function):
+    """What checks a function, for another one of the same code, whose closure and defaults may differ."""
+    other = types.FunctionType(checked.__code__, checked.__globals__)
+    other.__kwdefaults__ = {**checked.__kwdefaults__, "__beartype_func": function}
+    other.__dict__.update(checked.__dict__)
+    return functools.update_wrapper(other, function)
 
 
 def _hints(function) -> dict[str, Any]:

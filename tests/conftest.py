@@ -1,9 +1,10 @@
 """Checks that hold for every test: annotations are enforced, dtypes never promote silently, nothing grows too dear.
 
-Most tests compile at XLA's lowest level of optimisation and with its older emitters of fused loops if it has them,
-where compiling takes a quarter of the time: they ask what is computed, not how fast. Those marked ``contract`` ask
-whether two programs yield the same tokens, or the numbers of transformers, and compile as users do. So do tests of the
-demo model, which computes for longer than it compiles, and with ``QSPEC_JAX_THOROUGH=1`` all others.
+Most tests compile at XLA's lowest level of optimisation, each program in one piece, and with the older emitters of
+fused loops if there are any, where compiling takes a quarter of the time: they ask what is computed, not how fast.
+Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers, and compile as
+users do. So do tests of the demo model, which computes for longer than it compiles, and with ``QSPEC_JAX_THOROUGH=1``
+all others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tests import annotations
 os.environ["QSPEC_JAX_CACHE"] = "off"
 # Threads of torch and NumPy wait for each other by spinning, which costs most where every core has a worker already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs do not say which line of which file made each operation: to write and read that is a tenth of compiling them.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # In a background job Ctrl-C is ignored, and commands that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -40,8 +43,9 @@ import pytest  # noqa: E402
 from jax._src import compiler, lru_cache  # noqa: E402
 
 THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
-# An option of XLA for a CPU, which newer ones have no more. Without the older emitters compiling takes twice as long.
-EMITTERS = "xla_cpu_use_fusion_emitters"
+# Options of XLA for a CPU, of which others of its versions may lack some. Without the older emitters compiling takes
+# twice as long, and a fifth longer where the code of a program is shared out among threads.
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 XLA_FLAGS = os.environ.get("XLA_FLAGS")
 # CPU seconds of one test with the processes it starts, whatever else the machine does; more needs the mark "slow".
 MOST_SECONDS = 60
@@ -88,16 +92,14 @@ def compile_each_program_once(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compile_with_older_emitters_where_it_may_be_quick():
+def compile_with_other_options_where_it_may_be_quick():
     """JAX has no setting for an option of XLA that holds for all programs and can change within a process."""
-    if not _has_older_emitters():
-        yield
-        return
+    options_of_xla = _quick_options()
     original = compiler.get_compile_options
 
     def get_compile_options(*arguments, env_options_overrides=None, **options):
         if jax.config.read("jax_disable_most_optimizations"):
-            env_options_overrides = {EMITTERS: False, **(env_options_overrides or {})}
+            env_options_overrides = {**options_of_xla, **(env_options_overrides or {})}
         return original(*arguments, env_options_overrides=env_options_overrides, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -116,14 +118,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # For commands that the test starts: in this process both have been read.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     os.environ.pop("XLA_FLAGS", None)
-    if flags := f"{XLA_FLAGS or ''} --{EMITTERS}=false" if quickly and _has_older_emitters() else XLA_FLAGS:
+    flags = [f"--{name}={str(value).lower()}" for name, value in _quick_options().items()] if quickly else []
+    if flags := " ".join(filter(None, [XLA_FLAGS, *flags])):
         os.environ["XLA_FLAGS"] = flags
 
 
 @functools.cache
-def _has_older_emitters() -> bool:
+def _quick_options() -> dict[str, bool | int]:
+    return {name: value for name, value in QUICK.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: bool | int) -> bool:
     try:
-        jax.jit(lambda x: x).lower(0.0).compile({EMITTERS: False})
+        jax.jit(lambda x: x).lower(0.0).compile({name: value})
     except jax.errors.JaxRuntimeError:
         return False
     return True

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int8
 import pallas_kernels
 from qspec_jax import ModelConfig
 from qspec_jax.bench.__main__ import build_parser
+from tests import annotations
 from tests.conftest import THOROUGH
 from tests.gpu import figures
 
@@ -50,6 +51,14 @@ def _counted(count: int) -> str:
     return "one" if count == 1 else count  # pyright: ignore
 
 
+def _multiply_by(factor):
+    @jaxtyping.jaxtyped(typechecker=None)
+    def multiply(x: Float[Array, " rows"], again: int = factor) -> Float[Array, " rows"]:
+        return x * factor * again if again else "nothing"  # pyright: ignore
+
+    return multiply
+
+
 ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 X = np.ones((2, 3), np.float32)
 
@@ -74,6 +83,17 @@ X = np.ones((2, 3), np.float32)
 def test_annotations_are_enforced(call):
     with pytest.raises(jaxtyping.TypeCheckError):
         call()
+
+
+def test_a_function_within_a_function_is_checked_each_time_that_it_is_made():
+    """With the closure and the default values of then, though what checks it is written but once."""
+    made = [_multiply_by(factor) for factor in (2, 3)]
+    assert [multiply(jnp.ones(2)).tolist() for multiply in made] == [[4, 4], [9, 9]]
+    for multiply in made:
+        for wrong in ((jnp.ones((2, 2)),), (jnp.ones(2), "2"), (jnp.ones(2), 0)):
+            with pytest.raises(jaxtyping.TypeCheckError):
+                multiply(*wrong)
+    assert [code.co_name for code, _ in annotations._checked_within].count("multiply") == 1
 
 
 def test_what_fits_its_annotations_passes():
