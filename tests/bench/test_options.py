@@ -140,5 +140,5 @@ def test_tuning_without_a_gpu_exits_with_2(capsys):
 
 
 def test_names_that_are_checked_without_jax_are_those_that_run():
-    assert (*pallas_kernels.IMPLEMENTATIONS, names.TORCH) == names.IMPLEMENTATIONS
+    assert (*pallas_kernels.IMPLEMENTATIONS, names.TORCH, names.PAIRS) == names.IMPLEMENTATIONS
     assert tuple(producers._PRODUCERS) == names.PRODUCERS

@@ -168,6 +168,7 @@ class FakePrograms(Programs):
     """Yields one token per cycle, the same for all, and notes what it is asked for."""
 
     most_tokens = 64
+    packing = False
 
     def __init__(self, rows):
         self.rows, self.log, self.compile_s = rows, [], 0.0
