@@ -1,8 +1,8 @@
 """Times of compiled programs of many calls.
 
 On an NVIDIA GPU the clock is CUPTI, the profiler of the driver: the time of every kernel that the program runs,
-without dispatch and without the gaps between kernels. Elsewhere it is the wall clock. With several GPUs XLA asks CUPTI:
-what Mosaic offers detaches it each time, after which a program whose kernels carry messages never ended.
+without dispatch and without the gaps between kernels. Elsewhere it is the wall clock. With several GPUs XLA asks CUPTI,
+which tells the kernels of each: what Mosaic offers is made for one.
 """
 
 from __future__ import annotations
