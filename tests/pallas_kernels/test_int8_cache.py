@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Int8Cache, PartialSums, prefill_int8, rotate_and_write_int8
+from pallas_kernels.accuracy import allowed_error, relative_error
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING, quantize
 from pallas_kernels.decode_attention_int8 import gpu_triton as triton
 from pallas_kernels.decode_attention_int8 import reference
@@ -290,3 +291,16 @@ def test_the_triton_kernel_reads_listed_blocks_as_the_reference_does():
     out = triton.block_attention_int8(*arrays, **options, interpret=True)
     expected = jitted(reference.block_attention_int8)(*arrays, **options)
     np.testing.assert_allclose(out, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_float16_holds_what_the_triton_kernels_multiply_in_16_bits(size):
+    """Codes and weights become float16 there, whatever the size of keys and values: they are scaled to fit."""
+    new, cosine, sine, cache, lengths = interpreted_case(2, 3, 1, 16, 330, jnp.bfloat16)
+    cache = dataclasses.replace(cache, value_scales=cache.value_scales * size)
+    query, cache = jitted(writing.rotate_and_write_int8)(new * size, cosine, sine, cache, lengths)
+    out = triton.decode_attention_int8(query, cache, lengths, window=None, interpret=True)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, (query, cache))
+    expected = jitted(reference.decode_attention_int8)(*wide, lengths, window=None)
+    limit = allowed_error("decode_attention_int8", jnp.bfloat16, num_inputs=16, implementation="triton")
+    assert relative_error(out.astype(jnp.float32), expected) <= limit
