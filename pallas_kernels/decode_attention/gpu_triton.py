@@ -1,12 +1,12 @@
 """``decode_attention`` as two Pallas Triton kernels for NVIDIA GPUs (compute capability 8.0 and newer).
 
-Split along the cache (flash decoding: Dao et al., 2023): a program of the first kernel attends from 16 rows, the
+Split along the cache (flash decoding: Dao et al., 2023): a program of the first kernel attends from 16 or 32 rows, the
 queries of one key/value head, to one chunk of slots, and leaves the largest logit, the sum of the exponentials and
 the sum of the weighted values, all float32. The second kernel puts the chunks of a query together.
 
-Row invariance: where a chunk begins depends on its number alone, a product always has 16 rows (more rows are more
-products with the same tile of slots, or more programs), a slot that a row does not see adds zero, and chunks are put
-together in their order, 16 at a time. Every row therefore goes through the same operations however many tokens,
+Row invariance: where a chunk begins depends on its number alone, whatever is summed within a tile of slots is summed by
+a product, whose order does not depend on its number of rows, a slot that a row does not see adds zero, and chunks are
+put together in their order, 16 at a time. Every row therefore goes through the same operations however many tokens,
 sequences and slots there are.
 """
 
@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.backends.triton import registers
+from pallas_kernels.backends.triton.registers import exp2, log2
 from pallas_kernels.decode_attention.gpu_triton_tiles import (
     CHUNKS,
     ROWS,
@@ -38,12 +39,12 @@ from pallas_kernels.decode_attention.gpu_triton_tiles import (
 )
 from pallas_kernels.decode_attention.reference import BLOCK, MAX_DECODE_TOKENS
 
-# Products of a program, which share what it loads of the cache. With one, six tokens of four heads, 24 rows, load all
-# of it twice. To be 2 once a GPU has compared and timed both.
-_MOST_GROUPS = 1
+_MOST_GROUPS = 2  # of 16 rows, of a program: 6 tokens of 4 heads, 24 rows, load the cache once
 _MAX_HEAD_DIM = 256
-_TILE_BYTES = 16384  # of keys, and of values, that a program holds
+_TILE_BYTES = 8192  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
+_SUMS = 8  # columns: the fewest that a tensor core takes
+_LN_2, _LOG2_E = 0.6931471805599453, 1.4426950408889634
 
 
 def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
@@ -66,7 +67,7 @@ def decode_attention(
     most_groups: int = _MOST_GROUPS,
     interpret: bool = False,
 ) -> Float[Array, "B T H HD"]:
-    """See the public function. ``most_groups`` of 16 rows share what a program loads, and each has the same bits."""
+    """See the public function. Up to ``most_groups`` of 16 rows, a power of two, share what a program loads."""
     registers.ignore_triton_deprecation()
     options = {"window": window, "most_groups": most_groups, "interpret": interpret}
     return _attend(query, keys, values, lengths, **options)
@@ -144,7 +145,7 @@ def _attend_to_chunks(
     batch, row_blocks = query.shape[0], problem.row_blocks
     out_specs, out_shape = results_of_chunks(problem, batch)
     return pl.pallas_call(
-        functools.partial(_chunk_kernel, problem=problem),
+        functools.partial(_chunk_kernel, problem=problem, interpret=interpret),
         # Programs that read the same slots stand next to each other.
         grid=(problem.num_kv_heads * row_blocks, problem.num_chunks, batch),
         in_specs=[
@@ -153,7 +154,7 @@ def _attend_to_chunks(
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=3),
         interpret=interpret,
         name="decode_attention_chunks_and_blocks" if problem.weigh_blocks else "decode_attention_chunks",
     )(lengths, query, keys, values)
@@ -226,21 +227,20 @@ def _chunk_kernel(
     query_ref,  # [T, H, HD]
     keys_ref,  # [S, block_dim]
     values_ref,  # [S, block_dim]
-    maximum_ref,  # [rows] f32, rows = 16 * groups
+    maximum_ref,  # [rows] f32
     total_ref,  # [rows] f32
     mixed_ref,  # [rows, block_dim] f32
     *block_sums_ref,  # one [blocks, rows] f32, of a problem that weighs blocks
     problem: Problem,
+    interpret: bool,
 ):
     program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
-    first_row = row_block * problem.rows
-    first_rows = [first_row, *(first_row + place * ROWS for place in range(1, problem.row_groups))]
-    rows_of = [first_row + lax.broadcasted_iota(jnp.int32, (ROWS,), 0) for first_row in first_rows]
-    exists_of = [rows < problem.num_rows for rows in rows_of]
+    rows = row_block * problem.rows + lax.broadcasted_iota(jnp.int32, (problem.rows,), 0)
+    exist = rows < problem.num_rows
 
     # Whole tiles from the first slot that the first token sees to the last one that the last token sees.
-    block_slots = min(SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
+    block_slots = max(BLOCK, min(SHORT_CHUNK, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize)))
     chunk_start = problem.first_slot(chunk)
     end = jnp.minimum(problem.first_slot(chunk + 1), problem.end_of_seen(length + (problem.num_tokens - 1)))
     first_tile = lax.div(jnp.maximum(problem.first_seen(length) - chunk_start, 0), block_slots)
@@ -248,74 +248,71 @@ def _chunk_kernel(
 
     @pl.when(first_tile < end_tile)
     def _():
-        groups = [
-            _Group(
-                pl.ds(place * ROWS, ROWS) if problem.row_groups > 1 else slice(None),
-                exists,
-                load_rows(query_ref, rows, exists, kv_head, problem),
-                length + lax.div(rows, problem.group),
-                first_row < problem.weighed_rows,
-                block_sums_ref[0] if block_sums_ref else None,
-                problem,
-            )
-            for place, (first_row, rows, exists) in enumerate(zip(first_rows, rows_of, exists_of, strict=True))
-        ]
+        query = load_rows(query_ref, rows, exist, kv_head, problem)
+        positions = length + lax.div(rows, problem.group)
+        limits = jnp.minimum(positions + 1, end)
+        unit = jnp.float32(problem.head_dim**-0.5)
+        blocks = _blocks_of_a_tile(block_slots, values_ref.dtype)
 
-        def attend_to_tile(tile, carries):
+        def attend_to_tile(tile, carry):
+            maximum, totals, mixed = carry
             start = chunk_start + tile * block_slots
             keys, values = (load_slots(ref, start, end, block_slots, problem) for ref in (keys_ref, values_ref))
-            return [one.attend(carry, start, end, keys, values) for one, carry in zip(groups, carries, strict=True)]
+            products = dot(query, keys, contract=(1, 1))
+            slots = start + lax.broadcasted_iota(jnp.int32, products.shape, 1)
+            seen = slots < limits[:, None]
+            if problem.window is not None:
+                seen &= slots >= problem.first_seen(positions)[:, None]
+            products = jnp.where(seen, products, -jnp.inf)
+            raised = jnp.maximum(maximum, jnp.max(products, axis=1))
+            shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
+            kept, weights = (
+                exp2((x - y) * (unit * jnp.float32(_LOG2_E)), interpret=interpret)
+                for x, y in ((maximum, shift), (products, shift[:, None]))
+            )
+            weights = weights.astype(values.dtype)
+            sums = dot(weights, blocks, contract=(1, 0))
+            if block_sums_ref:
+                # A mask and no branch: a branch here costs more than what it saves for the rows that do not weigh.
+                place, exist_here = _blocks_here(start, block_slots, row_block, problem)
+                logarithms = log2(sums, interpret=interpret) * jnp.float32(_LN_2) + (shift * unit)[:, None]
+                plgpu.store(block_sums_ref[0].at[*place], logarithms, mask=exist_here)
+            # Also where nobody else reads the sums: without the choice, they would be added within the product.
+            sums = jnp.where(lax.broadcasted_iota(jnp.int32, sums.shape, 1) < block_slots // BLOCK, sums, 0.0)
+            kept = kept[:, None]
+            return raised, totals * kept + sums, mixed * kept + dot(weights, values, contract=(1, 0))
 
-        carries = [nothing((ROWS,), problem) for _ in groups]
-        for one, results in zip(groups, lax.fori_loop(first_tile, end_tile, attend_to_tile, carries), strict=True):
-            for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
-                mask = one.exists if result.ndim == 1 else across(one.exists, result.shape)
-                plgpu.store(ref if problem.row_groups == 1 else ref.at[one.here], result, mask=mask)
+        maximum, totals, mixed = lax.fori_loop(first_tile, end_tile, attend_to_tile, _nothing(problem))
+        columns = lax.broadcasted_iota(jnp.int32, totals.shape, 1)
+        in_order = [jnp.max(jnp.where(columns == place, totals, 0.0), axis=1) for place in range(block_slots // BLOCK)]
+        results = maximum * unit, sum(in_order[1:], start=in_order[0]), mixed
+        for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
+            plgpu.store(ref, result, mask=exist if result.ndim == 1 else across(exist, result.shape))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """16 rows of a program."""
+def _nothing(problem: Problem) -> tuple[Array, Array, Array]:
+    """Of no slots: largest product, sums of the weights of the blocks of a tile, and weighted values."""
+    totals, mixed = (jnp.zeros((problem.rows, count), jnp.float32) for count in (_SUMS, problem.block_dim))
+    return jnp.full((problem.rows,), -jnp.inf, jnp.float32), totals, mixed
 
-    here: pl.Slice | slice  # of the program's rows
-    exists: Array  # [16]
-    query: Array  # [16, block_dim]
-    positions: Array  # [16]
-    weighs: Array
-    sums_ref: registers.Ref | None
-    problem: Problem
 
-    def attend(
-        self,
-        carry: tuple[Array, Array, Array],  # maximum [16], total [16], mixed [16, block_dim] of the tiles before
-        start: Array,
-        end: Array,  # from where on no row sees any more
-        keys: Array,  # [slots, block_dim]
-        values: Array,  # [slots, block_dim]
-    ) -> tuple[Array, Array, Array]:
-        """To a tile of slots from ``start`` on."""
-        maximum, total, mixed = carry
-        problem, shape = self.problem, (ROWS, len(keys))
-        slots, positions = start + lax.broadcasted_iota(jnp.int32, shape, 1), across(self.positions, shape)
-        seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
-        logits = dot(self.query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-        maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
-        total = total * kept + jnp.sum(weights, axis=1)
-        mixed = mixed * kept[:, None] + dot(weights.astype(values.dtype), values, contract=(1, 0))
-        if self.sums_ref is not None:
-            self._store_sums(self.sums_ref, start, maximum, weights)
-        return maximum, total, mixed
+def _blocks_of_a_tile(slots: int, dtype: DTypeLike) -> Array:
+    """What weights are multiplied with to be summed by blocks ``[slots, 8]``.
 
-    def _store_sums(self, ref: registers.Ref, start: Array, maximum: Array, weights: Array) -> None:
-        """Logarithms of what each block of a tile weighs, for the rows that weigh them."""
-        count = weights.shape[1] // BLOCK
-        sums = jnp.sum(weights.reshape(ROWS, count, BLOCK), axis=2)
-        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        first = lax.div(start, BLOCK)
-        exists = first + lax.broadcasted_iota(jnp.int32, sums.shape[::-1], 0) < self.problem.num_blocks
-        here = ref.at[pl.ds(first, count), self.here]
-        # A mask and no branch: a branch in this loop costs more than what it saves for the rows that do not weigh.
-        plgpu.store(here, (jnp.log(sums) + shift[:, None]).T, mask=self.weighs & exists)
+    The order in which a product sums does not depend on the number of rows, and no thread waits for others.
+    """
+    blocks, columns = (lax.broadcasted_iota(jnp.int32, (slots, _SUMS), axis) for axis in range(2))
+    return (blocks // BLOCK == columns).astype(dtype)
+
+
+def _blocks_here(
+    start: Array, block_slots: int, row_block: Array, problem: Problem
+) -> tuple[tuple[Array, Array], Array]:
+    """Of the sums of a tile's blocks ``[rows, 8]``: the blocks and rows that they are of, and which are stored."""
+    rows, columns = (lax.broadcasted_iota(jnp.int32, (problem.rows, _SUMS), axis) for axis in range(2))
+    blocks = lax.div(start, BLOCK) + columns
+    exist = (columns < block_slots // BLOCK) & (blocks < problem.num_blocks)
+    return (blocks, rows), exist & (row_block * problem.rows + rows < problem.weighed_rows)
 
 
 def weigh_blocks(

@@ -321,13 +321,7 @@ class _Tiles:
         problem = self.problem
         # Before the values, so that keys are not kept beside these.
         logits = [logits_of(rows) for rows in self.groups]
-        floats = values_as_floats(
-            codes,
-            problem.half,
-            always=self.end > 0,
-            other=lambda: self._codes(self.keys_ref, start),
-            interpret=problem.interpret,
-        )
+        floats = values_as_floats(codes, problem.half, always=self.end > 0, interpret=problem.interpret)
         values, results = Values.of(floats, scales, interpret=problem.interpret), []
         for number, ((seen, here), before) in enumerate(zip(logits, carry, strict=True)):
             result, weights, shift = values.add_to(before, seen)

@@ -187,13 +187,8 @@ class _Entries:
 
         logits = lax.cond(is_int8, of_codes, lambda: [rows.logits(newest) for rows in self.groups])
         seen = (exist & (slots >= problem.first_seen(self.length)) & (slots <= self.length))[:, None]
-        floats = values_as_floats(
-            self._rows(self.values_ref, there, is_listed),
-            half,
-            always=self.end > 0,
-            other=lambda: self._rows(self.keys_ref, there, is_listed),
-            interpret=interpret,
-        )
+        values = self._rows(self.values_ref, there, is_listed)
+        floats = values_as_floats(values, half, always=self.end > 0, interpret=interpret)
         value_scales = plgpu.load(self.value_scales_ref.at[pl.ds(there, _TILE)], mask=exist, other=1.0)
         values = Values.of(floats, value_scales, interpret=interpret)
         logits = [jnp.where(seen, one, -jnp.inf) for one in logits]

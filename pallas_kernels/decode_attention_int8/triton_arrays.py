@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -43,44 +40,32 @@ def arrays_read(problem: whole.Problem) -> list[pl.BlockSpec]:
 
 # A byte in two's complement with its highest bit turned is 128 more, as an unsigned number; behind 0x64 it is the
 # float16 of 1024 and that number.
-_CODES_AS_FLOAT16 = """{
+_CODES_AS_FLOAT16 = """{{
 .reg .b32 codes, zero;
 mov.b32 zero, 0x64806480;
-xor.b32 codes, $2, 0x80808080;
+xor.b32 codes, $2, {highest_bits};
 prmt.b32 $0, codes, 0x64646464, 0x4140; prmt.b32 $1, codes, 0x64646464, 0x4342;
 sub.f16x2 $0, $0, zero; sub.f16x2 $1, $1, zero;
-}"""
+}}"""
 
 
 def codes_as_floats(codes: Array, dtype: DTypeLike, *, interpret: bool) -> Array:
     """Codes as floats, exactly."""
     if interpret or jnp.dtype(dtype) != jnp.float16:
         return codes.astype(dtype)
-    return registers.inline_asm(_CODES_AS_FLOAT16, codes, constraints="=r,=r,r", dtype=dtype, pack=4)
+    asm = _CODES_AS_FLOAT16.format(highest_bits="0x80808080")
+    return registers.inline_asm(asm, codes, constraints="=r,=r,r", dtype=dtype, pack=4)
 
 
-def values_as_floats(
-    codes: Array, dtype: DTypeLike, *, always: Array, other: Callable[[], Array], interpret: bool
-) -> Array:
+def values_as_floats(codes: Array, dtype: DTypeLike, *, always: Array, interpret: bool) -> Array:
     """Codes of values ``[slots, block_dim]`` as floats, for a product along the slots.
 
     Triton would move the conversion behind the transposition that tensor cores need here, which then takes single bytes
-    from shared memory. It moves nothing out of a branch if the other one has a layout of its own, as what it loads has:
-    ``always`` is true, and the compiler does not know.
+    from shared memory. It moves what depends on loads and constants alone: so the bits that are turned are none that it
+    knows. ``always`` is true.
     """
-    convert = functools.partial(codes_as_floats, dtype=dtype, interpret=interpret)
-    return lax.cond(always, lambda: convert(codes), lambda: convert(other()))
-
-
-def exp2(x: Array, *, interpret: bool) -> Array:
-    """Two to the power of ``x`` float32, as one instruction."""
-    return jnp.exp2(x) if interpret else _float32_asm("ex2.approx.ftz.f32 $0, $1;", x)
-
-
-def log2(x: Array, *, interpret: bool) -> Array:
-    """Roughly the logarithm of float32, as one instruction."""
-    return jnp.log2(x) if interpret else _float32_asm("lg2.approx.ftz.f32 $0, $1;", x)
-
-
-def _float32_asm(asm: str, x: Array) -> Array:
-    return registers.inline_asm(asm, x, constraints="=f,f", dtype=jnp.float32)
+    if interpret or jnp.dtype(dtype) != jnp.float16:
+        return codes.astype(dtype)
+    highest_bits = jnp.broadcast_to(jnp.where(always, jnp.int32(-128), jnp.int32(0)).astype(jnp.int8), codes.shape)
+    asm = _CODES_AS_FLOAT16.format(highest_bits="$3")
+    return registers.inline_asm(asm, codes, highest_bits, constraints="=r,=r,r,r", dtype=dtype, pack=4)

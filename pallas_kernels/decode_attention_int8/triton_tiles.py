@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.backends.triton import registers
+from pallas_kernels.backends.triton.registers import exp2, log2
 from pallas_kernels.decode_attention import gpu_triton as whole
-from pallas_kernels.decode_attention_int8.triton_arrays import exp2, log2
 
 GROUP = 8  # rows
 LN_2, _LOG2_E = 0.6931471805599453, 1.4426950408889634

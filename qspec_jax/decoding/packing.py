@@ -29,7 +29,7 @@ from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE
 
 _MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
-_SIZES = (2, 8, 32, 64)  # pieces of a pass: what is padded costs less than more programs
+_SIZES = (2, 8, 16, 32, 48, 64)  # pieces of a pass
 LONGEST_CHUNK = 512 // PIECE  # pieces
 
 

@@ -143,7 +143,8 @@ def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(1, (2, 8, 16)), (2, (2, 8, 32)), (4, (2, 8, 32, 64)), (64, (2, 8, 32, 64))]
+    ("rows", "expected"),
+    [(1, (2, 8, 16)), (2, (2, 8, 16, 32)), (4, (2, 8, 16, 32, 48, 64)), (64, (2, 8, 16, 32, 48, 64))],
 )
 def test_a_batch_has_few_sizes(rows, expected):
     assert sizes(rows) == expected

@@ -124,16 +124,15 @@ def test_who_tells_the_other_program_has_waited_for_all_threads_that_compute():
         assert ["cluster" in barrier for barrier in of] == [False, True, True]
 
 
-def test_pairs_are_not_chosen_until_told_where(monkeypatch):
+def test_pairs_are_chosen_where_they_ran_and_were_faster():
     x, weight = array(96, 4096, dtype=jnp.bfloat16), weight_of(*GATE_UP)
     program = lambda: cuda_program(lambda x, weight: w4a16_mosaic.w4a16_matmul(x, weight), x, weight)  # noqa: E731
-    assert KERNEL not in program()
-    monkeypatch.setattr(w4a16_mosaic, "PAIRED_ROWS", {28672: range(96, 257)})
     assert KERNEL in program()
-    choose = functools.partial(w4a16_mosaic._chosen_config, early=False)
+    choose = functools.partial(w4a16_mosaic._chosen_config, dtype=jnp.bfloat16, early=False)
     for m in (1, 64, 95, 257):
         assert choose(m, weight) == w4a16_mosaic.default_config(m, 28672, 4096)
     assert choose(96, weight_of(*DOWN)) == w4a16_mosaic.default_config(96, 4096, 14336)
+    assert choose(96, weight, dtype=jnp.float16) == w4a16_mosaic.default_config(96, 28672, 4096)
     # What they do not serve is multiplied as before.
     asymmetric = weight_of(*GATE_UP, symmetric=False)
     assert isinstance(choose(96, asymmetric), hopper.MosaicConfig)

@@ -93,6 +93,20 @@ def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, p
     return out
 
 
+def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Two to the power of ``x`` float32, as one instruction."""
+    return jnp.exp2(x) if interpret else _float32_asm("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Roughly the logarithm of float32, as one instruction."""
+    return jnp.log2(x) if interpret else _float32_asm("lg2.approx.ftz.f32 $0, $1;", x)
+
+
+def _float32_asm(asm: str, x: jax.Array) -> jax.Array:
+    return inline_asm(asm, x, constraints="=f,f", dtype=jnp.float32)
+
+
 def start_next(index: jax.Array, *, interpret: bool) -> jax.Array:
     """``index``, a program id: a kernel that uses it signals at its start (``backends/early_launch.py``)."""
     if interpret or not early_launch.is_enabled():
