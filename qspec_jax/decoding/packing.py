@@ -79,6 +79,26 @@ class Packed(NamedTuple):
     count: int
 
 
+def first_that_fit(needed: Sequence[int], *, rows: int, in_order: int) -> list[int]:
+    """Which of some chunks the next pass reads: the first ones, and of later ones those that its rest has room for.
+
+    Example, passes of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
+
+    Args:
+        needed: pieces of each chunk.
+        rows: of the batch.
+        in_order: so many of the first chunks are read before any other one.
+    """
+    left, chosen = sizes(rows)[-1], []
+    for place, count in enumerate(needed):
+        if count <= left:
+            left -= count
+            chosen.append(place)
+        elif place < in_order:
+            break
+    return chosen
+
+
 def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int) -> Packed:
     """The first chunks that fit a pass, cut into pieces.
 

@@ -80,6 +80,10 @@ def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, packs: bool)
         return
     left = sorted(chunks, key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first
     while left:
-        pieces, count = packing.pack([(one.row, *text) for one, text in left], rows=rows)
-        yield ChunksOfAPass(0, [one for one, _ in left[:count]], pieces)
-        left = left[count:]
+        needed = [packing.num_pieces(len(tokens)) for _, (_, tokens) in left]
+        num_copies = sum(one.source != one.row for one, _ in left)
+        places = packing.first_that_fit(needed, rows=rows, in_order=num_copies)
+        some = [left[place] for place in places]
+        pieces, _ = packing.pack([(one.row, *text) for one, text in some], rows=rows)
+        yield ChunksOfAPass(0, [one for one, _ in some], pieces)
+        left = [one for place, one in enumerate(left) if place not in places]

@@ -12,8 +12,10 @@ import pytest
 from flax import nnx
 
 from qspec_jax.decoding import packing
-from qspec_jax.decoding.packing import PIECE, can_pack, pack, sizes
+from qspec_jax.decoding.packing import PIECE, can_pack, first_that_fit, pack, sizes
 from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.engine.prefixes import NextChunk
+from qspec_jax.engine.reading import passes
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
@@ -166,6 +168,26 @@ def test_what_does_not_fit_is_left_for_another_pass():
     chunks = [(row, 0, range(500)) for row in range(5)]
     assert pack(chunks, rows=8).count == 4
     assert pack(chunks[:1], rows=1).count == 1
+
+
+@pytest.mark.parametrize(
+    ("needed", "in_order", "expected"),
+    [
+        ([40, 30, 16, 8, 4], 0, [0, 2, 3]),
+        ([40, 30, 16, 8, 4], 2, [0]),  # copies of rows, before others write there
+        ([40, 20, 30, 4], 2, [0, 1, 3]),
+        ([64], 1, [0]),
+    ],
+)
+def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, in_order, expected):
+    assert first_that_fit(needed, rows=64, in_order=in_order) == expected
+
+
+def test_passes_read_each_chunk_once_and_copies_first():
+    lengths = [500, 500, 500, 100, 400, 200, 40, 500]
+    chunks = [(NextChunk(row, 9 if row in (5, 7) else row, 0), (0, range(count))) for row, count in enumerate(lengths)]
+    read = [[one.row for one in some.chunks] for some in passes(chunks, rows=8, packs=True)]
+    assert read == [[5, 7, 0, 1, 3, 6], [2, 4]]
 
 
 def test_the_reference_is_read_one_by_one():

@@ -247,7 +247,8 @@ def _serve(scheduler: Scheduler, requests: Sequence[Request], times: Sequence[fl
 
     def add_all() -> None:
         for arrival_s, request in zip(times, requests, strict=True):
-            time.sleep(max(0.0, began + arrival_s - time.perf_counter()))
+            if (left_s := began + arrival_s - time.perf_counter()) > 0:
+                time.sleep(left_s)
             sequence = scheduler.add(request)
             sequence.added_s = began + arrival_s
             sequences.append(sequence)
