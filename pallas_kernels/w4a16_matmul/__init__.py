@@ -14,7 +14,8 @@ from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_
 
 _OP = "w4a16_matmul"
 # A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
-# reads; ROWS_ALIKE, rows of a call that have the same bits whatever the others are, None for any number.
+# reads; ROWS_ALIKE, rows of a call that have the same bits whatever the others are, None for any number. Where more are
+# alike in a call that asks for it, w4a16_matmul takes ``alike``, and ROWS_ALIKE_IF_ASKED is another number.
 # The reference reads all, and names that of checkpoints.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -51,9 +52,14 @@ def w4a16_partial_sums(
     weight: QuantizedWeight,
     *,
     dtype: DTypeLike | None = None,
+    alike: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
-    """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
+    """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any.
+
+    ``alike`` asks for the bits that a row has among few others, also where more rows would be faster otherwise; for how
+    many rows it is granted says :func:`rows_alike`.
+    """
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
@@ -65,15 +71,19 @@ def w4a16_partial_sums(
         lambda module: module.obstacle(x.dtype, weight),
         order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
-    return chosen.w4a16_matmul(x, weight, dtype=dtype)
+    asked = {"alike": True} if alike and chosen.ROWS_ALIKE_IF_ASKED != chosen.ROWS_ALIKE else {}
+    return chosen.w4a16_matmul(x, weight, dtype=dtype, **asked)
 
 
-def rows_alike(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> int | None:
+def rows_alike(
+    weight: QuantizedWeight, dtype: DTypeLike, *, asked: bool = False, implementation: str | None = None
+) -> int | None:
     """How many rows a call may have for each of them to have the same bits whatever the others are.
 
     Args:
         weight: a ``[N, K]`` weight, with or without leading axes.
         dtype: of the rows.
+        asked: whether the call is one of :func:`w4a16_partial_sums` with ``alike``.
         implementation: as in the call.
 
     Returns:
@@ -90,7 +100,7 @@ def rows_alike(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str
         )
     except NotImplementedError:
         return 1
-    return chosen.ROWS_ALIKE
+    return chosen.ROWS_ALIKE_IF_ASKED if asked else chosen.ROWS_ALIKE
 
 
 def best_layout(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> Layout:

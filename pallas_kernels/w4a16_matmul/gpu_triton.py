@@ -34,6 +34,8 @@ from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
 LAYOUT, ROWS_ALIKE = Layout.PLANES, DECODE_ROWS[-1]
+# To be None, any number, once a GPU has compared and timed more tiles of rows in one launch with launches of 256 rows.
+ROWS_ALIKE_IF_ASKED: int | None = DECODE_ROWS[-1]
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
@@ -48,16 +50,21 @@ def w4a16_matmul(
     weight: QuantizedWeight,
     *,
     dtype: DTypeLike | None = None,
+    alike: bool = False,
     config: tiles.TileConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch N"]:
-    """See the public function. ``config`` replaces the measured choice of tiles."""
+    """See the public function. ``config`` replaces the measured choice of tiles.
+
+    With ``alike`` more rows than a decode has are as many more tiles of what 256 rows take.
+    """
     registers.ignore_triton_deprecation()
     rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
-    if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32:
+    if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32 and not alike:
         outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
-        config = config or _tile_config(rows.shape[0], x.dtype, weight)
+        most = DECODE_ROWS[-1] if alike else rows.shape[0]
+        config = config or _tile_config(min(rows.shape[0], most), x.dtype, weight)
         weight = dataclasses.replace(weight, group_sum=None)
         outputs = _matmul(rows, weight, dtype=dtype, config=config, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize_planes
 
 LAYOUT = Layout.PLANES  # of checkpoints; it reads any
-ROWS_ALIKE = 1
+ROWS_ALIKE = ROWS_ALIKE_IF_ASKED = 1
 
 
 def w4a16_matmul(

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize, layout_obstacle
 from pallas_kernels.backends.tpu import matmul, words
 
-LAYOUT, ROWS_ALIKE = Layout.PLANES, matmul.MAX_ROWS
+LAYOUT = Layout.PLANES
+ROWS_ALIKE = ROWS_ALIKE_IF_ASKED = matmul.MAX_ROWS
 _TILE_ROWS = 16  # of 16 bits
 
 

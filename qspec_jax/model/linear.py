@@ -197,6 +197,8 @@ class Linear(nnx.Module):
                 product = functools.partial(pallas_kernels.w4a16_partial_sums, implementation=self.kernels)
                 if weight.layout is Layout.WGMMA and _is_prefill(x):  # any number of rows are alike there
                     return product(x, weight)
+                if self._are_alike_if_asked(x, weight):
+                    return product(x, weight, alike=True)
                 return in_pieces(lambda rows: product(rows, weight), x)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
         elif view.weight_bits is not None:
@@ -208,6 +210,12 @@ class Linear(nnx.Module):
             return in_pieces(lambda rows: self._float_product(rows, weight), x)
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
+
+    def _are_alike_if_asked(self, x: Float[Array, "*batch K"], weight: QuantizedWeight) -> bool:
+        """Whether one call multiplies what else would be multiplied in pieces."""
+        if not _is_cut(x) or weight.layout is Layout.WGMMA:
+            return False
+        return pallas_kernels.rows_alike(weight, x.dtype, asked=True, implementation=self.kernels) is None
 
     def _float_product(
         self, x: Float[Array, "*batch K"], weight: Float[Array, "N K"]
@@ -224,6 +232,11 @@ def _is_prefill(x: Float[Array, "*batch K"]) -> bool:
     return x.ndim == 3 and x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS
 
 
+def _is_cut(x: Float[Array, "*batch K"]) -> bool:
+    """Whether these are rows of new tokens or of packed prompts, and more than have the same bits in any call."""
+    return x.ndim == 3 and x.shape[1] <= PIECE and x.shape[0] * x.shape[1] > MAX_ROWS
+
+
 def in_pieces(
     product: Callable[[Float[Array, "*batch K"]], Float[Array, "*batch N"] | PartialSums], x: Float[Array, "*batch K"]
 ) -> Float[Array, "*batch N"] | PartialSums:
@@ -234,7 +247,7 @@ def in_pieces(
     many prompts: they are multiplied in pieces of whole sequences. A longer chunk of a prompt, which has a pass to
     itself, is not.
     """
-    if x.ndim != 3 or x.shape[1] > PIECE or x.shape[0] * x.shape[1] <= MAX_ROWS:
+    if not _is_cut(x):
         return product(x)
     batch = x.shape[0]
     count = -(-batch // (MAX_ROWS // x.shape[1]))

@@ -28,6 +28,7 @@ from pallas_kernels.backends.mosaic import pairs
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.kernels.operands import cancelling
 from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_nested_weight, random_rows, random_weight
 
@@ -245,6 +246,19 @@ def test_none_takes_triton_where_it_fits_and_the_reference_where_it_does_not():
     np.testing.assert_array_equal(w4a16_matmul(x, odd), w4a16_matmul(x, odd, implementation="reference"))
     with pytest.raises(NotImplementedError, match="needs N to be a multiple of 16; this is 24"):
         w4a16_matmul(x, odd, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shape", [(576, 960, 32), (576, 576, 32), (576, 3072, 32), (1536, 576, 32), (4096, 6144, 128)])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_rows_of_packed_prompts_have_the_bits_of_a_decode_in_one_launch(shape, dtype, symmetric):
+    k, n, group_size = shape
+    weight = random_weight(n, k, group_size, symmetric=symmetric)
+    x = random_rows(2048, k, dtype=dtype)
+    together = jax.jit(functools.partial(w4a16_triton.w4a16_matmul, alike=True))(x, weight)
+    multiply = jax.jit(w4a16_triton.w4a16_matmul)
+    for some in (slice(0, 256), slice(1000, 1256), slice(5, 6), slice(2040, 2048)):
+        np.testing.assert_array_equal(together[some], multiply(x[some], weight))
 
 
 @pytest.mark.parametrize("group_size", [None, 128])

@@ -6,9 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels import PartialSums, value_of
 from qspec_jax.model import linear
+from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE, in_pieces
+from qspec_jax.model.view import View
+from tests import tiny
 
 WEIGHT = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
 
@@ -60,3 +64,22 @@ def test_pieces_of_prompts_are_multiplied_in_pieces_as_well():
     seen: list[tuple[int, ...]] = []
     in_pieces(counting(seen), jnp.ones((9, PIECE, 8), jnp.float32))
     assert seen == [(5, PIECE), (4, PIECE)]
+
+
+@pytest.mark.parametrize("granted", [256, None])
+def test_one_call_multiplies_them_where_rows_are_alike_if_asked(granted, monkeypatch):
+    seen = []
+
+    def product(rows, weight, **options):
+        seen.append((rows.shape[:2], options.get("alike", False)))
+        return jnp.zeros((*rows.shape[:2], weight.num_outputs), rows.dtype)
+
+    monkeypatch.setattr(pallas_kernels, "w4a16_partial_sums", product)
+    monkeypatch.setattr(pallas_kernels, "rows_alike", lambda *_, asked, **__: granted if asked else 256)
+    layer = next(iter(linears(tiny.decoder(kernels=None))))
+    num_inputs = layer.weight.get_value().num_inputs
+    for shape in ((9, PIECE), (8, PIECE), (2, PIECE + 1), (300, 1)):
+        layer._product(jnp.zeros((*shape, num_inputs), jnp.float32), View())
+    in_one = [((9, PIECE), True), ((8, PIECE), False), ((2, PIECE + 1), False), ((300, 1), True)]
+    in_pieces = [((5, PIECE), False), ((4, PIECE), False), *in_one[1:3], ((150, 1), False), ((150, 1), False)]
+    assert seen == (in_one if granted is None else in_pieces)

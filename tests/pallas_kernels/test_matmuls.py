@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations as quantize
-from pallas_kernels import upper_nibbles, w4a4_matmul, w4a16_matmul, with_group_sums
+from pallas_kernels import rows_alike, upper_nibbles, w4a4_matmul, w4a16_matmul, w4a16_partial_sums, with_group_sums
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -188,6 +190,36 @@ def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
     x = random_rows(33, 576, dtype=jnp.bfloat16)
     alone = W4A16["triton"](x[:5], weight)
     np.testing.assert_array_equal(alone, W4A16["triton"](x, weight)[:5])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_rows_beyond_a_decode_are_alike_where_they_are_asked_to_be(dtype):
+    weight = random_weight(32, 128, 32, symmetric=False)
+    x = random_rows(300, 128, dtype=dtype)
+    together = w4a16_triton.w4a16_matmul(x, weight, alike=True, interpret=True)
+    for some in (slice(7), slice(40, 296), slice(299, 300)):
+        alone = w4a16_triton.w4a16_matmul(x[some], weight, interpret=True)
+        np.testing.assert_array_equal(together[some], alone)
+
+
+def test_an_implementation_is_asked_for_what_it_grants(monkeypatch):
+    weight, calls = random_weight(32, 128, 32, symmetric=False), []
+
+    def multiply_rows(x, weight, *, dtype, alike=False):
+        calls.append(alike)
+        return jnp.zeros((len(x), weight.num_outputs), dtype)
+
+    monkeypatch.setattr(w4a16_triton, "w4a16_matmul", multiply_rows)
+    operation = importlib.import_module("pallas_kernels.w4a16_matmul")
+    monkeypatch.setattr(operation, "_IMPLEMENTATIONS", SimpleNamespace(select=lambda *_, **__: w4a16_triton))
+    multiply = functools.partial(w4a16_partial_sums, random_rows(1, 128), weight, implementation="triton")
+    alike = functools.partial(rows_alike, weight, jnp.float32, implementation="triton")
+    for granted in (256, None):
+        monkeypatch.setattr(w4a16_triton, "ROWS_ALIKE_IF_ASKED", granted)
+        assert (alike(), alike(asked=True)) == (256, granted)
+        for asked in (False, True):
+            multiply(alike=asked)
+    assert calls == [False, False, False, True]
 
 
 @pytest.mark.parametrize("integer", [False, True])
