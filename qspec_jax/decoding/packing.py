@@ -1,9 +1,9 @@
 """Chunks of several prompts cut into pieces of the same size, which one pass over the weights reads together.
 
 A pass for a prompt of 97 tokens reads all weights for 97 rows, and a GPU has arithmetic for many more. So where a token
-has the same bits whatever is read beside it (:func:`can_pack`), chunks are cut into pieces of ``PIECE`` tokens, of
-which only the last one of a chunk is padded. Pieces of as many chunks as fit share a pass, for a few numbers of pieces
-(:func:`sizes`).
+has the same bits whatever is read beside it (:func:`longest_packed`), chunks are cut into pieces of ``PIECE`` tokens,
+of which only the last one of a chunk is padded. Pieces of as many chunks as fit share a pass, for a few numbers of
+pieces (:func:`sizes`).
 
 Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c of 20::
 
@@ -29,29 +29,35 @@ from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE
 
 _MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
+# Tokens of a chunk that Triton's kernels share a pass for: longer ones go faster by a library, one at a time.
+_LONGEST_IN_PIECES = 256
 _SIZES = (2, 8, 16, 32, 48, 64)  # pieces of a pass
 LONGEST_CHUNK = 512 // PIECE  # pieces
 
 
-def can_pack(decoder: Decoder) -> bool:
-    """Whether the kernels of a decoder give a token the same bits whatever else its pass reads, and gain by it.
+def longest_packed(decoder: Decoder) -> int:
+    """How many tokens a chunk may have that a pass reads beside others, 0 for none.
 
-    Those of Hopper do, for any number of rows. Triton's do for ``MAX_ROWS`` rows at a time, at a fraction of the rate
-    of a library, which a model of few weights does not feel. Otherwise a library multiplies many rows, in an order that
-    depends on their number; then chunks are read one by one, each padded to one of few widths.
+    The kernels have to give a token the same bits whatever else its pass reads, and to gain by it. Those of Hopper do,
+    for any number of rows. Triton's do for ``MAX_ROWS`` rows at a time, at a fraction of the rate of a library, which
+    short chunks of a model of few weights do not feel. Otherwise a library multiplies many rows, in an order that
+    depends on their number. Such chunks are read one by one, each padded to one of few widths. Which way a chunk is
+    read depends on its own length alone.
     """
     if obstacle(decoder) is not None or not pallas_kernels.prefill_is_alike(decoder.config.head_dim):
-        return False
+        return 0
     in_pieces = 0
     for linear in linears(decoder):
         weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight) or linear.floats is not None:  # a library multiplies floats
-            return False
+            return 0
         alike = pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
         if alike is not None and alike < MAX_ROWS:
-            return False
+            return 0
         in_pieces += 0 if alike is None else 2 * weight.packed.size
-    return in_pieces <= _MOST_IN_PIECES
+    if in_pieces > _MOST_IN_PIECES:
+        return 0
+    return _LONGEST_IN_PIECES if in_pieces else LONGEST_CHUNK * PIECE
 
 
 def obstacle(decoder: Decoder) -> str | None:
@@ -79,7 +85,7 @@ class Packed(NamedTuple):
     count: int
 
 
-def first_that_fit(needed: Sequence[int], *, rows: int, in_order: int) -> list[int]:
+def first_that_fit(needed: Sequence[int], *, rows: int) -> list[int]:
     """Which of some chunks the next pass reads: the first ones, and of later ones those that its rest has room for.
 
     Example, passes of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
@@ -87,15 +93,12 @@ def first_that_fit(needed: Sequence[int], *, rows: int, in_order: int) -> list[i
     Args:
         needed: pieces of each chunk.
         rows: of the batch.
-        in_order: so many of the first chunks are read before any other one.
     """
     left, chosen = sizes(rows)[-1], []
     for place, count in enumerate(needed):
         if count <= left:
             left -= count
             chosen.append(place)
-        elif place < in_order:
-            break
     return chosen
 
 

@@ -63,8 +63,8 @@ class Programs(Lowering):
         self._lock = threading.RLock()
 
     @property
-    def packs(self) -> bool:
-        """Whether chunks of several prompts are read in one pass (``decoding/packing.py``).
+    def longest_packed(self) -> int:
+        """Tokens of the longest chunk that is read in one pass with others (``decoding/packing.py``); 0 for none.
 
         Raises:
             UsageError: they are to be, and there is no such pass.
@@ -72,11 +72,11 @@ class Programs(Lowering):
         if self.packing and (obstacle := packing.obstacle(self.decoder)) is not None:
             raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
         if self.packing is not None:
-            return self.packing
+            return packing.LONGEST_CHUNK * packing.PIECE if self.packing else 0
         laid_out = self._laid_out
-        if laid_out.can_pack is None:
-            laid_out.can_pack = packing.can_pack(self.decoder)
-        return laid_out.can_pack
+        if laid_out.longest_packed is None:
+            laid_out.longest_packed = packing.longest_packed(self.decoder)
+        return laid_out.longest_packed
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -156,12 +156,13 @@ class Programs(Lowering):
     def _wanted(
         self, plans: Sequence[DecodingPlan], shape: Shape, widths: Sequence[int]
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
-        """How to lower the loops of some plans, and the programs that read chunks: for each width, or packed."""
-        key, lower, sizes = _prefill_key, self.lower_prefill, widths
-        if self.packs:
-            key, lower, sizes = _pieces_key, self.lower_pieces, packing.sizes(shape.rows) if widths else ()
-        wanted = {key(plans[0], shape, size): functools.partial(lower, plans[0], shape, size) for size in sizes}
-        return wanted | {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
+        """How to lower the loops of some plans, and the programs that read chunks: packed, or for each width."""
+        alone = [width for width in widths if width > self.longest_packed]
+        sizes = packing.sizes(shape.rows) if len(alone) < len(widths) else ()
+        wanted = {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
+        for key, lower, those in ((_prefill_key, self.lower_prefill, alone), (_pieces_key, self.lower_pieces, sizes)):
+            wanted |= {key(plans[0], shape, one): functools.partial(lower, plans[0], shape, one) for one in those}
+        return wanted
 
     def _add_missing(
         self,

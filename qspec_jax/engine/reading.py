@@ -64,26 +64,25 @@ class ChunksOfAPass(NamedTuple):
     pieces: PromptPieces | None = None
 
 
-def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, packs: bool) -> Iterator[ChunksOfAPass]:
+def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, longest_packed: int) -> Iterator[ChunksOfAPass]:
     """Chunks by the programs that read them: as many in a pass as fit, or by their width.
 
     Args:
         chunks: each with its start and tokens.
         rows: of the batch.
-        packs: whether a pass reads chunks of several prompts.
+        longest_packed: tokens that a chunk has at most of which a pass reads several.
     """
-    if not packs:
-        by_width: dict[int, list[NextChunk]] = {}
-        for one, (_, tokens) in chunks:
-            by_width.setdefault(chunk_width(len(tokens)), []).append(one)
-        yield from (ChunksOfAPass(width, some) for width, some in sorted(by_width.items()))
-        return
-    left = sorted(chunks, key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first
+    left = [(one, text) for one, text in chunks if len(text[1]) <= longest_packed]
+    left.sort(key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first in a pass
     while left:
         needed = [packing.num_pieces(len(tokens)) for _, (_, tokens) in left]
-        num_copies = sum(one.source != one.row for one, _ in left)
-        places = packing.first_that_fit(needed, rows=rows, in_order=num_copies)
+        places = packing.first_that_fit(needed, rows=rows)
         some = [left[place] for place in places]
         pieces, _ = packing.pack([(one.row, *text) for one, text in some], rows=rows)
         yield ChunksOfAPass(0, [one for one, _ in some], pieces)
         left = [one for place, one in enumerate(left) if place not in places]
+    by_width: dict[int, list[NextChunk]] = {}
+    for one, (_, tokens) in chunks:
+        if len(tokens) > longest_packed:
+            by_width.setdefault(chunk_width(len(tokens)), []).append(one)
+    yield from (ChunksOfAPass(width, some) for width, some in sorted(by_width.items()))

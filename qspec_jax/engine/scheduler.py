@@ -387,7 +387,7 @@ class Scheduler:
             # They write after all that others may read of their rows.
             next_chunks, own = [*next_chunks, *own], []
             texts = [(one, rows[one.row].chunks[one.index]) for one in next_chunks]
-            some = passes(texts, rows=self.shape.rows, packs=self._programs.packs)
+            some = passes(texts, rows=self.shape.rows, longest_packed=self._programs.longest_packed)
             reports += [self._dispatch_chunks(*one) for one in some]
             reading = {row: reading[row] for row in later}
         return reports

@@ -145,7 +145,7 @@ def test_requests_arrive_at_random_at_the_rate():
 def test_every_program_that_reads_prompts_of_several_runs_before_the_clock(rows, longest, sizes):
     requests = [Request([1] * longest, 5, SamplingParams()), Request([1], 5, SamplingParams())]
     found = []
-    for some in fill_passes(requests, rows=rows, vocab_size=50):
+    for some in fill_passes(requests, rows=rows, longest_packed=512, vocab_size=50):
         packed = pack([(row, 0, one.token_ids) for row, one in enumerate(some)], rows=rows)
         assert packed.count == len(some) <= rows
         assert all(len(one.token_ids) <= longest for one in some)

@@ -12,7 +12,10 @@ import pytest
 from flax import nnx
 
 from qspec_jax.decoding import packing
-from qspec_jax.decoding.packing import PIECE, can_pack, first_that_fit, pack, sizes
+from qspec_jax.decoding.chunks import CHUNK_WIDTHS, Shape
+from qspec_jax.decoding.packing import PIECE, first_that_fit, longest_packed, pack, sizes
+from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.prefixes import NextChunk
 from qspec_jax.engine.reading import passes
@@ -22,7 +25,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.layouts import linears
-from qspec_jax.model.view import View
+from qspec_jax.model.view import Precision, View
 from tests import tiny
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), max_position_embeddings=1024)
@@ -49,10 +52,19 @@ FEATURES = [
 ]
 
 
-def served(requests, mode: str, *, packed: bool, rows: int = 4, together: bool = True, **options):
+def served(
+    requests,
+    mode: str,
+    *,
+    packed: bool | None,
+    rows: int = 4,
+    together: bool = True,
+    longest: int | None = None,
+    **options,
+):
     """The sequences of some requests, all at once or one after the other, and their scheduler."""
     model = tiny.language_model(CONFIG)
-    model.programs.packing = packed
+    model.programs.packing, model.programs._laid_out.longest_packed = packed, longest
     plan = model.plan(mode, **options)
     scheduler = Scheduler(model.programs, plan, rows=rows, capacity=CAPACITY)
     sequences = []
@@ -171,28 +183,56 @@ def test_what_does_not_fit_is_left_for_another_pass():
 
 
 @pytest.mark.parametrize(
-    ("needed", "in_order", "expected"),
+    ("needed", "expected"),
+    [([40, 30, 16, 8, 4], [0, 2, 3]), ([40, 20, 30, 4], [0, 1, 3]), ([64, 1], [0]), ([1], [0])],
+)
+def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, expected):
+    assert first_that_fit(needed, rows=64) == expected
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"),
     [
-        ([40, 30, 16, 8, 4], 0, [0, 2, 3]),
-        ([40, 30, 16, 8, 4], 2, [0]),  # copies of rows, before others write there
-        ([40, 20, 30, 4], 2, [0, 1, 3]),
-        ([64], 1, [0]),
+        (512, [(0, [5, 7, 0, 1, 3, 6]), (0, [2, 4])]),  # copies of rows come first in a pass
+        (256, [(0, [5, 3, 6]), (512, [0, 1, 2, 4, 7])]),
+        (0, [(64, [6]), (128, [3]), (256, [5]), (512, [0, 1, 2, 4, 7])]),
     ],
 )
-def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, in_order, expected):
-    assert first_that_fit(needed, rows=64, in_order=in_order) == expected
-
-
-def test_passes_read_each_chunk_once_and_copies_first():
-    lengths = [500, 500, 500, 100, 400, 200, 40, 500]
+def test_each_chunk_is_read_once(longest, expected):
+    lengths = [500, 500, 500, 100, 400, 256, 40, 500]
     chunks = [(NextChunk(row, 9 if row in (5, 7) else row, 0), (0, range(count))) for row, count in enumerate(lengths)]
-    read = [[one.row for one in some.chunks] for some in passes(chunks, rows=8, packs=True)]
-    assert read == [[5, 7, 0, 1, 3, 6], [2, 4]]
+    read = passes(chunks, rows=8, longest_packed=longest)
+    assert [(some.width, [one.row for one in some.chunks]) for some in read] == expected
+
+
+@pytest.mark.parametrize(
+    ("longest", "widths", "kinds"),
+    [
+        (0, (64, 512), {64, 512}),
+        (256, (64, 512), {"pieces", 512}),
+        (CHUNK_WIDTHS[-1], (64, 512), {"pieces"}),
+        (256, (512,), {512}),
+        (256, (), set()),
+    ],
+)
+def test_programs_are_those_of_the_chunks(longest, widths, kinds):
+    programs, plan = Programs(tiny.decoder(CONFIG)), DecodingPlan(Precision.W4A16)
+    programs._laid_out.longest_packed = longest
+    wanted = programs._wanted([plan], Shape.of(plan, rows=2, capacity=CAPACITY), widths)
+    names = [name for name in wanted if name[0] != "loop"]
+    assert {"pieces" if name[0] == "pieces" else name[-1] for name in names} == kinds
+
+
+def test_long_chunks_may_be_read_alone(one_by_one):
+    """Which depends on their own length, so that a prompt has the same bits whoever comes with it."""
+    sequences, scheduler = served(REQUESTS, "w4a16", packed=None, longest=64)
+    assert tokens(sequences) == one_by_one
+    assert {key[0] for key in scheduler._programs.compiled} == {"pieces", "prefill", "loop"}
 
 
 def test_the_reference_is_read_one_by_one():
     """Its sums depend on how many rows a pass has."""
-    assert not can_pack(tiny.decoder())
+    assert longest_packed(tiny.decoder()) == 0
 
 
 def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
@@ -202,15 +242,14 @@ def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
     of_floats = tiny.decoder(CONFIG, kernels=None, quantization=None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [ada])
-    assert can_pack(decoder)
-    assert not can_pack(by_reference)
-    assert not can_pack(of_floats)
+    assert longest_packed(decoder) == 256  # others by a library, one by one
+    assert longest_packed(by_reference) == longest_packed(of_floats) == 0
     weights = [linear.weight.get_value() for linear in linears(decoder)]
     count = CONFIG.num_layers * sum(weight.num_outputs * weight.num_inputs for weight in weights)
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count)
-    assert can_pack(decoder)
+    assert longest_packed(decoder) == 256
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count - 1)
-    assert not can_pack(decoder)
+    assert longest_packed(decoder) == 0
 
 
 def test_nothing_asks_the_model_between_bursts(monkeypatch):
@@ -223,7 +262,7 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
     def asked(*_, **__):
         raise AssertionError("the model was gone through")
 
-    monkeypatch.setattr(packing, "can_pack", asked)
+    monkeypatch.setattr(packing, "longest_packed", asked)
     monkeypatch.setattr(nnx, "iter_modules", asked)
     monkeypatch.setattr(nnx, "split", asked)
     sequences = [scheduler.add(request) for request in (REQUESTS[1], REQUESTS[4])]

@@ -115,7 +115,7 @@ def test_every_plan_yields_the_tokens_of_plain_decoding_alone(name, demo_gguf, r
     different = {}
     for packing in (None, False):
         model = load(way.model, demo_gguf)
-        if packing is False and not model.programs.packs:
+        if packing is False and not model.programs.longest_packed:
             continue  # as before
         model.programs.packing = packing
         plain = outputs(model, given, rows=1, mode=way.plain)

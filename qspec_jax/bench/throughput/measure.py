@@ -136,8 +136,9 @@ def measure_throughput(
     model.programs.compile(plan, Shape.of(plan, rows=rows, capacity=capacity), widths)
     plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
     once = [(one, _warm_up(requests)) for one in plans]
-    if model.programs.packs:
-        passes = fill_passes(requests, rows=rows, vocab_size=model.decoder.config.vocab_size)
+    if longest := model.programs.longest_packed:
+        sizes = {"rows": rows, "longest_packed": longest, "vocab_size": model.decoder.config.vocab_size}
+        passes = fill_passes(requests, **sizes)
         once += [(plans[0], some) for some in passes]
     for one, some in once:
         _serve(Scheduler(model.programs, one, state_of=plan, **options), some, arrivals(len(some), None))
@@ -209,16 +210,20 @@ def _warm_up(requests: Sequence[Request]) -> list[Request]:
     ]
 
 
-def fill_passes(requests: Sequence[Request], *, rows: int, vocab_size: int) -> Iterator[list[Request]]:
+def fill_passes(
+    requests: Sequence[Request], *, rows: int, longest_packed: int, vocab_size: int
+) -> Iterator[list[Request]]:
     """Short requests that come together, so that each program that reads prompts of several runs once.
 
     Args:
         requests: which these are like; none of theirs is longer than the longest of these.
         rows: of the batch.
+        longest_packed: tokens that a chunk of them may have.
         vocab_size: tokens are drawn of.
     """
     generator, pieces = random.Random(0), 0  # fewer than those of a pass of this size
-    longest = min(packing.LONGEST_CHUNK, max(packing.num_pieces(len(one.token_ids)) for one in requests))
+    most = packing.num_pieces(longest_packed)
+    longest = min(most, max(packing.num_pieces(len(one.token_ids)) for one in requests))
     for size in packing.sizes(rows):
         counts, needed = [], pieces + 1
         while sum(counts) < needed:
