@@ -126,8 +126,9 @@ def test_pairs_of_programs_are_timed_of_one_operation_where_asked_for(tmp_path):
 
 def test_the_kernel_that_is_timed_as_pairs_is_one(monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch._platform_obstacle", lambda *_: None)
-    x, weight = array(128, 4096, dtype=jnp.bfloat16), abstract_weight(4096, 28672, 128, True, Layout.WGMMA)
-    for name, is_pairs in (("mosaic", False), ("mosaic_pairs", True)):
+    weight = abstract_weight(4096, 28672, 128, True, Layout.WGMMA)
+    for name, rows, is_pairs in (("mosaic", 64, False), ("mosaic", 128, True), ("mosaic_pairs", 64, True)):
+        x = array(rows, 4096, dtype=jnp.bfloat16)
         program = cuda_program(lambda x, w, name=name: operands.weight_only_product(x, w, name), x, weight)
         assert ("w4a16_pairs_mosaic_gpu" in program) == is_pairs
 
