@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shlex
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ import pytest
 from jaxtyping import Array, Float, Int8
 
 import pallas_kernels
-from qspec_jax import ModelConfig
-from qspec_jax.bench.__main__ import build_parser
+from qspec_jax import ModelConfig, texts
+from qspec_jax.bench import __main__ as bench
 from tests import annotations
 from tests.conftest import THOROUGH
-from tests.gpu import figures
+from tests.gpu import figures, torch_serving
 
 
 @pytest.mark.contract
@@ -118,10 +118,19 @@ def test_all_that_is_annotated_is_checked():
     assert [f.__qualname__ for f in checkable if not hasattr(f, "__wrapped__")] == []
 
 
+# Of the modules that figures.GROUPS runs.
+PARSERS = {
+    "qspec_jax.bench": bench.build_parser,
+    "qspec_jax.texts": texts.build_parser,
+    "tests.gpu.torch_serving": torch_serving.build_parser,
+}
+
+
 @pytest.mark.parametrize("group", figures.GROUPS)
 def test_the_commands_of_the_figures_that_are_aimed_at_are_understood(group):
     for command in figures.GROUPS[group].commands:
-        build_parser().parse_args([*shlex.split(command), "--json", "measured.json"])
+        module, *arguments = figures.arguments_of(command, "measured.json", Path("folder"))
+        PARSERS[module]().parse_args(arguments)
 
 
 def test_a_figure_needs_one_measurement():

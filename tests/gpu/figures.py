@@ -69,7 +69,10 @@ class Figure(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Commands of ``python -m qspec_jax.bench``, measured together, and what follows from them."""
+    """Commands of ``python -m qspec_jax.bench``, or of a module named first, and what follows from their measurements.
+
+    ``{folder}`` in a command is where all that they write stays.
+    """
 
     commands: Sequence[str]
     figures: Sequence[Figure]
@@ -111,6 +114,15 @@ _OF_MESH = [
     Figure("data=2 over one GPU, 64 + 64 rows", lambda r: 2 * r.ms("step", 64) / r.ms("step", 128, place=2), 1.9),
 ]
 _SERVED = "throughput --preset llama-3-8b --mode w4a16 --batch-size 64"
+_MANY = "--num-prompts 512 --max-new-tokens 256"
+
+
+def _decoded_per_s(results: Results, mode: str) -> float:
+    """Tokens per second of decoding alone."""
+    run = results.one("runs", 1, mode=mode)
+    return run["num_tokens"] / sum(one["seconds"] for one in run["choices"].values())
+
+
 GROUPS = {
     "plain": Group(
         [f"{_8B} --batch 1,16,32 --mode w4a16,qspec", f"{_8B} --batch 1 --mode w4a16 --head-bits 8"],
@@ -200,7 +212,7 @@ GROUPS = {
         ],
     ),
     "many-prompts": Group(
-        [f"{_SERVED} --num-prompts 512 --max-new-tokens 256"],
+        [f"{_SERVED} {_MANY}"],
         [
             _run("64 rows, 512 prompts x 256 tokens, tokens/s", lambda run: run["tokens_per_s"], 8_500),
             _run("the same, share of reading", lambda run: run["prefill_share"], 0.12, -1),
@@ -216,6 +228,30 @@ GROUPS = {
     "demo": Group(
         ["throughput --model default --mode w4a16 --batch-size 64 --num-prompts 256 --max-new-tokens 128"],
         [_run("demo model, 64 rows, tokens/s", lambda run: run["tokens_per_s"], 30_000)],
+    ),
+    "torch": Group(
+        [f"{_SERVED} {_MANY}", f"tests.gpu.torch_serving {_MANY}"],
+        [
+            Figure(
+                "64 rows, 512 prompts x 256 tokens, over torch's serving in bfloat16",
+                lambda r: r.one("runs")["tokens_per_s"] / r.one("runs", 1)["tokens_per_s"],
+                2,
+            )
+        ],
+    ),
+    "long": Group(
+        [
+            "qspec_jax.texts {folder}/texts --long-prompts 64 --long-contexts 8k",
+            "throughput --model default --batch-size 64 --mode w4a16,qspec --draft-length 3 --draft-context 512"
+            " --prompt-file {folder}/texts/long-8k.jsonl --num-prompts 320 --max-prompt-tokens 7930",
+        ],
+        [
+            Figure(
+                "SmolLM2, 64 rows of 8k, budget drafts over plain, decoding alone",
+                lambda results: _decoded_per_s(results, "qspec") / _decoded_per_s(results, "w4a16"),
+                1.7,
+            )
+        ],
     ),
     "mesh": Group(_ON_MESH, _OF_MESH, num_gpus=2),
     "processes": Group(_ON_MESH, _OF_MESH, num_gpus=2, by_processes=True),
@@ -248,20 +284,27 @@ def run(arguments: Sequence[str], log: Path, count: int, *, seconds: float) -> i
                 one.wait()
 
 
+def arguments_of(command: str, path: str, folder: Path) -> list[str]:
+    """Of ``python -m``: the module and what follows, with the file that it is to write its measurements to."""
+    words = shlex.split(command.format(folder=folder))
+    module = [] if "." in words[0] else ["qspec_jax.bench"]
+    return [*module, *words, *([] if words[0] == "qspec_jax.texts" else ["--json", path])]
+
+
 def measure(name: str, group: Group, folder: Path, until: float) -> None:
     """Runs the commands of a group and prints its figures; what fails, or takes too long, is a line."""
     files = []
     for place, command in enumerate(group.commands):
         path = folder / f"{name}-{place}"
-        arguments = [sys.executable, "-m", "qspec_jax.bench", *shlex.split(command), "--json", f"{path}.json"]
+        arguments = [sys.executable, "-m", *arguments_of(command, f"{path}.json", folder)]
         began = time.monotonic()
         count = group.num_gpus if group.by_processes and "--mesh" in command else 1
         code = run(arguments, Path(f"{path}.log"), count, seconds=max(1.0, until - began))
         print(f"  {time.monotonic() - began:4.0f} s  {command}" + (f"  ({code})" if code else ""), flush=True)
         is_there = not code and Path(f"{path}.json").exists()
         files.append(json.loads(Path(f"{path}.json").read_text()) if is_there else {"measurements": [], "runs": []})
-        if is_there and place == 0:
-            print("  {device}, driver {driver}, jax {jax}, {date}".format(**files[0]["environment"]))
+        if is_there and "environment" in files[-1] and not any("environment" in one for one in files[:-1]):
+            print("  {device}, driver {driver}, jax {jax}, {date}".format(**files[-1]["environment"]))
     results = Results(files)
     for figure in group.figures:
         try:
@@ -293,7 +336,9 @@ def main() -> None:
     if not arguments.groups:
         for name, group in GROUPS.items():
             needs = f" ({group.num_gpus} GPUs)" if group.num_gpus > 1 else ""
-            print(f"{name}{needs}", *(f"  python -m qspec_jax.bench {one}" for one in group.commands), sep="\n")
+            modules = ("" if "." in one.split()[0] else "qspec_jax.bench " for one in group.commands)
+            commands = (f"  python -m {module}{one}" for module, one in zip(modules, group.commands, strict=True))
+            print(f"{name}{needs}", *commands, sep="\n")
 
 
 if __name__ == "__main__":
