@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,18 @@ from pallas_kernels.accuracy import tensor_core_error as tensor_core_error
 # (K, N) of the fused linears.
 DEMO_MODEL = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 LLAMA_3_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+
+# Arguments of kernels and references that are no arrays.
+STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "block", "epsilon")
+STATIC += ("implementation",)
+
+
+def in_one_program(function: Callable) -> Callable:
+    """A reference as models run it, but rounded where it says so; by itself each of its operations is a program."""
+    taken = inspect.signature(function).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+    static = [name for name in STATIC if takes_all or name in taken]
+    return jax.jit(function, static_argnames=static, compiler_options={"xla_allow_excess_precision": False})
 
 
 @functools.cache
@@ -51,7 +65,8 @@ def random_nested_weight(
 @functools.cache
 def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> jax.Array:
     """Normal values with a mean, so that zero points matter."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) + 0.25, dtype)
+    drawn = np.random.default_rng(seed).standard_normal(shape) + 0.25
+    return jnp.asarray(drawn.astype(np.float32).astype(dtype))
 
 
 def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
@@ -72,12 +87,13 @@ def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
 
 def activation_in_float64(x: QuantizedActivation) -> np.ndarray:
     """``[M, K]`` from the definition, one group at a time."""
-    out = np.empty(x.codes.shape)
+    out, scale = np.asarray(x.codes, np.float64), np.asarray(x.scale, np.float64)
+    offset = None if x.offset is None else np.asarray(x.offset, np.float64)
     for group in range(x.num_groups):
         columns = slice(group * x.group_size, (group + 1) * x.group_size)
-        out[:, columns] = np.asarray(x.codes[:, columns], np.float64) * np.asarray(x.scale[:, [group]], np.float64)
-        if x.offset is not None:
-            out[:, columns] -= np.asarray(x.offset[:, [group]], np.float64)
+        out[:, columns] *= scale[:, [group]]
+        if offset is not None:
+            out[:, columns] -= offset[:, [group]]
     return out
 
 

@@ -11,10 +11,10 @@ import pytest
 from pallas_kernels import Layout, quantize_activations
 from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.quantize_activations import gpu_triton, reference
-from tests.pallas_kernels.kernel_cases import activation_in_float64, random_rows
+from tests.pallas_kernels.kernel_cases import activation_in_float64, in_one_program, random_rows
 
 QUANTIZE = {
-    "reference": reference.quantize_activations,
+    "reference": in_one_program(reference.quantize_activations),
     "triton": functools.partial(gpu_triton.quantize_activations, interpret=True),
 }
 IMPLEMENTATIONS = ("reference", "triton")
@@ -69,8 +69,8 @@ def test_the_loudest_groups_of_each_token_take_8_bits(implementation, count, sym
     settings = {"bits": 4, "group_size": 32, "symmetric": symmetric, "clip_ratio": 1.0}
     out = QUANTIZE[implementation](x, **settings, outlier_groups=count)
     loud = np.argsort(-np.asarray(loudness), axis=1)[:, :count]
-    wide = reference.quantize_activations(x, **{**settings, "bits": 8})
-    narrow = reference.quantize_activations(x, **settings)
+    wide = QUANTIZE["reference"](x, **{**settings, "bits": 8})
+    narrow = QUANTIZE["reference"](x, **settings)
     for name in ("codes", "scale") if symmetric else ("codes", "scale", "offset"):
         expected = np.array(getattr(narrow, name)).reshape(7, 3, -1)
         for token in range(7):

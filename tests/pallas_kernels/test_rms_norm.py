@@ -17,18 +17,23 @@ from pallas_kernels.rms_norm_quantize import reference as quantize_reference
 from tests.pallas_kernels.kernel_cases import (
     assert_nearly_the_same,
     assert_the_same,
+    in_one_program,
     random_rows,
     relative_error,
     rms_norm_in_float64,
 )
 
 EPSILON = 1e-5
-NORM = {"reference": reference.rms_norm, "triton": functools.partial(triton.rms_norm, interpret=True)}
-ADD_NORM = {"reference": reference.add_rms_norm, "triton": functools.partial(triton.add_rms_norm, interpret=True)}
+NORM = {"reference": in_one_program(reference.rms_norm), "triton": functools.partial(triton.rms_norm, interpret=True)}
+ADD_NORM = {
+    "reference": in_one_program(reference.add_rms_norm),
+    "triton": functools.partial(triton.add_rms_norm, interpret=True),
+}
 ADD_NORM_QUANTIZE = {
-    "reference": quantize_reference.add_rms_norm_quantize,
+    "reference": in_one_program(quantize_reference.add_rms_norm_quantize),
     "triton": functools.partial(quantize_triton.add_rms_norm_quantize, interpret=True),
 }
+QUANTIZE = in_one_program(functools.partial(quantize_activations, implementation="reference"))
 # A hidden size, one token a program; and heads, of which a program takes 8 and 32.
 SHAPES = [(2, 576), (1, 9, 128), (2, 21, 24)]
 
@@ -99,8 +104,8 @@ def test_the_quantised_norm_of_a_sum_has_the_codes_of_its_parts(shape, bits, sym
     settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 1.0}
     settings["outlier_groups"] = outlier_groups
     x, update, gain = operands(shape, jnp.bfloat16)
-    total, norm = reference.add_rms_norm(x, update, gain, epsilon=EPSILON)
-    expected = quantize_activations(norm, **settings, implementation="reference")
+    total, norm = ADD_NORM["reference"](x, update, gain, epsilon=EPSILON)
+    expected = QUANTIZE(norm, **settings)
     outputs = {name: add(x, update, gain, epsilon=EPSILON, **settings) for name, add in ADD_NORM_QUANTIZE.items()}
     for sum_of_both, _ in outputs.values():
         np.testing.assert_array_equal(np.asarray(sum_of_both), np.asarray(total))

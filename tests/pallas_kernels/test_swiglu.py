@@ -16,12 +16,14 @@ from pallas_kernels.swiglu_quantize import gpu_triton as quantize_triton
 from tests.pallas_kernels.kernel_cases import (
     assert_rounded_once,
     assert_the_same,
+    in_one_program,
     random_rows,
     relative_error,
     swiglu_in_float64,
 )
 
-SWIGLU = {"reference": reference.swiglu, "triton": functools.partial(triton.swiglu, interpret=True)}
+SWIGLU = {"reference": in_one_program(reference.swiglu), "triton": functools.partial(triton.swiglu, interpret=True)}
+QUANTIZE = in_one_program(functools.partial(quantize_activations, implementation="reference"))
 # Axes of the product: part of a piece, an odd one, pieces that fill, a prefill's two axes and a piece of one value.
 SHAPES = [(1, 576), (3, 99), (2, 2048), (2, 3, 1025)]
 
@@ -59,7 +61,7 @@ def test_drafts_quantise_the_product_that_it_writes(k, group_size, dtype):
     gate_up = random_rows(3, 2 * k, dtype=dtype)
     settings = {"bits": 8, "group_size": group_size, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
     codes = quantize_triton.swiglu_quantize(gate_up, **settings, interpret=True)
-    assert_the_same(codes, quantize_activations(SWIGLU["triton"](gate_up), **settings, implementation="reference"))
+    assert_the_same(codes, QUANTIZE(SWIGLU["triton"](gate_up), **settings))
 
 
 @dtypes

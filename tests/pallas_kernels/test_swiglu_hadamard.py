@@ -21,19 +21,21 @@ from pallas_kernels.swiglu_hadamard_quantize import reference as quantize_refere
 from tests.pallas_kernels.kernel_cases import (
     assert_nearly_the_same,
     assert_the_same,
+    in_one_program,
     random_rows,
     relative_error,
     swiglu_in_float64,
 )
 
 FLOAT = {
-    "reference": float_reference.swiglu_hadamard,
+    "reference": in_one_program(float_reference.swiglu_hadamard),
     "triton": functools.partial(float_triton.swiglu_hadamard, interpret=True),
 }
 QUANTIZE = {
-    "reference": quantize_reference.swiglu_hadamard_quantize,
+    "reference": in_one_program(quantize_reference.swiglu_hadamard_quantize),
     "triton": functools.partial(quantize_triton.swiglu_hadamard_quantize, interpret=True),
 }
+QUANTIZE_ROTATED = in_one_program(functools.partial(quantize_activations, implementation="reference"))
 # K, the values of a transform, and a dtype: one tile; several small transforms under one matrix, in one section and in
 # two; two tiles, padded; several transforms with a core; many chunks and tiles.
 SIZES = [
@@ -108,7 +110,7 @@ def test_interpreted_codes_are_those_of_the_separate_kernels(
     settings = settings_of(group_size, outlier_groups, bits, symmetric)
     out = QUANTIZE["triton"](gate_up, block=block, **settings)
     rotated = FLOAT["triton"](gate_up, block=block)
-    expected = quantize_activations(rotated, **settings, implementation="reference")
+    expected = QUANTIZE_ROTATED(rotated, **settings)
     assert_nearly_the_same(out, expected, jnp.float32, equal_codes=0.9999)
 
 
