@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import shutil
 import signal
@@ -17,7 +18,7 @@ from tests import tiny
 from tests.conftest import THOROUGH
 from tests.weights import checkpoint_writer
 
-NUM_KILLS = 20 if THOROUGH else 12
+NUM_KILLS = 20 if THOROUGH else 8
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,11 @@ def sources(tmp_path_factory):
         decoder = tiny.decoder(seed=seed)
         save_checkpoint(folder / str(seed), decoder, tokenizer=None, quantization=QuantConfig())
     return [folder / "0", folder / "1"]
+
+
+@pytest.fixture(scope="module")
+def originals(sources):
+    return [contents(source) for source in sources]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +58,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_killed_at_moments_spread_over_a_write(processes, sources, tmp_path):
-    originals = [contents(source) for source in sources]
+def test_killed_at_moments_spread_over_a_write(processes, sources, originals, tmp_path):
     assert not same(*originals)
     path = tmp_path / "checkpoint"
     receiver, sender = processes.Pipe(duplex=False)
@@ -73,17 +78,17 @@ def test_killed_at_moments_spread_over_a_write(processes, sources, tmp_path):
     num_events = receiver.recv() * 9 // 10  # threads may do some more or fewer, on a busy machine above all
     assert num_events > 100
     after = checkpoint_writer.AFTER
-    changed = []
+    found = [which()]
     for event in (*np.linspace(1, num_events, NUM_KILLS - 2).astype(int).tolist(), after, after + 1):
-        old = which()
-        assert write(sources[1 - old], event) == -signal.SIGKILL
-        changed.append(which() != old)
+        assert write(sources[1 - found[-1]], event) == -signal.SIGKILL
+        found.append(which())
+    changed = [one != before for before, one in itertools.pairwise(found)]
     assert changed == [False] * (NUM_KILLS - 2) + [True] * 2
 
 
 @pytest.mark.parametrize(("overwrites", "step"), [(False, 1), (False, 2), (True, 1), (True, 2), (True, 3), (True, 4)])
-def test_killed_at_each_step_of_putting_it_into_place(processes, sources, tmp_path, overwrites, step):
-    old, new = (contents(source) for source in sources)
+def test_killed_at_each_step_of_putting_it_into_place(processes, sources, originals, tmp_path, overwrites, step):
+    old, new = originals
     path = tmp_path / "checkpoint"
     if overwrites:
         shutil.copytree(sources[0], path)
