@@ -18,7 +18,7 @@ from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.device.mesh import AXES
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("equal", "features", "int8")  # processes, so that each of these tests stays below the limit of CPU time
+PARTS = ("equal", "features", "int8")
 
 
 def test_one_thread_at_a_time_hands_work_to_devices():
@@ -37,13 +37,12 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     assert most == [1] * 8
 
 
-@pytest.mark.slow  # 20 to 45 CPU seconds each, and on a slower machine more than a test may take
-@pytest.mark.parametrize("part", PARTS)
-def test_on_eight_devices(part, tmp_path):
+@pytest.mark.slow  # a minute of CPU time: three files in one process, whose start takes ten seconds
+def test_on_eight_devices(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    file = f"tests/decoding/on_eight_devices_{part}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
+    files = [f"tests/decoding/on_eight_devices_{part}.py" for part in PARTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
     options = {"env": environment, "timeout": 600, "capture_output": True, "text": True}
-    done = subprocess.run([*command, file], cwd=ROOT, check=False, **options)
+    done = subprocess.run([*command, *files], cwd=ROOT, check=False, **options)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
