@@ -54,6 +54,12 @@ def guided(budget=SMALL, length=3, **options):
     return DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=budget, **options), length)
 
 
+@pytest.fixture(scope="module")
+def right(model):
+    """What drafts that read the blocks that matter yield."""
+    return run(model, guided())
+
+
 @pytest.mark.parametrize(
     ("budget", "length", "block"), [pytest.param(112, 5, 16, marks=pytest.mark.contract), (288, 2, 48)]
 )
@@ -64,12 +70,11 @@ def test_a_budget_changes_what_is_accepted_and_nothing_else(model, plain, budget
     assert any(result.stats.accepted for result in results)
 
 
-def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain):
+def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain, right):
     """Also what is accepted of its drafts: the blocks that it reads are its own."""
-    together = run(model, guided())
     alone = run(model, guided(), batch_size=1)
     assert tokens_of(alone) == plain
-    accepted = [[result.stats.accepted_lengths for result in results] for results in (together, alone)]
+    accepted = [[result.stats.accepted_lengths for result in results] for results in (right, alone)]
     assert accepted[0] == accepted[1]
 
 
@@ -95,7 +100,7 @@ def test_models_of_other_kinds_keep_their_tokens(family):
 
 
 @pytest.mark.parametrize("broken", ["another row's", "stale", "out of range", "one block, again and again"])
-def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, monkeypatch, broken):
+def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, right, monkeypatch, broken):
     choose = Decoder.with_chosen_blocks
 
     def choose_wrongly(self, cache, masses, *, view):
@@ -108,7 +113,6 @@ def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, monkeypa
         }[broken]
         return dataclasses.replace(cache, blocks=wrong)
 
-    right = run(language_model(), guided())
     monkeypatch.setattr(Decoder, "with_chosen_blocks", choose_wrongly)
     results = run(language_model(), guided())
     assert tokens_of(results) == tokens_of(right) == plain
@@ -128,14 +132,14 @@ def test_a_wrong_target_would_be_noticed(plain):
         assert tokens_of(run(wrong, guided(), PROMPTS[:2])) != plain[:2]
 
 
-def test_drafts_that_read_what_matters_are_better_than_those_that_read_anything(model):
+def test_drafts_that_read_what_matters_are_better_than_those_that_read_anything(right):
     """With the blocks that weigh least, fewer drafts are accepted."""
     choose = Decoder.with_chosen_blocks
 
     def choose_the_lightest(self, cache, masses, *, view):
         return choose(self, cache, 1 - masses, view=view)
 
-    best = sum(result.stats.accepted for result in run(model, guided()))
+    best = sum(result.stats.accepted for result in right)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "with_chosen_blocks", choose_the_lightest)
         worst = sum(result.stats.accepted for result in run(language_model(), guided()))
