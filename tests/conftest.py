@@ -52,6 +52,10 @@ MOST_SECONDS = 60
 # Peak of a process that runs tests on a CPU, whichever files it gets.
 MOST_BYTES = 3e9
 _LISTED_FILES = 40  # of which the summary tells the seconds
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of the C library's mallopt
+# Objects made until garbage is looked for: tracing makes millions, hardly any of them in circles, and JAX looks through
+# what it holds as well each time.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,6 +77,15 @@ def end_before_memory_does():
         threading.Thread(target=watch, daemon=True).start()
     yield
     ended.set()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def keep_what_is_freed():
+    """XLA takes and frees megabytes for each program: given back to the system, they come as new pages next time."""
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+        for name, value in ((_TRIM_THRESHOLD, 2**28), (_MMAP_THRESHOLD, 2**25), (_TOP_PAD, 2**24)):
+            set_option(name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

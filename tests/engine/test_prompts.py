@@ -150,14 +150,15 @@ def deep(depth=100_000):
     return nested
 
 
+DEEP = deep()
 ODD_REQUESTS = [
     {"prompt": None},
     {"prompt": ["a"]},
     {"prompt": "a\ud800"},
     {"prompt": [{"role": "user", "content": "\ud800"}]},
     {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    {"prompt": [{"role": "user", "content": "a", "more": deep()}, {"role": None}]},
-    {"prompt": deep()},
+    {"prompt": [{"role": "user", "content": "a", "more": DEEP}, {"role": None}]},
+    {"prompt": DEEP},
     {"prompt": [2**31]},
     {"prompt": [96]},
     {"sampling": {"top_k": 2**31}},
@@ -165,7 +166,7 @@ ODD_REQUESTS = [
     {"sampling": {"stop_token_ids": [96]}},
     {"sampling": {"stop_token_ids": [-2]}},
     {"sampling": {"temperature": 10**401}},
-    {"sampling": {"temperature": deep()}},
+    {"sampling": {"temperature": DEEP}},
     {"sampling": {"seed": 10**5000}},
     {"sampling": {"logit_bias": {"96": 1}}},
     {"sampling": {"logprobs": 1.5}},
