@@ -40,8 +40,13 @@ def random_weight(
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
     scale = rng.uniform(0.5, 1.5, (k // group_size, n)) / np.sqrt(k) / 4
-    offset = None if symmetric else jnp.asarray(scale * rng.uniform(5, 10, scale.shape), scale_dtype)
-    return _packed(codes, jnp.asarray(scale, scale_dtype), offset)
+    offset = None if symmetric else _rounded(scale * rng.uniform(5, 10, scale.shape), scale_dtype)
+    return _packed(codes, _rounded(scale, scale_dtype), offset)
+
+
+def _rounded(array: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """By NumPy, as JAX does it, which would compile that for each shape."""
+    return array.astype(np.float32).astype(dtype)
 
 
 @jax.jit  # one program, not one for each operation
@@ -65,23 +70,23 @@ def random_nested_weight(
 @functools.cache
 def random_rows(*shape: int, dtype: jnp.dtype = jnp.float32, seed: int = 1) -> jax.Array:
     """Normal values with a mean, so that zero points matter."""
-    drawn = np.random.default_rng(seed).standard_normal(shape) + 0.25
-    return jnp.asarray(drawn.astype(np.float32).astype(dtype))
+    return jax.device_put(_rounded(np.random.default_rng(seed).standard_normal(shape) + 0.25, dtype))
 
 
 def weight_in_float64(weight: QuantizedWeight) -> np.ndarray:
     """``[N, K]`` from the definition, one group at a time."""
     arrays = [np.asarray(array) for array in (weight.packed, weight.low) if array is not None]
     half = arrays[0].shape[1]
+    scales = np.asarray(weight.scale, np.float64)
+    offsets = None if weight.offset is None else np.asarray(weight.offset, np.float64)
     out = np.empty((weight.num_outputs, weight.num_inputs))
     for k in range(weight.num_inputs):
         nibbles = [(array[:, k] & 0xF) if k < half else (array[:, k - half] >> 4) for array in arrays]
         code = sum(nibble / 16**place for place, nibble in enumerate(nibbles)) + weight.truncated / 2
         group = k // weight.group_size
-        scale = np.asarray(weight.scale[group], np.float64)
         zero_point = 8 if weight.low is None else 8.5
-        offset = zero_point * scale if weight.offset is None else np.asarray(weight.offset[group], np.float64)
-        out[:, k] = scale * code - offset
+        offset = zero_point * scales[group] if offsets is None else offsets[group]
+        out[:, k] = scales[group] * code - offset
     return out
 
 
