@@ -262,7 +262,7 @@ def _chunk_kernel(
             slots = start + lax.broadcasted_iota(jnp.int32, products.shape, 1)
             seen = slots < limits[:, None]
             if problem.window is not None:
-                seen &= slots >= problem.first_seen(positions)[:, None]
+                seen &= slots >= problem.first_seen(positions[:, None])
             products = jnp.where(seen, products, -jnp.inf)
             raised = jnp.maximum(maximum, jnp.max(products, axis=1))
             shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
@@ -286,8 +286,9 @@ def _chunk_kernel(
         columns = lax.broadcasted_iota(jnp.int32, totals.shape, 1)
         in_order = [jnp.max(jnp.where(columns == place, totals, 0.0), axis=1) for place in range(block_slots // BLOCK)]
         results = maximum * unit, sum(in_order[1:], start=in_order[0]), mixed
-        for ref, result in zip((maximum_ref, total_ref, mixed_ref), results, strict=True):
-            plgpu.store(ref, result, mask=exist if result.ndim == 1 else across(exist, result.shape))
+        masks = exist, exist, across(exist, (problem.rows, problem.block_dim))
+        for ref, result, mask in zip((maximum_ref, total_ref, mixed_ref), results, masks, strict=True):
+            plgpu.store(ref, result, mask=mask)
 
 
 def _nothing(problem: Problem) -> tuple[Array, Array, Array]:
