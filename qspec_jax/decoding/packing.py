@@ -31,7 +31,7 @@ from qspec_jax.model.linear import PIECE
 _MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
 # Tokens of a chunk that Triton's kernels share a pass for: longer ones go faster by a library, one at a time.
 _LONGEST_IN_PIECES = 256
-_SIZES = (2, 8, 16, 32, 48, 64)  # pieces of a pass
+_SIZES = (2, 8, 16, 32, 64)  # pieces of a pass: each is a program, which takes 4 s to compile for 32 layers
 LONGEST_CHUNK = 512 // PIECE  # pieces
 
 

@@ -135,8 +135,8 @@ def test_requests_arrive_at_random_at_the_rate():
 @pytest.mark.parametrize(
     ("rows", "longest", "sizes"),
     [
-        (64, 1000, [2, 8, 16, 32, 48, 64]),
-        (64, 20, [2, 8, 16, 32, 48, 64]),
+        (64, 1000, [2, 8, 16, 32, 64]),
+        (64, 20, [2, 8, 16, 32, 64]),
         (4, 97, [2, 8, 16]),  # four prompts of four pieces at most
         (1, 600, [2, 8, 16]),
         (1, 5, [2]),
