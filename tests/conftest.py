@@ -4,8 +4,7 @@ Most tests compile at XLA's lowest level of optimisation, each program in one pi
 fused loops if there are any, where compiling takes a quarter of the time: they ask what is computed, not how fast.
 Those marked ``contract`` ask whether two programs yield the same tokens, or the numbers of transformers, and compile as
 users do. So do tests of the demo model, which computes for longer than it compiles, and with ``QSPEC_JAX_THOROUGH=1``
-all others. Where a family of tests has many settings that do not meet in the code, CI takes each pair of them, and
-``THOROUGH`` all.
+all others.
 """
 
 from __future__ import annotations

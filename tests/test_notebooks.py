@@ -1,19 +1,11 @@
-"""The notebooks run from top to bottom, and are stored without outputs.
-
-A tiny model takes the place of the demo model, as in ``test_documents.py``: what they ask is whether cells run, and
-agree with each other. ``QSPEC_JAX_THOROUGH=1`` takes the demo model itself, for half a minute more.
-"""
+"""The notebooks run from top to bottom, and are stored without outputs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import gguf
 import pytest
-
-from tests.conftest import THOROUGH
-from tests.test_documents import write_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell tagged "parameters" of each sets for a reader, and a test for itself: fewer programs of fewer tokens.
@@ -29,10 +21,7 @@ SMALLER = {
 # What each prints at least so often, and the pictures that it draws.
 PRINTS = {
     "01_quickstart": (
-        {
-            **{"2 of 2 outputs equal plain decoding": 2, "accepted draft": 2, "rejected draft": 1},
-            **{"float: equal to plain decoding": 1},
-        },
+        {"2 of 2 outputs equal plain decoding": 2, "rejected draft": 2, "float: equal to plain decoding": 1},
         1,
     ),
     "02_where_speculation_pays": ({"speed-up": 2, "c_d = ": 1, "tokens per cycle": 3, "a plain step could take": 1}, 3),
@@ -61,17 +50,17 @@ def with_smaller_parameters(path, nbformat):
     return notebook
 
 
+@pytest.mark.contract
+@pytest.mark.demo
+@pytest.mark.usefixtures("demo_gguf")
 @pytest.mark.filterwarnings("default")  # of the notebook machinery
-@pytest.mark.slow  # 30 s: a kernel, which all share as its start costs most
-def test_the_notebooks_run_and_draw(request, tmp_path):
+@pytest.mark.slow  # 50 s: a kernel, which all share as its start and the demo model's programs cost most
+def test_the_notebooks_run_and_draw():
     nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")
     nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebook'")
     notebooks = [with_smaller_parameters(path, nbformat) for path in NOTEBOOKS]
-    kind = gguf.GGMLQuantizationType.Q4_1
-    path = request.getfixturevalue("demo_gguf") if THOROUGH else write_model(tmp_path / "tiny.gguf", kind)
     # One model for all, and nothing else: each begins with no name that another has set.
-    begin = "import functools, pathlib, qspec_jax\nqspec_jax.load = functools.cache(qspec_jax.load)\n"
-    begin += f"qspec_jax.weights.resolve.demo_gguf_path = functools.partial(pathlib.Path, {str(path)!r})\n"
+    begin = "import functools, qspec_jax\nqspec_jax.load = functools.cache(qspec_jax.load)\n"
     cells = [nbformat.v4.new_code_cell(begin)]
     for notebook in notebooks:
         cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]

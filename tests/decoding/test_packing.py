@@ -58,7 +58,7 @@ SIZES = packing._SIZES
 @pytest.fixture(autouse=True)
 def fewer_sizes(monkeypatch):
     """Each is a program, and what is read does not depend on how many there are."""
-    monkeypatch.setattr(packing, "_SIZES", (8, 64))
+    monkeypatch.setattr(packing, "_SIZES", (2, 8, 64))
 
 
 def served(

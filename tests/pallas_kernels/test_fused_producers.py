@@ -64,8 +64,7 @@ def cases(shape, dtype, bits, symmetric):
     return x, gain, random_rows(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=3), settings
 
 
-# Each shape, and each setting with each dtype: operation by operation, each of which is a program.
-@pytest.mark.parametrize(("shape", "dtype", "bits", "symmetric"), [CASES[place] for place in (1, 4, 5, 6, 9, 14)])
+@of_all_kinds
 def test_the_references_have_the_bits_of_the_separate_operations(shape, dtype, bits, symmetric):
     x, gain, gate_up, settings = cases(shape, dtype, bits, symmetric)
     settings["clip_ratio"] = 0.95

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.conftest import THOROUGH
 from tests.weights import checkpoint_writer
 
-NUM_KILLS = 20 if THOROUGH else 8
+NUM_KILLS = 20 if THOROUGH else 12
 
 
 @pytest.fixture(scope="module")
