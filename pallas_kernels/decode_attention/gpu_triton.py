@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.backends.triton import registers
-from pallas_kernels.backends.triton.registers import exp2, log2
+from pallas_kernels.backends.triton.registers import LN_2, LOG2_E, exp2, log2
 from pallas_kernels.decode_attention.gpu_triton_tiles import (
     CHUNKS,
     ROWS,
@@ -44,7 +44,6 @@ _MAX_HEAD_DIM = 256
 _TILE_BYTES = 8192  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
 _SUMS = 8  # columns: the fewest that a tensor core takes
-_LN_2, _LOG2_E = 0.6931471805599453, 1.4426950408889634
 
 
 def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
@@ -267,7 +266,7 @@ def _chunk_kernel(
             raised = jnp.maximum(maximum, jnp.max(products, axis=1))
             shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
             kept, weights = (
-                exp2((x - y) * (unit * jnp.float32(_LOG2_E)), interpret=interpret)
+                exp2((x - y) * (unit * jnp.float32(LOG2_E)), interpret=interpret)
                 for x, y in ((maximum, shift), (products, shift[:, None]))
             )
             weights = weights.astype(values.dtype)
@@ -275,7 +274,7 @@ def _chunk_kernel(
             if block_sums_ref:
                 # A mask and no branch: a branch here costs more than what it saves for the rows that do not weigh.
                 place, exist_here = _blocks_here(start, block_slots, row_block, problem)
-                logarithms = log2(sums, interpret=interpret) * jnp.float32(_LN_2) + (shift * unit)[:, None]
+                logarithms = log2(sums, interpret=interpret) * jnp.float32(LN_2) + (shift * unit)[:, None]
                 plgpu.store(block_sums_ref[0].at[*place], logarithms, mask=exist_here)
             # Also where nobody else reads the sums: without the choice, they would be added within the product.
             sums = jnp.where(lax.broadcasted_iota(jnp.int32, sums.shape, 1) < block_slots // BLOCK, sums, 0.0)

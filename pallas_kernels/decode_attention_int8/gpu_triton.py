@@ -37,7 +37,6 @@ from pallas_kernels.decode_attention_int8.triton_arrays import (
 )
 from pallas_kernels.decode_attention_int8.triton_tiles import (
     GROUP,
-    LN_2,
     Carry,
     Rows,
     Values,
@@ -342,7 +341,7 @@ class _Tiles:
         mask = weighs & (first + lax.broadcasted_iota(jnp.int32, shape, 0) < problem.num_blocks)
         mask &= jnp.broadcast_to(here[None, :], shape)
         place = ref.at[pl.ds(first, count), pl.ds(number * GROUP, GROUP)]
-        plgpu.store(place, jnp.log(sums) + (shift * jnp.float32(LN_2))[None, :], mask=mask)
+        plgpu.store(place, jnp.log(sums) + (shift * jnp.float32(registers.LN_2))[None, :], mask=mask)
 
     def _codes(self, ref: registers.Ref, start: Array) -> Array:
         """Those of a tile ``[tile, block_dim]``, all of whose slots exist."""

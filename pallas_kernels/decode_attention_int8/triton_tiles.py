@@ -20,11 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.backends.triton import registers
-from pallas_kernels.backends.triton.registers import exp2, log2
+from pallas_kernels.backends.triton.registers import LN_2, LOG2_E, exp2, log2
 from pallas_kernels.decode_attention import gpu_triton as whole
 
 GROUP = 8  # rows
-LN_2, _LOG2_E = 0.6931471805599453, 1.4426950408889634
 # Powers of two that bring scaled queries, and weights times scales, to the middle of what float16 holds.
 _KEY_UNIT, _VALUE_UNIT = 2.0**5, 2.0**10
 _EXPONENT, _BIASES = 0x7F800000, 254 << 23  # of float32: its bits, and those of two
@@ -65,7 +64,7 @@ class Rows:
         wide = query.astype(jnp.float32)
         power = lax.bitcast_convert_type(jnp.max(jnp.abs(wide), axis=1), jnp.int32) & jnp.int32(_EXPONENT)
         inverse = lax.bitcast_convert_type(jnp.int32(_BIASES) - power, jnp.float32)
-        unit = jnp.float32(problem.head_dim**-0.5 * _LOG2_E)  # exponentials are powers of two here
+        unit = jnp.float32(problem.head_dim**-0.5 * LOG2_E)  # exponentials are powers of two here
         units = lax.bitcast_convert_type(power, jnp.float32) * (unit * jnp.float32(1 / _KEY_UNIT))
         return cls(exist, length + lax.div(rows, problem.group), query, wide * inverse[:, None], unit, units)
 

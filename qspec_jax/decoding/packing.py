@@ -78,53 +78,38 @@ class Packed(NamedTuple):
 
     Attributes:
         pieces: of the chunks.
-        count: chunks of those that were given, from the first on.
+        places: of the chunks that were given, those that it reads, in order.
     """
 
     pieces: PromptPieces
-    count: int
-
-
-def first_that_fit(needed: Sequence[int], *, rows: int) -> list[int]:
-    """Which of some chunks the next pass reads: the first ones, and of later ones those that its rest has room for.
-
-    Example, passes of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
-
-    Args:
-        needed: pieces of each chunk.
-        rows: of the batch.
-    """
-    left, chosen = sizes(rows)[-1], []
-    for place, count in enumerate(needed):
-        if count <= left:
-            left -= count
-            chosen.append(place)
-    return chosen
+    places: list[int]
 
 
 def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int) -> Packed:
-    """The first chunks that fit a pass, cut into pieces.
+    """The first chunks, and of later ones those that the rest of a pass has room for, cut into pieces.
+
+    Example, a pass of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
 
     Args:
         chunks: row, start and tokens of each, at least one and no longer than a chunk may be.
         rows: of the batch.
     """
-    most, needed, count = sizes(rows)[-1], 0, 0
-    for _, _, tokens in chunks:
-        if needed + num_pieces(len(tokens)) > most:
-            break
-        needed, count = needed + num_pieces(len(tokens)), count + 1
+    most, needed, places = sizes(rows)[-1], 0, []
+    for place, (_, _, tokens) in enumerate(chunks):
+        if (count := num_pieces(len(tokens))) <= most - needed:
+            needed += count
+            places.append(place)
     size = next(size for size in sizes(rows) if size >= needed)
     pieces: Any = empty_pieces(size, rows)
-    place = 0
-    for chunk, (row, start, tokens) in enumerate(chunks[:count]):
+    here = 0
+    for chunk, (row, start, tokens) in enumerate(chunks[place] for place in places):
         for begin in range(0, len(tokens), PIECE):
             some = tokens[begin : begin + PIECE]
-            pieces.tokens[place, : len(some)] = some
-            pieces.rows[place], pieces.starts[place], pieces.num_tokens[place] = row, start + begin, len(some)
-            place += 1
-        pieces.ends[chunk] = (place - 1) * PIECE + int(pieces.num_tokens[place - 1]) - 1
-    return Packed(pieces, count)
+            pieces.tokens[here, : len(some)] = some
+            pieces.rows[here], pieces.starts[here], pieces.num_tokens[here] = row, start + begin, len(some)
+            here += 1
+        pieces.ends[chunk] = (here - 1) * PIECE + int(pieces.num_tokens[here - 1]) - 1
+    return Packed(pieces, places)
 
 
 def num_pieces(num_tokens: int) -> int:

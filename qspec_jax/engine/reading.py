@@ -75,11 +75,8 @@ def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, longest_pack
     left = [(one, text) for one, text in chunks if len(text[1]) <= longest_packed]
     left.sort(key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first in a pass
     while left:
-        needed = [packing.num_pieces(len(tokens)) for _, (_, tokens) in left]
-        places = packing.first_that_fit(needed, rows=rows)
-        some = [left[place] for place in places]
-        pieces, _ = packing.pack([(one.row, *text) for one, text in some], rows=rows)
-        yield ChunksOfAPass(0, [one for one, _ in some], pieces)
+        pieces, places = packing.pack([(one.row, *text) for one, text in left], rows=rows)
+        yield ChunksOfAPass(0, [left[place][0] for place in places], pieces)
         left = [one for place, one in enumerate(left) if place not in places]
     by_width: dict[int, list[NextChunk]] = {}
     for one, (_, tokens) in chunks:

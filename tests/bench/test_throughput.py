@@ -147,7 +147,7 @@ def test_every_program_that_reads_prompts_of_several_runs_before_the_clock(rows,
     found = []
     for some in fill_passes(requests, rows=rows, longest_packed=512, vocab_size=50):
         packed = pack([(row, 0, one.token_ids) for row, one in enumerate(some)], rows=rows)
-        assert packed.count == len(some) <= rows
+        assert len(packed.places) == len(some) <= rows
         assert all(len(one.token_ids) <= longest for one in some)
         found.append(len(packed.pieces.rows))
     assert found == sizes

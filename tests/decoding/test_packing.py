@@ -13,7 +13,7 @@ from flax import nnx
 
 from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS, Shape
-from qspec_jax.decoding.packing import PIECE, first_that_fit, longest_packed, pack, sizes
+from qspec_jax.decoding.packing import PIECE, longest_packed, pack, sizes
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
@@ -178,7 +178,7 @@ def test_chunks_are_cut_into_pieces():
     chunks = [(3, 0, range(70)), (0, 512, range(100, 132)), (1, 5, [7])]
     packed = pack(chunks, rows=4)
     pieces = packed.pieces
-    assert packed.count == 3
+    assert packed.places == [0, 1, 2]
     assert pieces.rows.tolist() == [3, 3, 3, 0, 1, -1, -1, -1]
     assert pieces.starts[:5].tolist() == [0, 32, 64, 512, 5]
     assert pieces.num_tokens.tolist() == [32, 32, 6, 32, 1, 0, 0, 0]
@@ -188,16 +188,19 @@ def test_chunks_are_cut_into_pieces():
 
 def test_what_does_not_fit_is_left_for_another_pass():
     chunks = [(row, 0, range(500)) for row in range(5)]
-    assert pack(chunks, rows=8).count == 4
-    assert pack(chunks[:1], rows=1).count == 1
+    assert pack(chunks, rows=8).places == [0, 1, 2, 3]
+    assert pack(chunks[:1], rows=1).places == [0]
 
 
 @pytest.mark.parametrize(
     ("needed", "expected"),
-    [([40, 30, 16, 8, 4], [0, 2, 3]), ([40, 20, 30, 4], [0, 1, 3]), ([64, 1], [0]), ([1], [0])],
+    [([16, 16, 16, 14, 16, 1, 2], [0, 1, 2, 3, 5]), ([16, 16, 16, 16, 1], [0, 1, 2, 3]), ([1], [0])],
 )
 def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, expected):
-    assert first_that_fit(needed, rows=64) == expected
+    packed = pack([(row, 0, range(PIECE * count)) for row, count in enumerate(needed)], rows=64)
+    assert packed.places == expected
+    read = [row for row in dict.fromkeys(packed.pieces.rows.tolist()) if row >= 0]
+    assert read == expected
 
 
 @pytest.mark.parametrize(

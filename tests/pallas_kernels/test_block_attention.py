@@ -58,6 +58,16 @@ def masses_in_float64(query, keys, lengths, *, window, block_size) -> np.ndarray
     return masses
 
 
+def test_masses_of_16_bits_are_rounded_as_their_weights_are():
+    """Each weight, and their sum: so they are as near as two roundings allow, also where they are small."""
+    case = CASES[0]
+    query, keys, values = case.arrays(len(lengths_of(case)), jnp.bfloat16)
+    sizes = {"block_size": 16, "window": case.window}
+    _, masses = WEIGH["triton"](query, keys, values, jnp.asarray(lengths_of(case), jnp.int32), **sizes)
+    expected = masses_in_float64(query, keys, lengths_of(case), **sizes)
+    np.testing.assert_allclose(masses, expected, rtol=float(jnp.finfo(jnp.bfloat16).eps), atol=1e-5)
+
+
 @cases
 @implementations
 def test_masses_are_the_formula_and_the_attention_keeps_its_bits(implementation, case):

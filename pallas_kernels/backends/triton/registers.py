@@ -93,6 +93,9 @@ def inline_asm(asm: str, *args: jax.Array, constraints: str, dtype: DTypeLike, p
     return out
 
 
+LN_2, LOG2_E = 0.6931471805599453, 1.4426950408889634  # logarithms to base 2 times the first are natural ones
+
+
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Two to the power of ``x`` float32, as one instruction."""
     return jnp.exp2(x) if interpret else _float32_asm("ex2.approx.ftz.f32 $0, $1;", x)
