@@ -1,4 +1,4 @@
-"""A matmul's result before its last addition: what programs that shared the sum over K have left.
+"""A matmul's result before its last addition: what programs, or devices, that shared the sum over K have left.
 
 The operation that reads the result adds the parts as it loads them, which saves a kernel. Whoever does it, the order
 is the same, and so are the bits::
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.shown import with_shapes
 
@@ -27,11 +28,11 @@ class PartialSums:
     """``[..., N]`` as the parts of its sums.
 
     Attributes:
-        parts: ``[P, ..., N]`` float32.
-        dtype: that the result is rounded to, once.
+        parts: ``[P, ..., N]``: float32 of programs; of devices, of the dtype that each has rounded its own to.
+        dtype: that the result is rounded to. It is added up in float32.
     """
 
-    parts: Float32[Array, "P *batch N"]
+    parts: Float[Array, "P *batch N"]
     dtype: DTypeLike = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
@@ -48,7 +49,7 @@ class PartialSums:
 
     def value(self) -> Float[Array, "*batch N"]:
         """The result."""
-        return tree_sum([self.parts[index] for index in range(len(self.parts))]).astype(self.dtype)
+        return tree_sum([self.parts[index].astype(jnp.float32) for index in range(len(self.parts))]).astype(self.dtype)
 
 
 def value_of(array: Float[Array, "*batch N"] | PartialSums) -> Float[Array, "*batch N"]:

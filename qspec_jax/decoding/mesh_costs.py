@@ -85,23 +85,20 @@ class Traffic:
         return self.messages * links.latency_s + self.num_bytes / links.bytes_per_s
 
 
-def decode_traffic(
-    config: ModelConfig, split: int, *, tokens: int, dtype_bytes: int, sum_bytes: int = 4, draws: bool = False
-) -> Traffic:
+def decode_traffic(config: ModelConfig, split: int, *, tokens: int, dtype_bytes: int, draws: bool = False) -> Traffic:
     """Of a pass over a few new tokens of each sequence: sums of all layers, the embedding, and the choice.
 
     Args:
         config: of the model.
         split: devices that share it.
         tokens: of all sequences of these devices together.
-        dtype_bytes: of an activation.
-        sum_bytes: of a partial sum.
+        dtype_bytes: of an activation, and of a device's sum.
         draws: logits are gathered, as sampling, scores and penalties need; otherwise the most likely tokens alone.
     """
     if split == 1:
         return Traffic(0, 0)
     others, values = split - 1, tokens * config.hidden_size
-    sums = 2 * config.num_layers * others * values * sum_bytes
+    sums = 2 * config.num_layers * others * values * dtype_bytes
     embedding = 2 * others * values * dtype_bytes // split  # a ring
     choice = others * tokens * (config.vocab_size * 4 // split if draws else 8)
     return Traffic(2 * config.num_layers + 2, sums + embedding + choice)
@@ -157,7 +154,7 @@ def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int, kv: str
 def _activations(config: ModelConfig, split: int, *, tokens: int, sums: int, logits: int, dtype_bytes: int) -> int:
     """Of a layer, ``sums`` partial sums of each token, and some tokens' logits."""
     local = local_config(config, split)
-    layer = (2 * config.hidden_size + 3 * local.intermediate_size) * dtype_bytes + sums * config.hidden_size * 4
+    layer = ((2 + sums) * config.hidden_size + 3 * local.intermediate_size) * dtype_bytes
     return tokens * layer + logits * local.vocab_size * 4
 
 

@@ -3,7 +3,9 @@
 Each has some channels of every sum over inputs, and some tokens of the vocabulary. Sums are gathered and added in the
 order of the devices, never in that of a library: the order of a library depends on where in a message a number lies,
 so that a token would have other bits beside others than alone. What is gathered is a ``PartialSums``, which the norm
-kernels add as they load it.
+kernels add as they load it. Each device rounds its own sum to the dtype of the model first, as it would if it were
+alone: a kernel that shares a sum among programs leaves float32 and one that does not has rounded, and which of them
+runs depends on the number of rows. It also halves the messages.
 
 The axis is None where a device has all of a model: nothing is told then.
 """
@@ -17,8 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels import MAX_DECODE_TOKENS, PartialSums
-from pallas_kernels.arrays.partial_sums import tree_sum
+from pallas_kernels import MAX_DECODE_TOKENS, PartialSums, value_of
 
 
 def is_bound(axis: str) -> bool:
@@ -31,25 +32,20 @@ def is_bound(axis: str) -> bool:
 
 
 def add_up(y: Float[Array, "*batch N"] | PartialSums, axis: str | None) -> Float[Array, "*batch N"] | PartialSums:
-    """The sums over all inputs, of those over the inputs of each device; rounded once, after the last addition.
+    """The sums over all inputs, of those over the inputs of each device, which are rounded to their dtype.
 
     Where a sequence has many tokens, a prefill, each device adds up those of some and tells the others: the same sums
     from fewer bytes.
     """
     if axis is None:
         return y
-    dtype, count = y.dtype, lax.axis_size(axis)
-    own = tree_sum([y.parts[index] for index in range(len(y.parts))]) if isinstance(y, PartialSums) else y
+    own, count = value_of(y), lax.axis_size(axis)
     if own.ndim == 3 and own.shape[1] > MAX_DECODE_TOKENS and own.shape[1] % count == 0:
         batch, tokens, outputs = own.shape
         shares = own.reshape(batch, count, tokens // count, outputs)
-        share = PartialSums(_as_float32(lax.all_to_all(shares, axis, split_axis=1, concat_axis=0)), dtype)
+        share = PartialSums(lax.all_to_all(shares, axis, split_axis=1, concat_axis=0), own.dtype)
         return lax.all_gather(share.value(), axis, axis=1, tiled=True)
-    return PartialSums(_as_float32(lax.all_gather(own, axis)), dtype)
-
-
-def _as_float32(parts: Float[Array, "P *batch N"]) -> Float32[Array, "P *batch N"]:
-    return parts.astype(jnp.float32)
+    return PartialSums(lax.all_gather(own, axis), own.dtype)
 
 
 def embed(table: Float[Array, "V D"], tokens: Int32[Array, "B T"], axis: str | None) -> Float[Array, "B T D"]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import Layout, QuantizedWeight, dequantize, pack_codes, unpack_codes
+from pallas_kernels import Layout, PartialSums, QuantizedWeight, dequantize, pack_codes, unpack_codes
 from pallas_kernels.arrays.weight import order_bytes
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.errors import UsageError
@@ -204,6 +204,21 @@ def test_a_token_is_added_up_in_one_order_whatever_is_beside_it(tokens):
     summed = jax.vmap(lambda y: _value(add_up(y, MODEL)), axis_name=MODEL)(parts)
     expected = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + parts[4]
     np.testing.assert_array_equal(summed, jnp.broadcast_to(expected, summed.shape))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_sums_that_a_kernel_has_left_in_parts_are_added_up_as_those_that_it_has_rounded(tokens):
+    """Which of them a kernel leaves depends on the number of rows, and a token has the same bits with any."""
+    parts = jax.random.normal(jax.random.key(0), (4, 2, 2, tokens, 8), jnp.float32)  # of each device two
+    rounded = (parts[:, 0] + parts[:, 1]).astype(jnp.bfloat16)
+    left = jax.vmap(lambda y: _value(add_up(PartialSums(y, jnp.dtype(jnp.bfloat16)), MODEL)), axis_name=MODEL)(parts)
+    whole = jax.vmap(lambda y: _value(add_up(y, MODEL)), axis_name=MODEL)(rounded)
+    own = rounded.astype(jnp.float32)
+    expected = ((own[0] + own[1]) + (own[2] + own[3])).astype(jnp.bfloat16)
+    assert not jnp.array_equal(expected, parts.sum((0, 1)).astype(jnp.bfloat16))  # it matters where sums are rounded
+    for found in (left, whole):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, jnp.broadcast_to(expected, found.shape))
 
 
 def _value(sums):
