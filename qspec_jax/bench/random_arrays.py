@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -28,7 +29,19 @@ def random_weight(
     return QuantizedWeight(packed, scale.astype(jnp.float16), offset, low=low)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "deviation"))
-def random_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike, deviation: float) -> Array:
-    """Normal numbers of any dtype, made on the device."""
-    return (jax.random.normal(key, shape) * deviation).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "deviation", "sharding"))
+def random_normal(
+    key: Array, shape: tuple[int, ...], dtype: DTypeLike, deviation: float, sharding: Sharding | None = None
+) -> Array:
+    """Normal numbers of any dtype, made on the device, or where a sharding says."""
+    return _lying((jax.random.normal(key, shape) * deviation).astype(dtype), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "sharding"))
+def random_codes(key: Array, shape: tuple[int, ...], sharding: Sharding | None = None) -> Array:
+    """Numbers of int8 from -127 on, made where :func:`random_normal` makes them."""
+    return _lying(jax.random.randint(key, shape, -127, 128, jnp.int8), sharding)
+
+
+def _lying(array: Array, sharding: Sharding | None) -> Array:
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)

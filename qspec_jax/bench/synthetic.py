@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import QuantizedWeight, dequantize
@@ -87,24 +89,48 @@ def _fill_floats(decoder: Decoder, mesh: Mesh | None) -> None:
     for linear in linears(decoder):
         if linear.floats is None:
             continue
-        weight, like = linear.weight.get_value(), linear.floats.get_value()
-        made = functools.partial(dequantize, dtype=like.dtype)
-        if mesh is not None:
-            specs = jax.tree.map(lambda leaf: leaf.sharding.spec, weight)
-            out: Any = jax.tree.map(lambda leaf: leaf.sharding.spec, like)
-            made = jax.shard_map(made, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
-        linear.floats.set_value(jax.block_until_ready(jax.jit(made)(weight)))
+        weight: Any = linear.weight.get_value()
+        like: Any = linear.floats.get_value()
+        specs, structure = _specs_of(weight) if mesh is not None else (None, None)
+        out = like.sharding.spec if mesh is not None else None
+        linear.floats.set_value(jax.block_until_ready(_floats(mesh, like.dtype, specs, structure, out)(weight)))
+
+
+@functools.cache
+def _floats(mesh: Mesh | None, dtype: DTypeLike, specs: Any, structure: Any, out: Any) -> Callable[[Any], Array]:
+    """What makes floats of a weight, on a mesh those of each device's part."""
+    made = functools.partial(dequantize, dtype=dtype)
+    if mesh is not None:
+        in_specs = (jax.tree.unflatten(structure, specs),)
+        made = jax.shard_map(made, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+    return jax.jit(made)
+
+
+def _specs_of(whole: Any) -> tuple[tuple[PartitionSpec, ...], Any]:
+    """How the arrays of a parameter lie on a mesh, and its structure."""
+    leaves, structure = jax.tree.flatten(whole)
+    return tuple(leaf.sharding.spec for leaf in leaves), structure
 
 
 def _on_mesh(mesh: Mesh, whole: Any, key: Array, like: Any, *, kind: str) -> Any:
     """A parameter of which each device makes its own part, like ``like``; of what all have, that of the first."""
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, whole)
+    leaves, structure = jax.tree.flatten(like)
+    likes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return _maker_on_mesh(mesh, likes, structure, *_specs_of(whole), kind)(key)
+
+
+@functools.cache
+def _maker_on_mesh(mesh: Mesh, likes: Any, structure: Any, specs: Any, whole: Any, kind: str) -> Callable[[Array], Any]:
+    """The program of all parameters alike: a GPU's compiler takes a second for each."""
+    like, out_specs = jax.tree.unflatten(structure, likes), jax.tree.unflatten(whole, specs)
 
     def make(key: Array) -> Any:
         value = _random_like(jax.random.fold_in(key, lax.axis_index(MODEL)), like, kind=kind)
-        return jax.tree.map(lambda leaf, spec: leaf if MODEL in spec else lax.all_gather(leaf, MODEL)[0], value, specs)
+        return jax.tree.map(
+            lambda leaf, spec: leaf if MODEL in spec else lax.all_gather(leaf, MODEL)[0], value, out_specs
+        )
 
-    return jax.jit(jax.shard_map(make, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(key)
+    return jax.jit(jax.shard_map(make, mesh=mesh, in_specs=PartitionSpec(), out_specs=out_specs, check_vma=False))
 
 
 class _Keys:

@@ -171,7 +171,7 @@ class LeadingPrograms(Programs):
         with self._together("idle_state", shape, makes=True) as number:
             return self._noted(super().idle_state(shape), number)
 
-    def made(self, make: Callable[[Decoder], DecodeState]) -> DecodeState:
+    def made(self, make: Callable[..., DecodeState]) -> DecodeState:
         """See the base."""
         with self._together("made", _by_name(make), makes=True) as number:
             return self._noted(super().made(make), number)

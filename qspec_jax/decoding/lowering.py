@@ -7,6 +7,7 @@ that every program reads the same ones. The second is the state of a batch, whic
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,8 +102,10 @@ class Lowering:
 
         state = jax.eval_shape(lambda: self._idle(shape))
         retired = np.zeros((shape.rows,), bool)
+        # Messages as large as all logits have not run in a graph.
+        tells_choices = state.sampler is None and state.scores is None
         with early_launch.early_launch(self._launches_early(plan, shape.rows)):
-            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0))
+            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0), in_graphs=tells_choices)
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -119,7 +122,7 @@ class Lowering:
             return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
         with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
-            return self._lower(loop, laid_out, state, np.int32(0), reports=False)
+            return self._lower(loop, laid_out, state, np.int32(0), reports=False, in_graphs=True)
 
     @property
     def _rows_over(self) -> str | None:
@@ -137,22 +140,27 @@ class Lowering:
         state: DecodeState,
         *others: Any,
         reports: bool = True,
+        in_graphs: bool = False,
     ) -> jax.stages.Lowered:
         """Lowers ``program(leaves, state, *others)``, whose state is donated, for one device or the mesh."""
         if self._on_mesh is not None:
-            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports)
+            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports, in_graphs=in_graphs)
         return jax.jit(program, donate_argnums=1).lower(laid_out.leaves, state, *others)
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        return self._made(lambda: self._idle(shape))
+        return self._idle(shape) if self._on_mesh is None else self._on_mesh.made(lambda: self._idle(shape))
 
-    def made(self, make: Callable[[Decoder], DecodeState]) -> DecodeState:
-        """The state that a function makes for the decoder, where programs take it."""
-        return self._made(lambda: make(self.decoder))
+    def made(self, make: Callable[..., DecodeState]) -> DecodeState:
+        """The state that a function makes for the decoder, where programs take it.
 
-    def _made(self, make: Callable[[], DecodeState]) -> DecodeState:
-        return make() if self._on_mesh is None else self._on_mesh.made(make)
+        On a mesh the function is given the ``shardings`` of the state as well, and makes its large arrays with them;
+        those that it leaves in host memory are placed.
+        """
+        if self._on_mesh is None:
+            return make(self.decoder)
+        shardings = self._on_mesh.shardings(jax.eval_shape(lambda: make(self.decoder)))
+        return self._on_mesh.placed(self._on_mesh.run(functools.partial(make, shardings=shardings), self.decoder))
 
     def _idle(self, shape: Shape) -> DecodeState:
         sizes = {"batch": shape.rows, "capacity": shape.capacity, "num_blocks": shape.num_blocks}

@@ -62,8 +62,6 @@ def longest_packed(decoder: Decoder) -> int:
 
 def obstacle(decoder: Decoder) -> str | None:
     """Why no pass of a decoder reads chunks of several prompts, whatever bits they had; None where one does."""
-    if decoder.axis is not None:
-        return "a model on a mesh"
     return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 

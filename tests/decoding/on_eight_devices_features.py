@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 from jax.sharding import AxisType, Mesh
 
 import qspec_jax
 from pallas_kernels import with_group_sums
+from pallas_kernels.dispatch import REFERENCE
+from qspec_jax.bench import synthetic
 from qspec_jax.bench.decode.measure import measure_parts
-from qspec_jax.bench.decode.parts import Part, Setting
-from qspec_jax.decoding import chunks, own_program
+from qspec_jax.bench.decode.parts import Part, Setting, context_state
+from qspec_jax.decoding import chunks, own_program, packing
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.device.mesh import make_mesh, shape_of
 from qspec_jax.engine import requests
@@ -174,6 +179,35 @@ def test_parts_of_a_cycle_are_timed(on_mesh):
     assert one.num_bytes["cache"] == 2 * (32 + 3) * position
     longer, shorter = (on_mesh.cycle_bytes(on_mesh.plan("w4a16"), rows=4, context=length) for length in (33, 32))
     assert longer - shorter == 2 * position
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
+def test_prompts_are_read_one_by_one_wherever_rows_or_weights_are_shared(mesh, monkeypatch):
+    """A pass over pieces of many prompts writes rows by their number among all, and each device has some."""
+    monkeypatch.setattr(packing, "longest_packed", lambda _: 512)
+    one = model("smollm2_tied", mesh)
+    programs = Programs(one.decoder, one.mesh)
+    assert programs.longest_packed == 0
+    assert Programs(model("smollm2_tied").decoder).longest_packed == 512
+    programs.packing = True
+    with pytest.raises(UsageError, match="packing=True does not serve a model on a mesh"):
+        programs.longest_packed  # noqa: B018 - a property
+
+
+def test_more_layers_need_no_more_programs_to_be_made(monkeypatch):
+    """Of random weights and caches: a GPU's compiler takes a second for each."""
+    compiled = []
+    monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    options = {"dtype": jnp.dtype("float32"), "kernels": REFERENCE, "scan_layers": False}
+    monkeypatch.setattr(synthetic, "decoder_options", lambda *_: options)
+    programs = []
+    for layers in (2, 5):
+        config = dataclasses.replace(model("llama2").config, num_layers=layers)
+        one = synthetic.synthetic_model(config, quantization=QuantConfig(group_size=32, keep_floats=True), mesh=MESH)
+        jax.block_until_ready(one.programs.made(functools.partial(context_state, setting=Setting(4, 20, 64))))
+        programs.append(sum("backend_compile" in event for event in compiled))
+        compiled.clear()
+    assert programs[0] > 0 == programs[1]
 
 
 def test_a_model_of_floats_and_a_copy_is_saved_as_on_one_device(tmp_path):

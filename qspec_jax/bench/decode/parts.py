@@ -10,14 +10,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from qspec_jax.bench.description import quantized_weights
-from qspec_jax.bench.random_arrays import random_normal
+from qspec_jax.bench.random_arrays import random_codes, random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
@@ -178,49 +180,58 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     }
 
 
-def context_state(decoder: Decoder, setting: Setting, *, num_blocks: int = 0, lookup: bool = False) -> DecodeState:
+def context_state(
+    decoder: Decoder,
+    setting: Setting,
+    *,
+    num_blocks: int = 0,
+    lookup: bool = False,
+    shardings: DecodeState | None = None,
+) -> DecodeState:
     """Unfinished sequences of ``context`` tokens, with random keys, values and tokens.
 
     Of ``num_blocks`` of the cache, which a view with a budget reads, the numbers are random as well, and ascending.
-    ``lookup`` is whether drafts are looked up in the tokens.
+    ``lookup`` is whether drafts are looked up in the tokens. What is random in the cache is on devices, as
+    ``shardings`` say if there are any, and made by one program for all layers: one for each, or a program of them all,
+    takes a GPU's compiler as many times as long.
     """
     rows, sizes = (setting.batch,), {"capacity": setting.capacity, "num_blocks": num_blocks}
     empty = jax.eval_shape(lambda: decoder.create_cache(batch=setting.batch, **sizes))
-    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 3 + len(jax.tree.leaves(empty.layers))))
-    layers = jax.tree.map(lambda a: _random_entries(next(keys), a), empty.layers)
+    places = jax.tree.map(lambda _: None, empty.layers) if shardings is None else shardings.cache.layers
+    numbers, key = itertools.count(), jax.random.key(0, impl="rbg")
+    keys = (jax.random.fold_in(key, number) for number in numbers)
+    layers = jax.tree.map(lambda like, place: _random_entries(next(keys), like, place), empty.layers, places)
     if decoder.kv == KV_INT8:
         layers = _with_scales(layers)
-    blocks = None
+    rng, blocks, lengths = np.random.default_rng(0), None, np.full(rows, setting.context, np.int32)
     if empty.blocks is not None:
-        scores = jax.random.uniform(next(keys), (*empty.blocks.shape[:-1], setting.context // View.cache_block))
-        blocks = jnp.sort(jnp.argsort(scores, axis=-1)[..., :num_blocks].astype(jnp.int32), axis=-1)
-    cache = KVCache(layers, jnp.full(rows, setting.context, jnp.int32), blocks)
-    tokens = functools.partial(jax.random.randint, minval=0, maxval=decoder.config.vocab_size, dtype=jnp.int32)
-    return jax.tree.map(
-        jnp.asarray,
-        dataclasses.replace(
-            DecodeState.idle(cache),
-            last_token=tokens(next(keys), rows),
-            history=tokens(next(keys), (*rows, setting.capacity)) if lookup else None,
-            num_tokens=jnp.ones(rows, jnp.int32),
-            max_new_tokens=jnp.full(rows, setting.capacity, jnp.int32),
-            finished=jnp.zeros(rows, bool),
-        ),
+        scores = rng.random((*empty.blocks.shape[:-1], setting.context // View.cache_block))
+        blocks = np.sort(np.argsort(scores, axis=-1)[..., :num_blocks].astype(np.int32), axis=-1)
+    cache = KVCache(layers, cast(Any, lengths), cast(Any, blocks))
+    tokens = functools.partial(rng.integers, decoder.config.vocab_size, dtype=np.int32)
+    state = dataclasses.replace(
+        DecodeState.idle(cache),
+        last_token=tokens(size=rows),
+        history=tokens(size=(*rows, setting.capacity)) if lookup else None,
+        num_tokens=np.ones(rows, np.int32),
+        max_new_tokens=np.full(rows, setting.capacity, np.int32),
+        finished=np.zeros(rows, bool),
     )
+    return jax.tree.map(jnp.asarray, state) if shardings is None else state
 
 
-def _random_entries(key: Array, like: jax.ShapeDtypeStruct) -> Array:
+def _random_entries(key: Array, like: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Array:
     if like.dtype == jnp.int8:
-        return jax.random.randint(key, like.shape, -127, 128, jnp.int8)
-    return random_normal(key, like.shape, like.dtype, 1.0)
+        return random_codes(key, like.shape, sharding)
+    return random_normal(key, like.shape, like.dtype, 1.0, sharding)
 
 
 def _with_scales(layers: Any) -> Any:
     """A cache of int8 whose entries are about as large as those of any other."""
     if isinstance(layers, tuple):
         return tuple(_with_scales(layer) for layer in layers)
-    like_one = {name: jnp.full_like(getattr(layers, name), 1 / 73) for name in ("key_scales", "value_scales")}
-    return dataclasses.replace(layers, **like_one)
+    scales = {name: getattr(layers, name) for name in ("key_scales", "value_scales")}
+    return dataclasses.replace(layers, **{name: np.full(a.shape, 1 / 73, a.dtype) for name, a in scales.items()})
 
 
 def _drafts(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
