@@ -2,10 +2,12 @@
 
 Every figure is a prediction. A pass reads weights and cache, multiplies, and has its devices tell each other sums::
 
-    time = bytes read / share / bandwidth + operations / peak + bytes received / link + messages * latency
+    time = layers * time of a layer + bytes read / share / bandwidth + operations / peak
+         + bytes received / link + messages * latency
 
-On one H100 that is within a sixth of what was measured (``tests/decoding/test_mesh_costs.py``). What devices receive is
-what a compiled program has them send each other, counted. ``docs/scaling.md`` has tables and the inputs of both.
+On one H100, one H200 and two H200s that is within a sixth of what was measured (``tests/decoding/test_mesh_costs.py``).
+What devices receive is what a compiled program has them send each other, counted. ``docs/scaling.md`` has tables and
+the inputs of both.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Hardware:
         name: of the kind.
         memory_bytes: that a program may use.
         bytes_per_s: of its memory, as a copy reaches it.
+        layer_s: that kernels of a layer take to start and to end, however little they read.
         of_weights, of_cache: shares of that speed at which a pass reads them.
         bf16, int8: operations per second of a matmul of many rows.
         links: between devices of one host.
@@ -55,6 +58,7 @@ class Hardware:
     name: str
     memory_bytes: float
     bytes_per_s: float
+    layer_s: float
     of_weights: float
     of_cache: float
     bf16: float
@@ -236,4 +240,4 @@ def _local_seconds(
     linears = layer_anatomy(local_config(config, split)).linears.values()
     weights = config.num_layers * sum(linear.num_inputs * linear.num_outputs for linear in linears)
     weights += config.vocab_size // split * config.hidden_size
-    return read / hardware.bytes_per_s + 2 * tokens * weights / rate
+    return config.num_layers * hardware.layer_s + read / hardware.bytes_per_s + 2 * tokens * weights / rate

@@ -1,4 +1,4 @@
-"""The devices that predictions are made for. Each figure says where it is from; none of a link has been measured."""
+"""The devices that predictions are made for. Each figure says where it is from."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from qspec_jax.decoding.mesh_costs import Hardware, Links
 from qspec_jax.device.bandwidth import COPY_BANDWIDTH
 
 _USABLE = 0.9  # of the memory: the rest is XLA's, and of programs
-# Measured on one H100 (docs/results.md): what a pass of Llama-3-8B shapes reaches of the copy bandwidth.
-_OF_WEIGHTS, _OF_CACHE = 0.645, 0.92
-_NVLINK = Links(450e9, 10e-6)  # NVLink 4, one direction, of its data sheet; the latency is a guess
+# What a pass of Llama-3-8B shapes reaches of the copy bandwidth, besides its time for each layer, measured on one GPU.
+_SHARES = {"of_weights": 0.95, "of_cache": 0.92}
+# Measured with two H200s (page 052 of the lab notebook): what NCCL makes of NVLink 4 with messages of half a megabyte,
+# where the data sheet says 450 GB/s; and a message with the kernel that adds a device's own sums before it.
+_NVLINK = Links(130e9, 9e-6)
 _NETWORK = Links(50e9, 20e-6)  # 400 Gbit/s for each GPU; the latency is a guess
+_GPU = {"bf16": 825e12, "int8": 1571e12, "links": _NVLINK, "network": _NETWORK, "host": 8, **_SHARES}
 
 HARDWARE = {
-    # Copies and matmuls as measured on one device.
-    "h100": Hardware(
-        "h100", _USABLE * 80e9, COPY_BANDWIDTH["H100"], _OF_WEIGHTS, _OF_CACHE, 825e12, 1571e12, _NVLINK, _NETWORK, 8
-    ),
-    "h200": Hardware(
-        "h200", _USABLE * 141e9, COPY_BANDWIDTH["H200"], _OF_WEIGHTS, _OF_CACHE, 825e12, 1571e12, _NVLINK, _NETWORK, 8
-    ),
-    # Peaks of the data sheet, shares as those of a GPU; two links of 45 GB/s along an axis of the torus, within a pod.
+    # Copies and matmuls as measured on one device, and a layer as on one of each kind.
+    "h100": Hardware("h100", _USABLE * 80e9, COPY_BANDWIDTH["H100"], layer_s=25e-6, **_GPU),
+    "h200": Hardware("h200", _USABLE * 141e9, COPY_BANDWIDTH["H200"], layer_s=34e-6, **_GPU),
+    # Peaks of the data sheet; two links of 45 GB/s along an axis of the torus, within a pod. That it reads its weights
+    # at the share of an H100 whose layers cost nothing besides, and latencies, are guesses.
     "v5e": Hardware(
         "v5e",
         _USABLE * 16e9,
         COPY_BANDWIDTH["TPU v5 lite"],
-        _OF_WEIGHTS,
-        _OF_CACHE,
-        197e12,
-        394e12,
-        Links(90e9, 5e-6),
-        Links(25e9, 50e-6),
-        256,
+        layer_s=0.0,
+        of_weights=0.645,
+        of_cache=0.92,
+        bf16=197e12,
+        int8=394e12,
+        links=Links(90e9, 5e-6),
+        network=Links(25e9, 50e-6),
+        host=256,
     ),
 }
