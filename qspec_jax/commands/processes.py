@@ -11,13 +11,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 from qspec_jax.commands.options import PROCESSES, Parser, option_of
 from qspec_jax.commands.output import is_terminal, say
 from qspec_jax.commands.run import keep_compiled_programs
 from qspec_jax.device import meeting, processes
+from qspec_jax.device.driver import installed_version
 from qspec_jax.errors import UsageError
 
 _ALIKE = ("mesh", "mode", "verify", "dtype", "group_size", "kernels", "kv", "head_bits", "draft_head")
@@ -99,7 +99,8 @@ def _agree(group: processes.Group, name: str, arguments: argparse.Namespace) -> 
         UsageError: this process would not run what process 0 does.
     """
     options = {option_of(one): getattr(arguments, one) for one in _ALIKE if hasattr(arguments, one)}
-    said = {"the command": name, **options, "qspec_jax": version("qspec-jax"), "jax": version("jax")}
+    versions = {"qspec_jax": installed_version("qspec-jax"), "jax": installed_version("jax")}
+    said = {"the command": name, **options, **versions}
     names = {option_of(one): _listed(getattr(arguments, one)) for one in _NAMES if hasattr(arguments, one)}
     if group.leads:
         group.tell((said, names))

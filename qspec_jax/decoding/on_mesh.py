@@ -27,7 +27,7 @@ from qspec_jax.model.sharding import cache_specs
 _SAME = PartitionSpec()
 # What XLA records as a graph on a GPU, which the device then runs without the host. Messages are not in it unless they
 # are named: each would end a graph, 65 times in a step of 32 layers, which took 13% longer on two H200s.
-_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
+IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
 # Two programs that devices begin in different orders would wait for each other's messages for ever.
 _dispatching = threading.RLock()
 
@@ -148,7 +148,7 @@ def compiler_options() -> dict[str, str] | None:
     """Options of XLA for loops on a mesh of these devices; None where there are none, or it does not know them."""
     if jax.default_backend() != "gpu":
         return None
-    options = {"xla_gpu_enable_command_buffer": _IN_GRAPHS}
+    options = {"xla_gpu_enable_command_buffer": IN_GRAPHS}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:

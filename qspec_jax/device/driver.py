@@ -25,15 +25,17 @@ def has_nvidia_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
+def installed_version(package: str) -> str | None:
+    """Of a package; None where it is not installed, as that of a clone which runs where it lies."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def cuda_plugin() -> int | None:
     """The major version of CUDA that JAX's installed plugin is for; None if there is none."""
-    for major, name in _PLUGINS.items():
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return major
-    return None
+    return next((major for major, name in _PLUGINS.items() if installed_version(name) is not None), None)
 
 
 def driver_problem() -> str | None:

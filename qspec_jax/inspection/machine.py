@@ -6,7 +6,6 @@ import importlib
 import os
 import platform
 import warnings
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import qspec_jax
 from pallas_kernels.backends import early_launch
 from pallas_kernels.dispatch import BACKENDS, backend_obstacle, operations
 from qspec_jax.device.compilation_cache import enable_compilation_cache
-from qspec_jax.device.driver import has_nvidia_gpu, nvidia_driver
+from qspec_jax.device.driver import has_nvidia_gpu, installed_version, nvidia_driver
 from qspec_jax.device.memory import available_bytes
 from qspec_jax.device.start import start_device
 from qspec_jax.errors import DeviceError, DeviceWarning, UsageError
@@ -32,7 +31,7 @@ _VARIABLES = (
 def describe_machine() -> dict[str, Any]:
     """Facts by name, for JSON. What cannot be found out is None; ``problem`` is why there is no device."""
     names = (*_PACKAGES, *_PLUGINS)
-    versions = {name: _version(name) for name in names}
+    versions = {name: installed_version(name) for name in names}
     facts: dict[str, Any] = {
         "qspec_jax": qspec_jax.__version__,
         "python": platform.python_version(),
@@ -97,10 +96,3 @@ def _cache() -> str:
     except (OSError, UsageError) as error:
         return f"not kept: {error}"
     return "not kept" if folder is None else str(folder)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

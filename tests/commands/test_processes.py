@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -365,6 +366,18 @@ def agreed(leaders, followers, *, command="generate"):
     processes._agree(leader, "generate", Namespace(**leaders))
     processes._agree(other, command, Namespace(**followers))
     return other.follower._renamed
+
+
+def test_a_clone_that_is_not_installed_joins_its_like_alone(monkeypatch):
+    given = {"mesh": "data=2", "model": ["a"]}
+    real = metadata.version
+    missing = lambda name: real("no-such-package" if name == "qspec-jax" else name)  # noqa: E731
+    monkeypatch.setattr(metadata, "version", missing)
+    assert agreed(given, given) == {"a": "a"}
+    found = iter([missing, real])  # in process 0, and in the one that follows
+    monkeypatch.setattr(metadata, "version", lambda name: (next(found) if name == "qspec-jax" else real)(name))
+    with pytest.raises(qspec_jax.UsageError, match=r"qspec_jax is .* here and None in process 0"):
+        agreed(given, given)
 
 
 def test_what_differs_is_named_by_who_follows_and_a_model_may_lie_elsewhere():

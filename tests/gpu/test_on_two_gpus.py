@@ -6,12 +6,20 @@ layers of Llama-3-8B, whose sums are then of two parts.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qspec_jax
+from tests.gpu.on_two_gpus import PLANS, differences
 from tests.gpu.test_equal_outputs import DTYPE, few_layers, noise, outputs, texts
 
 pytestmark = [
@@ -19,11 +27,6 @@ pytestmark = [
     pytest.mark.demo,
     pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
-PLANS = {
-    "qspec": {"mode": "qspec", "draft_length": 3},
-    "7 drafts": {"mode": "qspec", "draft_length": 7},
-    "lookup": {"mode": "lookup"},
-}
 
 
 @pytest.mark.parametrize("turns", ["as many", "of their own"])
@@ -48,17 +51,6 @@ def test_loops_of_jax_alone_end(turns):
         )
 
 
-def differences(model, given, *, rows, expected):
-    """Of plans that do not yield what is expected: how many of their outputs differ."""
-    found = {}
-    for name, plan in PLANS.items():
-        others = outputs(model, given, rows=rows, **plan)
-        count = sum(one != other for one, other in zip(others, expected, strict=True))
-        print(f"{model.name}, {name}, {rows} rows: {count} of {len(expected)} differ", flush=True)
-        found |= {name: count} if count else {}
-    return found
-
-
 def test_rows_that_two_gpus_share_yield_what_they_yield_on_one(demo_gguf):
     given = texts(96)
     one = qspec_jax.load(demo_gguf, dtype=DTYPE)
@@ -75,3 +67,24 @@ def test_weights_that_two_gpus_share_yield_the_same_with_drafts_and_without():
     plain = outputs(model, given, rows=32, mode="w4a16")
     assert len({tuple(ids) for ids in plain}) > len(plain) / 2
     assert not differences(model, given, rows=32, expected=plain)
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("demo", "data=2"), ("llama", "model=2")])
+def test_a_process_for_each_yields_the_same_with_drafts_and_without(name, mesh, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.gpu.on_two_gpus", name, mesh, "--coordinator", where, "--process-id"]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index in range(2):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
+            log = stack.enter_context(open(tmp_path / str(index), "w"))
+            options = {"cwd": Path(__file__).parents[2], "env": environment, "stdout": log, "stderr": log}
+            started.append(stack.enter_context(subprocess.Popen([*command, str(index)], **options)))
+            stack.callback(started[-1].kill)
+        codes = [one.wait(timeout=240) for one in started]
+    said = (tmp_path / "0").read_text()
+    print(said)
+    assert codes == [0, 0], said[-4000:] + (tmp_path / "1").read_text()[-2000:]
+    assert said.count(" 0 of 96 differ") == len(PLANS)
