@@ -17,7 +17,7 @@ import jax
 import qspec_jax
 from qspec_jax.decoding import on_mesh
 from qspec_jax.weights.resolve import demo_gguf_path
-from tests.gpu.test_equal_outputs import DTYPE, few_layers, noise, outputs, texts
+from tests.gpu.serving import DTYPE, few_layers, noise, outputs, texts
 
 PLANS = {
     "qspec": {"mode": "qspec", "draft_length": 3},

@@ -6,7 +6,6 @@ So a machine without a GPU can ask, too: with ``JAX_PLATFORMS=cpu``, ``jax-cuda1
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 
 import jax
@@ -21,6 +20,7 @@ from qspec_jax.decoding import on_mesh
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.device.driver import cuda_plugin
 from qspec_jax.device.mesh import AXES
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.precision import Precision
@@ -28,7 +28,7 @@ from qspec_jax.model.shards import Shards
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="needs jax-cuda13-plugin"),
+    pytest.mark.skipif(cuda_plugin() != 13, reason="needs jax-cuda13-plugin"),
     pytest.mark.skipif(jax.default_backend() == "gpu", reason="devices that are here cannot be described as well"),
 ]
 H200 = """

@@ -20,7 +20,7 @@ import pytest
 
 import qspec_jax
 from tests.gpu.on_two_gpus import PLANS, differences
-from tests.gpu.test_equal_outputs import DTYPE, few_layers, noise, outputs, texts
+from tests.gpu.serving import DTYPE, few_layers, noise, outputs, texts
 
 pytestmark = [
     pytest.mark.gpu,
