@@ -25,9 +25,11 @@ from qspec_jax.device.mesh import DATA, MODEL
 from qspec_jax.model.sharding import cache_specs
 
 _SAME = PartitionSpec()
-# What XLA records as a graph on a GPU, which the device then runs without the host. Messages are not in it unless they
-# are named: each would end a graph, 65 times in a step of 32 layers, which took 13% longer on two H200s.
-IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
+# Options of XLA for GPUs. What it records as a graph, which the device then runs without the host: messages are in it
+# only if they are named. Each would end a graph, 65 times in a step of 32 layers: 13% longer on two H200s.
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
+# Its experimental kernels for messages are none: one process would have others than several, and outside of graphs.
+_NO_KERNELS = {"xla_gpu_experimental_use_collective_kernels": ""}
 # Two programs that devices begin in different orders would wait for each other's messages for ever.
 _dispatching = threading.RLock()
 
@@ -68,12 +70,12 @@ class OnMesh:
             reports: see ``program``.
             in_graphs: whether a GPU records its messages in graphs, as loops of short passes want it.
         """
-        options = compiler_options() if in_graphs else None
+        options = compiler_options(in_graphs)
         of_state, same = self.state_specs(state), jax.tree.map(lambda _: _SAME, others)
         specs = _specs_of(leaves), of_state, *same
         mapped = self.map(program, specs, (of_state, _SAME) if reports else of_state)
         shapes = self._shapes((state, *others), (of_state, *same))
-        return jax.jit(mapped, donate_argnums=1, compiler_options=options).lower(leaves, *shapes)
+        return jax.jit(mapped, donate_argnums=1, compiler_options=options or None).lower(leaves, *shapes)
 
     def map_same(self, program: Callable[..., Any], leaves: Sequence[Any]) -> Callable[..., Any]:
         """``program(leaves, others)`` of one device, whose result is the same on all, as one of all devices."""
@@ -144,16 +146,21 @@ class OnMesh:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str] | None:
-    """Options of XLA for loops on a mesh of these devices; None where there are none, or it does not know them."""
+def compiler_options(in_graphs: bool) -> dict[str, str]:
+    """Options of XLA for programs on a mesh of these devices, of those that it knows; see ``OnMesh.lower``."""
     if jax.default_backend() != "gpu":
-        return None
-    options = {"xla_gpu_enable_command_buffer": IN_GRAPHS}
+        return {}
+    options = {**_NO_KERNELS, **({"xla_gpu_enable_command_buffer": _IN_GRAPHS} if in_graphs else {})}
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: str) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        return None
-    return options
+        return False
+    return True
 
 
 def _specs_of(leaves: Sequence[Any]) -> list[PartitionSpec]:

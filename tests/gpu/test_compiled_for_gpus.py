@@ -60,7 +60,7 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, monkeypatch):
-    monkeypatch.setattr(on_mesh, "compiler_options", lambda: {"xla_gpu_enable_command_buffer": on_mesh.IN_GRAPHS})
+    monkeypatch.setattr(on_mesh, "_is_known", lambda *_: True)  # one that XLA does not know is an error
     config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
     mesh = Mesh(np.array(gpus).reshape(1, 2), AXES)
     options = {"dtype": jnp.bfloat16, "kernels": "triton", "scan_layers": False}
@@ -71,6 +71,7 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     assert cache in text
     assert not [line for line in text.splitlines() if re.search(rf"= {re.escape(cache)}\S* (copy|transpose)\(", line)]
     assert program.memory_analysis().temp_size_in_bytes < 2 * LAYERS * ROWS * CAPACITY * width * 2
+    assert "KERNEL_STRATEGY_TRITON" not in text  # XLA's own kernels for messages, which one process alone would have
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     passes = {"plain": 1, "qspec": 2}[name]  # a draft and the verification
     assert len(sent) == passes * (2 * LAYERS + 2)
