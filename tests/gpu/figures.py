@@ -108,10 +108,29 @@ _LARGEST = "kernels --shape 4096x28672 --group-size 128 --ops w4a16 --rows 96,12
 _8B, _31 = "decode --preset llama-3-8b", "decode --preset llama-3.1-8b"
 _SHARDS = f"{_8B} --mode w4a16 --batch 1,16,64"
 _LONG = f"{_31} --mode w4a16,qspec --draft w4a8 --draft-context auto --repeats 3"
-_ON_MESH = [_SHARDS, f"{_SHARDS} --mesh model=2", f"{_8B} --mode w4a16 --batch 128 --mesh data=2"]
+_CYCLES = f"{_8B} --mode w4a16,qspec --draft w4a8 --batch 1,16 --repeats 3"
+_ON_MESH = [
+    _SHARDS,
+    f"{_SHARDS} --mesh model=2",
+    f"{_8B} --mode w4a16 --batch 128 --mesh data=2",
+    "decode --preset llama-3-70b --mode w4a16 --batch 1 --mesh model=2",
+    _CYCLES,
+    f"{_CYCLES} --mesh model=2",
+]
 _OF_MESH = [
     *(Figure(f"model=2 over one GPU, batch {n}", _over(n), aim) for n, aim in ((1, 1.35), (16, 1.5), (64, 1.6))),
     Figure("data=2 over one GPU, 64 + 64 rows", lambda r: 2 * r.ms("step", 64) / r.ms("step", 128, place=2), 1.9),
+    Figure(
+        "70B, model=2, batch 1, share of the limit by bytes", lambda r: r.one("measurements", 3)["share_of_bound"], 0.5
+    ),
+    *(
+        Figure(
+            f"QSpec over plain, model=2 over one GPU, batch {n}",
+            lambda r, n=n: r.steps(n, place=4) / r.steps(n, place=5),
+            0.95,
+        )
+        for n in (1, 16)
+    ),
 ]
 _SERVED = "throughput --preset llama-3-8b --mode w4a16 --batch-size 64"
 _MANY = "--num-prompts 512 --max-new-tokens 256"
