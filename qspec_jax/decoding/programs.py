@@ -69,13 +69,13 @@ class Programs(Lowering):
         Raises:
             UsageError: they are to be, and there is no such pass.
         """
-        obstacle = "a model on a mesh" if self.mesh is not None else packing.obstacle(self.decoder)
-        if self.packing and obstacle is not None:
-            raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
-        if obstacle is not None:
+        if self.packing:
+            obstacle = "a model on a mesh" if self.mesh is not None else packing.obstacle(self.decoder)
+            if obstacle is not None:
+                raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
+            return packing.LONGEST_CHUNK * packing.PIECE
+        if self.packing is False or self.mesh is not None:
             return 0
-        if self.packing is not None:
-            return packing.LONGEST_CHUNK * packing.PIECE if self.packing else 0
         laid_out = self._laid_out
         if laid_out.longest_packed is None:
             laid_out.longest_packed = packing.longest_packed(self.decoder)
