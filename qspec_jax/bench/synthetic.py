@@ -91,16 +91,16 @@ def _fill_floats(decoder: Decoder, mesh: Mesh | None) -> None:
             continue
         weight: Any = linear.weight.get_value()
         like: Any = linear.floats.get_value()
-        specs, structure = _specs_of(weight) if mesh is not None else (None, None)
-        out = like.sharding.spec if mesh is not None else None
-        linear.floats.set_value(jax.block_until_ready(_floats(mesh, like.dtype, specs, structure, out)(weight)))
+        lies = None if mesh is None else (mesh, *_specs_of(weight), like.sharding.spec)
+        linear.floats.set_value(jax.block_until_ready(_floats(like.dtype, lies)(weight)))
 
 
 @functools.cache
-def _floats(mesh: Mesh | None, dtype: DTypeLike, specs: Any, structure: Any, out: Any) -> Callable[[Any], Array]:
-    """What makes floats of a weight, on a mesh those of each device's part."""
+def _floats(dtype: DTypeLike, lies: tuple[Mesh, Any, Any, PartitionSpec] | None) -> Callable[[Any], Array]:
+    """What makes floats of weights alike; on a mesh, as weight and floats lie there, those of each device's part."""
     made = functools.partial(dequantize, dtype=dtype)
-    if mesh is not None:
+    if lies is not None:
+        mesh, specs, structure, out = lies
         in_specs = (jax.tree.unflatten(structure, specs),)
         made = jax.shard_map(made, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
     return jax.jit(made)

@@ -102,7 +102,7 @@ class Lowering:
 
         state = jax.eval_shape(lambda: self._idle(shape))
         retired = np.zeros((shape.rows,), bool)
-        # Messages as large as all logits have not run in a graph.
+        # A run whose graphs gathered all logits ended with an illegal address, not explained yet (lab notebook, 052).
         tells_choices = state.sampler is None and state.scores is None
         with early_launch.early_launch(self._launches_early(plan, shape.rows)):
             return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0), in_graphs=tells_choices)

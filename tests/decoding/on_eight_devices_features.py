@@ -197,7 +197,11 @@ def test_prompts_are_read_one_by_one_wherever_rows_or_weights_are_shared(mesh, m
 def test_more_layers_need_no_more_programs_to_be_made(monkeypatch):
     """Of random weights and caches: a GPU's compiler takes a second for each."""
     compiled = []
-    monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+
+    def note(event, *_, **__):
+        compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(note)
     options = {"dtype": jnp.dtype("float32"), "kernels": REFERENCE, "scan_layers": False}
     monkeypatch.setattr(synthetic, "decoder_options", lambda *_: options)
     programs = []
@@ -207,6 +211,7 @@ def test_more_layers_need_no_more_programs_to_be_made(monkeypatch):
         jax.block_until_ready(one.programs.made(functools.partial(context_state, setting=Setting(4, 20, 64))))
         programs.append(sum("backend_compile" in event for event in compiled))
         compiled.clear()
+    monitoring.unregister_event_duration_listener(note)
     assert programs[0] > 0 == programs[1]
 
 

@@ -55,7 +55,9 @@ def gpus(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda *_, **__: list(devices))
     monkeypatch.setattr(jax, "devices", lambda *_, **__: list(devices))
-    return devices
+    on_mesh.compiler_options.cache_clear()
+    yield devices
+    on_mesh.compiler_options.cache_clear()
 
 
 @pytest.mark.parametrize("name", PLANS)

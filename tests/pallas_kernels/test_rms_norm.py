@@ -124,12 +124,15 @@ def test_rows_do_not_depend_on_the_rows_beside_them(implementation, k):
             np.testing.assert_array_equal(np.asarray(out), np.asarray(expected)[:num_rows])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+PARTS = [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("dtype", "of_parts"), PARTS, ids=["bf16", "f32", "bf16 of devices"])
 @pytest.mark.parametrize("num_parts", [2, 4])
-def test_partial_sums_of_an_update_give_the_bits_of_their_value(num_parts, dtype):
+def test_partial_sums_of_an_update_give_the_bits_of_their_value(num_parts, dtype, of_parts):
     """Adding them in any other order, or rounding them later, moves bits."""
     x, gain = random_rows(2, 3, 576, dtype=dtype), random_rows(576, dtype=dtype, seed=2)
-    update = PartialSums(random_rows(num_parts, 2, 3, 576, seed=3), jnp.dtype(dtype))
+    update = PartialSums(random_rows(num_parts, 2, 3, 576, dtype=of_parts, seed=3), jnp.dtype(dtype))
     total, norm = ADD_NORM["triton"](x, update, gain, epsilon=EPSILON)
     expected = ADD_NORM["triton"](x, update.value(), gain, epsilon=EPSILON)
     jax.tree.map(np.testing.assert_array_equal, (total, norm), expected)
