@@ -1,7 +1,8 @@
 """For how long those that decode wait while others read their prompts.
 
-Reading a chunk costs the same whenever it is done, but until the last one its row yields nothing. So chunks are read
-one after another, for as long as those that decode can be expected to wait, and the bursts between are short.
+Reading a chunk costs the same whenever it is done, but until the last one its row yields nothing, and a cycle costs
+little less. So chunks are read one after another: all of them, or in a batch that serves for as long as those that
+decode can be expected to wait, and the bursts between are short.
 """
 
 from __future__ import annotations
@@ -31,9 +32,15 @@ class Reading:
         """Takes the time into account that chunks took between two bursts."""
         self._chunk_s, self._read_s = seconds / num_chunks, seconds
 
-    def is_enough(self, num_chunks: int, more: int) -> bool:
-        """Whether those that decode have waited long enough, for so many chunks, to wait for no more than these."""
-        return self._chunk_s is None or (num_chunks + more) * self._chunk_s > _MOST_WAIT_S
+    def is_enough(self, num_chunks: int, more: int, *, most_s: float | None = None) -> bool:
+        """Whether others have waited long enough, for so many chunks, to wait for no more than these.
+
+        Args:
+            num_chunks: that they have waited for.
+            more: chunks that are read next.
+            most_s: seconds to wait; None for those that decode and serve somebody.
+        """
+        return self._chunk_s is None or (num_chunks + more) * self._chunk_s > (most_s or _MOST_WAIT_S)
 
     def first(self, reading: Mapping[int, RunningSequence]) -> dict[int, RunningSequence]:
         """Those of some rows that read before those that decode, where these are to wait no longer than need be.

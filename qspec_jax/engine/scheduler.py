@@ -3,8 +3,9 @@
 The device is asked for two things, by turns. A *prefill* reads chunks of prompts into idle rows; a *burst* runs
 cycles in the generation loop until enough rows are idle, or for about ``burst_s`` seconds, or, of a batch that serves,
 until somebody comes who can have a row (:mod:`qspec_jax.engine.burst`). Between them the host takes out what has
-finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk, with short bursts
-between, so that the others go on meanwhile; chunks that a row holds already are not read again
+finished and lets in what waits, in order. A prompt longer than a chunk enters chunk by chunk. In a batch that serves,
+short bursts lie between, so that the others go on meanwhile; else all prompts are read first, so that no cycle runs
+with fewer rows than there could be. Chunks that a row holds already are not read again
 (:mod:`qspec_jax.engine.prefixes`), nor what a row holds of a request's own session
 (:mod:`qspec_jax.engine.held_texts`).
 
@@ -233,7 +234,7 @@ class Scheduler:
         self._let_in()
         read_before = self.totals.prefill_s
         prefills, num_chunks = self._prefill()
-        if self._decoding():
+        if self._decoding() and (self._serves or not self._anyone_reads()):
             self._dispatch(max_cycles)
         for count, (report, read) in enumerate(prefills, 1):
             if read:  # the others have no news, but for the last one, which says when all were done
@@ -363,16 +364,17 @@ class Scheduler:
         return row
 
     def _prefill(self) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int]:
-        """Dispatches chunks of the prompts that rows still read, until those that decode have waited long enough.
+        """Dispatches chunks of the prompts that rows still read, until others have waited long enough.
 
         Returns:
             reports, each with who has read its prompt; and the number of chunks.
         """
         reports, num_chunks = [], 0
+        most_s = None if self._serves else self._burst_s  # nobody waits but an interruption
         while True:
             reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
             reading = self._reading.first(reading) if self._serves and self._decoding() else reading
-            if not reading or (reports and self._reading.is_enough(num_chunks, more=len(reading))):
+            if not reading or (reports and self._reading.is_enough(num_chunks, len(reading), most_s=most_s)):
                 return reports, num_chunks
             num_chunks += len(reading)
             reports += self._read(reading)
@@ -440,7 +442,10 @@ class Scheduler:
         """Dispatches a burst."""
         assert self._state is not None
         rows, active = self.shape.rows, len(self._decoding())
-        others_wait, cycles, cycle_s = bool(self._queue) or self._anyone_reads(), self._fitting_cycles(), None
+        # Who has come since rows were given out can have one of those after a slice, and waits for nobody to finish.
+        has_room = self._serves and None in self._rows
+        others_wait = self._anyone_reads() or (bool(self._queue) and not has_room)
+        cycles, cycle_s = self._fitting_cycles(), None
         if self._choosing is not None:
             burst = self._choosing.next(list(self._decoding().values()), self._queue)
             self._plan, self._why = burst.plan, burst.why

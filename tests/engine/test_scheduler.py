@@ -209,9 +209,9 @@ class FakePrograms(Programs):
         return self._report(cycles)
 
 
-def fake_run(wanted, *, rows):
+def fake_run(wanted, *, rows, **options):
     fake = FakePrograms(rows)
-    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, capacity=64)
+    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, capacity=64, **options)
     sequences = [scheduler.add(Request([1] * length, new, SamplingParams())) for length, new in wanted]
     while scheduler.busy:
         scheduler.advance(4)
@@ -224,8 +224,14 @@ def test_a_row_is_filled_again_as_soon_as_it_is_idle():
     assert log[:4] == [("prefill", 8, [0, 1]), ("loop", 1), ("prefill", 8, [0]), ("loop", 2)]
 
 
-def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
-    log = fake_run([(3, 20), (40, 2)], rows=2)
+def test_no_cycle_runs_before_all_that_have_rows_have_read():
+    log = fake_run([(3, 20), (40, 2), (40, 4)], rows=2)
+    read = *(("prefill", 16, [1]),) * 2, ("prefill", 8, [1])
+    assert log[:6] == [("prefill", 8, [0]), *read, ("loop", 1), read[-1]]  # the row holds the others of the third
+
+
+def test_a_long_prompt_enters_piece_by_piece_while_others_are_served():
+    log = fake_run([(3, 20), (40, 2)], rows=2, serves=True)
     assert log[:7] == [
         *(("prefill", 8, [0]), ("prefill", 16, [1]), ("loop", 2)),
         *(("prefill", 16, [1]), ("loop", 2)),
@@ -235,7 +241,7 @@ def test_a_long_prompt_enters_piece_by_piece_while_others_go_on():
 
 def test_chunks_that_take_no_time_are_read_at_once(monkeypatch):
     monkeypatch.setattr("qspec_jax.engine.reading._MOST_WAIT_S", 9.0)
-    log = fake_run([(3, 20), (40, 2)], rows=2)
+    log = fake_run([(3, 20), (40, 2)], rows=2, serves=True)
     assert log[:6] == [
         *(("prefill", 8, [0]), ("prefill", 16, [1]), ("loop", 2)),
         *(("prefill", 16, [1]), ("prefill", 8, [1]), ("loop", 2)),
@@ -250,6 +256,7 @@ def test_those_that_decode_wait_for_few_chunks_and_get_their_share(monkeypatch):
     reading.note(4, 0.040)
     assert [reading.is_enough(chunks, more=1) for chunks in (1, 4, 5)] == [False, False, True]
     assert reading.is_enough(1, more=5)
+    assert [reading.is_enough(chunks, more=5, most_s=0.5) for chunks in (1, 45, 46)] == [False, False, True]
     assert reading.burst_s(decoding=4, rows=4) == pytest.approx(0.020)
     assert reading.burst_s(decoding=1, rows=4) == pytest.approx(0.005)
 
@@ -350,6 +357,21 @@ def test_a_burst_ends_when_somebody_comes_who_can_have_a_row(monkeypatch):
         scheduler.advance()
     assert len(added[0].token_ids) == 8
     assert scheduler.totals.cycles == sum(fake.cycles)
+
+
+def test_who_comes_while_a_prompt_is_read_waits_for_one_slice_where_there_is_room(monkeypatch):
+    fake, scheduler = serve(monkeypatch, {}, rows=2)
+    read, added = fake.prefill, []
+
+    def prefill(*arguments, **options):
+        added.append(scheduler.add(Request([1, 2, 3], 8, SamplingParams())) if not added else None)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(fake, "prefill", prefill)
+    scheduler.advance()
+    scheduler.advance()
+    assert fake.cycles[0] == 3  # of 16, and nobody had finished
+    assert [name for name, *_ in fake.log[:3]] == ["prefill", "loop", "prefill"]
 
 
 def test_who_comes_to_a_full_batch_has_the_row_that_is_free_first(monkeypatch):
