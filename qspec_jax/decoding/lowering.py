@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from pallas_kernels.backends import early_launch
 from qspec_jax.decoding import packing, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
+from qspec_jax.decoding.device_graphs import Graphs, compiler_options
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.laid_out import LaidOut
 from qspec_jax.decoding.loop_settings import cycles_per_check, launches_early
@@ -69,7 +70,7 @@ class Lowering:
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
-            return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0))
+            return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
 
     def lower_pieces(self, plan: DecodingPlan, shape: Shape, size: int) -> jax.stages.Lowered:
         """Lowers the program that reads so many pieces of prompts in one pass; its state is donated."""
@@ -86,7 +87,7 @@ class Lowering:
         chunks = PromptChunk(**empty_chunks(shape, 0), sampler=sampler)
         pieces = packing.empty_pieces(size, shape.rows)
         with early_launch.early_launch(False):
-            return self._lower(read, laid_out, state, pieces, chunks, rows, rows, np.int32(0))
+            return self._lower(read, laid_out, state, pieces, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
 
     def lower_loop(self, plan: DecodingPlan, shape: Shape) -> jax.stages.Lowered:
         """Lowers the generation loop; its state is donated."""
@@ -105,7 +106,8 @@ class Lowering:
         # A run whose graphs gathered all logits ended with an illegal address, not explained yet (lab notebook, 052).
         tells_choices = state.sampler is None and state.scores is None
         with early_launch.early_launch(self._launches_early(plan, shape.rows)):
-            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0), in_graphs=tells_choices)
+            graphs = self._graphs if tells_choices else Graphs.USUAL
+            return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0), graphs=graphs)
 
     def lower_repetition(
         self, plan: DecodingPlan, state: DecodeState, *, advance: Callable[..., DecodeState] = speculative.cycle
@@ -122,7 +124,12 @@ class Lowering:
             return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
         with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
-            return self._lower(loop, laid_out, state, np.int32(0), reports=False, in_graphs=True)
+            return self._lower(loop, laid_out, state, np.int32(0), reports=False, graphs=self._graphs)
+
+    @property
+    def _graphs(self) -> Graphs:
+        """What is recorded of loops."""
+        return Graphs.USUAL if self._on_mesh is None else Graphs.WITH_MESSAGES
 
     @property
     def _rows_over(self) -> str | None:
@@ -140,12 +147,13 @@ class Lowering:
         state: DecodeState,
         *others: Any,
         reports: bool = True,
-        in_graphs: bool = False,
+        graphs: Graphs = Graphs.USUAL,
     ) -> jax.stages.Lowered:
         """Lowers ``program(leaves, state, *others)``, whose state is donated, for one device or the mesh."""
         if self._on_mesh is not None:
-            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports, in_graphs=in_graphs)
-        return jax.jit(program, donate_argnums=1).lower(laid_out.leaves, state, *others)
+            return self._on_mesh.lower(program, laid_out.leaves, state, *others, reports=reports, graphs=graphs)
+        options = compiler_options(graphs, on_mesh=False) or None
+        return jax.jit(program, donate_argnums=1, compiler_options=options).lower(laid_out.leaves, state, *others)
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""

@@ -20,16 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qspec_jax.decoding.device_graphs import Graphs, compiler_options
 from qspec_jax.decoding.state import DecodeState, with_rows_of
 from qspec_jax.device.mesh import DATA, MODEL
 from qspec_jax.model.sharding import cache_specs
 
 _SAME = PartitionSpec()
-# Options of XLA for GPUs. What it records as a graph, which the device then runs without the host: messages are in it
-# only if they are named. Each would end a graph, 65 times in a step of 32 layers: 13% longer on two H200s.
-_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
-# Its experimental kernels for messages are none: one process would have others than several, and outside of graphs.
-_NO_KERNELS = {"xla_gpu_experimental_use_collective_kernels": ""}
 # Two programs that devices begin in different orders would wait for each other's messages for ever.
 _dispatching = threading.RLock()
 
@@ -58,7 +54,7 @@ class OnMesh:
         state: DecodeState,
         *others: Any,
         reports: bool = True,
-        in_graphs: bool = False,
+        graphs: Graphs = Graphs.USUAL,
     ) -> jax.stages.Lowered:
         """Lowers ``program(leaves, state, *others)``; its state is donated.
 
@@ -68,9 +64,9 @@ class OnMesh:
             state: of all rows; its shapes are enough.
             others: what is the same on all devices.
             reports: see ``program``.
-            in_graphs: whether a GPU records its messages in graphs, as loops of short passes want it.
+            graphs: what a GPU records of it.
         """
-        options = compiler_options(in_graphs)
+        options = compiler_options(graphs, on_mesh=True)
         of_state, same = self.state_specs(state), jax.tree.map(lambda _: _SAME, others)
         specs = _specs_of(leaves), of_state, *same
         mapped = self.map(program, specs, (of_state, _SAME) if reports else of_state)
@@ -143,24 +139,6 @@ class OnMesh:
             return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding)
 
         return jax.tree.map(shape, arrays, self._shardings(specs))
-
-
-@functools.cache
-def compiler_options(in_graphs: bool) -> dict[str, str]:
-    """Options of XLA for programs on a mesh of these devices, of those that it knows; see ``OnMesh.lower``."""
-    if jax.default_backend() != "gpu":
-        return {}
-    options = {**_NO_KERNELS, **({"xla_gpu_enable_command_buffer": _IN_GRAPHS} if in_graphs else {})}
-    return {name: value for name, value in options.items() if _is_known(name, value)}
-
-
-@functools.cache
-def _is_known(name: str, value: str) -> bool:
-    try:
-        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def _specs_of(leaves: Sequence[Any]) -> list[PartitionSpec]:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from qspec_jax.decoding import on_mesh
 from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.device.mesh import AXES
 
@@ -36,18 +35,6 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda index: meshes[index % 2].run(program, index), range(8)))
     assert most == [1] * 8
-
-
-def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
-    assert on_mesh.compiler_options(in_graphs=True) == {}  # they are for GPUs
-    on_mesh.compiler_options.cache_clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(on_mesh, "_NO_KERNELS", {"xla_no_such_option": "1"})
-    try:
-        assert on_mesh.compiler_options(in_graphs=True) == {"xla_gpu_enable_command_buffer": on_mesh._IN_GRAPHS}
-        assert on_mesh.compiler_options(in_graphs=False) == {}
-    finally:
-        on_mesh.compiler_options.cache_clear()
 
 
 @pytest.mark.slow  # a minute of CPU time: three files in one process, whose start takes ten seconds

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.decoding import on_mesh
+from qspec_jax.decoding import device_graphs
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
@@ -55,14 +55,14 @@ def gpus(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda *_, **__: list(devices))
     monkeypatch.setattr(jax, "devices", lambda *_, **__: list(devices))
-    on_mesh.compiler_options.cache_clear()
+    device_graphs.compiler_options.cache_clear()
     yield devices
-    on_mesh.compiler_options.cache_clear()
+    device_graphs.compiler_options.cache_clear()
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, monkeypatch):
-    monkeypatch.setattr(on_mesh, "_is_known", lambda *_: True)  # one that XLA does not know is an error
+    monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)  # one that XLA does not know is an error
     config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
     mesh = Mesh(np.array(gpus).reshape(1, 2), AXES)
     options = {"dtype": jnp.bfloat16, "kernels": "triton", "scan_layers": False}
