@@ -16,7 +16,7 @@ def prefill_attention(
     query: Float[Array, "N T H HD"],
     keys: Float[Array, "B S *heads"],
     values: Float[Array, "B S *heads"],
-    rows: Int32[Array, " N"],
+    rows: Int32[Array, " N"] | None,
     starts: Int32[Array, " N"],
     *,
     window: int | None = None,
@@ -34,7 +34,8 @@ def prefill_attention(
     Args:
         query: ``[N, T, H, HD]`` float32, bfloat16 or float16, rotated. Tokens past the end of a prompt may be anything.
         keys, values: ``[B, S, KH * HD]`` in the dtype of ``query``, or ``[B, S, KH, HD]``.
-        rows: ``[N]`` int32, the row of each piece; negative for a piece of nothing, whose result is zero.
+        rows: ``[N]`` int32, the row of each piece; negative for a piece of nothing, whose result is zero. None where
+            each row has one piece, in order, of whatever length.
         starts: ``[N]`` int32, the slot of the first token of each piece: token ``t`` sees slots up to ``starts + t``,
             or the last one.
         window: slots a token sees, its own included; None for all.
@@ -49,7 +50,7 @@ def prefill_attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    check_arrays(_OP, query, keys, values, window, rows=keys.shape[0])
+    check_arrays(_OP, query, keys, values, window, rows=None if rows is None else keys.shape[0])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(query.shape[3]))
     return chosen.prefill_attention(query, keys, values, rows, starts, window=window)
 

@@ -39,7 +39,7 @@ def prefill_attention(
     query: Float[Array, "N T H HD"],
     keys: Float[Array, "B S KH HD"],
     values: Float[Array, "B S KH HD"],
-    rows: Int32[Array, " N"],
+    rows: Int32[Array, " N"] | None,
     starts: Int32[Array, " N"],
     *,
     window: int | None,
@@ -47,6 +47,7 @@ def prefill_attention(
 ) -> Float[Array, "N T H HD"]:
     """See the public function."""
     registers.ignore_triton_deprecation()
+    rows = jnp.arange(query.shape[0], dtype=jnp.int32) if rows is None else rows
     return _attend(query, keys, values, rows, starts, window=window, interpret=interpret)
 
 
@@ -59,6 +60,7 @@ def _attend(
     batch, slots, num_kv_heads, _ = keys.shape
     problem = decode.Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
     num_tiles = pl.cdiv(problem.num_rows, _ROWS)
+    block_bytes = _SLOTS * problem.block_dim * keys.dtype.itemsize
     piece = pl.BlockSpec((None, num_tokens, num_heads, problem.block_dim), lambda program, piece: (piece, 0, 0, 0))
     cache = pl.BlockSpec(
         (batch, slots, None, problem.block_dim), lambda program, piece: (0, 0, lax.div(program, num_tiles), 0)
@@ -71,7 +73,7 @@ def _attend(
         in_specs=[number, number, piece, cache, cache],
         out_specs=piece,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if block_bytes <= _TILE_BYTES // 2 else 2),
         interpret=interpret,
         name="prefill_attention",
     )(rows, starts, query, keys, values)

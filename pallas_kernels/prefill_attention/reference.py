@@ -18,12 +18,14 @@ def prefill_attention(
     query: Float[Array, "N T H HD"],
     keys: Float[Array, "B S KH HD"],
     values: Float[Array, "B S KH HD"],
-    rows: Int32[Array, " N"],
+    rows: Int32[Array, " N"] | None,
     starts: Int32[Array, " N"],
     *,
     window: int | None,
 ) -> Float[Array, "N T H HD"]:
-    """Attention over a copy of the row of each piece; see the public function."""
+    """Attention over a copy of the row of each piece, or over the cache; see the public function."""
+    if rows is None:
+        return reference.decode_attention(query, keys, values, starts, window=window)
     held = jnp.maximum(rows, 0)
     attended = reference.decode_attention(query, keys[held], values[held], starts, window=window)
     return jnp.where((rows >= 0)[:, None, None, None], attended, jnp.zeros((), query.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.dispatch import TRITON, Implementations
 
 _OP = "swiglu"
@@ -13,11 +14,14 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def swiglu(gate_up: Float[Array, "*batch two_K"], *, implementation: str | None = None) -> Float[Array, "*batch K"]:
+def swiglu(
+    gate_up: Float[Array, "*batch two_K"] | PartialSums, *, implementation: str | None = None
+) -> Float[Array, "*batch K"]:
     """``silu(gate) * up``; the equations stand in the reference.
 
     Args:
-        gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
+        gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets
+            through; or its partial sums.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 
-def swiglu(gate_up: Float[Array, "*batch two_K"]) -> Float[Array, "*batch K"]:
+
+def swiglu(gate_up: Float[Array, "*batch two_K"] | PartialSums) -> Float[Array, "*batch K"]:
     """``silu(gate) * up``, the halves of the last axis."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = jnp.split(value_of(gate_up), 2, axis=-1)
     return jax.nn.silu(gate) * up

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.dispatch import TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
@@ -15,7 +16,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
 def swiglu_quantize(
-    gate_up: Float[Array, "*batch two_K"],
+    gate_up: Float[Array, "*batch two_K"] | PartialSums,
     *,
     bits: int,
     group_size: int | None = None,
@@ -28,7 +29,8 @@ def swiglu_quantize(
     """``quantize_activations(swiglu(gate_up))``; the equations stand in the reference.
 
     Args:
-        gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets through.
+        gate_up: ``[..., 2 * K]`` float32, bfloat16 or float16: the gate, then what it lets
+            through; or its partial sums.
         bits, group_size, symmetric, clip_ratio, outlier_groups, layout: as in ``quantize_activations``.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 

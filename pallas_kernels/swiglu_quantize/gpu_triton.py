@@ -10,6 +10,7 @@ tokens instead: the first finds the largest magnitude of each, the second quanti
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.backends.triton import producers, registers
 from pallas_kernels.quantize_activations import gpu_triton
@@ -32,12 +34,12 @@ obstacle = gpu_triton.obstacle  # the blocks are those of quantize_activations
 
 
 def swiglu_quantize(
-    gate_up: Float[Array, "*batch two_K"], *, interpret: bool = False, **settings: Any
+    gate_up: Float[Array, "*batch two_K"] | PartialSums, *, interpret: bool = False, **settings: Any
 ) -> QuantizedActivation:
     """See the public function."""
     registers.ignore_triton_deprecation()
     num_inputs = gate_up.shape[-1] // 2
-    num_tokens = gate_up.size // gate_up.shape[-1]
+    num_tokens = math.prod(gate_up.shape[:-1])
     one_scale = settings["symmetric"] and settings["group_size"] == num_inputs
     if one_scale and num_inputs >= _LONG_TOKEN and num_tokens <= _FEW_TOKENS:
         return _gate_then_quantize(gate_up, interpret=interpret, **settings)
@@ -46,14 +48,19 @@ def swiglu_quantize(
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _gate_then_quantize(
-    gate_up: Array, *, group_size: int, layout: Layout = Layout.PLANES, interpret: bool, **settings: Any
+    gate_up: Array | PartialSums,
+    *,
+    group_size: int,
+    layout: Layout = Layout.PLANES,
+    interpret: bool,
+    **settings: Any,
 ) -> QuantizedActivation:
-    halves = gate_up.reshape(-1, 2, group_size)
-    num_tokens, num_pieces = halves.shape[0], pl.cdiv(group_size, producers.PIECE)
+    halves = gating.halves_of(gate_up)
+    num_tokens, num_pieces = halves.shape[1], pl.cdiv(group_size, producers.PIECE)
     product, magnitudes = pl.pallas_call(
         functools.partial(_gate_piece, num_inputs=group_size, interpret=interpret),
         grid=(num_tokens, num_pieces),
-        in_specs=gating.half_specs(),
+        in_specs=gating.half_specs(len(halves)),
         out_specs=[
             pl.BlockSpec((None, 1, producers.PIECE), lambda row, part: (row, 0, part)),
             pl.BlockSpec((None, 1), lambda row, part: (row, part)),
@@ -65,39 +72,41 @@ def _gate_then_quantize(
         compiler_params=plgpu.CompilerParams(num_warps=producers.PIECE_WARPS, num_stages=1),
         interpret=interpret,
         name="swiglu_magnitude",
-    )(halves, halves)
+    )(*[halves] * 2 * len(halves))
     product = product.reshape(*gate_up.shape[:-1], group_size)
     return producers.quantize_pieces(product, magnitudes, layout=layout, interpret=interpret, **settings)
 
 
 def _gate_piece(
-    gate_ref,  # [1, piece]
-    up_ref,  # [1, piece]
-    product_ref,  # [1, piece]
-    magnitude_ref,  # [1] f32
-    *,
+    *refs,  # each part of gate, each of up, product: [1, piece]; magnitude [1] f32
     num_inputs: int,
     interpret: bool,
 ):
-    exists = producers.exists_in_piece(gate_ref.shape, num_inputs, interpret=interpret)
-    product = gating.load_gated(gate_ref, up_ref, exists, interpret=interpret)
+    *inputs, product_ref, magnitude_ref = refs
+    exists = producers.exists_in_piece(product_ref.shape, num_inputs, interpret=interpret)
+    product = gating.load_gated(*inputs, exists, dtype=product_ref.dtype, interpret=interpret)
     plgpu.store(product_ref, product.astype(product_ref.dtype), mask=exists)
     magnitude_ref[:] = jnp.max(jnp.abs(product), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _gate_and_quantize(gate_up: Array, *, group_size: int, interpret: bool, **settings: Any) -> QuantizedActivation:
-    *batch, both = gate_up.shape
-    halves = gate_up.reshape(-1, 2, both // 2 // group_size, group_size)
+def _gate_and_quantize(
+    gate_up: Array | PartialSums, *, group_size: int, interpret: bool, **settings: Any
+) -> QuantizedActivation:
+    halves = gating.halves_of(gate_up)
+    num_parts, num_tokens, _, num_inputs = halves.shape
+    halves = halves.reshape(num_parts, num_tokens, 2, num_inputs // group_size, group_size)
 
-    def half(index: int):
-        # One array read twice: a slice of it would be a copy.
-        return halves, lambda *block: pl.BlockSpec((None, None, *block), lambda row, part: (row, index, part, 0))
+    def half(half: int, index: int):
+        # One array read several times: slices of it would be copies.
+        return halves, lambda *block: pl.BlockSpec(
+            (None, None, None, *block), lambda row, part: (index, row, half, part, 0)
+        )
 
     product, _ = producers.launch_producer(
-        functools.partial(gating.load_gated, interpret=interpret),
-        [half(0), half(1)],
-        shape=(*batch, both // 2),
+        functools.partial(gating.load_gated, dtype=gate_up.dtype, interpret=interpret),
+        [half(place, index) for place in range(2) for index in range(num_parts)],
+        shape=(*gate_up.shape[:-1], num_inputs),
         group_size=group_size,
         block_values=producers.BLOCK_VALUES,
         interpret=interpret,

@@ -13,10 +13,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.quantize_activations import reference
 from pallas_kernels.swiglu.reference import swiglu
 
 
-def swiglu_quantize(gate_up: Float[Array, "*batch two_K"], **settings: Any) -> QuantizedActivation:
+def swiglu_quantize(gate_up: Float[Array, "*batch two_K"] | PartialSums, **settings: Any) -> QuantizedActivation:
     """Gates, then quantises; see the public function."""
     return reference.quantize_activations(swiglu(gate_up), **settings)

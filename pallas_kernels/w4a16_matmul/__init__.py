@@ -53,12 +53,14 @@ def w4a16_partial_sums(
     *,
     dtype: DTypeLike | None = None,
     alike: bool = False,
+    prefill: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """:func:`w4a16_matmul` for a reader that adds what is left to add, where the implementation leaves any.
 
     ``alike`` asks for the bits that a row has among few others, also where more rows would be faster otherwise; for how
-    many rows it is granted says :func:`rows_alike`.
+    many rows it is granted says :func:`rows_alike`. ``prefill`` says that the rows are those of prompts: where an
+    implementation has tiles for them, which give a row the same bits in any such call, it takes those.
     """
     check_weight(weight, x.shape[-1], op=_OP)
     if x.dtype not in _DTYPES:
@@ -72,11 +74,17 @@ def w4a16_partial_sums(
         order=order_of_trial(weight.num_outputs, weight.num_inputs),
     )
     asked = {"alike": True} if alike and chosen.ROWS_ALIKE_IF_ASKED != chosen.ROWS_ALIKE else {}
+    asked = {"prefill": True} if prefill and chosen.PREFILL_ALIKE else asked
     return chosen.w4a16_matmul(x, weight, dtype=dtype, **asked)
 
 
 def rows_alike(
-    weight: QuantizedWeight, dtype: DTypeLike, *, asked: bool = False, implementation: str | None = None
+    weight: QuantizedWeight,
+    dtype: DTypeLike,
+    *,
+    asked: bool = False,
+    prefill: bool = False,
+    implementation: str | None = None,
 ) -> int | None:
     """How many rows a call may have for each of them to have the same bits whatever the others are.
 
@@ -84,6 +92,7 @@ def rows_alike(
         weight: a ``[N, K]`` weight, with or without leading axes.
         dtype: of the rows.
         asked: whether the call is one of :func:`w4a16_partial_sums` with ``alike``.
+        prefill: whether it is one with ``prefill``.
         implementation: as in the call.
 
     Returns:
@@ -100,6 +109,8 @@ def rows_alike(
         )
     except NotImplementedError:
         return 1
+    if prefill and chosen.PREFILL_ALIKE:
+        return None
     return chosen.ROWS_ALIKE_IF_ASKED if asked else chosen.ROWS_ALIKE
 
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import (
     SYMMETRIC_ZERO_POINT,
     Layout,
@@ -33,9 +34,7 @@ from pallas_kernels.arrays.weight import (
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 
-LAYOUT, ROWS_ALIKE = Layout.PLANES, DECODE_ROWS[-1]
-# To be None, any number, once a GPU has compared and timed more tiles of rows in one launch with launches of 256 rows.
-ROWS_ALIKE_IF_ASKED: int | None = DECODE_ROWS[-1]
+LAYOUT, ROWS_ALIKE, ROWS_ALIKE_IF_ASKED, PREFILL_ALIKE = Layout.PLANES, DECODE_ROWS[-1], None, True
 
 
 def obstacle(dtype: jnp.dtype, weight: QuantizedWeight) -> str | None:
@@ -51,15 +50,20 @@ def w4a16_matmul(
     *,
     dtype: DTypeLike | None = None,
     alike: bool = False,
+    prefill: bool = False,
     config: tiles.TileConfig | None = None,
     interpret: bool = False,
-) -> Float[Array, "*batch N"]:
+) -> Float[Array, "*batch N"] | PartialSums:
     """See the public function. ``config`` replaces the measured choice of tiles.
 
-    With ``alike`` more rows than a decode has are as many more tiles of what 256 rows take.
+    With ``alike`` more rows than a decode has are as many more tiles of what 256 rows take; with ``prefill`` any number
+    of them are tiles for many rows.
     """
     registers.ignore_triton_deprecation()
     rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
+    if prefill:
+        run = tiles.scale_run(weight.num_inputs, weight.group_size)
+        config = config or tiles.prefill_config(weight.num_outputs, run, exact=x.dtype == jnp.float32)
     if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32 and not alike:
         outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
@@ -92,7 +96,9 @@ def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> ti
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
-def _matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, config: tiles.TileConfig, interpret: bool) -> Array:
+def _matmul(
+    x: Array, weight: QuantizedWeight, *, dtype: DTypeLike, config: tiles.TileConfig, interpret: bool
+) -> Array | PartialSums:
     offsets = () if weight.offset is None else (weight.offset,)
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
     options = {"num_rows": x.shape[0], "config": config}
@@ -138,8 +144,12 @@ def _kernel(
         """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
         x = matmul.load_rows(x_ref, start, block_k, x_mask)
         partial = _dot(x, codes)
-        # In every column, by tensor cores: jnp.sum would add in an order that depends on the height of the tile.
-        tile_sum: Any = _dot(x, jnp.ones_like(codes)) if offset_refs else 0.0
+        tile_sum: Any = 0.0
+        if offset_refs and config.sums_once:
+            tile_sum = jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
+        elif offset_refs:
+            # In every column, by tensor cores: jnp.sum would add in an order that depends on the height of the tile.
+            tile_sum = _dot(x, jnp.ones_like(codes))
         if num_groups == 1:
             return product + partial, row_sum + tile_sum
         scale, shift = group_scale_and_shift(lax.div(start, group_size))
@@ -153,7 +163,8 @@ def _kernel(
         return plane(half + start, high, *plane(start, low, *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-    product, row_sum = lax.fori_loop(0, steps, step, (zeros, zeros if offset_refs and num_groups == 1 else 0.0))
+    sums = jnp.zeros((config.block_m, 1), jnp.float32) if config.sums_once else zeros
+    product, row_sum = lax.fori_loop(0, steps, step, (zeros, sums if offset_refs and num_groups == 1 else 0.0))
     if num_groups == 1:
         scale, shift = group_scale_and_shift(0)
         product = product * scale[None, :]

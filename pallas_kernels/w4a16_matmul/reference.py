@@ -15,6 +15,7 @@ from pallas_kernels.arrays.weight import Layout, QuantizedWeight, dequantize_pla
 
 LAYOUT = Layout.PLANES  # of checkpoints; it reads any
 ROWS_ALIKE = ROWS_ALIKE_IF_ASKED = 1
+PREFILL_ALIKE = False
 
 
 def w4a16_matmul(

@@ -25,6 +25,7 @@ from pallas_kernels.backends.tpu import matmul, words
 
 LAYOUT = Layout.PLANES
 ROWS_ALIKE = ROWS_ALIKE_IF_ASKED = matmul.MAX_ROWS
+PREFILL_ALIKE = False
 _TILE_ROWS = 16  # of 16 bits
 
 

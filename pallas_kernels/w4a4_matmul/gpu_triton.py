@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import SYMMETRIC_ZERO_POINT, Layout, QuantizedWeight, layout_obstacle
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 
@@ -41,7 +42,7 @@ def w4a4_matmul(
     dtype: jax.typing.DTypeLike,
     config: tiles.TileConfig | None = None,
     interpret: bool = False,
-) -> Float[Array, "*batch N"]:
+) -> Float[Array, "*batch N"] | PartialSums:
     """See the public function. ``config`` replaces the measured choice of tiles."""
     registers.ignore_triton_deprecation()
     batch = x.codes.shape[:-1]
@@ -90,7 +91,7 @@ def _matmul(
     dtype: jax.typing.DTypeLike,
     config: tiles.TileConfig,
     interpret: bool,
-) -> Array:
+) -> Array | PartialSums:
     rows = {"codes": x.codes, "x_scale": x.scale}
     columns = {"packed": weight.packed, "scale": weight.scale}
     if weight.offset is not None:

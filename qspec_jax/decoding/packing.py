@@ -28,9 +28,12 @@ from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE
 
-_MOST_IN_PIECES = 1_000_000_000  # weights of Triton kernels
-# Tokens of a chunk that Triton's kernels share a pass for: longer ones go faster by a library, one at a time.
+# Weights of Triton's kernels, which multiply many rows at a third of the rate of a library, where prompts are packed.
+_MOST_IN_PIECES = 1_000_000_000
+# Tokens of a chunk that they share a pass for: longer ones go faster by a library, one at a time.
 _LONGEST_IN_PIECES = 256
+# Weights up to which they never do: launches take longer than the arithmetic, and a chunk alone has as many.
+_FEW_IN_PIECES = 300_000_000
 _SIZES = (2, 8, 16, 32, 64)  # pieces of a pass: each is a program, which takes 4 s to compile for 32 layers
 LONGEST_CHUNK = 512 // PIECE  # pieces
 
@@ -39,10 +42,10 @@ def longest_packed(decoder: Decoder) -> int:
     """How many tokens a chunk may have that a pass reads beside others, 0 for none.
 
     The kernels have to give a token the same bits whatever else its pass reads, and to gain by it. Those of Hopper do,
-    for any number of rows. Triton's do for ``MAX_ROWS`` rows at a time, at a fraction of the rate of a library, which
-    short chunks of a model of few weights do not feel. Otherwise a library multiplies many rows, in an order that
-    depends on their number. Such chunks are read one by one, each padded to one of few widths. Which way a chunk is
-    read depends on its own length alone.
+    for any number of rows. Triton's do, too, at a fraction of the rate of a library, which short chunks of a model of
+    few weights do not feel. Otherwise a library multiplies many rows, in an order that depends on their number. Such
+    chunks are read one by one, each padded to one of few widths. Which way a chunk is read depends on its own length
+    alone.
     """
     if obstacle(decoder) is not None or not pallas_kernels.prefill_is_alike(decoder.config.head_dim):
         return 0
@@ -57,7 +60,7 @@ def longest_packed(decoder: Decoder) -> int:
         in_pieces += 0 if alike is None else 2 * weight.packed.size
     if in_pieces > _MOST_IN_PIECES:
         return 0
-    return _LONGEST_IN_PIECES if in_pieces else LONGEST_CHUNK * PIECE
+    return LONGEST_CHUNK * PIECE if in_pieces <= _FEW_IN_PIECES else _LONGEST_IN_PIECES
 
 
 def obstacle(decoder: Decoder) -> str | None:

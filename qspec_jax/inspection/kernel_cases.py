@@ -57,7 +57,19 @@ def _producer_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
         yield case("rms_norm", "rms_norm", f"{tokens}, {what}", **options)
         options["options"] = {**PER_TOKEN, **epsilon}
         yield case("rms_norm_quantize", "rms_norm_quantize", f"{tokens}, {what}, 8 bits", measure="codes", **options)
+    parts = {"num_inputs": mlp, "operands": lambda: (partial_sums(ROWS, 2 * mlp, dtype=dtype, seed=5),)}
+    in_parts = f"{gates}, partial sums"
     yield case("swiglu", "swiglu", gates, num_inputs=1, operands=gated, wide=True)
+    gated_alone = functools.partial(_gated, transform=None, dtype=dtype)
+    yield case("swiglu", "swiglu", in_parts, expected=gated_alone, **{**parts, "num_inputs": 1})
+    codes = functools.partial(gated_alone, settings=PER_TOKEN)
+    yield case(
+        *("swiglu_quantize", "swiglu_quantize", f"{in_parts}, 8 bits"),
+        expected=codes,
+        options=PER_TOKEN,
+        measure="codes",
+        **parts,
+    )
     yield case(
         *("hadamard", "hadamard", f"{ROWS}x{mlp}"),
         num_inputs=mlp,
@@ -203,7 +215,7 @@ def _gated(
         dtype: of what is transformed.
         settings: of codes; None for floats.
     """
-    [gate_up] = operands
+    gate_up = pallas_kernels.value_of(operands[0])
     options: dict[str, Any] = {"implementation": "reference"}
     out = pallas_kernels.swiglu(gate_up.astype(jnp.float32), **options).astype(gate_up.dtype)
     if transform is not None:

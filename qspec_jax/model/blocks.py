@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels
 from pallas_kernels import MAX_DECODE_TOKENS, Int8Cache, PartialSums, QuantizedActivation, value_of
-from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.model.cache import LayerCache
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import Linear, WeightFormat, other_kernels
@@ -164,17 +163,16 @@ class Attention(nnx.Module):
         weigh: int | None,
     ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"] | None]:
         """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
-        if context.rows is not None:
+        window = view.window(self.config.sliding_window)
+        if context.rows is not None or query.shape[1] > MAX_DECODE_TOKENS:
             assert isinstance(cache, LayerCache)
-            window, places = view.window(self.config.sliding_window), (context.rows, context.lengths)
+            places = (context.rows, context.seen)
             attend = functools.partial(pallas_kernels.prefill_attention, window=window, implementation=self.kernels)
             return attend(query, cache.keys, cache.values, *places), None
-        # A prefill is a large matrix product, which the reference leaves to XLA.
-        kernels = self.kernels if query.shape[1] <= MAX_DECODE_TOKENS else REFERENCE
-        arrays: Any = (cache,) if isinstance(cache, Int8Cache) else (cache.keys, cache.values)
         attend, with_masses, to_blocks = _attention_over(cache)
-        arrays = query, *arrays, context.seen
-        options: Any = {"window": view.window(self.config.sliding_window), "implementation": kernels}
+        held = (cache,) if isinstance(cache, Int8Cache) else (cache.keys, cache.values)
+        arrays: Any = query, *held, context.seen
+        options: Any = {"window": window, "implementation": self.kernels}
         if context.blocks is not None and context.layer is not None:
             return to_blocks(*arrays, context.blocks, context.layer, block_size=view.cache_block, **options), None
         if weigh is not None:
@@ -203,16 +201,19 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"] | QuantizedActivation, *, view: View
     ) -> Float[Array, "B T D"] | PartialSums:
-        gate_up = self.gate_up(x, view=view)
-        return self.down.partial_sums(self._gated(gate_up, view), view=view)
+        gated = self._gated(self.gate_up.partial_sums(x, view=view), view)
+        return self.down.partial_sums(gated, view=view)
 
-    def _gated(self, gate_up: Float[Array, "B T two_F"], view: View) -> Float[Array, "B T F"] | QuantizedActivation:
+    def _gated(
+        self, gate_up: Float[Array, "B T two_F"] | PartialSums, view: View
+    ) -> Float[Array, "B T F"] | QuantizedActivation:
         """The inputs of ``down``, as integers where it reads integers."""
         quantization = self.down.input_quantization(view)
         if self.down_hadamard is None:
             if quantization is None:
                 return pallas_kernels.swiglu(gate_up, implementation=other_kernels(self.down.kernels))
             return pallas_kernels.swiglu_quantize(gate_up, **quantization)
+        gate_up = value_of(gate_up)
         if quantization is None:
             return pallas_kernels.swiglu_hadamard(
                 gate_up, block=self.down_hadamard, implementation=other_kernels(self.down.kernels)

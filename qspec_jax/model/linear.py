@@ -197,7 +197,9 @@ class Linear(nnx.Module):
                 product = functools.partial(pallas_kernels.w4a16_partial_sums, implementation=self.kernels)
                 if weight.layout is Layout.WGMMA and _is_prefill(x):  # any number of rows are alike there
                     return product(x, weight)
-                if self._are_alike_if_asked(x, weight):
+                if _is_piece(x) and self._rows_alike(x, weight, prefill=True) is None:
+                    return product(x, weight, prefill=True)
+                if _is_cut(x) and weight.layout is not Layout.WGMMA and self._rows_alike(x, weight, asked=True) is None:
                     return product(x, weight, alike=True)
                 return in_pieces(lambda rows: product(rows, weight), x)
             x, weight = x.astype(jnp.float32), pallas_kernels.dequantize(weight)
@@ -211,11 +213,9 @@ class Linear(nnx.Module):
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
 
-    def _are_alike_if_asked(self, x: Float[Array, "*batch K"], weight: QuantizedWeight) -> bool:
-        """Whether one call multiplies what else would be multiplied in pieces."""
-        if not _is_cut(x) or weight.layout is Layout.WGMMA:
-            return False
-        return pallas_kernels.rows_alike(weight, x.dtype, asked=True, implementation=self.kernels) is None
+    def _rows_alike(self, x: Float[Array, "*batch K"], weight: QuantizedWeight, **options: bool) -> int | None:
+        """How many rows one call may multiply; None for what else would be multiplied in pieces."""
+        return pallas_kernels.rows_alike(weight, x.dtype, implementation=self.kernels, **options)
 
     def _float_product(
         self, x: Float[Array, "*batch K"], weight: Float[Array, "N K"]
@@ -230,6 +230,11 @@ class Linear(nnx.Module):
 
 def _is_prefill(x: Float[Array, "*batch K"]) -> bool:
     return x.ndim == 3 and x.shape[1] > pallas_kernels.MAX_DECODE_TOKENS
+
+
+def _is_piece(x: Float[Array, "*batch K"]) -> bool:
+    """Whether these are rows of packed prompts."""
+    return x.ndim == 3 and x.shape[1] == PIECE
 
 
 def _is_cut(x: Float[Array, "*batch K"]) -> bool:

@@ -255,12 +255,15 @@ def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
     of_floats = tiny.decoder(CONFIG, kernels=None, quantization=None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [ada])
-    assert longest_packed(decoder) == 256  # others by a library, one by one
+    assert longest_packed(decoder) == 512
     assert longest_packed(by_reference) == longest_packed(of_floats) == 0
     weights = [linear.weight.get_value() for linear in linears(decoder)]
     count = CONFIG.num_layers * sum(weight.num_outputs * weight.num_inputs for weight in weights)
+    monkeypatch.setattr(packing, "_FEW_IN_PIECES", count)
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count)
-    assert longest_packed(decoder) == 256
+    assert longest_packed(decoder) == 512
+    monkeypatch.setattr(packing, "_FEW_IN_PIECES", count - 1)
+    assert longest_packed(decoder) == 256  # others by a library, one by one
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count - 1)
     assert longest_packed(decoder) == 0
 

@@ -251,14 +251,21 @@ def test_none_takes_triton_where_it_fits_and_the_reference_where_it_does_not():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize("shape", [(576, 960, 32), (576, 576, 32), (576, 3072, 32), (1536, 576, 32), (4096, 6144, 128)])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-def test_rows_of_packed_prompts_have_the_bits_of_a_decode_in_one_launch(shape, dtype, symmetric):
+def test_rows_have_their_bits_in_one_launch_of_any_number(shape, dtype, symmetric):
+    """Those of a decode, also where there are more, and those of prompts, which have their own tiles."""
     k, n, group_size = shape
     weight = random_weight(n, k, group_size, symmetric=symmetric)
     x = random_rows(2048, k, dtype=dtype)
-    together = jax.jit(functools.partial(w4a16_triton.w4a16_matmul, alike=True))(x, weight)
-    multiply = jax.jit(w4a16_triton.w4a16_matmul)
+
+    def multiplied(**options):
+        return jax.jit(lambda x, weight: value_of(w4a16_triton.w4a16_matmul(x, weight, **options)))
+
+    of_a_decode, of_prompts = multiplied(alike=True)(x, weight), multiplied(prefill=True)(x, weight)
+    expected = w4a16_matmul(x, weight, implementation="reference")
+    assert relative_error(of_prompts, expected) < W4A16[jnp.dtype(dtype).name]
     for some in (slice(0, 256), slice(1000, 1256), slice(5, 6), slice(2040, 2048)):
-        np.testing.assert_array_equal(together[some], multiply(x[some], weight))
+        np.testing.assert_array_equal(of_a_decode[some], multiplied()(x[some], weight))
+        np.testing.assert_array_equal(of_prompts[some], multiplied(prefill=True)(x[some], weight))
 
 
 @pytest.mark.parametrize("group_size", [None, 128])

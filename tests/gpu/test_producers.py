@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, rms_norm_quantize, swiglu, swiglu_quantize
+from pallas_kernels import (
+    PartialSums,
+    quantize_activations,
+    rms_norm_quantize,
+    swiglu,
+    swiglu_quantize,
+    value_of,
+)
 from pallas_kernels.accuracy import EQUAL_CODES
 from tests.pallas_kernels.kernel_cases import (
     assert_nearly_the_same,
@@ -95,6 +104,15 @@ def test_drafts_quantise_the_product_that_float_swiglu_writes(k, group_size, dty
         settings = {"bits": 8, "group_size": group_size, "implementation": "triton"}
         product = swiglu(gate_up[:num_rows], implementation="triton")
         assert_the_same(swiglu_quantize(gate_up[:num_rows], **settings), quantize_activations(product, **settings))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(("k", "num_parts"), [(1536, 9), (1536, 12), (14336, 2)])
+def test_swiglu_adds_partial_sums_to_the_bits_of_their_value(k, num_parts, dtype):
+    sums = PartialSums(random_rows(num_parts, 65, 2 * k), dtype)
+    for compute in (swiglu, functools.partial(swiglu_quantize, bits=8), functools.partial(swiglu_quantize, bits=4)):
+        found, expected = (compute(gate_up, implementation="triton") for gate_up in (sums, jax.jit(value_of)(sums)))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(("implementation", "num_kernels"), [(None, 3), ("triton", 3), ("reference", 0)])

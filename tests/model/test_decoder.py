@@ -232,14 +232,14 @@ def test_a_float_model_refuses_a_4_bit_precision():
 
 
 @pytest.mark.parametrize(("kernels", "expected"), [("triton", "triton"), ("mosaic", None), (None, None)])
-def test_decodes_ask_for_the_attention_kernel_and_prefills_for_the_reference(monkeypatch, kernels, expected):
+def test_decodes_ask_for_the_attention_kernel_and_prefills_for_that_of_prompts(monkeypatch, kernels, expected):
     asked = []
 
     def without_a_name(operation, *arguments, implementation, **settings):
         asked.append((operation.__name__, arguments[0].shape[1], implementation))
         return operation(*arguments, **settings)
 
-    for name in ("decode_attention", "rotate_and_write", "rms_norm", "swiglu"):
+    for name in ("decode_attention", "prefill_attention", "rotate_and_write", "rms_norm", "swiglu"):
         monkeypatch.setattr(pallas_kernels, name, functools.partial(without_a_name, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(quantization=None, kernels=kernels)
     for num_tokens in (MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1):
@@ -249,6 +249,6 @@ def test_decodes_ask_for_the_attention_kernel_and_prefills_for_the_reference(mon
         ("decode_attention", 17, expected),
         ("swiglu", 17, expected),
         ("rotate_and_write", 18, expected),
-        ("decode_attention", 18, "reference"),
+        ("prefill_attention", 18, expected),
         ("swiglu", 18, expected),
     ]

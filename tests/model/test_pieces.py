@@ -71,15 +71,18 @@ def test_one_call_multiplies_them_where_rows_are_alike_if_asked(granted, monkeyp
     seen = []
 
     def product(rows, weight, **options):
-        seen.append((rows.shape[:2], options.get("alike", False)))
+        seen.append((rows.shape[:2], next((name for name, value in options.items() if value is True), False)))
         return jnp.zeros((*rows.shape[:2], weight.num_outputs), rows.dtype)
 
     monkeypatch.setattr(pallas_kernels, "w4a16_partial_sums", product)
-    monkeypatch.setattr(pallas_kernels, "rows_alike", lambda *_, asked, **__: granted if asked else 256)
+    monkeypatch.setattr(
+        pallas_kernels, "rows_alike", lambda *_, asked=False, prefill=False, **__: granted if asked or prefill else 256
+    )
     layer = next(iter(linears(tiny.decoder(kernels=None))))
     num_inputs = layer.weight.get_value().num_inputs
     for shape in ((9, PIECE), (8, PIECE), (2, PIECE + 1), (300, 1)):
         layer._product(jnp.zeros((*shape, num_inputs), jnp.float32), View())
-    in_one = [((9, PIECE), True), ((8, PIECE), False), ((2, PIECE + 1), False), ((300, 1), True)]
-    in_pieces = [((5, PIECE), False), ((4, PIECE), False), *in_one[1:3], ((150, 1), False), ((150, 1), False)]
+    chunk = ((2, PIECE + 1), False)
+    in_one = [((9, PIECE), "prefill"), ((8, PIECE), "prefill"), chunk, ((300, 1), "alike")]
+    in_pieces = [((size, PIECE), False) for size in (5, 4, 8)] + [chunk, ((150, 1), False), ((150, 1), False)]
     assert seen == (in_one if granted is None else in_pieces)

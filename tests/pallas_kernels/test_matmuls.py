@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_activations as quantize
-from pallas_kernels import rows_alike, upper_nibbles, w4a4_matmul, w4a16_matmul, w4a16_partial_sums, with_group_sums
+from pallas_kernels import (
+    rows_alike,
+    upper_nibbles,
+    value_of,
+    w4a4_matmul,
+    w4a16_matmul,
+    w4a16_partial_sums,
+    with_group_sums,
+)
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -29,13 +37,19 @@ from tests.pallas_kernels.kernel_cases import (
     weight_in_float64,
 )
 
+
+def triton(module, *arguments, **options):
+    """What the interpreted kernel of an operation yields."""
+    return value_of(getattr(module, module.__name__.split(".")[-2])(*arguments, interpret=True, **options))
+
+
 W4A16 = {
     "reference": jax.jit(w4a16_reference.w4a16_matmul),
-    "triton": functools.partial(w4a16_triton.w4a16_matmul, interpret=True),
+    "triton": functools.partial(triton, w4a16_triton),
 }
 W4A4 = {
     "reference": jax.jit(w4a4_reference.w4a4_matmul, static_argnames="dtype"),
-    "triton": functools.partial(w4a4_triton.w4a4_matmul, interpret=True),
+    "triton": functools.partial(triton, w4a4_triton),
 }
 IMPLEMENTATIONS = ("reference", "triton")
 # One program, not one for each of its operations.
@@ -179,9 +193,9 @@ def test_split_sums_over_k_are_complete(split):
     x = random_rows(5, 512)
     codes = quantize_activations(x, bits=8, symmetric=False)
     wide = weight_in_float64(weight)
-    out = w4a16_triton.w4a16_matmul(x, weight, config=config, interpret=True)
+    out = W4A16["triton"](x, weight, config=config)
     assert relative_error(out, np.asarray(x, np.float64) @ wide.T) < 1e-6
-    out = w4a4_triton.w4a4_matmul(codes, weight, dtype=jnp.float32, config=config, interpret=True)
+    out = W4A4["triton"](codes, weight, dtype=jnp.float32, config=config)
     assert relative_error(out, activation_in_float64(codes) @ wide.T) < 2e-6
 
 
@@ -196,17 +210,30 @@ def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
 def test_rows_beyond_a_decode_are_alike_where_they_are_asked_to_be(dtype):
     weight = random_weight(32, 128, 32, symmetric=False)
     x = random_rows(300, 128, dtype=dtype)
-    together = w4a16_triton.w4a16_matmul(x, weight, alike=True, interpret=True)
+    together = W4A16["triton"](x, weight, alike=True)
     for some in (slice(7), slice(40, 296), slice(299, 300)):
-        alone = w4a16_triton.w4a16_matmul(x[some], weight, interpret=True)
-        np.testing.assert_array_equal(together[some], alone)
+        np.testing.assert_array_equal(together[some], W4A16["triton"](x[some], weight))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_rows_of_prompts_have_tiles_of_their_own(dtype, symmetric):
+    """Whose programs share no sum, and which any number of rows take."""
+    weight, x = random_weight(32, 128, 32, symmetric=symmetric), random_rows(300, 128, dtype=dtype)
+    multiply = functools.partial(w4a16_triton.w4a16_matmul, weight=weight, prefill=True, interpret=True)
+    together = multiply(x)
+    assert isinstance(together, jax.Array)
+    expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
+    assert relative_error(together.astype(jnp.float32), expected) < (1e-6 if dtype == jnp.float32 else 4e-3)
+    for some in (slice(7), slice(40, 296), slice(299, 300)):
+        np.testing.assert_array_equal(together[some], multiply(x[some]))
 
 
 def test_an_implementation_is_asked_for_what_it_grants(monkeypatch):
     weight, calls = random_weight(32, 128, 32, symmetric=False), []
 
-    def multiply_rows(x, weight, *, dtype, alike=False):
-        calls.append(alike)
+    def multiply_rows(x, weight, *, dtype, alike=False, prefill=False):
+        calls.append("prefill" if prefill else alike)
         return jnp.zeros((len(x), weight.num_outputs), dtype)
 
     monkeypatch.setattr(w4a16_triton, "w4a16_matmul", multiply_rows)
@@ -219,7 +246,9 @@ def test_an_implementation_is_asked_for_what_it_grants(monkeypatch):
         assert (alike(), alike(asked=True)) == (256, granted)
         for asked in (False, True):
             multiply(alike=asked)
-    assert calls == [False, False, False, True]
+    multiply(prefill=True)
+    assert calls == [False, False, False, True, "prefill"]
+    assert alike(prefill=True) is None
 
 
 @pytest.mark.parametrize("integer", [False, True])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_activations, swiglu
+from pallas_kernels import Layout, PartialSums, quantize_activations, swiglu
 from pallas_kernels.swiglu import gpu_triton as triton
 from pallas_kernels.swiglu import reference
 from pallas_kernels.swiglu_quantize import gpu_triton as quantize_triton
@@ -52,6 +52,19 @@ def test_it_is_the_definition_in_the_dtype_of_its_input(implementation, shape, d
 def test_the_interpreted_kernel_rounds_once(shape, dtype):
     gate_up = gate_and_up(shape, dtype)
     assert_rounded_once(SWIGLU["triton"](gate_up), swiglu_in_float64(gate_up))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("k", "group_size", "num_parts"), [(1025, None, 9), (576, 576, 12), (576, 32, 2), (5008, 5008, 3)]
+)
+def test_partial_sums_are_added_as_they_are_loaded(k, group_size, num_parts, dtype):
+    """Bit for bit as their value: by the kernel that writes the product, and by those that write codes."""
+    sums = PartialSums(random_rows(num_parts, 2, 2 * k), dtype)
+    settings = {"bits": 8, "group_size": group_size, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    quantize = functools.partial(quantize_triton.swiglu_quantize, interpret=True, layout=Layout.PLANES, **settings)
+    compute = SWIGLU["triton"] if group_size is None else quantize
+    jax.tree.map(np.testing.assert_array_equal, compute(sums), compute(sums.value()))
 
 
 @dtypes

@@ -7,7 +7,6 @@ size, hence a tile never straddles two groups and its scale multiplies the dot's
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.backends.triton.registers import Ref
 from pallas_kernels.backends.triton.tiles import TileConfig
 
@@ -52,8 +52,8 @@ def launch_matmul(
     interpret: bool,
     name: str,
     num_packed: int = 1,
-) -> jax.Array:
-    """Runs ``kernel`` over N blocks x split x M blocks and adds the partial sums in order.
+) -> jax.Array | PartialSums:
+    """Runs ``kernel`` over N blocks x split x M blocks. What programs that share a sum leave, its reader adds.
 
     Args:
         kernel: takes a ref per array and the output ref ``[block_m, block_n]``.
@@ -78,5 +78,4 @@ def launch_matmul(
         interpret=interpret,
         name=name,
     )(*row_arrays, *weight_arrays)
-    # Unrolled so that the order is ours; XLA fuses the additions with what follows.
-    return functools.reduce(jnp.add, [partial_sums[p] for p in range(config.split)]).astype(out_dtype)
+    return PartialSums(partial_sums, out_dtype) if config.split > 1 else partial_sums[0]

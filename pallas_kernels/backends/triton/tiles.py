@@ -26,6 +26,8 @@ class TileConfig:
         split: programs that share the sum over K; their partial sums are added in a fixed order.
         num_warps: warps per program.
         num_stages: software pipeline depth.
+        sums_once: the sum of a row's activations, which zero points need, is taken once for a tile and not in every
+            column of it. Its order depends on ``block_m``.
     """
 
     block_m: int
@@ -34,6 +36,7 @@ class TileConfig:
     split: int
     num_warps: int
     num_stages: int
+    sums_once: bool = False
 
 
 def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asymmetric: bool = False) -> TileConfig:
@@ -62,6 +65,20 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         return TileConfig(16, 128, block_k, split, num_warps=2, num_stages=3)  # as measured
     # 64 rows in four warps would take Triton's wgmma path, which rounds differently from mma.sync.
     return TileConfig(16 if m <= 16 else 32, block_n, block_k, split, num_warps=4, num_stages=3)
+
+
+def prefill_config(n: int, run: int, *, exact: bool) -> TileConfig:
+    """The tiles of prompts that are read beside others, the same for any number of rows: nothing is left to add.
+
+    Args:
+        n: outputs.
+        run: inputs that share all scales within a plane.
+        exact: float32 rows, which take twice the shared memory and three times the dots.
+    """
+    if exact:
+        return TileConfig(32, min(_power_of_two_divisor(n), 64), min(run, 64), 1, num_warps=4, num_stages=2)
+    block_n = min(_power_of_two_divisor(n), 64)
+    return TileConfig(128, block_n, min(run, 64), 1, num_warps=4, num_stages=3, sums_once=True)
 
 
 def _split(steps: int, blocks: int, *, min_programs: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import QuantizedWeight
+from pallas_kernels import QuantizedWeight, value_of
 from pallas_kernels.backends.triton.tiles import TileConfig
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
@@ -55,10 +55,11 @@ class TritonLaboratory:
         return self._most_rows.of_first(rows)
 
     def kernel(self, tiles: TileConfig) -> Callable[[Any, QuantizedWeight], jax.Array]:
-        """The operation with given tiles."""
+        """The operation with given tiles, and with the sum of what its programs leave."""
+        options: dict[str, Any] = {"config": tiles, "interpret": self.interpret}
         if self.problem.op == "w4a16":
-            return functools.partial(w4a16_triton.w4a16_matmul, config=tiles, interpret=self.interpret)
-        return functools.partial(w4a4_triton.w4a4_matmul, dtype=jnp.bfloat16, config=tiles, interpret=self.interpret)
+            return lambda x, weight: value_of(w4a16_triton.w4a16_matmul(x, weight, **options))
+        return lambda x, weight: value_of(w4a4_triton.w4a4_matmul(x, weight, dtype=jnp.bfloat16, **options))
 
     def trials(self, rows: int, tiles: Sequence[TileConfig], *, deadline: float) -> Iterator[Trial]:
         """Tries candidates in order until the deadline."""
