@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-MAX_DECODE_TOKENS = 17  # 16 drafts and the token before them; more are a prefill, which XLA does well
+MAX_DECODE_TOKENS = 17  # 16 drafts and the token before them; more are a prefill
 BLOCK = 16  # slots of the smallest block: what every tile of the GPU kernel is a multiple of
 _WEIGHED_ROWS = 16  # what a tile of the GPU kernel has
 

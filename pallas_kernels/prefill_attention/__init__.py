@@ -1,4 +1,4 @@
-"""Attention of pieces of prompts, of several prompts at once, over the rows of one key/value cache."""
+"""Attention of chunks of prompts, or of pieces of several at once, over the rows of one key/value cache."""
 
 from __future__ import annotations
 

@@ -60,7 +60,9 @@ def _attend(
     batch, slots, num_kv_heads, _ = keys.shape
     problem = decode.Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
     num_tiles = pl.cdiv(problem.num_rows, _ROWS)
-    block_bytes = _SLOTS * problem.block_dim * keys.dtype.itemsize
+    dim_bytes = problem.block_dim * keys.dtype.itemsize
+    # Three tiles of small heads were fastest on an H200; queries of the largest leave no room for two (99 KB on Ada).
+    num_stages = 3 if dim_bytes <= 128 else 2 if dim_bytes < 1024 else 1
     piece = pl.BlockSpec((None, num_tokens, num_heads, problem.block_dim), lambda program, piece: (piece, 0, 0, 0))
     cache = pl.BlockSpec(
         (batch, slots, None, problem.block_dim), lambda program, piece: (0, 0, lax.div(program, num_tiles), 0)
@@ -73,7 +75,7 @@ def _attend(
         in_specs=[number, number, piece, cache, cache],
         out_specs=piece,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if block_bytes <= _TILE_BYTES // 2 else 2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=num_stages),
         interpret=interpret,
         name="prefill_attention",
     )(rows, starts, query, keys, values)

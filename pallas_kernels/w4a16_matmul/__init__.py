@@ -15,7 +15,8 @@ from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_
 _OP = "w4a16_matmul"
 # A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
 # reads; ROWS_ALIKE, rows of a call that have the same bits whatever the others are, None for any number. Where more are
-# alike in a call that asks for it, w4a16_matmul takes ``alike``, and ROWS_ALIKE_IF_ASKED is another number.
+# alike in a call that asks for it, w4a16_matmul takes ``alike``, and ROWS_ALIKE_IF_ASKED is another number. With
+# PREFILL_ALIKE it takes ``prefill``, and any rows of such calls are alike.
 # The reference reads all, and names that of checkpoints.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -96,7 +97,7 @@ def rows_alike(
         implementation: as in the call.
 
     Returns:
-        the number; None for any number of rows, 1 where a library multiplies or nothing serves.
+        the number; None for any number of rows, 1 where a library multiplies (also of a prefill) or nothing serves.
 
     Raises:
         ValueError: the name of the implementation is unknown.

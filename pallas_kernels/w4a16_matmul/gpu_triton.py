@@ -5,8 +5,8 @@ sums. An asymmetric weight is ``scale * (code - 8) + shift`` with ``shift = 8 * 
 the activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that together hold
 all their bits, so tensor cores multiply them exactly.
 
-More rows of 16 bits than a decode has are a prefill, bound by arithmetic: there the weight is dequantised once, and
-XLA multiplies (cuBLAS). A row of a prefill may differ in its last bits by the number of rows beside it.
+More rows of 16 bits than a decode has are a prefill, bound by arithmetic. Unless they are to be alike, the weight is
+dequantised once, and XLA multiplies (cuBLAS); a row may then differ in its last bits by the number of rows beside it.
 """
 
 from __future__ import annotations

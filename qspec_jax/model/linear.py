@@ -233,8 +233,8 @@ def _is_prefill(x: Float[Array, "*batch K"]) -> bool:
 
 
 def _is_piece(x: Float[Array, "*batch K"]) -> bool:
-    """Whether these are rows of packed prompts."""
-    return x.ndim == 3 and x.shape[1] == PIECE
+    """Whether these are rows of packed prompts, and not a short chunk that has a pass to itself."""
+    return x.ndim == 3 and x.shape[0] > 1 and x.shape[1] == PIECE
 
 
 def _is_cut(x: Float[Array, "*batch K"]) -> bool:

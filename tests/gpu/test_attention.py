@@ -242,6 +242,16 @@ def test_pieces_attend_to_their_rows_with_bits_of_their_own(case, dtype):
     as_halves = attend(halves, keys, values, jnp.repeat(int32(rows), 2), begins)
     np.testing.assert_array_equal(as_halves.reshape(out.shape), out)
     np.testing.assert_array_equal(attend(query[:, 5:], keys, values, int32(rows), int32(starts) + 5), out[:, 5:])
+    held = slice(held.max() + 1)
+    chunk = dataclasses.replace(case, num_tokens=256).arrays(held.stop, dtype)[0]
+    alone = attend(chunk, keys[held], values[held], None, jnp.zeros(held.stop, jnp.int32))
+    in_pieces = attend(
+        chunk.reshape(-1, 32, *chunk.shape[2:]),
+        *(keys, values),
+        jnp.repeat(jnp.arange(held.stop), 8),
+        jnp.tile(jnp.arange(8) * 32, held.stop),
+    )
+    np.testing.assert_array_equal(in_pieces.reshape(alone.shape), alone)
     for piece in range(6):
         mine = slice(piece, piece + 1)
         np.testing.assert_array_equal(

@@ -80,9 +80,9 @@ def test_one_call_multiplies_them_where_rows_are_alike_if_asked(granted, monkeyp
     )
     layer = next(iter(linears(tiny.decoder(kernels=None))))
     num_inputs = layer.weight.get_value().num_inputs
-    for shape in ((9, PIECE), (8, PIECE), (2, PIECE + 1), (300, 1)):
+    for shape in ((9, PIECE), (8, PIECE), (1, PIECE), (2, PIECE + 1), (300, 1)):
         layer._product(jnp.zeros((*shape, num_inputs), jnp.float32), View())
-    chunk = ((2, PIECE + 1), False)
-    in_one = [((9, PIECE), "prefill"), ((8, PIECE), "prefill"), chunk, ((300, 1), "alike")]
-    in_pieces = [((size, PIECE), False) for size in (5, 4, 8)] + [chunk, ((150, 1), False), ((150, 1), False)]
+    chunks = [((1, PIECE), False), ((2, PIECE + 1), False)]
+    in_one = [((9, PIECE), "prefill"), ((8, PIECE), "prefill"), *chunks, ((300, 1), "alike")]
+    in_pieces = [((size, PIECE), False) for size in (5, 4, 8)] + chunks + [((150, 1), False)] * 2
     assert seen == (in_one if granted is None else in_pieces)

@@ -92,6 +92,21 @@ def test_nested_weights_and_their_upper_nibbles_lower(dtype):
         assert name in program
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", [(576, 3072, 32, False), (896, 896, 896, False), (4096, 6144, 128, True)], ids=str)
+def test_tiles_of_prompts_lower_and_leave_nothing_to_add(shape, dtype):
+    x, multiply = array(2048, shape[0], dtype=dtype), functools.partial(w4a16_triton.w4a16_matmul, prefill=True)
+    assert isinstance(jax.eval_shape(multiply, x, abstract_weight(*shape)), jax.ShapeDtypeStruct)
+    assert cuda_program(multiply, x, abstract_weight(*shape)).count(KERNEL_CALL) == 1
+
+
+def test_swiglu_of_partial_sums_lowers_to_one_kernel():
+    sums = PartialSums(array(9, 4, 3072, dtype=jnp.float32), jnp.bfloat16)
+    settings = {"bits": 8, "group_size": 32, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
+    for compute in (plain_swiglu_triton.swiglu, functools.partial(swiglu_triton.swiglu_quantize, **settings)):
+        assert cuda_program(compute, sums).count(KERNEL_CALL) == 1
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["f16", "f32"])
 def test_w4a16_lowers_for_other_float_types(dtype):
     weight = abstract_weight(576, 960, 32, False)

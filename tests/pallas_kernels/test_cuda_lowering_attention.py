@@ -41,6 +41,9 @@ def test_prefill_attention_lowers_to_one_kernel(shape, dtype):
     attend = functools.partial(prefill_triton.prefill_attention, window=500)
     table = array(16, dtype=jnp.int32)
     assert cuda_program(attend, query, cache, cache, table, table).count(KERNEL_CALL) == 1
+    query, starts = array(4, 512, heads, head_dim, dtype=dtype), array(4, dtype=jnp.int32)
+    chunks = lambda query, keys, values, starts: attend(query, keys, values, None, starts)  # noqa: E731
+    assert cuda_program(chunks, query, cache, cache, starts).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES[1:5], ids=str)

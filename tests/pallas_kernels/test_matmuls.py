@@ -215,11 +215,19 @@ def test_rows_beyond_a_decode_are_alike_where_they_are_asked_to_be(dtype):
         np.testing.assert_array_equal(together[some], W4A16["triton"](x[some], weight))
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+WEIGHTS_OF_PROMPTS = {
+    "symmetric": functools.partial(random_weight, 32, 128, 32, symmetric=True),
+    "asymmetric": functools.partial(random_weight, 32, 128, 32, symmetric=False),
+    "one group": functools.partial(random_weight, 32, 128, 128, symmetric=False),
+    "nested": functools.partial(random_nested_weight, 32, 128, 64, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS_OF_PROMPTS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-def test_rows_of_prompts_have_tiles_of_their_own(dtype, symmetric):
+def test_rows_of_prompts_have_tiles_of_their_own(dtype, kind):
     """Whose programs share no sum, and which any number of rows take."""
-    weight, x = random_weight(32, 128, 32, symmetric=symmetric), random_rows(300, 128, dtype=dtype)
+    weight, x = WEIGHTS_OF_PROMPTS[kind](), random_rows(300, 128, dtype=dtype)
     multiply = functools.partial(w4a16_triton.w4a16_matmul, weight=weight, prefill=True, interpret=True)
     together = multiply(x)
     assert isinstance(together, jax.Array)

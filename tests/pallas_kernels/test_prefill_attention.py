@@ -102,6 +102,23 @@ def test_a_token_has_the_same_bits_wherever_it_stands_and_whatever_is_beside_it(
     np.testing.assert_array_equal(attend(query, keys, values, rows, starts), together)
 
 
+@pytest.mark.parametrize("window", [None, 85])
+@pytest.mark.parametrize("num_tokens", [18, 70])
+@implementations
+def test_a_chunk_of_each_row_is_one_piece_of_any_length(implementation, num_tokens, window):
+    """With the bits that it has if its row is named, and that its last tokens have in a piece of their own."""
+    attend = functools.partial(IMPLEMENTATIONS[implementation], window=window)
+    query, keys, values = AttentionCase(num_tokens, 8, 2, 64, 192).arrays(3, jnp.float32)
+    starts = [3, 110, 0]
+    out = attend(query, keys, values, None, int32(*starts))
+    expected = attention_in_float64(query, keys, values, starts, window)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+    if implementation == "triton":
+        np.testing.assert_array_equal(out, attend(query, keys, values, int32(0, 1, 2), int32(*starts)))
+        last = attend(query[:, -9:], keys, values, None, int32(*starts) + (num_tokens - 9))
+        np.testing.assert_array_equal(last, out[:, -9:])
+
+
 def test_slots_that_no_token_sees_and_rows_of_nobody_are_not_read():
     attend = functools.partial(IMPLEMENTATIONS["triton"], window=PIECES.window)
     query, keys, values = pieces_and_rows(PIECES, 2, 3, jnp.float32)

@@ -2,7 +2,8 @@
 
 Row invariance: up to ``ROW_INVARIANT_ROWS`` rows, ``block_k``, ``split`` and the order over K depend on the
 weight and the dtypes alone, so a row gets the same bits whatever rows are computed beside it. More rows are
-a prefill, where larger tiles and another tensor-core instruction round differently.
+a prefill, where larger tiles and another tensor-core instruction round differently. Prompts that are read beside
+others have tiles of their own for any number of rows (:func:`prefill_config`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class TileConfig:
         num_warps: warps per program.
         num_stages: software pipeline depth.
         sums_once: the sum of a row's activations, which zero points need, is taken once for a tile and not in every
-            column of it. Its order depends on ``block_m``.
+            column of it. Its order depends on ``block_m``: rows that are to be alike need one.
     """
 
     block_m: int
