@@ -6,6 +6,7 @@ So a machine without a GPU can ask, too: with ``JAX_PLATFORMS=cpu``, ``jax-cuda1
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,6 +16,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.decoding import device_graphs
 from qspec_jax.decoding.chunks import Shape
@@ -25,6 +28,7 @@ from qspec_jax.device.mesh import AXES
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.shards import Shards
+from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +81,38 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     passes = {"plain": 1, "qspec": 2}[name]  # a draft and the verification
     assert len(sent) == passes * (2 * LAYERS + 2)
+
+
+ADA = """
+  shared_memory_per_block_optin: 101376 shared_memory_per_core: 102400 core_count: 58
+  cuda_compute_capability { major: 8 minor: 9 }
+"""
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_kernels_of_prompts_fit_the_shared_memory_of_an_ada_gpu(dtype, monkeypatch):
+    """XLA refuses what does not fit: 99 KB, of which the tiles for many rows and large heads take most."""
+    config = re.sub(r"shared_memory_per_\w+_optin: \d+|shared_memory_per_core: \d+|core_count: \d+", "", H200)
+    config = re.sub(r"cuda_compute_capability \{.*?\}", ADA, config).replace("H200", "L4")
+    devices = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1").devices
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: list(devices))
+    mesh, here = Mesh(np.array(devices), ("x",)), jax.sharding.PartitionSpec()
+
+    def compile_for_it(kernel, *arrays):
+        sharding = jax.sharding.NamedSharding(mesh, here)
+        arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
+        program = jax.shard_map(kernel, mesh=mesh, in_specs=here, out_specs=here, check_vma=False)
+        jax.jit(program).trace(*arrays).lower().compile()
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    multiply = functools.partial(w4a16_triton.w4a16_matmul, prefill=True)
+    for k, n, group_size, symmetric in ((576, 3072, 32, False), (2048, 2048, 128, True), (576, 576, 576, False)):
+        compile_for_it(multiply, array(512, k), abstract_weight(k, n, group_size, symmetric))
+    compile_for_it(multiply, array(512, 2048), abstract_nested_weight(2048, 2048, 64, False))
+    for head_dim in (64, 128, 256):
+        query, cache = array(1, 512, 8, head_dim), array(1, 2048, 2, head_dim)
+        attend = lambda q, k, v, starts: prefill_triton.prefill_attention(q, k, v, None, starts, window=None)  # noqa: E731
+        compile_for_it(attend, query, cache, cache, array(1, dtype=jnp.int32))
