@@ -230,6 +230,17 @@ def test_no_cycle_runs_before_all_that_have_rows_have_read():
     assert log[:6] == [("prefill", 8, [0]), *read, ("loop", 1), read[-1]]  # the row holds the others of the third
 
 
+@pytest.mark.parametrize(("chunk_s", "names"), [(0.04, ["prefill"] * 3 + ["loop"]), (0.3, ["prefill"])])
+def test_a_step_reads_for_as_long_as_a_burst_lasts_where_nobody_is_served(chunk_s, names, monkeypatch):
+    """An interruption waits for no more than that."""
+    fake = FakePrograms(2)
+    scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=2, capacity=64, burst_s=0.5)
+    monkeypatch.setattr(scheduler._reading, "_chunk_s", chunk_s)
+    scheduler.add(Request([1] * 40, 9, SamplingParams()))
+    scheduler.advance(4)
+    assert [name for name, *_ in fake.log] == names
+
+
 def test_a_long_prompt_enters_piece_by_piece_while_others_are_served():
     log = fake_run([(3, 20), (40, 2)], rows=2, serves=True)
     assert log[:7] == [
