@@ -213,6 +213,7 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
     model = load_and_compile(qspec_jax.load, arguments, compile_ahead)
     service = service_of(model)
     service.compile(everything=arguments.compile == "all")
+    service.allocate()
     return model, service
 
 

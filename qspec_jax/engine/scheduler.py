@@ -40,6 +40,7 @@ from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
+from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.engine.burst import SLICE_S, run_in_slices, until_finished
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
@@ -314,6 +315,17 @@ class Scheduler:
         with self._running:
             return self._compile()
 
+    def allocate(self) -> None:
+        """Compiles what the requests so far need, and makes the cache: who comes first then waits for neither.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
+        """
+        with self._running:
+            if self._flight is None and not self._is_torn:  # otherwise there is one, or there will be
+                self._take_shape(self._compile())
+                jax.block_until_ready(self._state)
+
     def _compile(self) -> Shape:
         self._queue.take_in(self._texts.has)
         wanted = self.shape._replace(features=self._queue.features)
@@ -337,16 +349,20 @@ class Scheduler:
             entered.append(entering)
             if self._choosing is not None:
                 self._choosing.entered()
-        wanted = self._compile()
+        self._take_shape(self._compile())
+        for sequence in entered:
+            sequence.entered_s = time.perf_counter()
+
+    def _take_shape(self, wanted: Shape) -> None:
+        """Makes the state for a shape, or gives the one that is there what that needs besides."""
         if self._state is None:
-            self._state = self._programs.idle_state(wanted)
+            with explain_out_of_memory("while making the cache"):
+                self._state = self._programs.idle_state(wanted)
             if self._inherited is not None:
                 self._state, self._inherited = self._programs.with_rows_of(self._state, self._inherited), None
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
-        for sequence in entered:
-            sequence.entered_s = time.perf_counter()
 
     def _room_for(self, entering: RunningSequence, idle: Sequence[int]) -> int:
         """An idle row for a sequence, which may go on with the text of its session there."""

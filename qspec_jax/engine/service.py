@@ -115,6 +115,14 @@ class Service:
         self._scheduler.expect(widths, _ALL_SAMPLING if everything else _USUAL_SAMPLING)
         self._scheduler.compile()
 
+    def allocate(self) -> None:
+        """Makes the cache, and compiles what is not yet, which otherwise waits for the first request.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`LanguageModel.generate`.
+        """
+        self._scheduler.allocate()
+
     def submit(
         self,
         prompt: Prompt,

@@ -16,6 +16,7 @@ from qspec_jax.bench.throughput.measure import arrivals, fill_passes, inter_toke
 from qspec_jax.decoding.packing import pack
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.requests import Request
+from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation import sharegpt
 from qspec_jax.files.lock import locked
@@ -84,14 +85,16 @@ def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path
     assert plot.stat().st_size > 1000
 
 
-def test_loads_are_shares_of_what_can_be_served(capsys, tmp_path, prompt_file):
-    path = tmp_path / "out.json"
+def test_loads_are_shares_of_what_can_be_served_with_a_cache_that_is_there(capsys, tmp_path, prompt_file, monkeypatch):
+    path, allocate, allocated = tmp_path / "out.json", Scheduler.allocate, []
+    monkeypatch.setattr(Scheduler, "allocate", lambda one: allocated.append(allocate(one)))
     more = ("--batch-size", "3", "--mode", "w4a16", "--prompt-file", prompt_file, "--json", str(path))
     assert main([*SMALL, *more, "--load", "0.5,2"]) == 0
     most, *runs = json.loads(path.read_text())["runs"]
     assert (most["rate"], most["load"]) == (None, None)
     assert [one["load"] for one in runs] == [0.5, 2]
     assert [one["rate"] / most["requests_per_s"] for one in runs] == pytest.approx([0.5, 2])
+    assert len(allocated) == 2
     assert runs[0]["seconds"] > 1.2 * most["seconds"]
     assert all(one["num_tokens"] == most["num_tokens"] and one["num_compilations"] == 0 for one in runs)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from qspec_jax.decoding.programs import Programs
@@ -65,6 +66,35 @@ def wait_until(condition, seconds=60.0):
 def alone(service, prompt, **options):
     """What a request yields while nothing else runs, taken at once."""
     return service.submit(prompt, **options).result(60.0)
+
+
+def test_a_cache_may_be_made_before_anybody_comes(model, monkeypatch):
+    made, idle_state = [], model.programs.idle_state
+    monkeypatch.setattr(model.programs, "idle_state", lambda shape: made.append(shape) or idle_state(shape))
+    with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as service:
+        expected = alone(service, [5, 6, 7], **LONG)
+    with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as service:
+        assert len(made) == 1
+        service.compile()
+        service.allocate()
+        assert len(made) == 2
+        compiled = model.num_compilations
+        answer = service.submit([5, 6, 7], **LONG)
+        service.allocate()  # there is one: nothing happens, whatever runs
+        assert answer.result(60.0).token_ids == expected.token_ids
+        assert (len(made), model.num_compilations) == (2, compiled)
+
+
+def test_a_cache_that_does_not_fit_is_told_when_it_is_made(model, monkeypatch):
+    def exhausted(shape):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    monkeypatch.setattr(model.programs, "idle_state", exhausted)
+    with (
+        model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as service,
+        pytest.raises(OutOfMemoryError, match="while making the cache"),
+    ):
+        service.allocate()
 
 
 def test_pieces_come_as_they_are_made_and_are_the_result(service):
