@@ -470,7 +470,7 @@ class Scheduler:
             max_cycles = min(cycles, max_cycles or cycles)
         cycles = max_cycles or cycles
         self.totals.gap_s += self._clock.dispatching()
-        until = until_finished(rows, active=active, others_wait=others_wait)
+        until = until_finished(rows, active=active, others_wait=others_wait, serves=self._serves)
         self._flight = self._dispatcher.submit(
             run_in_slices,
             functools.partial(self._programs.loop, self._plan, self.shape, until_finished=until),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 
@@ -15,7 +16,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.engine.burst import SLICE_S
+from qspec_jax.engine.burst import SLICE_S, until_finished
 from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -239,6 +240,14 @@ def test_a_step_reads_for_as_long_as_a_burst_lasts_where_nobody_is_served(chunk_
     scheduler.add(Request([1] * 40, 9, SamplingParams()))
     scheduler.advance(4)
     assert [name for name, *_ in fake.log] == names
+
+
+@pytest.mark.parametrize(("rows", "serves", "share"), [(64, False, 8), (64, True, 4), (8, False, 1), (3, True, 1)])
+def test_a_share_of_the_rows_is_filled_together(rows, serves, share):
+    until = functools.partial(until_finished, rows, serves=serves)
+    assert until(active=rows, others_wait=True) == share
+    assert until(active=rows - 2, others_wait=True) == share + 2  # two are idle already
+    assert until(active=1, others_wait=True) == until(active=1, others_wait=False) == rows
 
 
 def test_a_long_prompt_enters_piece_by_piece_while_others_are_served():
