@@ -32,7 +32,8 @@ from qspec_jax.model.linear import PIECE
 _MOST_IN_PIECES = 1_000_000_000
 # Tokens of a chunk that they share a pass for: longer ones go faster by a library, one at a time.
 _LONGEST_IN_PIECES = 256
-# Weights up to which they never do: launches take longer than the arithmetic, and a chunk alone has as many.
+# Weights up to which chunks of any length share passes: launches take longer than the arithmetic, and a chunk alone has
+# as many.
 _FEW_IN_PIECES = 300_000_000
 _SIZES = (2, 8, 16, 32, 64)  # pieces of a pass: each is a program, which takes 4 s to compile for 32 layers
 LONGEST_CHUNK = 512 // PIECE  # pieces

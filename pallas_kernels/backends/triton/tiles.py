@@ -76,10 +76,10 @@ def prefill_config(n: int, run: int, *, exact: bool) -> TileConfig:
         run: inputs that share all scales within a plane.
         exact: float32 rows, which take twice the shared memory and three times the dots.
     """
+    block_n, block_k = min(_power_of_two_divisor(n), 64), min(run, 64)
     if exact:
-        return TileConfig(32, min(_power_of_two_divisor(n), 64), min(run, 64), 1, num_warps=4, num_stages=2)
-    block_n = min(_power_of_two_divisor(n), 64)
-    return TileConfig(128, block_n, min(run, 64), 1, num_warps=4, num_stages=3, sums_once=True)
+        return TileConfig(32, block_n, block_k, 1, num_warps=4, num_stages=2)
+    return TileConfig(128, block_n, block_k, 1, num_warps=4, num_stages=3, sums_once=True)
 
 
 def _split(steps: int, blocks: int, *, min_programs: int) -> int:
