@@ -41,6 +41,7 @@ annotations.install(["qspec_jax", "pallas_kernels"])
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src import compiler, lru_cache  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 THOROUGH = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
 # Options of XLA for a CPU, of which others of its versions may lack some. Without the older emitters compiling takes
@@ -49,9 +50,11 @@ QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_c
 XLA_FLAGS = os.environ.get("XLA_FLAGS")
 # CPU seconds of one test with the processes it starts, whatever else the machine does; more needs the mark "slow".
 MOST_SECONDS = 60
-# Peak of a process that runs tests on a CPU, whichever files it gets.
+# Peak of a process that runs tests on a CPU, whichever files it gets; and what it may hold when a file begins.
 MOST_BYTES = 3e9
+MANY_BYTES = 1.2e9
 _LISTED_FILES = 40  # of which the summary tells the seconds
+_USES_OF_A_CONTEXT = 64
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of the C library's mallopt
 # Objects made until garbage is looked for: tracing makes millions, hardly any of them in circles, and JAX looks through
 # what it holds as well each time.
@@ -120,6 +123,22 @@ def compile_with_other_options_where_it_may_be_quick():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def lower_many_programs_in_one_context():
+    """To make what MLIR keeps types in, and to take it down, is two thirds of lowering a small program."""
+    own, original = threading.local(), mlir.make_ir_context
+
+    def make_ir_context():
+        if getattr(own, "uses", _USES_OF_A_CONTEXT) == _USES_OF_A_CONTEXT:  # it keeps all constants as well
+            own.context, own.uses = original(), 0
+        own.uses += 1
+        return own.context
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", make_ir_context)
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Sets how hard XLA compiles, before the test's fixtures do: what shares a fixture should be marked alike."""
@@ -151,14 +170,18 @@ def _is_known(name: str, value: bool | int) -> bool:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Programs of one file are of little use to the next, and a worker would grow by all of them."""
+    """Programs of one file are of little use to the next, and a worker would grow by all of them.
+
+    To look for all that is left of them takes as long as a small file's tests, so several files share it.
+    """
     before = _peak_bytes()
     yield
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":
-        # A third of what a worker holds is what XLA has freed, and the C library keeps.
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    if sys.platform != "linux" or _resident_bytes() > MANY_BYTES:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            # A third of what a worker holds is what XLA has freed, and the C library keeps.
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     peak = _peak_bytes()
     if jax.default_backend() == "cpu" and before <= MOST_BYTES:
         assert peak <= MOST_BYTES, f"tests of this file took {peak / 1e9:.1f} GB, {before / 1e9:.1f} GB before them"
