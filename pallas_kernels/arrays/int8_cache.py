@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from pallas_kernels.arrays.empty import zeros
 from pallas_kernels.arrays.rounding import SMALLEST_SCALE, Rounding
 from pallas_kernels.arrays.shown import with_shapes
 
@@ -73,11 +74,11 @@ class Int8Cache:
         """An empty one."""
         width, shape = num_kv_heads * head_dim, (*layers, batch)
         return cls(
-            keys=jnp.zeros((*shape, capacity, width), jnp.int8),
-            key_scales=jnp.zeros((*shape, -(-capacity // KEY_BLOCK), width), jnp.float32),
-            recent_keys=jnp.zeros((*shape, RING, width), dtype),
-            values=jnp.zeros((*shape, capacity, width), jnp.int8),
-            value_scales=jnp.zeros((*shape, num_kv_heads, capacity), jnp.float32),
+            keys=zeros((*shape, capacity, width), jnp.int8),
+            key_scales=zeros((*shape, -(-capacity // KEY_BLOCK), width), jnp.float32),
+            recent_keys=zeros((*shape, RING, width), dtype),
+            values=zeros((*shape, capacity, width), jnp.int8),
+            value_scales=zeros((*shape, num_kv_heads, capacity), jnp.float32),
         )
 
     @property

@@ -80,11 +80,14 @@ class Acceptance:
     accepted: list[float] = dataclasses.field(default_factory=list)
     cycles: float = 0.0
     memory: float = 2000.0
+    # What cycles yield by the number of drafts, by ``hope``, until more is seen: a choice asks for it some 20 times.
+    _yields: dict[float, list[float]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     _WEIGHT, _WEIGHT_OF_ALL = 2.0, 32.0  # of what is expected, and of all places behind the first, in drafts
     _FEW = 8  # drafts, of which no share is known
     _MOST = 0.98  # texts that could be looked up for ever are none
     _UNKNOWN = 0.7  # what is expected of the first draft, if nothing is known
+    _USUAL = 7  # drafts, up to which all numbers are computed at once
 
     def observe(self, histogram: Sequence[int] | Sequence[float]) -> None:
         """Takes cycles into account, counted by their accepted drafts; the last entry is that of all drafts."""
@@ -99,10 +102,14 @@ class Acceptance:
             self.tried[place] += tried
             self.accepted[place] += accepted
         self.cycles += float(new)
+        self._yields.clear()
 
     def tokens_per_cycle(self, draft_length: int, *, hope: float = 0.0) -> float:
         """``E`` of cycles of so many drafts; with ``hope``, where drafts are accepted at least that often."""
-        return float(tokens_per_cycle(np.maximum(hope, self.profile(draft_length + 1)))[-1])
+        if len(self._yields.get(hope, ())) <= draft_length:
+            chances = np.maximum(hope, self.profile(max(draft_length, self._USUAL) + 1))
+            self._yields[hope] = tokens_per_cycle(chances).tolist()
+        return self._yields[hope][draft_length]
 
     def profile(self, count: int) -> list[float]:
         """Chances of the first places, as :func:`tokens_per_cycle` takes them."""

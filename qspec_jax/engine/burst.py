@@ -1,4 +1,4 @@
-"""When a burst ends: once enough rows are idle, or, cut in slices, once somebody has come who can have one.
+"""When a burst ends: once enough rows are idle (:mod:`qspec_jax.engine.refill`), or once somebody comes who has room.
 
 How many cycles a dispatch runs is settled when it is dispatched. So where nobody waits, but somebody may come, a burst
 is cut: after each slice a look at who has, which costs the device a dispatch, and no more. Tokens are taken from the
@@ -17,26 +17,8 @@ if TYPE_CHECKING:
     from qspec_jax.decoding.programs import Report
     from qspec_jax.decoding.state import DecodeState
 
-# With others waiting, a burst ends when this share of the rows has finished in it. A pass that reads prompts takes some
-# milliseconds however few they are, and rows are idle until then. Per prompt both are least for about
-# sqrt(2 * rows finished per cycle * rows * seconds of an empty pass / seconds of a cycle) of them: 7 to 17 of 64.
-_REFILL_SHARE = 1 / 8
-_SERVING_SHARE = 1 / 16  # where somebody waits for each of them
 # Of a slice. Who comes waits for half of one on average, and a dispatch takes the device a few tenths of a millisecond.
 SLICE_S = 0.02
-
-
-def until_finished(rows: int, *, active: int, others_wait: bool, serves: bool) -> int:
-    """Rows that are idle or finished when a burst ends.
-
-    Args:
-        rows: of the batch.
-        active: those that decode.
-        others_wait: for a row, or for those that decode.
-        serves: of a batch that serves.
-    """
-    share = _SERVING_SHARE if serves else _REFILL_SHARE
-    return rows - active + min(active, max(1, int(rows * share))) if others_wait else rows
 
 
 def run_in_slices(

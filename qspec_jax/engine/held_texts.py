@@ -35,7 +35,7 @@ class HeldTexts:
 
     def has(self, session: str | None) -> bool:
         """Whether a row holds a text of a session."""
-        return any(held is not None and held[0] == session for held in self._held)
+        return session is not None and any(held is not None and held[0] == session for held in self._held)
 
     def sizes(self) -> list[int]:
         """Tokens that each row holds for a session."""
@@ -46,7 +46,7 @@ class HeldTexts:
 
         The last token of the prompt is read in any case: the first new one comes from it.
         """
-        for row, held in enumerate(self._held):
+        for row, held in enumerate(() if session is None else self._held):
             if held is not None and held[0] == session:
                 return row, num_in_common(held[1], token_ids[:-1])
         return -1, 0

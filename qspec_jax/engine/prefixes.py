@@ -53,18 +53,20 @@ class HeldChunks:
     def __init__(self, rows: int, num_devices: int = 1):
         self._per_device = rows // num_devices
         self._held: list[Sequence[Chunk]] = [[] for _ in range(rows)]
+        self._sizes = [0] * rows  # tokens of them
 
     def note(self, row: int, chunks: Sequence[Chunk]) -> None:
         """A row is asked to read the last of some chunks, after which it holds all of them."""
         self._held[row] = chunks
+        self._sizes[row] = sum(len(ids) for _, ids in chunks)
 
     def keep(self, row: int, num_tokens: int) -> None:
         """What a row holds after so many tokens is about to be overwritten."""
-        self._held[row] = [(start, ids) for start, ids in self._held[row] if start + len(ids) <= num_tokens]
+        self.note(row, [(start, ids) for start, ids in self._held[row] if start + len(ids) <= num_tokens])
 
     def num_shared(self, chunks: Sequence[Chunk]) -> int:
         """Tokens of a prompt that some row holds."""
-        most = max(self._in_common(row, chunks) for row in range(len(self._held)))
+        most = max(self._all_in_common(chunks))
         return sum(len(ids) for _, ids in chunks[:most])
 
     def room_for(self, chunks: Sequence[Chunk], idle: Collection[int], also_held: Sequence[int] = ()) -> int:
@@ -79,9 +81,9 @@ class HeldChunks:
         """
 
         def size(row: int) -> int:
-            return max(sum(len(ids) for _, ids in self._held[row]), *also_held[row : row + 1], 0)
+            return max(self._sizes[row], *also_held[row : row + 1], 0)
 
-        in_common = [self._in_common(row, chunks) for row in range(len(self._held))]
+        in_common = self._all_in_common(chunks)
         firsts = range(0, len(self._held), self._per_device)
         most = [max(in_common[first : first + self._per_device]) for first in firsts]
         num_idle = collections.Counter(row // self._per_device for row in idle)
@@ -130,6 +132,12 @@ class HeldChunks:
         """The rows of the same device."""
         first = row - row % self._per_device
         return range(first, first + self._per_device)
+
+    def _all_in_common(self, chunks: Sequence[Chunk]) -> list[int]:
+        """By row, how many chunks of a prompt it holds."""
+        if len(chunks) < 2:  # as most have, who begin with nothing that is to be copied
+            return [0] * len(self._held)
+        return [self._in_common(row, chunks) for row in range(len(self._held))]
 
     def _in_common(self, row: int, chunks: Sequence[Chunk]) -> int:
         """How many chunks of a prompt a row holds, but for the last one, from which the first new token comes."""

@@ -23,14 +23,17 @@ def looked_up(text: np.ndarray, newest: int, count: int) -> np.ndarray:
         newest: the position of the newest token; what comes behind it is not read.
         count: how many.
     """
-    ends = np.flatnonzero(text[:newest] == text[newest])
+    (ends,) = (text[:newest] == text[newest]).nonzero()
     for back in range(1, LONGEST):
-        longer = ends[(ends >= back) & (text[ends - back] == text[newest - back])]
+        reach = ends[1:] if len(ends) and ends[0] < back else ends  # one at most does not
+        longer = reach[text[reach - back] == text[newest - back]]
         if not len(longer):
             break
         ends = longer
     place = int(ends[-1]) if len(ends) else newest - 1
-    return text[place + 1 + np.arange(count) % max(1, newest - place)]
+    if (period := newest - place) >= count:
+        return text[place + 1 : place + 1 + count]
+    return text[place + 1 + np.arange(count) % max(1, period)]
 
 
 class Replay:
@@ -59,8 +62,8 @@ class Replay:
         self._known, counts = len(tokens), [0] * (draft_length + 1)
         while self._newest + draft_length < end and most:
             drafts = looked_up(self._text, self._newest, draft_length)
-            wrong = np.flatnonzero(drafts != self._text[self._newest + 1 : self._newest + 1 + draft_length])
-            accepted = int(wrong[0]) if len(wrong) else draft_length
+            wrong = drafts != self._text[self._newest + 1 : self._newest + 1 + draft_length]
+            accepted = int(wrong.argmax()) if wrong.any() else draft_length
             counts[accepted] += 1
             self._newest += accepted + 1
             most -= 1

@@ -41,13 +41,14 @@ from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
 from qspec_jax.device.memory import explain_out_of_memory
-from qspec_jax.engine.burst import SLICE_S, run_in_slices, until_finished
+from qspec_jax.engine.burst import SLICE_S, run_in_slices
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
 from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
+from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
-from qspec_jax.engine.reading import Reading, passes
+from qspec_jax.engine.reading import passes
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
@@ -55,9 +56,8 @@ from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.model.cache import restart_multiple
 
 _BURST_S = 0.5
-_FIRST_CYCLES = 4  # of a burst before the time of a cycle is known
-_FIRST_BURST_S = 0.05  # of one between chunks of prompts, before the time of a chunk is known
-_MAX_CYCLES = 4096
+# For which who has dispatched a burst leaves Python to the thread that does it: it would else wait for 5 ms.
+_HAND_OVER_S = 0.0002
 
 
 class Scheduler:
@@ -98,7 +98,7 @@ class Scheduler:
         rows = -(-rows // programs.num_row_shards) * programs.num_row_shards
         self.shape = Shape.of(state_of or plan, rows=rows, capacity=capacity, keep_drafts=keep_drafts)
         self.totals = RunTotals(rows=rows)
-        self._programs, self._burst_s, self._serves = programs, burst_s, serves
+        self._programs, self._serves = programs, serves
         # That of the next burst, and that of the first one, which reads prompts as well: all have one target.
         self._plan = self._first_plan = plan.choices[0] if isinstance(plan, AutoPlan) else plan
         self._on_event = on_event or (lambda _: None)
@@ -114,8 +114,7 @@ class Scheduler:
         self._inherited: DecodeState | None = None  # rows of a smaller batch, until there is a state
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
         self._flight: Future[tuple[DecodeState, Report]] | None = None  # the burst under way, which has the state
-        self._cycle_s: float | None = None
-        self._reading = Reading()
+        self._pace = Pace(rows, burst_s=burst_s, serves=serves)
         self._why = ""  # the plan of the next burst was chosen
         self._clock = Clock()
 
@@ -211,7 +210,8 @@ class Scheduler:
         running = self._decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
         made_s = time.perf_counter()
-        self._count(int(cycles), self._clock.landed(), running, lengths)
+        num_finished = int(finished[list(running)].sum())
+        self._count(int(cycles), self._clock.landed(), running, lengths, num_finished=num_finished)
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
         others = {row: one for row, one in running.items() if one.watch is None}
@@ -233,8 +233,9 @@ class Scheduler:
             return []
         changed = []
         self._let_in()
-        read_before = self.totals.prefill_s
-        prefills, num_chunks = self._prefill()
+        read_before, computed_before = self.totals.prefill_s, self.totals.computed_prompt_tokens
+        prefills, num_chunks, rounds = self._prefill()
+        computed = self.totals.computed_prompt_tokens - computed_before
         if self._decoding() and (self._serves or not self._anyone_reads()):
             self._dispatch(max_cycles)
         for count, (report, read) in enumerate(prefills, 1):
@@ -246,13 +247,17 @@ class Scheduler:
                 jax.block_until_ready(report)
             self.totals.prefill_s += self._clock.landed(more=self._flight is not None or count < len(prefills))
         if num_chunks:
-            self._reading.note(num_chunks, self.totals.prefill_s - read_before)
+            seconds = self.totals.prefill_s - read_before
+            of_them = {"rounds": rounds, "passes": len(prefills), "tokens": computed}
+            self._pace.note_reading(chunks=num_chunks, **of_them, seconds=seconds)
         return changed
 
-    def _count(self, cycles: int, seconds: float, running: Mapping[int, RunningSequence], lengths: Any) -> None:
+    def _count(
+        self, cycles: int, seconds: float, running: Mapping[int, RunningSequence], lengths: Any, *, num_finished: int
+    ) -> None:
         """Notes how long the cycles of a burst took, and how many drafts of each of its sequences were accepted."""
-        if cycles:
-            self._cycle_s = seconds / cycles
+        gap_s = self.totals.gap_s
+        self._pace.note_burst(cycles=cycles, seconds=seconds, finished=num_finished, gap_s=gap_s)
         self.totals.decode_s += seconds
         self.totals.cycles += cycles
         new = np.zeros(self._plan.draft_length + 1, np.int64)
@@ -379,20 +384,20 @@ class Scheduler:
         self._texts.forget(row)
         return row
 
-    def _prefill(self) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int]:
+    def _prefill(self) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int, int]:
         """Dispatches chunks of the prompts that rows still read, until others have waited long enough.
 
         Returns:
-            reports, each with who has read its prompt; and the number of chunks.
+            reports, each with who has read its prompt; the number of chunks; and how often all had their next one.
         """
-        reports, num_chunks = [], 0
-        most_s = None if self._serves else self._burst_s  # nobody waits but an interruption
+        reports, num_chunks, rounds = [], 0, 0
+        most_s = None if self._serves else self._pace.burst_s  # nobody waits but an interruption
         while True:
             reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
-            reading = self._reading.first(reading) if self._serves and self._decoding() else reading
-            if not reading or (reports and self._reading.is_enough(num_chunks, len(reading), most_s=most_s)):
-                return reports, num_chunks
-            num_chunks += len(reading)
+            reading = self._pace.reading.first(reading) if self._serves and self._decoding() else reading
+            if not reading or (reports and self._pace.reading.is_enough(num_chunks, len(reading), most_s=most_s)):
+                return reports, num_chunks, rounds
+            num_chunks, rounds = num_chunks + len(reading), rounds + 1
             reports += self._read(reading)
 
     def _read(self, rows: Mapping[int, RunningSequence]) -> list[tuple[Report, dict[int, RunningSequence]]]:
@@ -457,41 +462,32 @@ class Scheduler:
     def _dispatch(self, max_cycles: int | None) -> None:
         """Dispatches a burst."""
         assert self._state is not None
-        rows, active = self.shape.rows, len(self._decoding())
+        decoding, anyone_reads = self._decoding(), self._anyone_reads()
         # Who has come since rows were given out can have one of those after a slice, and waits for nobody to finish.
         has_room = self._serves and None in self._rows
-        others_wait = self._anyone_reads() or (bool(self._queue) and not has_room)
-        cycles, cycle_s = self._fitting_cycles(), None
+        others_wait = anyone_reads or (bool(self._queue) and not has_room)
+        fitting = functools.partial(self._pace.cycles, decoding=len(decoding), anyone_reads=anyone_reads)
+        cycles, cycle_s = fitting(seconds=None), None
         if self._choosing is not None:
-            burst = self._choosing.next(list(self._decoding().values()), self._queue)
+            burst = self._choosing.next(list(decoding.values()), self._queue)
             self._plan, self._why = burst.plan, burst.why
             cycle_s = burst.cycle_s
-            cycles = burst.cycles or self._fitting_cycles(cycle_s, burst.seconds)
+            cycles = burst.cycles or fitting(seconds=burst.seconds, cycle_s=cycle_s)
             max_cycles = min(cycles, max_cycles or cycles)
         cycles = max_cycles or cycles
         self.totals.gap_s += self._clock.dispatching()
-        until = until_finished(rows, active=active, others_wait=others_wait, serves=self._serves)
+        until = self._pace.until_finished(decoding=len(decoding), others_wait=others_wait)
         self._flight = self._dispatcher.submit(
             run_in_slices,
             functools.partial(self._programs.loop, self._plan, self.shape, until_finished=until),
             self._state,
             self._retired,
             max_cycles=cycles,
-            slice_cycles=self._fitting_cycles(cycle_s, SLICE_S) if self._serves and not others_wait else cycles,
+            slice_cycles=fitting(seconds=SLICE_S, cycle_s=cycle_s) if self._serves and not others_wait else cycles,
             ends_early=lambda report: bool(self._queue) and bool(jax.device_get(report.finished).any()),
         )
-        self._retired = np.zeros((rows,), bool)
-
-    def _fitting_cycles(self, cycle_s: float | None = None, seconds: float | None = None) -> int:
-        """Cycles of the next burst, of so many seconds each, that takes so many; None for what is usual."""
-        cycle_s = cycle_s or self._cycle_s
-        if cycle_s is None:
-            return _FIRST_CYCLES
-        seconds = seconds or self._burst_s
-        if self._anyone_reads():
-            decoding = len(self._decoding())
-            seconds = min(seconds, self._reading.burst_s(decoding=decoding, rows=self.shape.rows) or _FIRST_BURST_S)
-        return max(1, min(_MAX_CYCLES, round(seconds / cycle_s)))
+        self._retired = np.zeros((self.shape.rows,), bool)
+        time.sleep(_HAND_OVER_S)
 
     def _anyone_reads(self) -> bool:
         return any(one is not None and one.reading for one in self._rows)

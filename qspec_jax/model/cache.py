@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from pallas_kernels import EVERYTHING, Int8Cache
+from pallas_kernels.arrays.empty import zeros
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, RING
 from pallas_kernels.arrays.shown import shown, with_shapes
 from qspec_jax.model.config import ModelConfig
@@ -112,12 +113,12 @@ class KVCache:
         def layer(leading: tuple[int, ...]) -> LayerCache | Int8Cache:
             if kv == KV_INT8:
                 return Int8Cache.zeros(batch=batch, capacity=capacity, **heads, dtype=dtype, layers=leading)
-            return LayerCache(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
+            return LayerCache(zeros((*leading, *shape), dtype), zeros((*leading, *shape), dtype))
 
         layers = layer((config.num_layers,)) if stacked else tuple(layer(()) for _ in range(config.num_layers))
         table = (batch, config.num_layers, config.num_kv_heads, num_blocks)
         blocks = jnp.full(table, EVERYTHING, jnp.int32) if num_blocks else None
-        return cls(layers, jnp.zeros((batch,), jnp.int32), blocks)
+        return cls(layers, zeros((batch,), jnp.int32), blocks)
 
     def row(self, index: Int32[Array, ""]) -> KVCache:
         """The cache of one sequence."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import random
+import sys
 import threading
 
 import jax
@@ -16,7 +16,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs, Report
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.engine.burst import SLICE_S, until_finished
+from qspec_jax.engine.burst import SLICE_S
 from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -236,18 +236,10 @@ def test_a_step_reads_for_as_long_as_a_burst_lasts_where_nobody_is_served(chunk_
     """An interruption waits for no more than that."""
     fake = FakePrograms(2)
     scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=2, capacity=64, burst_s=0.5)
-    monkeypatch.setattr(scheduler._reading, "_chunk_s", chunk_s)
+    monkeypatch.setattr(scheduler._pace.reading, "_chunk_s", chunk_s)
     scheduler.add(Request([1] * 40, 9, SamplingParams()))
     scheduler.advance(4)
     assert [name for name, *_ in fake.log] == names
-
-
-@pytest.mark.parametrize(("rows", "serves", "share"), [(64, False, 8), (64, True, 4), (8, False, 1), (3, True, 1)])
-def test_a_share_of_the_rows_is_filled_together(rows, serves, share):
-    until = functools.partial(until_finished, rows, serves=serves)
-    assert until(active=rows, others_wait=True) == share
-    assert until(active=rows - 2, others_wait=True) == share + 2  # two are idle already
-    assert until(active=1, others_wait=True) == until(active=1, others_wait=False) == rows
 
 
 def test_a_long_prompt_enters_piece_by_piece_while_others_are_served():
@@ -279,6 +271,35 @@ def test_those_that_decode_wait_for_few_chunks_and_get_their_share(monkeypatch):
     assert [reading.is_enough(chunks, more=5, most_s=0.5) for chunks in (1, 45, 46)] == [False, False, True]
     assert reading.burst_s(decoding=4, rows=4) == pytest.approx(0.020)
     assert reading.burst_s(decoding=1, rows=4) == pytest.approx(0.005)
+
+
+def test_a_burst_begins_before_the_tokens_of_the_last_one_are_looked_at(monkeypatch):
+    """Who dispatches it would else wait until Python lets it in, as seldom as every 5 ms; here it never does."""
+    began, received = [], []
+
+    class Noting(FakePrograms):
+        def loop(self, *arguments, **limits):
+            began.append(len(received))
+            return super().loop(*arguments, **limits)
+
+    scheduler = Scheduler(Noting(1), DecodingPlan(Precision.W4A16), rows=1, capacity=64)
+    receive = scheduler._receive
+
+    def noting(report, sequences, made_s):
+        received.append(len(began))
+        return receive(report, sequences, made_s)
+
+    monkeypatch.setattr(scheduler, "_receive", noting)
+    scheduler.add(Request([1, 2], 40, SamplingParams()))
+    interval = sys.getswitchinterval()
+    try:
+        scheduler.advance(4)  # starts the thread
+        sys.setswitchinterval(1000)
+        for _ in range(5):
+            scheduler.advance(4)
+    finally:
+        sys.setswitchinterval(interval)
+    assert received[-5:] == [2, 3, 4, 5, 6]  # bursts that had begun
 
 
 def test_a_request_of_one_token_needs_no_cycle():
@@ -358,7 +379,7 @@ def serve(monkeypatch, comes, *, rows, slice_cycles=3, first=(40,)):
     fake = Serving(rows, comes)
     scheduler = Scheduler(fake, DecodingPlan(Precision.W4A16), rows=rows, capacity=64, serves=True)
     fitting = {None: 16, SLICE_S: slice_cycles}
-    monkeypatch.setattr(scheduler, "_fitting_cycles", lambda cycle_s=None, seconds=None: fitting[seconds])
+    monkeypatch.setattr(scheduler._pace, "cycles", lambda *, seconds, **_: fitting[seconds])
     for new in first:
         scheduler.add(Request([1, 2], new, SamplingParams()))
     return fake, scheduler
@@ -419,6 +440,6 @@ def test_a_batch_that_serves_reads_few_prompts_before_those_that_decode(monkeypa
     for length in (3, 9, 5):
         scheduler.add(Request([1] * length, 2, SamplingParams()))
     while scheduler.busy:
-        monkeypatch.setattr(scheduler._reading, "_chunk_s", 0.04)
+        monkeypatch.setattr(scheduler._pace.reading, "_chunk_s", 0.04)
         scheduler.advance()
     assert [rows for name, *_, rows in fake.log if name == "prefill"] == [[0], [1], [2], [3]]

@@ -51,7 +51,7 @@ def model():
 @pytest.fixture
 def service(model):
     with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH) as made:
-        made._scheduler._burst_s = 0.003  # pieces also of a model that is so small
+        made._scheduler._pace.burst_s = 0.003  # pieces also of a model that is so small
         yield made
         wait_until(lambda: made.num_rows_in_use == made.num_waiting == len(made) == 0)
 

@@ -59,7 +59,7 @@ def running(model, *, api_key=None, limits=LIMITS, burst_s=0.01):
     metrics = Metrics()
     service = model.service(model.plan("qspec", draft="w4a8"), batch_size=ROWS, max_seq_len=LENGTH)
     service._on_end = metrics.count_answer
-    service._scheduler._burst_s = burst_s
+    service._scheduler._pace.burst_s = burst_s
     # All that tests need, compiled at once.
     service._scheduler.expect([32], SamplingFeatures(draws=True, truncates=True, biases=True, scores=True))
     metrics.watch(service)
