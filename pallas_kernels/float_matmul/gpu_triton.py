@@ -58,6 +58,9 @@ class TileConfig:
     weight_first: bool = False
 
 
+PROMPT_TILES = TileConfig(128, 128, _BLOCK_K, 1, num_warps=4, num_stages=3, weight_first=True)  # of many rows
+
+
 def tile_config(m: int, n: int, k: int, *, is_head: bool = False) -> TileConfig:
     """Tiles for ``m`` rows, ``n`` outputs and ``k`` inputs, of an LM head or of a linear."""
     if not is_head and n % 64 == 0 and k % 64 == 0:

@@ -7,6 +7,8 @@ all their bits, so tensor cores multiply them exactly.
 
 More rows of 16 bits than a decode has are a prefill, bound by arithmetic. Unless they are to be alike, the weight is
 dequantised once, and XLA multiplies (cuBLAS); a row may then differ in its last bits by the number of rows beside it.
+Prompts that are read beside others are tiles of one kind for any number of rows, and the weight is rounded for them as
+it is there: a small one by each program, as it loads it, a large one once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from pallas_kernels.arrays.weight import (
 )
 from pallas_kernels.backends.triton import matmul, registers, tiles, tuning
 from pallas_kernels.backends.triton.tuning import DECODE_ROWS
+from pallas_kernels.float_matmul import gpu_triton as float_tiles
 
+# Weights that are rounded by each program of 128 rows: reading these again costs less than one more launch.
+_FEW_WEIGHTS = 4_000_000
 LAYOUT, ROWS_ALIKE, ROWS_ALIKE_IF_ASKED, PREFILL_ALIKE = Layout.PLANES, DECODE_ROWS[-1], None, True
 
 
@@ -61,9 +66,13 @@ def w4a16_matmul(
     """
     registers.ignore_triton_deprecation()
     rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
+    is_exact = x.dtype == jnp.float32
+    if prefill and config is None and not is_exact and weight.bits == 4 and not weight.truncated:
+        outputs = _rounded_matmul(rows, weight, dtype=dtype, interpret=interpret)
+        return outputs.reshape(*x.shape[:-1], weight.num_outputs)
     if prefill:
         run = tiles.scale_run(weight.num_inputs, weight.group_size)
-        config = config or tiles.prefill_config(weight.num_outputs, run, exact=x.dtype == jnp.float32)
+        config = config or tiles.prefill_config(weight.num_outputs, run, exact=is_exact)
     if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32 and not alike:
         outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
@@ -77,10 +86,72 @@ def w4a16_matmul(
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantized_matmul(x: Array, weight: QuantizedWeight, *, dtype: DTypeLike) -> Array:
     """``x @ w.T`` with the weight rounded to the dtype of ``x``, the only time it is in memory in 16 bits."""
-    # The barrier keeps XLA from decoding the weight again for each block of rows.
-    floats = lax.optimization_barrier(dequantize(weight).astype(x.dtype))
-    product = lax.dot_general(x, floats, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    product = lax.dot_general(
+        x, _rounded(weight, x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     return product.astype(dtype)
+
+
+def _rounded(weight: QuantizedWeight, dtype: DTypeLike) -> Array:
+    # The barrier keeps XLA from decoding the weight again for each block of rows.
+    return lax.optimization_barrier(dequantize(weight).astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def _rounded_matmul(x: Array, weight: QuantizedWeight, *, dtype: jnp.dtype, interpret: bool) -> Array:
+    """``x @ w.T`` with the weight rounded to the dtype of ``x``, in tiles that are the same for any number of rows."""
+    n, k = weight.num_outputs, weight.num_inputs
+    if n * k >= _FEW_WEIGHTS:
+        floats, config = _rounded(weight, x.dtype), float_tiles.PROMPT_TILES
+        product = float_tiles.float_matmul(x, floats, dtype=dtype, config=config, interpret=interpret)
+        assert isinstance(product, jax.Array)
+        return product
+    config = tiles.prefill_config(n, tiles.scale_run(k, weight.group_size), exact=False)
+    offsets = () if weight.offset is None else (weight.offset,)
+    product = matmul.launch_matmul(
+        functools.partial(_rounding_kernel, num_rows=x.shape[0], config=config, interpret=interpret),
+        (x,),
+        (weight.packed, weight.scale, *offsets),
+        config=config,
+        out_dtype=dtype,
+        interpret=interpret,
+        name="w4a16_of_prompts",
+    )
+    assert isinstance(product, jax.Array)
+    return product
+
+
+def _rounding_kernel(
+    x_ref,  # [block_m, K] bf16 or f16
+    packed_ref,  # [block_n, K/2] uint8
+    scale_ref,  # [G, block_n]
+    *refs,  # offset of an asymmetric weight, output [block_m, block_n]
+    num_rows: int,
+    config: tiles.TileConfig,
+    interpret: bool,
+):
+    *offset_refs, out_ref = refs
+    half, block_k, dtype = packed_ref.shape[1], config.block_k, x_ref.dtype
+    group_size = 2 * half // scale_ref.shape[0]
+    x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
+
+    def add(total, codes, start):
+        scale = scale_ref[lax.div(start, group_size), :].astype(jnp.float32)
+        weight = codes.astype(jnp.float32) * scale[:, None]
+        if offset_refs:
+            offset = offset_refs[0][lax.div(start, group_size), :].astype(jnp.float32)
+            weight += (SYMMETRIC_ZERO_POINT * scale - offset)[:, None]
+        # The weight on the left: Hopper multiplies by it from registers.
+        return total + matmul.dot_transposed(weight.astype(dtype), matmul.load_rows(x_ref, start, block_k, x_mask))
+
+    def step(index, total):
+        start = index * block_k
+        low, high = registers.decode_planes(packed_ref[:, pl.ds(start, block_k)], dtype, interpret=interpret)
+        return add(add(total, low, start), high, half + start)
+
+    total = lax.fori_loop(0, half // block_k, step, jnp.zeros((config.block_n, config.block_m), jnp.float32))
+    out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)
+    plgpu.store(out_ref, total.T.astype(out_ref.dtype), mask=out_mask)
 
 
 def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:

@@ -32,6 +32,7 @@ _FEW_REPLAYED = 16  # cycles of sequences, of which a source is known without a 
 _SHORT_CYCLES = 4  # of the second one
 _COLD_CYCLES = 2  # of the first burst of a program, which says little of their time
 _LEARNING_BURST_S = 0.03  # of plain decoding until its time is known, and bursts at least
+_OF_OVERHEAD = 10  # times what a burst takes besides its cycles: also at least
 _UNTIL_REPLAY = 64  # plain steps at most, where they may show that others would be faster
 _SHARE_OF_PAST, _SHARE_OF_REST = 1 / 4, 1 / 4  # of a burst: after that, more is known
 
@@ -181,9 +182,10 @@ class Chooser:
         if (trial := choose_trial(ready, self._trials, rest_s)) is not None:
             self._trial = trial
             return Burst(trial.plan, None, trial.cycles, "a trial")
-        burst_s = max(_LEARNING_BURST_S, _SHARE_OF_PAST * self._elapsed_s)
+        least_s = max(_LEARNING_BURST_S, _OF_OVERHEAD * (self._overhead_s or 0.0))
+        burst_s = max(least_s, _SHARE_OF_PAST * self._elapsed_s)
         if ends is not None:
-            burst_s = min(burst_s, max(_LEARNING_BURST_S, _SHARE_OF_REST * rest_s))
+            burst_s = min(burst_s, max(least_s, _SHARE_OF_REST * rest_s))
         burst_s = min(burst_s, self._burst_s)
         # After each burst of another source's plan, replay tells what drafts would have yielded.
         if self._replayed and self._current.draft_source not in self._replayed:

@@ -6,6 +6,7 @@ It knows sequences, which :class:`qspec_jax.engine.chooser.Chooser` does not: wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ from qspec_jax.engine.sequence import RunningSequence
 
 # Cycles of all rows after a burst: each takes the host about 8 us while the device runs the next burst.
 _REPLAYED = 256
+# Of all time, that choosing takes at most: a choice takes the host 1 to 2 ms, in which the device may have nothing to
+# do, and bursts of small models are as short as 30 ms.
+_SHARE = 0.02
 
 
 class Choosing:
@@ -51,12 +55,13 @@ class Choosing:
         beside = CompileBeside(programs, on_event)
         lookups = [one for one in plan.choices if one.lookup]
         rows = shape().rows
+        self._is_ready: Callable[[DecodingPlan], bool] = lambda one: programs.has_loop(one, shape())
         self._chooser = Chooser(
             plan.choices,
             programs.costs,
             rows=rows,
             burst_s=burst_s,
-            is_ready=lambda one: programs.has_loop(one, shape()),
+            is_ready=self._is_ready,
             prepare=lambda one: beside.prepare(one, shape()),
             name_of=lambda one: (one, shape()),
             replayed={one.draft_source for one in lookups},
@@ -64,12 +69,24 @@ class Choosing:
         self._foresight = Foresight(self._chooser, rows=rows, serves=serves)
         self._lookup = max(lookups, key=lambda one: one.draft_length, default=None)
         self._replayed = max(1, _REPLAYED // rows)
+        self._last: Burst | None = None
+        self._holds_until_s = 0.0
 
     def next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
-        """What to run next, while some sequences decode and others wait."""
+        """What to run next, while some sequences decode and others wait.
+
+        The same as before, if that was chosen a moment ago and is no trial.
+        """
+        began_s = time.perf_counter()
+        last = self._last
+        if last is not None and last.cycles is None and began_s < self._holds_until_s and self._is_ready(last.plan):
+            return last
         context = _context(decoding)
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
-        return self._chooser.choose(context=context, active=len(decoding), makespans=found)
+        self._last = self._chooser.choose(context=context, active=len(decoding), makespans=found)
+        now_s = time.perf_counter()
+        self._holds_until_s = now_s + (now_s - began_s) / _SHARE
+        return self._last
 
     def ran(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from qspec_jax.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -118,12 +119,10 @@ class PlainBackend:
 def import_transformers() -> Any:
     """The package, without the advice about models that it prints where there is no torch: none is used here."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
+    return importlib.import_module("transformers")  # by name: to check types of all its models takes 20 s
 
 
-def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> PlainBackend | PreTrainedTokenizerFast:
+def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> PlainBackend | PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory: what its ``tokenizer.json`` says, or else what transformers makes.
 
     Args:
@@ -159,7 +158,7 @@ def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> 
     return backend
 
 
-def _open_in_transformers(path: Path) -> PreTrainedTokenizerFast:
+def _open_in_transformers(path: Path) -> PreTrainedTokenizerBase:
     # Left out, trust_remote_code is a question at the terminal, and "y" there runs Python that came with the model.
     return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 

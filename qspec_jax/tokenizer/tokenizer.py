@@ -17,7 +17,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.tokenizer.backend import PlainBackend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
@@ -32,7 +32,7 @@ class Tokenizer:
         special_tokens: the tokens that are no part of a decoded text, and how they are written.
     """
 
-    def __init__(self, backend: PlainBackend | PreTrainedTokenizerFast, *, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, backend: PlainBackend | PreTrainedTokenizerBase, *, eos_token_ids: Sequence[int] = ()) -> None:
         """Wraps what does the work.
 
         Args:

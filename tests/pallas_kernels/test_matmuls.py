@@ -224,9 +224,15 @@ WEIGHTS_OF_PROMPTS = {
 
 
 @pytest.mark.parametrize("kind", WEIGHTS_OF_PROMPTS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-def test_rows_of_prompts_have_tiles_of_their_own(dtype, kind):
+@pytest.mark.parametrize(
+    ("dtype", "few"),
+    [(jnp.bfloat16, 4_000_000), (jnp.bfloat16, 0), (jnp.float32, 4_000_000)],
+    ids=["bf16", "bf16 rounded once", "f32"],
+)
+def test_rows_of_prompts_have_tiles_of_their_own(dtype, few, kind, monkeypatch):
     """Whose programs share no sum, and which any number of rows take."""
+    monkeypatch.setattr(w4a16_triton, "_FEW_WEIGHTS", few)
+    w4a16_triton._rounded_matmul.clear_cache()
     weight, x = WEIGHTS_OF_PROMPTS[kind](), random_rows(300, 128, dtype=dtype)
     multiply = functools.partial(w4a16_triton.w4a16_matmul, weight=weight, prefill=True, interpret=True)
     together = multiply(x)

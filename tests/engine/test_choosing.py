@@ -1,0 +1,98 @@
+"""How often a scheduler asks for a choice: no oftener than it takes two hundredths of the time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from qspec_jax import SamplingParams
+from qspec_jax.decoding.chunks import Shape
+from qspec_jax.decoding.costs import CostTable, PassBytes
+from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
+from qspec_jax.decoding.programs import Programs
+from qspec_jax.engine import choosing as of_choosing
+from qspec_jax.engine.chooser import Burst
+from qspec_jax.engine.choosing import Choosing
+from qspec_jax.engine.request_queue import RequestQueue
+from qspec_jax.engine.requests import Request
+from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.model.view import View
+
+PLAIN, LOOKUP = DecodingPlan(View()), DecodingPlan(View(), Lookup(), 3)
+CHOICE_S = 0.002
+
+
+class Compiled(Programs):
+    """All loops are there, until they are not."""
+
+    are_there = True
+
+    def __init__(self):
+        self._lock, self._costs = threading.RLock(), CostTable(PassBytes(1000, 10))
+
+    def lay_out_weights(self, plan):
+        pass
+
+    def has_loop(self, plan, shape):
+        return self.are_there
+
+
+class Clock:
+    now_s = 1000.0
+
+    def perf_counter(self):
+        return self.now_s
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    """A batch in which choosing takes 2 ms; the clock, its programs, choices so far, and what asks for the next one."""
+    clock, programs, chosen = Clock(), Compiled(), []
+    monkeypatch.setattr(of_choosing, "time", clock)
+    plan = AutoPlan("auto", (PLAIN, LOOKUP))
+    shape = Shape.of(plan, rows=2, capacity=64)
+    choosing = Choosing(programs, plan, lambda: shape, burst_s=0.5, serves=True, on_event=print)
+    running = [RunningSequence(Request([1, 2, 3], 40, SamplingParams()))]
+
+    def ask(cycles=None):
+        def choose(**_):
+            clock.now_s += CHOICE_S
+            chosen.append(Burst(PLAIN, 0.03, cycles, "so it is", 0.001))
+            return chosen[-1]
+
+        monkeypatch.setattr(choosing._chooser, "choose", choose)
+        return choosing.next(running, RequestQueue())
+
+    return clock, programs, chosen, ask
+
+
+def test_what_was_chosen_holds_for_as_long_as_choosing_is_to_take_a_small_share(batch):
+    clock, _, chosen, ask = batch
+    for _ in range(1000):
+        ask()
+        clock.now_s += 0.005
+    share = CHOICE_S * len(chosen) / (clock.now_s - Clock.now_s)
+    assert 0.015 < share <= 0.02
+
+
+def test_it_is_the_same_choice(batch):
+    clock, _, chosen, ask = batch
+    first = ask()
+    clock.now_s += 0.09
+    assert ask() is first
+    clock.now_s += 0.02
+    assert ask() is chosen[1]
+
+
+def test_after_a_trial_there_is_another_choice(batch):
+    _, _, chosen, ask = batch
+    assert [ask(cycles=4) for _ in range(3)] == chosen
+    assert len(chosen) == 3
+
+
+def test_a_plan_without_a_program_does_not_stay(batch):
+    _, programs, chosen, ask = batch
+    ask()
+    programs.are_there = False
+    assert ask() is chosen[1]
