@@ -3,7 +3,8 @@
 A pass for a prompt of 97 tokens reads all weights for 97 rows, and a GPU has arithmetic for many more. So where a token
 has the same bits whatever is read beside it (:func:`longest_packed`), chunks are cut into pieces of ``PIECE`` tokens,
 of which only the last one of a chunk is padded. Pieces of as many chunks as fit share a pass, for a few numbers of
-pieces (:func:`sizes`).
+pieces (:func:`sizes`). Several chunks of one prompt may share one as well: keys and values of all are written before
+any piece attends, and each sees what lies before it.
 
 Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c of 20::
 
@@ -69,9 +70,9 @@ def obstacle(decoder: Decoder) -> str | None:
     return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 
-def sizes(rows: int) -> tuple[int, ...]:
-    """The numbers of pieces that passes of a batch have: the last is what a chunk of every row needs, or the most."""
-    most = min(_SIZES[-1], rows * LONGEST_CHUNK)
+def sizes(rows: int, capacity: int) -> tuple[int, ...]:
+    """The numbers of pieces that passes of a batch have: the last is what its rows hold in all, or the most."""
+    most = min(_SIZES[-1], rows * num_pieces(capacity))
     return (*(size for size in _SIZES if size < most), most)
 
 
@@ -87,21 +88,21 @@ class Packed(NamedTuple):
     places: list[int]
 
 
-def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int) -> Packed:
+def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacity: int) -> Packed:
     """The first chunks, and of later ones those that the rest of a pass has room for, cut into pieces.
 
     Example, a pass of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
 
     Args:
-        chunks: row, start and tokens of each, at least one and no longer than a chunk may be.
-        rows: of the batch.
+        chunks: row, start and tokens of each, at least one and none with more pieces than the largest pass.
+        rows, capacity: of the batch.
     """
-    most, needed, places = sizes(rows)[-1], 0, []
+    numbers, needed, places = sizes(rows, capacity), 0, []
     for place, (_, _, tokens) in enumerate(chunks):
-        if (count := num_pieces(len(tokens))) <= most - needed:
+        if (count := num_pieces(len(tokens))) <= numbers[-1] - needed:
             needed += count
             places.append(place)
-    size = next(size for size in sizes(rows) if size >= needed)
+    size = next(size for size in numbers if size >= needed)
     pieces: Any = empty_pieces(size, rows)
     here = 0
     for chunk, (row, start, tokens) in enumerate(chunks[place] for place in places):

@@ -161,7 +161,7 @@ class Programs(Lowering):
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
         """How to lower the loops of some plans, and the programs that read chunks: packed, or for each width."""
         alone = [width for width in widths if width > self.longest_packed]
-        sizes = packing.sizes(shape.rows) if len(alone) < len(widths) else ()
+        sizes = packing.sizes(shape.rows, shape.capacity) if len(alone) < len(widths) else ()
         wanted = {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
         for key, lower, those in ((_prefill_key, self.lower_prefill, alone), (_pieces_key, self.lower_pieces, sizes)):
             wanted |= {key(plans[0], shape, one): functools.partial(lower, plans[0], shape, one) for one in those}

@@ -23,6 +23,7 @@ Example, chunks of up to 512 tokens, a system prompt S of 600 (chunks S1 and S2)
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,11 +38,18 @@ class NextChunk(NamedTuple):
         row: that reads.
         source: the row that holds what the prompt begins with; ``row`` itself if that does.
         index: of the chunk, after those that ``source`` holds.
+        count: of chunks from that one on.
     """
 
     row: int
     source: int
     index: int
+    count: int = 1
+
+    def text(self, chunks: Sequence[Chunk]) -> Chunk:
+        """What is read of all chunks of a prompt."""
+        (start, tokens), *more = chunks[self.index : self.index + self.count]
+        return start, (*tokens, *itertools.chain.from_iterable(some for _, some in more)) if more else tokens
 
 
 class HeldChunks:

@@ -52,6 +52,10 @@ class Reading:
         came_first = sorted(reading.items(), key=lambda item: item[1].entered_s or 0.0)
         return dict(came_first[:count])
 
+    def num_more(self, num_chunks: int) -> int:
+        """Chunks that may be read besides so many, for others to wait no longer than they can be expected to."""
+        return 0 if self._chunk_s is None else max(0, int(_MOST_WAIT_S / max(self._chunk_s, 1e-9)) - num_chunks)
+
     def burst_s(self, *, decoding: int, rows: int) -> float | None:
         """Seconds of a burst while prompts are read; None if nobody knows how long that takes."""
         return _BURST_SHARE * self._read_s * decoding / rows or None
@@ -71,22 +75,53 @@ class ChunksOfAPass(NamedTuple):
     pieces: PromptPieces | None = None
 
 
-def passes(chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, longest_packed: int) -> Iterator[ChunksOfAPass]:
+def with_more(
+    chunks: Sequence[NextChunk], of_rows: Mapping[int, Sequence[Chunk]], *, room: int, most: int, longest_packed: int
+) -> list[NextChunk]:
+    """The same chunks, and where one pass has room for them and more, the next ones of the same prompts with them.
+
+    A pass takes some milliseconds however few pieces it has. A prompt that is read alone would have one for each chunk.
+
+    Args:
+        chunks: that are read next.
+        of_rows: all chunks of the prompt of each row.
+        room: pieces of the largest pass.
+        most: chunks that may be added.
+        longest_packed: tokens that a chunk has at most that shares a pass.
+    """
+    found = list(chunks)
+    packed = [place for place, one in enumerate(found) if len(one.text(of_rows[one.row])[1]) <= longest_packed]
+    left = room - sum(packing.num_pieces(len(found[place].text(of_rows[found[place].row])[1])) for place in packed)
+    while packed and most > 0 and left > 0:
+        place, one = packed[0], found[packed.pop(0)]
+        later = of_rows[one.row][one.index + one.count :]
+        # Pieces are where they would be otherwise: but for the last chunk, each is a whole number of them.
+        if not later or len(one.text(of_rows[one.row])[1]) % packing.PIECE or len(later[0][1]) > longest_packed:
+            continue
+        if (needed := packing.num_pieces(len(later[0][1]))) <= left:
+            found[place], left, most = one._replace(count=one.count + 1), left - needed, most - 1
+            packed.append(place)
+    return found
+
+
+def passes(
+    chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, capacity: int, longest_packed: int
+) -> Iterator[ChunksOfAPass]:
     """Chunks by the programs that read them: as many in a pass as fit, or by their width.
 
     Args:
         chunks: each with its start and tokens.
-        rows: of the batch.
+        rows, capacity: of the batch.
         longest_packed: tokens that a chunk has at most of which a pass reads several.
     """
-    left = [(one, text) for one, text in chunks if len(text[1]) <= longest_packed]
+    left = [(one, text) for one, text in chunks if one.count > 1 or len(text[1]) <= longest_packed]
     left.sort(key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first in a pass
     while left:
-        pieces, places = packing.pack([(one.row, *text) for one, text in left], rows=rows)
+        pieces, places = packing.pack([(one.row, *text) for one, text in left], rows=rows, capacity=capacity)
         yield ChunksOfAPass(0, [left[place][0] for place in places], pieces)
         left = [one for place, one in enumerate(left) if place not in places]
     by_width: dict[int, list[NextChunk]] = {}
     for one, (_, tokens) in chunks:
-        if len(tokens) > longest_packed:
+        if one.count == 1 and len(tokens) > longest_packed:
             by_width.setdefault(chunk_width(len(tokens)), []).append(one)
     yield from (ChunksOfAPass(width, some) for width, some in sorted(by_width.items()))

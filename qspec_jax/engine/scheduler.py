@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
@@ -48,7 +49,7 @@ from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
-from qspec_jax.engine.reading import passes
+from qspec_jax.engine.reading import passes, with_more
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
@@ -394,23 +395,30 @@ class Scheduler:
         most_s = None if self._serves else self._pace.burst_s  # nobody waits but an interruption
         while True:
             reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
-            reading = self._pace.reading.first(reading) if self._serves and self._decoding() else reading
+            anyone_waits = self._serves and self._decoding()
+            reading = self._pace.reading.first(reading) if anyone_waits else reading
             if not reading or (reports and self._pace.reading.is_enough(num_chunks, len(reading), most_s=most_s)):
                 return reports, num_chunks, rounds
-            num_chunks, rounds = num_chunks + len(reading), rounds + 1
-            reports += self._read(reading)
+            more = self._pace.reading.num_more(num_chunks + len(reading)) if anyone_waits else sys.maxsize
+            before = sum(one.num_read for one in reading.values())
+            reports += self._read(reading, more)
+            num_chunks, rounds = num_chunks + sum(one.num_read for one in reading.values()) - before, rounds + 1
 
-    def _read(self, rows: Mapping[int, RunningSequence]) -> list[tuple[Report, dict[int, RunningSequence]]]:
-        """Dispatches the next chunk of some rows."""
+    def _read(self, rows: Mapping[int, RunningSequence], more: int) -> list[tuple[Report, dict[int, RunningSequence]]]:
+        """Dispatches the next chunk of some rows, and up to so many more that a pass has room for."""
+        of_rows, longest_packed = {row: one.chunks for row, one in rows.items()}, self._programs.longest_packed
+        sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
+        room = {"room": packing.sizes(**sizes)[-1], "longest_packed": longest_packed}
         reading = {row: one.chunks for row, one in rows.items() if not one.num_kept}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
         reports = []
         while reading or own:
             next_chunks, later = self._held.plan(reading)
             # They write after all that others may read of their rows.
-            next_chunks, own = [*next_chunks, *own], []
-            texts = [(one, rows[one.row].chunks[one.index]) for one in next_chunks]
-            some = passes(texts, rows=self.shape.rows, longest_packed=self._programs.longest_packed)
+            next_chunks, own = with_more([*next_chunks, *own], of_rows, most=more, **room), []
+            more -= sum(one.count - 1 for one in next_chunks)
+            texts = [(one, one.text(of_rows[one.row])) for one in next_chunks]
+            some = passes(texts, **sizes, longest_packed=longest_packed)
             reports += [self._dispatch_chunks(*one) for one in some]
             reading = {row: reading[row] for row in later}
         return reports
@@ -444,17 +452,17 @@ class Scheduler:
         """Pieces of a width, which count as read from now on."""
         chunks = empty_chunks(self.shape, width)
         sampling = []
-        for place, (row, _, index) in enumerate(next_chunks):
-            sequence = self._rows[row]
+        for place, one in enumerate(next_chunks):
+            sequence, num_read = self._rows[one.row], one.index + one.count
             assert sequence is not None
-            start, token_ids = sequence.chunks[index]
+            start, token_ids = chunk = one.text(sequence.chunks)
             sequence.num_reused += start - sequence.read_up_to
             self.totals.reused_prompt_tokens += start - sequence.read_up_to
             self.totals.computed_prompt_tokens += len(token_ids)
-            sequence.num_read, sequence.read_up_to = index + 1, start + len(token_ids)
+            sequence.num_read, sequence.read_up_to = num_read, start + len(token_ids)
             if not sequence.num_kept:  # otherwise what it reads has other bits than that of a request of no session
-                self._held.note(row, sequence.chunks[: index + 1])
-            sequence.request.put_chunk(chunks, place, sequence.chunks[index])
+                self._held.note(one.row, sequence.chunks[:num_read])
+            sequence.request.put_chunk(chunks, place, chunk)
             sampling.append(sequence.request.sampling)
         sampling += sampling[:1] * (self.shape.rows - len(next_chunks))
         return PromptChunk(**chunks, sampler=Sampler.create(sampling, self.shape.features))

@@ -141,15 +141,16 @@ def test_requests_arrive_at_random_at_the_rate():
         (64, 1000, [2, 8, 16, 32, 64]),
         (64, 20, [2, 8, 16, 32, 64]),
         (4, 97, [2, 8, 16]),  # four prompts of four pieces at most
-        (1, 600, [2, 8, 16]),
+        (1, 600, [2, 8, 16, 32]),  # chunks of one prompt share a pass
+        (1, 512, [2, 8, 16]),
         (1, 5, [2]),
     ],
 )
 def test_every_program_that_reads_prompts_of_several_runs_before_the_clock(rows, longest, sizes):
     requests = [Request([1] * longest, 5, SamplingParams()), Request([1], 5, SamplingParams())]
     found = []
-    for some in fill_passes(requests, rows=rows, longest_packed=512, vocab_size=50):
-        packed = pack([(row, 0, one.token_ids) for row, one in enumerate(some)], rows=rows)
+    for some in fill_passes(requests, rows=rows, capacity=1024, longest_packed=512, vocab_size=50):
+        packed = pack([(row, 0, one.token_ids) for row, one in enumerate(some)], rows=rows, capacity=1024)
         assert len(packed.places) == len(some) <= rows
         assert all(len(one.token_ids) <= longest for one in some)
         found.append(len(packed.pieces.rows))

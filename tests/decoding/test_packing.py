@@ -18,7 +18,7 @@ from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.prefixes import NextChunk
-from qspec_jax.engine.reading import passes
+from qspec_jax.engine.reading import passes, with_more
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
@@ -138,7 +138,7 @@ def test_pieces_see_no_more_than_a_window():
     hf = {**tiny.BASE_HF_CONFIG, **tiny.FAMILIES["mistral_sliding_window"], "sliding_window": 40}
     decoder, tokens = tiny.decoder(ModelConfig.from_hf({**hf, "num_hidden_layers": 1})), prompt(70)
     cache = decoder.create_cache(batch=2, capacity=128)
-    pieces = jax.tree.map(jnp.asarray, pack([(1, 0, tokens)], rows=2).pieces)
+    pieces = jax.tree.map(jnp.asarray, pack([(1, 0, tokens)], rows=2, capacity=128).pieces)
     places = {"rows": pieces.rows[:3], "starts": pieces.starts[:3], "ends": pieces.ends[:1]}
     found, _ = decoder.read_pieces(pieces.tokens[:3], cache, **places, view=View())
     whole, _ = decoder(jnp.asarray([tokens, tokens], jnp.int32), cache, precision=View())
@@ -156,8 +156,8 @@ def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
     """Pieces that attend to the row of somebody else."""
     right = packing.pack
 
-    def wrong(chunks, *, rows):
-        packed = right(chunks, rows=rows)
+    def wrong(chunks, *, rows, capacity):
+        packed = right(chunks, rows=rows, capacity=capacity)
         packed.pieces.rows[packed.pieces.rows >= 0] ^= 1
         return packed
 
@@ -165,18 +165,9 @@ def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
     assert tokens(served(REQUESTS[:5], "w4a16", packed=True)[0]) != one_by_one[:5]
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [(1, (2, 8, 16)), (2, (2, 8, 16, 32)), (4, (2, 8, 16, 32, 64)), (64, (2, 8, 16, 32, 64))],
-)
-def test_a_batch_has_few_sizes(rows, expected, monkeypatch):
-    monkeypatch.setattr(packing, "_SIZES", SIZES)
-    assert sizes(rows) == expected
-
-
 def test_chunks_are_cut_into_pieces():
     chunks = [(3, 0, range(70)), (0, 512, range(100, 132)), (1, 5, [7])]
-    packed = pack(chunks, rows=4)
+    packed = pack(chunks, rows=4, capacity=CAPACITY)
     pieces = packed.pieces
     assert packed.places == [0, 1, 2]
     assert pieces.rows.tolist() == [3, 3, 3, 0, 1, -1, -1, -1]
@@ -188,8 +179,8 @@ def test_chunks_are_cut_into_pieces():
 
 def test_what_does_not_fit_is_left_for_another_pass():
     chunks = [(row, 0, range(500)) for row in range(5)]
-    assert pack(chunks, rows=8).places == [0, 1, 2, 3]
-    assert pack(chunks[:1], rows=1).places == [0]
+    assert pack(chunks, rows=8, capacity=CAPACITY).places == [0, 1, 2, 3]
+    assert pack(chunks[:1], rows=1, capacity=CAPACITY).places == [0]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +188,7 @@ def test_what_does_not_fit_is_left_for_another_pass():
     [([16, 16, 16, 14, 16, 1, 2], [0, 1, 2, 3, 5]), ([16, 16, 16, 16, 1], [0, 1, 2, 3]), ([1], [0])],
 )
 def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, expected):
-    packed = pack([(row, 0, range(PIECE * count)) for row, count in enumerate(needed)], rows=64)
+    packed = pack([(row, 0, range(PIECE * count)) for row, count in enumerate(needed)], rows=64, capacity=512)
     assert packed.places == expected
     read = [row for row in dict.fromkeys(packed.pieces.rows.tolist()) if row >= 0]
     assert read == expected
@@ -214,8 +205,85 @@ def test_what_is_left_of_a_pass_goes_to_later_chunks(needed, expected):
 def test_each_chunk_is_read_once(longest, expected):
     lengths = [500, 500, 500, 100, 400, 256, 40, 500]
     chunks = [(NextChunk(row, 9 if row in (5, 7) else row, 0), (0, range(count))) for row, count in enumerate(lengths)]
-    read = passes(chunks, rows=8, longest_packed=longest)
+    read = passes(chunks, rows=8, capacity=CAPACITY, longest_packed=longest)
     assert [(some.width, [one.row for one in some.chunks]) for some in read] == expected
+
+
+def one_prompt(*lengths):
+    """Chunks of a prompt."""
+    starts = [sum(lengths[:count]) for count in range(len(lengths))]
+    return [(start, tuple(range(start, start + length))) for start, length in zip(starts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "begun", "room", "most", "longest", "expected"),
+    [
+        ([(512, 512, 512, 512, 100)], [0], 64, 99, 512, [4]),  # as many as a pass has room for
+        ([(512, 512, 512, 100)], [1], 64, 99, 512, [3]),  # with the last one
+        ([(512, 512, 512, 512)], [0], 16, 99, 512, [1]),
+        ([(512,) * 4, (512,) * 4], [0, 0], 64, 99, 512, [2, 2]),
+        ([(512,) * 4, (512, 40), (20,)], [0, 0, 0], 64, 99, 512, [2, 2, 1]),
+        ([(512,) * 4, (512,) * 4], [0, 0], 64, 1, 512, [2, 1]),  # others wait
+        ([(512,) * 4, (512,) * 4], [0, 0], 64, 0, 512, [1, 1]),
+        ([(512,) * 4] * 5, [0] * 5, 64, 99, 512, [1] * 5),  # more than a pass already
+        ([(500, 512, 512)], [0], 64, 99, 512, [1]),  # a prefix ends within a piece
+        ([(480, 512, 512)], [0], 64, 99, 512, [3]),
+        ([(200, 512)], [0], 64, 99, 256, [1]),  # the next one shares no pass
+        ([(512, 200)], [0], 64, 99, 256, [1]),  # nor does this one
+        ([(512, 512)], [0], 64, 99, 0, [1]),
+    ],
+)
+def test_a_pass_that_has_room_takes_more_of_the_same_prompts(prompts, begun, room, most, longest, expected):
+    of_rows = {row: one_prompt(*lengths) for row, lengths in enumerate(prompts)}
+    next_chunks = [NextChunk(row, row, index) for row, index in enumerate(begun)]
+    found = with_more(next_chunks, of_rows, room=room, most=most, longest_packed=longest)
+    assert [one.count for one in found] == expected
+    for one in found:
+        start, tokens = one.text(of_rows[one.row])
+        assert start == of_rows[one.row][one.index][0]
+        assert list(tokens) == list(range(start, start + len(tokens)))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_long_prompt_alone_is_read_in_as_few_passes_as_hold_it(rows, one_by_one, monkeypatch):
+    """Its chunks stay what they are: others may copy some of them."""
+    model, sizes_of_passes = tiny.language_model(CONFIG), []
+    model.programs.packing = True
+    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=rows, capacity=CAPACITY)
+    read_pieces = model.programs.read_pieces
+
+    def noting(plan, shape, state, pieces, *others):
+        sizes_of_passes.append(int((np.asarray(pieces.rows) >= 0).sum()))
+        return read_pieces(plan, shape, state, pieces, *others)
+
+    monkeypatch.setattr(model.programs, "read_pieces", noting)
+    long, of_others = scheduler.add(REQUESTS[5]), REQUESTS[6]
+    while scheduler.busy:
+        scheduler.advance()
+    assert tokens([long]) == [one_by_one[5]]
+    assert [len(ids) for _, ids in REQUESTS[5].chunks()] == [512, 11]
+    assert sizes_of_passes == [17]
+    other = scheduler.add(of_others)
+    while scheduler.busy:
+        scheduler.advance()
+    assert tokens([other]) == [one_by_one[6]]
+    assert sizes_of_passes == [17, 2]  # of 48 tokens behind the 512 that a row holds
+    assert scheduler.totals.reused_prompt_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity", "expected"),
+    [
+        (64, 640, (2, 8, 16, 32, 64)),
+        (1, 8192, (2, 8, 16, 32, 64)),
+        (1, 640, (2, 8, 16, 20)),
+        (1, 64, (2,)),
+        (2, 256, (2, 8, 16)),
+    ],
+)
+def test_no_pass_is_larger_than_what_rows_hold(rows, capacity, expected, monkeypatch):
+    monkeypatch.setattr(packing, "_SIZES", SIZES)
+    assert sizes(rows, capacity) == expected
 
 
 @pytest.mark.parametrize(

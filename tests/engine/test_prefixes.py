@@ -16,7 +16,7 @@ from qspec_jax.decoding import chunks
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.engine import requests
 from qspec_jax.engine.intake import Intake
-from qspec_jax.engine.prefixes import HeldChunks
+from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.model.cache import KV_INT8, KV_OF_MODEL, restart_multiple
@@ -293,12 +293,12 @@ def test_of_rows_that_begin_alike_one_reads_and_the_others_follow():
     common = [(0, [1, 2]), (2, [3, 4])]
     reading = {row: [*common, (4, [row])] for row in range(3)}
     next_chunks, later = held.plan(reading)
-    assert (next_chunks, later) == ([(0, 0, 0)], [1, 2])
+    assert (next_chunks, later) == ([NextChunk(0, 0, 0)], [1, 2])
     held.note(0, common[:1])
     next_chunks, later = held.plan({row: reading[row] for row in later})
-    assert (next_chunks, later) == ([(1, 0, 1)], [2])
+    assert (next_chunks, later) == ([NextChunk(1, 0, 1)], [2])
     held.note(1, common)
-    assert held.plan({2: reading[2]}) == ([(2, 1, 2)], [])
+    assert held.plan({2: reading[2]}) == ([NextChunk(2, 1, 2)], [])
 
 
 def test_a_row_is_chosen_in_one_look_at_each():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qspec_jax.decoding import packing
-from qspec_jax.decoding.chunks import Shape
+from qspec_jax.decoding.chunks import CHUNK_WIDTHS, Shape
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.requests import Request
@@ -137,7 +137,8 @@ def measure_throughput(
     plans = plan.choices if isinstance(plan, AutoPlan) else (plan,)
     once = [(one, _warm_up(requests)) for one in plans]
     if longest := model.programs.longest_packed:
-        sizes = {"rows": rows, "longest_packed": longest, "vocab_size": model.decoder.config.vocab_size}
+        sizes = {"rows": rows, "capacity": capacity, "longest_packed": longest}
+        sizes |= {"vocab_size": model.decoder.config.vocab_size}
         passes = fill_passes(requests, **sizes)
         once += [(plans[0], some) for some in passes]
     for one, some in once:
@@ -213,20 +214,21 @@ def _warm_up(requests: Sequence[Request]) -> list[Request]:
 
 
 def fill_passes(
-    requests: Sequence[Request], *, rows: int, longest_packed: int, vocab_size: int
+    requests: Sequence[Request], *, rows: int, capacity: int, longest_packed: int, vocab_size: int
 ) -> Iterator[list[Request]]:
     """Short requests that come together, so that each program that reads prompts of several runs once.
 
     Args:
         requests: which these are like; none of theirs is longer than the longest of these.
-        rows: of the batch.
+        rows, capacity: of the batch.
         longest_packed: tokens that a chunk of them may have.
         vocab_size: tokens are drawn of.
     """
     generator, pieces = random.Random(0), 0  # fewer than those of a pass of this size
-    most = packing.num_pieces(longest_packed)
-    longest = min(most, max(packing.num_pieces(len(one.token_ids)) for one in requests))
-    for size in packing.sizes(rows):
+    longest = max(packing.num_pieces(len(one.token_ids)) for one in requests)
+    if longest_packed < CHUNK_WIDTHS[-1]:  # longer chunks share no pass, neither with others nor among themselves
+        longest = min(longest, packing.num_pieces(longest_packed))
+    for size in packing.sizes(rows, capacity):
         counts, needed = [], pieces + 1
         while sum(counts) < needed:
             counts.append(min(longest, needed - sum(counts)))
