@@ -290,6 +290,7 @@ def test_a_burst_begins_before_the_tokens_of_the_last_one_are_looked_at(monkeypa
         return receive(report, sequences, made_s)
 
     monkeypatch.setattr(scheduler, "_receive", noting)
+    monkeypatch.setattr("qspec_jax.engine.scheduler._HAND_OVER_S", 0.05)  # long enough on a busy machine
     scheduler.add(Request([1, 2], 40, SamplingParams()))
     interval = sys.getswitchinterval()
     try:
