@@ -25,6 +25,8 @@ _REPLAYED = 256
 # Of all time, that choosing takes at most: a choice takes the host 1 to 2 ms, in which the device may have nothing to
 # do, and bursts of small models are as short as 30 ms.
 _SHARE = 0.02
+# For which one holds at most: another thread, which compiles, may have kept this one waiting while it chose.
+_LONGEST_S = 0.25
 
 
 class Choosing:
@@ -85,7 +87,7 @@ class Choosing:
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
         self._last = self._chooser.choose(context=context, active=len(decoding), makespans=found)
         now_s = time.perf_counter()
-        self._holds_until_s = now_s + (now_s - began_s) / _SHARE
+        self._holds_until_s = now_s + min((now_s - began_s) / _SHARE, _LONGEST_S)
         return self._last
 
     def ran(

@@ -23,13 +23,15 @@ class Pace:
         self.burst_s, self.reading = burst_s, Reading()
         self._rows, self._refill = rows, Refill(rows, serves=serves)
         self._cycle_s: float | None = None
-        self._gap_s = 0.0
+        self._gap_s: float | None = None  # of all bursts up to the last one
 
     def note_burst(self, *, cycles: int, seconds: float, finished: int, gap_s: float) -> None:
         """Takes a burst into account: how many sequences ended in it, and seconds without work in all so far."""
         if cycles:
             self._cycle_s = seconds / cycles
-        self._refill.note_burst(seconds=seconds, finished=finished, gap_s=gap_s - self._gap_s)
+        # Totals may be those of another batch before this one.
+        own_s = 0.0 if self._gap_s is None else gap_s - self._gap_s
+        self._refill.note_burst(seconds=seconds, finished=finished, gap_s=own_s)
         self._gap_s = gap_s
 
     def note_reading(self, *, chunks: int, rounds: int, passes: int, tokens: int, seconds: float) -> None:

@@ -211,7 +211,7 @@ class Scheduler:
         running = self._decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
         made_s = time.perf_counter()
-        num_finished = int(finished[list(running)].sum())
+        num_finished = int(finished[[row for row, one in running.items() if not one.finished]].sum())
         self._count(int(cycles), self._clock.landed(), running, lengths, num_finished=num_finished)
         # Only a text tells whether a stop string ends it; other tokens can wait until the device has something to do.
         watched = {row: one for row, one in running.items() if one.watch is not None}
@@ -400,28 +400,34 @@ class Scheduler:
             if not reading or (reports and self._pace.reading.is_enough(num_chunks, len(reading), most_s=most_s)):
                 return reports, num_chunks, rounds
             more = self._pace.reading.num_more(num_chunks + len(reading)) if anyone_waits else sys.maxsize
-            before = sum(one.num_read for one in reading.values())
-            reports += self._read(reading, more)
-            num_chunks, rounds = num_chunks + sum(one.num_read for one in reading.values()) - before, rounds + 1
+            some, count = self._read(reading, more)
+            reports, num_chunks, rounds = reports + some, num_chunks + count, rounds + 1
 
-    def _read(self, rows: Mapping[int, RunningSequence], more: int) -> list[tuple[Report, dict[int, RunningSequence]]]:
-        """Dispatches the next chunk of some rows, and up to so many more that a pass has room for."""
+    def _read(
+        self, rows: Mapping[int, RunningSequence], more: int
+    ) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int]:
+        """Dispatches the next chunk of some rows, and up to so many more that a pass has room for.
+
+        Returns:
+            reports, as :meth:`_prefill`; and the number of chunks, without those that were copied.
+        """
         of_rows, longest_packed = {row: one.chunks for row, one in rows.items()}, self._programs.longest_packed
         sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
         room = {"room": packing.sizes(**sizes)[-1], "longest_packed": longest_packed}
         reading = {row: one.chunks for row, one in rows.items() if not one.num_kept}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
-        reports = []
+        reports, num_chunks = [], 0
         while reading or own:
             next_chunks, later = self._held.plan(reading)
             # They write after all that others may read of their rows.
             next_chunks, own = with_more([*next_chunks, *own], of_rows, most=more, **room), []
             more -= sum(one.count - 1 for one in next_chunks)
+            num_chunks += sum(one.count for one in next_chunks)
             texts = [(one, one.text(of_rows[one.row])) for one in next_chunks]
             some = passes(texts, **sizes, longest_packed=longest_packed)
             reports += [self._dispatch_chunks(*one) for one in some]
             reading = {row: reading[row] for row in later}
-        return reports
+        return reports, num_chunks
 
     def _dispatch_chunks(
         self, width: int, next_chunks: Sequence[NextChunk], pieces: PromptPieces | None = None

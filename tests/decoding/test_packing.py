@@ -257,6 +257,10 @@ def test_a_long_prompt_alone_is_read_in_as_few_passes_as_hold_it(rows, one_by_on
         return read_pieces(plan, shape, state, pieces, *others)
 
     monkeypatch.setattr(model.programs, "read_pieces", noting)
+    read, note = [], scheduler._pace.note_reading
+    monkeypatch.setattr(
+        scheduler._pace, "note_reading", lambda *, chunks, **k: (read.append(chunks), note(chunks=chunks, **k))
+    )
     long, of_others = scheduler.add(REQUESTS[5]), REQUESTS[6]
     while scheduler.busy:
         scheduler.advance()
@@ -269,6 +273,7 @@ def test_a_long_prompt_alone_is_read_in_as_few_passes_as_hold_it(rows, one_by_on
     assert tokens([other]) == [one_by_one[6]]
     assert sizes_of_passes == [17, 2]  # of 48 tokens behind the 512 that a row holds
     assert scheduler.totals.reused_prompt_tokens == 512
+    assert read == [2, 1]  # chunks that took time: what is copied takes none
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -82,6 +83,15 @@ def test_it_is_the_same_choice(batch):
     clock.now_s += 0.09
     assert ask() is first
     clock.now_s += 0.02
+    assert ask() is chosen[1]
+
+
+def test_a_choice_that_was_kept_waiting_holds_no_longer_than_others(batch, monkeypatch):
+    """By the thread that compiles what it asked for, say: the plan would stay for a minute."""
+    clock, _, chosen, ask = batch
+    monkeypatch.setattr(sys.modules[__name__], "CHOICE_S", 1.0)
+    ask()
+    clock.now_s += 0.3
     assert ask() is chosen[1]
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.refill import Refill
 
 PASS_S, TOKEN_S, CYCLE_S = 0.004, 3e-6, 0.0012
@@ -84,3 +85,11 @@ def test_nothing_is_known_of_passes_that_are_all_alike():
 
 def test_nothing_is_known_where_nobody_has_ended():
     assert measured(64, finished=0.0).together() == 8
+
+
+def test_a_batch_that_goes_on_with_the_totals_of_another_counts_its_own_gaps():
+    pace, gaps = Pace(64, burst_s=0.5, serves=False), []
+    pace._refill.note_burst = lambda *, gap_s, **_: gaps.append(gap_s)
+    for gap_s in (60.0, 60.001, 60.003):
+        pace.note_burst(cycles=10, seconds=0.1, finished=3, gap_s=gap_s)
+    assert gaps == pytest.approx([0.0, 0.001, 0.002])
