@@ -15,7 +15,7 @@ Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 import pallas_kernels
 from pallas_kernels import QuantizedWeight
 from pallas_kernels.float_matmul.reference import MAX_ROWS
+from qspec_jax.decoding.chunks import CHUNK_WIDTHS
 from qspec_jax.decoding.state import PromptPieces
 from qspec_jax.model.cache import KV_OF_MODEL
 from qspec_jax.model.decoder import Decoder
@@ -37,7 +38,7 @@ _LONGEST_IN_PIECES = 256
 # as many.
 _FEW_IN_PIECES = 300_000_000
 _SIZES = (2, 8, 16, 32, 64)  # pieces of a pass: each is a program, which takes 4 s to compile for 32 layers
-LONGEST_CHUNK = 512 // PIECE  # pieces
+LONGEST_CHUNK = CHUNK_WIDTHS[-1] // PIECE  # pieces
 
 
 def longest_packed(decoder: Decoder) -> int:
@@ -74,6 +75,14 @@ def sizes(rows: int, capacity: int) -> tuple[int, ...]:
     """The numbers of pieces that passes of a batch have: the last is what its rows hold in all, or the most."""
     most = min(_SIZES[-1], rows * num_pieces(capacity))
     return (*(size for size in _SIZES if size < most), most)
+
+
+def sizes_for(widths: Collection[int], rows: int, capacity: int) -> tuple[int, ...]:
+    """Those that chunks of some widths may need: a prompt has several chunks only where one is of the largest width."""
+    found, one_each = sizes(rows, capacity), rows * LONGEST_CHUNK
+    if CHUNK_WIDTHS[-1] in widths:
+        return found
+    return found[: 1 + next((place for place, size in enumerate(found) if size >= one_each), len(found))]
 
 
 class Packed(NamedTuple):

@@ -161,7 +161,7 @@ class Programs(Lowering):
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
         """How to lower the loops of some plans, and the programs that read chunks: packed, or for each width."""
         alone = [width for width in widths if width > self.longest_packed]
-        sizes = packing.sizes(shape.rows, shape.capacity) if len(alone) < len(widths) else ()
+        sizes = packing.sizes_for(widths, shape.rows, shape.capacity) if len(alone) < len(widths) else ()
         wanted = {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
         for key, lower, those in ((_prefill_key, self.lower_prefill, alone), (_pieces_key, self.lower_pieces, sizes)):
             wanted |= {key(plans[0], shape, one): functools.partial(lower, plans[0], shape, one) for one in those}
@@ -261,7 +261,7 @@ class Programs(Lowering):
     ) -> tuple[DecodeState, Report]:
         """Reads chunks into their rows in one pass (``speculative.read_pieces``). The state is used up."""
         key = _pieces_key(plan, shape, len(pieces.rows))
-        program, leaves = self._program(key, plan, shape, (1,))
+        program, leaves = self._program(key, plan, shape, (self.longest_packed,))
         with explain_out_of_memory("while generating"):
             return self._run(program, leaves, state, pieces, chunks, rows, sources, np.int32(num_copied))
 

@@ -292,6 +292,32 @@ def test_no_pass_is_larger_than_what_rows_hold(rows, capacity, expected, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("widths", "rows", "expected"),
+    [
+        ((32, 256), 1, (2, 8, 16)),
+        ((32, 512), 1, (2, 8, 16, 32, 64)),  # such a prompt may have more chunks
+        ((256,), 3, (2, 8, 16, 32, 64)),  # of 48 pieces a pass has 64
+        ((256,), 64, (2, 8, 16, 32, 64)),
+    ],
+)
+def test_programs_for_several_chunks_of_a_prompt_wait_for_one_that_has_them(widths, rows, expected, monkeypatch):
+    monkeypatch.setattr(packing, "_SIZES", SIZES)
+    assert packing.sizes_for(widths, rows, 4096) == expected
+
+
+def test_a_program_that_nobody_foresaw_is_compiled_when_it_is_needed(one_by_one):
+    model = tiny.language_model(CONFIG)
+    model.programs.packing = True
+    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=1, capacity=CAPACITY)
+    short, long = scheduler.add(REQUESTS[0]), None
+    while scheduler.busy:
+        scheduler.advance()
+        if long is None and not scheduler.busy:
+            long = scheduler.add(REQUESTS[5])
+    assert tokens([short, long]) == [one_by_one[0], one_by_one[5]]
+
+
+@pytest.mark.parametrize(
     ("longest", "widths", "kinds"),
     [
         (0, (64, 512), {64, 512}),
