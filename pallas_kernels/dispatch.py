@@ -17,7 +17,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -119,7 +119,7 @@ _log: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("s
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Selection]]:
+def recorded() -> Generator[list[Selection]]:
     """Lists what each call of an operation in this context and thread selects; under ``jit``, as it is traced."""
     selections: list[Selection] = []
     token = _log.set(selections)

@@ -54,19 +54,19 @@ def quantize_groups(
         exists: False for the padding of a block; None where there is none.
         magnitude: the largest magnitude of each group where ``x`` is but a piece of them (symmetric only).
     """
-    if symmetric:
-        low = None
-        spread = jnp.max(jnp.abs(x), axis=-1) if magnitude is None else magnitude
+    bounds = None if symmetric else _range(x, exists, clip_ratio)
+    if bounds is not None:
+        spread = bounds[1] - bounds[0]
     else:
-        low, high = _range(x, exists, clip_ratio)
-        spread = high - low
+        spread = jnp.max(jnp.abs(x), axis=-1) if magnitude is None else magnitude
     outlier = _widest(spread, outlier_groups) if outlier_groups else None
-    if low is None:
+    if bounds is None:
         scale = _at_least(spread * _of_bits(lambda b: clip_ratio / _largest_code(b), bits, outlier), SMALLEST_SCALE)
         lowest = _of_bits(lambda b: -_largest_code(b), bits, outlier, per_value=True)
         largest = _of_bits(_largest_code, bits, outlier, per_value=True)
         codes = jnp.clip(rounding(x * reciprocal(scale)[..., None]), lowest, largest)
         return codes.astype(jnp.int8), scale
+    low, high = bounds
     # A group far from zero with hardly any spread takes a step that keeps its zero point an exact float32.
     exact = _at_least(jnp.maximum(jnp.abs(low), jnp.abs(high)) * jnp.float32(2**-22), SMALLEST_SCALE)
     scale = jnp.maximum(spread * _of_bits(lambda b: 1 / (2**b - 1), bits, outlier), exact)

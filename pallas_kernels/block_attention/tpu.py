@@ -98,13 +98,13 @@ class _Sizes(whole.Sizes):
             start = jnp.minimum(start, self.slots - self.stride)
         return pl.multiple_of(start, BLOCK)
 
-    def seen(self, length: Array) -> tuple[Any, Array]:
+    def seen_slots(self, length: Array) -> tuple[Any, Array]:
         """The first and the last slot that the token sees."""
         first = 0 if self.window is None else jnp.maximum(length - self.window + 1, 0)
         return first, jnp.minimum(length, self.slots - 1)
 
     def seen_blocks(self, length: Array) -> tuple[Any, Array]:
-        first, last = self.seen(length)
+        first, last = self.seen_slots(length)
         return first // self.block_size, last // self.block_size
 
     def num_chunks(self, table_begins: Array, length: Array) -> Array:
@@ -325,7 +325,7 @@ def _seen_slots(refs: _Refs, row: Array, buffer: Array, shape: tuple[int, int], 
     """Which slots of a chunk the token sees: those of its blocks, but for parts of the first and the last one."""
     at, length = lax.broadcasted_iota(jnp.int32, shape, 1), refs.lengths[row]
     seen = _are_seen(refs, buffer, at // sizes.stride)
-    first_slot, last_slot = sizes.seen(length)
+    first_slot, last_slot = sizes.seen_slots(length)
     first, last = sizes.seen_blocks(length)
     last_begins = refs.notes[buffer, _LAST] * sizes.stride
     seen &= (at <= last_begins + last_slot - sizes.start(last)) | (at >= last_begins + sizes.stride)

@@ -81,7 +81,7 @@ def write(
 
 
 class Written(NamedTuple):
-    """An array of a cache, and the entries of new tokens.
+    """An array of a cache, and the entries of new tokens; in a kernel, which has references to them, their shapes.
 
     Attributes:
         cache: ``[B, S, W]``, or ``[B, W, S]`` with slots in lanes.
@@ -90,8 +90,8 @@ class Written(NamedTuple):
         is_ring: position ``p`` is in slot ``p % S``, which is whole tiles.
     """
 
-    cache: Array
-    new: Array
+    cache: Array | jax.ShapeDtypeStruct
+    new: Array | jax.ShapeDtypeStruct
     in_lanes: bool = False
     is_ring: bool = False
 
@@ -122,6 +122,11 @@ class Written(NamedTuple):
         whole = pl.BlockSpec((None, *self.new.shape[1:]), lambda b, step, lengths: (b, 0, 0))
         return pl.BlockSpec((None, *shape), place), whole
 
+    @property
+    def in_kernel(self) -> Written:
+        """Without the arrays, of which a kernel may hold none."""
+        return self._replace(cache=shape_of(self.cache), new=shape_of(self.new))
+
     def merged(self, slots_ref: Any, new_ref: Any, length: Array, step: Array) -> Array:
         """In a kernel: a tile with the tokens that are in it."""
         wide = jnp.int32 if slots_ref.dtype == jnp.int8 else jnp.float32
@@ -142,7 +147,7 @@ def write_tiles(arrays: Sequence[Written], lengths: Array, *, num_tokens: int, i
     specs = [one.specs for one in arrays]
     of_caches = [of_cache for of_cache, _ in specs]
     results: Any = pl.pallas_call(
-        functools.partial(_kernel, arrays=[one._replace(cache=shape_of(one.cache), new=None) for one in arrays]),
+        functools.partial(_kernel, arrays=[one.in_kernel for one in arrays]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(lengths.shape[0], steps),
@@ -158,7 +163,7 @@ def write_tiles(arrays: Sequence[Written], lengths: Array, *, num_tokens: int, i
     return list(results)
 
 
-def shape_of(array: Array) -> jax.ShapeDtypeStruct:
+def shape_of(array: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 

@@ -262,8 +262,10 @@ def add_kv(parser: Parser) -> None:
 
 def add_batch_size(parser: Parser, text: str, *, several: bool = False) -> None:
     """``--batch-size``, for which ``--slots`` is the older word: a number, or text with ``several`` of them."""
-    given: dict[str, Any] = {"default": "8", "metavar": "N,..."} if several else {"type": int, "default": 8}
-    parser.add_argument("--batch-size", "--slots", **{"metavar": "N", **given}, help=text)
+    given: dict[str, Any] = {"type": int, "default": 8, "metavar": "N"}
+    if several:
+        given = {"default": "8", "metavar": "N,..."}
+    parser.add_argument("--batch-size", "--slots", **given, help=text)
 
 
 def add_preset(parser: Parser, presets: Any) -> None:

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from qspec_jax.commands.options import PROCESSES, Parser, option_of
@@ -69,7 +69,7 @@ def run_together(
 
 
 @contextlib.contextmanager
-def joined(name: str, arguments: argparse.Namespace) -> Iterator[processes.Group | None]:
+def joined(name: str, arguments: argparse.Namespace) -> Generator[processes.Group | None]:
     """The processes that run a command together; None for one alone. Arguments and errors as of :func:`run_together`.
 
     Processes that a scheduler has started together join by themselves where ``--mesh`` asks for more than one device.

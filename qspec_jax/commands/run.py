@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qspec_jax.commands.absence import tell_others
@@ -146,7 +146,7 @@ def _raised(error: Exception) -> int:
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_warnings() -> Generator[None]:
     """Warnings of this library are one line, without the place in its code; so is JAX's of programs it cannot keep."""
     usual = warnings.formatwarning
     told: set[str] = set()

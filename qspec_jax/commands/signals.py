@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 _NAMES = ("SIGTERM", "SIGHUP")  # of ``kill`` and ``timeout``, and of a terminal that is closed
@@ -19,7 +19,7 @@ _AGAIN_S = 0.02
 
 
 @contextlib.contextmanager
-def taken_as_interruptions() -> Iterator[list[int]]:
+def taken_as_interruptions() -> Generator[list[int]]:
     """Has such a signal raise KeyboardInterrupt; the numbers of those that came.
 
     A second one ends the process at once. One that is ignored (``nohup``), or minded by somebody else, stays so, and so

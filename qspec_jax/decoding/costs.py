@@ -92,7 +92,7 @@ class PassBytes:
         unread = {view.weight_bits: unread_bytes(decoder, view) for view in map(View, (4, 8, None))}
         head = num_bytes(decoder.head_for(View()))
         weights = num_bytes(_state(decoder)) - outside_bytes(decoder) + head
-        heads = {}
+        heads: dict[int | None, int] = {}
         if decoder.quantized_head is not None:
             heads[4] = head - num_bytes(decoder.head_for(View(head_bits=4)))
         mesh = getattr(getattr(decoder.embedding.get_value(), "sharding", None), "mesh", None)

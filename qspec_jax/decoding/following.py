@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from qspec_jax.decoding.led_programs import Call, LeadingPrograms, Load, Loaded, Value, digest
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
+from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device import processes
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.decoder import Decoder
@@ -36,20 +38,20 @@ class FollowingPrograms(Programs):
         self._check()
         super().compile(*arguments, **options)
 
-    def lay_out_weights(self, *arguments: Any) -> None:
+    def lay_out_weights(self, plan: DecodingPlan) -> None:
         """See the base."""
         self._check()
-        super().lay_out_weights(*arguments)
+        super().lay_out_weights(plan)
 
-    def made(self, *arguments: Any) -> Any:
+    def made(self, make: Callable[..., DecodeState]) -> DecodeState:
         """See the base."""
         self._check()
-        return super().made(*arguments)
+        return super().made(make)
 
-    def function(self, *arguments: Any) -> Callable[..., Any]:
+    def function(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """See the base."""
         self._check()
-        return super().function(*arguments)
+        return super().function(compute)
 
     def _check(self) -> None:
         if not self.is_led:
@@ -182,7 +184,7 @@ class Follower:
 
 
 @contextlib.contextmanager
-def _led(programs: FollowingPrograms) -> Iterator[None]:
+def _led(programs: FollowingPrograms) -> Generator[None]:
     programs.is_led = True
     try:
         yield

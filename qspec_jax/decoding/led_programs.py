@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import pickle
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -219,7 +219,7 @@ class LeadingPrograms(Programs):
         return self._noted(repeated, call.made)
 
     @contextlib.contextmanager
-    def _together(self, name: str, *arguments: Any, makes: bool = False, **options: Any) -> Iterator[Any]:
+    def _together(self, name: str, *arguments: Any, makes: bool = False, **options: Any) -> Generator[Any]:
         """Around a call: has the others make it as well; the number of what it makes."""
         with self._group.in_order():
             call = self._call(name, *arguments, makes=makes, **options)

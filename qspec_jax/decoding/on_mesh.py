@@ -99,7 +99,7 @@ class OnMesh:
         cache = jax.tree.map(lambda _: rows, state.cache)
         blocks = None if cache.blocks is None else PartitionSpec(DATA, None, MODEL)
         cache = dataclasses.replace(cache, layers=cache_specs(state.cache.layers), blocks=blocks)
-        others = jax.tree.map(lambda _: rows, dataclasses.replace(state, cache=None))
+        others = jax.tree.map(lambda _: rows, state.without_cache())
         return dataclasses.replace(others, cache=cache)
 
     def made(self, make: Callable[[], DecodeState]) -> DecodeState:

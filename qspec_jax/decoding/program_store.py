@@ -30,7 +30,7 @@ import pickle
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ _passing, _enabled = 0, True  # how many pass it over now, and whether it is use
 
 
 @contextlib.contextmanager
-def passed_over() -> Iterator[None]:
+def passed_over() -> Generator[None]:
     """Has JAX use no cache of its own meanwhile.
 
     A program that came out of JAX's cache cannot be kept a second time: on the CPU, the copy of one lacks functions.

@@ -108,8 +108,8 @@ class Sampler:
         if made is None:
             return None
         if features.penalises:
-            shape = (rows, vocab_size)
-            made = dataclasses.replace(made, in_prompt=np.zeros(shape, bool), counts=np.zeros(shape, np.int32))
+            unseen: Any = np.zeros((rows, vocab_size), bool)
+            made = dataclasses.replace(made, in_prompt=unseen, counts=unseen.astype(np.int32))
         if earlier is None:
             return made
         arrays = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]

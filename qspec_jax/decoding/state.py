@@ -130,22 +130,26 @@ class DecodeState:
             history=zeros(cache.capacity) if lookup else None,
         )
 
+    def without_cache(self) -> DecodeState:
+        """All but the cache, in whose place is ``None``: a pytree of arrays by row."""
+        nothing: Any = None
+        return dataclasses.replace(self, cache=nothing)
+
     def row(self, index: Int32[Array, ""]) -> DecodeState:
         """One row as a batch of its own."""
-        others = dataclasses.replace(self, cache=None)
-        sliced = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), others)
+        sliced = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, index, 1), self.without_cache())
         return dataclasses.replace(sliced, cache=self.cache.row(index))
 
     def with_row(self, index: Int32[Array, ""], row: DecodeState) -> DecodeState:
         """The same rows with another one at ``index``."""
-        others, new = (dataclasses.replace(state, cache=None) for state in (self, row))
+        others, new = self.without_cache(), row.without_cache()
         updated = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, index, 0), others, new)
         return dataclasses.replace(updated, cache=self.cache.with_row(index, row.cache))
 
 
 def with_rows_of(state: DecodeState, smaller: DecodeState) -> DecodeState:
     """Idle rows that hold what those of another state do, of which there are as many, with less capacity."""
-    history = state.history
+    history: Any = state.history
     if isinstance(history, jax.Array) and smaller.history is not None:  # on a mesh
         history = history.at[:, : smaller.cache.capacity].set(smaller.history)
     elif history is not None and smaller.history is not None:
@@ -171,7 +175,7 @@ class Report:
     num_tokens: Int32[Array, " B"]
     finished: Bool[Array, " B"]
     accepted_lengths: Int32[Array, "B lengths"]
-    cycles: Int32[Array, ""]
+    cycles: Int32[Array, ""] | np.int32
     scores: TokenScores | None = None
     record: DraftRecord | None = None
 

@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jax
@@ -93,7 +93,7 @@ def sharing_memory(mesh: Mesh) -> int:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(when: str) -> Iterator[None]:
+def explain_out_of_memory(when: str) -> Generator[None]:
     """Turns an allocation failure of the device into an OutOfMemoryError."""
     try:
         yield

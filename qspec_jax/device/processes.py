@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qspec_jax.errors import DeviceError
@@ -137,7 +137,7 @@ class Group:
         return self._order
 
     @contextlib.contextmanager
-    def telling(self, message: Any) -> Iterator[None]:
+    def telling(self, message: Any) -> Generator[None]:
         """Tells a message, around what this process does itself. Where that fails halfway the others do not know it.
 
         Raises:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ def _asked_for() -> str | None:
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[list[logging.LogRecord]]:
+def _held_back() -> Generator[list[logging.LogRecord]]:
     """Takes what JAX logs as it starts; what is still in the list afterwards is logged then."""
     records: list[logging.LogRecord] = []
     logger = logging.getLogger(_LOGGER)

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -139,7 +139,7 @@ class EditedLines(Lines):
 
 
 @contextlib.contextmanager
-def _without_echo(terminal: Any) -> Iterator[None]:
+def _without_echo(terminal: Any) -> Generator[None]:
     """Keys are not shown among what is printed, nor made into whole lines; Ctrl-C stays a signal."""
     if termios is None:  # Windows
         yield
@@ -150,7 +150,7 @@ def _without_echo(terminal: Any) -> Iterator[None]:
     except (OSError, ValueError, NotImplementedError, termios.error):  # no terminal
         yield
         return
-    quiet = [*earlier[:6], list(earlier[6])]
+    quiet: list[Any] = [*earlier[:6], list(earlier[6])]
     quiet[0] &= ~termios.ICRNL  # Enter is what it is where a line is read
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
     restore = functools.partial(termios.tcsetattr, number, termios.TCSANOW, earlier)

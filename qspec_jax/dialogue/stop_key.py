@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 
@@ -25,7 +25,7 @@ class StopKey:
         self._is_raised = False
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> Generator[None]:
         """Minds Ctrl-C, unless it is ignored (``nohup``), or this is no main thread."""
         is_main = threading.current_thread() is threading.main_thread()
         earlier = signal.getsignal(signal.SIGINT) if is_main else None
@@ -39,7 +39,7 @@ class StopKey:
             signal.signal(signal.SIGINT, earlier)
 
     @contextlib.contextmanager
-    def stops(self, stop: Callable[[], None] | None = None) -> Iterator[None]:
+    def stops(self, stop: Callable[[], None] | None = None) -> Generator[None]:
         """Has it call ``stop`` the first time, and raises :class:`CtrlC` then, or at once without one."""
         self._stop, self._is_raised = stop, stop is None
         try:

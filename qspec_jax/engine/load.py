@@ -26,7 +26,7 @@ from qspec_jax.device.start import start_device
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
-from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.config import HeadFields, ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
 from qspec_jax.model.grid import with_grid_of
 from qspec_jax.model.linear import WeightFormat
@@ -130,15 +130,16 @@ def open_model(
     return OpenedModel(path.name, source.config, chosen, formats, tokenizer, read, verify, source)
 
 
-def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: Mapping[str, int | None]) -> OpenedModel:
+def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: HeadFields) -> OpenedModel:
     """A checkpoint of this library, whose weights stay as they are. Arguments and errors of :func:`open_model`."""
     checkpoint = open_checkpoint(path)
     manifest = checkpoint.manifest
     stored = manifest.quantization
-    kept = {"keep_floats": stored.keep_floats and verify != "w4a16"}  # whose copy is all that is read then
+    keeps_floats = stored.keep_floats and verify != "w4a16"  # whose copy is all that is read then
+    heads = {**head_of(stored), **heads}
     chosen = dataclasses.replace(quantization, bits=4, keep_floats=False)
     chosen = with_grid_of(chosen, manifest.formats, manifest.model)
-    chosen = dataclasses.replace(chosen, **{**head_of(stored), **heads, **kept})
+    chosen = dataclasses.replace(chosen, keep_floats=keeps_floats, **heads)
     check_bits(path, chosen, verify)
     check_head(path, manifest.model, stored, chosen)
     read = functools.partial(restore_decoder, checkpoint, quantization=chosen)
@@ -146,14 +147,17 @@ def _open_saved(path: Path, quantization: QuantConfig, *, verify: str, heads: Ma
     return OpenedModel(path.name, manifest.model, chosen, formats, tokenizer, read, verify, checkpoint)
 
 
-def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> dict[str, int | None]:
+def _heads(quantization: Any, head_bits: int | None, draft_head: int | None) -> HeadFields:
     """What is said of the LM head besides a configuration, as its fields.
 
     Raises:
         UsageError: it makes no sense.
     """
-    given = {"head_bits": head_bits, "draft_head": draft_head}
-    said: dict[str, Any] = {name: None if bits == 16 else bits for name, bits in given.items() if bits is not None}
+    said: HeadFields = {}
+    if head_bits is not None:
+        said["head_bits"] = None if head_bits == 16 else head_bits
+    if draft_head is not None:
+        said["draft_head"] = None if draft_head == 16 else draft_head
     if said and quantization is None:
         raise UsageError(f"{' and '.join(said)} are of models whose linears are quantised; leave quantization=None out")
     QuantConfig(**said)  # refuses other numbers

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from qspec_jax.engine.results import RunTotals
 
 
 @contextlib.contextmanager
-def progress_bar(num_requests: int, *, shown: bool) -> Iterator[Callable[[RunTotals], None]]:
+def progress_bar(num_requests: int, *, shown: bool) -> Generator[Callable[[RunTotals], None]]:
     """A function that shows figures as they change; it does nothing where none are to be shown.
 
     Args:

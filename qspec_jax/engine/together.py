@@ -8,7 +8,7 @@ import faulthandler
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ _LOST = (
 @contextlib.contextmanager
 def join(
     coordinator: str | Any = None, *, num_processes: int | Any = None, process_id: int | Any = None
-) -> Iterator[processes.Group]:
+) -> Generator[processes.Group]:
     """A block of a script that several processes run together; docs/mesh.md has an example.
 
     All processes load the same models in it, on a mesh of all their devices. Only process 0 uses them: ask for
@@ -74,7 +74,7 @@ def join(
 
 
 @contextlib.contextmanager
-def _ending() -> Iterator[None]:
+def _ending() -> Generator[None]:
     """After an error has the process end in time: its devices may wait for those of others, and Python for them."""
     try:
         yield
@@ -103,7 +103,7 @@ def _membership(coordinator: Any, num_processes: Any, process_id: Any) -> Member
 
 
 @contextlib.contextmanager
-def together(group: processes.Group, *, usage_code: int = 1) -> Iterator[processes.Group]:
+def together(group: processes.Group, *, usage_code: int = 1) -> Generator[processes.Group]:
     """Around what some processes do together: has the others know how it ends here, and ends it where they end.
 
     Args:

@@ -116,9 +116,10 @@ def plot_outliers(maxima: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
     figure = Figure(figsize=(8, 1 + 2.2 * len(maxima)), layout="constrained")
     norm = LogNorm(max(min(a.min() for _, a in maxima), 1e-2), max(a.max() for _, a in maxima))
     pictures = np.atleast_1d(figure.subplots(len(maxima), sharex=True))
+    images = []
     for axes, (name, values) in zip(pictures, maxima, strict=True):
-        image = axes.imshow(values, norm=norm, aspect="auto", interpolation="nearest")
+        images.append(axes.imshow(values, norm=norm, aspect="auto", interpolation="nearest"))
         axes.set(title=name, ylabel="layer")
     pictures[-1].set(xlabel="channel")
-    figure.colorbar(image, ax=list(pictures), label="largest magnitude")
+    figure.colorbar(images[-1], ax=list(pictures), label="largest magnitude")
     write_picture(path, figure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +43,7 @@ def lock(file: IO[bytes] | int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None]:
     """Keeps others from writing a directory, by the lock of a hidden file beside it that is gone afterwards.
 
     Raises:

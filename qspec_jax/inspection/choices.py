@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +104,7 @@ def _of_any_layout(decoder: Decoder, path: str, view: View) -> Mapping[str, str 
 
     Of a linear that the view reads as floats, which have no order, the call itself tells.
     """
-    linear: Linear = functools.reduce(getattr, path.split("."), decoder.layers[0])
+    linear: Linear = operator.attrgetter(path)(decoder.layers[0])
     weight = linear.read_by(view)
     if not isinstance(weight, QuantizedWeight):
         return {}
@@ -142,5 +142,5 @@ def _named(selections: list[Selection], obstacles: list[Mapping[str, str | None]
 class _Frozen(dict[str, str]):
     """A dictionary that is not changed, and can be compared by its contents in a set."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:
         return hash(tuple(self.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def _cases(
     outputs: int,
     stored: WeightFormat,
     dtype: str,
-    settings: list[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
     *,
     in_float32: bool = False,
 ) -> Iterator[KernelCase]:

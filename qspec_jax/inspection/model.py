@@ -212,8 +212,8 @@ def _kernels(
     asked: Mapping[str, str],
 ) -> dict[str, Any]:
     """What one device runs, whose shapes are those of a smaller model."""
-    formats = {"formats": local_formats(config, shapes["formats"], mesh.model)}
-    options = {**shapes, **formats, "kernels": placement["kernels"], "dtype": placement["dtype"], **asked}
+    options: dict[str, Any] = {**shapes, "formats": local_formats(config, shapes["formats"], mesh.model)}
+    options |= {"kernels": placement["kernels"], "dtype": placement["dtype"], **asked}
     found = kernel_choices(local_config(config, mesh.model), **options)
     return {name: [dataclasses.asdict(choice) for choice in choices] for name, choices in found.items()}
 

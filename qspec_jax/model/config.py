@@ -318,6 +318,13 @@ class ActivationQuantization:
             raise UsageError(f"outlier_groups={self.outlier_groups} needs groups: set group_size, to 32 for example")
 
 
+class HeadFields(typing.TypedDict, total=False):
+    """What may be said of the LM head alone: fields of a :class:`QuantConfig`."""
+
+    head_bits: int | None
+    draft_head: int | None
+
+
 @typing.no_type_check  # it takes values of any type, and checks them itself
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import operator
 from collections.abc import Mapping
 
 from pallas_kernels import QuantizedWeight
@@ -47,7 +47,7 @@ def formats_in(decoder: Decoder) -> dict[str, WeightFormat]:
     """The format of each linear of a layer, from the weights themselves; of those in codes alone."""
     formats = {}
     for name in layer_anatomy(decoder.config).linears:
-        linear: Linear = functools.reduce(getattr, name.split("."), decoder.layers[0])
+        linear: Linear = operator.attrgetter(name)(decoder.layers[0])
         weight = linear.weight.get_value()
         if isinstance(weight, QuantizedWeight):
             is_wide = weight.scale.dtype.itemsize > 2

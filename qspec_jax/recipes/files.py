@@ -22,10 +22,10 @@ import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ActivationQuantization, QuantConfig, parse_group_size
+from qspec_jax.model.config import ActivationQuantization, HeadFields, QuantConfig, parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES, Recipe
 from qspec_jax.recipes.steps import RecipeOptions
 
@@ -65,7 +65,7 @@ def _usual(recipe: Recipe, saved: Callable[[], QuantConfig | None]) -> QuantConf
     return recipe.quantization if kept is None else dataclasses.replace(kept, bits=4, keep_floats=False)
 
 
-def with_heads(quantization: QuantConfig, **heads: int | None) -> QuantConfig:
+def with_heads(quantization: QuantConfig, **heads: Unpack[HeadFields]) -> QuantConfig:
     """The configuration with what is said of the LM head; one of 4 bits has no upper half for drafts to read."""
     if heads.get("head_bits") == 4:
         heads = {"draft_head": None, **heads}

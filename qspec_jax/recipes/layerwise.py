@@ -148,7 +148,7 @@ def _quantize_layer(
     layer: DecoderLayer, streams: list[Array], quantization: QuantConfig, where: str
 ) -> dict[str, QuantizedWeight]:
     """The linears of a layer in the order in which they run, each after those before it were rounded."""
-    rounded = {}
+    rounded: dict[str, QuantizedWeight] = {}
     for name in layer_anatomy(layer.attention.config).linears:
         hessian = second_moments(layer, streams, name)
         if not bool(jnp.isfinite(hessian).all()):

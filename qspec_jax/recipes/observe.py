@@ -7,6 +7,7 @@ module is replaced, while the layer is traced, by one that hands on what it is g
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def largest_inputs(
 
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
     """A linear of a layer, by its path in the layer."""
-    return functools.reduce(getattr, linear.split("."), layer)
+    return operator.attrgetter(linear)(layer)
 
 
 class _Observed(nnx.Module):

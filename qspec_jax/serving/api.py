@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -235,7 +235,7 @@ class Api:
         raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
     @contextlib.contextmanager
-    def _places(self, count: int) -> Iterator[None]:
+    def _places(self, count: int) -> Generator[None]:
         """Room for some answers, until they are asked of the service.
 
         Raises:

@@ -29,11 +29,9 @@ class _Connection(H11Protocol):
     knows when it ends, and then waits for all: one in between would be waited for until the time of grace is over.
     """
 
-    server_state: _State
-
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        if self.server_state.is_ending:
+        if isinstance(self.server_state, _State) and self.server_state.is_ending:
             self.shutdown()
 
 
@@ -57,10 +55,11 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(limits.grace_s) + _AFTER_GRACE_S,
         )
         super().__init__(config)
-        self.server_state: _State = _State()
+        self._state = _State()
+        self.server_state: ServerState = self._state
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests, and waits for those that run, for a time."""
         self._api.end()
-        self.server_state.is_ending = True
+        self._state.is_ending = True
         await super().shutdown(sockets)

@@ -57,11 +57,8 @@ def _compiled(template: str):
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _time_now
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment.from_string(template)
+    names = {"raise_exception": _refuse, "strftime_now": _time_now, "dict": _Dict(), "namespace": _Namespace}
+    return environment.from_string(template, globals=names)
 
 
 class _GenerationBlock(Extension):

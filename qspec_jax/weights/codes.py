@@ -84,13 +84,14 @@ def _nested(weight: QuantizedWeight) -> QuantizedWeight:
 
     Each code becomes the middle of those that it is the upper nibble of, and the offset takes that back.
     """
-    low = np.full_like(weight.packed, 0x11 * round(16 * TRUNCATED_CODE))
     scale, offset = (np.asarray(array, np.float32) for array in (weight.scale, weight.offset))
     offset = offset + np.float32(TRUNCATED_CODE) * scale
     arrays = [array.astype(np.float16) for array in (scale, offset)]
     if not all(map(np.array_equal, arrays, (scale, offset))):  # float16 does not hold them exactly
         arrays = [scale, offset]
-    return dataclasses.replace(weight, scale=arrays[0], offset=arrays[1], low=low)
+    low = np.full_like(weight.packed, 0x11 * round(16 * TRUNCATED_CODE))
+    nested: dict[str, Any] = {"scale": arrays[0], "offset": arrays[1], "low": low}
+    return dataclasses.replace(weight, **nested)
 
 
 def packed(tensor: QuantizedTensor) -> QuantizedWeight:

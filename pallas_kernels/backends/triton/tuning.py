@@ -186,7 +186,7 @@ def parse_table(raw: Any) -> TuningTable:
 
 def table_to_json(table: TuningTable) -> dict[str, Any]:
     """The inverse of :func:`parse_table`, with the entries in order."""
-    entries = [dataclasses.asdict(table.entries[key]) for key in sorted(table.entries)]
+    entries: list[dict[str, Any]] = [dataclasses.asdict(table.entries[key]) for key in sorted(table.entries)]
     for entry in entries:
         entry["decode"] = {str(rows): tile for rows, tile in sorted(entry["decode"].items())}
     return {"format": FORMAT, "device_kind": table.device_kind, "entries": entries}
@@ -227,7 +227,8 @@ def _parse_entry(raw: Any, where: str) -> TunedEntry:
     if raw["prefill"] is not None:
         prefill = _parse_tile(PrefillTile, raw["prefill"], raw, where)
         _check_order(raw["prefill"], raw, f"{where} prefill")
-    return TunedEntry(**{**raw, "decode": decode, "prefill": prefill})
+    fields: dict[str, Any] = {**raw, "decode": decode, "prefill": prefill}
+    return TunedEntry(**fields)
 
 
 def _parse_tile(kind: type[Any], raw: Any, entry: dict[str, Any], where: str) -> Any:

@@ -209,14 +209,14 @@ def context_state(
         blocks = np.sort(np.argsort(scores, axis=-1)[..., :num_blocks].astype(np.int32), axis=-1)
     cache = KVCache(layers, cast(Any, lengths), cast(Any, blocks))
     tokens = functools.partial(rng.integers, decoder.config.vocab_size, dtype=np.int32)
-    state = dataclasses.replace(
-        DecodeState.idle(cache),
-        last_token=tokens(size=rows),
-        history=tokens(size=(*rows, setting.capacity)) if lookup else None,
-        num_tokens=np.ones(rows, np.int32),
-        max_new_tokens=np.full(rows, setting.capacity, np.int32),
-        finished=np.zeros(rows, bool),
-    )
+    begun: dict[str, Any] = {
+        "last_token": tokens(size=rows),
+        "history": tokens(size=(*rows, setting.capacity)) if lookup else None,
+        "num_tokens": np.ones(rows, np.int32),
+        "max_new_tokens": np.full(rows, setting.capacity, np.int32),
+        "finished": np.zeros(rows, bool),
+    }
+    state = dataclasses.replace(DecodeState.idle(cache), **begun)
     return jax.tree.map(jnp.asarray, state) if shardings is None else state
 
 

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qspec_jax.bench.kernels.plot import plot_roofline
     from qspec_jax.bench.timing import WALL_NOTICE, kernel_clock_works
 
-    plan = MeasurementPlan(**{"implementations": _all_implementations(), **asked})
+    asked.setdefault("implementations", _all_implementations())
+    plan = MeasurementPlan(**asked)
     facts = environment(arguments.argv)
     show(header(facts))
     if not kernel_clock_works():

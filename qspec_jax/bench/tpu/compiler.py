@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def described_devices(generation: str) -> list[Any]:
 
 
 @contextmanager
-def described(device: Any) -> Iterator[None]:
+def described(device: Any) -> Generator[None]:
     """What is traced within is for this device: kernels, and the choice between them, ask which one there is."""
     one = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     auto = (jax.sharding.AxisType.Auto,)

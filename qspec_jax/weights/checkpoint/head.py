@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.config import HeadFields, ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.head import head_format
 from qspec_jax.model.linear import WeightFormat
@@ -21,7 +21,7 @@ from qspec_jax.weights.placing import parts_of
 _FLOATS, _TABLE = "lm_head", "embedding"
 
 
-def head_of(quantization: QuantConfig) -> dict[str, int | None]:
+def head_of(quantization: QuantConfig) -> HeadFields:
     """What a configuration says of the head, as its fields."""
     return {"head_bits": quantization.head_bits, "draft_head": quantization.draft_head}
 

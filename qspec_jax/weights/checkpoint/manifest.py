@@ -90,7 +90,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``qspec.json``, with its own checksum."""
         version = self._version
-        content = {"format": FORMAT, "format_version": version, **dataclasses.asdict(self)}
+        content: dict[str, Any] = {"format": FORMAT, "format_version": version, **dataclasses.asdict(self)}
         content["formats"].pop(HEAD, None)  # its arrays say that it is there
         for fields in () if version > 1 else (content["quantization"], *content["formats"].values()):
             for name in ("bits", "head_bits", "draft_head"):  # for versions that know 4 bits and float heads alone

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,7 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
 
 
 @contextlib.contextmanager
-def _errors_of_the_system() -> Iterator[None]:
+def _errors_of_the_system() -> Generator[None]:
     """Raises what TensorStore reports of a full disk as the OSError that it is, which Orbax logs with tracebacks."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
@@ -217,7 +217,7 @@ def _remove_other_data(path: Path, *, keep: str) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_sibling(path: Path) -> Iterator[Path]:
+def _temporary_sibling(path: Path) -> Generator[Path]:
     """A directory beside ``path`` that is gone afterwards, unless it was renamed or this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.writing-"
