@@ -1,4 +1,4 @@
-"""``.ci/check``: ruff and pyright on the whole tree, then the tests that concern the changed files.
+"""``.ci/check``: ruff and pyrefly on the whole tree, then the tests that concern the changed files.
 
 A quick answer, not a proof: it says which tests it left out. Exit codes: 0 nothing failed, 1 something failed, 2 usage.
 All tests are ``python -m pytest -n 2``; all of continuous integration is ``.ci/run``.
@@ -18,7 +18,11 @@ from select_tests import ROOT, select
 
 GRACE_S = 20  # for test files that run when time is up
 TEST_FILES_AT_ONCE = 2
-RUFF = {"ruff check": ["ruff", "check", "."], "ruff format": ["ruff", "format", "--check", "."]}
+LINT = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "pyrefly": ["pyrefly", "check", "--python-interpreter-path", sys.executable],
+}
 
 
 def main() -> int:
@@ -27,7 +31,7 @@ def main() -> int:
     base = "changed is what differs from this commit (default: where HEAD left origin/main, else HEAD)"
     parser.add_argument("--base", metavar="REV", help=base)
     parser.add_argument("--list", action="store_true", help="only print which tests would run, and which would not")
-    parser.add_argument("--no-tests", action="store_true", help="ruff and pyright only")
+    parser.add_argument("--no-tests", action="store_true", help="ruff and pyrefly only")
     parser.add_argument(
         "--seconds", type=int, default=150, metavar="N", help="start no test file later than this (default: 150)"
     )
@@ -43,20 +47,17 @@ def main() -> int:
         print(*(f"  {test}" for test in left_out), sep="\n")
         return 0
 
-    failed = [name for name, command in RUFF.items() if not check(name, command)]
-    with ThreadPoolExecutor(1) as background:
-        types = background.submit(check, "pyright", ["pyright", "--pythonpath", sys.executable])
-        if not arguments.no_tests:
-            print(f"{len(changed)} files differ from {since}; they select {len(selected)} test files (see --list)")
-            with ThreadPoolExecutor(TEST_FILES_AT_ONCE) as tests:
-                outcomes = list(tests.map(lambda test: run_tests(test, deadline), selected))
-            failed += [test for test, passed in zip(selected, outcomes, strict=True) if passed is False]
-            unknown = [test for test, passed in zip(selected, outcomes, strict=True) if passed is None]
-            if unknown:
-                print(f"out of time, so not started or not finished: {', '.join(unknown)}")
-            if left_out:
-                print(f"not run: {len(left_out)} more test files that depend on the change")
-        failed += [] if types.result() else ["pyright"]
+    failed = [name for name, command in LINT.items() if not check(name, command)]
+    if not arguments.no_tests:
+        print(f"{len(changed)} files differ from {since}; they select {len(selected)} test files (see --list)")
+        with ThreadPoolExecutor(TEST_FILES_AT_ONCE) as tests:
+            outcomes = list(tests.map(lambda test: run_tests(test, deadline), selected))
+        failed += [test for test, passed in zip(selected, outcomes, strict=True) if passed is False]
+        unknown = [test for test, passed in zip(selected, outcomes, strict=True) if passed is None]
+        if unknown:
+            print(f"out of time, so not started or not finished: {', '.join(unknown)}")
+        if left_out:
+            print(f"not run: {len(left_out)} more test files that depend on the change")
     outcome = f"FAILED: {', '.join(failed)}" if failed else "nothing failed"
     print(f"{outcome}; {time.monotonic() - start:.0f} s")
     return 1 if failed else 0

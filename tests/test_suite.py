@@ -48,13 +48,13 @@ class _Sized:
 
 @jaxtyping.jaxtyped(typechecker=None)
 def _counted(count: int) -> str:
-    return "one" if count == 1 else count  # pyright: ignore
+    return "one" if count == 1 else count  # pyrefly: ignore[bad-return]
 
 
 def _multiply_by(factor):
     @jaxtyping.jaxtyped(typechecker=None)
     def multiply(x: Float[Array, " rows"], again: int = factor) -> Float[Array, " rows"]:
-        return x * factor * again if again else "nothing"  # pyright: ignore
+        return x * factor * again if again else "nothing"  # pyrefly: ignore[bad-return]
 
     return multiply
 

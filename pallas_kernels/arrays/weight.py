@@ -196,6 +196,7 @@ def check_weight(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
 def pack_codes(codes: UInt8[_AnyArray, "*layers N K"]) -> UInt8[_AnyArray, "*layers N half_K"]:
     """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes, on the device or in host memory."""
     half = codes.shape[-1] // 2
+    # pyrefly: ignore[bad-return]: it does not look at each kind of array by itself
     return codes[..., :half] | (codes[..., half:] << 4)
 
 
@@ -208,6 +209,7 @@ def pack_nested(
     codes: UInt8[_AnyArray, "*layers N K"],
 ) -> tuple[UInt8[_AnyArray, "*layers N half_K"], UInt8[_AnyArray, "*layers N half_K"]]:
     """``packed`` and ``low`` of unsigned 8-bit codes, on the device or in host memory."""
+    # pyrefly: ignore[bad-return, bad-specialization]: as above
     return pack_codes(codes >> 4), pack_codes(codes & 0xF)
 
 

@@ -136,6 +136,7 @@ def _kernel(
         for start, part in zip((0, half), halves, strict=True):
             codes, scale = new.code(part, jnp.broadcast_to(magnitude, part.shape))
             tile.store(values_ref, (sequence, position, head), start, codes)
+        # pyrefly: ignore[unbound-name]: there are two halves
         plgpu.store(value_scales_ref.at[sequence, head, position], jnp.max(scale))
 
     @pl.when((program >= first_key) & (token == 0))

@@ -31,6 +31,7 @@ class Reader(GGUFReader):
     """
 
     @property
+    # pyrefly: ignore[bad-override-mutable-attribute]: the base assigns a memory map, and reads what is kept of it
     def data(self) -> np.ndarray:
         return self._data
 
