@@ -33,6 +33,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears
 from qspec_jax.model.linear import activation_quantization
+from qspec_jax.model.view import View
 
 
 class Programs(Lowering):
@@ -59,6 +60,7 @@ class Programs(Lowering):
         self.store: ProgramStore | None = None
         self._costs: CostTable | None = None
         self._fitting: set[tuple[int, int]] = set()  # rows and capacity of caches that were found to fit
+        self._laid_out_for: set[tuple[View, ...]] = set()  # views of plans: to look at all linears takes 15 ms
         # Held to lay weights out, to trace, and to note what was compiled; not to compile, nor to run a program.
         self._lock = threading.RLock()
 
@@ -298,6 +300,8 @@ class Programs(Lowering):
         quantises activations with a zero point. Neither is ever undone: plans that alternate keep their programs.
         """
         with self._lock:
+            if plan.views in self._laid_out_for:
+                return
             changed = lay_out(self.decoder, plan.views, self.mesh)
             quantization = linears(self.decoder)[0].quantization
             recipes = [] if quantization is None else [activation_quantization(quantization, one) for one in plan.views]
@@ -305,6 +309,7 @@ class Programs(Lowering):
                 changed |= add_group_sums(self.decoder, self.mesh)
             if changed:
                 self._laid_out = LaidOut(self.decoder)
+            self._laid_out_for.add(plan.views)
 
     def repetition(
         self, plan: DecodingPlan, make: Callable[[Decoder], DecodeState], *, advance: Callable[..., DecodeState]

@@ -29,14 +29,35 @@ _SHARE = 0.02
 _LONGEST_S = 0.25
 
 
+class _Loops:
+    """The loops of a batch, whose shape grows with what requests need."""
+
+    def __init__(self, programs: Programs, shape: Shape, on_event: Callable[[str], None]):
+        self.shape = shape
+        self._programs, self._beside = programs, CompileBeside(programs, on_event)
+
+    def are_ready(self, plan: DecodingPlan) -> bool:
+        return self._programs.has_loop(plan, self.shape)
+
+    def prepare(self, plan: DecodingPlan) -> None:
+        self._beside.prepare(plan, self.shape)
+
+    def name_of(self, plan: DecodingPlan) -> tuple[DecodingPlan, Shape]:
+        return plan, self.shape
+
+
 class Choosing:
-    """The choice between the plans of a batch."""
+    """The choice between the plans of a batch.
+
+    It knows nothing of the scheduler that asks it: a circle would keep the cache of a batch, when that is done, until
+    Python looks for circles.
+    """
 
     def __init__(
         self,
         programs: Programs,
         plan: AutoPlan,
-        shape: Callable[[], Shape],
+        shape: Shape,
         *,
         burst_s: float,
         serves: bool,
@@ -47,25 +68,24 @@ class Choosing:
         Args:
             programs: of the model.
             plan: what there is to choose from.
-            shape: of the programs, as it is now.
+            shape: of the programs, until another one is noted.
             burst_s: seconds of a burst when there is nothing to find out.
             serves: of such a batch nobody knows the end.
             on_event: told of a plan that does not compile.
         """
         for one in plan.choices:
             programs.lay_out_weights(one)
-        beside = CompileBeside(programs, on_event)
+        self._loops = _Loops(programs, shape, on_event)
         lookups = [one for one in plan.choices if one.lookup]
-        rows = shape().rows
-        self._is_ready: Callable[[DecodingPlan], bool] = lambda one: programs.has_loop(one, shape())
+        rows = shape.rows
         self._chooser = Chooser(
             plan.choices,
             programs.costs,
             rows=rows,
             burst_s=burst_s,
-            is_ready=self._is_ready,
-            prepare=lambda one: beside.prepare(one, shape()),
-            name_of=lambda one: (one, shape()),
+            is_ready=self._loops.are_ready,
+            prepare=self._loops.prepare,
+            name_of=self._loops.name_of,
             replayed={one.draft_source for one in lookups},
         )
         self._foresight = Foresight(self._chooser, rows=rows, serves=serves)
@@ -81,7 +101,12 @@ class Choosing:
         """
         began_s = time.perf_counter()
         last = self._last
-        if last is not None and last.cycles is None and began_s < self._holds_until_s and self._is_ready(last.plan):
+        if (
+            last is not None
+            and last.cycles is None
+            and began_s < self._holds_until_s
+            and self._loops.are_ready(last.plan)
+        ):
             return last
         context = _context(decoding)
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
@@ -118,6 +143,10 @@ class Choosing:
             some = np.asarray(counts, float)
             mean = (some / some.sum(axis=1, keepdims=True)).mean(axis=0)
             self._chooser.note_replayed(self._lookup, (mean * some.sum()).tolist())
+
+    def note_shape(self, shape: Shape) -> None:
+        """The programs are those of another shape from now on."""
+        self._loops.shape = shape
 
     def entered(self) -> None:
         """A sequence has got a row."""

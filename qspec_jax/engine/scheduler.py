@@ -106,7 +106,7 @@ class Scheduler:
         self._choosing: Choosing | None = None
         if isinstance(plan, AutoPlan):
             options: dict[str, Any] = {"burst_s": burst_s, "serves": serves, "on_event": self._on_event}
-            self._choosing = Choosing(programs, plan, lambda: self.shape, **options)
+            self._choosing = Choosing(programs, plan, self.shape, **options)
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._is_torn = False  # a step has begun, and not ended
@@ -369,6 +369,8 @@ class Scheduler:
         elif wanted != self.shape:
             self._state = self._programs.with_features(self._state, wanted)
         self.shape = wanted
+        if self._choosing is not None:
+            self._choosing.note_shape(wanted)
 
     def _room_for(self, entering: RunningSequence, idle: Sequence[int]) -> int:
         """An idle row for a sequence, which may go on with the text of its session there."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
+import jax
 import pytest
 
 from qspec_jax.decoding.chunks import Shape
@@ -84,3 +86,23 @@ def test_it_starts_plainly_and_compiles_beside(monkeypatch):
     assert totals.choices.keys() == {"w4a16"}
     assert len(set(asked)) > 1
     assert all(len(result.token_ids) == NUM_TOKENS for result in results)
+
+
+def test_a_batch_that_is_done_leaves_no_cache_behind(model):
+    """Not even until Python looks for circles: the cache of the next batch would have to fit beside it."""
+    run(model, PLANS)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        run(model, PLANS)
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
+
+
+def test_weights_are_looked_at_once_for_all_batches(model, monkeypatch):
+    """That takes 15 ms for each choice of a model of 30 layers."""
+    run(model, PLANS)
+    monkeypatch.setattr("qspec_jax.decoding.programs.lay_out", None)
+    run(model, PLANS)

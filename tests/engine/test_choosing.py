@@ -53,7 +53,7 @@ def batch(monkeypatch):
     monkeypatch.setattr(of_choosing, "time", clock)
     plan = AutoPlan("auto", (PLAIN, LOOKUP))
     shape = Shape.of(plan, rows=2, capacity=64)
-    choosing = Choosing(programs, plan, lambda: shape, burst_s=0.5, serves=True, on_event=print)
+    choosing = Choosing(programs, plan, shape, burst_s=0.5, serves=True, on_event=print)
     running = [RunningSequence(Request([1, 2, 3], 40, SamplingParams()))]
 
     def ask(cycles=None):

@@ -73,7 +73,7 @@ def test_rows_count_alike_however_few_cycles_their_tokens_take():
     plan, costs = AutoPlan("auto", (PLAIN, LOOKUP)), CostTable(PassBytes(1000, 10))
     shape = Shape.of(plan, rows=2, capacity=64)
     options = {"burst_s": 0.5, "serves": False, "on_event": print}
-    choosing = Choosing(Compiled(costs), plan, lambda: shape, **options)
+    choosing = Choosing(Compiled(costs), plan, shape, **options)
     texts = [[1, 2, 3, 4] * 10, list(range(10, 50))]
     running = [RunningSequence(Request(text[:4], 56, SamplingParams())) for text in texts]
     for one, text in zip(running, texts, strict=True):
