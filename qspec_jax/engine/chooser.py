@@ -24,6 +24,8 @@ from qspec_jax.engine.makespan import Makespan, tell
 from qspec_jax.engine.trials import UNKNOWN_REST_S, Knowledge, PossibleTrial, choose_trial, cycles_to_tell
 
 _BETTER = 1.02  # times faster than what runs, to take its place
+_BETTER_THAN_PLAIN = 1.03  # where that drafts nothing: its time is known better than what drafts will yield
+_BETTER_UNSEEN = 1.15  # where only texts before tell of drafts: those of a text that has just begun are rejected more
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
 _MEMORY_CYCLES, _MEMORY = 125, (500, 2000)  # that count of acceptance; at least and at most, of all sequences
 _MAX_OVERHEAD_S = 0.02  # that a burst may take besides its cycles
@@ -34,6 +36,8 @@ _COLD_CYCLES = 2  # of the first burst of a program, which says little of their 
 _LEARNING_BURST_S = 0.03  # of plain decoding until its time is known, and bursts at least
 _OF_OVERHEAD = 10  # times what a burst takes besides its cycles: also at least
 _UNTIL_REPLAY = 64  # plain steps at most, where they may show that others would be faster
+_UNTIL_REPLAY_OF_FAR = 256  # the same, where they have shown that nothing is nearly as fast
+_NEAR = 0.9  # times as fast as what runs
 _SHARE_OF_PAST, _SHARE_OF_REST = 1 / 4, 1 / 4  # of a burst: after that, more is known
 
 
@@ -170,7 +174,7 @@ class Chooser:
             if plan == plain or (self._is_ready(plan) and self._has_been_seen(plan))
         }
         best = max(rates, key=rates.__getitem__)
-        if rates[best] > rates.get(self._current, 0.0) * _BETTER:
+        if rates[best] > rates.get(self._current, 0.0) * self._margin(best):
             self._current = best
         ends = next(iter(self._makespans.values()), None)
         rest_s = UNKNOWN_REST_S if ends is None else ends.plain * seconds[plain]
@@ -182,15 +186,41 @@ class Chooser:
         if (trial := choose_trial(ready, self._trials, rest_s)) is not None:
             self._trial = trial
             return Burst(trial.plan, None, trial.cycles, "a trial")
+        if wanted is None and self._is_all_far(rates):
+            burst_s = min(self._burst_s, _UNTIL_REPLAY_OF_FAR * seconds[plain])
+        else:
+            burst_s = self._until_more_is_known(seconds[plain], None if ends is None else rest_s)
+        return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
+
+    def _margin(self, best: DecodingPlan) -> float:
+        """How many times faster than what runs a plan has to be to take its place."""
+        if best != self._plans[0] and not self.acceptance[best.draft_source].cycles:
+            return _BETTER_UNSEEN
+        return _BETTER_THAN_PLAIN if self._current == self._plans[0] else _BETTER
+
+    def _is_all_far(self, rates: Mapping[DecodingPlan, float]) -> bool:
+        """Whether plain decoding runs, and texts have shown that what was measured is not nearly as fast."""
+        plain = self._plans[0]
+        others = [rate for plan, rate in rates.items() if plan != plain]
+        is_seen = all(self.acceptance[source].cycles >= _FEW_REPLAYED for source in self._replayed)
+        return self._current == plain and is_seen and bool(others) and max(others) < _NEAR * rates[plain]
+
+    def _until_more_is_known(self, plain_s: float, rest_s: float | None) -> float:
+        """Seconds of the next burst: a part of what is past, and of the rest, if that is known.
+
+        Args:
+            plain_s: of a plain step.
+            rest_s: until the batch ends; None if nobody knows.
+        """
         least_s = max(_LEARNING_BURST_S, _OF_OVERHEAD * (self._overhead_s or 0.0))
         burst_s = max(least_s, _SHARE_OF_PAST * self._elapsed_s)
-        if ends is not None:
+        if rest_s is not None:
             burst_s = min(burst_s, max(least_s, _SHARE_OF_REST * rest_s))
         burst_s = min(burst_s, self._burst_s)
         # After each burst of another source's plan, replay tells what drafts would have yielded.
         if self._replayed and self._current.draft_source not in self._replayed:
-            burst_s = min(burst_s, _UNTIL_REPLAY * seconds[plain])
-        return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
+            burst_s = min(burst_s, _UNTIL_REPLAY * plain_s)
+        return burst_s
 
     def observe(
         self, plan: DecodingPlan, *, cycles: int, seconds: float, histogram: Sequence[int], context: int
