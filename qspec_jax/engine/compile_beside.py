@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
+
+# For which a thread keeps Python, once another one asks for it: 5 ms by default. Who dispatches asks for it at every
+# call of JAX, and to trace and lower a loop takes seconds of Python.
+_SWITCH_S = 0.0005
+
+
+class _Switching:
+    """How often Python changes threads, of which the process has one setting."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before_s = threading.Lock(), 0, 0.0
+
+    @contextlib.contextmanager
+    def often(self) -> Generator[None]:
+        """Often meanwhile, and as before once the last of those who want that has ended."""
+        with self._lock:
+            if not self._count:
+                self._before_s = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH_S, self._before_s))
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    sys.setswitchinterval(self._before_s + 5e-7)  # of which Python keeps whole microseconds
+
+
+_switching = _Switching()
 
 
 class CompileBeside:
@@ -26,8 +59,12 @@ class CompileBeside:
         """
         asked = plan, shape
         if asked not in self._asked_for and all(other.done() for other in self._asked_for.values()):
-            self._asked_for[asked] = self._thread.submit(self._programs.compile, *asked, ())
+            self._asked_for[asked] = self._thread.submit(self._compile, plan, shape)
             self._asked_for[asked].add_done_callback(lambda done: self._report_failure(plan, done))
+
+    def _compile(self, plan: DecodingPlan, shape: Shape) -> None:
+        with _switching.often():
+            self._programs.compile(plan, shape, ())
 
     def _report_failure(self, plan: DecodingPlan, done: Future[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
