@@ -78,9 +78,10 @@ class ChunksOfAPass(NamedTuple):
 def with_more(
     chunks: Sequence[NextChunk], of_rows: Mapping[int, Sequence[Chunk]], *, room: int, most: int, longest_packed: int
 ) -> list[NextChunk]:
-    """The same chunks, and where one pass has room for them and more, the next ones of the same prompts with them.
+    """The same chunks, and where the passes that they need have room for more, the next ones of the same prompts.
 
-    A pass takes some milliseconds however few pieces it has. A prompt that is read alone would have one for each chunk.
+    A pass takes some milliseconds however few pieces it has. A prompt that is read alone would have one for each chunk,
+    and of five prompts the second of two passes would be a quarter full.
 
     Args:
         chunks: that are read next.
@@ -91,14 +92,15 @@ def with_more(
     """
     found = list(chunks)
     packed = [place for place, one in enumerate(found) if len(one.text(of_rows[one.row])[1]) <= longest_packed]
-    left = room - sum(packing.num_pieces(len(found[place].text(of_rows[found[place].row])[1])) for place in packed)
+    left = -sum(packing.num_pieces(len(found[place].text(of_rows[found[place].row])[1])) for place in packed) % room
     while packed and most > 0 and left > 0:
         place, one = packed[0], found[packed.pop(0)]
         later = of_rows[one.row][one.index + one.count :]
         # Pieces are where they would be otherwise: but for the last chunk, each is a whole number of them.
         if not later or len(one.text(of_rows[one.row])[1]) % packing.PIECE or len(later[0][1]) > longest_packed:
             continue
-        if (needed := packing.num_pieces(len(later[0][1]))) <= left:
+        pieces = packing.num_pieces(len(one.text(of_rows[one.row])[1]))
+        if (needed := packing.num_pieces(len(later[0][1]))) <= min(left, room - pieces):
             found[place], left, most = one._replace(count=one.count + 1), left - needed, most - 1
             packed.append(place)
     return found
