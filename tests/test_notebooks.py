@@ -1,16 +1,23 @@
-"""The notebooks run from top to bottom, and are stored without outputs."""
+"""The notebooks run from top to bottom, and are stored without outputs.
+
+The demo model's tokens are tests/test_demo.py's. Here a tiny model takes its place, unless all is tested thoroughly.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import gguf
 import pytest
+
+from tests.conftest import THOROUGH
+from tests.test_documents import write_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell tagged "parameters" of each sets for a reader, and a test for itself: fewer programs of fewer tokens.
 SMALLER = {
-    "01_quickstart": {"NUM_TOKENS": 8, "NUM_PROMPTS": 2, "DRAFT_LENGTHS": (3,), "TARGETS": ("float",)},
+    "01_quickstart": {"NUM_TOKENS": 16, "NUM_PROMPTS": 2, "DRAFT_LENGTHS": (3,), "TARGETS": ("float",)},
     "02_where_speculation_pays": {
         **{"NUM_TOKENS": 8, "NUM_PROMPTS": 2, "NUM_RUNS": 1},
         **{"DRAFT_LENGTHS": (1, 3), "COPIED_BYTES": 2**22},
@@ -50,17 +57,16 @@ def with_smaller_parameters(path, nbformat):
     return notebook
 
 
-@pytest.mark.contract
-@pytest.mark.demo
-@pytest.mark.usefixtures("demo_gguf")
 @pytest.mark.filterwarnings("default")  # of the notebook machinery
-@pytest.mark.slow  # 50 s: a kernel, which all share as its start and the demo model's programs cost most
-def test_the_notebooks_run_and_draw():
+def test_the_notebooks_run_and_draw(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")
     nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebook'")
     notebooks = [with_smaller_parameters(path, nbformat) for path in NOTEBOOKS]
     # One model for all, and nothing else: each begins with no name that another has set.
-    begin = "import functools, qspec_jax\nqspec_jax.load = functools.cache(qspec_jax.load)\n"
+    begin = "import functools, pathlib, qspec_jax\nqspec_jax.load = functools.cache(qspec_jax.load)\n"
+    if not THOROUGH:
+        model = write_model(tmp_path / "demo.gguf", gguf.GGMLQuantizationType.Q4_0)
+        begin += f"qspec_jax.weights.resolve.demo_gguf_path = functools.partial(pathlib.Path, {str(model)!r})\n"
     cells = [nbformat.v4.new_code_cell(begin)]
     for notebook in notebooks:
         cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
