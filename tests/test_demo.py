@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import qspec_jax
-from qspec_jax import ActivationQuantization, QuantConfig, SamplingParams
+from qspec_jax import DecodingPlan, Precision, SamplingParams, View
 from tests.conftest import THOROUGH
 from tests.golden import make_demo
 
@@ -18,10 +19,11 @@ pytestmark = [
     pytest.mark.slow,  # up to 30 s each on a quiet machine: a real model
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="token identity in float32 is a contract of the CPU"),
 ]
-# A step reads all weights, however many rows it is for: many prompts of few tokens say most. All 24 of 64 on request.
+# Each of the 24 prompts with recorded tokens is read once: by plain decoding, with W4A8 or with W4A4 drafts. All 64
+# tokens on request, and then plain decoding reads all prompts.
 NUM_TOKENS = make_demo.NUM_TOKENS if THOROUGH else 32
-NUM_PLAIN = 24 if THOROUGH else 12
-NUM_DRAFTED, ROWS = 10, 8  # more than fit a batch
+NUM_PLAIN = 24 if THOROUGH else 8
+ROWS, CAPACITY = 8, 128  # of every batch, so that they share programs
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,25 @@ def model(demo_gguf):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return model.generate(make_demo.prompts()[:NUM_PLAIN], mode="w4a16", max_new_tokens=NUM_TOKENS)
+    options = {"mode": "w4a16", "batch_size": ROWS, "max_seq_len": CAPACITY, "max_new_tokens": NUM_TOKENS}
+    return model.generate(make_demo.prompts()[:NUM_PLAIN], **options)
 
 
-def drafted(model, draft):
-    return model.generate(make_demo.prompts()[:NUM_DRAFTED], draft=draft, max_new_tokens=NUM_TOKENS, batch_size=ROWS)
+def served(model, plan, asked, max_new_tokens):
+    """A batch that has served all that is asked: a limit for each, or one for all."""
+    batch = model.pipeline(plan, batch_size=ROWS, max_seq_len=CAPACITY)
+    for one, limit in zip(asked, np.broadcast_to(max_new_tokens, len(asked)).tolist(), strict=True):
+        batch.submit(one, max_new_tokens=limit)
+    return list(batch.results()), batch.totals
+
+
+def drafted(model, draft, prompts):
+    """Results of a slice of the prompts, whose tokens are those recorded. What does not fit the batch has few."""
+    asked, recorded = make_demo.prompts()[prompts], recorded_tokens()[prompts]
+    limits = [NUM_TOKENS] * ROWS + [8] * (len(asked) - ROWS)
+    results, _ = served(model, model.plan(draft=draft), asked, limits)
+    assert token_ids(results) == [ids[:limit] for ids, limit in zip(recorded, limits, strict=True)]
+    return results[:ROWS]
 
 
 def token_ids(results):
@@ -70,27 +86,23 @@ def test_recorded_tokens_are_those_of_the_installed_transformers(demo_gguf, plai
     assert make_demo.hf_choices(demo_gguf, encoded[:4], recorded[:4]) == recorded[:4]
 
 
-def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model, plain):
-    results = drafted(model, "w4a8")
-    assert token_ids(results) == token_ids(plain)[:NUM_DRAFTED]
-    acceptance, tokens_per_cycle = totals(results)
+def test_w4a8_drafts_give_the_same_tokens_and_are_mostly_accepted(model):
+    acceptance, tokens_per_cycle = totals(drafted(model, "w4a8", slice(8, 17)))
     assert acceptance > 0.85
     assert tokens_per_cycle > 3.5
 
 
-def test_w4a4_drafts_give_the_same_tokens_and_are_often_accepted(model, plain):
-    results = drafted(model, "w4a4")
-    assert token_ids(results) == token_ids(plain)[:NUM_DRAFTED]
-    acceptance, tokens_per_cycle = totals(results)
+def test_w4a4_drafts_give_the_same_tokens_and_are_often_accepted(model):
+    acceptance, tokens_per_cycle = totals(drafted(model, "w4a4", slice(16, 24)))
     assert acceptance > 0.72
     assert tokens_per_cycle > 3.15
 
 
-def test_even_drafts_that_are_rarely_right_change_nothing(demo_gguf, plain):
-    coarse = QuantConfig(w4a4=ActivationQuantization(group_size=None, symmetric=True))
-    model = qspec_jax.load(demo_gguf, dtype="float32", quantization=coarse)
-    results = model.generate(make_demo.prompts()[:4], draft="w4a4", draft_length=2, max_new_tokens=16)
-    assert token_ids(results) == [ids[:16] for ids in token_ids(plain)[:4]]
+def test_even_drafts_that_are_rarely_right_change_nothing(model):
+    """They see four tokens."""
+    plan = DecodingPlan(Precision.W4A16, View(activation_bits=4, cache_window=4), 2)
+    results, _ = served(model, plan, make_demo.prompts()[:ROWS], 8)
+    assert token_ids(results) == [ids[:8] for ids in recorded_tokens()[:ROWS]]
     assert totals(results)[0] < 0.4
 
 
@@ -109,19 +121,18 @@ def test_generation_stops_at_the_end_of_a_turn(model):
 
 
 def test_a_system_prompt_is_read_once_for_all_conversations(model):
-    system = {"role": "system", "content": "You are a sailor, and answer as if you stood at the helm. " * 8}
-    conversations = [[system, {"role": "user", "content": prompt}] for prompt in make_demo.prompts()[:3]]
+    system = {"role": "system", "content": "You are a sailor, and answer as if you stood at the helm. " * 3}
+    questions = [" ".join(make_demo.prompts()[index : index + 3]) for index in range(3)]
+    conversations = [[system, {"role": "user", "content": question}] for question in questions]
 
-    def served(some):
-        batch = model.pipeline(model.plan("w4a16"), batch_size=2, max_seq_len=256)
-        for one in some:
-            batch.submit(one, max_new_tokens=4)
-        return token_ids(batch.results()), batch.totals.reused_prompt_tokens
+    def answered(some):
+        results, run = served(model, model.plan("w4a16"), some, 4)
+        return token_ids(results), run.reused_prompt_tokens
 
-    alone = [served([one]) for one in conversations]
+    alone = [answered([one]) for one in conversations]
     shared = model.intake.request(conversations[0]).prefix_length
-    assert shared > 100
-    assert served(conversations) == ([ids for (ids,), _ in alone], 2 * shared)
+    assert shared > 50
+    assert answered(conversations) == ([ids for (ids,), _ in alone], 2 * shared)
     assert {reused for _, reused in alone} == {0}
 
 
