@@ -53,9 +53,9 @@ def asked(index, prefix, *, length=None, new_tokens=None):
 
 
 def scheduler_of(model, mode="qspec", **options):
-    """The same programs for all, which are those of test_scheduler.py."""
+    """Whose programs are the same for all, whatever a test's requests need."""
     scheduler = Scheduler(model.programs, model.plan(mode, draft="w4a8"), rows=ROWS, capacity=CAPACITY, **options)
-    scheduler._features = SamplingFeatures.of([*SAMPLING, SamplingParams(temperature=1.0, top_k=7)])
+    scheduler.expect((), SamplingFeatures.of(SAMPLING))
     return scheduler
 
 
@@ -109,7 +109,7 @@ def test_the_cache_has_the_bits_that_it_would_have_without_reuse():
     """In bfloat16, where a sum in another order is another number."""
     model = tiny.language_model(dtype="bfloat16")
     wanted = [
-        dataclasses.replace(asked(index, PREFIX, length=7 + 9 * index, new_tokens=9), sampling=SamplingParams())
+        dataclasses.replace(asked(index, PREFIX, length=(10, 16, 25)[index], new_tokens=9), sampling=SamplingParams())
         for index in range(ROWS)
     ]
 
