@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import tokenizers
 from jinja2.exceptions import SecurityError
@@ -18,6 +19,7 @@ from qspec_jax.tokenizer.backend import PlainBackend
 from qspec_jax.tokenizer.chat_template import is_plain, render
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
+from tests.test_documents import write_model
 from tests.tokenizer.test_tokenizer import (
     CHAT_TEMPLATE,
     TEXTS,
@@ -449,15 +451,18 @@ def test_python_that_comes_with_a_tokenizer_is_refused_without_a_question(
     assert not ran.exists()
 
 
-@pytest.mark.demo
-def test_generating_does_not_import_transformers(checkpoint_tokenizer):
-    """Its thousands of files are most of a start on a slow disk. Nor does the tokenizer of a checkpoint."""
+def test_generating_does_not_import_transformers(demo_gguf, checkpoint_tokenizer, tmp_path):
+    """Its thousands of files are most of a start on a slow disk. Nor do tokenizers of a GGUF file and a checkpoint."""
+    model = write_model(tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q4_1)
     code = (
         "import sys\n"
         "from qspec_jax.generate import main\n"
         "from qspec_jax.weights.tokenizers import load_tokenizer\n"
-        "load_tokenizer(sys.argv[1]).apply_chat([{'role': 'user', 'content': 'Hi'}])\n"
-        "assert main(['--prompt', 'What is a cache?', '--max-new-tokens', '2', '--mode', 'w4a16']) == 0\n"
+        "for path in sys.argv[2:]:\n"
+        "    load_tokenizer(path).apply_chat([{'role': 'user', 'content': 'Hi'}])\n"
+        "options = ['--model', sys.argv[1], '--max-new-tokens', '2', '--mode', 'w4a16']\n"
+        "assert main(['--prompt', 'What is a cache?', *options]) == 0\n"
         "assert not {'transformers', 'torch', 'orbax', 'huggingface_hub'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(checkpoint_tokenizer)], check=True, cwd=ROOT)
+    paths = map(str, (model, demo_gguf, checkpoint_tokenizer))
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, cwd=ROOT)
