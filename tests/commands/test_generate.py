@@ -125,7 +125,7 @@ def test_several_prompts_are_told_apart(capsys):
 
 @pytest.mark.usefixtures("demo")
 def test_without_the_chat_template_the_prompt_is_continued(capsys):
-    _, out, _ = run(capsys, "--prompt", "1 2 3 4 5 6", "--no-chat", "--max-new-tokens", 4, "--json", "--mode", "w4a16")
+    _, out, _ = run(capsys, "--prompt", "1 2 3 4 5 6", "--no-chat", "--max-new-tokens", 4, "--json")
     entry = json.loads(out)
     assert len(entry["prompt_token_ids"]) == 11
     assert entry["text"].startswith(" 7")

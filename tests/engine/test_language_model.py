@@ -125,7 +125,8 @@ def test_all_full_and_partial_batches_of_a_call_share_one_loop_program():
     loops = [key for key in model.programs.compiled if key[0] == "loop"]
     assert len(loops) == 1
     assert len(model.programs) == 3  # prompts of up to 32 and of up to 64 tokens
-    alone = [model.generate([prompt], mode="w4a16", max_new_tokens=8)[0].token_ids for prompt in prompts]
+    options = {"mode": "w4a16", "max_new_tokens": 8, "max_seq_len": 128}
+    alone = [model.generate([prompt], **options)[0].token_ids for prompt in prompts]
     assert [result.token_ids for result in results] == alone
 
 
