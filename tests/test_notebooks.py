@@ -58,6 +58,7 @@ def with_smaller_parameters(path, nbformat):
 
 
 @pytest.mark.filterwarnings("default")  # of the notebook machinery
+@pytest.mark.slow  # with the demo model, where all is tested thoroughly
 def test_the_notebooks_run_and_draw(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")
     nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebook'")
