@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import EVERYTHING
-from qspec_jax.decoding import speculative
+from qspec_jax.decoding import chunks, speculative
+from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW, DecodingPlan, Lookup, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.state import PromptChunk
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder
@@ -26,9 +28,11 @@ PROMPTS = [np.random.default_rng(seed).integers(3, 96, size).tolist() for seed, 
 SMALL = 176  # four blocks beyond those that are read in any case
 
 
-def language_model(**options):
-    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "max_position_embeddings": 1024, **options})
-    return tiny.language_model(config)
+LONG = {**tiny.BASE_HF_CONFIG, "max_position_embeddings": 1024}
+
+
+def language_model():
+    return tiny.language_model(ModelConfig.from_hf(LONG))
 
 
 @pytest.fixture(scope="module")
@@ -88,35 +92,40 @@ def test_sampled_tokens_are_those_of_plain_decoding(model):
         np.testing.assert_allclose(found.logprobs, plain.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["window", "qk_norm"])
-def test_models_of_other_kinds_keep_their_tokens(family):
-    options = {
-        "window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 150},
-        "qk_norm": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
-    }[family]
-    other = language_model(**options)
+def test_a_model_of_another_kind_keeps_its_tokens():
+    """With norms of queries and keys, and a window that is shorter than the texts."""
+    config = dataclasses.replace(ModelConfig.from_hf({**LONG, **tiny.FAMILIES["qwen3_qk_norm"]}), sliding_window=150)
+    other = tiny.language_model(config)
     expected = tokens_of(run(other, other.plan("w4a16"), PROMPTS[:2]))
     assert tokens_of(run(other, guided(), PROMPTS[:2])) == expected
 
 
-@pytest.mark.parametrize("broken", ["another row's", "stale", "out of range", "one block, again and again"])
-def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, right, monkeypatch, broken):
+def test_a_wrong_table_changes_what_is_accepted_and_nothing_else(plain, right, monkeypatch):
+    """Each row of a batch has another fault, and each prompt is in each row once."""
     choose = Decoder.with_chosen_blocks
 
     def choose_wrongly(self, cache, masses, *, view):
         blocks = choose(self, cache, masses, view=view).blocks
-        wrong = {
-            "another row's": jnp.roll(blocks, 1, axis=0),
-            "stale": jnp.minimum(blocks, 2),
-            "out of range": blocks + 1000,
-            "one block, again and again": jnp.full_like(blocks, 1),
-        }[broken]
-        return dataclasses.replace(cache, blocks=wrong)
+        lightest = choose(self, cache, 1 - masses, view=view).blocks
+        others, stale, outside = jnp.roll(blocks, 1, axis=0), jnp.minimum(blocks, 2), blocks + 1000
+        again = jnp.full_like(blocks, 1)  # one block, again and again
+        rows = [wrong[row] for row, wrong in enumerate((others, stale, outside, again, lightest))]
+        return dataclasses.replace(cache, blocks=jnp.stack(rows))
 
     monkeypatch.setattr(Decoder, "with_chosen_blocks", choose_wrongly)
-    results = run(language_model(), guided())
-    assert tokens_of(results) == tokens_of(right) == plain
-    assert [one.stats.accepted_lengths for one in results] != [one.stats.accepted_lengths for one in right]
+    model, prompts = language_model(), [*range(3), *range(3), *range(3)]
+    accepted = []  # by prompt and row
+    for first in range(3):
+        places = prompts[first:][:5]
+        results = run(model, guided(), [PROMPTS[place] for place in places], batch_size=5)
+        assert tokens_of(results) == [plain[place] for place in places]
+        accepted.append(dict(zip(range(5), zip(places, (one.stats for one in results), strict=True), strict=True)))
+    for row in range(5):
+        of_row = [by_row[row] for by_row in accepted]
+        assert any(stats.accepted_lengths != right[place].stats.accepted_lengths for place, stats in of_row), row
+    # With the blocks that weigh least fewer drafts are accepted than with those that weigh most.
+    best = sum(result.stats.accepted for result in right)
+    assert best > sum(by_row[4][1].accepted for by_row in accepted)
 
 
 def test_a_wrong_target_would_be_noticed(plain):
@@ -132,26 +141,31 @@ def test_a_wrong_target_would_be_noticed(plain):
         assert tokens_of(run(wrong, guided(), PROMPTS[:2])) != plain[:2]
 
 
-def test_drafts_that_read_what_matters_are_better_than_those_that_read_anything(right):
-    """With the blocks that weigh least, fewer drafts are accepted."""
-    choose = Decoder.with_chosen_blocks
+@pytest.fixture(scope="module")
+def prefilled(model):
+    """Two rows after their prompts, where blocks were chosen for the texts before."""
+    plan = guided(length=2)
+    shape = Shape.of(plan, rows=2, capacity=448)
+    state = model.programs.idle_state(shape)
+    state = dataclasses.replace(
+        state, cache=dataclasses.replace(state.cache, blocks=np.full_like(state.cache.blocks, 5))
+    )
+    fields = empty_chunks(shape, 512)
+    for row, prompt in enumerate(PROMPTS[:2]):
+        fields["tokens"][row, : len(prompt)] = prompt
+        fields["num_tokens"][row], fields["last"][row], fields["max_new_tokens"][row] = len(prompt), True, 20
+    prefill = jax.jit(lambda state, chunk: speculative.prefill(model.decoder, state, chunk, plan=plan))
+    return prefill(state, PromptChunk(**fields))
 
-    def choose_the_lightest(self, cache, masses, *, view):
-        return choose(self, cache, 1 - masses, view=view)
 
-    best = sum(result.stats.accepted for result in right)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "with_chosen_blocks", choose_the_lightest)
-        worst = sum(result.stats.accepted for result in run(language_model(), guided()))
-    assert best > worst
+def after_one_cycle(model, state, plan):
+    return jax.jit(lambda state: speculative.generate(model.decoder, state, jnp.int32(1), plan=plan)[0])(state)
 
 
-def test_the_first_cycle_after_a_prompt_reads_everything_and_the_next_ones_their_blocks():
-    decoder, plan = language_model().decoder, guided(length=2)
-    shape = speculative_shape(plan, rows=2, capacity=448)
-    state = prefilled(decoder, plan, [PROMPTS[0], PROMPTS[1]], shape)
-    assert (state.cache.blocks[..., 0] == EVERYTHING).all()
-    state = jax.jit(lambda state: speculative.cycle(decoder, state, plan=plan))(state)
+def test_the_first_cycle_after_a_prompt_reads_everything_and_the_next_ones_their_blocks(model, prefilled):
+    """Until there are cycles of another plan, which forget the choice."""
+    assert (np.asarray(prefilled.cache.blocks)[..., 0] == EVERYTHING).all()
+    state = after_one_cycle(model, prefilled, guided(length=2))
     blocks, lengths = np.asarray(state.cache.blocks), np.asarray(state.cache.lengths)
     for row in range(2):
         assert (np.diff(blocks[row], axis=-1) > 0).all()
@@ -161,53 +175,16 @@ def test_the_first_cycle_after_a_prompt_reads_everything_and_the_next_ones_their
     assert (blocks[0] != blocks[1]).any()
     # Layers and key/value heads choose for themselves.
     assert len({table.tobytes() for table in blocks[0].reshape(-1, blocks.shape[-1])}) > 1
+    forgotten = after_one_cycle(model, state, DecodingPlan(Precision.W4A16))
+    assert (np.asarray(forgotten.cache.blocks)[..., 0] == EVERYTHING).all()
 
 
-def speculative_shape(plan, *, rows, capacity):
-    from qspec_jax.decoding.chunks import Shape
-
-    return Shape.of(plan, rows=rows, capacity=capacity)
-
-
-def prefilled(decoder, plan, prompts, shape):
-    from qspec_jax.decoding.chunks import empty_chunks
-    from qspec_jax.decoding.programs import Programs
-    from qspec_jax.decoding.state import PromptChunk
-
-    state = Programs(decoder).idle_state(shape)
-    if state.cache.blocks is not None:  # of the texts before
-        cache = dataclasses.replace(state.cache, blocks=jnp.full_like(state.cache.blocks, 5))
-        state = dataclasses.replace(state, cache=cache)
-    fields = empty_chunks(shape, 512)
-    for row, prompt in enumerate(prompts):
-        fields["tokens"][row, : len(prompt)] = prompt
-        fields["num_tokens"][row], fields["last"][row], fields["max_new_tokens"][row] = len(prompt), True, 20
-    chunk = jax.tree.map(jnp.asarray, PromptChunk(**fields))
-    return jax.jit(lambda state, chunk: speculative.prefill(decoder, state, chunk, plan=plan))(state, chunk)
-
-
-def test_cycles_of_other_plans_forget_the_choice():
-    decoder, plan = language_model().decoder, guided(length=2)
-    state = prefilled(decoder, plan, [PROMPTS[0]], speculative_shape(plan, rows=1, capacity=448))
-
-    def after(state, plan):
-        run = jax.jit(lambda state: speculative.generate(decoder, state, jnp.int32(1), plan=plan)[0])
-        return run(state)
-
-    state = after(state, plan)
-    assert (state.cache.blocks[..., 0] == 0).all()
-    assert (after(state, DecodingPlan(Precision.W4A16)).cache.blocks[..., 0] == EVERYTHING).all()
-
-
-def test_short_sequences_are_read_whole_with_auto():
-    plan = DecodingPlan(
-        Precision.W4A16, View(activation_bits=8, cache_budget=SMALL, cache_full_below=310), draft_length=2
-    )
-    decoder = language_model().decoder
-    state = prefilled(decoder, plan, [PROMPTS[0], PROMPTS[1]], speculative_shape(plan, rows=2, capacity=448))
-    state = jax.jit(lambda state: speculative.cycle(decoder, state, plan=plan))(state)
-    assert (state.cache.blocks[0] >= 0).all()
-    assert (state.cache.blocks[1] == EVERYTHING).all()
+def test_short_sequences_are_read_whole_with_auto(model, prefilled):
+    view = View(activation_bits=8, cache_budget=SMALL, cache_full_below=310)
+    state = after_one_cycle(model, prefilled, DecodingPlan(Precision.W4A16, view, draft_length=2))
+    blocks = np.asarray(state.cache.blocks)
+    assert (blocks[0] >= 0).all()
+    assert (blocks[1] == EVERYTHING).all()
 
 
 def test_a_cache_that_the_budget_pays_for_is_read_whole(monkeypatch):
@@ -230,9 +207,15 @@ def test_other_draft_contexts_are_refused_with_those_that_there_are(value):
         plan_of("qspec", draft_context=value)
 
 
-def test_prompts_that_share_rows_keep_their_tokens(model):
+def test_prompts_that_share_rows_keep_their_tokens(model, plain, monkeypatch):
     """A row that is copied for its prefix has no blocks chosen for the new text."""
-    long = [*PROMPTS[2], *PROMPTS[1]]
-    prompts = [long, [*long[:512], 7, 8, 9], long]
-    expected = tokens_of(run(model, model.plan("w4a16"), prompts, batch_size=2))
-    assert tokens_of(run(model, guided(), prompts, batch_size=2)) == expected
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (256,))
+    long, other = PROMPTS[2], PROMPTS[0]
+    alike = [*long[:256], 7, 8, 9]
+    prompts = [long, alike, other, long, alike]  # the last two in rows that others have left
+    expected = run(model, model.plan("w4a16"), prompts)
+    results = run(model, guided(), prompts)
+    for found in (expected, results):
+        assert sum(result.stats.reused_prompt_tokens for result in found) == 3 * 256
+        assert [found[index].token_ids for index in (0, 2, 3)] == [plain[2], plain[0], plain[2]]
+    assert tokens_of(results) == tokens_of(expected)
