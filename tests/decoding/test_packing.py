@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from qspec_jax.decoding import packing
+from qspec_jax.decoding import chunks, packing
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS, Shape
 from qspec_jax.decoding.packing import PIECE, longest_packed, pack, sizes
 from qspec_jax.decoding.plan import DecodingPlan
@@ -40,14 +40,13 @@ def prompt(length: int) -> list[int]:
 SYSTEM = prompt(520)
 SAMPLED = {"temperature": 0.8, "seed": 7}
 # Lengths on both sides of a piece, more than a chunk, and prompts that begin alike: rows are copied for them.
-REQUESTS = [
-    *[Request(prompt(length), 8, SamplingParams()) for length in (5, PIECE, PIECE + 1, 100, 1)],
-    *[Request([*SYSTEM, *prompt(length)], 6, SamplingParams(**SAMPLED), prefix_length=520) for length in (3, 40, 7)],
-    Request(prompt(70), 8, SamplingParams(**SAMPLED)),
-]
+GREEDY = [Request(prompt(length), 8, SamplingParams()) for length in (5, PIECE, PIECE + 1, 100, 1)]
+ALIKE = [Request([*SYSTEM, *prompt(length)], 6, SamplingParams(**SAMPLED), prefix_length=520) for length in (3, 40, 7)]
+# One that samples comes first: the programs of the others are the same.
+REQUESTS = [Request(prompt(70), 8, SamplingParams(**SAMPLED)), *GREEDY, *ALIKE]
 FEATURES = [
     Request(prompt(40), 6, SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5)),
-    Request(prompt(3), 6, SamplingParams(logprobs=2)),
+    Request(prompt(35), 6, SamplingParams(logprobs=2)),
     Request(prompt(64), 6, SamplingParams(logit_bias={5: 4.0}, min_new_tokens=3)),
 ]
 
@@ -61,6 +60,14 @@ def fewer_sizes(monkeypatch):
     monkeypatch.setattr(packing, "_SIZES", (2, 8, 64))
 
 
+@functools.cache
+def model_that_reads(packed: bool | None, longest: int | None):
+    """One for all tests that read alike: they share programs."""
+    model = tiny.language_model(CONFIG)
+    model.programs.packing, model.programs._laid_out.longest_packed = packed, longest
+    return model
+
+
 def served(
     requests,
     mode: str,
@@ -72,8 +79,7 @@ def served(
     **options,
 ):
     """The sequences of some requests, all at once or one after the other, and their scheduler."""
-    model = tiny.language_model(CONFIG)
-    model.programs.packing, model.programs._laid_out.longest_packed = packed, longest
+    model = model_that_reads(packed, longest)
     plan = model.plan(mode, **options)
     scheduler = Scheduler(model.programs, plan, rows=rows, capacity=CAPACITY)
     sequences = []
@@ -93,20 +99,28 @@ def tokens(sequences) -> list[list[int]]:
     return [one.token_ids for one in sequences]
 
 
+def of(expected, requests) -> list[list[int]]:
+    return [expected[tuple(request.token_ids)] for request in requests]
+
+
 @pytest.fixture(scope="module")
 def one_by_one():
-    """What requests yield where each chunk has a pass, and the row to itself."""
-    return tokens(served(REQUESTS, "w4a16", packed=False, together=False)[0])
+    """What each request yields, by itself, where each chunk has a pass, and the row to itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_WIDTHS", CHUNK_WIDTHS[-1:])  # fewer programs
+        sequences, _ = served(REQUESTS, "w4a16", packed=False, together=False)
+    return {tuple(one.request.token_ids): one.token_ids for one in sequences}
 
 
 @pytest.mark.parametrize(
-    ("mode", "options"),
-    [("qspec", {}), ("lookup", {}), ("qspec", {"draft_context": 128})],
+    ("mode", "options", "some_sizes"),
+    [("qspec", {}, (2, 8, 64)), ("lookup", {}, (64,)), ("qspec", {"draft_context": 128}, (64,))],
     ids=["qspec", "lookup", "blocks"],
 )
-def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, mode, options):
+def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, mode, options, some_sizes, monkeypatch):
+    monkeypatch.setattr(packing, "_SIZES", some_sizes)
     sequences, scheduler = served(REQUESTS, mode, packed=True, **options)
-    assert tokens(sequences) == one_by_one
+    assert tokens(sequences) == of(one_by_one, REQUESTS)
     assert scheduler.totals.reused_prompt_tokens == 2 * 512
     kinds = {key[0] for key in scheduler._programs.compiled}
     assert kinds == {"pieces", "loop"}
@@ -117,43 +131,50 @@ def test_prompts_that_are_read_together_yield_what_they_yield_alone(one_by_one, 
 
 def test_a_row_is_copied_beside_prompts_that_are_read_from_the_beginning(one_by_one):
     """The prompt that is read from the beginning has come first."""
-    model = tiny.language_model(CONFIG)
-    model.programs.packing = True
+    model = model_that_reads(True, None)
     scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, capacity=CAPACITY)
-    scheduler.add(dataclasses.replace(REQUESTS[5], max_new_tokens=20))
+    scheduler.add(dataclasses.replace(ALIKE[0], max_new_tokens=20))
     while not scheduler._decoding():
         scheduler.advance(1)
-    sequences = [scheduler.add(REQUESTS[3]), scheduler.add(REQUESTS[6])]
+    sequences = [scheduler.add(request) for request in (GREEDY[3], ALIKE[1])]
     while scheduler.busy:
         scheduler.advance()
-    assert tokens(sequences) == [one_by_one[3], one_by_one[6]]
+    assert tokens(sequences) == of(one_by_one, (GREEDY[3], ALIKE[1]))
     assert scheduler.totals.reused_prompt_tokens == 512
 
 
 def test_a_prompt_alone_is_read_as_it_is_beside_others(one_by_one):
-    assert tokens(served(REQUESTS, "w4a16", packed=True, rows=1, together=False)[0]) == one_by_one
+    alone, _ = served(REQUESTS, "w4a16", packed=True, rows=1, together=False)
+    assert tokens(alone) == of(one_by_one, REQUESTS)
 
 
 def test_pieces_see_no_more_than_a_window():
     hf = {**tiny.BASE_HF_CONFIG, **tiny.FAMILIES["mistral_sliding_window"], "sliding_window": 40}
     decoder, tokens = tiny.decoder(ModelConfig.from_hf({**hf, "num_hidden_layers": 1})), prompt(70)
-    cache = decoder.create_cache(batch=2, capacity=128)
-    pieces = jax.tree.map(jnp.asarray, pack([(1, 0, tokens)], rows=2, capacity=128).pieces)
+    pieces = pack([(1, 0, tokens)], rows=2, capacity=128).pieces
     places = {"rows": pieces.rows[:3], "starts": pieces.starts[:3], "ends": pieces.ends[:1]}
-    found, _ = decoder.read_pieces(pieces.tokens[:3], cache, **places, view=View())
-    whole, _ = decoder(jnp.asarray([tokens, tokens], jnp.int32), cache, precision=View())
-    np.testing.assert_allclose(found[0, 0], whole[1, -1], atol=1e-4)
+
+    @jax.jit
+    def both(in_pieces, places, whole):
+        cache = decoder.create_cache(batch=2, capacity=128)
+        found, _ = decoder.read_pieces(in_pieces, cache, **places, view=View())
+        return found[0, 0], decoder(whole, cache, precision=View())[0][1, -1]
+
+    found, expected = both(pieces.tokens[:3], places, np.asarray([tokens, tokens], np.int32))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_what_sampling_needs_of_prompts_is_there():
-    expected, _ = served(FEATURES, "qspec", packed=False)
-    found, _ = served(FEATURES, "qspec", packed=True)
+def test_what_sampling_needs_of_prompts_is_there(monkeypatch):
+    monkeypatch.setattr(packing, "_SIZES", (8,))
+    expected, found = (served(FEATURES, "w4a16", packed=packed)[0] for packed in (False, True))
     assert tokens(found) == tokens(expected)
     np.testing.assert_allclose(found[1].logprobs, expected[1].logprobs, atol=1e-5)
 
 
 def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
     """Pieces that attend to the row of somebody else."""
+    monkeypatch.setattr(packing, "_SIZES", (8,))
+    assert tokens(served(GREEDY, "w4a16", packed=True)[0]) == of(one_by_one, GREEDY)
     right = packing.pack
 
     def wrong(chunks, *, rows, capacity):
@@ -162,7 +183,7 @@ def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
         return packed
 
     monkeypatch.setattr(packing, "pack", wrong)
-    assert tokens(served(REQUESTS[:5], "w4a16", packed=True)[0]) != one_by_one[:5]
+    assert tokens(served(GREEDY, "w4a16", packed=True)[0]) != of(one_by_one, GREEDY)
 
 
 def test_chunks_are_cut_into_pieces():
@@ -248,8 +269,7 @@ def test_a_pass_that_has_room_takes_more_of_the_same_prompts(prompts, begun, roo
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_long_prompt_alone_is_read_in_as_few_passes_as_hold_it(rows, one_by_one, monkeypatch):
     """Its chunks stay what they are: others may copy some of them."""
-    model, sizes_of_passes = tiny.language_model(CONFIG), []
-    model.programs.packing = True
+    model, sizes_of_passes = model_that_reads(True, None), []
     scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=rows, capacity=CAPACITY)
     read_pieces = model.programs.read_pieces
 
@@ -262,16 +282,16 @@ def test_a_long_prompt_alone_is_read_in_as_few_passes_as_hold_it(rows, one_by_on
     monkeypatch.setattr(
         scheduler._pace, "note_reading", lambda *, chunks, **k: (read.append(chunks), note(chunks=chunks, **k))
     )
-    long, of_others = scheduler.add(REQUESTS[5]), REQUESTS[6]
+    long = scheduler.add(ALIKE[0])
     while scheduler.busy:
         scheduler.advance()
-    assert tokens([long]) == [one_by_one[5]]
-    assert [len(ids) for _, ids in REQUESTS[5].chunks()] == [512, 11]
+    assert tokens([long]) == of(one_by_one, ALIKE[:1])
+    assert [len(ids) for _, ids in ALIKE[0].chunks()] == [512, 11]
     assert sizes_of_passes == [17]
-    other = scheduler.add(of_others)
+    other = scheduler.add(ALIKE[1])
     while scheduler.busy:
         scheduler.advance()
-    assert tokens([other]) == [one_by_one[6]]
+    assert tokens([other]) == of(one_by_one, ALIKE[1:2])
     assert sizes_of_passes == [17, 2]  # of 48 tokens behind the 512 that a row holds
     assert scheduler.totals.reused_prompt_tokens == 512
     assert read == [2, 1]  # chunks that took time: what is copied takes none
@@ -306,7 +326,8 @@ def test_programs_for_several_chunks_of_a_prompt_wait_for_one_that_has_them(widt
     assert packing.sizes_for(widths, rows, 4096) == expected
 
 
-def test_a_program_that_nobody_foresaw_is_compiled_when_it_is_needed(one_by_one):
+def test_a_program_that_nobody_foresaw_is_compiled_when_it_is_needed(one_by_one, monkeypatch):
+    monkeypatch.setattr(packing, "_SIZES", (16, 64))  # of which 16 pieces hold a prompt of one chunk
     model = tiny.language_model(CONFIG)
     model.programs.packing = True
     scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=1, capacity=CAPACITY)
@@ -314,8 +335,10 @@ def test_a_program_that_nobody_foresaw_is_compiled_when_it_is_needed(one_by_one)
     while scheduler.busy:
         scheduler.advance()
         if long is None and not scheduler.busy:
-            long = scheduler.add(REQUESTS[5])
-    assert tokens([short, long]) == [one_by_one[0], one_by_one[5]]
+            before = model.programs.num_compilations
+            long = scheduler.add(ALIKE[0])
+    assert tokens([short, long]) == of(one_by_one, (REQUESTS[0], ALIKE[0]))
+    assert model.programs.num_compilations == before + 1
 
 
 @pytest.mark.parametrize(
@@ -336,10 +359,12 @@ def test_programs_are_those_of_the_chunks(longest, widths, kinds):
     assert {"pieces" if name[0] == "pieces" else name[-1] for name in names} == kinds
 
 
-def test_long_chunks_may_be_read_alone(one_by_one):
+def test_long_chunks_may_be_read_alone(one_by_one, monkeypatch):
     """Which depends on their own length, so that a prompt has the same bits whoever comes with it."""
+    monkeypatch.setattr(packing, "_SIZES", (8,))
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (64, 512))
     sequences, scheduler = served(REQUESTS, "w4a16", packed=None, longest=64)
-    assert tokens(sequences) == one_by_one
+    assert tokens(sequences) == of(one_by_one, REQUESTS)
     assert {key[0] for key in scheduler._programs.compiled} == {"pieces", "prefill", "loop"}
 
 
@@ -372,7 +397,7 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
     """To go through its modules takes as long as reading several prompts."""
     model = tiny.language_model(CONFIG)
     scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=2, capacity=CAPACITY)
-    scheduler.add(REQUESTS[0])
+    scheduler.add(GREEDY[0])
     scheduler.advance()
 
     def asked(*_, **__):
@@ -381,7 +406,7 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
     monkeypatch.setattr(packing, "longest_packed", asked)
     monkeypatch.setattr(nnx, "iter_modules", asked)
     monkeypatch.setattr(nnx, "split", asked)
-    sequences = [scheduler.add(request) for request in (REQUESTS[1], REQUESTS[4])]
+    sequences = [scheduler.add(request) for request in (GREEDY[1], GREEDY[4])]
     while scheduler.busy:
         scheduler.advance()
     assert all(one.finished for one in sequences)
