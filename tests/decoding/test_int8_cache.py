@@ -82,19 +82,17 @@ def test_a_wrong_block_would_be_noticed(model, monkeypatch):
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
     monkeypatch.setattr(speculative, "prefill", shifted)
-    other = tiny.language_model(model.config)
-    other.decoder.kv = KV_INT8
-    assert finish(scheduler_of(other, "w4a16"), wanted) != [expected]
+    assert finish(scheduler_of(model_of(), "w4a16"), wanted) != [expected]
 
 
 def test_rows_that_begin_alike_and_texts_of_a_session_change_no_token(model, monkeypatch):
     """Rows are copied after whole blocks alone: what a longer text has in the ring is of no use to a shorter one."""
     prefix = [*PROMPTS[4][:256]]
-    wanted = [asked([*prefix, *range(index, 5 * index + 3)], prefix_length=256) for index in range(1, 8)]
+    wanted = [asked([*prefix, *range(index, 5 * index + 3)], prefix_length=256) for index in range(1, 6)]
     alone = [finish(scheduler_of(model), [one])[0] for one in wanted]
     scheduler = scheduler_of(model)
     assert finish(scheduler, wanted) == alone
-    assert scheduler.totals.reused_prompt_tokens == 6 * 256
+    assert scheduler.totals.reused_prompt_tokens == 4 * 256
     first, second = (dataclasses.replace(one, session="a") for one in (wanted[-1], asked([*prefix[:250], 7, 7])))
     scheduler = scheduler_of(model)
     finish(scheduler, [first])
@@ -112,8 +110,14 @@ def test_a_window_unrolled_layers_a_budget_and_more_capacity_change_nothing():
     unrolled.decoder.kv = KV_INT8
     assert finish(scheduler_of(unrolled, "w4a16"), wanted) == expected
     cache = scheduler._state.cache
-    grown = windowed.decoder.create_cache(batch=ROWS, capacity=CAPACITY + 128).with_entries_of(cache)
+
+    @jax.jit
+    def grow(cache):
+        grown = windowed.decoder.create_cache(batch=ROWS, capacity=CAPACITY + 128).with_entries_of(cache)
+        return grown, grown.row(jnp.int32(1))
+
+    grown, row = grow(cache)
     leaves = zip(jax.tree.leaves(grown.layers), jax.tree.leaves(cache.layers), strict=True)
     for ours, theirs in leaves:
         np.testing.assert_array_equal(ours[..., : theirs.shape[-2], : theirs.shape[-1]], theirs)
-    assert grown.row(jnp.int32(1)).layers.value_scales.shape == (2, 1, 2, CAPACITY + 128)
+    assert row.layers.value_scales.shape == (2, 1, 2, CAPACITY + 128)

@@ -72,7 +72,8 @@ def test_another_process_traces_and_compiles_nothing_and_yields_the_same(tmp_pat
     tokens, counts = generate(tmp_path, **several)
     assert counts == "2 2"
     assert generate(tmp_path, **several) == (tokens, "0 0")
-    assert generate(tmp_path) == (tokens, "2 2")  # another machine
+    model = stored_model(tmp_path)
+    assert (str(tokens_of(model)), model.num_compilations) == (f"{tokens}]", 2)  # another machine
 
 
 def test_a_damaged_or_misplaced_file_is_compiled_anew_and_replaced(tmp_path):
@@ -158,16 +159,21 @@ def test_the_surroundings_change_the_key(monkeypatch):
     assert len(keys) == 6
 
 
+def _empty(_, copy):
+    """An empty file in place of a source file: all are read once for each."""
+    Path(copy).touch()
+
+
 def test_every_source_file_is_in_the_key(tmp_path, monkeypatch):
     originals = program_store._packages()
     assert originals == tuple(Path(package.__file__).parent for package in (qspec_jax, pallas_kernels))
-    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in originals]
+    copies = [shutil.copytree(folder, tmp_path / folder.name, copy_function=_empty) for folder in originals]
     monkeypatch.setattr(program_store, "_packages", lambda: copies)
     digests = [program_store.source_digest.__wrapped__()]
     files = [file for folder in copies for file in folder.rglob("*") if file.suffix in (".py", ".json")]
     assert len(files) > 100
     for file in files:
-        file.write_bytes(file.read_bytes() + b"\n")
+        file.write_bytes(b"\n")
         digests.append(program_store.source_digest.__wrapped__())
     assert len(set(digests)) == len(files) + 1
 
