@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.scipy.special import gammaincc
+from jax.scipy.special import gammaincc as _gammaincc
 
 from qspec_jax import ModelConfig, SamplingParams, UsageError
 from qspec_jax.decoding import speculative
@@ -98,19 +98,22 @@ def chi_square_p_value(counts, probabilities):
     return float(gammaincc(freedom / 2, statistic / 2))
 
 
+gammaincc = jax.jit(_gammaincc)
+
+
 def draw(params, seed, *, logits=LOGITS):
     """One token for each of many seeds, from the same logits after the same tokens."""
     sampler = jax.tree.map(lambda column: np.repeat(column, NUM_DRAWS, axis=0), Sampler.create([params]))
     sampler = dataclasses.replace(sampler, seed=(seed + np.arange(NUM_DRAWS)).astype(np.uint32))
-    prompts = jnp.tile(jnp.asarray([[*PROMPT, *PADDING]], jnp.int32), (NUM_DRAWS, 1))
-    output = jnp.tile(jnp.asarray([OUTPUT], jnp.int32), (NUM_DRAWS, 1))
-    sampler = sampler.for_prompts(prompts, jnp.full((NUM_DRAWS,), len(PROMPT), jnp.int32), len(logits))
+    return np.asarray(_draw(sampler, logits))[:, 0]
+
+
+@jax.jit
+def _draw(sampler, logits):
+    prompts, output = (jnp.tile(jnp.asarray([text]), (NUM_DRAWS, 1)) for text in ([*PROMPT, *PADDING], OUTPUT))
+    sampler = sampler.for_prompts(prompts, jnp.full((NUM_DRAWS,), len(PROMPT)), len(logits))
     sampler = sampler.after(output, jnp.ones(output.shape, bool))
-    tiled = jnp.tile(jnp.asarray(logits), (NUM_DRAWS, 1, 1))
-    return np.asarray(_choose(tiled, sampler, first=jnp.full((NUM_DRAWS,), PLACE, jnp.int32)))[:, 0]
-
-
-_choose = jax.jit(choose)
+    return choose(jnp.tile(logits, (NUM_DRAWS, 1, 1)), sampler, first=jnp.full((NUM_DRAWS,), PLACE))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -184,36 +187,49 @@ def test_another_distribution_would_be_noticed():
     assert chi_square_p_value(counts, expected_distribution(LOGITS, SamplingParams(temperature=1.1))) < 1e-6
 
 
+TEXTS = list(itertools.product(range(5), repeat=3))
+START = [1, 2]
+
+
+def enumerable_model():
+    """A decoder with five tokens."""
+    return tiny.language_model(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 5}))
+
+
 @pytest.fixture(scope="module")
 def enumerable():
     return enumerable_model()
 
 
-def enumerable_model():
-    """A decoder with five tokens, and what it says after every text of up to three of them."""
-    config = dataclasses.replace(ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "vocab_size": 5}), eos_token_ids=())
-    model = tiny.language_model(config)
-    texts = list(itertools.product(range(5), repeat=3))
-    prompt = [1, 2]
-    tokens = jnp.asarray([[*prompt, *text] for text in texts], jnp.int32)
-    cache = model.decoder.create_cache(batch=len(texts), capacity=8)
-    logits, _ = model.decoder(tokens, cache, precision=Precision.W4A16)
-    return model, prompt, texts, np.asarray(logits)
+@pytest.fixture(scope="module")
+def text_logits(enumerable):
+    """What it says after every text of up to three tokens."""
+
+    @jax.jit
+    def run(tokens):
+        cache = enumerable.decoder.create_cache(batch=len(tokens), capacity=8)
+        return enumerable.decoder(tokens, cache, precision=Precision.W4A16)[0]
+
+    return np.asarray(run(np.asarray([[*START, *text] for text in TEXTS], np.int32)))
 
 
-def texts_p_value(model, prompt, texts, logits, *, params, first_seed=0, num_samples=2000):
-    """Of the new tokens of many requests, two of a cycle, under the verify precision's own distribution."""
+def texts_p_value(model, logits, *, params, first_seed=0, num_samples=2000, beside=None):
+    """Of the new tokens of many requests, two of a cycle, under the verify precision's own distribution.
+
+    Args:
+        beside: options of one more request, whose features the programs have.
+    """
     each = [dataclasses.replace(params, seed=(first_seed + sample) % 2**32) for sample in range(num_samples)]
-    results = model.generate(
-        [prompt] * num_samples, draft="w4a4", draft_length=2, max_new_tokens=3, batch_size=50, sampling=each
-    )
-    index = {text: row for row, text in enumerate(texts)}
-    counts = np.bincount([index[tuple(result.token_ids)] for result in results], minlength=len(texts))
-    joint = np.ones(len(texts))
-    for row, text in enumerate(texts):
+    each += [] if beside is None else [beside]
+    options = {"draft": "w4a4", "draft_length": 2, "max_new_tokens": 3, "batch_size": 200}
+    results = model.generate([START] * len(each), sampling=each, **options)[:num_samples]
+    index = {text: row for row, text in enumerate(TEXTS)}
+    counts = np.bincount([index[tuple(result.token_ids)] for result in results], minlength=len(TEXTS))
+    joint = np.ones(len(TEXTS))
+    for row, text in enumerate(TEXTS):
         for place, token in enumerate(text):
-            after = logits[row, len(prompt) - 1 + place]
-            joint[row] *= expected_distribution(after, params, prompt=prompt, output=text[:place], place=place)[token]
+            after = logits[row, len(START) - 1 + place]
+            joint[row] *= expected_distribution(after, params, prompt=START, output=text[:place], place=place)[token]
     p_value = chi_square_p_value(counts, joint)
     print(f"first seed {first_seed}: p = {p_value:.3g}")
     return p_value
@@ -221,18 +237,20 @@ def texts_p_value(model, prompt, texts, logits, *, params, first_seed=0, num_sam
 
 @pytest.mark.parametrize("first_seed", LOOP_SEEDS)
 @pytest.mark.parametrize("name", OPTIONS if THOROUGH else ["temperature", "all"])
-def test_text_of_the_loop_follows_the_verify_precision(enumerable, name, first_seed):
-    assert texts_p_value(*enumerable, params=SamplingParams(**OPTIONS[name]), first_seed=first_seed) > 1e-4
+def test_text_of_the_loop_follows_the_verify_precision(enumerable, text_logits, name, first_seed):
+    """Beside a request that needs everything, which saves programs of fewer features: theirs give the same tokens."""
+    options = {"params": SamplingParams(**OPTIONS[name]), "beside": SamplingParams(**OPTIONS["all"])}
+    assert texts_p_value(enumerable, text_logits, first_seed=first_seed, **options) > 1e-4
 
 
 @pytest.mark.parametrize("first_seed", LOOP_SEEDS)
-def test_typical_acceptance_changes_the_distribution(enumerable, first_seed):
+def test_typical_acceptance_changes_the_distribution(enumerable, text_logits, first_seed):
     params = SamplingParams(temperature=1.5, typical_acceptance=0.1)
-    assert texts_p_value(*enumerable, params=params, first_seed=first_seed, num_samples=600) < 1e-6
+    assert texts_p_value(enumerable, text_logits, params=params, first_seed=first_seed, num_samples=600) < 1e-6
 
 
 @pytest.mark.parametrize("first_seed", LOOP_SEEDS)
-def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch, first_seed):
+def test_a_wrong_acceptance_rule_changes_the_distribution(text_logits, monkeypatch, first_seed):
     def emit_the_drafts(draft_tokens, target_tokens):
         return jnp.full((draft_tokens.shape[0],), draft_tokens.shape[1], jnp.int32)
 
@@ -244,7 +262,7 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(monkeypatch, first_see
     monkeypatch.setattr(speculative, "verify", verify_nothing)
     monkeypatch.setattr(speculative, "accept", emit_the_drafts)
     params = SamplingParams(temperature=1.5)
-    assert texts_p_value(*enumerable_model(), params=params, first_seed=first_seed, num_samples=600) < 1e-6
+    assert texts_p_value(enumerable_model(), text_logits, params=params, first_seed=first_seed, num_samples=600) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +305,15 @@ def test_a_seed_gives_the_same_text_with_and_without_drafts(run, name):
 def test_drafts_draw_with_the_noise_of_the_verification(run):
     """With noise of their own the text would be the same, but most drafts would be wrong."""
     each = [SamplingParams(temperature=1.0, seed=seed) for seed in range(24)]
-    results = run(PROMPTS * 8, each, draft="w4a8")
+    results = run(PROMPTS * 8, each, draft="w4a4")
     accepted, drafted = (sum(getattr(r.stats, name) for r in results) for name in ("accepted", "drafted"))
-    assert accepted > 0.8 * drafted
+    assert accepted > 0.5 * drafted  # 0.68; with another noise 0.21
 
 
 def test_drafts_are_penalised_for_the_drafts_before_them(run):
     """Biases and penalties leave one text, in which two tokens take turns: what knows of all before is right."""
     sampling = SamplingParams(frequency_penalty=100.0, logit_bias={10: 1e4, 11: 1e4 - 50})
-    results = run(PROMPTS, sampling, draft="w4a8", max_new_tokens=17)
+    results = run(PROMPTS, sampling, draft="w4a4", max_new_tokens=17)
     assert token_ids(results) == [[10, 11] * 8 + [10]] * len(PROMPTS)
     assert all(result.stats.acceptance_rate == 1 for result in results)
 
@@ -307,8 +325,9 @@ def test_a_request_is_the_same_alone_and_among_others(model, run):
     together = token_ids(run(PROMPTS, each, draft="w4a4"))
     turned = token_ids(run(PROMPTS[::-1], each[::-1], draft="w4a4"))
     assert together == turned[::-1]
-    assert together[0] == model.generate(PROMPTS, draft="w4a4", max_new_tokens=24)[0].token_ids
-    assert together[1] == model.generate([PROMPTS[1]], draft="w4a4", max_new_tokens=24, sampling=[WARM])[0].token_ids
+    options = {"draft": "w4a4", "max_new_tokens": 24, "max_seq_len": 64}
+    for index in range(2):
+        assert token_ids(model.generate([PROMPTS[index]], sampling=[each[index]], **options)) == [together[index]]
 
 
 @pytest.mark.contract
@@ -324,10 +343,10 @@ def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
 
 @pytest.mark.contract
 def test_greedy_requests_run_the_program_without_a_sampler(model):
-    options = {"draft": "w4a4", "max_new_tokens": 24}
-    greedy = token_ids(model.generate(PROMPTS, **options))
+    options = {"draft": "w4a4", "max_new_tokens": 24, "max_seq_len": 64}
+    greedy = token_ids(model.generate(PROMPTS[:1], **options))
     programs = len(model.programs)
-    assert token_ids(model.generate(PROMPTS, sampling=SamplingParams(top_k=3, seed=9), **options)) == greedy
+    assert token_ids(model.generate(PROMPTS[:1], sampling=SamplingParams(top_k=3, seed=9), **options)) == greedy
     assert len(model.programs) == programs
 
 
