@@ -23,7 +23,7 @@ from qspec_jax.decoding import chunks, own_program, packing
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.device.mesh import make_mesh, shape_of
-from qspec_jax.engine import requests
+from qspec_jax.engine import requests, session
 from qspec_jax.engine.prefixes import HeldChunks
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -106,11 +106,13 @@ def test_drafts_with_zero_points_have_the_sums_of_each_devices_inputs():
 def test_a_conversation_grows(monkeypatch):
     """Its rows move into those of a larger cache, on the same devices."""
     monkeypatch.setattr(chunks, "CHUNK_WIDTHS", (32,))
+    monkeypatch.setattr(session, "_LEAST_CAPACITY", 64)
     on_mesh = model("llama2", "model=2", with_text=True)
-    talk, options = on_mesh.session(max_seq_len=256), {"max_new_tokens": 30}
+    talk, options = on_mesh.session(), {"max_new_tokens": 30}
     first = talk.generate([*range(40, 60)], **options)
-    again = talk.generate([*range(40, 60), *first.token_ids, 5], **options)
+    again = talk.generate([*range(40, 60), *first.token_ids, *range(20)], **options)
     assert again.stats.reused_prompt_tokens == 20 + 30 - 1
+    assert talk._scheduler.shape.capacity == 128
     fresh = [on_mesh.generate(result.prompt_token_ids, **options)[0] for result in (first, again)]
     assert tokens([first, again]) == tokens(fresh)
 

@@ -22,6 +22,9 @@ from tests import tiny
 
 # What eight devices can share: two heads of keys and values are on several of them.
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256}
+FAMILIES = tiny.FAMILIES | {
+    "window_and_biases": tiny.FAMILIES["mistral_sliding_window"] | tiny.FAMILIES["llama_with_biases"],
+}
 PROMPTS = [
     [5, 6, 7],
     list(range(10, 25)),
@@ -51,7 +54,7 @@ def model(
     quantization=QuantConfig(),  # noqa: B008 - frozen
 ):
     """A tiny model of a family, on one device or a mesh."""
-    config = ModelConfig.from_hf({**tiny.hf_config(family), **SHAPE})
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, **FAMILIES[family], **SHAPE})
     source = tiny.source(dataclasses.replace(config, eos_token_ids=()))
     formats, on = weight_formats(source, quantization), make_mesh(mesh)
     options = {"quantization": quantization, "formats": formats, "kernels": "reference"}
