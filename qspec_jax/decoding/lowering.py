@@ -157,7 +157,7 @@ class Lowering:
 
     def idle_state(self, shape: Shape) -> DecodeState:
         """Rows without a sequence."""
-        return self._idle(shape) if self._on_mesh is None else self._on_mesh.made(lambda: self._idle(shape))
+        return self._idle(shape) if self._on_mesh is None else self._on_mesh.made(shape, self._idle)
 
     def made(self, make: Callable[..., DecodeState]) -> DecodeState:
         """The state that a function makes for the decoder, where programs take it.

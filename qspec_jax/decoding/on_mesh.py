@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.device_graphs import Graphs, compiler_options
 from qspec_jax.decoding.state import DecodeState, with_rows_of
 from qspec_jax.device.mesh import DATA, MODEL
@@ -40,6 +41,7 @@ class OnMesh:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
+        self._makers: dict[Shape, jax.stages.Compiled] = {}
         self.rows_over = DATA if mesh.shape[DATA] > 1 else None
 
     @property
@@ -102,13 +104,18 @@ class OnMesh:
         others = jax.tree.map(lambda _: rows, state.without_cache())
         return dataclasses.replace(others, cache=cache)
 
-    def made(self, make: Callable[[], DecodeState]) -> DecodeState:
-        """A new state, each device's part of which is made on that device."""
+    def made(self, shape: Shape, make: Callable[[Shape], DecodeState]) -> DecodeState:
+        """A new state of a shape, each device's part of which is made on that device; compiled once for each shape."""
+        if shape not in self._makers:
+            held = [make]
 
-        def arrays() -> DecodeState:
-            return jax.tree.map(jnp.asarray, make())
+            def arrays() -> DecodeState:
+                return jax.tree.map(jnp.asarray, held[0](shape))
 
-        return self.run(jax.jit(arrays, out_shardings=self.shardings(jax.eval_shape(arrays))))
+            shardings = self.shardings(jax.eval_shape(arrays))
+            self._makers[shape] = jax.jit(arrays, out_shardings=shardings).lower().compile()
+            held.clear()  # JAX keeps the function for a while, which is to keep no decoder
+        return self.run(self._makers[shape])
 
     def placed(self, state: DecodeState) -> DecodeState:
         """A state some of whose arrays are in host memory, on the mesh."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.on_mesh import OnMesh
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.mesh import AXES
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("equal", "features", "int8")
@@ -35,6 +39,27 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda index: meshes[index % 2].run(program, index), range(8)))
     assert most == [1] * 8
+
+
+def test_what_makes_the_state_of_a_batch_is_compiled_once_for_each_shape_and_keeps_nothing():
+    """Not the decoder either, whose weights would stay until Python looks for circles."""
+    mesh = OnMesh(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES))
+    programs, traced = Programs(tiny.decoder()), []
+
+    def make(shape, programs=programs):
+        traced.append(shape)
+        return programs._idle(shape)
+
+    shapes = [Shape(rows=2, capacity=64), Shape(rows=2, capacity=128)]
+    for shape in shapes:
+        mesh.made(shape, make)
+    before = len(traced)
+    states = [mesh.made(shape, make) for shape in (*shapes, shapes[0])]
+    assert len(traced) == before
+    assert [state.cache.capacity for state in states] == [64, 128, 64]
+    makes, has = weakref.ref(make), weakref.ref(programs)
+    del make, programs
+    assert (makes(), has()) == (None, None)
 
 
 @pytest.mark.slow  # a minute of CPU time: three files in one process, whose start takes ten seconds
