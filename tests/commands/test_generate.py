@@ -97,7 +97,6 @@ def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
     assert all((entry["mode"], entry["draft"], entry["draft_length"]) == ("qspec", "w4a4", 3) for entry in entries)
 
 
-@pytest.mark.newest_jax
 @pytest.mark.usefixtures("loaded")
 def test_streaming_prints_the_same_text(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 24)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight, pack_codes, with_group_sums
 from pallas_kernels.accuracy import relative_error as relative_error
@@ -21,15 +23,33 @@ LLAMA_3_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 
 # Arguments of kernels and references that are no arrays.
 STATIC = ("bits", "group_size", "symmetric", "clip_ratio", "outlier_groups", "layout", "block", "epsilon")
-STATIC += ("implementation",)
+STATIC += ("implementation", "dtype", "config", "window", "block_size", "most_groups", "alike", "prefill", "integers")
+STATIC += ("interpret",)
 
 
 def in_one_program(function: Callable) -> Callable:
-    """A reference as models run it, but rounded where it says so; by itself each of its operations is a program."""
+    """An operation as models run it, but rounded where it says so; by itself each of its operations is a program."""
     taken = inspect.signature(function).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
     static = [name for name in STATIC if takes_all or name in taken]
     return jax.jit(function, static_argnames=static, compiler_options={"xla_allow_excess_precision": False})
+
+
+def newest_jax_by_feature(
+    cases: Iterable[tuple], features: Callable[..., tuple[Hashable, ...]] = lambda *case: case
+) -> list[Any]:
+    """Cases, of which the newest JAX gets those that are the first with a value of one of their features.
+
+    A version of JAX lowers features otherwise than another, and hardly one shape that has them otherwise than the next.
+    Unless told, what a case consists of are its features.
+    """
+    seen: set[tuple[int, Hashable]] = set()
+    parameters = []
+    for case in cases:
+        found = set(enumerate(features(*case)))
+        parameters.append(pytest.param(*case, marks=[] if found <= seen else [pytest.mark.newest_jax]))
+        seen |= found
+    return parameters
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,11 @@ from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.model.collectives import add_up
-from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B
-
-pytestmark = pytest.mark.newest_jax
+from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, newest_jax_by_feature
 
 SHAPES = [(k, n, 32, False) for k, n in DEMO_MODEL]
 SHAPES += [(k, n, group_size or k, True) for k, n in LLAMA_3_8B for group_size in (128, 32, None)]
+DTYPES = ("bfloat16", "float16", "float32")
 KERNEL_CALL = "__gpu$xla.gpu.triton"
 
 
@@ -74,8 +74,15 @@ def cuda_program(function, *args) -> str:
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("num_rows", [1, 64])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def features(shape, *others):
+    """What a matmul is lowered from, whatever its size: groups, zero points, and what is not of the weight."""
+    k, _, group_size, symmetric = shape
+    return "whole row" if group_size == k else group_size, symmetric, *others
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_rows"), newest_jax_by_feature(itertools.product(SHAPES, [1, 64]), features), ids=str
+)
 def test_w4a16_lowers(shape, num_rows):
     weight = abstract_weight(*shape)
     x = array(num_rows, shape[0], dtype=jnp.bfloat16)
@@ -83,6 +90,7 @@ def test_w4a16_lowers(shape, num_rows):
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, x, weight)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_nested_weights_and_their_upper_nibbles_lower(dtype):
     weight, x = abstract_nested_weight(4096, 6144, 32, True), array(16, 4096, dtype=dtype)
@@ -92,6 +100,7 @@ def test_nested_weights_and_their_upper_nibbles_lower(dtype):
         assert name in program
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("shape", [(576, 3072, 32, False), (896, 896, 896, False), (4096, 6144, 128, True)], ids=str)
 def test_tiles_of_prompts_lower_and_leave_nothing_to_add(shape, dtype):
@@ -100,6 +109,7 @@ def test_tiles_of_prompts_lower_and_leave_nothing_to_add(shape, dtype):
     assert cuda_program(multiply, x, abstract_weight(*shape)).count(KERNEL_CALL) == 1
 
 
+@pytest.mark.newest_jax
 def test_swiglu_of_partial_sums_lowers_to_one_kernel():
     sums = PartialSums(array(9, 4, 3072, dtype=jnp.float32), jnp.bfloat16)
     settings = {"bits": 8, "group_size": 32, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
@@ -107,12 +117,14 @@ def test_swiglu_of_partial_sums_lowers_to_one_kernel():
         assert cuda_program(compute, sums).count(KERNEL_CALL) == 1
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["f16", "f32"])
 def test_w4a16_lowers_for_other_float_types(dtype):
     weight = abstract_weight(576, 960, 32, False)
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, array(5, 576, dtype=dtype), weight)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(
     ("num_rows", "dtype", "is_kernel"), [(256, "bfloat16", 1), (257, "bfloat16", 0), (257, "float32", 1)]
 )
@@ -121,9 +133,14 @@ def test_xla_multiplies_a_w4a16_prefill_of_16_bits(num_rows, dtype, is_kernel):
     assert program.count(KERNEL_CALL) == is_kernel
 
 
-@pytest.mark.parametrize("x_symmetric", [True, False], ids=["x_sym", "x_asym"])
-@pytest.mark.parametrize("grouped", [False, True], ids=["per_token", "per_group"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "grouped", "x_symmetric"),
+    newest_jax_by_feature(
+        itertools.product(SHAPES, [False, True], [True, False]),
+        lambda shape, grouped, x_symmetric: (features(shape), (grouped, x_symmetric)),
+    ),
+    ids=str,
+)
 def test_w4a4_lowers(shape, grouped, x_symmetric):
     k, _, group_size, _ = shape
     weight = abstract_weight(*shape)
@@ -138,6 +155,7 @@ def quantized_rows(k: int, group_size: int, symmetric: bool, bits: int) -> Quant
     return QuantizedActivation(array(4, k, dtype=jnp.int8), per_group, None if symmetric else per_group, bits=bits)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_name_of_an_integer_kernel_says_the_bits_of_its_activations(bits):
     """Profiles show it; the two draft precisions would else be one kernel there."""
@@ -155,13 +173,22 @@ def test_the_tuning_tables_know_activations_by_their_scales(group_size, symmetri
     assert w4a4_triton.tuned_op(quantized_rows(576, group_size, symmetric, bits)) == op
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def kinds_of_groups(sizes, symmetric, *others):
+    """What a quantiser is lowered from, whatever its size."""
+    k, group_size, outlier_groups = sizes
+    return (group_size == k, k >= 4096), outlier_groups > 0, symmetric, *others
+
+
+QUANTIZED = [(576, 576, 0), (576, 32, 0), (576, 32, 2), (4096, 4096, 0), (14336, 14336, 0), (4096, 128, 0)]
+QUANTIZED += [(14336, 32, 1)]
+
+
 @pytest.mark.parametrize(
-    ("k", "group_size", "outlier_groups"),
-    [(576, 576, 0), (576, 32, 0), (576, 32, 2), (4096, 4096, 0), (14336, 14336, 0), (4096, 128, 0), (14336, 32, 1)],
-    ids=str,
+    ("sizes", "symmetric"), newest_jax_by_feature(itertools.product(QUANTIZED, [True, False]), kinds_of_groups), ids=str
 )
-def test_quantize_activations_lowers(k, group_size, outlier_groups, symmetric):
+def test_quantize_activations_lowers(sizes, symmetric):
+    k, group_size, outlier_groups = sizes
+
     def quantize(x):
         return gpu_triton.quantize_activations(
             x, bits=4, group_size=group_size, symmetric=symmetric, clip_ratio=0.9, outlier_groups=outlier_groups
@@ -174,22 +201,26 @@ PRODUCER_SHAPES = [(576, 576, 0), (576, 32, 2), (1536, 32, 0), (4096, 4096, 0), 
 PRODUCER_SHAPES += [(576, 96, 0), (4096, 128, 0)]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize(("k", "group_size", "outlier_groups"), PRODUCER_SHAPES, ids=str)
-def test_fused_producers_lower_to_one_kernel_or_two(k, group_size, outlier_groups, symmetric, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "symmetric", "dtype"),
+    newest_jax_by_feature(itertools.product(PRODUCER_SHAPES, [True, False], DTYPES), kinds_of_groups),
+    ids=str,
+)
+def test_fused_producers_lower_to_one_kernel_or_two(sizes, symmetric, dtype):
+    k, group_size, outlier_groups = sizes
     settings = {"bits": 4, "group_size": group_size, "symmetric": symmetric, "clip_ratio": 0.9}
     settings["outlier_groups"] = outlier_groups
     normalise = functools.partial(norm_triton.rms_norm_quantize, epsilon=1e-5, **settings)
     gate = functools.partial(swiglu_triton.swiglu_quantize, **settings)
     programs = (
-        cuda_program(normalise, array(5, k, dtype=dtype), array(k, dtype=dtype)),
-        cuda_program(gate, array(5, 2 * k, dtype=dtype)),
+        cuda_program(normalise, *(array(*shape, dtype=jnp.dtype(dtype)) for shape in ((5, k), (k,)))),
+        cuda_program(gate, array(5, 2 * k, dtype=jnp.dtype(dtype))),
     )
     in_pieces = symmetric and group_size == k >= 4096
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 2 if in_pieces else 1]
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(("k", "group_size"), [(4096, 4096), (14336, 14336), (4096, 128), (576, 96)], ids=str)
 def test_codes_in_the_order_of_a_wgmma_weight_take_no_kernel_more(k, group_size):
     settings = {"bits": 8, "group_size": group_size, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
@@ -205,42 +236,56 @@ def test_codes_in_the_order_of_a_wgmma_weight_take_no_kernel_more(k, group_size)
     assert not any("transpose" in program or "gather" in program for program in programs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
-@pytest.mark.parametrize("shape", [(1, 14336), (3, 5, 1536), (70000, 18944), (5, 99)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    newest_jax_by_feature(itertools.product([(1, 14336), (3, 5, 1536), (70000, 18944), (5, 99)], DTYPES)),
+    ids=str,
+)
 def test_swiglu_lowers_to_one_kernel_that_reads_the_halves_in_place(shape, dtype):
-    gate_up = array(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    gate_up = array(*shape[:-1], 2 * shape[-1], dtype=jnp.dtype(dtype))
     program = cuda_program(plain_swiglu_triton.swiglu, gate_up)
     assert program.count(KERNEL_CALL) == 1
     assert "stablehlo.slice" not in program
     assert "stablehlo.convert" not in program
 
 
-@pytest.mark.parametrize("num_rows", [1, 17, 64, 256])
+# Outputs, inputs: the heads of Llama 3 and of the demo model, an odd number of outputs, one for offsets of 64 bits, an
+# odd number of inputs; and other linears of both models.
+FLOAT_MATMULS = [
+    (128256, 4096, "bfloat16"),
+    (49152, 576, "bfloat16"),
+    (50257, 768, "float16"),
+    (152064, 8192, "bfloat16"),
+    (1000, 72, "float16"),
+    (4096, 14336, "bfloat16"),
+    (28672, 4096, "bfloat16"),
+    (960, 576, "float16"),
+]
+
+
 @pytest.mark.parametrize(
-    ("n", "k", "dtype"),
-    [
-        (128256, 4096, jnp.bfloat16),
-        (49152, 576, jnp.bfloat16),
-        (50257, 768, jnp.float16),
-        (152064, 8192, jnp.bfloat16),
-        (1000, 72, jnp.float16),
-        (4096, 14336, jnp.bfloat16),
-        (28672, 4096, jnp.bfloat16),
-        (960, 576, jnp.float16),
-    ],
-    ids=["llama3", "smollm2", "odd_n", "i64_offsets", "odd_k", "down", "gate_up", "smollm2_qkv"],
+    ("sizes", "num_rows"), newest_jax_by_feature(itertools.product(FLOAT_MATMULS, [1, 17, 64, 256])), ids=str
 )
-def test_float_matmul_lowers(n, k, dtype, num_rows):
+def test_float_matmul_lowers(sizes, num_rows):
+    n, k, dtype = *sizes[:2], jnp.dtype(sizes[2])
     x, weight = array(num_rows, k, dtype=dtype), array(n, k, dtype=dtype)
-    assert float_triton.obstacle(num_rows, jnp.dtype(dtype)) is None
+    assert float_triton.obstacle(num_rows, dtype) is None
     call = functools.partial(float_triton.float_matmul, dtype=dtype)
     assert cuda_program(call, x, weight).count(KERNEL_CALL) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
-@pytest.mark.parametrize("shape", [(1, 576), (64, 4096), (1, 4, 8, 128), (1, 1, 9, 64), (3, 8192), (5, 96)], ids=str)
+NORMS = [(1, 576), (64, 4096), (1, 4, 8, 128), (1, 1, 9, 64), (3, 8192), (5, 96)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    newest_jax_by_feature(
+        itertools.product(NORMS, DTYPES), lambda shape, dtype: ((len(shape), shape[-1] > 4096), dtype)
+    ),
+    ids=str,
+)
 def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
-    x, gain = array(*shape, dtype=dtype), array(shape[-1], dtype=dtype)
+    x, gain = array(*shape, dtype=jnp.dtype(dtype)), array(shape[-1], dtype=jnp.dtype(dtype))
     settings = {"bits": 8, "group_size": shape[-1], "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
     programs = (
         cuda_program(functools.partial(plain_norm_triton.rms_norm, epsilon=1e-5), x, gain),
@@ -250,6 +295,7 @@ def test_norms_and_the_sums_before_them_lower_to_one_kernel(shape, dtype):
     assert [program.count(KERNEL_CALL) for program in programs] == [1, 1, 1]
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("num_parts", [2, 4])
 def test_norms_add_partial_sums_without_a_kernel_more(num_parts):
     x, gain = array(1, 1, 4096, dtype=jnp.bfloat16), array(4096, dtype=jnp.bfloat16)
@@ -265,21 +311,18 @@ def test_norms_add_partial_sums_without_a_kernel_more(num_parts):
 
 @pytest.mark.parametrize(
     ("k", "dtype"),
-    [
-        (1536, jnp.bfloat16),
-        (1536, jnp.float16),
-        (1536, jnp.float32),
-        (14336, jnp.bfloat16),
-        (11008, jnp.bfloat16),
-        (18944, jnp.bfloat16),
-    ],
+    newest_jax_by_feature(
+        [*((1536, dtype) for dtype in DTYPES), *((k, "bfloat16") for k in (14336, 11008, 18944))],
+        lambda k, dtype: (k == 1536, dtype),
+    ),
     ids=str,
 )
 def test_hadamard_lowers(k, dtype):
     assert hadamard_triton.obstacle(k) is None
-    assert cuda_program(hadamard_triton.hadamard, array(5, k, dtype=dtype)).count(KERNEL_CALL) == 1
+    assert cuda_program(hadamard_triton.hadamard, array(5, k, dtype=jnp.dtype(dtype))).count(KERNEL_CALL) == 1
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(
     ("k", "block", "dtype", "num_kernels"),
     [
@@ -297,19 +340,26 @@ def test_swiglu_hadamard_lowers(k, block, dtype, num_kernels):
 
 @pytest.mark.parametrize(
     ("k", "block", "group_size", "outlier_groups", "symmetric", "num_kernels"),
-    [
-        (1536, 1536, 1536, 0, True, 1),
-        (1536, 32, 32, 10, False, 1),
-        (14336, 14336, 14336, 0, True, 3),
-        (14336, 14336, 128, 0, False, 2),
-        (14336, 32, 14336, 0, True, 2),
-        (14336, 32, 32, 1, False, 2),
-        (14336, 32, 32, 0, False, 1),
-        (11008, 11008, 11008, 0, True, 3),
-        (18944, 18944, 32, 1, False, 3),
-        (27648, 27648, 96, 0, True, 3),
-        (29568, 29568, 29568, 0, True, 3),
-    ],
+    newest_jax_by_feature(
+        [
+            (1536, 1536, 1536, 0, True, 1),
+            (1536, 32, 32, 10, False, 1),
+            (14336, 14336, 14336, 0, True, 3),
+            (14336, 14336, 128, 0, False, 2),
+            (14336, 32, 14336, 0, True, 2),
+            (14336, 32, 32, 1, False, 2),
+            (14336, 32, 32, 0, False, 1),
+            (11008, 11008, 11008, 0, True, 3),
+            (18944, 18944, 32, 1, False, 3),
+            (27648, 27648, 96, 0, True, 3),
+            (29568, 29568, 29568, 0, True, 3),
+        ],
+        lambda k, block, group_size, outlier_groups, symmetric, num_kernels: (
+            (block == k, group_size == k, num_kernels),
+            outlier_groups > 0,
+            symmetric,
+        ),
+    ),
     ids=str,
 )
 def test_swiglu_hadamard_quantize_lowers(k, block, group_size, outlier_groups, symmetric, num_kernels):
@@ -325,6 +375,7 @@ def test_swiglu_hadamard_quantize_lowers(k, block, group_size, outlier_groups, s
     assert cuda_program(rotate, array(5, 2 * k, dtype=jnp.bfloat16)).count(KERNEL_CALL) == num_kernels
 
 
+@pytest.mark.newest_jax
 def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
     """Pallas must not remove the signal as code without effect, and it is there in no other program."""
     x, gain, gate_up = (array(*shape, dtype=jnp.bfloat16) for shape in ((3, 4096), (4096,), (3, 28672)))
@@ -357,6 +408,7 @@ def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
         assert "griddepcontrol" not in cuda_program(function, *args)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("layout", Layout)
 def test_kernels_of_several_devices_lower_with_the_sum_between_them(layout):
     """A matmul of some inputs, the gathered sums of all, and the norm that adds them in order as it loads them."""

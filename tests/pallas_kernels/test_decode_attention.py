@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ import pytest
 
 from pallas_kernels import MAX_DECODE_TOKENS, decode_attention
 from pallas_kernels.decode_attention import gpu_triton, reference
-from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, random_rows, relative_error
+from tests.pallas_kernels.kernel_cases import (
+    AttentionCase,
+    attention_in_float64,
+    newest_jax_by_feature,
+    random_rows,
+    relative_error,
+)
 
 IMPLEMENTATIONS = {
     "reference": jax.jit(reference.decode_attention, static_argnames="window"),
@@ -28,9 +35,6 @@ CASES = [
 ]
 DRAFTS = AttentionCase(5, 8, 2, 64, 192, window=85)
 
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
 
 def lengths_at_edges(case: AttentionCase) -> list[int]:
     """An empty cache, a full one, too full a one, and tokens on both sides of where a chunk begins."""
@@ -43,9 +47,9 @@ def int32(*lengths: int) -> jax.Array:
     return jnp.asarray(lengths, jnp.int32)
 
 
-@pytest.mark.newest_jax
-@cases
-@implementations
+@pytest.mark.parametrize(
+    ("implementation", "case"), newest_jax_by_feature(itertools.product(("triton", "reference"), CASES)), ids=str
+)
 def test_float32_is_the_formula(implementation, case):
     """A token past the last slot sees the slots there are."""
     lengths = lengths_at_edges(case)

@@ -99,7 +99,7 @@ def test_an_unknown_name_lists_the_known_ones(op):
 @on_cpu
 @pytest.mark.parametrize("op", OPS)
 def test_none_works_everywhere(op):
-    np.testing.assert_array_equal(calls(None)[op](), calls("reference")[op]())
+    np.testing.assert_array_equal(jax.jit(calls(None)[op])(), jax.jit(calls("reference")[op])())
 
 
 def test_available_implementations_are_listed_in_the_order_of_trial():

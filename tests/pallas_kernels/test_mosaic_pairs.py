@@ -16,9 +16,8 @@ from pallas_kernels.backends.early_launch import early_launch
 from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pair_pipeline, pairs
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
+from tests.pallas_kernels.kernel_cases import newest_jax_by_feature
 from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight, array, cuda_program
-
-pytestmark = pytest.mark.newest_jax
 
 GATE_UP, DOWN = (4096, 28672), (14336, 4096)
 KERNEL = "w4a16_pairs_mosaic_gpu"
@@ -89,12 +88,17 @@ def test_a_program_fits_into_shared_memory(k, n):
         assert min(config.num_stages, config.x_slots) >= 2
 
 
-@pytest.mark.parametrize(
-    ("shape", "num_rows", "dtype"),
-    [(GATE_UP, rows, "bfloat16") for rows in (5, 96, 100, 128, 200, 256)]
-    + [(GATE_UP, 100, "float16"), (DOWN, 128, "bfloat16")],
-    ids=str,
-)
+CASES = [(GATE_UP, 5, "bfloat16"), (GATE_UP, 96, "bfloat16"), (GATE_UP, 100, "float16"), (DOWN, 128, "bfloat16")]
+CASES += [(GATE_UP, rows, "bfloat16") for rows in (100, 128, 200, 256)]
+
+
+def features(shape, num_rows, dtype):
+    """What a kernel is lowered from: warpgroups, a halved block, a shared sum, clipped rows, dtype."""
+    config = pairs.default_config(num_rows, shape[1], shape[0])
+    return config.warpgroups, config.has_half, config.split > 1, num_rows % 8 == 0, dtype
+
+
+@pytest.mark.parametrize(("shape", "num_rows", "dtype"), newest_jax_by_feature(CASES, features), ids=str)
 def test_pairs_lower(shape, num_rows, dtype):
     x, weight = array(num_rows, shape[0], dtype=jnp.dtype(dtype)), weight_of(*shape)
     assert KERNEL in cuda_program(paired, x, weight)
@@ -109,6 +113,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+@pytest.mark.newest_jax
 def test_who_tells_the_other_program_has_waited_for_all_threads_that_compute():
     """A single thread arrives at the barrier of both, which says nothing of products of other warps."""
     x, weight = array(128, 4096, dtype=jnp.bfloat16), weight_of(*GATE_UP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ import pytest
 
 from pallas_kernels import prefill_attention
 from pallas_kernels.prefill_attention import gpu_triton, reference
-from tests.pallas_kernels.kernel_cases import AttentionCase, attention_in_float64, relative_error
+from tests.pallas_kernels.kernel_cases import (
+    AttentionCase,
+    attention_in_float64,
+    newest_jax_by_feature,
+    relative_error,
+)
 
 IMPLEMENTATIONS = {
     "reference": jax.jit(reference.prefill_attention, static_argnames="window"),
@@ -49,9 +55,9 @@ def expected(arrays, rows, starts, window):
     return attention_in_float64(query, keys[held], values[held], starts, window)
 
 
-@pytest.mark.newest_jax
-@pytest.mark.parametrize("case", CASES, ids=str)
-@implementations
+@pytest.mark.parametrize(
+    ("implementation", "case"), newest_jax_by_feature(itertools.product(("triton", "reference"), CASES)), ids=str
+)
 def test_float32_is_the_formula(implementation, case):
     """Pieces of one row and of several, in any order, from its first slot on and past its last one."""
     full = case.slots - case.num_tokens

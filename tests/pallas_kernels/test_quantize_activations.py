@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from pallas_kernels import Layout, quantize_activations
 from pallas_kernels.arrays.weight import order_activation_codes
 from pallas_kernels.quantize_activations import gpu_triton, reference
-from tests.pallas_kernels.kernel_cases import activation_in_float64, in_one_program, random_rows
+from tests.pallas_kernels.kernel_cases import activation_in_float64, in_one_program, newest_jax_by_feature, random_rows
 
 QUANTIZE = {
     "reference": in_one_program(reference.quantize_activations),
@@ -58,10 +59,11 @@ def test_a_row_without_spread_survives(implementation, constant, symmetric):
     np.testing.assert_allclose(activation_in_float64(out), np.full((2, 64), constant), rtol=1e-6, atol=1e-20)
 
 
-@pytest.mark.newest_jax
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "count", "symmetric"),
+    newest_jax_by_feature(itertools.product(("triton", "reference"), [1, 2], [True, False])),
+    ids=str,
+)
 def test_the_loudest_groups_of_each_token_take_8_bits(implementation, count, symmetric):
     x = random_rows(7, 3 * 32)  # three groups: in a kernel, a block with a fourth that does not exist
     loudness = jnp.asarray([[1.0, 5.0, 20.0]] * 4 + [[20.0, 1.0, 5.0]] * 3)

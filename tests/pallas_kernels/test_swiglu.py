@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tests.pallas_kernels.kernel_cases import (
     assert_rounded_once,
     assert_the_same,
     in_one_program,
+    newest_jax_by_feature,
     random_rows,
     relative_error,
     swiglu_in_float64,
@@ -36,11 +38,13 @@ def gate_and_up(shape, dtype):
     return random_rows(*shape[:-1], 2 * shape[-1], dtype=dtype)
 
 
-@pytest.mark.newest_jax
-@dtypes
-@shapes
-@implementations
+@pytest.mark.parametrize(
+    ("implementation", "shape", "dtype"),
+    newest_jax_by_feature(itertools.product(("triton", "reference"), SHAPES, ("float32", "bfloat16", "float16"))),
+    ids=str,
+)
 def test_it_is_the_definition_in_the_dtype_of_its_input(implementation, shape, dtype):
+    dtype = jnp.dtype(dtype)
     gate_up = gate_and_up(shape, dtype)
     out = SWIGLU[implementation](gate_up)
     assert (out.shape, out.dtype) == (shape, dtype)

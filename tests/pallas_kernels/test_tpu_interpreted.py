@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import quantize_activations, upper_nibbles, with_group_sums
+from pallas_kernels import quantize_activations as quantize
+from pallas_kernels import upper_nibbles, with_group_sums
 from pallas_kernels.backends.tpu import matmul, words
 from pallas_kernels.block_attention import tpu as block_tpu
 from pallas_kernels.block_attention.reference import EVERYTHING
@@ -30,6 +34,8 @@ from tests.pallas_kernels.kernel_cases import (
     activation_in_float64,
     assert_nearly_the_same,
     attention_in_float64,
+    in_one_program,
+    newest_jax_by_feature,
     random_nested_weight,
     random_rows,
     random_weight,
@@ -38,6 +44,9 @@ from tests.pallas_kernels.kernel_cases import (
 )
 from tests.pallas_kernels.test_block_attention import listed_attention
 from tests.pallas_kernels.tpu_cases import MODES, modes, races_raise
+
+w4a16_matmul, w4a4_matmul = in_one_program(w4a16_tpu.w4a16_matmul), in_one_program(w4a4_tpu.w4a4_matmul)
+quantize_activations = in_one_program(functools.partial(quantize, implementation="reference"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +71,7 @@ def test_w4a16_equals_the_definition_in_float64(shape, interpret):
     *sizes, symmetric = shape
     weight, x = random_weight(*sizes, symmetric=symmetric), random_rows(5, shape[1])
     expected = np.asarray(x, np.float64) @ weight_in_float64(weight).T
-    assert relative_error(w4a16_tpu.w4a16_matmul(x, weight, interpret=interpret), expected) < 3e-7
+    assert relative_error(w4a16_matmul(x, weight, interpret=interpret), expected) < 3e-7
 
 
 @pytest.mark.parametrize(
@@ -81,9 +90,9 @@ def test_nested_weights_and_their_upper_nibbles_equal_the_definition_in_float64(
     codes = quantize_activations(x, bits=8, group_size=shape[2], symmetric=symmetric)
     for one in (weight, upper_nibbles(weight)):
         expected = np.asarray(x, np.float64) @ weight_in_float64(one).T
-        out = w4a16_tpu.w4a16_matmul(x, one, interpret=MODES[mode])
+        out = w4a16_matmul(x, one, interpret=MODES[mode])
         assert relative_error(out, expected) < 3e-7
-    out = w4a4_tpu.w4a4_matmul(codes, one, dtype=jnp.float32, integers=True, interpret=MODES[mode])
+    out = w4a4_matmul(codes, one, dtype=jnp.float32, integers=True, interpret=MODES[mode])
     assert relative_error(out, activation_in_float64(codes) @ weight_in_float64(one).T) < 2e-6
 
 
@@ -91,7 +100,7 @@ def test_nested_weights_and_their_upper_nibbles_equal_the_definition_in_float64(
 def test_w4a16_rounds_once_to_the_dtype_of_x(num_rows, dtype):
     """Also a prefill, for which the weight itself is rounded."""
     weight, x = random_weight(32, 256, 64, symmetric=False), random_rows(num_rows, 256, dtype=dtype)
-    out = w4a16_tpu.w4a16_matmul(x, weight, interpret=True)
+    out = w4a16_matmul(x, weight, interpret=True)
     wide = weight_in_float64(weight)
     expected = np.asarray(x, np.float64) @ np.asarray(wide if num_rows < 257 else jnp.asarray(wide, dtype)).T
     assert out.dtype == dtype
@@ -114,9 +123,9 @@ def test_w4a16_rounds_once_to_the_dtype_of_x(num_rows, dtype):
 def test_w4a8_equals_the_definition_in_float64(case, interpret):
     n, k, group_size, symmetric, x_group, x_symmetric, integers = case
     weight = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=jnp.float32)
-    weight = with_group_sums(weight, min(group_size, x_group))
+    weight = jax.jit(with_group_sums, static_argnums=1)(weight, min(group_size, x_group))
     x = quantize_activations(random_rows(5, k), bits=8, group_size=x_group, symmetric=x_symmetric)
-    out = w4a4_tpu.w4a4_matmul(x, weight, dtype=jnp.float32, integers=integers, interpret=interpret)
+    out = w4a4_matmul(x, weight, dtype=jnp.float32, integers=integers, interpret=interpret)
     assert relative_error(out, activation_in_float64(x) @ weight_in_float64(weight).T) < 2e-6
 
 
@@ -124,9 +133,9 @@ def test_w4a8_equals_the_definition_in_float64(case, interpret):
 def test_w4a4_takes_codes_of_four_bits_and_leading_axes():
     weight = random_weight(16, 256, 64, symmetric=True, scale_dtype=jnp.float32)
     x = quantize_activations(random_rows(2, 3, 256), bits=4)
-    out = w4a4_tpu.w4a4_matmul(x, weight, dtype=jnp.float32, integers=True, interpret=True)
-    exact = activation_in_float64(quantize_activations(random_rows(2, 3, 256).reshape(6, 256), bits=4))
-    assert relative_error(out.reshape(6, 16), exact @ weight_in_float64(weight).T) < 2e-6
+    out = w4a4_matmul(x, weight, dtype=jnp.float32, integers=True, interpret=True)
+    exact = activation_in_float64(jax.tree.map(lambda array: np.reshape(array, (6, -1)), x))
+    assert relative_error(np.reshape(out, (6, 16)), exact @ weight_in_float64(weight).T) < 2e-6
 
 
 # Tokens, heads, key/value heads, head dimension, slots, window: groups of 1, 3 and 4 queries; heads that share lanes,
@@ -139,16 +148,19 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.newest_jax
-@modes
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-def test_attention_is_the_formula(case, interpret):
+@pytest.mark.parametrize(("case", "mode"), newest_jax_by_feature(itertools.product(ATTENTION, MODES)), ids=str)
+def test_attention_is_the_formula(case, mode):
     """An empty cache, a full one, and a token past the last slot, which sees the slots there are."""
     lengths = [0, case.slots // 2, case.slots - 1]
     arrays = case.arrays(3, jnp.float32)
     given = jnp.asarray(lengths, jnp.int32)
-    out = attention_tpu.decode_attention(*arrays, given, window=case.window, interpret=interpret)
+    out = attention_tpu.decode_attention(*arrays, given, window=case.window, interpret=MODES[mode])
     np.testing.assert_allclose(out, attention_in_float64(*arrays, lengths, case.window), rtol=2e-5, atol=2e-6)
+
+
+def poisoned(array: jax.Array, places: np.ndarray) -> jax.Array:
+    """The array with NaN where nothing may be read."""
+    return jnp.asarray(np.where(places, array.dtype.type(np.nan), array))
 
 
 def test_attention_in_bfloat16_reads_no_block_that_nobody_sees():
@@ -156,12 +168,12 @@ def test_attention_in_bfloat16_reads_no_block_that_nobody_sees():
     query, keys, values = case.arrays(1, jnp.bfloat16)
     seen = np.zeros(case.slots, bool)
     seen[512:1024] = True
-    keys, values = (jnp.where(seen[:, None, None], array, jnp.nan) for array in (keys, values))
+    keys, values = (poisoned(array, ~seen[:, None, None]) for array in (keys, values))
     out = attention_tpu.decode_attention(
         query, keys, values, jnp.asarray(lengths, jnp.int32), window=case.window, interpret=True
     )
     expected = attention_in_float64(*case.arrays(1, jnp.bfloat16), lengths, case.window)
-    assert relative_error(out.astype(jnp.float32), expected) < 4e-3
+    assert relative_error(np.asarray(out, np.float32), expected) < 4e-3
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,8 @@ def test_attention_with_masses_is_attention_and_the_masses_of_the_reference(case
     options = {"window": case.window, "interpret": MODES[mode]}
     out, masses = attention_tpu.decode_attention_with_masses(*arrays, lengths, block_size=16, **options)
     np.testing.assert_array_equal(out, attention_tpu.decode_attention(*arrays, lengths, **options))
-    _, expected = attention_reference.decode_attention_with_masses(*arrays, lengths, block_size=16, window=case.window)
+    weigh = in_one_program(attention_reference.decode_attention_with_masses)
+    _, expected = weigh(*arrays, lengths, block_size=16, window=case.window)
     np.testing.assert_allclose(masses, expected, atol=2e-6)
 
 
@@ -216,20 +229,22 @@ def test_attention_to_blocks_is_the_formula_whatever_else_there_is(case, block_s
     block_of_slot = np.arange(case.slots) // block_size
     listed = (tables[:, 1, :, :, None] == block_of_slot).any(2) | (tables[:, 1, :, :1] == EVERYTHING)  # [B, KH, S]
     query, *cache = case.arrays(5, jnp.dtype(dtype))
-    poisoned = [jnp.where(listed.any(1)[..., None, None], array, jnp.nan) for array in cache]
+    unlisted = ~listed.any(1)[..., None, None]
     out = block_tpu.block_attention(
-        *(query, *poisoned, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.int32(1)),
+        *(query, *(poisoned(array, unlisted) for array in cache)),
+        *(jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.int32(1)),
         block_size=block_size,
         window=case.window,
         interpret=MODES[mode],
     )
+    query, out, *cache = (np.asarray(array, np.float32) for array in (query, out, *cache))
     assert not out[4].any()
     group = case.num_heads // case.num_kv_heads
     for row, head in np.ndindex(4, case.num_kv_heads):
         own = slice(head * group, (head + 1) * group)
         one = query[row, :, own], *(array[row, :, head : head + 1] for array in cache)
         expected = listed_attention(*one, listed[row, head], lengths[row], case)
-        assert relative_error(out[row, :, own].astype(jnp.float32), expected) < (1e-5 if dtype == "float32" else 6e-3)
+        assert relative_error(out[row, :, own], expected) < (1e-5 if dtype == "float32" else 6e-3)
 
 
 # Slots of tiles that both modes take: the simulation refuses an aliased array that is no whole number of blocks.
@@ -238,10 +253,10 @@ def test_attention_to_blocks_is_the_formula_whatever_else_there_is(case, block_s
 def test_new_slots_are_written_where_they_belong_and_nothing_else_is(num_tokens, dtype, interpret):
     """Within a tile, across two or three of them, and past the last slot, where they are dropped."""
     lengths = jnp.asarray([0, 14, 33, 46], jnp.int32)
-    angles = 9 * random_rows(4, num_tokens, 32)
+    angles = 9 * np.asarray(random_rows(4, num_tokens, 32))
     qkv = random_rows(4, num_tokens, 8, 64, dtype=dtype)
     keys, values = (random_rows(4, 48, 2, 64, dtype=dtype, seed=seed) for seed in (2, 3))
-    arguments = (qkv, jnp.cos(angles), jnp.sin(angles), keys, values, lengths)
+    arguments = (qkv, jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles)), keys, values, lengths)
     out = rotate_tpu.rotate_and_write(*arguments, interpret=interpret)
     expected = jax.jit(rotate_reference.rotate_and_write)(*arguments)
     jax.tree.map(np.testing.assert_array_equal, out, expected)
@@ -268,8 +283,9 @@ def test_hadamard_equals_the_dense_product_in_float64(num_inputs, dtype, interpr
 
 def test_what_is_gated_transformed_and_quantised_is_nearly_that_of_the_reference():
     gate_up, settings = random_rows(3, 512), {"bits": 8, "group_size": 64, "symmetric": True, "clip_ratio": 0.9}
-    out = producer_tpu.swiglu_hadamard_quantize(gate_up, block=128, outlier_groups=0, interpret=True, **settings)
-    expected = producer_reference.swiglu_hadamard_quantize(gate_up, block=128, outlier_groups=0, **settings)
+    ours, reference = (in_one_program(module.swiglu_hadamard_quantize) for module in (producer_tpu, producer_reference))
+    out = ours(gate_up, block=128, outlier_groups=0, interpret=True, **settings)
+    expected = reference(gate_up, block=128, outlier_groups=0, **settings)
     assert_nearly_the_same(out, expected, jnp.dtype("float32"), equal_codes=0.99)
 
 
