@@ -42,9 +42,9 @@ def empty():
     return Int8Cache.zeros(batch=1, capacity=CAPACITY, **sizes, dtype=jnp.float32)
 
 
-def unturned(num_tokens):
-    ones = jnp.ones((1, num_tokens, HEAD_DIM // 2), jnp.float32)
-    return ones, 0 * ones
+def unturned(num_tokens, batch=1, head_dim=HEAD_DIM):
+    ones = np.ones((batch, num_tokens, head_dim // 2), np.float32)
+    return jnp.asarray(ones), jnp.asarray(0 * ones)
 
 
 @functools.cache
@@ -162,11 +162,10 @@ def test_wherever_a_prompt_is_cut_its_tokens_leave_and_see_the_same(cuts, window
     out, cache = [], empty()
     for start, end in itertools.pairwise(cuts):
         width = 512 if end - start > 130 else 150  # more padding than the ring has slots
-        given = jnp.asarray(arrays()[:, start : start + width]) * jnp.where(jnp.arange(width) < end - start, 1, 99)[
-            None, :, None, None
-        ].astype(jnp.float32)
+        given = arrays()[:, start : start + width].copy()
+        given[:, end - start :] *= 99
         result, cache = jitted(prefill_int8)(
-            given,
+            jnp.asarray(given),
             *unturned(width),
             cache,
             jnp.asarray([start], jnp.int32),
@@ -258,17 +257,22 @@ def test_partial_sums_are_added_up():
 def interpreted_case(tokens, heads, kv_heads, head_dim, slots, dtype):
     """New tokens, their angles, and a cache that is filled up to where they come: around the ends of blocks."""
     rng = np.random.default_rng(tokens)
-    lengths = jnp.asarray([0, 127, 256 - tokens + 1, slots - tokens], jnp.int32)
+    lengths = np.asarray([0, 127, 256 - tokens + 1, slots - tokens], np.int32)
     sizes = {"num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     qkv, new = (
-        jnp.asarray(rng.standard_normal((4, count, heads + 2 * kv_heads, head_dim)), dtype) for count in (slots, tokens)
+        jnp.asarray(rng.standard_normal((4, count, heads + 2 * kv_heads, head_dim)).astype(dtype))
+        for count in (slots, tokens)
     )
-    ones = jnp.ones((4, slots, head_dim // 2), jnp.float32)
-    empty = Int8Cache.zeros(batch=4, capacity=slots, **sizes)
-    filled = {"num_tokens": jnp.maximum(lengths, 1)}
-    _, cache = jitted(prefill_int8)(qkv, ones, 0 * ones, empty, 0 * lengths, **filled)
-    angles = jnp.asarray(rng.standard_normal((4, tokens, head_dim // 2)), jnp.float32)
-    return new, jnp.cos(angles), jnp.sin(angles), cache, lengths
+    filled, none = jnp.asarray(np.maximum(lengths, 1)), jnp.asarray(0 * lengths)
+
+    @jax.jit
+    def fill(qkv, cosine, sine):
+        empty = Int8Cache.zeros(batch=4, capacity=slots, **sizes)
+        return prefill_int8(qkv, cosine, sine, empty, none, num_tokens=filled)[1]
+
+    angles = rng.standard_normal((4, tokens, head_dim // 2)).astype(np.float32)
+    turn = jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+    return new, *turn, fill(qkv, *unturned(slots, 4, head_dim)), jnp.asarray(lengths)
 
 
 # Tokens, heads, key/value heads, head dimension, slots; a group of 3 in one tile, and chunks of both sizes.
@@ -295,7 +299,7 @@ def test_the_triton_kernels_leave_and_see_what_the_reference_does(shape, window)
 
 def test_the_triton_kernel_reads_listed_blocks_as_the_reference_does():
     *_, cache, lengths = interpreted_case(1, 3, 1, 24, 330, jnp.float32)
-    query = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 3, 24)), jnp.float32)
+    query = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 3, 24)).astype(np.float32))
     table = jnp.asarray([[0, 1, 2, 19], [-1, 0, 0, 0], [1, 7, 15, 16], [0, 8, 9, 20]], jnp.int32)[:, None, None]
     arrays, options = (query, cache, lengths, table, jnp.int32(0)), {"block_size": 16, "window": None}
     out = triton.block_attention_int8(*arrays, **options, interpret=True)

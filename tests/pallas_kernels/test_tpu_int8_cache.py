@@ -67,10 +67,10 @@ def test_a_row_has_the_same_bits_alone_and_beside_others():
 
 def test_listed_blocks_are_all_that_weighs():
     query, cache, lengths = written((1, 6, 3, 64, 330))
-    table = jnp.asarray([[0, 1, 2, 19], [-1, 0, 0, 0], [1, 7, 15, 16], [3, 3, 3, 3]], jnp.int32)[:, None, None]
-    table = jnp.concatenate([table, table[::-1], table], axis=2)  # heads of a sequence list others
-    table = jnp.stack([0 * table, table], axis=1)[:, :, 0]
-    arrays, options = (query, cache, lengths, table, jnp.int32(1)), {"block_size": 16, "window": None}
+    table = np.asarray([[0, 1, 2, 19], [-1, 0, 0, 0], [1, 7, 15, 16], [3, 3, 3, 3]], np.int32)[:, None, None]
+    table = np.concatenate([table, table[::-1], table], axis=2)  # heads of a sequence list others
+    table = np.stack([0 * table, table], axis=1)[:, :, 0]
+    arrays, options = (query, cache, lengths, jnp.asarray(table), jnp.int32(1)), {"block_size": 16, "window": None}
     out = attention_tpu.block_attention_int8(*arrays, **options, interpret=True)
     expected = jitted(reference.block_attention_int8)(*arrays, **options)
     out, expected = (np.array(array).reshape(4, 3, 2, 64) for array in (out, expected))
