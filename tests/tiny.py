@@ -13,15 +13,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+import pallas_kernels
 from pallas_kernels import Layout, QuantizedWeight, with_layout
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.parameters import expected_parameters
+from qspec_jax.model.precision import Precision
 from qspec_jax.model.sharding import spec_of, to_shard_order
 from qspec_jax.model.shards import Shards, parameters
+from qspec_jax.model.view import View
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.source import Source, TensorEntry
+
+# One program for each shape, not one for each operation.
+dequantize = jax.jit(pallas_kernels.dequantize, static_argnums=1)
 
 BASE_HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -110,6 +116,17 @@ def decoder(
         kernels=kernels,
         scan_layers=scan_layers,
     )
+
+
+def logits(decoder: Decoder, tokens: Any, precision: Precision | View, *, slots: int = 64) -> np.ndarray:
+    """What a decoder yields of new sequences, in one program, which decoders of the same graph share."""
+    return np.asarray(_logits(*nnx.split(decoder), jnp.asarray(tokens, jnp.int32), precision, slots))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _logits(graph: Any, state: Any, tokens: jax.Array, precision: Precision | View, slots: int) -> jax.Array:
+    made = nnx.merge(graph, state)
+    return made(tokens, made.create_cache(batch=tokens.shape[0], capacity=slots), precision=precision)[0]
 
 
 def language_model(

@@ -33,10 +33,10 @@ def logits_of(decoder, tokens, precision, *, slots=64):
 _unused_slots = itertools.count(1000)
 
 
-def trace(decoder, precision):
+def trace(decoder, precision, tokens=TOKENS):
     """Runs the decoder's Python alone, for a cache as long as no other: nothing is found that was traced before."""
     slots = next(_unused_slots)
-    jax.eval_shape(lambda: logits_of(decoder, TOKENS, precision, slots=slots))
+    jax.eval_shape(lambda: logits_of(decoder, tokens, precision, slots=slots))
 
 
 def assert_agree(a, b, precision):
@@ -158,12 +158,11 @@ def test_precisions_differ_and_order_by_error():
 
 
 def test_every_refinement_of_the_activations_lowers_the_error_of_w4a4():
-    errors = []
+    exact, errors = logits_of(tiny.decoder(), TOKENS, Precision.W4A16), []
     for group_size, symmetric, outlier_groups in ((None, True, 0), (32, True, 0), (32, False, 0), (32, False, 1)):
         recipe = ActivationQuantization(group_size, symmetric, outlier_groups=outlier_groups)
         decoder = tiny.decoder(quantization=QuantConfig(w4a4=recipe))
         add_group_sums(decoder)
-        exact = logits_of(decoder, TOKENS, Precision.W4A16)
         errors.append(float(jnp.square(logits_of(decoder, TOKENS, Precision.W4A4) - exact).mean()))
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
@@ -243,7 +242,7 @@ def test_decodes_ask_for_the_attention_kernel_and_prefills_for_that_of_prompts(m
         monkeypatch.setattr(pallas_kernels, name, functools.partial(without_a_name, getattr(pallas_kernels, name)))
     decoder = tiny.decoder(quantization=None, kernels=kernels)
     for num_tokens in (MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1):
-        logits_of(decoder, TOKENS[:, :num_tokens], Precision.FLOAT)
+        trace(decoder, Precision.FLOAT, TOKENS[:, :num_tokens])
     assert [call for call in asked if call[0] != "rms_norm"] == [
         ("rotate_and_write", 17, expected),
         ("decode_attention", 17, expected),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize, upper_nibbles
+from pallas_kernels import upper_nibbles
 from qspec_jax import ModelConfig, Precision, QuantConfig, UsageError
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.plan import plan_of
@@ -23,6 +23,7 @@ from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.checkpoint.source import open_saved_source
 from tests import tiny
+from tests.tiny import dequantize
 
 HEADS = {
     "8": QuantConfig(head_bits=8),
@@ -69,10 +70,9 @@ def test_each_view_reads_the_head_that_is_its_own(name, tied):
 @pytest.mark.parametrize("view", [View(), DRAFT], ids=lambda view: view.name)
 def test_logits_are_float32_products_with_the_head(view):
     made, plain = decoder("8 and 4", tied=False), tiny.decoder(config(tied=False))
-    of = lambda one, view: one(TOKENS, one.create_cache(batch=1, capacity=16), precision=view)[0]  # noqa: E731
-    found = of(made, view)
+    found = tiny.logits(made, TOKENS, view)
     plain.lm_head.set_value(dequantize(made.head_for(view)))
-    expected = of(plain, dataclasses.replace(view, head_bits=None))
+    expected = tiny.logits(plain, TOKENS, dataclasses.replace(view, head_bits=None))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 

@@ -109,6 +109,12 @@ def test_rows_of_projections_go_device_by_device():
     assert gates[[0, 127, 128, 255, 256]].tolist() == [0, 127, 256, 383, 128]
 
 
+def together(of_device, split=None):
+    """A function of all devices, as one program that rounds where it says so."""
+    mapped = jax.vmap(of_device, axis_name=MODEL, axis_size=split)
+    return jax.jit(mapped, compiler_options={"xla_allow_excess_precision": False})
+
+
 def stacked_shards(decoder, split):
     """The graph of one device's decoder, and the arrays of all, each with an axis of devices in front."""
     whole, quantization = dict(parameters(decoder)), decoder.layers[0].mlp.down.quantization
@@ -122,7 +128,7 @@ def stacked_shards(decoder, split):
         axis = split_axis(path, array.shape)
         parts = [array] * split if axis is None else np.split(array, split, axis=axis)
         assert all(part.shape == like.shape for part in parts), path
-        return jnp.stack([jnp.asarray(part) for part in parts])
+        return jnp.asarray(np.stack(parts))
 
     for path, parameter in parameters(local):
         like, value = parameter.get_value(), whole[path].get_value()
@@ -139,6 +145,11 @@ def stacked_shards(decoder, split):
     return nnx.split(local)
 
 
+def logits_of_one(decoder, precision):
+    run = jax.jit(lambda tokens, cache: decoder(tokens, cache, precision=precision)[0])
+    return np.asarray(run(TOKENS, decoder.create_cache(batch=2, capacity=32)))
+
+
 def logits_of_all(graph, state, precision, tokens, split):
     """What the devices compute together; each of them has all logits in the end."""
 
@@ -149,8 +160,8 @@ def logits_of_all(graph, state, precision, tokens, split):
         cache = decoder.create_cache(batch=len(tokens), capacity=32)
         return all_logits(decoder(tokens, cache, precision=precision)[0], decoder.axis)
 
-    logits = jax.vmap(of_device, axis_name=MODEL, axis_size=split)(state)
-    np.testing.assert_array_equal(logits, jnp.broadcast_to(logits[:1], logits.shape))
+    logits = np.asarray(together(of_device, split)(state))
+    np.testing.assert_array_equal(logits, np.broadcast_to(logits[:1], logits.shape))
     return logits[0]
 
 
@@ -161,21 +172,19 @@ def logits_of_all(graph, state, precision, tokens, split):
 def test_devices_compute_together_what_one_computes(family, split, quantization):
     whole = tiny.decoder(config(family), scan_layers=split != 4, quantization=quantization)
     precision = Precision.FLOAT if quantization is None else Precision.W4A16
-    expected = whole(TOKENS, whole.create_cache(batch=2, capacity=32), precision=precision)[0]
-    graph, state = stacked_shards(whole, split)
-    together = logits_of_all(graph, state, precision, TOKENS, split)
-    np.testing.assert_allclose(together, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    expected = logits_of_one(whole, precision)
+    found = logits_of_all(*stacked_shards(whole, split), precision, TOKENS, split)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_drafts_with_zero_points_have_the_sums_of_each_devices_inputs():
     """Sums of other inputs would make drafts that are never accepted, and no token would tell."""
     whole = tiny.decoder(config())
     add_group_sums(whole)
-    expected = whole(TOKENS, whole.create_cache(batch=2, capacity=32), precision=Precision.W4A4)[0]
-    graph, state = stacked_shards(whole, 2)
-    together = logits_of_all(graph, state, Precision.W4A4, TOKENS, 2)
+    expected = logits_of_one(whole, Precision.W4A4)
+    found = logits_of_all(*stacked_shards(whole, 2), Precision.W4A4, TOKENS, 2)
     # One group of each device's inputs has 8 bits, where one of all inputs has on one device.
-    assert float(jnp.abs(together - expected).mean()) < 0.05 * float(jnp.abs(expected).max())
+    assert np.abs(found - expected).mean() < 0.05 * np.abs(expected).max()
 
 
 def test_whole_numbers_are_added_to_the_bit():
@@ -184,41 +193,41 @@ def test_whole_numbers_are_added_to_the_bit():
     codes, x = rng.integers(0, 16, (24, 128), np.uint8), rng.integers(-3, 4, (2, 3, 128)).astype(np.float32)
     scale = np.arange(1, 5, dtype=np.float32)[:, None] * np.ones((4, 24), np.float32)
     weight = QuantizedWeight(pack_codes(codes), scale)
-    expected = x @ np.asarray(dequantize(jax.tree.map(jnp.asarray, weight))).T
+    expected = x @ np.asarray(jax.jit(dequantize)(weight)).T
     packed = to_shard_order("layers.0.mlp.down.weight.packed", weight.packed, config(), split)
-    shards = QuantizedWeight(*(jnp.stack(np.split(a, split, axis)) for a, axis in ((packed, 1), (scale, 0))))
-    inputs = jnp.stack(np.split(x, split, axis=-1))
+    shards = QuantizedWeight(*(np.stack(np.split(a, split, axis)) for a, axis in ((packed, 1), (scale, 0))))
+    inputs = np.stack(np.split(x, split, axis=-1))
 
     def of_device(shard, x):
         return add_up(x @ dequantize(shard).T, MODEL).value()
 
-    together = jax.vmap(of_device, axis_name=MODEL)(shards, inputs)
-    np.testing.assert_array_equal(together, np.broadcast_to(expected, together.shape))
+    found = together(of_device)(shards, inputs)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 32, 40])
 def test_a_token_is_added_up_in_one_order_whatever_is_beside_it(tokens):
     """In one message or two, and where tokens do not divide among the devices: it is ((0 + 1) + (2 + 3)) + 4."""
-    sizes = 10.0 ** jnp.arange(5.0)[:, None, None, None]
-    parts = sizes * jax.random.normal(jax.random.key(0), (5, 2, tokens, 8), jnp.float32)
-    summed = jax.vmap(lambda y: _value(add_up(y, MODEL)), axis_name=MODEL)(parts)
+    sizes = np.float32(10) ** np.arange(5, dtype=np.float32)[:, None, None, None]
+    parts = sizes * np.random.default_rng(0).standard_normal((5, 2, tokens, 8), np.float32)
+    summed = together(lambda y: _value(add_up(y, MODEL)))(parts)
     expected = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + parts[4]
-    np.testing.assert_array_equal(summed, jnp.broadcast_to(expected, summed.shape))
+    np.testing.assert_array_equal(summed, np.broadcast_to(expected, summed.shape))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_sums_that_a_kernel_has_left_in_parts_are_added_up_as_those_that_it_has_rounded(tokens):
     """Which of them a kernel leaves depends on the number of rows, and a token has the same bits with any."""
-    parts = jax.random.normal(jax.random.key(0), (4, 2, 2, tokens, 8), jnp.float32)  # of each device two
+    parts = np.random.default_rng(0).standard_normal((4, 2, 2, tokens, 8), np.float32)  # of each device two
     rounded = (parts[:, 0] + parts[:, 1]).astype(jnp.bfloat16)
-    left = jax.vmap(lambda y: _value(add_up(PartialSums(y, jnp.dtype(jnp.bfloat16)), MODEL)), axis_name=MODEL)(parts)
-    whole = jax.vmap(lambda y: _value(add_up(y, MODEL)), axis_name=MODEL)(rounded)
-    own = rounded.astype(jnp.float32)
+    left = together(lambda y: _value(add_up(PartialSums(y, jnp.dtype(jnp.bfloat16)), MODEL)))(parts)
+    whole = together(lambda y: _value(add_up(y, MODEL)))(rounded)
+    own = rounded.astype(np.float32)
     expected = ((own[0] + own[1]) + (own[2] + own[3])).astype(jnp.bfloat16)
-    assert not jnp.array_equal(expected, parts.sum((0, 1)).astype(jnp.bfloat16))  # it matters where sums are rounded
+    assert not np.array_equal(expected, parts.sum((0, 1)).astype(jnp.bfloat16))  # it matters where sums are rounded
     for found in (left, whole):
         assert found.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(found, jnp.broadcast_to(expected, found.shape))
+        np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
 
 
 def _value(sums):
@@ -226,15 +235,16 @@ def _value(sums):
 
 
 def test_tokens_are_embedded_and_chosen_as_by_one_device():
-    table = jax.random.normal(jax.random.key(0), (24, 8), jnp.bfloat16)
-    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    embedded = jax.vmap(lambda part: embed(part, tokens, MODEL), axis_name=MODEL)(table.reshape(4, 6, 8))
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((24, 8), np.float32).astype(jnp.bfloat16)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    embedded = together(lambda part: embed(part, jnp.asarray(tokens), MODEL))(table.reshape(4, 6, 8))
     np.testing.assert_array_equal(embedded[3], table[tokens])
-    logits = jnp.round(4 * jax.random.normal(jax.random.key(1), (5, 7, 24))) / 4  # with equal ones
-    logits = logits.at[0, 0].set(-jnp.inf).at[0, 1, 7].set(jnp.nan).at[0, 2, 23].set(jnp.inf)
-    parts = jnp.moveaxis(logits.reshape(5, 7, 4, 6), 2, 0)
-    chosen = jax.vmap(lambda part: most_likely(part, MODEL), axis_name=MODEL)(parts)
-    np.testing.assert_array_equal(chosen, jnp.broadcast_to(jnp.argmax(logits, -1), chosen.shape))
+    logits = np.round(4 * rng.standard_normal((5, 7, 24), np.float32)) / 4  # with equal ones
+    logits[0, 0], logits[0, 1, 7], logits[0, 2, 23] = -np.inf, np.nan, np.inf
+    parts = np.moveaxis(logits.reshape(5, 7, 4, 6), 2, 0)
+    chosen = together(lambda part: most_likely(part, MODEL))(parts)
+    np.testing.assert_array_equal(chosen, np.broadcast_to(np.argmax(logits, -1), chosen.shape))
 
 
 def test_a_decoder_of_several_devices_is_not_called_by_one():

@@ -16,7 +16,7 @@ TOKENS = jnp.asarray([[1, 5, 9, 40, 7, 3, 11, 2]], jnp.int32)
 
 
 def logits(decoder, view, tokens=TOKENS):
-    return decoder(tokens, decoder.create_cache(batch=len(tokens), capacity=16), precision=view)[0]
+    return tiny.logits(decoder, tokens, view, slots=16)
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize, unpack_codes, upper_nibbles
+from pallas_kernels import unpack_codes, upper_nibbles
 from qspec_jax.quantization.gptq import gptq
 from qspec_jax.quantization.rtn import quantize_rtn
+from tests.tiny import dequantize
 
 RANDOM = np.random.default_rng(0)
 N, K = 48, 192  # two blocks of inputs

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import qspec_jax
-from pallas_kernels import dequantize
 from qspec_jax import QuantConfig, quantize
 from qspec_jax.device import memory
 from qspec_jax.errors import CheckpointError, UsageError
@@ -30,6 +29,7 @@ from qspec_jax.weights.source import TensorEntry
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests import tiny
 from tests.commands.test_quantize import run, write_gguf
+from tests.tiny import dequantize
 from tests.weights import tiny_checkpoints
 
 TOKENS = np.random.default_rng(0).integers(0, 40, (4, 32)).astype(np.int32)
@@ -97,18 +97,18 @@ def test_the_checkpoint_is_closer_to_the_float_model_than_by_rounding_to_nearest
 def test_rotation_and_gptq_together_are_closer_to_the_float_model_than_rotation_and_rounding(
     model, text, options, tmp_path
 ):
-    tokens = jnp.asarray(token_windows(text, load_tokenizer(model), num_tokens=2048, context=256)[4:])
+    tokens = token_windows(text, load_tokenizer(model), num_tokens=2048, context=256)[4:]
 
     def logits(path, **settings):
         decoder = qspec_jax.load(path, kernels="reference", dtype="float32", **settings).decoder
         precision = Precision.FLOAT if settings else Precision.W4A16
-        return decoder(tokens, decoder.create_cache(batch=len(tokens), capacity=256), precision=precision)[0]
+        return tiny.logits(decoder, tokens, precision, slots=256)
 
     exact, errors = logits(model, quantization=None), {}
     for recipe, arguments in (("quarot-gptq", options[2:]), ("quarot-rtn", ())):
         command = (model, tmp_path / recipe, "--recipe", recipe, *arguments)
         assert quantize.main([str(argument) for argument in command]) == 0
-        errors[recipe] = float(jnp.square(logits(tmp_path / recipe) - exact).mean())
+        errors[recipe] = np.square(logits(tmp_path / recipe) - exact).mean()
     assert errors["quarot-gptq"] < 0.8 * errors["quarot-rtn"]
 
 

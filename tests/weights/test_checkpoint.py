@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +27,6 @@ from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.placing import Placing
 from tests import tiny
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ["llama3_rope_scaling", "llama_with_biases", "smollm2_tied", "mistral_sliding_window", "qwen3_qk_norm"]
 CONFIGS = {
     "default": QuantConfig(),
@@ -40,12 +35,15 @@ CONFIGS = {
 }
 
 
+def save(path):
+    save_checkpoint(path, tiny.decoder(), tokenizer=None, quantization=QuantConfig(), recipe={"name": "rtn"})
+    return path
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A checkpoint that no test changes."""
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    save_checkpoint(path, tiny.decoder(), tokenizer=None, quantization=QuantConfig(), recipe={"name": "rtn"})
-    return path
+    return save(tmp_path_factory.mktemp("saved") / "checkpoint")
 
 
 W4A16, W4A8, W4A4 = (View.of(one) for one in (Precision.W4A16, Precision.W4A8, Precision.W4A4))
@@ -61,8 +59,7 @@ def assert_identical(one, other):
 
 
 def logits(decoder, precision):
-    tokens = jnp.asarray([[1, 5, 9, 40], [2, 3, 7, 11]], jnp.int32)
-    return decoder(tokens, decoder.create_cache(batch=2, capacity=8), precision=precision)[0]
+    return tiny.logits(decoder, np.asarray([[1, 5, 9, 40], [2, 3, 7, 11]]), precision, slots=8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,13 +148,13 @@ def wgmma_where_it_fits(monkeypatch):
 def test_the_layout_that_kernels_read_leaves_no_trace(tmp_path, request, scan_layers):
     config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "intermediate_size": 512})
     plain = tiny.decoder(config, scan_layers=scan_layers)
-    save = functools.partial(save_checkpoint, tokenizer=None, quantization=QuantConfig())
-    written = save(tmp_path / "plain", plain)
+    save_one = functools.partial(save_checkpoint, tokenizer=None, quantization=QuantConfig())
+    written = save_one(tmp_path / "plain", plain)
     request.getfixturevalue("wgmma_where_it_fits")
     loaded = tiny.decoder(config, scan_layers=scan_layers)
     restored = restore_decoder(open_checkpoint(tmp_path / "plain"), scan_layers=scan_layers, kernels="reference")
     assert_identical(restored, loaded)
-    assert save(tmp_path / "ordered", loaded).arrays == written.arrays
+    assert save_one(tmp_path / "ordered", loaded).arrays == written.arrays
     down, other = (one.layers[0].mlp.down.weight.get_value() for one in (loaded, plain))
     assert (down.layout, other.layout) == (Layout.WGMMA, Layout.PLANES)
     assert loaded.layers[0].mlp.gate_up.weight.get_value().layout is Layout.PLANES
@@ -260,14 +257,8 @@ def check_placing(saved, num_devices):
 
 
 def test_arrays_go_where_they_are_placed(saved):
+    """One device is not enough to tell that they are split: ``tests/weights/test_placing.py`` has two."""
     check_placing(saved, 1)
-
-
-def test_arrays_are_split_over_devices_as_they_are_restored(saved):
-    """In a process with two devices; one is not enough to tell."""
-    code = f"from tests.weights.test_checkpoint import check_placing; check_placing({str(saved)!r}, 2)"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
 
 
 def test_load_and_save_give_the_same_tokens(tmp_path):

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pallas_kernels.arrays.weight import QuantizedWeight, dequantize, pack_codes
+from pallas_kernels.arrays.weight import QuantizedWeight, pack_codes
 from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig, RopeScaling
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.weights.gguf import file as gguf_file
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import QuantizedTensor
+from tests.tiny import dequantize
 from tests.weights.tiny_checkpoints import (
     ARCHITECTURES,
     HEAD_DIM,

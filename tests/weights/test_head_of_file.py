@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import qspec_jax
-from pallas_kernels import dequantize, upper_nibbles
+from pallas_kernels import upper_nibbles
 from qspec_jax import QuantConfig, View
 from qspec_jax.engine.load import open_model
 from qspec_jax.errors import CheckpointError, RequantizationWarning
@@ -24,6 +24,7 @@ from qspec_jax.recipes.rotated import rotate_source
 from qspec_jax.weights.checkpoint import manifest
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
 from qspec_jax.weights.resolve import open_source
+from tests.tiny import dequantize
 from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf
 
 TYPES = gguf.GGMLQuantizationType

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pallas_kernels import Layout, QuantizedWeight, dequantize, unpack_nested, upper_nibbles, with_layout
+from pallas_kernels import Layout, QuantizedWeight, unpack_nested, upper_nibbles, with_layout
 from qspec_jax import ModelConfig, Precision, QuantConfig, UsageError, generate
 from qspec_jax.bench import __main__ as bench
 from qspec_jax.bench.models import chosen_quantization
@@ -37,6 +37,7 @@ from qspec_jax.weights.checkpoint.source import open_saved_source
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import QuantizedTensor, around_zero
 from tests import tiny
+from tests.tiny import dequantize
 from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf
 
 NESTED = QuantConfig(group_size=32, symmetric=True, bits=8)

@@ -33,6 +33,7 @@ from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.placing import MeshPlacing
 from tests import tiny
+from tests.weights import test_checkpoint
 
 ROOT = Path(__file__).parents[2]
 NUM_DEVICES = 4  # of a model with 2 heads of keys and values, each of which two devices have
@@ -55,6 +56,7 @@ def check_all(folder):
     check_a_stack_is_never_whole(mesh)
     check_that_synthetic_weights_are_made_where_they_belong(half)
     check_that_what_does_not_fit_is_refused(Path(folder) / "norms", mesh)
+    test_checkpoint.check_placing(test_checkpoint.save(Path(folder) / "plain"), 2)
 
 
 def check_mesh(folder, family, quantization, mesh):

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import CheckpointError, RequantizationWarning
 from qspec_jax.model.config import QuantConfig
@@ -28,6 +27,8 @@ from qspec_jax.weights.huggingface.unpack import (
 )
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import QuantizedTensor
+from tests import tiny
+from tests.tiny import dequantize
 from tests.weights import prequantized_packers as packers
 from tests.weights.prequantized_packers import CASES, random_weight, tiny_checkpoint
 from tests.weights.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf
@@ -42,8 +43,7 @@ def loaded(source, quantization=QuantConfig(), **options):  # noqa: B008 - froze
 
 
 def logits(decoder, precision):
-    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) * 3
-    return np.asarray(decoder(tokens, decoder.create_cache(batch=2, capacity=8), precision=precision)[0])
+    return tiny.logits(decoder, 3 * np.arange(12).reshape(2, 6), precision, slots=8)
 
 
 def as_read_by_kernels(tensor: QuantizedTensor) -> np.ndarray:
