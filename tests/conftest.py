@@ -146,8 +146,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     quickly = jax.default_backend() == "cpu" and not fully
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quickly)
-        # What is compiled the other way is not to be taken, and not to be thrown away: this is in the keys of JAX's caches,
-        # and for a CPU it means nothing else.
+        # What is compiled the other way is not to be taken, and not to be thrown away: this is in the keys of JAX's
+        # caches, and for a CPU it means nothing else.
         jax.config.update("jax_xla_profile_version", int(quickly))
     # For commands that the test starts: in this process both have been read.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))

@@ -78,7 +78,7 @@ def sizes(rows: int, capacity: int) -> tuple[int, ...]:
 
 
 def sizes_for(widths: Collection[int], rows: int, capacity: int) -> tuple[int, ...]:
-    """Those that chunks of some widths may need: a prompt has several chunks only where one is of the largest width."""
+    """Those that chunks of some widths may need: more than one of a prompt where one is of the largest width."""
     found, one_each = sizes(rows, capacity), rows * LONGEST_CHUNK
     if CHUNK_WIDTHS[-1] in widths:
         return found
@@ -122,6 +122,20 @@ def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacit
             here += 1
         pieces.ends[chunk] = (here - 1) * PIECE + int(pieces.num_tokens[here - 1]) - 1
     return Packed(pieces, places)
+
+
+def num_passes(pieces: Sequence[int], room: int) -> int:
+    """Passes of some room, as :func:`pack` fills one after another, for chunks of so many pieces."""
+    count, left = 0, list(pieces)
+    while left:
+        here, later = 0, []
+        for one in left:
+            if here + one <= room:
+                here += one
+            else:
+                later.append(one)
+        count, left = count + 1, later
+    return count
 
 
 def num_pieces(num_tokens: int) -> int:

@@ -25,7 +25,7 @@ from qspec_jax.engine.trials import UNKNOWN_REST_S, Knowledge, PossibleTrial, ch
 
 _BETTER = 1.02  # times faster than what runs, to take its place
 _BETTER_THAN_PLAIN = 1.03  # where that drafts nothing: its time is known better than what drafts will yield
-_BETTER_UNSEEN = 1.15  # where only texts before tell of drafts: those of a text that has just begun are rejected more
+_BETTER_UNSEEN = 1.15  # where only texts before tell of lookup: those that have just begun have less to look up
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 4096  # cycles before a source of drafts is tried again that was not worth it
 _MEMORY_CYCLES, _MEMORY = 125, (500, 2000)  # that count of acceptance; at least and at most, of all sequences
 _MAX_OVERHEAD_S = 0.02  # that a burst may take besides its cycles
@@ -173,9 +173,9 @@ class Chooser:
             for plan, one in seconds.items()
             if plan == plain or (self._is_ready(plan) and self._has_been_seen(plan))
         }
-        best = max(rates, key=rates.__getitem__)
-        if rates[best] > rates.get(self._current, 0.0) * self._margin(best):
-            self._current = best
+        running = rates.get(self._current, 0.0)
+        better = [plan for plan, rate in rates.items() if rate > running * self._margin(plan)]
+        self._current = max(better, key=rates.__getitem__, default=self._current)
         ends = next(iter(self._makespans.values()), None)
         rest_s = UNKNOWN_REST_S if ends is None else ends.plain * seconds[plain]
         trials = self._possible_trials(seconds, rates[self._current], setting, rest_s)
@@ -192,14 +192,14 @@ class Chooser:
             burst_s = self._until_more_is_known(seconds[plain], None if ends is None else rest_s)
         return Burst(self._current, burst_s, None, self._reason(rates, seconds), seconds.get(self._current))
 
-    def _margin(self, best: DecodingPlan) -> float:
+    def _margin(self, plan: DecodingPlan) -> float:
         """How many times faster than what runs a plan has to be to take its place."""
-        if best != self._plans[0] and not self.acceptance[best.draft_source].cycles:
+        if plan.draft_source in self._replayed and not self.acceptance[plan.draft_source].cycles:
             return _BETTER_UNSEEN
         return _BETTER_THAN_PLAIN if self._current == self._plans[0] else _BETTER
 
     def _is_all_far(self, rates: Mapping[DecodingPlan, float]) -> bool:
-        """Whether plain decoding runs, and texts have shown that what was measured is not nearly as fast."""
+        """Whether plain decoding runs, and what was measured is not nearly as fast, by what these texts show."""
         plain = self._plans[0]
         others = [rate for plan, rate in rates.items() if plan != plain]
         is_seen = all(self.acceptance[source].cycles >= _FEW_REPLAYED for source in self._replayed)

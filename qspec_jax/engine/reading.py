@@ -91,17 +91,25 @@ def with_more(
         longest_packed: tokens that a chunk has at most that shares a pass.
     """
     found = list(chunks)
-    packed = [place for place, one in enumerate(found) if len(one.text(of_rows[one.row])[1]) <= longest_packed]
-    left = -sum(packing.num_pieces(len(found[place].text(of_rows[found[place].row])[1])) for place in packed) % room
+    order = sorted(range(len(found)), key=lambda place: found[place].source == found[place].row)  # as passes take them
+    pieces = {
+        place: packing.num_pieces(len(tokens))
+        for place in order
+        if len(tokens := found[place].text(of_rows[found[place].row])[1]) <= longest_packed
+    }
+    num_passes, packed = packing.num_passes(list(pieces.values()), room), list(pieces)
+    left = num_passes * room - sum(pieces.values())
     while packed and most > 0 and left > 0:
         place, one = packed[0], found[packed.pop(0)]
         later = of_rows[one.row][one.index + one.count :]
         # Pieces are where they would be otherwise: but for the last chunk, each is a whole number of them.
         if not later or len(one.text(of_rows[one.row])[1]) % packing.PIECE or len(later[0][1]) > longest_packed:
             continue
-        pieces = packing.num_pieces(len(one.text(of_rows[one.row])[1]))
-        if (needed := packing.num_pieces(len(later[0][1]))) <= min(left, room - pieces):
-            found[place], left, most = one._replace(count=one.count + 1), left - needed, most - 1
+        if (needed := packing.num_pieces(len(later[0][1]))) > min(left, room - pieces[place]):
+            continue
+        more = pieces | {place: pieces[place] + needed}
+        if packing.num_passes(list(more.values()), room) <= num_passes:
+            found[place], pieces, left, most = one._replace(count=one.count + 1), more, left - needed, most - 1
             packed.append(place)
     return found
 

@@ -7,7 +7,7 @@ reads, then to fill ``k`` rows at a time costs each prompt ``fixed_s / k`` of al
 ``k = sqrt(2 * finished * rows * fixed_s / cycle_s)``. Of half or twice as many they are a quarter more.
 
 All four are measured while a batch runs. What a pass takes without its tokens is found by least squares; prompts of
-several chunks need as many passes, one after another.
+several chunks have as many rounds of passes, of which each may end with one that is not full.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ class Scheduler:
     def _read(
         self, rows: Mapping[int, RunningSequence], more: int
     ) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int]:
-        """Dispatches the next chunk of some rows, and up to so many more that a pass has room for.
+        """Dispatches the next chunk of some rows, and up to so many more that their passes have room for.
 
         Returns:
             reports, as :meth:`_prefill`; and the number of chunks, without those that were copied.

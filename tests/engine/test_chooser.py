@@ -466,6 +466,10 @@ def test_what_texts_before_yielded_has_to_promise_more_than_what_was_seen(seen):
     if seen:
         chooser.note_replayed(LOOKUPS[0], [600, 200, 100, 100])  # of which 0, 1, ... drafts would have been accepted
     burst = chooser.choose(context=64, active=4)
+    assert (burst.plan == LOOKUPS[0]) is seen
+    # Who promises more, and too little for one that nobody has seen, is in nobody's way.
+    costs.note(LOOKUPS[1], 0.01 * chooser._tokens(LOOKUPS[1]) / 1.12, setting, weight=1e9)
+    assert (chooser.choose(context=64, active=4).plan == PLAIN) is not seen
     assert 1.05 < costs.known(PLAIN, setting) * chooser._tokens(LOOKUPS[0]) / costs.known(LOOKUPS[0], setting) < 1.15
     assert burst.plan == (LOOKUPS[0] if seen else PLAIN)
 
