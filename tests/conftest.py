@@ -93,12 +93,12 @@ def keep_what_is_freed():
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_each_program_once(tmp_path_factory):
-    """Tests make the same small models again and again, and compiling is most of what that takes."""
+    """Tests make the same small models again and again. What compiles in no time takes as long to write and to read."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Only a cache with a limit has a lock, without which a worker reads what another one has written half. To keep the
     # limit, which tests stay far below, JAX reads when each entry was used last before it writes the next one.
     jax.config.update("jax_compilation_cache_max_size", 20_000_000_000)
