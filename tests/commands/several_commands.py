@@ -1,11 +1,13 @@
 """What each of some processes runs: commands one after the other in process 0, whose others do what they need.
 
-Arguments: where process 0 listens, how many there are, which one this is, a model, and a folder with its files.
+A command finds the model that another one has loaded with the same options, and its programs, if rows and positions are
+as many. Arguments: where process 0 listens, how many there are, which one this is, a model, a folder with its files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -23,6 +25,21 @@ OF_MODEL = ["--model", MODEL, "--mesh", "data=2", "--kernels", "reference"]
 NO_DRAFTS = [*OF_MODEL, "--mode", "w4a16"]
 
 
+def load_once(load):
+    """``qspec_jax.load``, but what was loaded with the same options before is the same model."""
+    loaded, signature = {}, inspect.signature(load)
+
+    def load_or_find(*arguments, **options):
+        given = signature.bind(*arguments, **options)
+        given.apply_defaults()
+        key = str({name: one for name, one in given.arguments.items() if name not in ("progress", "compile_ahead")})
+        if key not in loaded:
+            loaded[key] = load(*arguments, **options)
+        return loaded[key]
+
+    return load_or_find
+
+
 def printed(command, *arguments: str) -> tuple[int, str]:
     """Exit code and standard output of a command."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -32,8 +49,9 @@ def printed(command, *arguments: str) -> tuple[int, str]:
 
 def run(_: Namespace) -> int:
     """All of them; what they print goes into a file."""
+    qspec_jax.load = load_once(qspec_jax.load)
     text, prompts, scores = (str(FOLDER / name) for name in ("text.txt", "prompts.txt", "bench.json"))
-    found = {"chat": printed(chat, *NO_DRAFTS, "--max-new-tokens", "6")}
+    found = {"chat": printed(chat, *NO_DRAFTS, "--max-new-tokens", "6", "--max-seq-len", "64")}
     of_prompts = ["--prompt-file", prompts, "--max-new-tokens", "6"]
     drafts = ["--precisions", "w4a16", "--drafts", "w4a8", "--draft-lengths", "2", "--batch-size", "2"]
     found["evaluate"] = printed(evaluate, *OF_MODEL, "--text", text, *of_prompts, *drafts, "--json")
