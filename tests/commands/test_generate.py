@@ -64,7 +64,7 @@ def test_a_start_says_how_long_programs_took_to_compile_or_to_find(demo_model, m
         return demo_model
 
     monkeypatch.setattr(qspec_jax, "load", load)
-    code, _, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 16)
+    code, _, err = run(capsys, "--prompt", "Why is the sky blue?", "--max-new-tokens", 4)
     assert code == 0
     assert f"programs took {demo_model.programs.compile_s:.1f} s" in err.splitlines()
 
@@ -118,16 +118,19 @@ def test_a_seed_samples_the_same_text_at_once_and_streamed(capsys):
 
 @pytest.mark.usefixtures("loaded")
 def test_several_prompts_are_told_apart(capsys):
-    _, out, _ = run(capsys, "--prompt", "Hello", "--prompt", "Goodbye", "--max-new-tokens", 4, "--mode", "w4a16")
+    arguments = ("--max-new-tokens", 4, "--mode", "w4a16", "--batch-size", 1)
+    _, out, _ = run(capsys, "--prompt", "Hello", "--prompt", "Goodbye", *arguments)
     assert out.index("### Hello") < out.index("### Goodbye")
 
 
 @pytest.mark.usefixtures("demo")
 def test_without_the_chat_template_the_prompt_is_continued(capsys):
-    _, out, _ = run(capsys, "--prompt", "1 2 3 4 5 6", "--no-chat", "--max-new-tokens", 4, "--json")
+    """A prompt of so many tokens as one in the template, which needs no other program."""
+    prompt = " ".join(map(str, range(1, 16)))
+    _, out, _ = run(capsys, "--prompt", prompt, "--no-chat", "--max-new-tokens", 4, "--json")
     entry = json.loads(out)
-    assert len(entry["prompt_token_ids"]) == 11
-    assert entry["text"].startswith(" 7")
+    assert len(entry["prompt_token_ids"]) == len(prompt)
+    assert entry["text"].startswith(" 16")
 
 
 @pytest.mark.usefixtures("demo")

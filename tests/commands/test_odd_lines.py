@@ -20,7 +20,13 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from tests import tiny
-from tests.commands.test_prompt_files import num_lines, run, some_prompts, without_times, write_prompts
+from tests.commands import test_prompt_files as files
+from tests.commands.test_prompt_files import num_lines, some_prompts, without_times, write_prompts
+
+
+def run(prompts, output, *options):
+    """Two rows of few positions, as most tests here: they share two programs."""
+    return files.run(prompts, output, "--slots", 2, "--max-new-tokens", 4, *options)
 
 
 @pytest.mark.usefixtures("loaded")
@@ -30,6 +36,7 @@ def test_a_stream_goes_the_way_of_the_batch(tmp_path, capsys):
     prompts = tmp_path / "in.txt"
     prompts.write_text("\n\n".join(lines))
     arguments = ["--prompt", "w3", "--prompt-file", str(prompts), "--max-new-tokens", "4", "--num-samples", "2"]
+    arguments += ["--batch-size", "2"]
     said = []
     for how in ("--stream", "--no-stream"):
         assert generate.main([*arguments, how]) == 1
@@ -134,7 +141,7 @@ def test_odd_lines_fail_alone_before_the_work_and_are_named(tmp_path, capsys):
     assert [entry.get("id") for entry in entries[:3]] == [1, None, "kept"]
     assert entries[0]["token_ids"] == entries[-1]["token_ids"]
     assert len(entries[0]["token_ids"]) == 3
-    assert generate.main(["--prompt-file", str(prompts), "--json", "--slots", "4"]) == 1
+    assert generate.main(["--prompt-file", str(prompts), "--json", "--slots", "2"]) == 1
     printed = [json.loads(line)["finish_reason"] for line in capsys.readouterr().out.splitlines()]
     assert printed == [entry["finish_reason"] for entry in entries]
 
@@ -196,14 +203,14 @@ def test_what_was_finished_is_kept_where_the_disk_is_full(tmp_path, capsys, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(prompt_files, "_open", lambda path: Small(path, 2000))
-        assert run(prompts, output, "--max-new-tokens", 4) == 1
+        assert run(prompts, output) == 1
     kept = num_lines(output)
     assert 0 < kept < 6
     assert output.read_bytes().endswith(b"\n")
     said = capsys.readouterr().err.splitlines()[-1]
     left = f"{kept} of 6 results are in it, and the same command goes on with it"
     assert said == f"error: cannot write --output {output}: No space left on device; {left}"
-    assert run(prompts, output, "--max-new-tokens", 4) == 0
+    assert run(prompts, output) == 0
     assert [entry["id"] for entry in without_times(output)] == list(range(6))
 
 
@@ -232,7 +239,7 @@ def test_an_interrupted_batch_shows_what_there_is_and_exits_with_130(capsys, mon
         return advance(self, 1)
 
     monkeypatch.setattr(Scheduler, "advance", advance_until_interrupted)
-    arguments = ["--prompt", "w1", "--prompt", "w2", "--max-new-tokens", "40", "--mode", "w4a16"]
+    arguments = ["--prompt", "w1", "--prompt", "w2", "--max-new-tokens", "40"]
     assert generate.main([*arguments, "--json"]) == 130
     out, err = capsys.readouterr()
     assert [json.loads(line)["finish_reason"] for line in out.splitlines()] == ["interrupted"] * 2

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-NUM_PROMPTS = 400
+NUM_PROMPTS = 60
 DEFAULTS = {"max_new_tokens": 8, "chat": None, "seed": 0}
 TIMES = {"waited_s", "prefill_s", "decode_s", "compile_s", "tokens_per_s"}
 
@@ -43,24 +42,49 @@ def without_times(path):
     ]
 
 
+# A command that stops within a line, after so many whole ones, and says so.
+STOPS = """
+import sys, threading
+from qspec_jax import generate
+from qspec_jax.commands import prompt_files
+
+class Watched:
+    def __init__(self, path):
+        self.file = opened(path)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        global whole
+        if whole:
+            whole -= 1
+            return self.file.write(data)
+        self.file.write(data[: len(data) // 2])
+        print("half a line", flush=True)
+        threading.Event().wait()
+
+opened, prompt_files._open, whole = prompt_files._open, Watched, int(sys.argv[1])
+generate.main(sys.argv[2:])
+"""
+
+
 @pytest.mark.usefixtures("loaded")  # of the run that is not killed
-@pytest.mark.slow  # 15 s: the command starts twice
 def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tiny_path, tmp_path):
     prompts = write_prompts(tmp_path / "in.jsonl", some_prompts(NUM_PROMPTS))
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     options = ["--model", str(tiny_path), "--max-new-tokens", "24", "--slots", "4"]
-    command = [sys.executable, "-m", "qspec_jax.generate", "--prompt-file", str(prompts), "--output", str(output)]
+    command = ["--prompt-file", str(prompts), "--output", str(output), *options]
     environment = {**os.environ, "QSPEC_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    for kill_after in (20, 200):
-        process = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.PIPE)
-        while process.poll() is None and num_lines(output) < kill_after:
-            time.sleep(0.002)
+    for lines_before, lines_more in ((0, 10), (10, 20)):
+        python = [sys.executable, "-c", STOPS, str(lines_more)]
+        process = subprocess.Popen([*python, *command], env=environment, stdout=subprocess.PIPE)
+        said = process.stdout.readline()
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert kill_after <= num_lines(output) < NUM_PROMPTS
-    with output.open("ab") as stream:  # as a kill in the middle of a line leaves it
-        stream.write(b'{"key": "')
+        assert (said, process.returncode) == (b"half a line\n", -signal.SIGKILL)
+        assert num_lines(output) == lines_before + lines_more
+        assert not output.read_bytes().endswith(b"\n")
     assert run(prompts, output, *options) == 0
     assert run(prompts, whole, *options) == 0
     assert without_times(output) == without_times(whole)
@@ -75,7 +99,7 @@ def num_lines(path):
 def test_a_line_may_have_options_and_fails_alone(tmp_path, capsys):
     entries = [
         {"prompt": "w5 w6", "max_new_tokens": 3, "note": "ignored"},
-        {"prompt": "w5 w6", "temperature": 1.5, "seed": 4, "max_new_tokens": 12},
+        {"prompt": "w5 w6", "temperature": 1.5, "seed": 4, "logprobs": 1, "max_new_tokens": 12},
         {"prompt": "w5 w6", "temperature": "hot"},
         {"prompt": "w5 " * 255},
         {"prompt": ""},
@@ -178,7 +202,7 @@ def test_seeds_count_up_with_the_lines():
 def test_samples_stop_strings_and_log_probabilities_reach_the_file(tmp_path):
     entries = [{"prompt": "w5 w6", "seed": 3, "kind": "chat"}, {"prompt": "w7", "logprobs": 1}]
     prompts, output = write_prompts(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl"
-    options = ["--max-new-tokens", 9, "--temperature", 1.2, "--num-samples", 2]
+    options = ["--max-new-tokens", 9, "--temperature", 1.2, "--num-samples", 2, "--slots", 3]
     assert run(prompts, output, *options) == 0
     first, second, *others = without_times(output)
     assert [first["prompt"], second["prompt"]] == ["w5 w6", "w5 w6"]
@@ -200,13 +224,13 @@ def test_what_is_left_is_compiled_while_the_model_is_loaded(tiny_path, tmp_path,
         adopt(self, others)
         monkeypatch.setattr(Programs, "_compile_missing", None)  # nothing is missing from here on
 
-    long, *short = {"prompt": "w1 " * 100}, *some_prompts(3)
+    long, *short = {"prompt": "w1 " * 40}, *some_prompts(3)
     for entries in ([long], [long, *short]):
         with monkeypatch.context() as patch:
             patch.setattr(Programs, "adopt", adopting)
             compile_missing = Programs._compile_missing
             prompts = write_prompts(tmp_path / "in.jsonl", entries)
-            assert run(prompts, tmp_path / "out.jsonl", "--model", tiny_path) == 0
+            assert run(prompts, tmp_path / "out.jsonl", "--model", tiny_path, "--max-new-tokens", 8) == 0
         monkeypatch.setattr(Programs, "_compile_missing", compile_missing)
     assert adopted == [2, 2]
 
