@@ -5,7 +5,7 @@ import qspec_jax
 model = qspec_jax.load()
 batch = model.pipeline(batch_size=2, max_seq_len=128)
 batch.submit("Name three fruits.", max_new_tokens=32)
-batch.submit("Name three fruits.", max_new_tokens=32, sampling={"temperature": 0.8, "seed": 7})
+batch.submit("Name three fruits.", max_new_tokens=32, sampling={"temperature": 0.8, "top_p": 0.95, "seed": 7})
 batch.submit("word " * 1000)  # does not fit: it fails alone
 for result in batch.results():
     if len(batch) == 0 and batch.totals.requests < 3:  # more may be submitted while results are taken

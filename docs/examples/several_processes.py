@@ -14,6 +14,6 @@ if "COORDINATOR" in os.environ:
 with qspec_jax.join(**who) as processes:
     model = qspec_jax.load(mesh=f"data={processes.count}")  # in all of them: each loads its share
     if processes.leads:  # in process 0 alone; the others do what it needs, at the end of the block
-        results = model.generate(["Name three fruits.", "Name three colours."], max_new_tokens=32)
+        results = model.generate(["Name three fruits.", "Name three colours."], max_new_tokens=64)
         for result in results:
             print(result.text)
