@@ -159,11 +159,28 @@ def test_a_model_that_one_process_lacks_ends_all_before_anything_is_written(tmp_
     assert other_said == said.replace("process 1: ", "")
 
 
-LED = """
+THREE = """
 import sys, time
 from qspec_jax.device import meeting
 from qspec_jax.engine.together import together
+
+def differing(add):
+    def both():
+        y = jax.random.normal(jax.random.key(lax.axis_index(MODEL)), (16, 1, 1024))
+        apart = jnp.concatenate([add(y[row : row + 1]) for row in range(16)])
+        return (add(y) != apart).sum()
+    mapped = jax.shard_map(both, mesh=make_mesh("model=3"), in_specs=(), out_specs=P(), check_vma=False)
+    return int(np.asarray(jax.jit(mapped)()))
+
 with together(meeting.join(meeting.Membership.of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))) as group:
+    import jax, jax.numpy as jnp, numpy as np
+    from jax import lax
+    from jax.sharding import PartitionSpec as P
+    from pallas_kernels import value_of
+    from qspec_jax.device.mesh import MODEL, make_mesh
+    from qspec_jax.model.collectives import add_up
+
+    print(differing(lambda y: value_of(add_up(y, MODEL))), differing(lambda y: lax.psum(y, MODEL)), flush=True)
     if group.leads:
         group.tell("begin")
         time.sleep(600)
@@ -173,52 +190,35 @@ with together(meeting.join(meeting.Membership.of(sys.argv[1], int(sys.argv[2]), 
 """
 
 
-def test_others_say_in_a_line_that_process_0_was_killed():
-    """JAX would end them with a signal and a page of addresses."""
-    with started(3, lambda *who: [sys.executable, "-c", LED, *who]) as (leader, *others):
-        assert [one.stdout.readline() for one in others] == ["begin\n"] * 2
+@pytest.fixture(scope="module")
+def three():
+    """What three processes add up, and then what two of them say when process 0 is killed, and their exit codes."""
+    with started(3, lambda *who: [sys.executable, "-c", THREE, *who]) as (leader, *others):
+        sums = [[*map(int, next_line(one).split())] for one in (leader, *others)]
+        heard = [next_line(one) for one in others]
         leader.send_signal(signal.SIGKILL)
         said = [one.communicate(timeout=MOST_S)[1] for one in others]
-    lines = [[line for line in err.splitlines() if "[Gloo]" not in line] for err in said]
+    return SimpleNamespace(sums=sums, heard=heard, said=said, codes=[one.returncode for one in others])
+
+
+def next_line(process):
+    """Of its standard output, to which the library that carries messages writes as well."""
+    return next(line for line in process.stdout if "[Gloo]" not in line)
+
+
+def test_others_say_in_a_line_that_process_0_was_killed(three):
+    """JAX would end them with a signal and a page of addresses."""
+    assert three.heard == ["begin\n"] * 2
+    lines = [[line for line in err.splitlines() if "[Gloo]" not in line] for err in three.said]
     assert lines == [["error: process 0 has ended, or cannot be reached any more"]] * 2
-    assert [one.returncode for one in others] == [1, 1]
+    assert three.codes == [1, 1]
 
 
-ROW_INVARIANCE = """
-import sys
-from qspec_jax.device import meeting
-group = meeting.join(meeting.Membership.of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
-group.watch(lambda line: sys.exit(line))
-import jax, jax.numpy as jnp, numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec as P
-from pallas_kernels import value_of
-from qspec_jax.device.mesh import MODEL, make_mesh
-from qspec_jax.model.collectives import add_up
-
-mesh = make_mesh("model=3")
-
-def differing(add):
-    def both():
-        y = jax.random.normal(jax.random.key(lax.axis_index(MODEL)), (16, 1, 1024))
-        apart = jnp.concatenate([add(y[row : row + 1]) for row in range(16)])
-        return (add(y) != apart).sum()
-    mapped = jax.shard_map(both, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
-    return int(np.asarray(jax.jit(mapped)()))
-
-print(differing(lambda y: value_of(add_up(y, MODEL))), differing(lambda y: lax.psum(y, MODEL)), file=sys.stderr)
-group.leave()
-import os; os._exit(0)
-"""
-
-
-def test_rows_have_the_same_bits_alone_and_beside_others_on_three_devices():
+def test_rows_have_the_same_bits_alone_and_beside_others_on_three_devices(three):
     """With two nothing can differ, and devices of one process add in order. A library's own sum shows what can."""
-    with started(3, lambda *who: [sys.executable, "-c", ROW_INVARIANCE, *who]) as running:
-        for code, _, said in ended(running):
-            ordered, of_the_library = map(int, said.split())
-            assert (code, ordered) == (0, 0)
-            assert of_the_library > 0
+    for ordered, of_the_library in three.sums:
+        assert ordered == 0
+        assert of_the_library > 0
 
 
 def test_a_model_is_loaded_by_several_only_where_somebody_says_what_all_run(monkeypatch, tiny_path):
