@@ -125,7 +125,7 @@ def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacit
 
 
 def num_passes(pieces: Sequence[int], room: int) -> int:
-    """Passes of some room, as :func:`pack` fills one after another, for chunks of so many pieces."""
+    """Passes of some room, as :func:`pack` fills one after another, for chunks of so many pieces, none of more."""
     count, left = 0, list(pieces)
     while left:
         here, later = 0, []
