@@ -106,11 +106,9 @@ def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacit
         chunks: row, start and tokens of each, at least one and none with more pieces than the largest pass.
         rows, capacity: of the batch.
     """
-    numbers, needed, places = sizes(rows, capacity), 0, []
-    for place, (_, _, tokens) in enumerate(chunks):
-        if (count := num_pieces(len(tokens))) <= numbers[-1] - needed:
-            needed += count
-            places.append(place)
+    numbers, counts = sizes(rows, capacity), [num_pieces(len(tokens)) for _, _, tokens in chunks]
+    places = _that_fit(counts, numbers[-1])
+    needed = sum(counts[place] for place in places)
     size = next(size for size in numbers if size >= needed)
     pieces: Any = empty_pieces(size, rows)
     here = 0
@@ -128,14 +126,19 @@ def num_passes(pieces: Sequence[int], room: int) -> int:
     """Passes of some room, as :func:`pack` fills one after another, for chunks of so many pieces, none of more."""
     count, left = 0, list(pieces)
     while left:
-        here, later = 0, []
-        for one in left:
-            if here + one <= room:
-                here += one
-            else:
-                later.append(one)
-        count, left = count + 1, later
+        here = set(_that_fit(left, room))
+        count, left = count + 1, [one for place, one in enumerate(left) if place not in here]
     return count
+
+
+def _that_fit(pieces: Sequence[int], room: int) -> list[int]:
+    """Places of the first chunks, and of later ones that the rest of the room holds."""
+    places = []
+    for place, count in enumerate(pieces):
+        if count <= room:
+            room -= count
+            places.append(place)
+    return places
 
 
 def num_pieces(num_tokens: int) -> int:

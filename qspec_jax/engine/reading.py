@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import chunk_width
 from qspec_jax.decoding.state import PromptPieces
-from qspec_jax.engine.prefixes import Chunk, NextChunk
+from qspec_jax.engine.prefixes import Chunk, HeldChunks, NextChunk
 from qspec_jax.engine.sequence import RunningSequence
 
 _MOST_WAIT_S = 0.05  # that those that decode wait for chunks, or as long as a chunk of each row takes
@@ -73,6 +73,42 @@ class ChunksOfAPass(NamedTuple):
     width: int
     chunks: Sequence[NextChunk]
     pieces: PromptPieces | None = None
+
+
+def read_next(
+    held: HeldChunks,
+    of_rows: Mapping[int, Sequence[Chunk]],
+    own: Sequence[NextChunk],
+    *,
+    most: int,
+    rows: int,
+    capacity: int,
+    longest_packed: int,
+) -> Iterator[ChunksOfAPass]:
+    """What passes read for some rows to have their next chunk, and up to so many more that these have room for.
+
+    Each is to be noted in ``held`` before the next one is asked for: a row that begins as another does waits until that
+    one has written it.
+
+    Args:
+        held: what each row holds.
+        of_rows: all chunks of the prompt of each row.
+        own: next chunks of those rows that go on after a text of their session, which nobody else holds.
+        most: chunks that may be added.
+        rows, capacity: of the batch.
+        longest_packed: tokens that a chunk has at most of which a pass reads several.
+    """
+    sizes = {"rows": rows, "capacity": capacity}
+    reading = {row: chunks for row, chunks in of_rows.items() if row not in {one.row for one in own}}
+    while reading or own:
+        chunks, later = held.plan(reading)
+        # They write after all that others may read of their rows.
+        chunks, own = [*chunks, *own], []
+        room = packing.sizes(**sizes)[-1]
+        chunks = with_more(chunks, of_rows, room=room, most=most, longest_packed=longest_packed)
+        most -= sum(one.count - 1 for one in chunks)
+        yield from passes([(one, one.text(of_rows[one.row])) for one in chunks], **sizes, longest_packed=longest_packed)
+        reading = {row: reading[row] for row in later}
 
 
 def with_more(

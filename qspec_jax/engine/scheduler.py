@@ -34,7 +34,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
@@ -49,7 +48,7 @@ from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import HeldChunks, NextChunk
-from qspec_jax.engine.reading import passes, with_more
+from qspec_jax.engine.reading import read_next
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
@@ -413,22 +412,13 @@ class Scheduler:
         Returns:
             reports, as :meth:`_prefill`; and the number of chunks, without those that were copied.
         """
-        of_rows, longest_packed = {row: one.chunks for row, one in rows.items()}, self._programs.longest_packed
-        sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
-        room = {"room": packing.sizes(**sizes)[-1], "longest_packed": longest_packed}
-        reading = {row: one.chunks for row, one in rows.items() if not one.num_kept}
+        of_rows = {row: one.chunks for row, one in rows.items()}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
-        reports, num_chunks = [], 0
-        while reading or own:
-            next_chunks, later = self._held.plan(reading)
-            # They write after all that others may read of their rows.
-            next_chunks, own = with_more([*next_chunks, *own], of_rows, most=more, **room), []
-            more -= sum(one.count - 1 for one in next_chunks)
-            num_chunks += sum(one.count for one in next_chunks)
-            texts = [(one, one.text(of_rows[one.row])) for one in next_chunks]
-            some = passes(texts, **sizes, longest_packed=longest_packed)
-            reports += [self._dispatch_chunks(*one) for one in some]
-            reading = {row: reading[row] for row in later}
+        sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
+        reports, num_chunks, longest = [], 0, self._programs.longest_packed
+        for one in read_next(self._held, of_rows, own, most=more, longest_packed=longest, **sizes):
+            reports.append(self._dispatch_chunks(*one))
+            num_chunks += sum(some.count for some in one.chunks)
         return reports, num_chunks
 
     def _dispatch_chunks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from qspec_jax.decoding.costs import CostTable, PassBytes, Setting
 from qspec_jax.decoding.plan import AUTO_LENGTHS, AutoPlan, DecodingPlan, Lookup, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
-from qspec_jax.engine.acceptance import Acceptance, tokens_per_cycle
 from qspec_jax.engine.chooser import Chooser
 from qspec_jax.engine.foresight import Foresight
 from qspec_jax.engine.makespan import Makespan, Served, makespans
@@ -222,140 +220,6 @@ def test_a_reason_is_given():
     assert "not known yet" in chooser.choose(context=8192, active=16).why
     device.run(chooser, WHILE_S)
     assert "times plain decoding: " in chooser.choose(context=8192, active=16).why
-
-
-def test_acceptance_is_counted_by_place():
-    seen = Acceptance()
-    seen.observe([100, 50, 250])  # cycles with none, one and two drafts accepted
-    assert (seen.tried[1], seen.accepted[1]) == (300, 250)
-    # 250 first drafts come behind accepted ones and a token of the target.
-    assert seen.accepted[0] == pytest.approx(300 - 250 * (250 / 300) ** 2)
-    assert seen.tried[0] == pytest.approx(400 - 250 * (250 / 300))
-    assert seen.tokens_per_cycle(2) == pytest.approx(1 + (50 + 2 * 250) / 400, rel=0.02)
-    assert seen.tokens_per_cycle(1, hope=1.0) == pytest.approx(2)
-    before = seen.profile(1)[0]
-    seen.observe([1000, 0, 0])
-    assert seen.profile(1)[0] < before / 2
-    seen.observe([7])  # plain cycles say nothing
-    assert seen.cycles == 1400
-
-
-@pytest.mark.parametrize("ran", [1, 3, 7])
-@pytest.mark.parametrize("stays", [0.0, 0.9], ids=["each draft alone", "texts that can be looked up for a while"])
-def test_what_one_length_shows_tells_of_others(ran, stays):
-    """A text of two kinds of tokens: those that a source foretells come together."""
-    draw = np.random.default_rng(0)
-    known = draw.random(200_000) < 0.5
-    if stays:
-        changes = draw.random(200_000) > stays
-        known = np.logical_xor.accumulate(changes)
-
-    def histogram(length: int) -> list[int]:
-        counts, place = [0] * (length + 1), 0
-        while place + length < len(known):
-            accepted = next((count for count in range(length) if not known[place + count]), length)
-            counts[accepted] += 1
-            place += accepted + 1
-        return counts
-
-    seen = Acceptance()
-    seen.observe(histogram(ran))
-    for length in (1, 3, 7):
-        counts = histogram(length)
-        yields = sum((accepted + 1) * count for accepted, count in enumerate(counts)) / sum(counts)
-        # One draft shows nothing of what comes behind an accepted one.
-        tolerance = 0.03 if ran > 1 or length == 1 or not stays else 0.5
-        assert seen.tokens_per_cycle(length) == pytest.approx(yields, rel=tolerance)
-
-
-def test_longer_drafts_yield_no_less_however_few_came_to_the_last_places():
-    """Three drafts ran nearly always, and of seven some by chance were not accepted in the end."""
-    seen = Acceptance()
-    seen.observe([25, 2, 1, 22])
-    seen.observe([3, 0, 0, 0, 0, 0, 2, 5])
-    yields = [seen.tokens_per_cycle(length) for length in range(8)]
-    assert yields == sorted(yields)
-    yields = tokens_per_cycle(np.asarray([0.25, 0.95, 0.9, 0.98, 0.9, 0.89, 0.79, 0.92]))
-    assert yields[7] > 1.1 * yields[3]
-
-
-def test_costs_tell_those_of_other_contexts_and_plans():
-    costs = CostTable(BYTES)
-    draft, longer = DRAFTING[-2], DRAFTING[-1]
-    costs.note(PLAIN, 0.010, Setting(16, 16, 8192))
-    assert costs.known(PLAIN, Setting(16, 16, 8192)) == pytest.approx(0.010)
-    at_4096 = costs.known(PLAIN, Setting(16, 16, 4096))
-    expected = 0.010 * BYTES.of_cycle(PLAIN, rows=16, context=4096) / BYTES.of_cycle(PLAIN, rows=16, context=8192)
-    assert at_4096 == pytest.approx(expected)
-    assert costs.known(PLAIN, Setting(8, 8, 8192)) is costs.known(PLAIN, Setting(16, 16, 128)) is None
-    assert not costs.is_exact(PLAIN, Setting(16, 16, 4096))
-    by_bytes = costs.guess(draft, {PLAIN: 0.010}, Setting(16, 16, 8192))
-    assert 0.01 < by_bytes < 0.01 * (draft.draft_length + 1)
-    by_length = costs.guess(longer, {PLAIN: 0.010, draft: 0.020}, Setting(16, 16, 8192))
-    assert by_length == pytest.approx(0.010 + 0.010 * longer.draft_length / draft.draft_length)
-
-
-@pytest.mark.parametrize("step_s", [0.0, 0.0013], ids=["bytes alone", "mostly kernels"])
-def test_costs_of_a_batch_that_empties(step_s):
-    """Known at full load and at half of it, they are known for few rows, in which attention reads nothing of others."""
-    rows, context, costs = 64, 8192, CostTable(PassBytes(75_000_000, 23_040))
-    draft = DecodingPlan(View(), BUDGET, 3)
-
-    def seconds(plan: DecodingPlan, setting: Setting) -> float:
-        passes = 1 + (plan.draft_length if plan.draft_view is not None else 0)
-        return costs.num_bytes.of_cycle(plan, rows=setting.active, context=setting.context) / 3e12 + passes * step_s
-
-    for plan, active in ((PLAIN, 64), (PLAIN, 30), (draft, 64)):
-        setting = Setting(rows, active, context)
-        for _ in range(2):
-            costs.note(plan, seconds(plan, setting), setting)
-    for plan, active in ((PLAIN, 20), (PLAIN, 50), (PLAIN, 1), (draft, 50), (draft, 20), (draft, 1)):
-        setting = Setting(rows, active, context)
-        assert costs.known(plan, setting) == pytest.approx(seconds(plan, setting), rel=0.1)
-
-
-def test_a_step_that_takes_longer_than_its_bytes_says_what_drafts_take():
-    """Small models: nearly all of a step takes the same, however little a draft reads."""
-    setting, draft = Setting(4, 4, 8192), DecodingPlan(View(), BUDGET, 1)
-    guesses = []
-    for bandwidth in (None, 4.3e12):
-        costs = CostTable(PassBytes(142_000_000, 23_040), bandwidth=bandwidth)
-        costs.note(PLAIN, 0.0013, setting)
-        guesses.append(costs.guess(draft, {PLAIN: 0.0013}, setting))
-    by_bytes, by_time = guesses
-    assert by_bytes < 0.0013 * 1.4
-    assert 0.0013 * 1.6 < by_time < 0.0013 * 2
-
-
-def test_steps_measured_at_several_loads_are_sound_together():
-    costs = CostTable(BYTES)
-    for active in (16, 12, 8):
-        assert not costs.is_sound(PLAIN, Setting(16, active, 4096))
-        costs.note(PLAIN, 0.010, Setting(16, active, 4096), weight=0.0134)
-    assert costs.is_sound(PLAIN, Setting(16, 8, 4096))
-
-
-def test_costs_are_kept(tmp_path):
-    path = tmp_path / "costs" / "table.json"
-    costs = CostTable(BYTES, path)
-    costs.save()
-    assert not path.exists()  # nothing was measured
-    costs.note(PLAIN, 0.010, Setting(16, 16, 8192))
-    costs.acceptance["w4a8"] = [0.9, 0.8]
-    costs.note_kinds("w4a8", [[(3.0, 1.0)]])
-    costs.save()
-    assert [file.name for file in path.parent.iterdir()] == ["table.json"]
-    read = CostTable(BYTES, path)
-    assert read.known(PLAIN, Setting(16, 16, 8192)) == pytest.approx(0.010)
-    assert read.acceptance == {"w4a8": [0.9, 0.8]}
-    assert list(read.kinds["w4a8"]) == [[(3.0, 1.0)]]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"seconds": {"x": 3}, "acceptance": {}})])
-def test_a_damaged_table_is_as_good_as_none(tmp_path, content):
-    path = tmp_path / "table.json"
-    path.write_text(content)
-    assert CostTable(BYTES, path).known(PLAIN, Setting(1, 1, 64)) is None
 
 
 def test_what_there_is_to_choose_from():
