@@ -53,10 +53,21 @@ def test_a_chat_is_answered(client, idle):
     assert answer.usage.total_tokens == 12 + answer.usage.prompt_tokens == 12 + len("Why?") + 3
 
 
-def test_a_stream_is_the_answer_in_pieces(client, idle):
+def test_a_stream_is_the_answer_in_pieces(client, idle, monkeypatch):
+    """However slow the client is to read: after each 16 tokens the server waits for it here."""
     options = {"messages": CHAT, "max_tokens": 60, **GREEDY}
     whole = client.chat.completions.create(**options)
-    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    scheduler, chunks = idle.service._scheduler, []
+    advance = scheduler.advance
+
+    def advance_once_it_was_read():
+        made = max((len(one.token_ids) for one in scheduler._rows if one is not None), default=0)
+        wait_until(lambda: sum(bool(one.choices and one.choices[0].delta.content) for one in chunks) >= made // 16)
+        return advance(2)
+
+    monkeypatch.setattr(scheduler, "advance", advance_once_it_was_read)
+    for chunk in client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        chunks.append(chunk)
     *others, last = chunks
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
