@@ -97,10 +97,20 @@ def test_a_cache_that_does_not_fit_is_told_when_it_is_made(model, monkeypatch):
         service.allocate()
 
 
-def test_pieces_come_as_they_are_made_and_are_the_result(service):
+def test_pieces_come_as_they_are_made_and_are_the_result(service, monkeypatch):
+    """However slow the reader is: here the batch waits for it."""
     expected = alone(service, [5, 6, 7], **LONG)
+    pieces, advance = [], service._scheduler.advance
+
+    def advance_once_it_was_read():
+        made = max((len(one.token_ids) for one in service._scheduler._rows if one is not None), default=0)
+        wait_until(lambda: sum(len(piece.token_ids) for piece in pieces) >= made - 8)
+        return advance(2)
+
+    monkeypatch.setattr(service._scheduler, "advance", advance_once_it_was_read)
     answer = service.submit([5, 6, 7], **LONG)
-    pieces = list(answer)
+    for piece in answer:
+        pieces.append(piece)
     assert len(pieces) > 2
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     result = answer.result()
