@@ -32,6 +32,7 @@ from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import arith, assembly, ir, llvm, plgpu
+from pallas_kernels.w4a4_matmul.gpu_triton_sums import sums_of_codes
 
 LAYOUT = Layout.WGMMA
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
@@ -99,11 +100,10 @@ def _matmul(
     columns, row_groups = (scale,), ()
     if offset is not None:
         columns = (scale, offset)
-        by_group = codes.astype(jnp.int32).reshape(-1, scale.shape[0], k // scale.shape[0])
         # Every slice of a whole row adds its share of the one sum; a share is exact, slices being a power of two.
-        share = 1 / config.slices if scale.shape[0] == 1 else 1
-        sums = by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(share)
-        row_groups = (jnp.pad(sums, ((0, 0), (0, -num_rows % config.block_m))),)
+        share = 1 / config.slices if scale.shape[0] == 1 else 1.0
+        padded = num_rows + -num_rows % config.block_m
+        row_groups = (sums_of_codes(codes, num_groups=scale.shape[0], factor=share, num_rows=padded),)
     config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
     return pipelines.launch(
         codes,

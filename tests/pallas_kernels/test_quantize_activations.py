@@ -11,7 +11,9 @@ import pytest
 
 from pallas_kernels import Layout, quantize_activations
 from pallas_kernels.arrays.weight import order_activation_codes
+from pallas_kernels.backends.triton.rows import padded
 from pallas_kernels.quantize_activations import gpu_triton, reference
+from pallas_kernels.w4a4_matmul.gpu_triton_sums import sums_of_codes
 from tests.pallas_kernels.kernel_cases import activation_in_float64, in_one_program, newest_jax_by_feature, random_rows
 
 QUANTIZE = {
@@ -135,3 +137,18 @@ def test_codes_come_in_the_order_of_the_layout(implementation, group_size, outli
 def test_groups_that_the_layout_would_mix_are_refused():
     with pytest.raises(ValueError, match="layout wgmma needs groups of a multiple of 16, not 24"):
         quantize_activations(random_rows(2, 48), bits=8, group_size=24, layout=Layout.WGMMA)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3], ids=["whole row", "groups"])
+def test_codes_are_summed_by_groups_with_zeros_for_rows_that_pad(num_groups):
+    codes = np.random.default_rng(0).integers(-127, 128, (5, 384), np.int8)
+    sums = sums_of_codes(jnp.asarray(codes), num_groups=num_groups, factor=0.25, num_rows=16, interpret=True)
+    expected = np.zeros((num_groups, 16), np.float32)
+    expected[:, :5] = codes.reshape(5, num_groups, -1).sum(axis=-1, dtype=np.int32).T / 4
+    np.testing.assert_array_equal(sums, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16], ids=str)
+def test_rows_are_copied_above_rows_of_zeros(dtype):
+    rows = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (11, 1280)), dtype)
+    np.testing.assert_array_equal(padded(rows, 16, interpret=True), np.pad(rows, ((0, 5), (0, 0))))

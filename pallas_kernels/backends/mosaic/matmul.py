@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.backends import early_launch
 from pallas_kernels.backends.mosaic.registers import ROWS, TILE
+from pallas_kernels.backends.triton.rows import padded
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
@@ -131,10 +133,15 @@ def obstacle(weight: QuantizedWeight) -> str | None:
 def pad_rows(rows: jax.Array) -> jax.Array:
     """``[M, K]`` with as many rows as a copy can clip: up to 8, or a multiple of 8; the others are zeros.
 
-    A shared-memory tile is 8 rows high, and the copy of several takes an array of whole tiles.
+    A shared-memory tile is 8 rows high, and the copy of several takes an array of whole tiles: Mosaic cannot describe
+    one that is cut.
     """
     padding = 0 if rows.shape[0] <= 8 else -rows.shape[0] % 8
-    return jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
+    if not padding:
+        return rows
+    if early_launch.is_enabled():
+        return padded(rows, rows.shape[0] + padding)
+    return jnp.pad(rows, ((0, padding), (0, 0)))
 
 
 def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int:
