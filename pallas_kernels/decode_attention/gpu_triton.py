@@ -233,7 +233,8 @@ def _chunk_kernel(
     problem: Problem,
     interpret: bool,
 ):
-    program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
+    chunk = registers.start_next(pl.program_id(1), interpret=interpret)
+    program, length = pl.program_id(0), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
     rows = row_block * problem.rows + lax.broadcasted_iota(jnp.int32, (problem.rows,), 0)
     exist = rows < problem.num_rows

@@ -220,7 +220,8 @@ def _chunk_kernel(
     *block_sums_ref,  # one [blocks, rows] f32, of a problem that weighs blocks
     problem: _Problem,
 ):
-    program, chunk, length = pl.program_id(0), pl.program_id(1), length_ref[...]
+    chunk = registers.start_next(pl.program_id(1), interpret=problem.interpret)
+    program, length = pl.program_id(0), length_ref[...]
     kv_head, row_block = (part(program, problem.row_blocks) for part in (lax.div, lax.rem))
     last = length + (problem.num_tokens - 1)
 

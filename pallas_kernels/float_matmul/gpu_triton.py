@@ -139,7 +139,7 @@ def float_matmul(
 def _matmul(x: Array, weight: Array, *, dtype: jnp.dtype, config: TileConfig, interpret: bool) -> Array:
     (m, k), n = x.shape, weight.shape[0]
     return pl.pallas_call(
-        functools.partial(_kernel, m=m, n=n, config=config),
+        functools.partial(_kernel, m=m, n=n, config=config, signals=dtype != jnp.float32, interpret=interpret),
         grid=(pl.cdiv(m, config.block_m), pl.cdiv(n, config.block_n), config.split),
         in_specs=[
             pl.BlockSpec((config.block_m, k), lambda m, n, p: (m, 0)),
@@ -161,12 +161,15 @@ def _kernel(
     m: int,
     n: int,
     config: TileConfig,
+    signals: bool,
+    interpret: bool,
 ):
     k = x_ref.shape[1]
     rows_left = m - pl.program_id(0) * config.block_m
     outputs_left = n - pl.program_id(1) * config.block_n
     steps = pl.cdiv(pl.cdiv(k, config.block_k), config.split)
-    first_step = pl.program_id(2) * steps
+    part = pl.program_id(2)
+    first_step = (registers.start_next(part, interpret=interpret) if signals else part) * steps
 
     def step(index, total):
         start = (first_step + index) * config.block_k

@@ -112,6 +112,7 @@ def _kernel(
     # [block_dim]; query [B, T, H, block_dim], keys and values [rows, S, KH, block_dim].
     cosine_ref, sine_ref, _, _, *part_refs, query_ref, keys_ref, values_ref = refs
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
+    token = registers.start_next(token, interpret=interpret)
     first_key, first_value = query_ref.shape[2], query_ref.shape[2] + keys_ref.shape[2]
     position = length_ref[...] + token
     fits = position < keys_ref.shape[1]

@@ -113,6 +113,7 @@ def _kernel(
 ):
     *part_refs, query_ref, keys_ref, scales_ref, recent_ref, values_ref, value_scales_ref = refs[5:]
     program, token, sequence = (pl.program_id(axis) for axis in range(3))
+    token = registers.start_next(token, interpret=interpret)
     (num_queries, num_kv_heads), block_half = (query_ref.shape[2], keys_ref.shape[2]), cosine_ref.shape[1]
     first_value = pl.cdiv(num_queries, _QUERIES)
     first_key = first_value + num_kv_heads

@@ -172,7 +172,7 @@ def _matmul(
 ) -> Array | PartialSums:
     offsets = () if weight.offset is None else (weight.offset,)
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
-    options = {"num_rows": x.shape[0], "config": config}
+    options = {"num_rows": x.shape[0], "config": config, "signals": dtype != jnp.float32}
     is_centred = weight.symmetric and weight.low is not None
     codes = {"truncated": weight.truncated, "centred": is_centred, "interpret": interpret}
     return matmul.launch_matmul(
@@ -195,13 +195,15 @@ def _kernel(
     codes: dict[str, bool],
     num_rows: int,
     config: tiles.TileConfig,
+    signals: bool,
 ):
     low_refs, (scale_ref, *offset_refs, out_ref) = refs[: num_packed - 1], refs[num_packed - 1 :]
     half, block_k = packed_ref.shape[1], config.block_k
     num_groups = scale_ref.shape[0]
     group_size = 2 * half // num_groups
     steps = half // block_k // config.split
-    first_step = pl.program_id(1) * steps
+    part = pl.program_id(1)
+    first_step = (registers.start_next(part, interpret=codes["interpret"]) if signals else part) * steps
     x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
     code_dtype = jnp.bfloat16 if x_ref.dtype == jnp.float32 else x_ref.dtype
 

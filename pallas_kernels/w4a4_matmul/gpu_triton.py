@@ -166,7 +166,7 @@ class _Refs:
 def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: bool):
     half, block_k = refs.packed.shape[1], config.block_k
     steps = half // block_k // config.split
-    first_step = pl.program_id(1) * steps
+    first_step = registers.start_next(pl.program_id(1), interpret=interpret) * steps
     x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
     row_mask = matmul.row_mask(num_rows, config.block_m, 1)
     integer = refs.scale_at_end and refs.x_scale_at_end

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int32
 
-from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.backends import early_launch
-from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding.plan import DecodingPlan
-from qspec_jax.model.cache import KV_OF_MODEL
+from qspec_jax.model.cache import KVCache
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.layouts import linears
-from qspec_jax.model.precision import Precision
+from qspec_jax.model.view import View
 
 
-def launches_early(decoder: Decoder, plan: DecodingPlan, rows: int) -> bool:
+def launches_early(decoder: Decoder, plan: DecodingPlan, cache: KVCache) -> bool:
     """Whether the kernels of a loop may start early (``backends/early_launch.py``); ask after ``lay_out_weights``.
 
-    They may where every weight is one of the loop's arguments, Mosaic multiplies all of them, and XLA has nothing to do
-    between a kernel that signals and the matmul behind it: no matmul in floating point, no padding of rows, no sums of
-    activation codes for asymmetric weights, no norms of single heads that it puts together, no LM head of many rows.
-    What no GPU has run so does not start early: nested weights, quantised heads, a cache of int8.
+    They may where nothing in any pass of the plan is an obstacle: the passes are traced to find out, as the loop traces
+    them again. Most that are one read with XLA what our kernels have written: biases behind Triton kernels, norms of
+    single heads, rows that are padded, more rows than the LM head's kernel serves, products that XLA computes.
+
+    Args:
+        decoder: with arrays or shapes.
+        plan: what a cycle does.
+        cache: of the loop, arrays or shapes.
     """
-    if decoder.scan_layers or decoder.config.qk_norm or not early_launch.is_supported():
+    if decoder.scan_layers or not early_launch.is_supported():
         return False
-    if not {view.precision for view in plan.views} <= {Precision.W4A16, Precision.W4A8}:
-        return False
-    if decoder.quantized_head is not None or decoder.kv != KV_OF_MODEL:
-        return False
-    if any(n > MAX_ROWS or (n > 8 and n % 8) for n in (rows, rows * (plan.draft_length + 1))):
-        return False
-    weights = [linear.weight.get_value() for linear in linears(decoder)]
-    return all(
-        isinstance(w, QuantizedWeight) and w.bits == 4 and w.layout is Layout.WGMMA and w.symmetric for w in weights
-    )
+    passes = [(plan.verify, plan.draft_length + 1, plan.weigh)]
+    passes += [] if plan.draft_view is None else [(plan.draft_view, 1, None)]
+    with early_launch.early_launch():
+        return all(early_launch.obstacle(_traced(decoder, cache, *one)) is None for one in passes)
+
+
+def _traced(decoder: Decoder, cache: KVCache, view: View, num_tokens: int, weigh: int | None) -> Any:
+    """The pass that reads so many new tokens of each row, as a jaxpr."""
+    graph, parameters = nnx.split(decoder)
+    tokens = jax.ShapeDtypeStruct((cache.lengths.shape[0], num_tokens), jnp.int32)
+
+    def run(parameters: nnx.State, tokens: Int32[Array, "B T"], cache: KVCache) -> Any:
+        return nnx.merge(graph, parameters).run(tokens, cache, precision=view, weigh=weigh)
+
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (parameters, cache))
+    return jax.make_jaxpr(run)(shapes[0], tokens, shapes[1])
 
 
 def cycles_per_check(plan: DecodingPlan) -> int:

@@ -27,6 +27,7 @@ from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores, with_rows_of
+from qspec_jax.model.cache import KVCache
 from qspec_jax.model.collectives import own_rows
 from qspec_jax.model.decoder import Decoder
 
@@ -105,7 +106,7 @@ class Lowering:
         retired = np.zeros((shape.rows,), bool)
         # A run whose graphs gathered all logits ended with an illegal address, not explained yet (lab notebook, 052).
         tells_choices = state.sampler is None and state.scores is None
-        with early_launch.early_launch(self._launches_early(plan, shape.rows)):
+        with early_launch.early_launch(self._launches_early(plan, state.cache)):
             graphs = self._graphs if tells_choices else Graphs.USUAL
             return self._lower(loop, laid_out, state, retired, np.int32(0), np.int32(0), graphs=graphs)
 
@@ -123,7 +124,7 @@ class Lowering:
         def loop(leaves, state, max_cycles):
             return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
-        with early_launch.early_launch(self._launches_early(plan, len(state.last_token))):
+        with early_launch.early_launch(self._launches_early(plan, state.cache)):
             return self._lower(loop, laid_out, state, np.int32(0), reports=False, graphs=self._graphs)
 
     @property
@@ -136,9 +137,9 @@ class Lowering:
         """The axis of the mesh over which rows are split, None for none."""
         return None if self._on_mesh is None else self._on_mesh.rows_over
 
-    def _launches_early(self, plan: DecodingPlan, rows: int) -> bool:
+    def _launches_early(self, plan: DecodingPlan, cache: KVCache) -> bool:
         # Nobody has tried it beside the kernels that carry messages.
-        return self._on_mesh is None and launches_early(self.decoder, plan, rows)
+        return self._on_mesh is None and launches_early(self.decoder, plan, cache)
 
     def _lower(
         self,

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import types
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 
-from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
 from qspec_jax.decoding import chunks, lowering, programs
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import Decoder, abstract_decoder
+from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.linear import Linear
 from qspec_jax.model.precision import Precision
 from tests import tiny
@@ -33,89 +30,12 @@ def test_only_a_loop_on_a_gpu_looks_seldom_whether_to_go_on(monkeypatch):
     assert lowering.cycles_per_check(PLAIN) == lowering.cycles_per_check(CYCLES) == 1
 
 
-@pytest.fixture
-def on_hopper(monkeypatch):
-    monkeypatch.setattr(early_launch, "is_supported", lambda: True)
-
-
-def decoder_of_shapes(layout=Layout.WGMMA, *, scan_layers=False, symmetric=True, bits=None, kv=None, **config):
-    """A decoder of shapes alone, with weights in a layout; ``bits`` are fields of a ``QuantConfig``."""
-    decoder = nnx.eval_shape(
-        lambda: Decoder(
-            ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, **config}),
-            quantization=QuantConfig(symmetric=symmetric, **(bits or {})),
-            scan_layers=scan_layers,
-        )
-    )
-    for _, linear in nnx.iter_modules(decoder):
-        if isinstance(linear, Linear):
-            linear.weight.set_value(dataclasses.replace(linear.weight.get_value(), layout=layout))
-    decoder.kv = kv or decoder.kv
-    return decoder
-
-
-@pytest.mark.usefixtures("on_hopper")
-def test_kernels_start_early_where_matmuls_that_read_early_are_all_that_reads_behind_a_signal():
-    assert lowering.launches_early(decoder_of_shapes(), PLAIN, rows=1)
-    assert not lowering.launches_early(decoder_of_shapes(layout=Layout.PLANES), PLAIN, rows=1)
-    assert not lowering.launches_early(decoder_of_shapes(scan_layers=True), PLAIN, rows=1)
-    assert not lowering.launches_early(decoder_of_shapes(symmetric=False), PLAIN, rows=1)
-    assert not lowering.launches_early(
-        decoder_of_shapes(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), PLAIN, rows=1
-    )
-
-
-@pytest.mark.usefixtures("on_hopper")
-def test_no_kernel_starts_early_where_rows_are_padded_or_more_than_the_head_serves():
-    decoder = decoder_of_shapes()
-    early = {rows for rows in range(1, 300) if lowering.launches_early(decoder, PLAIN, rows)}
-    assert early == {*range(1, 9), *range(16, 257, 8)}
-    early = {rows for rows in range(1, 300) if lowering.launches_early(decoder, CYCLES, rows)}
-    assert early == {1, 2, 4, 6, 8, *range(16, 65, 8)}
-
-
-@pytest.mark.usefixtures("on_hopper")
-def test_no_kernel_starts_early_where_xla_multiplies_or_a_draft_has_activations_of_4_bits():
-    decoder = decoder_of_shapes()
-    assert lowering.launches_early(decoder, CYCLES, rows=1)
-    assert not lowering.launches_early(decoder, DecodingPlan(Precision.FLOAT), rows=1)
-    assert not lowering.launches_early(decoder, DecodingPlan(Precision.FLOAT, Precision.W4A8, 3), rows=1)
-    assert not lowering.launches_early(decoder, DecodingPlan(Precision.W4A16, Precision.W4A4, 3), rows=1)
-
-
-@pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize("fields", [{"bits": {"bits": 8}}, {"bits": {"draft_head": 4}}, {"kv": "int8"}], ids=str)
-def test_no_kernel_starts_early_where_no_gpu_has_run_it_so(fields):
-    verify = Precision.W8A16 if fields.get("bits", {}).get("bits") == 8 else Precision.W4A16
-    decoder = decoder_of_shapes(**fields)
-    for plan in (DecodingPlan(verify), DecodingPlan(Precision.W4A16), DecodingPlan(verify, Precision.W4A8, 3)):
-        assert not lowering.launches_early(decoder, plan, rows=1)
-
-
-@pytest.mark.parametrize(
-    ("backend", "version", "capability", "supported"),
-    [
-        ("gpu", (0, 12, 0), "9.0", True),
-        ("gpu", (0, 11, 2), "9.0", False),  # a Mosaic kernel is a CUDA graph of its own
-        ("gpu", (0, 12, 0), "8.0", False),
-        ("gpu", (0, 12, 0), "10.0", False),
-        ("cpu", (0, 12, 0), None, False),
-    ],
-)
-def test_kernels_start_early_on_hopper_from_jax_0_12_on(monkeypatch, backend, version, capability, supported):
-    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(jax, "__version_info__", version)
-    assert early_launch.is_supported() is supported
-
-
 _unused_slots = itertools.count(1000)
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_loops_are_traced_for_an_early_launch_and_prefills_never(monkeypatch, early):
-    monkeypatch.setattr(lowering, "launches_early", lambda decoder, plan, rows: early)
+    monkeypatch.setattr(lowering, "launches_early", lambda decoder, plan, cache: early)
     traced, original = [], Linear.partial_sums
 
     def watched(linear, x, *, view):

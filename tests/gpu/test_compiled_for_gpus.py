@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pallas_kernels.backends.early_launch import SIGNAL
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
@@ -26,6 +28,7 @@ from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.driver import cuda_plugin
 from qspec_jax.device.mesh import AXES
 from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.shards import Shards
 from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight
@@ -81,6 +84,70 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     passes = {"plain": 1, "qspec": 2}[name]  # a draft and the verification
     assert len(sent) == passes * (2 * LAYERS + 2)
+
+
+W8A16_AND_DRAFTS = DecodingPlan(Precision.W8A16, Precision.W4A8, 3)
+EARLY = {
+    "triton": ("smollm2-135m", {"group_size": 32, "symmetric": False}, PLANS["qspec"]),
+    "asymmetric": ("llama-3-8b", {"group_size": 128, "symmetric": False}, PLANS["qspec"]),
+    "nested": ("llama-3-8b", {"group_size": 128, "symmetric": True, "bits": 8}, W8A16_AND_DRAFTS),
+}
+
+
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("kind", EARLY)
+def test_xla_reads_nothing_that_a_kernel_wrote_which_signals(kind, rows, gpus, monkeypatch):
+    """Once XLA has fused, copied and scheduled, too; and weights that are read early are arguments still."""
+    monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 12, 0)))  # with Mosaic kernels as well
+    monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
+    preset, quantization, plan = EARLY[kind]
+    config, quantization = dataclasses.replace(PRESETS[preset], num_layers=LAYERS), QuantConfig(**quantization)
+    options = {"quantization": quantization, "formats": None, "dtype": jnp.bfloat16, "scan_layers": False}
+    graph, state = nnx.split(abstract_decoder(config, **options))
+    place = jax.sharding.SingleDeviceSharding(gpus[0])
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state)
+    described = jax.sharding.AbstractDevice(device_kind=gpus[0].device_kind, num_cores=132, platform="cuda")
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=axis_types, abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = Programs(nnx.merge(graph, state)).lower_loop(plan, Shape(rows=rows, capacity=CAPACITY))
+    signalled, others, read_early = _behind_signals(lowered.compile().as_text())
+    assert signalled > 10 * LAYERS
+    assert not others
+    assert set(read_early) <= {"get-tuple-element"}  # of the loop's arguments
+    assert bool(read_early) == (kind != "triton")
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+
+
+def _behind_signals(text: str) -> tuple[int, list[str], list[str]]:
+    """Kernels that signal, instructions of XLA's that read what these wrote, and whence Mosaic's 4-bit weights are."""
+    signalled, others, read_early = 0, [], []
+    made: dict[str, tuple[str, str, list[str]]] = {}
+    behind: set[str] = set()
+    for line in text.splitlines():
+        if (found := _INSTRUCTION.match(line)) is None:
+            behind = behind if "->" not in line else set()  # another computation
+            continue
+        name, shape, op, rest = found.groups()
+        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        made[name] = shape, op, operands
+        reads = not behind.isdisjoint(operands)
+        if op == "custom-call" and ("xla.gpu.triton" in line or "mosaic" in line):
+            if SIGNAL in line:
+                signalled += 1
+                behind.add(name)
+            for operand in operands if "mosaic" in line else ():
+                while made[operand][1] == "bitcast":
+                    [operand] = made[operand][2]
+                if made[operand][0].startswith("u8["):
+                    read_early.append(made[operand][1])
+        elif op in ("get-tuple-element", "bitcast", "tuple"):
+            behind |= {name} if reads else set()
+        elif reads:
+            others.append(line)
+    return signalled, others, read_early
 
 
 ADA = """

@@ -79,11 +79,11 @@ _with_sums = jax.jit(with_group_sums)
 
 @functools.cache
 def random_nested_weight(
-    n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16
+    n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16, seed: int = 0
 ) -> QuantizedWeight:
     """A weight in 8 bits, with the scales and the upper nibbles of :func:`random_weight`."""
-    upper = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    low = jnp.asarray(np.random.default_rng(2).integers(0, 256, upper.packed.shape, dtype=np.uint8))
+    upper = random_weight(n, k, group_size, symmetric=symmetric, scale_dtype=scale_dtype, seed=seed)
+    low = jnp.asarray(np.random.default_rng(2 + seed).integers(0, 256, upper.packed.shape, dtype=np.uint8))
     return _with_sums(dataclasses.replace(upper, low=low))
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, upper_nibbles
 from pallas_kernels.backends import codes as ptx
-from pallas_kernels.backends.early_launch import early_launch
+from pallas_kernels.backends.early_launch import SIGNAL, early_launch
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
 from pallas_kernels.hadamard import gpu_triton as hadamard_triton
@@ -28,6 +28,7 @@ from pallas_kernels.swiglu_hadamard import gpu_triton as swiglu_hadamard_triton
 from pallas_kernels.swiglu_hadamard_quantize import gpu_triton as swiglu_hadamard_quantize_triton
 from pallas_kernels.swiglu_quantize import gpu_triton as swiglu_triton
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a4_matmul import gpu_triton_sums as sums_triton
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.device.mesh import MODEL
@@ -376,13 +377,15 @@ def test_swiglu_hadamard_quantize_lowers(k, block, group_size, outlier_groups, s
 
 
 @pytest.mark.newest_jax
-def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
+def test_kernels_let_the_next_one_start_early_unless_xla_reads_what_they_write():
     """Pallas must not remove the signal as code without effect, and it is there in no other program."""
     x, gain, gate_up = (array(*shape, dtype=jnp.bfloat16) for shape in ((3, 4096), (4096,), (3, 28672)))
     query, cache, qkv = (array(2, *s, dtype=jnp.bfloat16) for s in ((4, 32, 128), (1024, 8, 128), (4, 48, 128)))
     rotation, lengths = array(2, 4, 64, dtype=jnp.float32), array(2, dtype=jnp.int32)
     settings = {"bits": 8, "symmetric": True, "clip_ratio": 1.0, "outlier_groups": 0}
     whole, norm = {"group_size": 4096, **settings}, {"epsilon": 1e-5}
+    narrow, floats, weight = (*(array(n, 576, dtype=jnp.bfloat16) for n in (4, 960)), abstract_weight(*SHAPES[0]))
+    codes = quantized_rows(576, 576, True, 8)
     rotate_and_quantize = swiglu_hadamard_quantize_triton.swiglu_hadamard_quantize
     attend = functools.partial(attention_triton.decode_attention, window=None)
     programs = [
@@ -398,13 +401,20 @@ def test_kernels_before_the_matmuls_let_them_start_early_and_others_do_not():
         (2, functools.partial(rotate_and_quantize, block=14336, group_size=128, **settings), [gate_up]),
         (1, functools.partial(rotate_and_quantize, block=32, group_size=14336, **settings), [gate_up]),
         (1, functools.partial(rotate_and_quantize, block=32, group_size=32, **settings), [gate_up]),
-        (1, attend, [query, cache, cache, lengths]),  # of its two kernels the last
-        (0, rotate_triton.rotate_and_write, [qkv, rotation, rotation, cache, cache, lengths]),
+        (2, attend, [query, cache, cache, lengths]),
+        (1, rotate_triton.rotate_and_write, [qkv, rotation, rotation, cache, cache, lengths]),
+        (1, w4a16_triton.w4a16_matmul, [narrow, weight]),
+        (1, functools.partial(w4a4_triton.w4a4_matmul, dtype=jnp.bfloat16), [codes, weight]),
+        (1, functools.partial(sums_triton.sums_of_codes, num_groups=18, factor=1.0, num_rows=16), [codes.codes]),
+        (1, functools.partial(float_triton.float_matmul, dtype=jnp.bfloat16), [narrow, floats]),
+        # XLA reads the logits of a head.
+        (0, functools.partial(w4a16_triton.w4a16_matmul, dtype=jnp.float32), [narrow, weight]),
+        (0, float_triton.float_matmul, [narrow, floats]),
     ]
     for num_signals, function, args in programs:
         with early_launch():
             early = cuda_program(function, *args)
-        assert early.count("griddepcontrol.launch_dependents") == num_signals
+        assert early.count(SIGNAL) == num_signals
         assert "griddepcontrol" not in cuda_program(function, *args)
 
 
