@@ -9,7 +9,6 @@ until it is rounded to the dtype of the inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
+from pallas_kernels.backends import gating
 from pallas_kernels.backends.triton import producers, registers
-
-# Of a number from 1 to infinity, to a unit in the last place; correct rounding takes ten times the instructions.
-_RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
 
 
 def obstacle() -> None:
@@ -90,26 +87,25 @@ def load_gated(*refs_and_exists: Any, dtype: DTypeLike, interpret: bool) -> Arra
     parts = [plgpu.load(ref, mask=exists, other=jnp.zeros((), ref.dtype)).astype(jnp.float32) for ref in refs]
     half = len(parts) // 2
     gate, up = parts if half == 1 else (_rounded_sum(some, dtype, interpret) for some in (parts[:half], parts[half:]))
-    return gated(gate, up, dtype=dtype, reciprocal=producers.reciprocal, interpret=interpret)
+    return gated(gate, up, dtype=dtype, instructions=gating.GATED, interpret=interpret)
 
 
 def _rounded_sum(parts: list[Array], dtype: DTypeLike, interpret: bool) -> Array:
     return producers.rounded_to(tree_sum(parts), dtype, interpret=interpret)
 
 
-def approximate_reciprocal(x: Array, *, interpret: bool) -> Array:
-    """``1 / x`` in float32, for kernels that are short of registers."""
-    return 1 / x if interpret else registers.inline_asm(_RECIPROCAL, x, constraints="=f,f", dtype=jnp.float32)
-
-
 def gated(
-    gate: Array,
-    up: Array,
-    *,
-    dtype: DTypeLike,
-    reciprocal: Callable[..., Array] = approximate_reciprocal,
-    interpret: bool,
+    gate: Array, up: Array, *, dtype: DTypeLike, instructions: str = gating.GATED_ROUGHLY, interpret: bool
 ) -> Array:
-    """``silu(gate) * up`` of float32 blocks, rounded to ``dtype``, in float32."""
-    sigmoid = reciprocal(1 + jnp.exp(-gate), interpret=interpret)
-    return producers.rounded_to(gate * sigmoid * up, dtype, interpret=interpret)
+    """``silu(gate) * up`` of float32 blocks, rounded to ``dtype``, in float32.
+
+    Args:
+        gate, up: the blocks.
+        dtype: of the result.
+        instructions: one of :mod:`pallas_kernels.backends.gating`.
+    """
+    if interpret:
+        product = gate * (1 / (1 + jnp.exp(-gate))) * up
+    else:
+        product = registers.inline_asm(instructions, gate, up, constraints=gating.CONSTRAINTS, dtype=jnp.float32)
+    return producers.rounded_to(product, dtype, interpret=interpret)
