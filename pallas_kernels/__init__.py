@@ -45,7 +45,9 @@ from pallas_kernels.swiglu_hadamard import swiglu_hadamard
 from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
+from pallas_kernels.w4a4_swiglu_quantize import w4a4_swiglu_quantize, w4a4_swiglu_quantize_is_fused
 from pallas_kernels.w4a16_matmul import best_layout, rows_alike, w4a16_matmul, w4a16_partial_sums
+from pallas_kernels.w4a16_swiglu import w4a16_swiglu, w4a16_swiglu_is_fused
 
 __all__ = [
     "EVERYTHING",
@@ -94,8 +96,12 @@ __all__ = [
     "value_of",
     "w4a4_matmul",
     "w4a4_partial_sums",
+    "w4a4_swiglu_quantize",
+    "w4a4_swiglu_quantize_is_fused",
     "w4a16_matmul",
     "w4a16_partial_sums",
+    "w4a16_swiglu",
+    "w4a16_swiglu_is_fused",
     "with_group_sums",
     "with_layout",
 ]

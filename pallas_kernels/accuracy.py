@@ -56,6 +56,7 @@ def allowed_error(op: str, dtype: DTypeLike, *, num_inputs: int, implementation:
     rounds_weights = name != "float32" and implementation not in (TRITON, REFERENCE)
     limits = {
         "w4a16_matmul": W4A16_ROUNDED_WEIGHTS if rounds_weights else W4A16[name],
+        "w4a16_swiglu": 2 * (W4A16[name] if name == "float32" else W4A16_ROUNDED_WEIGHTS),  # of gate and of up
         "w4a4_matmul": INTEGER_MATMUL,
         "float_matmul": tensor_core_error(num_inputs),
         "decode_attention": ATTENTION[name],

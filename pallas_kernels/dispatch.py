@@ -195,6 +195,29 @@ class Implementations:
             NotImplementedError: the named implementation does not exist for this operation, or does not work on this
                 platform or these shapes.
         """
+        chosen, found, told = self._first(implementation, obstacle, order)
+        if (log := _log.get()) is not None:
+            others = (name for name in _names() if name != chosen)
+            log.append(Selection(self.op, chosen, {name: self._examined(name, obstacle)[1] for name in others}))
+        if chosen is not None:
+            return found
+        raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
+
+    def serves(self, implementation: str | None, obstacle: Callable[[Any], str | None]) -> Any | None:
+        """The module that :meth:`select` finds, for who only asks: nothing is recorded.
+
+        Returns:
+            The module; None where the named implementation cannot serve the call.
+
+        Raises:
+            ValueError: ``implementation`` is not a known name.
+        """
+        return self._first(implementation, obstacle, None)[1]
+
+    def _first(
+        self, implementation: str | None, obstacle: Callable[[Any], str | None], order: tuple[str, ...] | None
+    ) -> tuple[str | None, Any, str | None]:
+        """Name and module of the first that can serve a call, or None twice, and the last obstacle."""
         if implementation is None:
             names = order or _names()
         elif implementation in _names():
@@ -202,18 +225,12 @@ class Implementations:
         else:
             known = ", ".join(_names())
             raise ValueError(f"{self.op}: unknown implementation {implementation!r}; use one of {known}, or None")
-        told, chosen, found = None, None, None
+        told = None
         for name in names:
             module, told = self._examined(name, obstacle)
             if told is None:
-                chosen, found = name, module
-                break
-        if (log := _log.get()) is not None:
-            others = (name for name in _names() if name != chosen)
-            log.append(Selection(self.op, chosen, {name: self._examined(name, obstacle)[1] for name in others}))
-        if chosen is not None:
-            return found
-        raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
+                return name, module, None
+        return None, None, told
 
     def _examined(self, name: str, obstacle: Callable[[Any], str | None]) -> tuple[Any, str | None]:
         """The module of a name, and its obstacle to a call: that of the platform comes first."""

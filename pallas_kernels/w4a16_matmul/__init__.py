@@ -63,9 +63,7 @@ def w4a16_partial_sums(
     many rows it is granted says :func:`rows_alike`. ``prefill`` says that the rows are those of prompts: where an
     implementation has tiles for them, which give a row the same bits in any such call, it takes those.
     """
-    check_weight(weight, x.shape[-1], op=_OP)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
+    check_operands(_OP, x, weight)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if dtype not in (x.dtype, jnp.float32):
         raise ValueError(f"{_OP}: dtype={dtype} is not supported; use float32 or that of x, {x.dtype}")
@@ -77,6 +75,13 @@ def w4a16_partial_sums(
     asked = {"alike": True} if alike and chosen.ROWS_ALIKE_IF_ASKED != chosen.ROWS_ALIKE else {}
     asked = {"prefill": True} if prefill and chosen.PREFILL_ALIKE else asked
     return chosen.w4a16_matmul(x, weight, dtype=dtype, **asked)
+
+
+def check_operands(op: str, x: Float[Array, "*batch K"], weight: QuantizedWeight) -> None:
+    """Raises ValueError, for the operation ``op``, where shapes do not fit together or a dtype is not taken."""
+    check_weight(weight, x.shape[-1], op=op)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{op}: x is {x.dtype}; use float32, bfloat16 or float16")
 
 
 def rows_alike(

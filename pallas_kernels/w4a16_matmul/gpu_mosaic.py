@@ -63,8 +63,12 @@ def w4a16_matmul(
     *,
     dtype: DTypeLike | None = None,
     config: hopper.MosaicConfig | pairs.PairConfig | None = None,
+    epilogue: hopper.Epilogue = hopper.Epilogue.NONE,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the measured choice of tiles.
+
+    Args:
+        epilogue: ``GATED`` for the result of ``w4a16_swiglu``, whose ``obstacle`` tells where.
 
     Raises:
         NotImplementedError: ``config`` is one of pairs, which cannot serve this call.
@@ -75,9 +79,9 @@ def w4a16_matmul(
         config = _chosen_config(rows.shape[0], weight, rows.dtype, early=early)
     elif isinstance(config, pairs.PairConfig) and (reason := pairs.obstacle(weight, config, early=early)):
         raise NotImplementedError(f"w4a16_matmul: pairs of programs {reason}")
-    options = {"dtype": jnp.dtype(dtype or x.dtype), "early": early, "config": config}
+    options = {"dtype": jnp.dtype(dtype or x.dtype), "early": early, "config": config, "epilogue": epilogue}
     outputs = _matmul(rows, dataclasses.replace(weight, group_sum=None), **options)
-    return outputs.reshape(*x.shape[:-1], weight.num_outputs)
+    return outputs.reshape(*x.shape[:-1], outputs.shape[-1])
 
 
 def _chosen_config(
@@ -103,7 +107,7 @@ def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("dtype", "early", "config"))
+@functools.partial(jax.jit, static_argnames=("dtype", "early", "config", "epilogue"))
 def _matmul(
     x: Array,
     weight: QuantizedWeight,
@@ -111,10 +115,11 @@ def _matmul(
     dtype: DTypeLike,
     early: bool,
     config: hopper.MosaicConfig | pairs.PairConfig,
+    epilogue: hopper.Epilogue,
 ) -> Array | PartialSums:
     packed = (weight.packed,) if weight.low is None else (weight.packed, weight.low)
     sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
-    problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed))
+    problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed), epilogue)
     columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
     is_centred = weight.symmetric and weight.low is not None
     consume = functools.partial(_consume, truncated=weight.truncated, centred=is_centred)
@@ -131,7 +136,7 @@ def _matmul(
         problem=problem,
         config=hopper.with_most_stages(config, problem, len(columns)),
         early=early,
-        name=f"w{weight.bits}a16",  # as profiles show it
+        name=f"w{weight.bits}a16" + "_swiglu" * (epilogue is not hopper.Epilogue.NONE),  # as profiles show it
     )
 
 

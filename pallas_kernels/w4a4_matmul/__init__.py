@@ -50,10 +50,7 @@ def w4a4_partial_sums(
     x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
 ) -> Float[Array, "*batch N"] | PartialSums:
     """:func:`w4a4_matmul` for a reader that adds what is left to add, where the implementation leaves any."""
-    check_weight(weight, x.num_inputs, op=_OP)
-    if weight.low is not None:
-        raise ValueError(f"{_OP}: integers meet 4-bit codes; give upper_nibbles(weight) of an 8-bit weight")
-    _check_groupings(x, weight)
+    check_operands(_OP, x, weight)
     chosen = _IMPLEMENTATIONS.select(
         implementation,
         lambda module: module.obstacle(x, weight),
@@ -91,23 +88,31 @@ def best_layout_for_codes(
     return chosen.LAYOUT
 
 
-def _check_groupings(x: QuantizedActivation, weight: QuantizedWeight) -> None:
+def check_operands(op: str, x: QuantizedActivation, weight: QuantizedWeight) -> None:
+    """Raises ValueError, for the operation ``op``, where shapes or groupings do not fit together."""
+    check_weight(weight, x.num_inputs, op=op)
+    if weight.low is not None:
+        raise ValueError(f"{op}: integers meet 4-bit codes; give upper_nibbles(weight) of an 8-bit weight")
+    _check_groupings(op, x, weight)
+
+
+def _check_groupings(op: str, x: QuantizedActivation, weight: QuantizedWeight) -> None:
     finer, coarser = sorted((x.group_size, weight.group_size))
     if coarser % finer:
         raise ValueError(
-            f"{_OP}: activation groups of {x.group_size} and weight groups of {weight.group_size} do not nest; "
+            f"{op}: activation groups of {x.group_size} and weight groups of {weight.group_size} do not nest; "
             f"quantize the activations with group_size={weight.group_size} or None"
         )
     if x.symmetric:
         return
     if weight.group_sum is None:
         raise ValueError(
-            f"{_OP}: asymmetric activations need the sums of the weight's groups; "
+            f"{op}: asymmetric activations need the sums of the weight's groups; "
             f"call with_group_sums(weight, {x.group_size}) once, when the weight is loaded"
         )
     if weight.group_sum.shape[0] % x.num_groups:
         raise ValueError(
-            f"{_OP}: asymmetric activations in {x.num_groups} groups need the sums of as many groups of the weight, "
+            f"{op}: asymmetric activations in {x.num_groups} groups need the sums of as many groups of the weight, "
             f"or of a multiple; weight.group_sum has {weight.group_sum.shape[0]}: "
             f"call with_group_sums(weight, {x.group_size})"
         )

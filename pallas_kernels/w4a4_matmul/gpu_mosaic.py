@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.arrays.activation import QuantizedActivation
 from pallas_kernels.arrays.partial_sums import PartialSums
@@ -62,15 +63,39 @@ def w4a4_matmul(
     config: hopper.MosaicConfig | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the measured choice of tiles."""
+    outputs = _product(x, weight, dtype, config or default_config(_num_rows(x), weight), hopper.Epilogue.NONE)
+    return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
+
+
+def gated_product(
+    x: QuantizedActivation, weight: QuantizedWeight, *, dtype: DTypeLike
+) -> tuple[Float[Array, "*batch F"], Float32[Array, "M parts"]]:
+    """``swiglu`` of the product, and the largest magnitude of each part of its rows.
+
+    ``w4a4_swiglu_quantize`` goes on with them; its ``obstacle`` tells where this can serve.
+    """
+    config = default_config(_num_rows(x), weight)
+    outputs, magnitudes = _product(x, weight, dtype, config, hopper.Epilogue.GATED_WITH_MAGNITUDES)
+    return outputs.reshape(*x.codes.shape[:-1], outputs.shape[-1]), magnitudes
+
+
+def _num_rows(x: QuantizedActivation) -> int:
+    return math.prod(x.codes.shape[:-1])
+
+
+def _product(
+    x: QuantizedActivation,
+    weight: QuantizedWeight,
+    dtype: DTypeLike,
+    config: hopper.MosaicConfig,
+    epilogue: hopper.Epilogue,
+) -> Any:
     # Who computes the codes writes them in this order, or XLA brings them into it.
     codes = x.codes if x.layout is weight.layout else order_activation_codes(x.codes, weight.layout)
     codes, scale = codes.reshape(-1, x.num_inputs), x.scale.reshape(-1)
-    if config is None:
-        config = default_config(codes.shape[0], weight)
     weight = dataclasses.replace(weight, group_sum=None)
-    options = {"bits": x.bits, "early": early_launch.is_enabled(), "config": config}
-    outputs = _matmul(codes, scale, weight, dtype=jnp.dtype(dtype), **options)
-    return outputs.reshape(*x.codes.shape[:-1], weight.num_outputs)
+    options = {"bits": x.bits, "early": early_launch.is_enabled(), "config": config, "epilogue": epilogue}
+    return _matmul(codes, scale, weight, dtype=jnp.dtype(dtype), **options)
 
 
 def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
@@ -84,7 +109,7 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
-@functools.partial(jax.jit, static_argnames=("dtype", "bits", "early", "config"))
+@functools.partial(jax.jit, static_argnames=("dtype", "bits", "early", "config", "epilogue"))
 def _matmul(
     codes: Array,
     x_scale: Array,
@@ -94,9 +119,11 @@ def _matmul(
     bits: int,
     early: bool,
     config: hopper.MosaicConfig,
-) -> Array | PartialSums:
+    epilogue: hopper.Epilogue,
+) -> Any:
     (num_rows, k), scale, offset = codes.shape, weight.scale, weight.offset
-    problem = hopper.Problem(num_rows, weight.num_outputs, k, scale.shape[0], jnp.int8, dtype)
+    sizes = num_rows, weight.num_outputs, k, scale.shape[0]
+    problem = hopper.Problem(*sizes, jnp.int8, dtype, epilogue=epilogue)
     columns, row_groups = (scale,), ()
     if offset is not None:
         columns = (scale, offset)
@@ -117,7 +144,7 @@ def _matmul(
         problem=problem,
         config=config,
         early=early,
-        name=f"w4a{bits}",  # as profiles show it
+        name=f"w4a{bits}" + "_swiglu" * (epilogue is not hopper.Epilogue.NONE),  # as profiles show it
         groups_in_tiles=scale.shape[0] > 1,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import Layout
+from qspec_jax.inspection.gated_cases import gated_cases, gated_value
 from qspec_jax.inspection.kernel_case import ROWS, KernelCase, Widths, partial_sums, random_rows
 from qspec_jax.inspection.matmul_cases import BY_GROUP, PER_TOKEN, matmul_cases
 
@@ -31,6 +32,7 @@ _TRANSFORMED = 512  # values at once, where not all are
 def kernel_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     """Those of every operation."""
     yield from matmul_cases(widths, dtype)
+    yield from gated_cases(widths, dtype)
     yield from _producer_cases(widths, dtype)
     yield from _attention_cases(widths, dtype)
 
@@ -60,7 +62,7 @@ def _producer_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     parts = {"num_inputs": mlp, "operands": lambda: (partial_sums(ROWS, 2 * mlp, dtype=dtype, seed=5),)}
     in_parts = f"{gates}, partial sums"
     yield case("swiglu", "swiglu", gates, num_inputs=1, operands=gated, wide=True)
-    gated_alone = functools.partial(_gated, transform=None, dtype=dtype)
+    gated_alone = functools.partial(gated_value, transform=None, dtype=dtype)
     yield case("swiglu", "swiglu", in_parts, expected=gated_alone, **{**parts, "num_inputs": 1})
     codes = functools.partial(gated_alone, settings=PER_TOKEN)
     yield case(
@@ -78,7 +80,7 @@ def _producer_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     )
     gate = {"num_inputs": mlp, "operands": gated}
     for what, blocks in (("", {}), (f", blocks of {_TRANSFORMED}", {"block": _TRANSFORMED})):
-        transformed = functools.partial(_gated, transform=blocks.get("block", mlp), dtype="float32")
+        transformed = functools.partial(gated_value, transform=blocks.get("block", mlp), dtype="float32")
         yield case("swiglu_hadamard", "swiglu_hadamard", gates + what, expected=transformed, options=blocks, **gate)
     for what, settings in (
         ("8 bits", PER_TOKEN),
@@ -97,7 +99,7 @@ def _producer_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
         for op in ("swiglu_quantize", "swiglu_hadamard_quantize"):
             block = _TRANSFORMED if "hadamard" in op and settings is _ORDERED else None
             product = functools.partial(
-                _gated, transform=(block or mlp) if "hadamard" in op else None, dtype=dtype, settings=settings
+                gated_value, transform=(block or mlp) if "hadamard" in op else None, dtype=dtype, settings=settings
             )
             options = settings if block is None else {**settings, "block": block}
             yield coded(op, op, f"{gates}, {what}", expected=product, options=options, **gate)
@@ -202,23 +204,3 @@ def _int8_cases(
     for what, window in (("", {}), (", a window of 100", _WINDOW)):
         options: Any = {"operands": lambda: with_cache(listed(), 1), "options": {**_BLOCK, **window}, "wide": True}
         yield case(attend, "block_attention_int8", f"{shape}, 12 blocks{what}", **options)
-
-
-def _gated(
-    operands: tuple[Any, ...], *, transform: int | None, dtype: str, settings: Mapping[str, Any] | None = None
-) -> Any:
-    """The gated unit in float32, rounded once, and what follows: XLA may round after every operation of a silu.
-
-    Args:
-        operands: of the case.
-        transform: how many values are transformed together; None for none.
-        dtype: of what is transformed.
-        settings: of codes; None for floats.
-    """
-    gate_up = pallas_kernels.value_of(operands[0])
-    options: dict[str, Any] = {"implementation": "reference"}
-    out = pallas_kernels.swiglu(gate_up.astype(jnp.float32), **options).astype(gate_up.dtype)
-    if transform is not None:
-        blocks = out.astype(jnp.float32).reshape(len(out), -1, transform)
-        out = pallas_kernels.hadamard(blocks, **options).reshape(out.shape).astype(jnp.dtype(dtype))
-    return out if settings is None else pallas_kernels.quantize_activations(out, **settings, **options)

@@ -25,7 +25,7 @@ _FORMATS = (
     WeightFormat(None, symmetric=True, bits=8),
     IMPORTED_HEAD,
 )
-_LARGE = 4096  # hidden size, from which one form takes seconds on a CPU
+LARGE = 4096  # hidden size, from which one form takes seconds on a CPU
 PER_TOKEN: dict[str, Any] = {"bits": 8}
 BY_GROUP: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "outlier_groups": 1}
 
@@ -35,24 +35,32 @@ def matmul_cases(widths: Widths, dtype: str) -> Iterator[KernelCase]:
     hidden, mlp = widths.hidden, widths.mlp
     heads = (widths.num_heads + 2 * widths.num_kv_heads) * widths.head_dim
     usual = WeightFormat(*widths.weight)
-    for inputs, outputs in ((hidden, heads), (mlp, hidden)):
-        group_size = usual.group_size or inputs
-        codes = [PER_TOKEN, {"bits": 4, "group_size": group_size}]
-        yield from _cases(inputs, outputs, usual, dtype, codes)
-    if hidden >= _LARGE:
+    yield from _cases(hidden, heads, usual, dtype, usual_activations(usual, hidden))
+    yield from _cases(mlp, hidden, usual, dtype, usual_activations(usual, mlp))
+    if hidden >= LARGE:
         yield from _cases(hidden, heads, WeightFormat(usual.group_size, usual.symmetric, bits=8), dtype, [PER_TOKEN])
     else:
-        for stored in _FORMATS:
-            yield from _cases(mlp, hidden, stored, dtype, [PER_TOKEN])
-        # The reference needs no sums of groups; in the float16 of narrow scales they are no exact ones.
-        exact_sums = dataclasses.replace(usual, wide=True)
-        yield from _cases(mlp, hidden, exact_sums, dtype, [BY_GROUP, {**BY_GROUP, "bits": 8}], in_float32=True)
+        for stored, codes in other_forms(usual):
+            yield from _cases(mlp, hidden, stored, dtype, codes, in_float32=PER_TOKEN not in codes)
     yield KernelCase(
         *("float_matmul", "float_matmul", f"{ROWS}x{hidden} by 4096x{hidden}", dtype),
         num_inputs=hidden,
         operands=lambda: (random_rows(ROWS, hidden, dtype=dtype), random_rows(4096, hidden, dtype=dtype, seed=2)),
         wide=True,
     )
+
+
+def usual_activations(stored: WeightFormat, inputs: int) -> list[Mapping[str, Any]]:
+    """What the drafts of a model make of them."""
+    return [PER_TOKEN, {"bits": 4, "group_size": stored.group_size or inputs}]
+
+
+def other_forms(usual: WeightFormat) -> Iterator[tuple[WeightFormat, list[Mapping[str, Any]]]]:
+    """Of a weight, each with activations to meet it."""
+    for stored in _FORMATS:
+        yield stored, [PER_TOKEN]
+    # The reference needs no sums of groups; in the float16 of narrow scales they are no exact ones.
+    yield dataclasses.replace(usual, wide=True), [BY_GROUP, {**BY_GROUP, "bits": 8}]
 
 
 def _cases(
@@ -65,8 +73,8 @@ def _cases(
     in_float32: bool = False,
 ) -> Iterator[KernelCase]:
     """A weight in some form with floats, and with activations in some forms, which meet its upper four bits."""
-    weight = functools.partial(_weight, outputs, inputs, stored)
-    shape = f"{ROWS}x{inputs} by {outputs}x{inputs}, {_named(stored, inputs)}"
+    weight = functools.partial(random_weight, outputs, inputs, stored)
+    shape = f"{ROWS}x{inputs} by {outputs}x{inputs}, {weight_name(stored, inputs)}"
     case = functools.partial(KernelCase, dtype=dtype, num_inputs=inputs, wide=True)
     yield case(
         *("w4a16_matmul", "w4a16_matmul", f"{shape}, float32 result" if in_float32 else shape),
@@ -75,24 +83,26 @@ def _cases(
     )
     for codes in settings:
         yield case(
-            *("w4a4_matmul", "w4a4_matmul", f"{shape}, {_activations(codes)}"),
+            *("w4a4_matmul", "w4a4_matmul", f"{shape}, {activation_name(codes)}"),
             options={"dtype": jnp.float32},
-            operands=lambda codes=codes: (_codes(inputs, dtype, codes), _for_codes(weight(), codes)),
+            operands=lambda codes=codes: (codes_of(inputs, dtype, codes), for_codes(weight(), codes)),
         )
 
 
-def _named(stored: WeightFormat, inputs: int) -> str:
+def weight_name(stored: WeightFormat, inputs: int) -> str:
+    """For people."""
     groups = f"groups of {stored.group_size or inputs}"
     kind = "" if stored.symmetric else ", zero points"
     return f"{groups}{kind}{', float32 scales' if stored.wide else ''}{', 8 bits' if stored.bits == 8 else ''}"
 
 
-def _activations(settings: Mapping[str, Any]) -> str:
+def activation_name(settings: Mapping[str, Any]) -> str:
+    """For people."""
     offsets = "" if settings.get("symmetric", True) else " with offsets"
     return f"{settings['bits']} bits{offsets}"
 
 
-def _weight(n: int, k: int, stored: WeightFormat) -> QuantizedWeight:
+def random_weight(n: int, k: int, stored: WeightFormat) -> QuantizedWeight:
     """A weight whose codes use all their values and whose entries are about 1 / sqrt(K)."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**stored.bits, (n, k), dtype=np.uint8)
@@ -103,13 +113,14 @@ def _weight(n: int, k: int, stored: WeightFormat) -> QuantizedWeight:
     return QuantizedWeight(packed, jnp.asarray(scale, kind), offset, low=low)
 
 
-def _for_codes(weight: QuantizedWeight, settings: Mapping[str, Any]) -> QuantizedWeight:
+def for_codes(weight: QuantizedWeight, settings: Mapping[str, Any]) -> QuantizedWeight:
     """What integers meet of a weight; with the sums of its groups where activations have offsets."""
     weight = upper_nibbles(weight)
     return weight if settings.get("symmetric", True) else with_group_sums(weight, settings["group_size"])
 
 
-def _codes(k: int, dtype: str, settings: Mapping[str, Any]) -> Any:
+def codes_of(k: int, dtype: str, settings: Mapping[str, Any]) -> Any:
+    """Random rows of ``k`` values as a draft reads them."""
     return pallas_kernels.quantize_activations(
         random_rows(ROWS, k, dtype=dtype), **settings, implementation="reference"
     )

@@ -62,6 +62,7 @@ def functions():
     signatures = {name: inspect.signature(one) for name, one in found.items() if inspect.isfunction(one)}
     others = {"best_layout", "best_layout_for_codes", "rows_alike"}
     others |= {"float_partial_sums", "w4a4_partial_sums", "w4a16_partial_sums"}
+    others |= {"w4a4_swiglu_quantize_is_fused", "w4a16_swiglu_is_fused"}
     return {name: one for name, one in signatures.items() if "implementation" in one.parameters and name not in others}
 
 
@@ -137,7 +138,7 @@ def test_every_form_of_a_weight_is_that_of_a_case(function, calls):
     nested = [one for one in weights if one.low is not None]
     truncated = [one for one in weights if one.truncated]
     kinds = {(one.bits, one.symmetric) for one in weights}
-    if function == "w4a16_matmul":
+    if function in ("w4a16_matmul", "w4a16_swiglu"):
         assert kinds == {(bits, symmetric) for bits in WEIGHT_BITS for symmetric in (False, True)}
         assert nested
     else:  # of those in 8 bits, drafts read the upper plane

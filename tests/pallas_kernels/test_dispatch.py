@@ -26,7 +26,9 @@ from pallas_kernels import (
     swiglu,
     swiglu_quantize,
     w4a4_matmul,
+    w4a4_swiglu_quantize,
     w4a16_matmul,
+    w4a16_swiglu,
     with_layout,
 )
 from pallas_kernels.dispatch import BACKENDS, IMPLEMENTATIONS, Backend, Implementations, order_of_trial
@@ -46,6 +48,8 @@ def calls(implementation):
     return {
         "w4a16_matmul": lambda: w4a16_matmul(x, weight, implementation=implementation),
         "w4a4_matmul": lambda: w4a4_matmul(codes, weight, dtype=x.dtype, implementation=implementation),
+        "w4a16_swiglu": lambda: w4a16_swiglu(x, weight, implementation=implementation),
+        "w4a4_swiglu_quantize": lambda: w4a4_swiglu_quantize(codes, weight, dtype=x.dtype, **named).codes,
         "float_matmul": lambda: float_matmul(x, random_rows(32, 128), implementation=implementation),
         "quantize_activations": lambda: quantize_activations(x, **named).codes,
         "rms_norm": lambda: rms_norm(x, gain, epsilon=1e-5, implementation=implementation),
@@ -65,6 +69,8 @@ def calls(implementation):
 OPS = (
     "w4a16_matmul",
     "w4a4_matmul",
+    "w4a16_swiglu",
+    "w4a4_swiglu_quantize",
     "float_matmul",
     "quantize_activations",
     "rms_norm",

@@ -16,6 +16,7 @@ else that fixes the order of a sum depend on the weight alone, so a row has the 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from pallas_kernels.backends.triton.rows import padded
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
+LEAST_WIDE = 256 * ROWS  # outputs from which four warpgroups stand side by side
+MAX_GATED_ROWS = 64  # what a warpgroup hands over fits where its part of one weight tile was
 HALF_OF_AN_SM = 114 * 1024  # bytes of shared memory; an SM has 228 KiB, and each program takes 1 KiB more
 
 
@@ -67,6 +70,24 @@ class MosaicConfig:
         return self.warpgroups_k * self.split
 
 
+class Epilogue(enum.Enum):
+    """What becomes of a product before it is written.
+
+    ``GATED``: its outputs are gate and up, and ``silu(gate) * up`` is written. A program computes as many blocks of 64
+    outputs of gate as of up, those with the same numbers. With four warpgroups, program 0 takes::
+
+        warpgroup      0                1                 2                     3
+        outputs        0 .. 63          64 .. 127         N / 2 .. N / 2 + 63   N / 2 + 64 .. N / 2 + 127
+        writes         0 .. 63          64 .. 127         nothing
+
+    ``GATED_WITH_MAGNITUDES`` also writes the largest magnitude of each row in a block.
+    """
+
+    NONE = "none"
+    GATED = "gated"
+    GATED_WITH_MAGNITUDES = "gated with magnitudes"
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """Shapes of one call.
@@ -76,6 +97,7 @@ class Problem:
         num_groups: scales per output.
         x_dtype, out_dtype: of rows and result.
         num_packed: arrays of packed codes: two of a nested weight.
+        epilogue: what becomes of the outputs.
     """
 
     m: int
@@ -85,6 +107,17 @@ class Problem:
     x_dtype: Any
     out_dtype: Any
     num_packed: int = 1
+    epilogue: Epilogue = Epilogue.NONE
+
+    @property
+    def halves(self) -> int:
+        """Of the outputs: 2 where they are gate and up, else the one whole."""
+        return 1 if self.epilogue is Epilogue.NONE else 2
+
+    @property
+    def num_written(self) -> int:
+        """Values of a row of the result."""
+        return self.n // self.halves
 
     @property
     def num_tiles(self) -> int:
@@ -127,6 +160,18 @@ def obstacle(weight: QuantizedWeight) -> str | None:
     fits = group_size % TILE == 0 and (num_inputs // 2) % group_size == 0
     if not (fits or (TILE % group_size == 0 and group_size >= 32) or group_size == num_inputs):
         return f"needs groups of 32, 64, a multiple of 128 that divides K/2, or the whole row; this is {group_size}"
+    return None
+
+
+def gated_obstacle(num_rows: int, weight: QuantizedWeight) -> str | None:
+    """Why a matmul that :func:`obstacle` lets pass cannot gate its outputs, as the end of a sentence, or None."""
+    num_outputs, slices = weight.num_outputs, num_slices(weight.num_outputs, weight.num_inputs)
+    if num_outputs % (4 * ROWS):
+        return f"needs N, gate and up together, to be a multiple of {4 * ROWS}; this is {num_outputs}"
+    if num_rows > MAX_GATED_ROWS:
+        return f"needs at most {MAX_GATED_ROWS} rows; these are {num_rows}"
+    if layout_of_warpgroups(num_outputs, slices, block_m(num_rows)).warpgroups_n % 2 or slices > 1:
+        return f"needs N of at least {LEAST_WIDE} outputs, whose sums nobody shares; this is {num_outputs}"
     return None
 
 
@@ -179,7 +224,7 @@ def tiles_of_slice(k: int, slices: int) -> int:
 def layout_of_warpgroups(n: int, slices: int, block_m: int) -> MosaicConfig:
     """The tiles that were fastest on an H100, before :func:`with_most_stages`."""
     if block_m <= 64:
-        if n % (4 * ROWS) == 0 and slices == 1 and n >= 256 * ROWS:
+        if n % (4 * ROWS) == 0 and slices == 1 and n >= LEAST_WIDE:
             return MosaicConfig(4, 1, 1, block_m, 4, registers=(24, 112))
         return MosaicConfig(1, min(2, slices), max(1, slices // 2), block_m, 4)
     x_slots = 4 if block_m > 128 else 0

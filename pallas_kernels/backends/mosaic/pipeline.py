@@ -40,11 +40,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
-from pallas_kernels.backends.mosaic.matmul import HALF_OF_AN_SM, MosaicConfig, Problem, pad_rows
-from pallas_kernels.backends.mosaic.registers import ROWS, TILE, Ref, plgpu, scaled_rows, spill, store, unspill
-
-WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+from pallas_kernels.arrays.partial_sums import PartialSums
+from pallas_kernels.backends.mosaic.epilogue import End, finish
+from pallas_kernels.backends.mosaic.matmul import HALF_OF_AN_SM, Epilogue, MosaicConfig, Problem, pad_rows
+from pallas_kernels.backends.mosaic.registers import (
+    ROWS,
+    TILE,
+    WEIGHT_TRANSFORMS,
+    Ref,
+    plgpu,
+    start_next,
+)
 
 
 def launch(
@@ -60,7 +66,7 @@ def launch(
     early: bool,
     name: str,
     groups_in_tiles: bool = True,
-) -> jax.Array | PartialSums:
+) -> Any:
     """Runs a matmul kernel.
 
     Args:
@@ -76,24 +82,29 @@ def launch(
         consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
 
     Returns:
-        ``[M, N]`` of ``problem.out_dtype``, or the partial sums of that where programs share the sum over K.
+        ``[M, N]`` of ``problem.out_dtype``, or the partial sums of that where programs share the sum over K. With an
+        epilogue that gates ``[M, N / 2]``, and with one of magnitudes also these: ``[M, N / 128]`` float32.
     """
     # Arrays by group, of which a tile needs those of both its planes.
     by_group = [a.reshape(problem.scale_planes, -1, a.shape[-1]) for a in (*columns, *row_groups)]
     factors = () if row_factor is None else (row_factor,)
 
+    partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
+    written = [jax.ShapeDtypeStruct((config.split, problem.m, problem.num_written), partial_dtype)]
+    if problem.epilogue is Epilogue.GATED_WITH_MAGNITUDES:
+        written.append(jax.ShapeDtypeStruct((problem.m, problem.num_written // ROWS), jnp.float32))
+
     def body(x, *refs, **scratch):
         weight, refs = refs[: len(packed)], refs[len(packed) :]
         refs, last = refs[: len(by_group)], refs[len(by_group) :]
-        arrays = x, weight, refs, len(columns), last[:-1], last[-1]
+        arrays = x, weight, refs, len(columns), last[: len(factors)], last[len(factors) :]
         _Program(*arrays, problem, config, early, scratch).run(consume)
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
-    partial_dtype = jnp.float32 if config.split > 1 else problem.out_dtype
     body.__name__ = name
-    outputs = plgpu.kernel(
+    outputs, *magnitudes = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((config.split, problem.m, problem.n), partial_dtype),
+        out_type=written,
         scratch_types=_scratch(problem, config, in_tiles, alone=early),
         grid=(config.split, problem.n // config.block_n, pl.cdiv(problem.m, config.block_m)),
         grid_names=("split", "n", "m"),
@@ -103,6 +114,8 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )(pad_rows(rows), *packed, *by_group, *factors)
+    if magnitudes:
+        return outputs[0], *magnitudes
     return outputs[0] if config.split == 1 else PartialSums(outputs, problem.out_dtype)
 
 
@@ -119,17 +132,19 @@ def _scratch(
     stages, slices, x_slots = config.num_stages, config.warpgroups_k, config.x_slots
     x_transforms = (plgpu.TilingTransform((8, problem.piece)), plgpu.SwizzleTransform(128))
     x_shape = (x_slots, config.block_m, problem.piece) if x_slots else (stages, slices, 2, config.block_m, TILE)
-    group_shape = (stages, slices, problem.scale_planes, problem.groups_per_tile)
-    # Into a slot: the weight, each array by group, rows per plane.
-    copies = problem.num_packed + len(by_group) + (0 if x_slots else 2)
+    group_shape = (problem.scale_planes, problem.groups_per_tile)
+    of_block = {
+        True: (problem.halves, *group_shape, config.block_n // problem.halves),
+        False: (*group_shape, config.block_m),
+    }
+    # Into a slot: of each half of the outputs the weight and its arrays by group, those of rows, rows per plane.
+    num_columns = sum(of_outputs for _, of_outputs in by_group)
+    copies = problem.halves * (problem.num_packed + num_columns) + len(by_group) - num_columns + (0 if x_slots else 2)
     weight_shape = (stages, slices, config.block_n, TILE)
     scratch = {
         "rows": plgpu.SMEM(x_shape, problem.x_dtype, transforms=x_transforms),
         "weight": [plgpu.SMEM(weight_shape, jnp.uint8, transforms=WEIGHT_TRANSFORMS)] * problem.num_packed,
-        "by_group": [
-            plgpu.SMEM((*group_shape, config.block_n if of_outputs else config.block_m), dtype)
-            for dtype, of_outputs in by_group
-        ],
+        "by_group": [plgpu.SMEM((stages, slices, *of_block[of_outputs]), dtype) for dtype, of_outputs in by_group],
         # A slot has a tile for each slice of the sum: a warpgroup waits for its own only, ...
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages * slices),
         # ... but the slot is filled as a whole, once all warpgroups have read theirs.
@@ -142,6 +157,8 @@ def _scratch(
         # The first warpgroup of each column adds the products of the others: none for itself.
         scratch["partial"] = plgpu.SMEM((config.warpgroups_n, slices - 1, ROWS * config.block_m), jnp.float32)
         scratch["partial_full"] = plgpu.Barrier(num_arrivals=config.warpgroups_n * (slices - 1))
+    if problem.epilogue is not Epilogue.NONE:
+        scratch["handed_over"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.warpgroups_n // 2)
     if alone:
         arrays = [one for one in jax.tree.leaves(scratch) if not isinstance(one, plgpu.Barrier)]
         used = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in arrays)
@@ -159,7 +176,7 @@ class _Program:
     by_group: tuple[Ref, ...]  # [planes, G / planes, N], then [planes, G / planes, M]
     num_columns: int  # how many of them are of outputs
     factors: tuple[Ref, ...]  # [M] f32, or nothing
-    out: Ref  # [split, M, N]
+    outputs: tuple[Ref, ...]  # [split, M, values written], and maybe magnitudes [M, blocks] f32
     problem: Problem
     config: MosaicConfig
     early: bool
@@ -177,6 +194,8 @@ class _Program:
             first = self.copy_first_tiles() if self.early else 0
             # No slice of a program has more tiles than its first. Who reads the last copies waits for them, not this.
             lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
+            if self.early and self.problem.epilogue is not Epilogue.NONE:
+                start_next()  # as the kernel that gates does elsewhere: what would follow that one follows this one
 
         @pl.when(warpgroup < config.num_warpgroups)
         def _compute():
@@ -188,7 +207,8 @@ class _Program:
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
             product = consume(Pipeline(self, column, in_program))
-            self.finish(product, column, in_program)
+            place = self.first_row, self.first_column, column, in_program
+            finish(product, End(self.problem, config, self.scratch, self.factors, self.outputs, *place))
 
     def num_steps(self, in_program: jax.Array | int) -> jax.Array | int:
         """Tiles of a slice; the first slices have one more where they do not come out even."""
@@ -204,7 +224,15 @@ class _Program:
 
     @property
     def first_column(self) -> jax.Array:
-        return lax.axis_index("n") * self.config.block_n
+        """Of this program in each half of the outputs."""
+        return lax.axis_index("n") * (self.config.block_n // self.problem.halves)
+
+    def place_of(self, column: jax.Array) -> tuple[jax.Array | int, jax.Array]:
+        """Of a warpgroup: its half of the outputs, and where it stands among those that the program has of that."""
+        if self.problem.epilogue is Epilogue.NONE:
+            return 0, column
+        in_half = self.config.warpgroups_n // 2
+        return lax.div(column, in_half), lax.rem(column, in_half)
 
     def inputs(self, plane: int, start: jax.Array, size: int) -> Any:
         """The columns of ``rows`` that meet ``size`` bytes of a weight row from ``start`` on."""
@@ -251,17 +279,19 @@ class _Program:
         self.copy_rows(step, slot, part, tile)
 
     def copy_weight(self, slot: jax.Array, part: int, tile: jax.Array) -> None:
-        """The part of a tile that is of the weight."""
-        outputs = pl.ds(self.first_column, self.config.block_n)
-        for ref, copied in zip(self.weight, self.scratch["weight"], strict=True):
-            weight = ref.at[outputs, pl.ds(tile * TILE, TILE)]
-            plgpu.copy_gmem_to_smem(weight, copied.at[slot, part], self.full(slot, part))
-        self.copy_groups(slot, part, tile, slice(self.num_columns), outputs)
+        """The part of a tile that is of the weight: that of each half of the outputs beside the other."""
+        size = self.config.block_n // self.problem.halves
+        for half in range(self.problem.halves):
+            outputs = pl.ds(half * self.problem.num_written + self.first_column, size)
+            for ref, copied in zip(self.weight, self.scratch["weight"], strict=True):
+                weight, place = ref.at[outputs, pl.ds(tile * TILE, TILE)], pl.ds(half * size, size)
+                plgpu.copy_gmem_to_smem(weight, copied.at[slot, part, place], self.full(slot, part))
+            self.copy_groups((slot, part, half), tile, slice(self.num_columns), outputs)
 
     def copy_rows(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """The part of a tile that is of the activations."""
         rows = pl.ds(self.first_row, self.config.block_m)
-        self.copy_groups(slot, part, tile, slice(self.num_columns, None), rows)
+        self.copy_groups((slot, part), tile, slice(self.num_columns, None), rows)
         if self.config.x_slots:
             return self.copy_rows_in_pieces(step, tile)
         for plane in range(2):
@@ -269,15 +299,15 @@ class _Program:
             plgpu.copy_gmem_to_smem(block, self.scratch["rows"].at[slot, part, plane], self.full(slot, part))
         return None
 
-    def copy_groups(self, slot: jax.Array, part: int, tile: jax.Array, which: slice, columns: Any) -> None:
-        """The groups of a tile of some of the arrays by group: ``columns`` of them."""
+    def copy_groups(self, place: tuple[Any, ...], tile: jax.Array, which: slice, columns: Any) -> None:
+        """The groups of a tile of some of the arrays by group: ``columns`` of them, to a slot, its part, and so on."""
         problem = self.problem
         # A plane's part of a tile lies within a group or spans whole ones; a copy takes those of both planes.
         group = 0 if problem.num_groups == 1 else lax.div(tile, problem.tiles_per_group) * problem.groups_per_tile
         groups = pl.ds(group, problem.groups_per_tile)
         # None have a place where only ``whole_row`` is wanted of them.
         for ref, copied in zip(self.by_group[which], self.scratch["by_group"][which], strict=False):
-            plgpu.copy_gmem_to_smem(ref.at[:, groups, columns], copied.at[slot, part], self.full(slot, part))
+            plgpu.copy_gmem_to_smem(ref.at[:, groups, columns], copied.at[place], self.full(*place[:2]))
 
     def full(self, slot: jax.Array, part: int) -> Ref:
         """The barrier of a tile that is there."""
@@ -300,35 +330,6 @@ class _Program:
             inputs = self.inputs(plane, tile * TILE + part * piece, piece)
             block = self.rows.at[pl.ds(self.first_row, self.config.block_m), inputs]
             plgpu.copy_gmem_to_smem(block, scratch["rows"].at[slot], scratch["rows_full"].at[slot])
-
-    def finish(self, product: jax.Array, column: jax.Array, in_program: jax.Array) -> None:
-        """Adds the slices of this program and writes the result."""
-        config = self.config
-        rows = pl.ds(self.first_row, config.block_m)
-        out = self.out.at[lax.axis_index("split"), rows, pl.ds(self.first_column + column * ROWS, ROWS)]
-        # Rows of this block that exist, where there may be fewer than its height.
-        num_rows = None if self.problem.m % config.block_m == 0 else self.problem.m - self.first_row
-        # Before any addition, so that a slice's part has the bits that it has in a program of its own.
-        for factor in self.factors:
-            product = scaled_rows(product, factor.at[rows], num_rows=num_rows)
-        write = functools.partial(store, out=out, num_outputs=self.problem.n, num_rows=num_rows)
-        if config.warpgroups_k == 1:
-            return write(product)
-        partial, full = self.scratch["partial"], self.scratch["partial_full"]
-
-        @pl.when(in_program > 0)
-        def _hand_over():
-            spill(product, partial.at[column, in_program - 1])
-            plgpu.barrier_arrive(full)  # there is one sum per program: the barrier is never used again
-
-        @pl.when(in_program == 0)
-        def _add_up():
-            plgpu.barrier_wait(full)
-            # The tree over the slices of a program; what reads the result goes on with it over programs.
-            others = [unspill(partial.at[column, i], config.block_m) for i in range(config.warpgroups_k - 1)]
-            write(tree_sum([product, *others]))
-
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,6 +404,8 @@ class Pipeline:
         """``carry = body(tile, carry)`` over all tiles; ``body`` multiplies each plane of each part, in order."""
         scratch, config = self._program.scratch, self.config
         outputs = pl.ds(self._column * ROWS, ROWS)
+        half, place = self._program.place_of(self._column)
+        in_half = pl.ds(place * ROWS, ROWS)
         in_ring = bool(config.x_slots)
         num_columns, by_group = self._program.num_columns, scratch["by_group"]
 
@@ -412,7 +415,7 @@ class Pipeline:
             plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
             tile = Tile(
                 weight=tuple(a.at[slot, self._in_program, outputs] for a in scratch["weight"]),
-                columns=tuple(a.at[slot, self._in_program, :, :, outputs] for a in by_group[:num_columns]),
+                columns=tuple(a.at[slot, self._in_program, half, :, :, in_half] for a in by_group[:num_columns]),
                 row_groups=tuple(a.at[slot, self._in_program] for a in by_group[num_columns:]),
                 _rows=scratch["rows"] if in_ring else scratch["rows"].at[slot, self._in_program],
                 _ring=(scratch["rows_full"], scratch["rows_empty"]) if in_ring else None,
@@ -427,7 +430,8 @@ class Pipeline:
     def whole_row(self) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
         """Columns ``[1, 1, 64]`` and row groups ``[1, 1, block_m]`` of a weight with one group."""
         program = self._program
-        outputs = pl.ds(program.first_column + self._column * ROWS, ROWS)
+        half, place = program.place_of(self._column)
+        outputs = pl.ds(half * program.problem.num_written + program.first_column + place * ROWS, ROWS)
         rows = pl.ds(program.first_row, self.config.block_m)
         columns, row_groups = program.by_group[: program.num_columns], program.by_group[program.num_columns :]
         return tuple(a.at[:, :, outputs] for a in columns), tuple(a.at[:, :, rows] for a in row_groups)

@@ -37,11 +37,22 @@ Value = Any  # an MLIR value
 
 TILE = 128  # bytes of a weight row in a tile, and inputs per plane
 ROWS = 64  # outputs per warpgroup: the fixed side of wgmma
+WEIGHT_TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))  # of a tile in shared memory
 
 
 def inline(function: Callable[..., Any], *args: Any, types: Sequence[Any], returns: Any = None) -> Any:
     """Calls ``function(context, *args)``, which builds MLIR, from inside a kernel."""
     return plgpu.inline_mgpu(arg_types=tuple(types), return_type=returns)(function)(*args)
+
+
+def start_next() -> None:
+    """Lets the next kernel start, once every program has called this; see ``backends/early_launch.py``."""
+
+    def build(context):
+        ptx = "griddepcontrol.launch_dependents;"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], ptx, "", has_side_effects=True)
+
+    inline(build, types=[])
 
 
 def scaled_rows(product: jax.Array, factor: Ref, *, num_rows: jax.Array | None) -> jax.Array:
@@ -57,7 +68,7 @@ def scaled_rows(product: jax.Array, factor: Ref, *, num_rows: jax.Array | None) 
         factors = [_load_pair(factor, column, last) for column in range(len(pairs) // 2)]
         registers = []
         for index, pair in enumerate(pairs):
-            scaled = [_rounded_product(_element(pair, i), _element(factors[index // 2], i)) for i in range(2)]
+            scaled = [_rounded_product(element(pair, i), element(factors[index // 2], i)) for i in range(2)]
             registers.append(vector.from_elements(pair.type, scaled))
         return fragmented(registers, product.shape)
 
@@ -69,7 +80,7 @@ def scaled_rows(product: jax.Array, factor: Ref, *, num_rows: jax.Array | None) 
 def _load_pair(factor: Value, column: int, last: Value | None) -> Value:
     """Two neighbours of float32 ``[block_m]``: of the rows that a register pair holds, none beyond ``last``."""
     pair = ir.VectorType.get((2,), ir.F32Type.get())
-    first = _first_row(column)
+    first = first_row(column)
     if last is None:
         return _load(factor, first, pair, of=ir.F32Type.get())
     rows = [arith.minsi(arith.addi(first, i32(odd)), last) for odd in range(2)]
@@ -102,7 +113,7 @@ def store(product: jax.Array, out: Ref, *, num_outputs: int, num_rows: jax.Array
             if end is None:
                 llvm.store(value, address, alignment=4)
             else:
-                _store_if(_less(row, end), value, address)
+                store_if(less(row, end), value, address)
 
         for index, pair in enumerate(product.registers.flat):
             _store_pair(pair, dtype, index, put)
@@ -110,7 +121,7 @@ def store(product: jax.Array, out: Ref, *, num_outputs: int, num_rows: jax.Array
     inline(build, product, out, *_limits(num_rows), types=[WGMMA, plgpu.RefType(), *_limit_types(num_rows)])
 
 
-def _store_if(condition: Value, value: Value, address: Value) -> None:
+def store_if(condition: Value, value: Value, address: Value) -> None:
     """A store of 32 bits under a predicate: a branch would let LLVM copy a warp-wide exchange into both of its arms."""
     word, wide = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     bits = value if value.type == word else llvm.bitcast(word, value)
@@ -124,7 +135,7 @@ def _store_pair(pair: Value, dtype: Any, index: int, put: Callable[[Value, Value
     lane, (column, half) = Lane.here(), divmod(index, 2)
     if dtype == ir.F32Type.get():
         for odd in range(2):
-            put(_element(pair, odd), arith.addi(_first_row(column), i32(odd)), lane.output(half))
+            put(element(pair, odd), arith.addi(first_row(column), i32(odd)), lane.output(half))
         return
     word = ir.IntegerType.get_signless(32)
     rounded = llvm.bitcast(word, arith.truncf(ir.VectorType.get((2,), dtype), pair))
@@ -135,12 +146,12 @@ def _store_pair(pair: Value, dtype: Any, index: int, put: Callable[[Value, Value
     put(transposed, arith.addi(lane.group, i32(column * 8)), arith.addi(first_output, i32(8 * half)))
 
 
-def _first_row(column: int) -> Value:
+def first_row(column: int) -> Value:
     """The first of the two rows whose products a thread holds in a register pair."""
     return arith.addi(arith.muli(Lane.here().in_group, i32(2)), i32(column * 8))
 
 
-def _less(a: Value, b: Value) -> Value:
+def less(a: Value, b: Value) -> Value:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
@@ -152,7 +163,7 @@ def _limit_types(num_rows: jax.Array | None) -> list[Any]:
     return [] if num_rows is None else [plgpu.Layout.WG_SPLAT(())]
 
 
-def _element(pair: Value, index: int) -> Value:
+def element(pair: Value, index: int) -> Value:
     return vector.extract(pair, dynamic_position=[], static_position=_static(index))
 
 
@@ -245,7 +256,7 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
 
 def scalars(array: Any) -> list[Value]:
     """The elements that this thread holds of an array of pairs."""
-    return [_element(pair, index) for pair in array.registers.flat for index in range(2)]
+    return [element(pair, index) for pair in array.registers.flat for index in range(2)]
 
 
 def pinned(array: jax.Array) -> jax.Array:
