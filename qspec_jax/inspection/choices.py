@@ -23,7 +23,7 @@ from qspec_jax.model.linear import Linear, WeightFormat, activation_quantization
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.view import View
 
-_MATMULS = ("w4a16_matmul", "w4a4_matmul", "float_matmul")
+_MATMULS = ("w4a16_matmul", "w4a16_swiglu", "w4a4_matmul", "w4a4_swiglu_quantize", "float_matmul")
 _CAPACITY = 1024
 
 

@@ -201,14 +201,18 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"] | QuantizedActivation, *, view: View
     ) -> Float[Array, "B T D"] | PartialSums:
-        gated = self._gated(self.gate_up.partial_sums(x, view=view), view)
-        return self.down.partial_sums(gated, view=view)
+        return self.down.partial_sums(self._gated(x, view), view=view)
 
     def _gated(
-        self, gate_up: Float[Array, "B T two_F"] | PartialSums, view: View
+        self, x: Float[Array, "B T D"] | QuantizedActivation, view: View
     ) -> Float[Array, "B T F"] | QuantizedActivation:
         """The inputs of ``down``, as integers where it reads integers."""
         quantization = self.down.input_quantization(view)
+        if self.down_hadamard is None:
+            gated = self.gate_up.gated(x, view=view, quantization=quantization)
+            if gated is not None:
+                return gated
+        gate_up = self.gate_up.partial_sums(x, view=view)
         if self.down_hadamard is None:
             if quantization is None:
                 return pallas_kernels.swiglu(gate_up, implementation=other_kernels(self.down.kernels))

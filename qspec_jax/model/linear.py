@@ -132,6 +132,35 @@ class Linear(nnx.Module):
         y = add_up(self._product(x, view), self.sum_over)
         return y if self.bias is None else value_of(y) + self.bias.get_value()
 
+    def gated(
+        self, x: Float[Array, "*batch K"] | QuantizedActivation, *, view: View, quantization: dict[str, Any] | None
+    ) -> Float[Array, "*batch F"] | QuantizedActivation | None:
+        """``silu(gate) * up`` of outputs that are gate and up side by side, where the kernel that multiplies gates too.
+
+        Args:
+            x: in the form that the view reads.
+            view: what is read of weight and activations.
+            quantization: how the result is made integers, of the linear that reads it; None for floats.
+
+        Returns:
+            the bits that ``swiglu`` of :meth:`partial_sums` has; None where that is to be computed.
+        """
+        weight = self.read_by(view)
+        if not isinstance(weight, QuantizedWeight) or self.bias is not None or self.sum_over is not None:
+            return None
+        kernels: dict[str, Any] = {"implementation": self.kernels}
+        if isinstance(x, QuantizedActivation):
+            if quantization is None or not _is_one_scale(quantization):
+                return None
+            of_result = {name: quantization[name] for name in ("bits", "clip_ratio", "layout")}
+            kernels["dtype"] = self.dtype
+            is_fused = pallas_kernels.w4a4_swiglu_quantize_is_fused(x, weight, **kernels)
+            return pallas_kernels.w4a4_swiglu_quantize(x, weight, **of_result, **kernels) if is_fused else None
+        if quantization is not None or view.weight_bits is None:
+            return None
+        is_fused = pallas_kernels.w4a16_swiglu_is_fused(x, weight, **kernels)
+        return pallas_kernels.w4a16_swiglu(x, weight, **kernels) if is_fused else None
+
     def input_quantization(self, view: View) -> dict[str, Any] | None:
         """How the inputs that a view reads are made integers: keyword arguments of ``quantize_activations``.
 
@@ -226,6 +255,11 @@ class Linear(nnx.Module):
         """
         implementation = REFERENCE if _is_prefill(x) or self.kernels == REFERENCE else None
         return pallas_kernels.float_partial_sums(x, weight, dtype=self.dtype, implementation=implementation)
+
+
+def _is_one_scale(quantization: dict[str, Any]) -> bool:
+    """Whether each token gets one symmetric scale."""
+    return quantization["group_size"] is None and quantization["symmetric"] and not quantization["outlier_groups"]
 
 
 def _is_prefill(x: Float[Array, "*batch K"]) -> bool:

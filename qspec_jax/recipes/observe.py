@@ -84,6 +84,9 @@ class _Observed(nnx.Module):
         self.observe(x)
         return self.linear.partial_sums(x, view=view)
 
+    def gated(self, x: Float[Array, "*batch K"], *, view: View, quantization: dict[str, Any] | None) -> None:
+        """None, so that :meth:`partial_sums` is asked, and seen."""
+
     def input_quantization(self, view: View) -> dict[str, Any] | None:
         return self.linear.input_quantization(view)
 

@@ -208,6 +208,9 @@ def test_kernels_are_those_that_the_models_own_calls_select(monkeypatch):
     choices = runs(monkeypatch, "9.0")
     assert {choices[one, "mlp.down"].runs for one in ("verify", "draft", "prefill")} == {"mosaic"}
     assert choices["verify", "mlp.down"].others["triton"] == "comes after mosaic, which serves the call"
+    gates = {one: choices[one, "mlp.gate_up"].op for one in ("verify", "draft", "prefill")}
+    assert gates == {"verify": "w4a16_swiglu", "draft": "w4a4_swiglu_quantize", "prefill": "w4a16_matmul"}
+    assert [one for one, part in choices if part.startswith("swiglu")] == ["prefill"]
     assert choices["verify", "decode_attention"].runs == "triton"
     assert choices["prefill", "prefill_attention"].runs == "triton"
     assert choices["draft", "rms_norm_quantize"].others["mosaic"] == "does not exist for this operation"

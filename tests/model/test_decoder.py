@@ -192,6 +192,42 @@ def test_what_feeds_a_linear_is_computed_in_the_form_its_precision_wants(monkeyp
     assert calls == expected
 
 
+GATED = {"swiglu": 0, "swiglu_quantize": 0, "w4a16_swiglu": 0, "w4a4_swiglu_quantize": 0}
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "expected"),
+    [
+        (Precision.W4A16, {}, "w4a16_swiglu"),
+        (Precision.W4A8, {}, "w4a4_swiglu_quantize"),
+        (Precision.W4A4, {"group_size": 32}, "swiglu_quantize"),
+        (Precision.FLOAT, {}, "swiglu"),
+        (Precision.W4A16, {"mlp_bias": True}, "swiglu"),
+        (Precision.W4A8, {"mlp_bias": True}, "swiglu_quantize"),
+        (Precision.W4A16, {"kernels": "reference"}, "swiglu"),
+    ],
+    ids=str,
+)
+def test_gate_and_up_are_multiplied_and_gated_at_once_where_a_kernel_can(monkeypatch, precision, changes, expected):
+    """Not where activations have several scales, outputs a bias, or the kernels named have none for both."""
+    calls = collections.Counter(GATED)
+
+    def count(name, operation, *arguments, **settings):
+        calls[name] += 1
+        return operation(*arguments, **{**settings, "implementation": None})
+
+    for name in GATED:
+        monkeypatch.setattr(pallas_kernels, name, functools.partial(count, name, getattr(pallas_kernels, name)))
+    for name in ("w4a16_swiglu", "w4a4_swiglu_quantize"):
+        can = lambda *arguments, implementation, **settings: implementation is None  # noqa: E731
+        monkeypatch.setattr(pallas_kernels, f"{name}_is_fused", can)
+    quantization = QuantConfig(w4a4=ActivationQuantization(changes.get("group_size")))
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "mlp_bias": changes.get("mlp_bias", False)})
+    decoder = tiny.decoder(config, quantization=quantization, scan_layers=False, kernels=changes.get("kernels"))
+    trace(decoder, precision)
+    assert calls == {**GATED, expected: 2}
+
+
 @pytest.mark.parametrize(
     ("precision", "operation"), [(Precision.W4A16, "rms_norm"), (Precision.W4A8, "rms_norm_quantize")]
 )
