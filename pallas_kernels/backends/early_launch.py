@@ -4,7 +4,8 @@ A kernel that signals lets the next one start. That one then does what does not 
 end. The Pallas Triton kernels of a decode step signal (``registers.start_next``), but for Hadamard transforms and what
 XLA reads the results of: LM heads, and what weighs and chooses blocks. XLA has every Triton kernel wait before anything
 else, its signal included, so that only launches overlap. A Mosaic matmul copies the first tiles of its weight before it
-waits: they are on their way before there are activations to multiply. It does not signal.
+waits: they are on their way before there are activations to multiply. It does not signal, unless it gates what it has
+multiplied, as a kernel after it would.
 
 This is right only in programs of which two things hold, so nothing of it happens outside of :func:`early_launch`.
 :func:`obstacle` looks through a traced program for what breaks them.
@@ -128,7 +129,7 @@ def _of_kernel(equation: Any, inputs: Sequence[_Value]) -> _Value:
 def _traits(kernel: Any) -> tuple[bool, bool]:
     """Whether a kernel signals, and whether it starts early."""
     equations = list(_equations(getattr(kernel, "jaxpr", kernel)))
-    signals = any(SIGNAL in str(one.params.get("asm", "")) for one in equations)
+    signals = any(SIGNAL in str(one.params.get(name)) for one in equations for name in ("asm", "mgpu_fn"))
     return signals, any(one.primitive.name == _WAIT for one in equations)
 
 

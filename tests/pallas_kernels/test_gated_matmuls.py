@@ -123,10 +123,10 @@ def test_they_lower_to_one_kernel_and_that_of_codes(shape, num_rows, dtype, bits
 
 def test_every_kernel_gates_by_the_same_instructions():
     """The bits of outputs do not depend on which kernel gated them, and so not on the number of rows."""
-    instructions = gating.GATED.replace("$0", "").splitlines()[1:-1]
-    assert [one.split()[0] for one in instructions] == [
-        *("mul.rn.f32", "ex2.approx.ftz.f32", "add.rn.f32", "rcp.rn.f32", "mul.rn.f32")
-    ]
+    instructions = gating.GATED.replace("$0", "").splitlines()[2:-1]
+    names = [one.split()[0] for one in instructions]
+    assert {one for one in names if one.startswith(("mul", "add", "fma"))} == {"mul.rn.f32", "add.rn.f32", "fma.rn.f32"}
+    assert "rcp.rn.f32" not in names  # of which a part is a call, beside which products run one after the other
     gate_up, x = array(4, 28672, dtype=jnp.bfloat16), array(4, 4096, dtype=jnp.bfloat16)
     programs = [
         cuda_program(swiglu_triton.swiglu, gate_up),
