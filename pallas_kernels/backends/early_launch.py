@@ -71,6 +71,11 @@ def obstacle(program: core.ClosedJaxpr) -> str | None:
     return None
 
 
+def reads_ahead(program: core.ClosedJaxpr) -> bool:
+    """Whether a matmul of a traced program copies some of its weight before it waits."""
+    return any(equation.primitive.name == _WAIT for equation in _equations(program.jaxpr))
+
+
 class _NotAllowedError(Exception):
     pass
 

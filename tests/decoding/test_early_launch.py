@@ -104,6 +104,11 @@ def test_no_kernel_starts_early_where_xla_reads_behind_a_signal(plan, options):
     assert not starts_early(plan, **options)
 
 
+@pytest.mark.parametrize(("kernels", "rows", "early"), [("triton", 4, True), ("triton", 5, False), ("mosaic", 5, True)])
+def test_many_rows_start_early_for_weights_that_are_read_ahead(kernels, rows, early):
+    assert starts_early(PLAIN, kernels=kernels, rows=rows) is early
+
+
 def test_a_weight_that_the_program_computes_is_not_read_early():
     def computed(x, weight):
         return gpu_mosaic.w4a16_matmul(x, jax.tree.map(lambda a: a + a if a.dtype == "uint8" else a, weight))
