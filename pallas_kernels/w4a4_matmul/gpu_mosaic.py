@@ -33,7 +33,6 @@ from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import arith, assembly, ir, llvm, plgpu
-from pallas_kernels.w4a4_matmul.gpu_triton_sums import sums_of_codes
 
 LAYOUT = Layout.WGMMA
 CODE_FACTOR = 16  # the kernel multiplies by 16 * (code - 8)
@@ -108,6 +107,20 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
     return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), block_m)
 
 
+def _sums_of_codes(codes: Array, num_groups: int, factor: float, num_rows: int, *, early: bool) -> Array:
+    """``factor`` times the sums of each row's codes by group ``[G, num_rows]`` float32, zero where there is no row.
+
+    XLA adds them up, unless the kernel before them has signalled.
+    """
+    if early:  # which asks for a JAX that has the Triton backend
+        from pallas_kernels.w4a4_matmul.gpu_triton_sums import sums_of_codes
+
+        return sums_of_codes(codes, num_groups=num_groups, factor=factor, num_rows=num_rows)
+    by_group = codes.astype(jnp.int32).reshape(-1, num_groups, codes.shape[1] // num_groups)
+    sums = by_group.sum(-1).T.astype(jnp.float32) * jnp.float32(factor)
+    return jnp.pad(sums, ((0, 0), (0, num_rows - codes.shape[0])))
+
+
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.
 @functools.partial(jax.jit, static_argnames=("dtype", "bits", "early", "config", "epilogue"))
 def _matmul(
@@ -130,7 +143,7 @@ def _matmul(
         # Every slice of a whole row adds its share of the one sum; a share is exact, slices being a power of two.
         share = 1 / config.slices if scale.shape[0] == 1 else 1.0
         padded = num_rows + -num_rows % config.block_m
-        row_groups = (sums_of_codes(codes, num_groups=scale.shape[0], factor=share, num_rows=padded),)
+        row_groups = (_sums_of_codes(codes, scale.shape[0], share, padded, early=early),)
     config = hopper.with_most_stages(config, problem, len(columns) + len(row_groups))
     return pipelines.launch(
         codes,

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.backends.mosaic.registers import ROWS, TILE
-from pallas_kernels.backends.triton.rows import padded
 
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
@@ -184,7 +183,9 @@ def pad_rows(rows: jax.Array) -> jax.Array:
     padding = 0 if rows.shape[0] <= 8 else -rows.shape[0] % 8
     if not padding:
         return rows
-    if early_launch.is_enabled():
+    if early_launch.is_enabled():  # which asks for a JAX that has the Triton backend
+        from pallas_kernels.backends.triton.rows import padded
+
         return padded(rows, rows.shape[0] + padding)
     return jnp.pad(rows, ((0, padding), (0, 0)))
 
