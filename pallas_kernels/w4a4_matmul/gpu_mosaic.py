@@ -104,7 +104,7 @@ def default_config(m: int, weight: QuantizedWeight) -> hopper.MosaicConfig:
     # integer instructions come in steps of 16 rows beyond 32.
     multiple = 8 if weight.symmetric and m <= 32 else 16
     block_m = hopper.block_m(m, most=128 if grouped else 256, multiple=multiple)
-    return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), block_m)
+    return hopper.layout_of_warpgroups(n, hopper.num_slices(n, k), block_m, sums=2 if grouped else 1)
 
 
 def _sums_of_codes(codes: Array, num_groups: int, factor: float, num_rows: int, *, early: bool) -> Array:

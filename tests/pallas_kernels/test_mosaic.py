@@ -54,6 +54,24 @@ def features(shape, num_rows, dtype=jnp.int8):
     return *cut, "whole row" if group_size == k else group_size, symmetric, num_rows % 8 == 0, dtype
 
 
+@pytest.mark.parametrize("version", [(0, 11, 2), (0, 12, 0)], ids=str)
+def test_sums_fit_into_what_registers_a_jax_leaves(monkeypatch, version):
+    """And whichever programs have them, the order of each sum stays that of the weight."""
+    monkeypatch.setattr(jax, "__version_info__", version)
+    weight = abstract_weight(4096, 28672, 128, True)
+    for num_rows in (96, 112, 208, 216, 256):
+        integers, floats = (
+            w4a4_mosaic.default_config(num_rows, weight),
+            w4a16_mosaic.default_config(num_rows, 28672, 4096),
+        )
+        for config, sums in ((integers, 2), (floats, 1)):
+            assert config.slices == 1
+            in_registers = sums * config.block_m // 2
+            assert config.warpgroups_n == (2 if version < (0, 12) or in_registers <= 104 else 1)
+    chosen = w4a16_mosaic._chosen_config(256, weight, BFLOAT16, early=False)
+    assert isinstance(chosen, hopper.MosaicConfig) is (version >= (0, 12))
+
+
 @pytest.mark.parametrize(
     ("shape", "num_rows", "dtype"),
     newest_jax_by_feature(CASES, features),

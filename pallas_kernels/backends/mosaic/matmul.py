@@ -26,6 +26,9 @@ from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.backends import early_launch
 from pallas_kernels.backends.mosaic.registers import ROWS, TILE
 
+# Registers of a thread for sums, of three warpgroups with 168 each: beside more of them, ptxas has products
+# wait for each other (C7512). W4A8 of 128 rows took 73 us so on an H200, where one warpgroup less takes 50.
+_MOST_IN_EQUAL_SHARES = 104
 MAX_BLOCK_M = 256  # the largest side of wgmma that is free
 SHARED_MEMORY = 226 * 1024  # bytes a program may use on Hopper, less what barriers take
 LEAST_WIDE = 256 * ROWS  # outputs from which four warpgroups stand side by side
@@ -222,13 +225,27 @@ def tiles_of_slice(k: int, slices: int) -> int:
     return k // 2 // TILE // slices
 
 
-def layout_of_warpgroups(n: int, slices: int, block_m: int) -> MosaicConfig:
-    """The tiles that were fastest on an H100, before :func:`with_most_stages`."""
+def sums_fit(num_sums: int) -> bool:
+    """Whether outputs of two warpgroups may have so many sums each, of rows or otherwise, where a third one copies.
+
+    From jax 0.12 on, XLA has nvJitLink compile Mosaic kernels, as code that is to be linked. ptxas then ignores what
+    warpgroups ask for (``setmaxnreg``, its notice C7504), and all three have as many registers.
+    """
+    return jax.__version_info__ < (0, 12) or num_sums // 2 <= _MOST_IN_EQUAL_SHARES
+
+
+def layout_of_warpgroups(n: int, slices: int, block_m: int, *, sums: int = 1) -> MosaicConfig:
+    """The tiles that were fastest on an H100, before :func:`with_most_stages`.
+
+    Args:
+        n, slices, block_m: outputs, slices of K, and rows of a program.
+        sums: float32 or int32 sums that a warpgroup has of each of its outputs.
+    """
     if block_m <= 64:
         if n % (4 * ROWS) == 0 and slices == 1 and n >= LEAST_WIDE:
             return MosaicConfig(4, 1, 1, block_m, 4, registers=(24, 112))
         return MosaicConfig(1, min(2, slices), max(1, slices // 2), block_m, 4)
     x_slots = 4 if block_m > 128 else 0
-    if n % (2 * ROWS):
+    if n % (2 * ROWS) or not sums_fit(sums * block_m):
         return MosaicConfig(1, 1, slices, block_m, 4, x_slots)
     return MosaicConfig(2, 1, slices, block_m, 4, x_slots, registers=(24, 240))
