@@ -1,9 +1,10 @@
 """Whole batches with ``auto`` on a device that takes no time: ``python -m tests.engine.simulated_batches``.
 
 Scheduler, chooser and costs are the real ones; the clock is that of :mod:`tests.engine.simulated_device`. Every cell of
-batch and context has texts in which lookup pays, in which a budget of the cache pays, and in which nothing does. The
-first batch of a process loads programs, later ones do not. Each seed has other texts, lengths and times; the first one
-has those of the table of the module. This says what a choice is worth, and no speed of any hardware.
+batch and context has texts in which lookup pays, in which a budget of the cache pays, and in which nothing does. There
+are also conversations, of which was recorded what lookup foretells. The first batch of a process loads programs, later
+ones do not. Each seed has other texts, lengths and times; the first one has those of the table of the module. Whole
+runs are compared, reading included. This says what a choice is worth, and no speed of any hardware.
 
 Beside ``auto`` stand the best static plan and one who sees what comes: every 64 cycles the plan that yields the most.
 What ``auto`` loses against the best static plan is split by where it lost it, in percent of the time of that: loading
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import time
 from types import SimpleNamespace
 
@@ -25,12 +27,12 @@ from qspec_jax import SamplingParams
 from qspec_jax.decoding.costs import CostTable
 from qspec_jax.engine import scheduler as of_scheduler
 from qspec_jax.engine.chooser import Chooser
+from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from tests.engine.simulated_device import (
     AUTO,
     BUDGET,
-    DISPATCH_S,
     DRAFTING,
     FULL,
     LARGE,
@@ -39,34 +41,39 @@ from tests.engine.simulated_device import (
     SMALL,
     Clock,
     Device,
+    Host,
     Later,
     Process,
     advance,
+    conversations,
     texts,
 )
 
 CELLS = [(rows, context) for rows in (1, 4, 16, 64) for context in (512, 2048, 8192)]
+CONVERSATIONS = "conversations"  # of any length, all in the column of 512
 # Share of a text that can be looked up, and how often drafts of the model are accepted.
 KINDS = {
     "lookup": (0.4, {FULL: 0.9, BUDGET: 0.85}),
     "budget": (0.03, {FULL: 0.95, BUDGET: 0.92}),
     "nothing": (0.03, {FULL: 0.05, BUDGET: 0.03}),
+    CONVERSATIONS: (None, {FULL: 0.9, BUDGET: 0.9}),
 }
+REQUESTS = {1: 24, 4: 48, 16: 128, 64: 256}  # of conversations, by rows
 STATIC = (PLAIN, *LOOKUPS, *(plan for plan in DRAFTING if plan.draft_view is BUDGET and plan.draft_length < 7))
 LATER = 2  # batches of a process after its first one
 TERMS = ("load", "trials", "learning", "choices", "rest")
 
 
 def run(plan, rows, some, hardware, process, beside=None):
-    """Seconds of decoding, and the bursts."""
-    device = Device(rows, some, hardware, process, beside)
-    scheduler = Scheduler(device, plan, rows=rows, capacity=device.context + 512)
+    """Seconds of all, reading included, and the bursts."""
+    device, began_s = Device(rows, some, hardware, process, beside), Clock.now_s
+    scheduler = Scheduler(device, plan, rows=rows, capacity=device.capacity)
     scheduler._dispatcher = Later()
     sequences = [scheduler.add(Request(one.prompt, len(one.tokens), SamplingParams())) for one in some]
     while scheduler.busy:
         scheduler.advance()
     assert all(len(one.token_ids) == len(text.tokens) for one, text in zip(sequences, some, strict=True))
-    return scheduler.totals.decode_s, device.ran
+    return Clock.now_s - began_s, device.ran
 
 
 def foreseen(rows, some, hardware):
@@ -87,7 +94,7 @@ def foreseen(rows, some, hardware):
 
 def _window(device, plan, state, others_wait):
     text_of, counts, left = state[0], state[1].copy(), state[2].copy()
-    before, took_s, active = counts.sum(), DISPATCH_S, int((left > 0).sum())
+    before, took_s, active = counts.sum(), device.host.dispatch_s, int((left > 0).sum())
     window_s = 64 * device.hardware.cycle_s(PLAIN, active, device.context)
     enough = max(1, len(left) // 16) if others_wait else active
     while took_s < window_s and (now := int((left > 0).sum())) > active - enough:
@@ -102,35 +109,56 @@ def lost(ran, whys, more_s):
     for one, why in zip(ran, whys, strict=True):
         terms["load"] += one.load_s
         kind = "trials" if "trial" in why else "learning" if "not known yet" in why else "choices"
-        terms[kind] += one.seconds - DISPATCH_S - one.beside_s
+        terms[kind] += one.seconds - one.beside_s
     terms["rest"] = more_s - sum(terms.values())
     return terms
 
 
-def measure(task):
-    """Figures of a cell and a kind for a seed."""
-    (rows, context), kind, seed, base = task
-    time.perf_counter = lambda: Clock.now_s
-    of_scheduler.futures = SimpleNamespace(wait=lambda some: [one.result() for one in some])
+@contextlib.contextmanager
+def on_the_clock(rows):
+    """One clock for device and host, on which a choice of so many rows takes its time; yields why each burst ran."""
     whys = []
-    choose = Chooser.choose
+    before = time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next
 
-    def noted(self, **options):
-        whys.append((burst := choose(self, **options)).why)
+    def choose(self, **options):
+        Clock.now_s += Host.of(rows).choice_s
+        return before[2](self, **options)
+
+    def ask(self, *sequences):
+        whys.append((burst := before[3](self, *sequences)).why)
         return burst
 
-    Chooser.choose = noted
+    time.perf_counter, Chooser.choose, Choosing.next = lambda: Clock.now_s, choose, ask
+    of_scheduler.futures = SimpleNamespace(wait=lambda some: [one.result() for one in some])
     try:
-        draw = np.random.default_rng(seed)
-        hardware = base if seed == 0 else base.varied(draw)
-        lookup, chances = KINDS[kind]
-        count = rows * (3 if rows == 64 else 4)
-        batches = [
-            texts(count, context, np.random.default_rng([seed, index]), lookup=lookup, chances=chances, varied=seed > 0)
-            for index in range(1 + LATER)
-        ]
-        process, figures = Process(CostTable(hardware.num_bytes, bandwidth=4.3e12)), []
-        for index, some in enumerate(batches):
+        yield whys
+    finally:
+        time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next = before
+
+
+def batches_of(cell, kind, seed):
+    """The hardware is another one for each seed but the first, and so are the texts of each batch."""
+    (rows, context), (lookup, chances) = cell, KINDS[kind]
+    draws = [np.random.default_rng([seed, index]) for index in range(1 + LATER)]
+    if kind == CONVERSATIONS:
+        return [conversations(REQUESTS[rows], one, chances=chances) for one in draws]
+    options = {"lookup": lookup, "chances": chances, "varied": seed > 0}
+    return [texts(rows * (3 if rows == 64 else 4), context, one, **options) for one in draws]
+
+
+def hardware_of(kind, seed, base):
+    """That of the table for the first seed; otherwise each of its times is more or less."""
+    most = 1.15 if kind == CONVERSATIONS else 1.6
+    return base if seed == 0 else base.varied(np.random.default_rng(seed), most=most)
+
+
+def measure(task):
+    """Figures of a cell and a kind for a seed."""
+    cell, kind, seed, base = task
+    rows, hardware = cell[0], hardware_of(kind, seed, base)
+    process, figures = Process(CostTable(hardware.num_bytes, bandwidth=4.3e12)), []
+    with on_the_clock(rows) as whys:
+        for index, some in enumerate(batches_of(cell, kind, seed)):
             static = {plan: run(plan, rows, some, hardware, Process(process.costs, {plan}))[0] for plan in STATIC}
             best = min(static, key=static.__getitem__)
             whys.clear()
@@ -149,9 +177,7 @@ def measure(task):
                     "lost": {name: 100 * some / best_s for name, some in terms.items()},
                 }
             )
-        return task, figures
-    finally:
-        Chooser.choose = choose
+    return task, figures
 
 
 def main():
@@ -165,7 +191,8 @@ def main():
     base = {"small": SMALL, "large": LARGE}[options.model]
     cells = [cell for cell in CELLS if not options.rows or cell[0] in options.rows]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    tasks = [(cell, kind, seed, base) for kind in options.kinds for cell in cells for seed in seeds]
+    cells_of = {kind: [one for one in cells if kind != CONVERSATIONS or one[1] == 512] for kind in options.kinds}
+    tasks = [(cell, kind, seed, base) for kind, some in cells_of.items() for cell in some for seed in seeds]
     columns = "kind", "rows", "context", "run", "plain s", "static", "foreseen", "auto", "least", "of static", "least"
     print(*columns, *TERMS, sep="\t")
     worst = collections.defaultdict(lambda: (9.0, ""))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,13 +24,35 @@ PLAIN = DecodingPlan(View())
 LOOKUPS = tuple(DecodingPlan(View(), Lookup(), length) for length in (3, 7))
 DRAFTING = tuple(DecodingPlan(View(), view, length) for view in (FULL, BUDGET) for length in AUTO_LENGTHS)
 AUTO = AutoPlan("auto", (PLAIN, *LOOKUPS, *DRAFTING))
-DISPATCH_S = 0.0003
+PASS_S, PIECE_S, BEHIND_S = 0.0046, 14e-6, 2.4e-8  # a pass that reads, each piece, and each for a token before it
+# Of greedy texts of the demo model, after the first turns of ShareGPT: tokens of the prompt, and for each new token but
+# the first whether lookup foretold it from those before.
+_RECORDED = Path(__file__).with_name("recorded_lookup.txt")
 _MOST = 7  # drafts of a cycle
 _REMEMBERED = 512  # tokens at the end of a prompt that a text may repeat
 
 
 class Clock:
     now_s = 1000.0
+
+
+class Host(NamedTuple):
+    """What an engine takes besides cycles, as it did beside an H200; with few rows it is guessed.
+
+    Attributes:
+        dispatch_s: a burst, which counts as its time.
+        gap_s: from the end of a burst to what is dispatched next.
+        choice_s: a choice.
+    """
+
+    dispatch_s: float
+    gap_s: float
+    choice_s: float
+
+    @classmethod
+    def of(cls, rows: int) -> Host:
+        share = rows / 64
+        return cls(0.001 + 0.003 * share, 0.0005 + 0.001 * share, 0.0006 + 0.0019 * share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +80,9 @@ class Hardware:
             seconds += plan.draft_length * (0.95 * self.step_s + 1.1 * active * some * self.position_s)
         return seconds
 
-    def varied(self, draw: np.random.Generator) -> Hardware:
-        """Another one, of which each time is up to 1.6 times more or less."""
-        step, position, verified, load = np.exp(draw.uniform(-np.log(1.6), np.log(1.6), 4))
+    def varied(self, draw: np.random.Generator, *, most: float) -> Hardware:
+        """Another one, of which each time is up to so many times more or less."""
+        step, position, verified, load = np.exp(draw.uniform(-np.log(most), np.log(most), 4))
         times = self.step_s * step, self.position_s * position, self.verified_s * verified, self.load_s * load
         return Hardware(self.num_bytes, *times)
 
@@ -92,14 +116,30 @@ def texts(
     for number in range(count):
         length = int(draw.integers(128, 385)) if varied else 256
         share = float(np.clip(draw.beta(lookup, 1 - lookup), 0.002, 0.98))
-        memory = draw.integers(0, 1_000_000, min(_REMEMBERED, context - 1))
-        prompt = [0] * (context - 1 - len(memory)) + memory.tolist() + [1_000_000 + number]
+        memory = draw.integers(0, 1_000_000, min(_REMEMBERED, context - 2))
+        prompt = [2_000_000 + number] + [0] * (context - 2 - len(memory)) + memory.tolist() + [1_000_000 + number]
         tokens = _passages(memory, length, share, draw)
         drafted = {}
         for view, chance in chances.items():
             own = np.clip(chance + 0.05 * draw.standard_normal(), 0.0, 0.99)
             drafted[view] = _in_a_row(draw.random(length) < own)
         made.append(Text(prompt, tokens, _found(prompt[-len(memory) - 1 :], tokens), drafted))
+    return made
+
+
+def conversations(count: int, draw: np.random.Generator, *, chances: dict[View, float]) -> list[Text]:
+    """Some of the recorded texts, in any order, of which lookup foretells what it foretold then.
+
+    A token that it foretells is the one before it once more, and any other stands nowhere else.
+    """
+    recorded = [line.split() for line in _RECORDED.read_text(encoding="utf-8").splitlines()]
+    made = []
+    for number, which in enumerate(draw.integers(len(recorded), size=count)):
+        size, right = int(recorded[which][0]), np.asarray([*recorded[which][1]], int)
+        tokens = 3_000_000 + np.cumsum(np.append(1, 1 - right))
+        prompt = [2_000_000 + number] + [0] * (size - 2) + [1_000_000 + number]
+        drafted = {view: _in_a_row(draw.random(len(tokens)) < chance) for view, chance in chances.items()}
+        made.append(Text(prompt, tokens, _in_a_row(np.append(1, right)), drafted))
     return made
 
 
@@ -172,7 +212,7 @@ class Ran:
     Attributes:
         plan: that ran.
         cycles: of it.
-        seconds: with its dispatch, and without loading its program.
+        seconds: of its cycles.
         load_s: for that.
         tokens: of all rows.
         beside_s: that the plan beside which it is held would have taken for as many.
@@ -187,15 +227,16 @@ class Ran:
 
 
 class Device(FakePrograms):
-    packs = False
+    longest_packed = 512
 
     def __init__(
         self, rows: int, some: Sequence[Text], hardware: Hardware, process: Process, beside: DecodingPlan | None = None
     ):
         super().__init__(rows)
-        self.beside = beside
+        self.beside, self.host = beside, Host.of(rows)
         self.texts, self.hardware, self.process, self.ran = some, hardware, process, []
-        self.context = len(some[0].prompt)
+        self.context = round(np.mean([len(one.prompt) + len(one.tokens) / 2 for one in some]))
+        self.capacity = max(len(one.prompt) + len(one.tokens) for one in some)
         self.length = max(len(one.tokens) for one in some)
         self.text_of = np.zeros(rows, int)
         self.lengths, self.tokens = np.zeros((rows, 17), int), np.zeros((rows, self.length), int)
@@ -224,30 +265,35 @@ class Device(FakePrograms):
         arrays = self.tokens.copy(), self.counts.copy(), self.left <= 0, self.lengths.copy()
         return "state", Report(*map(OnDevice, arrays), np.int32(cycles))
 
-    def prefill(self, plan, shape, state, chunks, rows, sources, count):
-        Clock.now_s += 0.001 * count
-        for chunk, row in enumerate(rows[:count]):
+    def compile(self, plan, shape, widths, *, on_event):
+        Clock.now_s += self.host.gap_s  # the host comes by once between two bursts
+
+    def read_pieces(self, plan, shape, state, pieces, chunks, rows, sources, num_copied):
+        Clock.now_s += PASS_S + PIECE_S * len(pieces.rows) + BEHIND_S * float(pieces.starts.sum())
+        for chunk, row in enumerate(rows[rows < self.rows]):
             self.lengths[row] = 0
             if chunks.last[chunk]:
-                number = int(chunks.tokens[chunk, chunks.num_tokens[chunk] - 1]) - 1_000_000
+                number = int(pieces.tokens.ravel()[pieces.ends[chunk]]) - 1_000_000
                 self.text_of[row], self.tokens[row] = number, 0
                 tokens = self.texts[number].tokens
                 self.tokens[row, : len(tokens)] = tokens
-        return super().prefill(plan, shape, state, chunks, rows, sources, count)
+            self.left[row] = chunks.max_new_tokens[chunk] - 1 if chunks.last[chunk] else 0
+            self.counts[row] = int(chunks.last[chunk])
+        return self._report(0)
 
     def loop(self, plan, shape, state, retired, *, max_cycles, until_finished):
         load_s = 0.0 if plan in self.process.loaded else self.hardware.load_s
         self.process.loaded.add(plan)
         self.left[retired], cycles = 0, 0
         began, began_s, before = (self.counts.copy(), self.left.copy()), Clock.now_s, int(self.counts.sum())
-        Clock.now_s += DISPATCH_S
+        Clock.now_s += self.host.dispatch_s
         while cycles < max_cycles and (self.left <= 0).sum() < until_finished:
             seconds = float(self.hardware.cycle_s(plan, int((self.left > 0).sum()), self.context))
             Clock.now_s += seconds
             advance(plan, self.yields, self.text_of, self.counts, self.left, self.lengths)
             cycles += 1
         tokens = int(self.counts.sum()) - before
-        seconds = Clock.now_s - began_s
+        seconds = Clock.now_s - began_s - self.host.dispatch_s
         Clock.now_s += float(load_s)
         beside_s = 0.0 if self.beside is None else self._seconds_of(tokens, self.beside, *began)
         self.ran.append(Ran(plan, cycles, seconds, load_s, tokens, beside_s))
