@@ -13,6 +13,7 @@ long its cycles take is not. Plain decoding runs until another plan has been com
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ _FEW_REPLAYED = 16  # cycles of sequences, of which a source is known without a 
 _SHORT_CYCLES = 4  # of the second one
 _COLD_CYCLES = 2  # of the first burst of a program, which says little of their time
 _LEARNING_BURST_S = 0.03  # of plain decoding until its time is known, and bursts at least
+_LEAST_OF_BURST = 1 / 2  # that its cycles take, for it to tell their time: one that ends after a cycle does not
 _OF_OVERHEAD = 10  # times what a burst takes besides its cycles: also at least
 _UNTIL_REPLAY = 64  # plain steps at most, where they may show that others would be faster
 _UNTIL_REPLAY_OF_FAR = 256  # the same, where they have shown that nothing is nearly as fast
@@ -248,10 +250,11 @@ class Chooser:
         self._learn_overhead(plan, cycles, seconds, setting)
         if is_short and not self._costs.is_sound(plan, setting):
             return  # most of what it takes may be something else
-        running_s = max(seconds - (self._overhead_s or 0.0), 0.5 * seconds)
-        self._costs.note(plan, running_s / cycles, setting, weight=seconds)
+        running_s = max(seconds - (self._overhead_s or 0.0), _LEAST_OF_BURST * seconds)
+        if running_s > _LEAST_OF_BURST * seconds:
+            self._costs.note(plan, running_s / cycles, setting, weight=seconds)
         known, tokens = self._known(setting), _tokens_of(histogram) / setting.active
-        if plan.draft is None and self._first_plain is not None:
+        if plan in known and plan.draft is None and self._first_plain is not None:
             (first, first_s), self._first_plain = self._first_plain, None
             self._trials.note_load(max(0.0, first_s - first * known[plan]))
         if self._trial is not None:
@@ -330,7 +333,8 @@ class Chooser:
             hoped = self._rate(plan, tokens / hoped_s, seconds)
             tried = self._tried_for(plan, seconds, knowledge)
             one_s, is_loaded = self._guess(tried, seconds, setting), self._has_run(tried)
-            enough = cycles_to_tell(setting.active, one_s)
+            least = 1 + math.ceil((self._overhead_s or 0.0) / one_s)  # cycles, to take longer than what is besides
+            enough = max(cycles_to_tell(setting.active, one_s), least)
             # Of a source that nobody has seen nothing may be accepted.
             yields = 1.0 if knowledge is Knowledge.NOTHING else self._tokens(tried)
             # A second trial follows where the first one is promising.

@@ -303,6 +303,29 @@ def test_what_the_first_run_of_a_program_takes_is_learnt_and_no_time_of_its_cycl
     assert chooser._trials.lost_s > chooser._trials.load_s
 
 
+@pytest.mark.parametrize(("cycles", "tells"), [(1, False), (10, True)])
+def test_a_burst_that_is_mostly_something_else_tells_no_time_of_its_cycles(cycles, tells):
+    """A trial ends with its first cycle where a row ends in it: 4 ms besides 1 ms would be taken for the cycle."""
+    chooser, _ = tried_next(CostTable(BYTES), seen={})
+    chooser._overhead_s = 0.004
+    chooser._trials.loaded.add(chooser._name_of(LOOKUPS[0]))
+    seconds = 0.004 + 0.001 * cycles
+    chooser.observe(LOOKUPS[0], cycles=cycles, seconds=seconds, histogram=[64 * cycles, 0, 0, 0], context=8192)
+    known = chooser._costs.known(LOOKUPS[0], Setting(64, 64, 8192))
+    assert known == (pytest.approx(0.001) if tells else None)
+
+
+def test_a_trial_lasts_long_enough_to_tell_however_much_a_burst_takes_besides():
+    chooser, choose = tried_next(CostTable(BYTES), seen=NOTHING_FOUND)
+    chooser._trials.loaded.update(map(chooser._name_of, PLANS))
+    chooser._overhead_s = 0.02
+    burst = choose()
+    assert burst.why == "a trial"
+    setting = Setting(64, 64, 8192)
+    cycle_s = chooser._guess(burst.plan, {PLAIN: chooser._costs.known(PLAIN, setting)}, setting)
+    assert burst.cycles * cycle_s > chooser._overhead_s
+
+
 @pytest.mark.parametrize(("counts", "is_tried"), [([400, 0, 0, 0, 0, 0, 0, 0], False), ([100] + [0] * 6 + [300], True)])
 def test_what_texts_tell_of_lookup_needs_no_trial(counts, is_tried):
     """A trial tells only how long its cycles take, where drafts were found that would have been accepted."""
