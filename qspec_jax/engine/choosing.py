@@ -6,6 +6,7 @@ It knows sequences, which :class:`qspec_jax.engine.chooser.Chooser` does not: wh
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -91,6 +92,7 @@ class Choosing:
         self._foresight = Foresight(self._chooser, rows=rows, serves=serves)
         self._lookup = max(lookups, key=lambda one: one.draft_length, default=None)
         self._replayed = max(1, _REPLAYED // rows)
+        self._burst_s = burst_s
         self._last: Burst | None = None
         self._holds_until_s = 0.0
 
@@ -110,10 +112,15 @@ class Choosing:
             return last
         context = _context(decoding)
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
-        self._last = self._chooser.choose(context=context, active=len(decoding), makespans=found)
+        burst = self._chooser.choose(context=context, active=len(decoding), makespans=found)
         now_s = time.perf_counter()
-        self._holds_until_s = now_s + min((now_s - began_s) / _SHARE, _LONGEST_S)
-        return self._last
+        hold_s = min((now_s - began_s) / _SHARE, _LONGEST_S)
+        self._holds_until_s = now_s + hold_s
+        if burst.cycles is None and burst.seconds is not None:
+            # To end before there is another choice would only cost another burst.
+            burst = dataclasses.replace(burst, seconds=max(burst.seconds, min(hold_s, self._burst_s)))
+        self._last = burst
+        return burst
 
     def ran(
         self,
@@ -139,10 +146,10 @@ class Choosing:
             elif any(new := one.replay(self._lookup, most=self._replayed)):
                 counts.append(new)
         if counts:
-            # Rows run as many cycles each, where the same tokens of a text that lookup serves well take it few.
+            # Tokens count alike, and not cycles: where lookup serves a text well, it would run fewer of them.
             some = np.asarray(counts, float)
-            mean = (some / some.sum(axis=1, keepdims=True)).mean(axis=0)
-            self._chooser.note_replayed(self._lookup, (mean * some.sum()).tolist())
+            of_a_token = (some / (some @ np.arange(1, some.shape[1] + 1))[:, None]).sum(axis=0)
+            self._chooser.note_replayed(self._lookup, (of_a_token * some.sum() / of_a_token.sum()).tolist())
 
     def note_shape(self, shape: Shape) -> None:
         """The programs are those of another shape from now on."""
