@@ -16,7 +16,7 @@ def _imports() -> None:
     """Loads what saving needs before the process forks; initialises no backend."""
     import orbax.checkpoint  # noqa: F401
 
-    import qspec_jax.weights.checkpoint  # noqa: F401
+    from qspec_jax.weights.checkpoint import restore, save  # noqa: F401
 
 
 _imports()
