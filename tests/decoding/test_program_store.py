@@ -159,23 +159,32 @@ def test_the_surroundings_change_the_key(monkeypatch):
     assert len(keys) == 6
 
 
-def _empty(_, copy):
-    """An empty file in place of a source file: all are read once for each."""
-    Path(copy).touch()
+def _short(_, copy):
+    """A file of one byte in place of a source file: all are read again and again."""
+    Path(copy).write_bytes(b"0")
 
 
 def test_every_source_file_is_in_the_key(tmp_path, monkeypatch):
+    """Each file in the digest of its folder, and one of each folder in that of the packages."""
     originals = program_store._packages()
     assert originals == tuple(Path(package.__file__).parent for package in (qspec_jax, pallas_kernels))
-    copies = [shutil.copytree(folder, tmp_path / folder.name, copy_function=_empty) for folder in originals]
-    monkeypatch.setattr(program_store, "_packages", lambda: copies)
-    digests = [program_store.source_digest.__wrapped__()]
+    copies = [shutil.copytree(folder, tmp_path / folder.name, copy_function=_short) for folder in originals]
+
+    def changes(packages, files, text):
+        """How many of the files make another digest of the packages, each of which gets this text in its turn."""
+        monkeypatch.setattr(program_store, "_packages", lambda: packages)
+        digests = [program_store.source_digest.__wrapped__()]
+        for file in files:
+            file.write_bytes(text)
+            digests.append(program_store.source_digest.__wrapped__())
+        return len(set(digests)) - 1
+
     files = [file for folder in copies for file in folder.rglob("*") if file.suffix in (".py", ".json")]
     assert len(files) > 100
-    for file in files:
-        file.write_bytes(b"\n")
-        digests.append(program_store.source_digest.__wrapped__())
-    assert len(set(digests)) == len(files) + 1
+    folders = {file.parent: [one for one in files if one.parent == file.parent] for file in files}
+    for folder, within in folders.items():
+        assert changes([folder], within, b"1") == len(within)
+    assert changes(copies, [within[-1] for within in folders.values()], b"2") == len(folders) > 20
 
 
 def test_a_decoder_with_code_of_somebody_else_has_no_key():
