@@ -19,13 +19,14 @@ from jaxtyping import Array, Float, Int8
 import pallas_kernels
 from qspec_jax import ModelConfig, texts
 from qspec_jax.bench import __main__ as bench
-from tests import annotations
+from tests import annotations, tiny
 from tests.conftest import THOROUGH
 from tests.gpu import figures, torch_serving
 
 
 @pytest.mark.contract
 def test_a_contract_is_compiled_as_users_compile():
+    tiny.decoder()  # whose weights are made by programs that compile quickly
     assert jax.config.read("jax_disable_most_optimizations") is False
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,26 @@ def source(config: ModelConfig, seed: int = 0) -> Source:
     return Source(config, Path("tiny"), entries, expected_parameters(config))
 
 
+@contextlib.contextmanager
+def compiled_quickly():
+    """What makes weights compiles quickly for contracts too, unless all is thorough: they ask of what reads weights."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    thorough = os.environ.get("QSPEC_JAX_THOROUGH", "0") != "0"
+    quickly = before or (jax.default_backend() == "cpu" and not thorough)
+    try:
+        _compile(quickly=quickly)
+        yield
+    finally:
+        _compile(quickly=before)
+
+
+def _compile(*, quickly: bool) -> None:
+    """As ``conftest.py`` sets it before each test."""
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.config.update("jax_xla_profile_version", int(quickly))
+
+
 def decoder(
     config: ModelConfig | None = None,
     *,
@@ -108,14 +130,10 @@ def decoder(
 ) -> Decoder:
     """A tiny decoder."""
     checkpoint = source(config or ModelConfig.from_hf(BASE_HF_CONFIG), seed)
-    return load_decoder(
-        checkpoint,
-        quantization=quantization,
-        formats=weight_formats(checkpoint, quantization),
-        dtype=jnp.dtype(dtype),
-        kernels=kernels,
-        scan_layers=scan_layers,
-    )
+    options = {"dtype": jnp.dtype(dtype), "kernels": kernels, "scan_layers": scan_layers}
+    with compiled_quickly():
+        formats = weight_formats(checkpoint, quantization)
+        return load_decoder(checkpoint, quantization=quantization, formats=formats, **options)
 
 
 def logits(decoder: Decoder, tokens: Any, precision: Precision | View, *, slots: int = 64) -> np.ndarray:
@@ -139,6 +157,13 @@ def language_model(
     config = dataclasses.replace(config or ModelConfig.from_hf(BASE_HF_CONFIG), eos_token_ids=())
     made = decoder(config, quantization=quantization, **options)
     return LanguageModel(made, None, quantization=quantization, kernels="reference", name="tiny")
+
+
+def laid_out(model: LanguageModel, *, draft: str) -> LanguageModel:
+    """The model, its weights as drafts read them: programs from before would be compiled again."""
+    with compiled_quickly():
+        model.programs.lay_out_weights(model.plan(draft=draft))
+    return model
 
 
 def distributed(whole: Decoder, shards: Shards) -> Decoder:

@@ -11,6 +11,7 @@ import pytest
 
 from qspec_jax.evaluation.scores import logits_function
 from qspec_jax.model.precision import Precision
+from tests import tiny
 from tests.decoding.on_mesh import PROMPTS, SAMPLED, model, tokens
 
 BATCH = {"batch_size": 4, "max_new_tokens": 20, "max_seq_len": 64}
@@ -28,8 +29,7 @@ IS_GREEDY = [params.temperature == 0 and params.repetition_penalty == 1 for para
     ],
 )
 def test_qspec_equals_plain(mesh, family, scan_layers, draft, sampling, is_greedy):
-    on_mesh = model(family, mesh, scan_layers=scan_layers)
-    on_mesh.programs.lay_out_weights(on_mesh.plan(draft=draft))  # programs from before would be compiled again
+    on_mesh = tiny.laid_out(model(family, mesh, scan_layers=scan_layers), draft=draft)
     options = {**BATCH, "sampling": sampling}
     plain = tokens(on_mesh.generate(PROMPTS, mode="w4a16", **options))
     drafted = on_mesh.generate(PROMPTS, mode="qspec", draft=draft, **options)

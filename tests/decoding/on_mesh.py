@@ -60,7 +60,8 @@ def model(
     options = {"quantization": quantization, "formats": formats, "kernels": "reference"}
     options |= {"dtype": jnp.dtype(dtype), "scan_layers": scan_layers}
     placing = Placing() if on is None else MeshPlacing(Shards.of(source.config, on, **options))
-    decoder = load_decoder(source, placing=placing, **options)
+    with tiny.compiled_quickly():
+        decoder = load_decoder(source, placing=placing, **options)
     decoder.kv = kv
     options = {"quantization": quantization, "kernels": "reference", "name": "tiny", "mesh": on}
     return LanguageModel(decoder, _characters() if with_text else None, **options)

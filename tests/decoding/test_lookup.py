@@ -76,9 +76,7 @@ def test_a_history_is_the_same_whether_cycles_keep_it_or_not():
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny.language_model()
-    model.programs.lay_out_weights(model.plan(draft="w4a4"))  # as in test_sampling.py: plain programs are the same
-    return model
+    return tiny.laid_out(tiny.language_model(), draft="w4a4")  # as in test_sampling.py: plain programs are the same
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lookup", marks=pytest.mark.contract), "lookup-qspec"])

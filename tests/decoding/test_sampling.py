@@ -267,9 +267,7 @@ def test_a_wrong_acceptance_rule_changes_the_distribution(text_logits, monkeypat
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny.language_model()
-    model.programs.lay_out_weights(model.plan(draft="w4a4"))  # programs from before its sums would be compiled again
-    return model
+    return tiny.laid_out(tiny.language_model(), draft="w4a4")
 
 
 # Log-probabilities too, as in test_intake.py: the programs are the same.

@@ -33,9 +33,7 @@ def token_ids(results):
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny.language_model()
-    model.programs.lay_out_weights(model.plan(draft="w4a4"))  # programs from before its sums would be compiled again
-    return model
+    return tiny.laid_out(tiny.language_model(), draft="w4a4")
 
 
 @pytest.fixture(scope="module")

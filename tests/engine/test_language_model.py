@@ -39,13 +39,15 @@ SHAPE = Shape(rows=2, capacity=64)
 
 def compiled_loop(model, **options):
     plan = model.plan(**options)
-    model.programs.lay_out_weights(plan)
+    with tiny.compiled_quickly():
+        model.programs.lay_out_weights(plan)
     return model.programs.lower_loop(plan, SHAPE).compile().memory_analysis()
 
 
 def compiled_fill(model, **options):
     plan = model.plan(**options)
-    model.programs.lay_out_weights(plan)
+    with tiny.compiled_quickly():
+        model.programs.lay_out_weights(plan)
     return model.programs.lower_prefill(plan, SHAPE, 32).compile().memory_analysis()
 
 
