@@ -90,7 +90,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others():
 )
 def test_rows_that_share_what_a_program_loads_have_the_same_bits(case, shared):
     """24 rows, or 51: groups that fill the programs, and those that do not; and the masses of the blocks."""
-    lengths = int32(0, 70, case.slots - case.num_tokens, 130)
+    lengths = int32(0, 130, case.slots - case.num_tokens)
     arrays = case.arrays(len(lengths), jnp.bfloat16)
 
     def results(most_groups):
