@@ -251,7 +251,9 @@ class Chooser:
         if is_short and not self._costs.is_sound(plan, setting):
             return  # most of what it takes may be something else
         running_s = max(seconds - (self._overhead_s or 0.0), _LEAST_OF_BURST * seconds)
-        if running_s > _LEAST_OF_BURST * seconds:
+        # But of plain decoding something has to be known, whatever else a burst takes.
+        is_needed = plan.draft is None and not self._costs.is_sound(plan, setting)
+        if is_needed or running_s > _LEAST_OF_BURST * seconds:
             self._costs.note(plan, running_s / cycles, setting, weight=seconds)
         known, tokens = self._known(setting), _tokens_of(histogram) / setting.active
         if plan in known and plan.draft is None and self._first_plain is not None:

@@ -146,7 +146,7 @@ class Choosing:
             elif any(new := one.replay(self._lookup, most=self._replayed)):
                 counts.append(new)
         if counts:
-            # Tokens count alike, and not cycles: where lookup serves a text well, it would run fewer of them.
+            # Texts count alike by the token, not by the cycle: where lookup serves one well, it would run fewer cycles.
             some = np.asarray(counts, float)
             of_a_token = (some / (some @ np.arange(1, some.shape[1] + 1))[:, None]).sum(axis=0)
             self._chooser.note_replayed(self._lookup, (of_a_token * some.sum() / of_a_token.sum()).tolist())

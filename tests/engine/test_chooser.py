@@ -400,3 +400,27 @@ def test_a_trial_that_could_lose_more_than_is_left_waits(lost_s, is_tried):
     costs.trials.loaded.update(map(chooser._name_of, PLANS))
     chooser._hope_at = dict.fromkeys(chooser._hope_at, 0)
     assert (choose().why == "a trial") is is_tried
+
+
+def test_a_hiccup_of_the_host_does_not_keep_plain_decoding_unknown():
+    """What a burst took besides its cycles seems most of it, and all are as long until plain decoding is known."""
+    chooser = Chooser(
+        PLANS,
+        CostTable(BYTES),
+        rows=1,
+        burst_s=0.5,
+        is_ready=lambda plan: True,
+        prepare=lambda plan: None,
+        name_of=lambda plan: plan,
+    )
+    chosen = []
+    for index in range(12):
+        burst = chooser.choose(context=512, active=1)
+        cycles = burst.cycles or round((burst.seconds or 0.5) / 0.001)
+        seconds = cycles * 0.001 + 0.001 + 0.018 * (index == 1)
+        accepted = [0] * burst.plan.draft_length + [cycles]
+        chooser.observe(burst.plan, cycles=cycles, seconds=seconds, histogram=accepted, context=512)
+        if burst.plan == PLAIN:
+            chooser.note_replayed(LOOKUPS[-1], [0] * LOOKUPS[-1].draft_length + [max(1, cycles // 8)])
+        chosen.append(burst.plan)
+    assert chosen[-1] in LOOKUPS
