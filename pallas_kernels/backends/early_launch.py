@@ -10,9 +10,9 @@ multiplied, as a kernel after it would.
 This is right only in programs of which two things hold, so nothing of it happens outside of :func:`early_launch`.
 :func:`obstacle` looks through a traced program for what breaks them.
 
-- No kernel of the program writes a 4-bit weight: each is one of the program's arguments as it is, neither cut out of an
-  array (a scan over layers) nor copied or computed. What the last program before this one wrote is safe behind any
-  other kernel of this one.
+- No kernel of the program writes a 4-bit weight: its codes and scales are arguments of the program as they are, neither
+  cut out of an array (a scan over layers) nor copied or computed. What the last program before this one wrote is safe
+  behind any other kernel of this one.
 - What a kernel that signals has written is read by kernels of this package alone, until one of those that does not
   signal has ended. XLA's own read what they are given through the path for data that nobody writes meanwhile
   (``ld.global.nc``), unless the kernel before them is one of its own that signals.
@@ -23,6 +23,7 @@ ended, and what it wrote is there, before C goes on.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,10 +49,21 @@ def is_enabled() -> bool:
 
 
 def is_supported() -> bool:
-    """Whether it does anything: from jax 0.11 on, on the GPUs for which there are Mosaic kernels."""
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+    """Whether it does anything: from jax 0.11 on, on the GPUs for which there are Mosaic kernels.
+
+    Kernels of Triton signal, and one pads rows: a JAX that no longer has that backend has no early starts.
+    """
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11) or not _has_triton():
         return False
     return str(getattr(jax.local_devices()[0], "compute_capability", "")).startswith("9.")
+
+
+def _has_triton() -> bool:
+    try:
+        importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return False
+    return True
 
 
 def obstacle(program: core.ClosedJaxpr) -> str | None:
@@ -125,10 +137,16 @@ def _of_kernel(equation: Any, inputs: Sequence[_Value]) -> _Value:
     if starts_early:
         if jax.__version_info__ < (0, 12):
             raise _NotAllowedError("before jax 0.12, a CUDA graph holds a Mosaic kernel as one of its own, which waits")
-        weights = [value for atom, value in zip(equation.invars, inputs, strict=True) if atom.aval.dtype == "uint8"]
-        if not all(weight.is_argument for weight in weights):
+        given = [(atom.aval, value.is_argument) for atom, value in zip(equation.invars, inputs, strict=True)]
+        num_outputs = {array.shape[0] for array, _ in given if array.dtype == "uint8"}
+        if not all(is_argument for array, is_argument in given if _is_of_weight(array, num_outputs)):
             raise _NotAllowedError("a 4-bit weight is no argument of the program")
     return _Value(behind_signal=signals)
+
+
+def _is_of_weight(array: Any, num_outputs: set[int]) -> bool:
+    """Whether a Mosaic matmul copies an array before it waits: codes, or factors of a weight with such outputs."""
+    return array.dtype == "uint8" or (array.ndim == 3 and array.dtype == "float16" and array.shape[2] in num_outputs)
 
 
 def _traits(kernel: Any) -> tuple[bool, bool]:

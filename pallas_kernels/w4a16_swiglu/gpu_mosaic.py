@@ -1,7 +1,8 @@
 """``w4a16_swiglu`` as a Pallas Mosaic GPU kernel for NVIDIA Hopper: that of ``w4a16_matmul``, which gates its outputs.
 
 It has the bits of that kernel and the Triton kernel of ``swiglu`` after it, whatever the number of rows: both round
-products first, and gate by the same instructions (:mod:`pallas_kernels.backends.gating`).
+products first, and gate by the same instructions (:mod:`pallas_kernels.backends.gating`). A JAX without Triton gates
+more rows by XLA, whose bits are others. So it has none of this one: importing this file fails.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays.partial_sums import value_of
 from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.backends.mosaic import matmul as hopper
+from pallas_kernels.swiglu import gpu_triton as gates_more_rows  # noqa: F401
 from pallas_kernels.w4a16_matmul import gpu_mosaic
 
 FUSED = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 import types
 from typing import Any
 
@@ -14,6 +16,7 @@ from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
 from pallas_kernels.rms_norm import gpu_triton as norm_triton
 from pallas_kernels.w4a16_matmul import gpu_mosaic
+from pallas_kernels.w4a16_swiglu import w4a16_swiglu_is_fused
 from qspec_jax.decoding.loop_settings import launches_early
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.model.cache import KV_INT8
@@ -113,11 +116,18 @@ def test_a_weight_that_the_program_computes_is_not_read_early():
     def computed(x, weight):
         return gpu_mosaic.w4a16_matmul(x, jax.tree.map(lambda a: a + a if a.dtype == "uint8" else a, weight))
 
-    x, weight = array(4, 256, dtype=jnp.bfloat16), abstract_weight(256, 256, 128, True, Layout.WGMMA)
+    def scaled(x, weight):
+        return gpu_mosaic.w4a16_matmul(x, dataclasses.replace(weight, scale=weight.scale * 2))
+
+    x, weight = array(4, 256, dtype=jnp.float16), abstract_weight(256, 256, 128, True, Layout.WGMMA)
+    functions = gpu_mosaic.w4a16_matmul, computed, scaled
     with early_launch.early_launch():
-        given, made = (jax.make_jaxpr(function)(x, weight) for function in (gpu_mosaic.w4a16_matmul, computed))
+        given, *others = (jax.make_jaxpr(function)(x, weight) for function in functions)
+        halved = jax.make_jaxpr(lambda x, weight: gpu_mosaic.w4a16_matmul(x / 2, weight))(x, weight)
     assert early_launch.obstacle(given) is None
-    assert "no argument" in early_launch.obstacle(made)
+    assert early_launch.obstacle(halved) is None  # rows may be computed
+    for made in others:
+        assert "no argument" in early_launch.obstacle(made)
 
 
 def test_kernels_in_a_loop_within_a_pass_do_not_signal():
@@ -140,6 +150,28 @@ def test_before_jax_0_12_only_triton_kernels_start_early(monkeypatch, version, k
     """A CUDA graph held a Mosaic kernel as one of its own."""
     monkeypatch.setattr(jax, "__version_info__", version)
     assert starts_early(PLAIN, kernels=kernels) is early
+
+
+def test_a_jax_without_triton_starts_nothing_early_and_gates_all_rows_alike(monkeypatch):
+    """There XLA gates what the kernel that multiplies does not, and its bits are others."""
+    told = []
+
+    def ask(x, weight):
+        told.append(w4a16_swiglu_is_fused(x, weight))
+        return x
+
+    x, weight = array(8, 4096, dtype=jnp.bfloat16), abstract_weight(4096, 28672, 128, True, Layout.WGMMA)
+    jax.eval_shape(ask, x, weight)
+    assert told == [True]
+    assert early_launch.is_supported()
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr("jax.experimental.pallas.triton")
+    monkeypatch.delitem(sys.modules, "pallas_kernels.w4a16_swiglu.gpu_mosaic", raising=False)
+    monkeypatch.delitem(sys.modules, "pallas_kernels.swiglu.gpu_triton")
+    monkeypatch.delattr(sys.modules["pallas_kernels.swiglu"], "gpu_triton")
+    assert not early_launch.is_supported()
+    jax.eval_shape(lambda *arrays: ask(*arrays), x, weight)
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize(
