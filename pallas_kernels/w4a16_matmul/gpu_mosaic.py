@@ -89,9 +89,9 @@ def _chosen_config(
 ) -> hopper.MosaicConfig | pairs.PairConfig:
     """Pairs where they are to be taken and can serve, else the programs of :func:`default_config`."""
     n, k = weight.num_outputs, weight.num_inputs
-    if m in PAIRED_ROWS.get(n, ()) and dtype == jnp.bfloat16 and hopper.sums_fit(m):
+    if m in PAIRED_ROWS.get(n, ()) and dtype == jnp.bfloat16:
         config = pairs.default_config(m, n, k)
-        if pairs.obstacle(weight, config, early=early) is None:
+        if hopper.sums_fit(config.block_m) and pairs.obstacle(weight, config, early=early) is None:
             return config
     return default_config(m, n, k)
 

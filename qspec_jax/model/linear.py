@@ -156,7 +156,7 @@ class Linear(nnx.Module):
             kernels["dtype"] = self.dtype
             is_fused = pallas_kernels.w4a4_swiglu_quantize_is_fused(x, weight, **kernels)
             return pallas_kernels.w4a4_swiglu_quantize(x, weight, **of_result, **kernels) if is_fused else None
-        if quantization is not None or view.weight_bits is None:
+        if quantization is not None or view.weight_bits is None or self.input_quantization(view) is not None:
             return None
         is_fused = pallas_kernels.w4a16_swiglu_is_fused(x, weight, **kernels)
         return pallas_kernels.w4a16_swiglu(x, weight, **kernels) if is_fused else None

@@ -173,7 +173,7 @@ def test_what_the_kernels_cannot_serve_is_said():
     weight, bfloat16 = abstract_weight(*GATE_UP, Layout.WGMMA), jnp.dtype(jnp.bfloat16)
     obstacle = functools.partial(w4a16_mosaic.obstacle, 64, bfloat16)
     assert obstacle(weight) is None
-    assert w4a16_mosaic.obstacle(65, bfloat16, weight) == "needs at most 64 rows; these are 65"
+    assert w4a16_mosaic.obstacle(65, bfloat16, weight) == "needs 1 to 64 rows; these are 65"
     shared = abstract_weight(4096, 14336, 128, True, Layout.WGMMA)
     assert "whose sums nobody shares; this is 14336" in obstacle(shared)
     uneven = abstract_weight(4096, 28672 + 128, 128, True, Layout.WGMMA)
@@ -183,7 +183,7 @@ def test_what_the_kernels_cannot_serve_is_said():
     codes = codes_for(4, 4096)
     assert w4a4_mosaic.obstacle(codes, weight, jnp.bfloat16) is None
     assert "needs a product in bfloat16 or float16" in w4a4_mosaic.obstacle(codes, weight, jnp.float32)
-    assert "needs at most 64 rows; these are 65" in w4a4_mosaic.obstacle(codes_for(65, 4096), weight, jnp.bfloat16)
+    assert "needs 1 to 64 rows; these are 65" in w4a4_mosaic.obstacle(codes_for(65, 4096), weight, jnp.bfloat16)
     asymmetric = dataclasses.replace(codes, offset=codes.scale)
     assert "symmetric activations" in w4a4_mosaic.obstacle(asymmetric, weight, jnp.bfloat16)
 

@@ -170,8 +170,8 @@ def gated_obstacle(num_rows: int, weight: QuantizedWeight) -> str | None:
     num_outputs, slices = weight.num_outputs, num_slices(weight.num_outputs, weight.num_inputs)
     if num_outputs % (4 * ROWS):
         return f"needs N, gate and up together, to be a multiple of {4 * ROWS}; this is {num_outputs}"
-    if num_rows > MAX_GATED_ROWS:
-        return f"needs at most {MAX_GATED_ROWS} rows; these are {num_rows}"
+    if not 0 < num_rows <= MAX_GATED_ROWS:
+        return f"needs 1 to {MAX_GATED_ROWS} rows; these are {num_rows}"
     if layout_of_warpgroups(num_outputs, slices, block_m(num_rows)).warpgroups_n % 2 or slices > 1:
         return f"needs N of at least {LEAST_WIDE} outputs, whose sums nobody shares; this is {num_outputs}"
     return None
