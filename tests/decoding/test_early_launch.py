@@ -16,6 +16,7 @@ from pallas_kernels import Layout
 from pallas_kernels.backends import early_launch
 from pallas_kernels.rms_norm import gpu_triton as norm_triton
 from pallas_kernels.w4a16_matmul import gpu_mosaic
+from pallas_kernels.w4a16_swiglu import gpu_mosaic as gated_mosaic
 from pallas_kernels.w4a16_swiglu import w4a16_swiglu_is_fused
 from qspec_jax.decoding.loop_settings import launches_early
 from qspec_jax.decoding.plan import DecodingPlan
@@ -128,6 +129,18 @@ def test_a_weight_that_the_program_computes_is_not_read_early():
     assert early_launch.obstacle(halved) is None  # rows may be computed
     for made in others:
         assert "no argument" in early_launch.obstacle(made)
+
+
+def test_a_matmul_signals_where_it_gates_too():
+    """So XLA may add to what a matmul has written, and not to what one has that stands for the gate as well."""
+    x, weight = array(4, 4096, dtype=jnp.bfloat16), abstract_weight(4096, 16384, 128, True, Layout.WGMMA)
+    with early_launch.early_launch():
+        alone, gating = (
+            jax.make_jaxpr(lambda x, weight, multiply=multiply: multiply(x, weight) + 1)(x, weight)
+            for multiply in (gpu_mosaic.w4a16_matmul, gated_mosaic.w4a16_swiglu)
+        )
+    assert early_launch.obstacle(alone) is None
+    assert "XLA computes add" in early_launch.obstacle(gating)
 
 
 def test_kernels_in_a_loop_within_a_pass_do_not_signal():

@@ -228,6 +228,19 @@ def test_gate_and_up_are_multiplied_and_gated_at_once_where_a_kernel_can(monkeyp
     assert calls == {**GATED, expected: 2}
 
 
+def test_floats_that_a_view_reads_as_integers_are_not_gated_as_floats(monkeypatch):
+    """A linear quantises what it is given, and whoever gates its outputs then asks for the two operations."""
+    monkeypatch.setattr(pallas_kernels, "w4a16_swiglu_is_fused", lambda *arguments, **settings: True)
+    decoder = tiny.decoder(scan_layers=False)
+    gate_up, x = decoder.layers[0].mlp.gate_up, jnp.ones((1, 1, decoder.config.hidden_size))
+    shapes = {
+        precision: jax.eval_shape(lambda x, p=precision: gate_up.gated(x, view=View.of(p), quantization=None), x)
+        for precision in (Precision.W4A16, Precision.W4A8)
+    }
+    assert shapes[Precision.W4A16].shape == (1, 1, decoder.config.intermediate_size)
+    assert shapes[Precision.W4A8] is None
+
+
 @pytest.mark.parametrize(
     ("precision", "operation"), [(Precision.W4A16, "rms_norm"), (Precision.W4A8, "rms_norm_quantize")]
 )
