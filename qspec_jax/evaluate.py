@@ -21,7 +21,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, gain_obstacle
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.model.config import KV_NAMES
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from qspec_jax.evaluation.scores import ModelScore
 
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
-DRAFTS = ("w4a8", "w4a4")
+DRAFTS = ("w4a8", "w4a4", "w4a16")
+_USUAL_DRAFTS = DRAFTS[:2]
 _WINDOW = "window-"
 _Item = TypeVar("_Item")
 
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--precisions", default=",".join(PRECISIONS), metavar="P,...", help="default: %(default)s")
     add("--max-tokens", type=int, default=20000, metavar="N", help="of the text (default: 20000)")
     add("--context", type=int, default=512, metavar="N", help="tokens per window of the text (default: 512)")
-    add("--drafts", default=",".join(DRAFTS), metavar="P,...", help="default: %(default)s")
+    add("--drafts", default=",".join(_USUAL_DRAFTS), metavar="P,...", help="also w4a16 (default: %(default)s)")
     add("--draft-lengths", default="1-7", metavar="N-M", help="default: 1-7; also 3 or 1,3,5")
     contexts = "tokens of the cache that drafts read: full, auto, numbers, or window-N for the newest N (default: full)"
     add("--draft-contexts", default="full", metavar="N,...", help=contexts)
@@ -153,7 +154,12 @@ class _Request:
     def plans(self, model: Any) -> list[DecodingPlan]:
         """All combinations of the drafts that are asked for."""
         combined = itertools.product(self.drafts, self.draft_contexts, self.draft_lengths)
-        return [_plan(model, draft, context, length) for draft, context, length in combined]
+        weights = {"verify": model.plan("qspec").verify.name, "draft_head": model.draft_head}
+        return [
+            _plan(model, draft, context, length)
+            for draft, context, length in combined
+            if gain_obstacle(draft, context, **weights) is None
+        ]
 
     def require_a_prompt(self, model: Any, max_new_tokens: int) -> None:
         """Refuses prompts of which none can run, before a text is scored.
@@ -175,7 +181,8 @@ def _plan(model: Any, draft: str, context: str | int, length: int) -> DecodingPl
     import qspec_jax
 
     plan = model.plan(draft=draft, draft_length=length)
-    view = dataclasses.replace(plan.draft, cache_window=int(context.removeprefix(_WINDOW)))
+    window = int(context.removeprefix(_WINDOW))
+    view = dataclasses.replace(plan.draft.in_cache(0), cache_window=window)  # and no budget
     return qspec_jax.DecodingPlan(plan.verify, view, length)
 
 
@@ -203,6 +210,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     for model in (*(arguments.model or ()), arguments.baseline):
         check_model_name(model)
     options.check_weights(arguments, ["qspec"])
+    options.check_drafts(arguments, drafts, contexts)
     if arguments.draft_model is not None and len(arguments.model or ()) > 1:
         raise UsageError("--draft-model is of one model; give one --model, or leave it out")
     return _Request(precisions, drafts, lengths, contexts, text, prompts)

@@ -6,13 +6,22 @@ What their help says differs where a command uses them differently. Imports no J
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qspec_jax.decoding.plan import AUTO, DRAFTS, MAX_DRAFT_LENGTH, VERIFY, check_draft_context, check_verify
+from qspec_jax.decoding.plan import (
+    AUTO,
+    DRAFTS,
+    MAX_DRAFT_LENGTH,
+    VERIFY,
+    check_draft_context,
+    check_verify,
+    gain_obstacle,
+)
 from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.device.mesh import parse_mesh
 from qspec_jax.errors import UsageError
@@ -109,8 +118,9 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in (option.replace("-", "_") for option in SAMPLING)}
 
 
-def add_draft(parser: Parser, *, text: str = "draft precision (default: auto)") -> None:
-    """``--draft``."""
+def add_draft(parser: Parser) -> None:
+    """``--draft``; see :func:`check_drafts`."""
+    text = "draft precision; w4a16 gains where drafts read less than what verifies (default: auto)"
     parser.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
 
 
@@ -197,6 +207,19 @@ def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> N
     if arguments.draft_model is not None and arguments.verify != "float":
         raise UsageError("--draft-model is of --verify float, whose drafts it makes; add that, or leave it out")
     check_model_name(arguments.draft_model, what="draft_model")
+
+
+def check_drafts(arguments: argparse.Namespace, drafts: Iterable[str], contexts: Iterable[str | int]) -> None:
+    """Refuses, before a model is opened, drafts of which none reads less than its verification, in any cache.
+
+    Raises:
+        UsageError: that is so.
+    """
+    head = getattr(arguments, "draft_head", None)
+    combined = itertools.product(drafts, contexts)
+    reasons = [gain_obstacle(*one, arguments.verify, draft_head=head) for one in combined]
+    if all(reasons):
+        raise UsageError(reasons[0])
 
 
 def verify_of(arguments: argparse.Namespace, modes: Iterable[str]) -> str:

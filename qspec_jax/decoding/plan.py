@@ -22,7 +22,7 @@ MODES = ("qspec", "w4a16", "w8a16", "w4a8", "w4a4", "float")
 LOOKUP_MODES = ("lookup", "lookup-qspec")
 _TARGETS = {one.value: View.of(one) for one in (Precision.W4A16, Precision.W8A16, Precision.FLOAT)}  # of drafts
 VERIFY = (AUTO, *_TARGETS)
-DRAFTS = ("auto", "w4a4", "w4a8")
+DRAFTS = ("auto", "w4a4", "w4a8", "w4a16")  # the last where it is not what verifies: see plan_of
 DRAFT_CONTEXTS = ("full", "auto")  # or a number of tokens
 DRAFT_BUDGET = 512  # tokens that a draft reads of the cache with `auto`,
 FULL_BELOW = 1024  # and of shorter sequences all (docs/lab-notebook/033-drafts-from-the-heaviest-blocks.md)
@@ -123,11 +123,16 @@ class DecodingPlan:
         return None if self.draft_view is None or not self.num_blocks else self.draft_view.cache_block
 
     def in_cache(self, capacity: int) -> DecodingPlan:
-        """The plan that does the same with caches of some positions: drafts read the whole of small ones."""
+        """The plan that does the same with caches of some positions: drafts read the whole of small ones.
+
+        What drafts then as it verifies drafts nothing any more.
+        """
         if self.draft_view is None:
             return self
         view = self.draft_view.in_cache(capacity)
-        return DecodingPlan(self.verify, Lookup(view) if self.lookup else view, self.draft_length)
+        if view != self.verify:
+            return DecodingPlan(self.verify, Lookup(view) if self.lookup else view, self.draft_length)
+        return DecodingPlan(self.verify, Lookup(), self.draft_length) if self.lookup else DecodingPlan(self.verify)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -234,29 +239,33 @@ def plan_of(
     usual: str = AUTO,
     held: Collection[int | None] = (4,),
     draft_head: int | None = None,
+    rounds_in_vain: bool = False,
 ) -> Plan:
     """The plan of a mode.
 
     Args:
         mode: one of :data:`MODES`, :data:`LOOKUP_MODES` or ``auto``, which chooses between plain decoding, ``lookup``
             and ``qspec`` with every length of :data:`AUTO_LENGTHS`.
-        draft: one of :data:`DRAFTS`.
+        draft: one of :data:`DRAFTS`. ``w4a16`` reads 16-bit activations, as W4A16 verification does, and gains by
+            reading less than that does: a budget of the cache, a head of 4 bits, or weights of fewer bits.
         draft_length: drafts per cycle, where there are any; in the mode ``qspec`` also ``auto``, which chooses between
             :data:`AUTO_LENGTHS` and none.
         draft_context: tokens of the cache that a draft of the model reads: ``full`` is all of them, ``auto`` those that
-            matter of a long text where there is a kernel that reads no others.
+            matter of a long text where there is a kernel that reads no others, or the draft gains by nothing else.
         verify: one of :data:`VERIFY`, the target of modes that draft; ``auto`` for ``usual``. A plain mode is its own
             target.
         usual: one of :data:`VERIFY`, which a model was loaded for. ``auto`` is ``float`` for one that holds its
             checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others.
         held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
         draft_head: 4 if the model has an LM head of 4 bits for its drafts.
+        rounds_in_vain: a step is faster with 16-bit activations than with 8-bit ones. Where the engine chooses, and
+            nobody named a draft, those with a budget then have 16-bit ones, which are also accepted more often.
 
     Raises:
-        UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small, or
-            weights that the model does not hold.
+        UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small,
+            weights that the model does not hold, or a draft that reads all that its verification reads.
     """
-    part = _part_of_cache(draft_context)
+    draft_context = check_draft_context(draft_context)
     if not isinstance(mode, str) or mode not in (*MODES, *LOOKUP_MODES, AUTO):
         raise UsageError(f"mode={shown(mode)} is unknown; use one of {', '.join((*MODES, *LOOKUP_MODES, AUTO))}")
     if not isinstance(draft, str) or draft not in DRAFTS:
@@ -266,7 +275,14 @@ def plan_of(
         return DecodingPlan(target)
     view = View.of(default_draft_precision() if draft == "auto" else Precision(draft))
     view = dataclasses.replace(view, head_bits=draft_head)
-    views = list(dict.fromkeys((view, dataclasses.replace(view, **part))))
+    if view == target and mode != "lookup" and (reason := gain_obstacle(draft, draft_context, target.name)):
+        raise UsageError(reason)
+    part = _part_of_cache(draft_context, always=view == target)
+    with_part = dataclasses.replace(view, **part)
+    is_chosen = mode == AUTO or (isinstance(draft_length, str) and draft_length == AUTO)
+    if part and is_chosen and draft == "auto" and view.activation_bits == 8 and rounds_in_vain:
+        with_part = dataclasses.replace(with_part, activation_bits=None)
+    views = [one for one in dict.fromkeys((view, with_part)) if one != target]
     if mode == AUTO:
         lookups = [DecodingPlan(target, Lookup(), length) for length in AUTO_LOOKUP_LENGTHS]
         return _chosen_of(mode, target, views, *lookups)
@@ -335,10 +351,28 @@ def _chosen_of(mode: str, target: View, views: Sequence[View], *others: Decoding
     return AutoPlan(mode, (DecodingPlan(target), *others, *drafting))
 
 
-def _part_of_cache(draft_context: Any) -> dict[str, int]:
-    """The fields of a view that say how much of the cache a draft reads."""
-    draft_context = check_draft_context(draft_context)
-    if draft_context == "full" or (draft_context == "auto" and not _reads_blocks_alone()):
+def gain_obstacle(draft: str, draft_context: str | int, verify: str, *, draft_head: int | None = None) -> str | None:
+    """Why drafts read all that their verification reads, and so cost a plain step; None where they do not.
+
+    Args:
+        draft, draft_context, verify, draft_head: as in :func:`plan_of`; ``auto`` to verify is taken for ``w4a16``.
+    """
+    if (draft, draft_context) != ("w4a16", "full") or verify not in (AUTO, "w4a16") or draft_head is not None:
+        return None
+    return (
+        f"draft={draft!r} with draft_context='full' reads what verify='w4a16' reads, and costs a plain step; use "
+        "draft_context='auto' or a number, draft='w4a8', or verify='w8a16' or 'float'"
+    )
+
+
+def _part_of_cache(draft_context: str | int, *, always: bool) -> dict[str, int]:
+    """The fields of a view that say how much of the cache a draft reads.
+
+    Args:
+        draft_context: one that was checked.
+        always: ``auto`` is a part of it on all devices.
+    """
+    if draft_context == "full" or (draft_context == "auto" and not always and not _reads_blocks_alone()):
         return {}
     if draft_context == "auto":
         return {"cache_budget": DRAFT_BUDGET, "cache_full_below": FULL_BELOW}

@@ -29,6 +29,7 @@ from qspec_jax.model.cache import restart_multiple
 from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.grid import formats_in, with_grid_of
+from qspec_jax.model.layouts import rounds_in_vain
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -91,6 +92,11 @@ class LanguageModel:
         return self.decoder.config
 
     @property
+    def draft_head(self) -> int | None:
+        """Bits of an LM head for drafts alone; None where they read the one that verifies."""
+        return None if self.quantization is None else self.quantization.draft_head
+
+    @property
     def mesh(self) -> Mesh | None:
         """See the class."""
         return self.programs.mesh
@@ -128,8 +134,8 @@ class LanguageModel:
                 weights that the model does not hold.
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
-        draft_head = None if self.quantization is None else self.quantization.draft_head
-        weights: dict[str, Any] = {"held": held_weights(self.quantization), "draft_head": draft_head}
+        weights: dict[str, Any] = {"held": held_weights(self.quantization), "draft_head": self.draft_head}
+        weights |= {"rounds_in_vain": rounds_in_vain(self.decoder)}
         return plan_of(mode, **options, verify=verify, usual=self.verify, **weights)
 
     def decoder_for(self, plan: Plan | Any) -> Decoder:
@@ -189,7 +195,8 @@ class LanguageModel:
             mode: ``qspec``, plain decoding at a precision, ``lookup`` (drafts are what followed the newest tokens
                 earlier in the text), ``lookup-qspec`` (QSpec's drafts where there is no such thing), or ``auto``: the
                 fastest of plain decoding, lookup and QSpec, as measured on the way.
-            draft: precision of the drafts: ``w4a4``, ``w4a8``, or ``auto`` for the faster one here.
+            draft: precision of the drafts: ``w4a4``, ``w4a8``, ``w4a16`` (which gains by what it does not read: of the
+                cache, or of the weights that verify), or ``auto`` for the one that is fastest here.
             draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
             draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 512 that
                 matter of texts from 1,024 on (on a GPU), or a number of them. Tokens do not depend on it.

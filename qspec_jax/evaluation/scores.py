@@ -59,6 +59,7 @@ class DraftScore:
         draft: what the drafts read: a precision, and the part of the cache where it is not all.
         draft_length: drafts per cycle.
         num_prompts, num_tokens: prompts that ran, and tokens generated for them; nothing else counts in any figure.
+        num_drafted: tokens drafted for them; 0 where the whole of short texts is what the target reads anyway.
         acceptance_rate: accepted over drafted tokens; 0 where nothing was drafted.
         tokens_per_cycle: accepted drafts and the token after them.
         acceptance_by_position: share of cycles in which the first, second, ... draft was accepted. One over the one
@@ -71,6 +72,7 @@ class DraftScore:
     draft_length: int
     num_prompts: int
     num_tokens: int
+    num_drafted: int
     acceptance_rate: float
     tokens_per_cycle: float
     acceptance_by_position: tuple[float, ...]
@@ -224,16 +226,18 @@ def _draft_score(
     """Of results with a plan, beside those without drafts."""
     ran = [(result, plain) for result, plain in pairs if result.error is plain.error is None]
     stats = [result.stats for result, _ in ran]
-    cycles = max(1, sum(s.cycles for s in stats))
-    accepted = sum(s.accepted for s in stats)
+    drafting = [s for s in stats if s.draft is not None]  # not short ones, where drafts would be what verifies
+    cycles = max(1, sum(s.cycles for s in drafting))
+    drafted, accepted = sum(s.drafted for s in drafting), sum(s.accepted for s in drafting)
     none = [0] * (plan.draft_length + 1)
-    lengths = np.sum([none, *(s.accepted_lengths for s in stats)], axis=0)  # cycles by number of accepted drafts
+    lengths = np.sum([none, *(s.accepted_lengths for s in drafting)], axis=0)  # cycles by number of accepted drafts
     return DraftScore(
         draft=str(plan.draft_source),
         draft_length=plan.draft_length,
         num_prompts=len(ran),
         num_tokens=sum(s.num_tokens for s in stats),
-        acceptance_rate=accepted / max(1, sum(s.drafted for s in stats)),
+        num_drafted=drafted,
+        acceptance_rate=accepted / max(1, drafted),
         tokens_per_cycle=1 + accepted / cycles,
         acceptance_by_position=acceptance_by_position(lengths.tolist()) or (0.0,) * plan.draft_length,
         identical=sum(result.token_ids == plain.token_ids for result, plain in ran),

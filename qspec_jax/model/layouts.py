@@ -45,6 +45,17 @@ def linears(decoder: Decoder) -> list[Linear]:
     return [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Linear)]
 
 
+def rounds_in_vain(decoder: Decoder) -> bool:
+    """Whether a step of few rows takes longer with 8-bit activations than with 16-bit ones, as measured on an H200.
+
+    So it is with Triton's kernels where each weight has an offset: the codes of activations are made, and summed by
+    groups, for matmuls that are no faster (docs/lab-notebook/058-what-a-draft-need-not-round.md).
+    """
+    if jax.default_backend() != "gpu":
+        return False
+    return all(weight.layout is Layout.PLANES and not weight.symmetric for _, weight in _quantized(decoder))
+
+
 def num_bytes(value: Any) -> int:
     """Of the arrays of a parameter, which may be shapes; on a mesh, of what one device has of them."""
 

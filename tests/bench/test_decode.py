@@ -35,7 +35,7 @@ from tests.weights import tiny_checkpoints
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())
 SETTING = Setting.create(batch=2, context=20, longest_draft=3)
 SMALL = ("decode", "--preset", "tiny", "--batch", "2", "--context", "20", "--repeats", "3", "--steps", "2")
-SCORE = DraftScore("w4a8", 2, 4, 64, 0.8, 2.6, (0.9, 0.7), 4)
+SCORE = DraftScore("w4a8", 2, 4, 64, 50, 0.8, 2.6, (0.9, 0.7), 4)
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what a CPU answers")
 
 
@@ -164,6 +164,20 @@ def test_parts_are_measured_once_and_what_they_are_compared_with_is_added(model)
         "step w4a16",
         "verify w4a16, 4 tokens",
         "cycle w4a16, 3 lookup drafts",
+    ]
+
+
+def test_drafts_that_read_what_verifies_are_no_parts(model):
+    """Neither by their names, nor in a cache that a budget pays for."""
+    asked = {"drafts": ["w4a8", "w4a16"], "draft_lengths": [3], "draft_contexts": ["full", 128]}
+    parts = decoding_parts(model, ["qspec"], **asked)
+    assert [part.source for part in parts if part.name == "cycle"] == ["w4a8", "w4a8@128", "w4a16@128"]
+    in_cache = dict.fromkeys(one for part in parts if (one := part.in_cache(64)).exists)
+    assert [str(part) for part in in_cache] == [
+        "step w4a16",
+        "draft w4a8, 3 w4a8 drafts",
+        "verify w4a16, 4 tokens",
+        "cycle w4a16, 3 w4a8 drafts",
     ]
 
 
@@ -402,7 +416,8 @@ def test_steps_of_a_rotated_model_have_its_transforms(tmp_path, monkeypatch, tex
         (["--batch", "1,-4"], "--batch 1,-4 cannot be read"),
         (["--context", "8190"], "--context 8190 and 4 more tokens do not fit the context of smollm2-135m, 8192; "),
         (["--mode", "w4a2"], "--mode w4a2 is unknown; use some of qspec, w4a16"),
-        (["--draft", "w4a16"], "--draft w4a16 is unknown; use some of auto, w4a4, w4a8"),
+        (["--draft", "w4a2"], "--draft w4a2 is unknown; use some of auto, w4a4, w4a8, w4a16"),
+        (["--draft", "w4a16"], "draft='w4a16' with draft_context='full' reads what verify='w4a16' reads"),
         (["--draft-length", "17"], "--draft-length 17 must be at most 16"),
         (["--group-size", "128"], "--group-size 128: attention.qkv: K=576 is not a multiple of group_size=128"),
         (["--repeats", "0"], "--repeats 0 must be at least 1"),

@@ -17,7 +17,7 @@ from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import QuantConfig
 
 SPECULATION = Speculation("w4a8", 3, 16, 512, plain_ms=4.0, draft_ms=3.0, verify_ms=5.0, cycle_ms=15.0)
-SCORE = DraftScore("w4a8", 3, 8, 512, 0.8, 3.4, (0.9, 0.8, 0.7), 8)
+SCORE = DraftScore("w4a8", 3, 8, 512, 400, 0.8, 3.4, (0.9, 0.8, 0.7), 8)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 7])

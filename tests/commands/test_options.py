@@ -68,6 +68,24 @@ def test_weights_that_no_mode_reads_are_refused_before_a_model_is_opened(modes, 
 
 
 @pytest.mark.parametrize(
+    ("contexts", "given", "refused"),
+    [
+        (["full"], {}, True),
+        (["full"], {"verify": "w4a16"}, True),
+        (["full"], {"verify": "float"}, False),
+        (["full"], {"draft_head": 4}, False),
+        (["full", "auto"], {}, False),  # one of them gains
+        ([512], {}, False),
+    ],
+)
+def test_drafts_that_read_all_that_verifies_are_refused_before_a_model_is_opened(contexts, given, refused):
+    asked = argparse.Namespace(**{"verify": "auto", "draft_head": None, **given})
+    options.check_drafts(asked, ["w4a8"], contexts)
+    with pytest.raises(UsageError, match="costs a plain step") if refused else contextlib.nullcontext():
+        options.check_drafts(asked, ["w4a16"], contexts)
+
+
+@pytest.mark.parametrize(
     ("verify", "modes", "wanted"),
     [("auto", ["w4a16", "w8a16"], "w8a16"), ("w4a16", ["w8a16"], "w4a16"), ("auto", ["qspec"], "auto")],
 )

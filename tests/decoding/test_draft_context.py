@@ -16,8 +16,9 @@ from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW, DecodingPlan, Look
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import PromptChunk
 from qspec_jax.errors import UsageError
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
+from qspec_jax.model.layouts import rounds_in_vain
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.view import View
 from tests import tiny
@@ -55,7 +56,8 @@ def run(model, plan, prompts=PROMPTS, *, batch_size=3, **options):
 
 
 def guided(budget=SMALL, length=3, **options):
-    return DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=budget, **options), length)
+    view = View(**{"activation_bits": 8, "cache_budget": budget, **options})
+    return DecodingPlan(Precision.W4A16, view, length)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,16 @@ def test_a_budget_changes_what_is_accepted_and_nothing_else(model, plain, budget
     assert tokens_of(results) == plain
     assert {result.stats.draft for result in results} == {f"w4a8@{budget}"}
     assert any(result.stats.accepted for result in results)
+
+
+def test_drafts_of_the_activations_that_verify_differ_by_what_they_read_alone(model, plain):
+    """A budget that pays for all that there is makes drafts that are accepted whenever the text goes on."""
+    some, everything = (run(model, guided(budget, activation_bits=None), PROMPTS[:2]) for budget in (112, 496))
+    assert tokens_of(some) == tokens_of(everything) == plain[:2]
+    assert {result.stats.draft for result in some} == {"w4a16@112"}
+    not_all = [[sum(result.stats.accepted_lengths[:-1]) for result in results] for results in (some, everything)]
+    assert max(not_all[1]) <= 1  # cycles that accepted less than all: the last one, which is cut short
+    assert min(not_all[0]) > 1
 
 
 def test_a_sequence_is_the_same_alone_and_in_a_batch(model, plain, right):
@@ -199,6 +211,46 @@ def test_a_cache_that_the_budget_pays_for_is_read_whole(monkeypatch):
     assert looked_up.in_cache(512).draft == Lookup(View(activation_bits=8))
     assert (looked_up.num_blocks, looked_up.weigh, looked_up.draft_source) == (32, 16, "w4a8@512")
     assert plan_of("w4a16", draft_context=512).weigh is None
+
+
+def test_drafts_that_read_all_that_verifies_are_none():
+    """Where a cache is small nothing is drafted, and where nobody asked for less it is refused."""
+    plan = plan_of("qspec", draft="w4a16", draft_length=3)
+    assert plan == guided(DRAFT_BUDGET, activation_bits=None, cache_full_below=FULL_BELOW)  # on any device
+    assert plan.in_cache(FULL_BELOW) == DecodingPlan(Precision.W4A16)
+    looked_up = plan_of("lookup-qspec", draft="w4a16", draft_context=256)
+    assert looked_up.in_cache(256) == DecodingPlan(Precision.W4A16, Lookup(), 3)
+    automatic = plan_of("auto", draft="w4a16", draft_context=256)
+    assert [one.label for one in automatic.choices if not one.lookup][:3] == ["w4a16", "w4a16@256 x1", "w4a16@256 x2"]
+    assert {one.draft for one in automatic.in_cache(256).choices} == {None, Lookup()}
+    assert plan_of("qspec", draft="w4a16", draft_context="full", draft_head=4).draft == View(head_bits=4)
+    assert plan_of("qspec", draft="w4a16", draft_context="full", verify="float", held=(4, None)).draft == View()
+    for mode in ("qspec", "lookup-qspec", "auto"):
+        with pytest.raises(UsageError, match="costs a plain step; use draft_context='auto' or a number"):
+            plan_of(mode, draft="w4a16", draft_context="full")
+    assert plan_of("lookup", draft="w4a16", draft_context="full").draft == Lookup()  # which nobody drafts for
+
+
+def test_the_engine_chooses_drafts_of_16_bits_with_a_budget_where_8_bits_take_longer(monkeypatch):
+    """Beside those of 8 bits that read everything; what somebody names stays as it is."""
+    options = {"draft_context": 512, "rounds_in_vain": True}
+
+    def drafts(mode, **given):
+        choices = plan_of(mode, **{**options, **given}).choices
+        return {one.draft for one in choices} - {None, Lookup()}
+
+    whole, part = View(activation_bits=8), View(cache_budget=512)
+    for asked in ({"mode": "auto"}, {"mode": "qspec", "draft_length": "auto"}):
+        assert drafts(**asked) == {whole, part}
+        assert drafts(**asked, draft="w4a8") == {whole, View(activation_bits=8, cache_budget=512)}
+        assert drafts(**asked, draft_context="full") == {whole}
+        assert drafts(**asked, rounds_in_vain=False) == {whole, View(activation_bits=8, cache_budget=512)}
+    assert plan_of("qspec", **options).draft == View(activation_bits=8, cache_budget=512)
+    symmetric, asymmetric = (tiny.language_model(quantization=QuantConfig(symmetric=one)) for one in (True, False))
+    assert not rounds_in_vain(asymmetric.decoder)  # by the reference, on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (rounds_in_vain(asymmetric.decoder), rounds_in_vain(symmetric.decoder)) == (True, False)
+    assert part in {one.draft for one in asymmetric.plan("auto", draft_context=512).choices}
 
 
 @pytest.mark.parametrize("value", [0, 111, "some", "512", True])

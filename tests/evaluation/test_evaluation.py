@@ -201,7 +201,7 @@ def test_kinds_have_lines_of_their_own_and_prompts_that_fail_are_in_none(capsys,
 
 def test_several_models_have_a_table_of_kinds_each():
     drafts = [
-        evaluation.DraftScore("w4a8@1024", 3, 2, 8, 0.9, 3.7, (0.9, 0.9, 0.9), 2, kind) for kind in (None, "code")
+        evaluation.DraftScore("w4a8@1024", 3, 2, 8, 6, 0.9, 3.7, (0.9, 0.9, 0.9), 2, kind) for kind in (None, "code")
     ]
     models = [ModelScore(name, [], drafts[:1], drafts[1:]) for name in ("one", "another")]
     tables = evaluate._tables(models)
@@ -233,7 +233,7 @@ def test_several_models_are_compared_a_line_each(capsys, tmp_path, monkeypatch):
         texts = [evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)]
         if name == "another":  # which verifies with 8 bits
             texts = [evaluation.TextScore("w8a16", 9, 11.5, 0.9, 0.125), *texts]
-        drafts = [evaluation.DraftScore("w4a8", length, 2, 8, 0.9, 3.7, (0.9,), 2) for length in (3, 5)]
+        drafts = [evaluation.DraftScore("w4a8", length, 2, 8, 6, 0.9, 3.7, (0.9,), 2) for length in (3, 5)]
         return ModelScore(name, [baseline, *texts], drafts)
 
     monkeypatch.setattr(evaluate, "_score", score)
@@ -383,7 +383,7 @@ def test_of_several_models_one_that_cannot_be_scored_costs_the_others_nothing(ca
         if "bad" in name:
             raise CheckpointError("it is damaged")
         ran = 0 if name == "idle" else 2
-        drafts = [evaluation.DraftScore("w4a8", 3, ran, 4 * ran, 0.9, 3.7, (0.9,), ran)]
+        drafts = [evaluation.DraftScore("w4a8", 3, ran, 4 * ran, 3 * ran, 0.9, 3.7, (0.9,), ran)]
         return ModelScore(name, [evaluation.TextScore("w4a16", 9, 12.3456, 0.5, 0.25)], drafts)
 
     monkeypatch.setattr(evaluate, "_score", score)

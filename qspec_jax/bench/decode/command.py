@@ -48,7 +48,7 @@ def add_command(commands: Any) -> None:
     modes = f"{_DEFAULT_MODES.replace(',', ', ')}, lookup: drafts"
     modes += " looked up in the text, w8a16, and float: weights in floating point (default: all but these three)"
     add("--mode", default=_DEFAULT_MODES, metavar="MODE,...", help=modes)
-    add("--draft", default="auto", metavar="P,...", help="precisions of drafts: auto, w4a8, w4a4 (default: auto)")
+    add("--draft", default="auto", metavar="P,...", help="precisions: auto, w4a16, w4a8, w4a4 (default: auto)")
     add("--draft-length", default="3", metavar="N,...", help="drafts per cycle (default: 3)")
     context = "tokens of the cache that drafts read: full, auto, or numbers, as in generate (default: full)"
     add("--draft-context", default="full", metavar="N,...", help=context)
@@ -124,7 +124,8 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
                 report.add(one)
     if prompts:
         say(f"acceptance on {len(prompts)} prompts ...")
-        report.accept(score_drafts(model, prompts, plans, max_new_tokens=NEW_TOKENS))
+        scores = score_drafts(model, prompts, plans, max_new_tokens=NEW_TOKENS)
+        report.accept([score for score in scores if score.num_drafted])
 
 
 class _Report:

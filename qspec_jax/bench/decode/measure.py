@@ -127,7 +127,7 @@ def measure_parts(
         repetitions: of the part in a dispatch, rounded up to a multiple of ``cycles_per_check``;
             None for as many as make it last a quarter of a second.
     """
-    parts = list(dict.fromkeys(part.in_cache(setting.capacity) for part in parts))
+    parts = list(dict.fromkeys(part for one in parts if (part := one.in_cache(setting.capacity)).exists))
     for part in parts:
         model.programs.lay_out_weights(part.plan)
     loops: dict[Part, _Loop | Measurement] = {}

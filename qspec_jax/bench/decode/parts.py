@@ -23,7 +23,7 @@ from qspec_jax.bench.random_arrays import random_codes, random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
-from qspec_jax.decoding.plan import AUTO, DecodingPlan, static
+from qspec_jax.decoding.plan import AUTO, DecodingPlan, gain_obstacle, static
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KV_INT8, KVCache
@@ -86,6 +86,11 @@ class Part:
         """The part with the plan that does the same with caches of some positions."""
         return dataclasses.replace(self, plan=self.plan.in_cache(capacity))
 
+    @property
+    def exists(self) -> bool:
+        """Whether its plan has such a part: one without drafts has steps alone."""
+        return (self.name == "step") == (self.plan.draft is None)
+
     def __str__(self) -> str:
         drafts = f"{self.plan.draft_length} {self.source} drafts" if self.source and self.name != "verify" else ""
         tokens = f"{self.plan.draft_length + 1} tokens" if self.name == "verify" else ""
@@ -143,6 +148,7 @@ def decoding_parts(
     plans = [
         static(model.plan(draft=draft, draft_length=length, draft_context=context, verify=verify))
         for context, length, draft in combined
+        if gain_obstacle(draft, context, target.name, draft_head=model.draft_head) is None
     ]
     if "lookup" in modes:
         plans += [static(model.plan("lookup", draft_length=length, verify=verify)) for length in draft_lengths]

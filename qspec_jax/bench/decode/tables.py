@@ -11,8 +11,8 @@ from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
 if TYPE_CHECKING:
     from qspec_jax.bench.decode.measure import Measurement
 
-_COLUMNS = "{:<7} {:<9} {:<6} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>6} {:>6} {:>9}"
-_CURVE = "{:<6} {:>5} {:>5} {:>7} {:>6} {:>6} {:>8} {:<6} {:>6} {:>10}" + " {:>6}" * len(ACCEPTANCES) + "  {}"
+_COLUMNS = "{:<7} {:<9} {:<9} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>6} {:>6} {:>9}"
+_CURVE = "{:<9} {:>5} {:>5} {:>7} {:>6} {:>6} {:>8} {:<6} {:>6} {:>10}" + " {:>6}" * len(ACCEPTANCES) + "  {}"
 _CURVE_TITLE = """
 Speed-up over plain {} decoding by acceptance, the chance of a draft whose predecessors were accepted: tokens per
 cycle over the cost of a cycle in plain steps, by the sum of its parts and as the loop runs it.

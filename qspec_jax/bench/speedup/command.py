@@ -17,7 +17,7 @@ from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
 from qspec_jax.commands.processes import add_processes
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, static
+from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, gain_obstacle, static
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import write_picture
 
@@ -90,6 +90,7 @@ class SpeedupRequest(ModelRequest):
         drafting = [
             static(model.plan(draft=self.draft, draft_length=length, draft_context=context, verify=self.verify))
             for context, length in combined
+            if gain_obstacle(self.draft, context, self.verify, draft_head=model.draft_head) is None
         ]
         target = drafting[0].verify
         looking_up = [] if self.lookup_chances is None else [DecodingPlan(target, Lookup(), n) for n in self.lengths]
@@ -149,6 +150,8 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
     given = parse_chances(arguments.acceptance or "0.95", option="--acceptance")
     looked_up = arguments.lookup_acceptance
     shared.check_weights(arguments, ["qspec"])
+    draft_contexts = [shared.parse_draft_context(one) for one in options.split_list([arguments.draft_context])]
+    shared.check_drafts(arguments, [arguments.draft], draft_contexts)
     name, config, path = chosen_model(arguments)
     if max(contexts) + max(lengths) + 1 > config.max_position_embeddings:
         raise UsageError(
@@ -160,7 +163,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
         batches=options.parse_numbers(arguments.batch, option="--batch"),
         contexts=contexts,
         lengths=lengths,
-        draft_contexts=[shared.parse_draft_context(one) for one in options.split_list([arguments.draft_context])],
+        draft_contexts=draft_contexts,
         draft=arguments.draft,
         chances=None if prompts else given,
         lookup_chances=None if looked_up is None else parse_chances(looked_up, option="--lookup-acceptance"),
@@ -202,7 +205,7 @@ def _tokens_per_cycle(
 
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "on_failure": refuse}
         scores = score_drafts(model, request.prompts, drafting, **options)
-        measured = {(score.draft, score.draft_length): score.tokens_per_cycle for score in scores}
+        measured = {(score.draft, score.draft_length): score.tokens_per_cycle for score in scores if score.num_drafted}
 
     def tokens_per_cycle(plan: DecodingPlan) -> float:
         known = measured.get((str(plan.draft_source), plan.draft_length))

@@ -118,8 +118,9 @@ def measure_cell(
         tokens_per_cycle: ``E`` of a plan.
         repeats, repetitions: as in :func:`measure_parts`.
     """
-    plans = list(dict.fromkeys(plan.in_cache(setting.capacity) for plan in plans))
-    plain = DecodingPlan(plans[0].verify if plans else View())
+    in_cache = list(dict.fromkeys(plan.in_cache(setting.capacity) for plan in plans))
+    plain = DecodingPlan(in_cache[0].verify if in_cache else View())
+    plans = [plan for plan in in_cache if plan.draft is not None]
     parts = _parts_of(plans)
     wanted = [Part("step", plain), *dict.fromkeys(part for some in parts.values() for part in some.values())]
     measured = dict(

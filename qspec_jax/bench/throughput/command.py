@@ -125,6 +125,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     arguments.load = _loads(arguments)
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     shared.check_weights(arguments, modes)
+    shared.check_drafts(arguments, [arguments.draft], [arguments.draft_context])
     arguments.verify = shared.verify_of(arguments, modes)
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
