@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.decode_attention import by_heads, check_arrays, check_block_size
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "block_attention"
-# A file has block_attention, choose_blocks and obstacle(num_tokens, head_dim, dtype, slots).
+# A file has block_attention, choose_blocks and obstacle(num_tokens, head_dim, dtype, slots); FURTHER_SEQUENCES, if it
+# takes queries of some.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 
 
 def block_attention(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],
     values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
@@ -27,7 +29,7 @@ def block_attention(
     block_size: int,
     window: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """Attends from ``T`` new tokens to the slots of some blocks that they see; the equations stand in the reference.
 
     The kernels read the slots of these blocks and no others, from the cache as it is: nothing is copied.
@@ -41,21 +43,23 @@ def block_attention(
         block_size: slots of a block, a multiple of 16.
 
     Returns:
-        ``[B, T, H, HD]`` in the dtype of ``query``. A token that sees nothing gets zeros from the kernel.
+        ``[B_all, T, H, HD]``, as there. A token that sees nothing gets zeros from the kernel.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the name of the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    check_arrays(_OP, query, keys, values, window)
+    batch = lengths.shape[0]
+    check_arrays(_OP, query, keys, values, window, rows=batch)
     check_block_size(_OP, block_size)
-    (batch, num_tokens, _, head_dim), slots = query.shape, keys.shape[1]
+    (_, num_tokens, _, head_dim), slots = query.shape, keys.shape[1]
     if blocks.ndim != 4 or (blocks.shape[0], blocks.shape[2]) != (batch, keys.shape[2]):
         raise ValueError(f"block_attention: blocks are {blocks.shape}; use [{batch}, L, {keys.shape[2]}, N]")
     about = num_tokens, head_dim, query.dtype, slots
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(*about))
-    return chosen.block_attention(query, keys, values, lengths, blocks, layer, block_size=block_size, window=window)
+    options = {"lengths": lengths, "blocks": blocks, "layer": layer, "block_size": block_size, "window": window}
+    return call_for_rows(chosen, _OP, query, keys, values, **options)
 
 
 def choose_blocks(

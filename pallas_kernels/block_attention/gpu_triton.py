@@ -33,6 +33,7 @@ _TILE_BYTES = 16384  # of keys, and of values, that a program holds
 _SHARE = 128  # slots of the table that a program reads
 _MAX_SHARES = 64
 _FLOAT_BITS = 31  # of a float that is not negative
+FURTHER_SEQUENCES = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def obstacle(num_tokens: int, head_dim: int, dtype: DTypeLike | None = None, slo
 
 
 def block_attention(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S KH HD"],
     values: Float[Array, "B S KH HD"],
     lengths: Int32[Array, " B"],
@@ -85,7 +86,7 @@ def block_attention(
     block_size: int,
     window: int | None,
     interpret: bool = False,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     return _attend(
@@ -110,7 +111,7 @@ def _attend(
     problem = problem_of(query, blocks, slots=slots, num_kv_heads=num_kv_heads, block_size=block_size, window=window)
     layer = layer.reshape(1)
     shares = _attend_to_shares(query, keys, values, lengths, blocks, layer, problem=problem, interpret=interpret)
-    return join_shares(lengths, blocks, layer, *shares, problem=problem, dtype=query.dtype, interpret=interpret)
+    return join_shares(lengths, blocks, layer, *shares, problem=problem, query=query, interpret=interpret)
 
 
 def problem_of(
@@ -133,7 +134,7 @@ def _attend_to_shares(
     problem: BlockProblem,
     interpret: bool,
 ) -> tuple[Array, ...]:
-    batch, row_blocks = query.shape[0], problem.row_blocks
+    batch, row_blocks = lengths.shape[0], problem.row_blocks
     out_specs, out_shape = whole.parts_of(problem, batch, problem.shares)
     return pl.pallas_call(
         functools.partial(_share_kernel, problem=problem),
@@ -263,11 +264,11 @@ def join_shares(
     mixed: Array,
     *,
     problem: BlockProblem,
-    dtype: DTypeLike,
+    query: Array,
     interpret: bool,
 ) -> Array:
     batch, group = lengths.shape[0], problem.group
-    out_spec, out_shape = whole.result_of(problem, batch, dtype)
+    out_spec, out_shape = whole.result_of(problem, query)
     return pl.pallas_call(
         functools.partial(_join_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_heads, problem.num_tokens, batch),

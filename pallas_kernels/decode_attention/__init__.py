@@ -5,24 +5,26 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "decode_attention"
-# A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim, dtype).
+# A file has decode_attention, decode_attention_with_masses and obstacle(num_tokens, head_dim, dtype);
+# FURTHER_SEQUENCES, if it takes queries of some.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def decode_attention(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],
     values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
     *,
     window: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """Attends from ``T`` new tokens to the slots up to their own; the equations stand in the reference.
 
     The Triton kernel serves up to ``MAX_DECODE_TOKENS`` tokens, and reads the slots that are seen and no others. There,
@@ -30,7 +32,8 @@ def decode_attention(
     other sequences, or on ``S``.
 
     Args:
-        query: ``[B, T, H, HD]`` float32, bfloat16 or float16, rotated.
+        query: ``[B_all, T, H, HD]`` float32, bfloat16 or float16, rotated. Sequences after the first ``B``, if there
+            are any, see nothing.
         keys, values: ``[B, S, KH * HD]`` in the dtype of ``query``, or ``[B, S, KH, HD]``; the entries of the new
             tokens are there already.
         lengths: ``[B]`` int32, tokens of each sequence before this call: token ``t`` sees slots up to
@@ -39,7 +42,8 @@ def decode_attention(
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
     Returns:
-        ``[B, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
+        ``[B_all, T, H, HD]`` in the dtype of ``query``, unspecified for sequences after the first ``B``. Softmax and
+        sums are float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, ``window`` is not positive, or the name of the
@@ -47,14 +51,14 @@ def decode_attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    check_arrays(_OP, query, keys, values, window)
+    check_arrays(_OP, query, keys, values, window, rows=lengths.shape[0])
     _, num_tokens, _, head_dim = query.shape
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim, query.dtype))
-    return chosen.decode_attention(query, keys, values, lengths, window=window)
+    return call_for_rows(chosen, _OP, query, keys, values, lengths=lengths, window=window)
 
 
 def decode_attention_with_masses(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],
     values: Float[Array, "B S *heads"],
     lengths: Int32[Array, " B"],
@@ -62,7 +66,7 @@ def decode_attention_with_masses(
     block_size: int,
     window: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
+) -> tuple[Float[Array, "B_all T H HD"], Float32[Array, "B KH NB"]]:
     """As :func:`decode_attention`, bit for bit, and the share of the attention that each block of slots gets.
 
     Kernels sum the exponentials of a block while they have them: no key is read twice. That for TPUs does so where
@@ -81,11 +85,12 @@ def decode_attention_with_masses(
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    check_arrays(_OP, query, keys, values, window)
+    check_arrays(_OP, query, keys, values, window, rows=lengths.shape[0])
     check_block_size(_OP, block_size)
     _, num_tokens, _, head_dim = query.shape
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_tokens, head_dim, query.dtype))
-    return chosen.decode_attention_with_masses(query, keys, values, lengths, block_size=block_size, window=window)
+    options = {"lengths": lengths, "block_size": block_size, "window": window}
+    return call_for_rows(chosen, f"{_OP}_with_masses", query, keys, values, **options)
 
 
 def by_heads(cache: Float[Array, "B S *heads"], head_dim: int) -> Float[Array, "B S KH HD"]:
@@ -105,22 +110,19 @@ def check_block_size(op: str, block_size: int) -> None:
         raise ValueError(f"{op}: block_size={block_size}; use a multiple of {BLOCK}")
 
 
-def check_arrays(
-    op: str, query: Array, keys: Array, values: Array, window: int | None, *, rows: int | None = None
-) -> None:
+def check_arrays(op: str, query: Array, keys: Array, values: Array, window: int | None, *, rows: int) -> None:
     """Raises ValueError, in the name of an operation, for arguments that do not fit together.
 
-    The cache has ``rows``, None for one for each sequence of queries.
+    The cache has ``rows``.
     """
-    batch, _, num_heads, head_dim = query.shape
-    batch = batch if rows is None else rows
+    _, _, num_heads, head_dim = query.shape
     if query.dtype not in _DTYPES:
         raise ValueError(f"{op}: query is {query.dtype}; use float32, bfloat16 or float16")
     if keys.dtype != query.dtype or values.dtype != query.dtype:
         raise ValueError(f"{op}: keys are {keys.dtype} and values {values.dtype}; use {query.dtype}, as query has")
-    if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (batch, head_dim):
+    if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (rows, head_dim):
         raise ValueError(
-            f"{op}: keys are {keys.shape} and values {values.shape}; use [{batch}, S, KH, {head_dim}] for both"
+            f"{op}: keys are {keys.shape} and values {values.shape}; use [{rows}, S, KH, {head_dim}] for both"
         )
     if num_heads % keys.shape[2]:
         raise ValueError(f"{op}: H={num_heads} is not a multiple of KH={keys.shape[2]}; use whole groups of queries")

@@ -44,6 +44,7 @@ _MAX_HEAD_DIM = 256
 _TILE_BYTES = 8192  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
 _SUMS = 8  # columns: the fewest that a tensor core takes
+FURTHER_SEQUENCES = True
 
 
 def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> str | None:
@@ -57,7 +58,7 @@ def obstacle(num_tokens: int, head_dim: int, dtype: jnp.dtype | None = None) -> 
 
 
 def decode_attention(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S KH HD"],
     values: Float[Array, "B S KH HD"],
     lengths: Int32[Array, " B"],
@@ -65,7 +66,7 @@ def decode_attention(
     window: int | None,
     most_groups: int = _MOST_GROUPS,
     interpret: bool = False,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """See the public function. Up to ``most_groups`` of 16 rows, a power of two, share what a program loads."""
     registers.ignore_triton_deprecation()
     options = {"window": window, "most_groups": most_groups, "interpret": interpret}
@@ -73,7 +74,7 @@ def decode_attention(
 
 
 def decode_attention_with_masses(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S KH HD"],
     values: Float[Array, "B S KH HD"],
     lengths: Int32[Array, " B"],
@@ -82,7 +83,7 @@ def decode_attention_with_masses(
     window: int | None,
     most_groups: int = _MOST_GROUPS,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"]]:
+) -> tuple[Float[Array, "B_all T H HD"], Float32[Array, "B KH NB"]]:
     """See the public function, and :func:`decode_attention`."""
     registers.ignore_triton_deprecation()
     options = {"block_size": block_size, "window": window, "most_groups": most_groups, "interpret": interpret}
@@ -103,7 +104,7 @@ def _attend(
 ) -> Array:
     problem = _problem_of(query, keys, window, most_groups)
     chunks = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
-    [out] = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    [out] = join_chunks(lengths, *chunks, problem=problem, query=query, interpret=interpret)
     return out
 
 
@@ -121,7 +122,7 @@ def _attend_and_weigh(
 ) -> tuple[Array, Array]:
     problem = dataclasses.replace(_problem_of(query, keys, window, most_groups), weigh_blocks=True)
     *chunks, block_sums = _attend_to_chunks(query, keys, values, lengths, problem=problem, interpret=interpret)
-    out, whole_sums = join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    out, whole_sums = join_chunks(lengths, *chunks, problem=problem, query=query, interpret=interpret)
     sums = whole_sums, block_sums
     return out, weigh_blocks(lengths, *sums, block_size=block_size, problem=problem, interpret=interpret)
 
@@ -141,7 +142,7 @@ def _attend_to_chunks(
     A problem that weighs blocks adds ``[B, KH, blocks, rows]``: logarithms of the sums of exponentials of a block.
     Chunks, blocks and rows that see nothing, or do not exist, are not written.
     """
-    batch, row_blocks = query.shape[0], problem.row_blocks
+    batch, row_blocks = lengths.shape[0], problem.row_blocks
     out_specs, out_shape = results_of_chunks(problem, batch)
     return pl.pallas_call(
         functools.partial(_chunk_kernel, problem=problem, interpret=interpret),
@@ -215,10 +216,10 @@ def parts_joined(problem: Problem, count: int) -> list[pl.BlockSpec]:
     return [one, one, wide]
 
 
-def result_of(problem: Problem, batch: int, dtype: DTypeLike) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
-    """The attention of a query, as that program sees it."""
+def result_of(problem: Problem, query: Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    """The attention of a query, as that program sees it; of sequences without a length there is no program."""
     spec = pl.BlockSpec((None, None, None, problem.block_dim), lambda head, token, sequence: (sequence, token, head, 0))
-    return spec, jax.ShapeDtypeStruct((batch, problem.num_tokens, problem.num_heads, problem.head_dim), dtype)
+    return spec, jax.ShapeDtypeStruct(query.shape, query.dtype)
 
 
 def _chunk_kernel(
@@ -374,12 +375,12 @@ def join_chunks(
     mixed: Array,
     *,
     problem: Problem,
-    dtype: DTypeLike,
+    query: Array,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The result, and of a problem that weighs blocks the logarithms of all sums ``[B, KH, rows]`` float32."""
     batch, group = lengths.shape[0], problem.group
-    out_specs, out_shape = ([one] for one in result_of(problem, batch, dtype))
+    out_specs, out_shape = ([one] for one in result_of(problem, query))
     if problem.weigh_blocks:
         sums = (batch, problem.num_kv_heads, problem.row_blocks * problem.rows)
         out_shape.append(jax.ShapeDtypeStruct(sums, jnp.float32))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.arrays.int8_cache import Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention import check_block_size
@@ -19,19 +20,20 @@ from pallas_kernels.rotate_and_write_int8 import reference as writing
 
 _OP = "decode_attention_int8"
 # A file has decode_attention_int8, decode_attention_int8_with_masses, block_attention_int8 and
-# obstacle(num_tokens, head_dim, blocks); and cache_obstacle(cache), if it does not read all.
+# obstacle(num_tokens, head_dim, blocks); cache_obstacle(cache), if it does not read all; and FURTHER_SEQUENCES, if it
+# takes queries of some.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def decode_attention_int8(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     window: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """Attends from a few new tokens to the positions up to their own; the equations stand in the reference.
 
     What is said of the bits of :func:`decode_attention` holds here as well.
@@ -42,26 +44,26 @@ def decode_attention_int8(
         implementation: a name of ``IMPLEMENTATIONS``, or None for the reference, or on a TPU for its kernels.
 
     Returns:
-        ``[B, T, H, HD]`` in the dtype of ``query``. Softmax and sums are float32.
+        ``[B_all, T, H, HD]``, as there. Softmax and sums are float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, ``window`` is not positive, there are too many tokens, or the
             name of the implementation is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    chosen = _selected(query, cache, window, implementation)
-    return chosen.decode_attention_int8(query, cache, lengths, window=window)
+    chosen = _selected(query, cache, lengths, window, implementation)
+    return call_for_rows(chosen, _OP, query, cache, lengths=lengths, window=window)
 
 
 def decode_attention_int8_with_masses(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     block_size: int,
     window: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH blocks"]]:
+) -> tuple[Float[Array, "B_all T H HD"], Float32[Array, "B KH blocks"]]:
     """As :func:`decode_attention_int8`, bit for bit, and the share of the attention that each block of slots gets.
 
     Args:
@@ -73,12 +75,13 @@ def decode_attention_int8_with_masses(
         NotImplementedError: the named implementation cannot serve this call.
     """
     check_block_size(_OP, block_size)
-    chosen = _selected(query, cache, window, implementation)
-    return chosen.decode_attention_int8_with_masses(query, cache, lengths, block_size=block_size, window=window)
+    chosen = _selected(query, cache, lengths, window, implementation)
+    options = {"lengths": lengths, "block_size": block_size, "window": window}
+    return call_for_rows(chosen, f"{_OP}_with_masses", query, cache, **options)
 
 
 def block_attention_int8(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     blocks: Int32[Array, "B L KH N"],
@@ -87,7 +90,7 @@ def block_attention_int8(
     block_size: int,
     window: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """As :func:`block_attention`, over a cache of int8.
 
     Raises:
@@ -95,10 +98,11 @@ def block_attention_int8(
         NotImplementedError: the named implementation cannot serve this call.
     """
     check_block_size(_OP, block_size)
-    if blocks.ndim != 4 or (blocks.shape[0], blocks.shape[2]) != (query.shape[0], cache.num_kv_heads):
-        raise ValueError(f"{_OP}: blocks are {blocks.shape}; use [{query.shape[0]}, L, {cache.num_kv_heads}, N]")
-    chosen = _selected(query, cache, window, implementation, blocks=True)
-    return chosen.block_attention_int8(query, cache, lengths, blocks, layer, block_size=block_size, window=window)
+    if blocks.ndim != 4 or (blocks.shape[0], blocks.shape[2]) != (lengths.shape[0], cache.num_kv_heads):
+        raise ValueError(f"{_OP}: blocks are {blocks.shape}; use [{lengths.shape[0]}, L, {cache.num_kv_heads}, N]")
+    chosen = _selected(query, cache, lengths, window, implementation, blocks=True)
+    options = {"lengths": lengths, "blocks": blocks, "layer": layer, "block_size": block_size, "window": window}
+    return call_for_rows(chosen, "block_attention_int8", query, cache, **options)
 
 
 def prefill_int8(
@@ -124,7 +128,7 @@ def prefill_int8(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    check_written("prefill_int8", qkv, cosine, sine, cache)
+    check_written("prefill_int8", qkv, cosine, sine, cache, batch=qkv.shape[0])
     with jax.named_scope("cache_write"):
         query, keys, values = writing.rotated(qkv, cosine, sine, num_kv_heads=cache.num_kv_heads)
         newest = writing.newest_keys(cache, keys, lengths)
@@ -134,9 +138,15 @@ def prefill_int8(
 
 
 def _selected(
-    query: Array, cache: Int8Cache, window: int | None, implementation: str | None, *, blocks: bool = False
+    query: Array,
+    cache: Int8Cache,
+    lengths: Array,
+    window: int | None,
+    implementation: str | None,
+    *,
+    blocks: bool = False,
 ) -> Any:
-    batch, num_tokens, num_heads, head_dim = query.shape
+    batch, (_, num_tokens, num_heads, head_dim) = lengths.shape[0], query.shape
     if query.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: query is {query.dtype}; use float32, bfloat16 or float16")
     if cache.recent_keys.dtype != query.dtype:

@@ -46,6 +46,7 @@ from pallas_kernels.decode_attention_int8.triton_tiles import (
 )
 
 _TILE_BYTES = 16384  # of keys, and of values, as floats
+FURTHER_SEQUENCES = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,34 +97,34 @@ def obstacle(num_tokens: int, head_dim: int, *, blocks: bool = False) -> str | N
 
 
 def decode_attention_int8(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     window: int | None,
     interpret: bool = False,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     return _attend(query, cache, lengths, window=window, interpret=interpret)
 
 
 def decode_attention_int8_with_masses(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     block_size: int,
     window: int | None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH blocks"]]:
+) -> tuple[Float[Array, "B_all T H HD"], Float32[Array, "B KH blocks"]]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     return _attend_and_weigh(query, cache, lengths, block_size=block_size, window=window, interpret=interpret)
 
 
 def block_attention_int8(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     blocks: Int32[Array, "B L KH N"],
@@ -132,7 +133,7 @@ def block_attention_int8(
     block_size: int,
     window: int | None,
     interpret: bool = False,
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     options = {"block_size": block_size, "window": window, "interpret": interpret}
@@ -152,7 +153,7 @@ def _attend(
 ) -> Array:
     problem = _problem_of(query, cache, window, interpret=interpret, tuning=tuning)
     chunks = _attend_to_chunks(query, cache, lengths, problem=problem)
-    [out] = whole.join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    [out] = whole.join_chunks(lengths, *chunks, problem=problem, query=query, interpret=interpret)
     return out
 
 
@@ -170,7 +171,7 @@ def _attend_and_weigh(
     problem = _problem_of(query, cache, window, interpret=interpret, tuning=tuning)
     problem = dataclasses.replace(problem, weigh_blocks=True)
     *chunks, block_sums = _attend_to_chunks(query, cache, lengths, problem=problem)
-    out, sums = whole.join_chunks(lengths, *chunks, problem=problem, dtype=query.dtype, interpret=interpret)
+    out, sums = whole.join_chunks(lengths, *chunks, problem=problem, query=query, interpret=interpret)
     settings = {"block_size": block_size, "problem": problem, "interpret": interpret}
     return out, whole.weigh_blocks(lengths, sums, block_sums, **settings)
 
@@ -192,7 +193,7 @@ def _usual_tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
 
 def _attend_to_chunks(query: Array, cache: Int8Cache, lengths: Array, *, problem: _Problem) -> tuple[Array, ...]:
     """As of ``decode_attention``."""
-    batch, tuning = query.shape[0], problem.tuning
+    batch, tuning = lengths.shape[0], problem.tuning
     out_specs, out_shape = whole.results_of_chunks(problem, batch)
     return pl.pallas_call(
         functools.partial(_chunk_kernel, problem=problem),

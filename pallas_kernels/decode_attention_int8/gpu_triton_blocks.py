@@ -77,7 +77,7 @@ class _Problem(blockwise.BlockProblem):
 
 @functools.partial(jax.jit, static_argnames=("block_size", "window", "interpret", "tuning"))
 def block_attention_int8(
-    query: Float[Array, "B T H HD"],
+    query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     blocks: Int32[Array, "B L KH N"],
@@ -87,13 +87,13 @@ def block_attention_int8(
     window: int | None,
     interpret: bool = False,
     tuning: BlockTuning = BlockTuning(),
-) -> Float[Array, "B T H HD"]:
+) -> Float[Array, "B_all T H HD"]:
     """See the public function."""
     _, num_tokens, num_heads, head_dim = query.shape
     sizes = num_tokens, num_heads, cache.num_kv_heads, head_dim, cache.keys.shape[1], window
     table: Any = {"layers": blocks.shape[1], "entries": blocks.shape[3], "block_size": block_size}
     problem = _Problem(*sizes, **table, interpret=interpret, tuning=tuning)
-    batch, row_blocks, layer = query.shape[0], problem.row_blocks, layer.reshape(1)
+    batch, row_blocks, layer = lengths.shape[0], problem.row_blocks, layer.reshape(1)
     out_specs, out_shape = whole.parts_of(problem, batch, problem.shares)
     shares = pl.pallas_call(
         functools.partial(_share_kernel, problem=problem),
@@ -112,7 +112,7 @@ def block_attention_int8(
         interpret=interpret,
         name="block_attention_int8_shares",
     )(lengths, blocks, layer, query, *by_heads(cache))
-    joined = {"problem": problem, "dtype": query.dtype, "interpret": interpret}
+    joined = {"problem": problem, "query": query, "interpret": interpret}
     return blockwise.join_shares(lengths, blocks, layer, *shares, **joined)
 
 

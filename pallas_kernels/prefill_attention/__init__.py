@@ -50,7 +50,7 @@ def prefill_attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     keys, values = by_heads(keys, query.shape[3]), by_heads(values, query.shape[3])
-    check_arrays(_OP, query, keys, values, window, rows=None if rows is None else keys.shape[0])
+    check_arrays(_OP, query, keys, values, window, rows=query.shape[0] if rows is None else keys.shape[0])
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(query.shape[3]))
     return chosen.prefill_attention(query, keys, values, rows, starts, window=window)
 

@@ -20,13 +20,15 @@ from pallas_kernels.arrays.partial_sums import PartialSums, tree_sum
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.backends.triton.producers import rounded_to
 
+FURTHER_SEQUENCES = True
+
 
 def obstacle(dtype: DTypeLike | None = None) -> None:
     """Why this kernel cannot serve a call: it serves all that the public function takes."""
 
 
 def rotate_and_write(
-    qkv: Float[Array, "B T heads HD"] | PartialSums,
+    qkv: Float[Array, "B_all T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     keys: Float[Array, "rows S KH HD"],
@@ -35,7 +37,7 @@ def rotate_and_write(
     *,
     rows: Int32[Array, " B"] | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H HD"], Float[Array, "rows S KH HD"], Float[Array, "rows S KH HD"]]:
+) -> tuple[Float[Array, "B_all T H HD"], Float[Array, "rows S KH HD"], Float[Array, "rows S KH HD"]]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     return _rotate_and_write(qkv, cosine, sine, keys, values, lengths, rows, interpret=interpret)
@@ -77,7 +79,7 @@ def _rotate_and_write(
     return tuple(
         pl.pallas_call(
             functools.partial(_kernel, half=head_dim // 2, names_rows=rows is not None, interpret=interpret),
-            grid=(num_heads, num_tokens, batch),
+            grid=(num_heads, num_tokens, lengths.shape[0]),
             in_specs=[
                 *[number_spec] * len(numbers),
                 rotation_spec,

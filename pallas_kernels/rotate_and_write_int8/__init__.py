@@ -5,26 +5,27 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.arrays.int8_cache import RING, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.decode_attention.reference import MAX_DECODE_TOKENS
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "rotate_and_write_int8"
-# A file has rotate_and_write_int8 and obstacle(dtype).
+# A file has rotate_and_write_int8 and obstacle(dtype); FURTHER_SEQUENCES, if it takes queries of some.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def rotate_and_write_int8(
-    qkv: Float[Array, "B T heads HD"] | PartialSums,
+    qkv: Float[Array, "B_all T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H HD"], Int8Cache]:
+) -> tuple[Float[Array, "B_all T H HD"], Int8Cache]:
     """Rotates queries and keys, and writes keys and values into the cache; the equations stand in the reference.
 
     Of up to ``MAX_DECODE_TOKENS`` tokens: :func:`prefill_int8` is for more.
@@ -35,23 +36,25 @@ def rotate_and_write_int8(
         implementation: a name of ``IMPLEMENTATIONS``, or None for the reference, or on a TPU for its kernels.
 
     Returns:
-        The rotated queries ``[B, T, H, HD]``, and the cache with the new entries.
+        The rotated queries ``[B_all, T, H, HD]``, as there, and the cache with the new entries.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, there are too many tokens, or the name of the implementation
             is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    check_written(_OP, qkv, cosine, sine, cache)
+    check_written(_OP, qkv, cosine, sine, cache, batch=lengths.shape[0])
     if qkv.shape[1] > MAX_DECODE_TOKENS:
         raise ValueError(f"{_OP}: there are {qkv.shape[1]} tokens; use at most {MAX_DECODE_TOKENS}, or prefill_int8")
     chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(qkv.dtype))
-    return chosen.rotate_and_write_int8(qkv, cosine, sine, cache, lengths)
+    return call_for_rows(chosen, _OP, qkv, cosine, sine, cache, lengths=lengths)
 
 
-def check_written(op: str, qkv: Array | PartialSums, cosine: Array, sine: Array, cache: Int8Cache) -> None:
-    """Raises ValueError, in the name of an operation, for arguments that do not fit together."""
-    batch, num_tokens, num_heads, head_dim = qkv.shape
+def check_written(
+    op: str, qkv: Array | PartialSums, cosine: Array, sine: Array, cache: Int8Cache, *, batch: int
+) -> None:
+    """Raises ValueError, in the name of an operation, for arguments that do not fit together and ``batch`` rows."""
+    _, num_tokens, num_heads, head_dim = qkv.shape
     num_kv_heads, recent = cache.num_kv_heads, cache.recent_keys
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"{op}: qkv is {qkv.dtype}; use float32, bfloat16 or float16")

@@ -29,6 +29,7 @@ from pallas_kernels.backends.triton.producers import reciprocal, round_half_to_e
 _ROWS = 32  # keys of the ring that are read at a time
 _QUERIES = 4  # heads of a program
 _CHANNELS = 32  # of keys, of either half of a head, of a program
+FURTHER_SEQUENCES = True
 
 
 def obstacle(dtype: DTypeLike | None = None) -> None:
@@ -36,14 +37,14 @@ def obstacle(dtype: DTypeLike | None = None) -> None:
 
 
 def rotate_and_write_int8(
-    qkv: Float[Array, "B T heads HD"] | PartialSums,
+    qkv: Float[Array, "B_all T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],
     sine: Float32[Array, "B T half_HD"],
     cache: Int8Cache,
     lengths: Int32[Array, " B"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H HD"], Int8Cache]:
+) -> tuple[Float[Array, "B_all T H HD"], Int8Cache]:
     """See the public function."""
     registers.ignore_triton_deprecation()
     return _rotate_and_write(qkv, cosine, sine, cache, lengths, interpret=interpret)
@@ -73,13 +74,13 @@ def _rotate_and_write(
         for array in (cache.keys, cache.key_scales, cache.recent_keys, cache.values)
     ]
     written = [*by_heads, cache.value_scales]
-    specs = [*[whole(*array.shape[:3], block_dim) for array in by_heads], whole(batch, num_kv_heads, capacity)]
+    specs = [*[whole(*array.shape[:3], block_dim) for array in by_heads], whole(*cache.value_scales.shape)]
     query_shape = (batch, num_tokens, num_heads - 2 * num_kv_heads)
     turn = pl.BlockSpec((None, num_tokens, block_half), lambda program, token, sequence: (sequence, 0, 0))
     pieces = pl.cdiv(block_half, _CHANNELS)
     query, *arrays = pl.pallas_call(
         functools.partial(_kernel, num_tokens=num_tokens, half=head_dim // 2, capacity=capacity, interpret=interpret),
-        grid=(pl.cdiv(query_shape[2], _QUERIES) + num_kv_heads * (1 + pieces), num_tokens, batch),
+        grid=(pl.cdiv(query_shape[2], _QUERIES) + num_kv_heads * (1 + pieces), num_tokens, lengths.shape[0]),
         in_specs=[
             pl.BlockSpec((None,), lambda program, token, sequence: (sequence,)),
             turn,
