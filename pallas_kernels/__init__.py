@@ -46,7 +46,7 @@ from pallas_kernels.swiglu_hadamard_quantize import swiglu_hadamard_quantize
 from pallas_kernels.swiglu_quantize import swiglu_quantize
 from pallas_kernels.w4a4_matmul import best_layout_for_codes, w4a4_matmul, w4a4_partial_sums
 from pallas_kernels.w4a4_swiglu_quantize import w4a4_swiglu_quantize, w4a4_swiglu_quantize_is_fused
-from pallas_kernels.w4a16_matmul import best_layout, rows_alike, w4a16_matmul, w4a16_partial_sums
+from pallas_kernels.w4a16_matmul import best_layout, rows_alike, rows_read, w4a16_matmul, w4a16_partial_sums
 from pallas_kernels.w4a16_swiglu import w4a16_swiglu, w4a16_swiglu_is_fused
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "rotate_and_write",
     "rotate_and_write_int8",
     "rows_alike",
+    "rows_read",
     "swiglu",
     "swiglu_hadamard",
     "swiglu_hadamard_quantize",

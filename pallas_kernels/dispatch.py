@@ -203,7 +203,13 @@ class Implementations:
             return found
         raise NotImplementedError(f"{self.op}: implementation '{implementation}' {told}; use '{REFERENCE}' or None")
 
-    def serves(self, implementation: str | None, obstacle: Callable[[Any], str | None]) -> Any | None:
+    def serves(
+        self,
+        implementation: str | None,
+        obstacle: Callable[[Any], str | None],
+        *,
+        order: tuple[str, ...] | None = None,
+    ) -> Any | None:
         """The module that :meth:`select` finds, for who only asks: nothing is recorded.
 
         Returns:
@@ -212,7 +218,7 @@ class Implementations:
         Raises:
             ValueError: ``implementation`` is not a known name.
         """
-        return self._first(implementation, obstacle, None)[1]
+        return self._first(implementation, obstacle, order)[1]
 
     def _first(
         self, implementation: str | None, obstacle: Callable[[Any], str | None], order: tuple[str, ...] | None

@@ -16,7 +16,7 @@ _OP = "w4a16_matmul"
 # A file has w4a16_matmul, which may leave PartialSums, obstacle(dtype, weight), and LAYOUT, that of the weights it
 # reads; ROWS_ALIKE, rows of a call that have the same bits whatever the others are, None for any number. Where more are
 # alike in a call that asks for it, w4a16_matmul takes ``alike``, and ROWS_ALIKE_IF_ASKED is another number. With
-# PREFILL_ALIKE it takes ``prefill``, and any rows of such calls are alike.
+# PREFILL_ALIKE it takes ``prefill``, and any rows of such calls are alike. With ``rows_read(num_rows)`` it pads rows.
 # The reference reads all, and names that of checkpoints.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -118,6 +118,27 @@ def rows_alike(
     if prefill and chosen.PREFILL_ALIKE:
         return None
     return chosen.ROWS_ALIKE_IF_ASKED if asked else chosen.ROWS_ALIKE
+
+
+def rows_read(num_rows: int, weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> int:
+    """How many rows a call reads: ``num_rows``, or more where it has to copy them to have whole tiles.
+
+    A caller that has so many from the beginning saves the copy. It is the same where :func:`w4a4_matmul` reads the
+    weight: an order of codes has the same readers.
+
+    Args:
+        num_rows: of the call.
+        weight: a ``[N, K]`` weight, with or without leading axes.
+        dtype: of the rows.
+        implementation: as in the call.
+
+    Raises:
+        ValueError: the name of the implementation is unknown.
+    """
+    order = order_of_trial(weight.num_outputs, weight.num_inputs)
+    found = _IMPLEMENTATIONS.serves(implementation, lambda one: one.obstacle(jnp.dtype(dtype), weight), order=order)
+    padded = getattr(found, "rows_read", None)
+    return num_rows if padded is None else padded(num_rows)
 
 
 def best_layout(weight: QuantizedWeight, dtype: DTypeLike, *, implementation: str | None = None) -> Layout:

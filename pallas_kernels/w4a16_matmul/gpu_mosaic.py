@@ -29,6 +29,7 @@ from pallas_kernels.backends.mosaic import registers as lanes
 from pallas_kernels.backends.mosaic.registers import assembly, ir, llvm, plgpu, vector
 
 LAYOUT, ROWS_ALIKE, ROWS_ALIKE_IF_ASKED, PREFILL_ALIKE = Layout.WGMMA, None, None, False
+rows_read = hopper.rows_read
 
 # By outputs of a weight, the numbers of rows that pairs of programs multiply in bfloat16, where pairs.obstacle finds
 # none: those that were right and faster on an H200. Rows in float16 have not run so.

@@ -22,7 +22,10 @@ from qspec_jax.model.view import View
 
 
 class TokenContext(NamedTuple):
-    """What every layer needs to know of the new tokens: computed once per call."""
+    """What every layer needs to know of the new tokens: computed once per call.
+
+    It is of the rows of the cache. A pass may have further sequences, whose results nobody reads.
+    """
 
     lengths: Int32[Array, " B"]
     seen: Int32[Array, " B"]  # as many of these as attention reads: none of sequences that are idle
@@ -44,10 +47,10 @@ class ResidualStream(NamedTuple):
     normalises the sum.
     """
 
-    x: Float[Array, "B T D"]
-    update: Float[Array, "B T D"] | PartialSums | None = None
+    x: Float[Array, "B_all T D"]
+    update: Float[Array, "B_all T D"] | PartialSums | None = None
 
-    def value(self) -> Float[Array, "B T D"]:
+    def value(self) -> Float[Array, "B_all T D"]:
         """The sum."""
         return self.x if self.update is None else self.x + value_of(self.update)
 
@@ -115,16 +118,17 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"] | QuantizedActivation,
+        x: Float[Array, "B_all T D"] | QuantizedActivation,
         cache: LayerCache | Int8Cache,
         context: TokenContext,
         *,
         view: View,
         weigh: int | None,
-    ) -> tuple[Float[Array, "B T D"] | PartialSums, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
+    ) -> tuple[Float[Array, "B_all T D"] | PartialSums, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
         config = self.config
-        batch, new_tokens, _ = context.rotations[0].shape
-        qkv = self.qkv.partial_sums(x, view=view).reshape(batch, new_tokens, -1, config.head_dim)
+        qkv = self.qkv.partial_sums(x, view=view)
+        batch, new_tokens, _ = qkv.shape
+        qkv = qkv.reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
             qkv = self._normalise_queries_and_keys(value_of(qkv))
         if isinstance(cache, Int8Cache) and new_tokens > MAX_DECODE_TOKENS:
@@ -141,8 +145,8 @@ class Attention(nnx.Module):
         return self.output.partial_sums(mixed, view=view), cache, masses
 
     def _write(
-        self, qkv: Float[Array, "B T heads HD"] | PartialSums, cache: LayerCache | Int8Cache, context: TokenContext
-    ) -> tuple[Float[Array, "B T H HD"], LayerCache | Int8Cache]:
+        self, qkv: Float[Array, "B_all T heads HD"] | PartialSums, cache: LayerCache | Int8Cache, context: TokenContext
+    ) -> tuple[Float[Array, "B_all T H HD"], LayerCache | Int8Cache]:
         """The rotated queries, and the cache with the new entries."""
         options: Any = {"implementation": self.kernels}
         if isinstance(cache, Int8Cache):
@@ -155,13 +159,13 @@ class Attention(nnx.Module):
 
     def _mix(
         self,
-        query: Float[Array, "B T H HD"],
+        query: Float[Array, "B_all T H HD"],
         cache: LayerCache | Int8Cache,
         context: TokenContext,
         *,
         view: View,
         weigh: int | None,
-    ) -> tuple[Float[Array, "B T H HD"], Float32[Array, "B KH NB"] | None]:
+    ) -> tuple[Float[Array, "B_all T H HD"], Float32[Array, "B KH NB"] | None]:
         """What attention makes of the cache, and the masses of its blocks of ``weigh`` positions."""
         window = view.window(self.config.sliding_window)
         if context.rows is not None or query.shape[1] > MAX_DECODE_TOKENS:
@@ -179,7 +183,7 @@ class Attention(nnx.Module):
             return with_masses(*arrays, block_size=weigh, **options)
         return attend(*arrays, **options), None
 
-    def _normalise_queries_and_keys(self, qkv: Float[Array, "B T heads HD"]) -> Float[Array, "B T heads HD"]:
+    def _normalise_queries_and_keys(self, qkv: Float[Array, "B_all T heads HD"]) -> Float[Array, "B_all T heads HD"]:
         """Qwen3's norm of each head, before rotation."""
         first_key, first_value = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
         query, key, value = jnp.split(qkv, (first_key, first_value), axis=2)
@@ -199,12 +203,12 @@ class MLP(nnx.Module):
         self.down_hadamard = down_hadamard
 
     def __call__(
-        self, x: Float[Array, "B T D"] | QuantizedActivation, *, view: View
-    ) -> Float[Array, "B T D"] | PartialSums:
+        self, x: Float[Array, "B_all T D"] | QuantizedActivation, *, view: View
+    ) -> Float[Array, "B_all T D"] | PartialSums:
         return self.down.partial_sums(self._gated(x, view), view=view)
 
     def _gated(
-        self, x: Float[Array, "B T D"] | QuantizedActivation, view: View
+        self, x: Float[Array, "B_all T D"] | QuantizedActivation, view: View
     ) -> Float[Array, "B T F"] | QuantizedActivation:
         """The inputs of ``down``, as integers where it reads integers."""
         quantization = self.down.input_quantization(view)
@@ -275,6 +279,11 @@ class DecoderLayer(nnx.Module):
 
     def __repr__(self) -> str:
         return f"DecoderLayer(qkv={self.attention.qkv}, gate_up={self.mlp.gate_up})"
+
+    def rows_read(self, num_rows: int, *, view: View) -> int:
+        """How many rows the products of so many read, see :meth:`Linear.rows_read`."""
+        linears = self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down
+        return max(linear.rows_read(num_rows, view=view) for linear in linears)
 
     def __call__(
         self,

@@ -175,11 +175,15 @@ class Decoder(nnx.Module):
         self.check_view(view)
         with _exact_float32(self.dtype):
             context = self._context(tokens, cache, view, logits_at=logits_at, idle=idle)
-            stream, layers, masses = self._hidden(tokens, cache, context, view=view, weigh=weigh)
-            cache = dataclasses.replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1])
+            stream, layers, masses = self._hidden(
+                self._in_whole_tiles(tokens, view), cache, context, view=view, weigh=weigh
+            )
+            batch, num_tokens = tokens.shape
+            cache = dataclasses.replace(cache, layers=layers, lengths=cache.lengths + num_tokens)
             if logits_at is not None:
-                stream = ResidualStream(jnp.take_along_axis(stream.value(), logits_at[:, None, None], axis=1))
-            return self._logits(stream, view), cache, masses
+                stream = ResidualStream(jnp.take_along_axis(stream.value()[:batch], logits_at[:, None, None], axis=1))
+            # Behind the head, which does not signal as the norm before it does (backends/early_launch.py).
+            return self._logits(stream, view)[:batch], cache, masses
 
     def read_pieces(
         self,
@@ -223,7 +227,7 @@ class Decoder(nnx.Module):
                 "LanguageModel, or load the model without a mesh to call it"
             )
 
-    def _logits(self, stream: ResidualStream, view: View) -> Float32[Array, "B T V"]:
+    def _logits(self, stream: ResidualStream, view: View) -> Float32[Array, "B_all T V"]:
         with jax.named_scope("lm_head"):
             _, y = self.final_norm.of_stream(stream, quantization=None)
             assert isinstance(y, jax.Array)
@@ -294,8 +298,18 @@ class Decoder(nnx.Module):
             num_tokens=None if logits_at is None else logits_at + 1,
         )
 
+    def _in_whole_tiles(self, tokens: Int32[Array, "B T"], view: View) -> Int32[Array, "B_all T"]:
+        """The tokens, and those of further sequences that make up the rows which the kernels of all linears read.
+
+        Each of them would copy its rows otherwise. They still do where no number of whole sequences has as many rows.
+        """
+        batch, num_tokens = tokens.shape
+        rows = self.layers[0].rows_read(batch * num_tokens, view=view)
+        further = 0 if rows % num_tokens else rows // num_tokens - batch
+        return jnp.pad(tokens, ((0, further), (0, 0))) if further else tokens
+
     def _hidden(
-        self, tokens: Int32[Array, "B T"], cache: KVCache, context: TokenContext, *, view: View, weigh: int | None
+        self, tokens: Int32[Array, "B_all T"], cache: KVCache, context: TokenContext, *, view: View, weigh: int | None
     ) -> tuple[
         ResidualStream, tuple[LayerCache | Int8Cache, ...] | LayerCache | Int8Cache, Float32[Array, "B L KH NB"] | None
     ]:

@@ -190,6 +190,13 @@ class Linear(nnx.Module):
             return pallas_kernels.upper_nibbles(weight)
         return weight
 
+    def rows_read(self, num_rows: int, *, view: View) -> int:
+        """How many rows the product of so many reads: more where its kernel copies them first, to have whole tiles."""
+        weight = self.read_by(view)
+        if not isinstance(weight, QuantizedWeight) or view.weight_bits is None:
+            return num_rows
+        return pallas_kernels.rows_read(num_rows, weight, self.dtype, implementation=self.kernels)
+
     def layout_for(self, weight: QuantizedWeight, views: Iterable[View]) -> Layout:
         """The order of codes that the kernels of all views read: WGMMA where all of them can, otherwise PLANES.
 

@@ -1,8 +1,9 @@
 """The axis legend, and the names of the five usual precisions.
 
-Axes: ``B`` sequences of the batch, ``T`` tokens of this call, ``S`` positions of the cache, ``L`` layers, ``H``
-query heads, ``KH`` key/value heads, ``HD`` head dimension, ``D`` hidden size, ``F`` MLP size, ``V``
-vocabulary, ``K`` inputs and ``N`` outputs of a linear, ``G`` groups along ``K``.
+Axes: ``B`` sequences of the batch, ``B_all`` these and further ones that make up whole tiles of rows, ``T`` tokens of
+this call, ``S`` positions of the cache, ``L`` layers, ``H`` query heads, ``KH`` key/value heads, ``HD`` head
+dimension, ``D`` hidden size, ``F`` MLP size, ``V`` vocabulary, ``K`` inputs and ``N`` outputs of a linear, ``G``
+groups along ``K``.
 """
 
 from __future__ import annotations

@@ -177,20 +177,25 @@ def gated_obstacle(num_rows: int, weight: QuantizedWeight) -> str | None:
     return None
 
 
-def pad_rows(rows: jax.Array) -> jax.Array:
-    """``[M, K]`` with as many rows as a copy can clip: up to 8, or a multiple of 8; the others are zeros.
+def rows_read(num_rows: int) -> int:
+    """As many rows as a copy can clip: up to 8, or a multiple of 8.
 
     A shared-memory tile is 8 rows high, and the copy of several takes an array of whole tiles: Mosaic cannot describe
     one that is cut.
     """
-    padding = 0 if rows.shape[0] <= 8 else -rows.shape[0] % 8
-    if not padding:
+    return num_rows if num_rows <= 8 else num_rows + -num_rows % 8
+
+
+def pad_rows(rows: jax.Array) -> jax.Array:
+    """``[M, K]`` with as many rows as :func:`rows_read` says; the others are zeros. A pass may have had them before."""
+    num_rows, wanted = rows.shape[0], rows_read(rows.shape[0])
+    if wanted == num_rows:
         return rows
     if early_launch.is_enabled():  # which asks for a JAX that has the Triton backend
         from pallas_kernels.backends.triton.rows import padded
 
-        return padded(rows, rows.shape[0] + padding)
-    return jnp.pad(rows, ((0, padding), (0, 0)))
+        return padded(rows, wanted)
+    return jnp.pad(rows, ((0, wanted - num_rows), (0, 0)))
 
 
 def block_m(num_rows: int, *, most: int = MAX_BLOCK_M, multiple: int = 8) -> int:
