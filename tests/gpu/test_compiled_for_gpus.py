@@ -21,16 +21,18 @@ from pallas_kernels.backends.early_launch import SIGNAL
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.decoding import device_graphs
+from qspec_jax.decoding import device_graphs, loop_settings
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.device.driver import cuda_plugin
 from qspec_jax.device.mesh import AXES
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import abstract_decoder
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.shards import Shards
+from qspec_jax.model.view import View
 from tests.pallas_kernels.test_cuda_lowering import abstract_nested_weight, abstract_weight
 
 pytestmark = [
@@ -87,31 +89,42 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
 
 
 W8A16_AND_DRAFTS = DecodingPlan(Precision.W8A16, Precision.W4A8, 3)
+WITH_A_BUDGET = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
 EARLY = {
     "triton": ("smollm2-135m", {"group_size": 32, "symmetric": False}, PLANS["qspec"]),
     "asymmetric": ("llama-3-8b", {"group_size": 128, "symmetric": False}, PLANS["qspec"]),
     "nested": ("llama-3-8b", {"group_size": 128, "symmetric": True, "bits": 8}, W8A16_AND_DRAFTS),
+    "budget": ("llama-3-8b", {"group_size": 128, "symmetric": True}, WITH_A_BUDGET),
+    "budget, int8 cache": ("llama-3-8b", {"group_size": 128, "symmetric": True}, WITH_A_BUDGET),
 }
 
 
 @pytest.mark.parametrize("rows", [4, 12])
 @pytest.mark.parametrize("kind", EARLY)
 def test_xla_reads_nothing_that_a_kernel_wrote_which_signals(kind, rows, gpus, monkeypatch):
-    """Once XLA has fused, copied and scheduled, too; and weights that are read early are arguments still."""
+    """Once XLA has fused, copied and scheduled, too; and weights that are read early are arguments still.
+
+    Of 12 rows no layer makes whole tiles: the pass did.
+    """
+    monkeypatch.setattr(loop_settings, "_FEW_ROWS", rows)  # also where it does not pay
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 12, 0)))  # with Mosaic kernels as well
     monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
     preset, quantization, plan = EARLY[kind]
     config, quantization = dataclasses.replace(PRESETS[preset], num_layers=LAYERS), QuantConfig(**quantization)
     options = {"quantization": quantization, "formats": None, "dtype": jnp.bfloat16, "scan_layers": False}
-    graph, state = nnx.split(abstract_decoder(config, **options))
+    decoder = abstract_decoder(config, **options)
+    decoder.kv = KV_INT8 if "int8" in kind else decoder.kv
+    graph, state = nnx.split(decoder)
     place = jax.sharding.SingleDeviceSharding(gpus[0])
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state)
     described = jax.sharding.AbstractDevice(device_kind=gpus[0].device_kind, num_cores=132, platform="cuda")
     axis_types = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=axis_types, abstract_device=described)
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = Programs(nnx.merge(graph, state)).lower_loop(plan, Shape(rows=rows, capacity=CAPACITY))
-    signalled, others, read_early = _behind_signals(lowered.compile().as_text())
+        shape = Shape.of(plan, rows=rows, capacity=CAPACITY)
+        text = Programs(nnx.merge(graph, state)).lower_loop(plan, shape).compile().as_text()
+    signalled, others, read_early = _behind_signals(text)
+    assert "padded_rows" not in text
     assert signalled > 10 * LAYERS
     assert not others
     assert set(read_early) <= {"get-tuple-element"}  # of the loop's arguments
