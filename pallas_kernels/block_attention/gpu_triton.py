@@ -27,6 +27,7 @@ from pallas_kernels.backends.triton import registers
 from pallas_kernels.block_attention import reference
 from pallas_kernels.block_attention.reference import EVERYTHING, forced_blocks
 from pallas_kernels.decode_attention import gpu_triton as whole
+from pallas_kernels.decode_attention.gpu_triton_tiles import raise_maximum
 
 _ROWS = 16
 _TILE_BYTES = 16384  # of keys, and of values, that a program holds
@@ -222,7 +223,7 @@ def attend_to_share(
             across, at = jnp.broadcast_to(slots[None, :], shape), jnp.broadcast_to(positions[:, None], shape)
             seen = (across >= problem.first_seen(at)) & (across <= at) & (across < end) & (across >= 0)
             logits = whole.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-            maximum, kept, weights = whole.raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+            maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
             total = total * kept + jnp.sum(weights, axis=1)
             weights = weights if scales is None else weights * scales[None, :]
             mixed = mixed * kept[:, None] + whole.dot(weights.astype(values.dtype), values, contract=(1, 0))
@@ -307,7 +308,7 @@ def _join_kernel(
     maxima = plgpu.load(maximum_ref, mask=written, other=-jnp.inf)
     totals = plgpu.load(total_ref, mask=written, other=0.0)
     mixtures = plgpu.load(mixed_ref, mask=wide, other=0.0)
-    _, _, weights = whole.raise_maximum(jnp.full((), -jnp.inf, jnp.float32), maxima)
+    _, _, weights = raise_maximum(jnp.full((), -jnp.inf, jnp.float32), maxima)
     total = jnp.sum(weights * totals, axis=0)
     mixed = jnp.sum(weights[:, None] * mixtures, axis=0)
     out = mixed / jnp.where(total > 0, total, 1.0)

@@ -6,7 +6,7 @@ the sum of the weighted values, all float32. The second kernel puts the chunks o
 
 Row invariance: where a chunk begins depends on its number alone, whatever is summed within a tile of slots is summed by
 a product, whose order does not depend on its number of rows, a slot that a row does not see adds zero, and chunks are
-put together in their order, 16 at a time. Every row therefore goes through the same operations however many tokens,
+put together one after another. Every row therefore goes through the same operations however many tokens,
 sequences and slots there are.
 """
 
@@ -35,7 +35,6 @@ from pallas_kernels.decode_attention.gpu_triton_tiles import (
     load_rows,
     load_slots,
     nothing,
-    raise_maximum,
 )
 from pallas_kernels.decode_attention.reference import BLOCK, MAX_DECODE_TOKENS
 
@@ -44,6 +43,7 @@ _MAX_HEAD_DIM = 256
 _TILE_BYTES = 8192  # of keys, and of values, that a program holds
 _WEIGHED = 64  # blocks of a program that weighs them
 _SUMS = 8  # columns: the fewest that a tensor core takes
+_JOINING = {1: 1024, 2: 256}  # warps of a program that puts chunks together, of at least so many programs; else 4
 FURTHER_SEQUENCES = True
 
 
@@ -390,6 +390,8 @@ def join_chunks(
                 lambda head, token, sequence: (sequence, lax.div(head, group), token * group + lax.rem(head, group)),
             )
         )
+    num_programs = problem.num_heads * problem.num_tokens * batch
+    num_warps = next((warps for warps, least in _JOINING.items() if num_programs >= least), 4)
     return pl.pallas_call(
         functools.partial(_join_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_heads, problem.num_tokens, batch),
@@ -399,7 +401,7 @@ def join_chunks(
         ],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_attention_join",
     )(lengths, maximum, total, mixed)
@@ -418,24 +420,29 @@ def _join_kernel(
     position = length_ref[...] + registers.start_next(pl.program_id(1), interpret=interpret)
     first, end = problem.first_seen(position), problem.end_of_seen(position)
 
+    def load(chunk):
+        seen = (problem.first_slot(chunk) < end) & (problem.first_slot(chunk + 1) > first)
+        wide = jnp.broadcast_to(seen, (problem.block_dim,))
+        # What was not written may hold anything, so it is not read.
+        maximum = plgpu.load(maximum_ref.at[chunk], mask=seen, other=-jnp.inf)
+        total = plgpu.load(total_ref.at[chunk], mask=seen, other=0.0)
+        return maximum, total, plgpu.load(mixed_ref.at[chunk, :], mask=wide, other=0.0)
+
     def join(step, carry):
         maximum, total, mixed = carry
-        here = pl.ds(step * CHUNKS, CHUNKS)
-        chunks = step * CHUNKS + lax.broadcasted_iota(jnp.int32, (CHUNKS,), 0)
-        seen = (problem.first_slot(chunks) < end) & (problem.first_slot(chunks + 1) > first)
-        seen_wide = across(seen, (CHUNKS, problem.block_dim))
-        # What was not written may hold anything, so it is not read.
-        maxima = plgpu.load(maximum_ref.at[here], mask=seen, other=-jnp.inf)
-        totals = plgpu.load(total_ref.at[here], mask=seen, other=0.0)
-        mixtures = plgpu.load(mixed_ref.at[here, :], mask=seen_wide, other=0.0)
-        maximum, kept, weights = raise_maximum(maximum, maxima)
-        total = total * kept + jnp.sum(weights * totals, axis=0)
-        mixed = mixed * kept + jnp.sum(weights[:, None] * mixtures, axis=0)
-        return maximum, total, mixed
+        chunks = [load(step * CHUNKS + place) for place in range(CHUNKS)]  # all of which are on their way at once
+        raised = functools.reduce(jnp.maximum, (logit for logit, _, _ in chunks), maximum)
+        shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
+        kept = jnp.exp(maximum - shift)
+        total, mixed = total * kept, mixed * kept
+        # No thread needs what another one has, so the order is the same for any number of them.
+        for logit, of_chunk, mixture in chunks:
+            weight = jnp.exp(logit - shift)
+            total, mixed = total + weight * of_chunk, mixed + weight * mixture
+        return raised, total, mixed
 
-    # One step for the short chunks, then as many as the token needs: the same program for any number of slots.
-    short_slots, long_slots = (CHUNKS * size for size in problem.chunk_sizes)
-    num_steps = 1 + lax.div(jnp.maximum(end - short_slots, 0) + (long_slots - 1), long_slots)
+    # As many steps as the token needs: the same program for any number of slots.
+    num_steps = 1 + lax.div(problem.chunk_of(end - 1), CHUNKS)
     maximum, total, mixed = lax.fori_loop(0, num_steps, join, nothing((), problem))
     out = mixed / jnp.where(total > 0, total, 1.0)
     exists = lax.broadcasted_iota(jnp.int32, out.shape, 0) < problem.head_dim

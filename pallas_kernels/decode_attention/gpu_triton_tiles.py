@@ -15,8 +15,9 @@ from pallas_kernels.decode_attention.reference import BLOCK, weighed_tokens
 
 ROWS = 16  # of a product: the fewest that a tensor core takes
 # Short chunks keep a GPU busy with one sequence; long ones leave less to put together where many slots do.
-SHORT_CHUNK, _LONG_CHUNK = 64, 256  # slots
+SHORT_CHUNK, _LONG_CHUNK, _LONGEST_CHUNK = 64, 256, 512  # slots
 CHUNKS = 16  # the short ones, and those that are put together at a time
+_LONG_CHUNKS = 28  # before the longest ones, which begin at slot 8,192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +67,35 @@ class Problem:
         return max(16, pl.next_power_of_2(self.head_dim))
 
     @property
-    def chunk_sizes(self) -> tuple[int, int]:
-        """Slots of each of the first chunks, and of those after them."""
-        return SHORT_CHUNK, _LONG_CHUNK
+    def chunk_sizes(self) -> tuple[int, int, int]:
+        """Slots of each of the first chunks, of those after them, and of all others."""
+        return SHORT_CHUNK, _LONG_CHUNK, _LONGEST_CHUNK
 
     @property
     def num_chunks(self) -> int:
-        short_chunk, long_chunk = self.chunk_sizes
-        short = min(self.slots, CHUNKS * short_chunk)
-        return pl.cdiv(short, short_chunk) + pl.cdiv(self.slots - short, long_chunk)
+        left, count = self.slots, 0
+        for size, most in zip(self.chunk_sizes, (CHUNKS, _LONG_CHUNKS, self.slots), strict=True):
+            chunks = min(most, pl.cdiv(max(0, left), size))
+            left, count = left - chunks * size, count + chunks
+        return count
 
     def first_slot(self, chunk: Array) -> Array:
         """Where a chunk begins: the same for every call, whatever its slots, tokens and lengths."""
-        short, long = self.chunk_sizes
-        return jnp.where(chunk < CHUNKS, chunk * short, CHUNKS * short + (chunk - CHUNKS) * long)
+        short, long, longest = self.chunk_sizes
+        first = jnp.minimum(chunk, CHUNKS), jnp.clip(chunk - CHUNKS, 0, _LONG_CHUNKS)
+        return first[0] * short + first[1] * long + jnp.maximum(chunk - (CHUNKS + _LONG_CHUNKS), 0) * longest
+
+    def chunk_of(self, slot: Array) -> Array:
+        """The chunk that has a slot."""
+        short, long, longest = self.chunk_sizes
+        end_of_short = CHUNKS * short
+        end_of_long = end_of_short + _LONG_CHUNKS * long
+        behind = lax.div(jnp.clip(slot - end_of_short, 0, end_of_long - end_of_short), long)
+        return (
+            lax.div(jnp.minimum(slot, end_of_short), short)
+            + behind
+            + lax.div(jnp.maximum(slot - end_of_long, 0), longest)
+        )
 
     def first_seen(self, position: Array) -> Array | int:
         """The first slot that a token at ``position`` sees."""

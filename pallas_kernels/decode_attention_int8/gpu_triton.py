@@ -83,8 +83,8 @@ class _Problem(whole.Problem):
         return self.groups * GROUP
 
     @property
-    def chunk_sizes(self) -> tuple[int, int]:
-        return self.tuning.chunks
+    def chunk_sizes(self) -> tuple[int, int, int]:
+        return *self.tuning.chunks, self.tuning.chunks[-1]
 
     @property
     def half(self) -> DTypeLike:

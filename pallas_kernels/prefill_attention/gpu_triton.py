@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.decode_attention import gpu_triton as decode
+from pallas_kernels.decode_attention.gpu_triton_tiles import raise_maximum
 
 ALIKE = True
 _ROWS = 64  # of a tile
@@ -139,7 +140,7 @@ def _attend_to_block(
     slots = start + lax.broadcasted_iota(jnp.int32, positions.shape, 1)
     seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
     logits = decode.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-    maximum, kept, weights = decode.raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+    maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
     total = total * kept + jnp.sum(weights, axis=1)
     return maximum, total, mixed * kept[:, None] + decode.dot(weights.astype(values.dtype), values, contract=(1, 0))
 

@@ -38,9 +38,10 @@ MODELS = {
     "mistral_window": AttentionCase(8, 32, 8, 128, 2056, window=700),
     "one_head_each": AttentionCase(17, 8, 8, 96, 1100),
     "wide_heads": AttentionCase(17, 8, 1, 256, 700),
+    "longest_chunks": AttentionCase(4, 9, 3, 64, 9300),
 }
-# The slots seen by the first token are one more; 16 sequences, on both sides of the edges of tiles and chunks.
-LENGTHS = (0, 1, 15, 62, 63, 64, 65, 127, 128, 511, 512, 600, 1023, 1024, 1290, 2048)
+# The slots seen by the first token are one more; 19 sequences, on both sides of the edges of tiles and chunks.
+LENGTHS = (0, 1, 15, 62, 63, 64, 65, 127, 128, 511, 512, 600, 1023, 1024, 1290, 2048, 8190, 8192, 9000)
 BOUNDS = {dtype: ATTENTION[jnp.dtype(dtype).name] for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)}
 TOKENS = (1, 2, 4, 5, 8, 17)
 

@@ -25,20 +25,21 @@ IMPLEMENTATIONS = {
     "triton": functools.partial(gpu_triton.decode_attention, interpret=True),
 }
 # Groups of 1, 3 and 4 queries; one and two blocks of rows; slots that fill no tile; long chunks; windows that begin in
-# a first, a later and a long chunk; head dimensions that are no power of two.
+# a first, a later and a long chunk, and the longest ones; head dimensions that are no power of two.
 CASES = [
     AttentionCase(1, 2, 2, 64, 70),
     AttentionCase(4, 3, 1, 64, 130),
     AttentionCase(5, 8, 2, 128, 136, window=70),
     AttentionCase(2, 3, 1, 96, 1700, window=600),
     AttentionCase(2, 2, 1, 16, 1350),
+    AttentionCase(1, 2, 1, 16, 9300),
 ]
 DRAFTS = AttentionCase(5, 8, 2, 64, 192, window=85)
 
 
 def lengths_at_edges(case: AttentionCase) -> list[int]:
     """An empty cache, a full one, too full a one, and tokens on both sides of where a chunk begins."""
-    edges = [edge - offset for edge in (64, 1024, 1280) for offset in (case.num_tokens, 1, 0)]
+    edges = [edge - offset for edge in (64, 1024, 1280, 8192, 8704) for offset in (case.num_tokens, 1, 0)]
     full = case.slots - case.num_tokens
     return sorted({0, full, case.slots - 1, *(edge for edge in edges if edge < full)})
 
