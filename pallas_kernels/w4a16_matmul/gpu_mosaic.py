@@ -35,6 +35,11 @@ rows_read = hopper.rows_read
 # none: those that were right and faster on an H200. Rows in float16 have not run so.
 PAIRED_ROWS: Mapping[int, range] = {28672: range(96, 257)}
 
+_LONG = 8  # tiles of a slice
+# By whether a weight is nested, the most rows of which three tiles fit into the memory of two warpgroups that copy them
+# with each tile of the weight. More rows come in smaller pieces.
+_ROWS_OF_THREE_TILES: Mapping[bool, int] = {False: 112, True: 80}
+
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;
 {even} {odd}
@@ -94,16 +99,23 @@ def _chosen_config(
         config = pairs.default_config(m, n, k)
         if hopper.sums_fit(config.block_m) and pairs.obstacle(weight, config, early=early) is None:
             return config
-    return default_config(m, n, k)
+    return default_config(m, n, k, nested=weight.low is not None)
 
 
-def default_config(m: int, n: int, k: int) -> hopper.MosaicConfig:
-    """Tiles by shape; the order of the sum depends on the weight alone."""
-    slices = hopper.num_slices(n, k)
-    config = hopper.layout_of_warpgroups(n, slices, hopper.block_m(m))
-    if 32 < config.block_m <= 64 and hopper.tiles_of_slice(k, slices) >= 8:
-        # Decoding keeps a warpgroup busy: long slices go faster on more programs than on two warpgroups of one.
-        config = dataclasses.replace(config, warpgroups_k=1, split=slices)
+def default_config(m: int, n: int, k: int, *, nested: bool = False) -> hopper.MosaicConfig:
+    """Tiles by shape, the fastest on an H200; the order of the sum depends on the weight alone."""
+    slices, block_m = hopper.num_slices(n, k), hopper.block_m(m)
+    config = hopper.layout_of_warpgroups(n, slices, block_m)
+    if 32 < block_m <= 64 and (nested if slices == 1 else hopper.tiles_of_slice(k, slices) >= _LONG):
+        # Decoding keeps a warpgroup busy: long slices, or many codes, go faster on more programs than on more
+        # warpgroups of one. Two share the rows that a program copies.
+        if n % (2 * hopper.ROWS) == 0:
+            return hopper.MosaicConfig(2, 1, slices, block_m, 4, registers=(24, 240))
+        return dataclasses.replace(config, warpgroups_k=1, split=slices)
+    if nested and _ROWS_OF_THREE_TILES[True] < block_m <= 96 and n >= hopper.LEAST_WIDE and n % (4 * hopper.ROWS) == 0:
+        return hopper.MosaicConfig(4, 1, slices, block_m, 4, 4, registers=(24, 112))
+    if _ROWS_OF_THREE_TILES[nested] < block_m <= 128:
+        return dataclasses.replace(config, x_slots=6 if nested else 8)
     return config
 
 

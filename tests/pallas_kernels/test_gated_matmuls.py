@@ -197,7 +197,8 @@ def test_whoever_lets_a_weight_pass_has_programs_that_hold_gate_and_up(k):
             weight = abstract_weight(k, n, 128, True, Layout.WGMMA)
             if hopper.gated_obstacle(num_rows, weight) is None:
                 served += 1
-                config = matmul_mosaic.default_config(num_rows, n, k)
-                assert (config.slices, config.warpgroups_n % 2, n % config.block_n) == (1, 0, 0)
-                assert n // 2 % (config.block_n // 2) == 0
+                for nested in (False, True):
+                    config = matmul_mosaic.default_config(num_rows, n, k, nested=nested)
+                    assert (config.slices, config.warpgroups_n % 2, n % config.block_n) == (1, 0, 0)
+                    assert n // 2 % (config.block_n // 2) == 0
     assert served > 100
