@@ -106,6 +106,7 @@ def test_xla_reads_nothing_that_a_kernel_wrote_which_signals(kind, rows, gpus, m
 
     Of 12 rows no layer makes whole tiles: the pass did.
     """
+    monkeypatch.setattr("qspec_jax.model.decoder.PADS_ONCE", True)
     monkeypatch.setattr(loop_settings, "_FEW_ROWS", rows)  # also where it does not pay
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 12, 0)))  # with Mosaic kernels as well
     monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
