@@ -81,7 +81,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     options.check_positive(arguments, "max_new_tokens", "max_seq_len")
     options.check_draft_length(arguments.draft_length)
     options.check_weights(arguments)
-    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context])
+    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context], [arguments.mode])
     SamplingParams.of(_sampling(arguments))
 
 

@@ -21,7 +21,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, gain_obstacle
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.model.config import KV_NAMES
@@ -153,13 +153,10 @@ class _Request:
 
     def plans(self, model: Any) -> list[DecodingPlan]:
         """All combinations of the drafts that are asked for."""
-        combined = itertools.product(self.drafts, self.draft_contexts, self.draft_lengths)
-        weights = {"verify": model.plan("qspec").verify.name, "draft_head": model.draft_head}
-        return [
-            _plan(model, draft, context, length)
-            for draft, context, length in combined
-            if gain_obstacle(draft, context, **weights) is None
-        ]
+        combined = itertools.product(self.drafts, self.draft_contexts)
+        target = model.plan("qspec").verify.name
+        gaining = drafts_that_gain(combined, target, draft_head=model.draft_head)
+        return [_plan(model, *one, length) for one, length in itertools.product(gaining, self.draft_lengths)]
 
     def require_a_prompt(self, model: Any, max_new_tokens: int) -> None:
         """Refuses prompts of which none can run, before a text is scored.
@@ -210,7 +207,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     for model in (*(arguments.model or ()), arguments.baseline):
         check_model_name(model)
     options.check_weights(arguments, ["qspec"])
-    options.check_drafts(arguments, drafts, contexts)
+    options.check_drafts(arguments, drafts, contexts, ["qspec"])
     if arguments.draft_model is not None and len(arguments.model or ()) > 1:
         raise UsageError("--draft-model is of one model; give one --model, or leave it out")
     return _Request(precisions, drafts, lengths, contexts, text, prompts)

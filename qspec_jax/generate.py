@@ -324,7 +324,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, "batch_size", "num_samples")
     options.check_draft_length(arguments.draft_length)
     options.check_weights(arguments)
-    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context])
+    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context], [arguments.mode])
     if arguments.show_draft and arguments.stream and not arguments.json and arguments.output is None:
         raise UsageError("--show-draft shows a text that is complete, and not as it comes; leave --stream out")
 

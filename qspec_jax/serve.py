@@ -141,7 +141,7 @@ def _check(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, "batch_size", "max_waiting")
     options.check_draft_length(arguments.draft_length)
     options.check_weights(arguments)
-    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context])
+    options.check_drafts(arguments, [arguments.draft], [arguments.draft_context], [arguments.mode])
     if arguments.max_waiting < 0:
         raise UsageError(f"--max-waiting {arguments.max_waiting} must be at least 0")
     if not 0 <= arguments.port <= 65535:

@@ -18,3 +18,4 @@ best, most = run(model, DecodingPlan(verify=Precision.W4A16, draft=Precision.W4A
 drafted, tokens_per_cycle = run(model, DecodingPlan(verify=Precision.W4A16, draft=Precision.W4A4, draft_length=3))
 print(f"{tokens_per_cycle:.2f} tokens per cycle with W4A4 drafts; {most:.2f} with drafts that are always right")
 assert drafted == best  # whatever drafts, the text is that of the verify precision
+assert most >= tokens_per_cycle

@@ -36,9 +36,6 @@ rows_read = hopper.rows_read
 PAIRED_ROWS: Mapping[int, range] = {28672: range(96, 257)}
 
 _LONG = 8  # tiles of a slice
-# By whether a weight is nested, the most rows of which three tiles fit into the memory of two warpgroups that copy them
-# with each tile of the weight. More rows come in smaller pieces.
-_ROWS_OF_THREE_TILES: Mapping[bool, int] = {False: 112, True: 80}
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;
@@ -99,11 +96,14 @@ def _chosen_config(
         config = pairs.default_config(m, n, k)
         if hopper.sums_fit(config.block_m) and pairs.obstacle(weight, config, early=early) is None:
             return config
-    return default_config(m, n, k, nested=weight.low is not None)
+    kind = {"group_size": weight.group_size, "symmetric": weight.symmetric}
+    return default_config(m, n, k, nested=weight.low is not None, **kind)
 
 
-def default_config(m: int, n: int, k: int, *, nested: bool = False) -> hopper.MosaicConfig:
-    """Tiles by shape, the fastest on an H200; the order of the sum depends on the weight alone."""
+def default_config(
+    m: int, n: int, k: int, *, nested: bool = False, group_size: int = 128, symmetric: bool = True
+) -> hopper.MosaicConfig:
+    """Tiles by shape and kind of weight, the fastest on an H200; the order of the sum depends on the weight alone."""
     slices, block_m = hopper.num_slices(n, k), hopper.block_m(m)
     config = hopper.layout_of_warpgroups(n, slices, block_m)
     if 32 < block_m <= 64 and (nested if slices == 1 else hopper.tiles_of_slice(k, slices) >= _LONG):
@@ -112,11 +112,15 @@ def default_config(m: int, n: int, k: int, *, nested: bool = False) -> hopper.Mo
         if n % (2 * hopper.ROWS) == 0:
             return hopper.MosaicConfig(2, 1, slices, block_m, 4, registers=(24, 240))
         return dataclasses.replace(config, warpgroups_k=1, split=slices)
-    if nested and _ROWS_OF_THREE_TILES[True] < block_m <= 96 and n >= hopper.LEAST_WIDE and n % (4 * hopper.ROWS) == 0:
+    if not 64 < block_m <= 128:
+        return config
+    # Rows that are copied with each tile leave too little memory for three of them, and with two reading waits.
+    problem = hopper.Problem(m, n, k, k // group_size, jnp.bfloat16, jnp.bfloat16, num_packed=1 + nested)
+    if hopper.with_most_stages(config, problem, 1 if symmetric else 2).num_stages >= 3:
+        return config
+    if nested and block_m <= 96 and n >= hopper.LEAST_WIDE and n % (4 * hopper.ROWS) == 0:
         return hopper.MosaicConfig(4, 1, slices, block_m, 4, 4, registers=(24, 112))
-    if _ROWS_OF_THREE_TILES[nested] < block_m <= 128:
-        return dataclasses.replace(config, x_slots=6 if nested else 8)
-    return config
+    return dataclasses.replace(config, x_slots=6 if nested else 8)
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.

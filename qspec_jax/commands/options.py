@@ -20,7 +20,7 @@ from qspec_jax.decoding.plan import (
     VERIFY,
     check_draft_context,
     check_verify,
-    gain_obstacle,
+    drafts_that_gain,
 )
 from qspec_jax.decoding.values import MAX_COUNT
 from qspec_jax.device.mesh import parse_mesh
@@ -209,17 +209,19 @@ def check_weights(arguments: argparse.Namespace, modes: Iterable[str] = ()) -> N
     check_model_name(arguments.draft_model, what="draft_model")
 
 
-def check_drafts(arguments: argparse.Namespace, drafts: Iterable[str], contexts: Iterable[str | int]) -> None:
-    """Refuses, before a model is opened, drafts of which none reads less than its verification, in any cache.
+def check_drafts(
+    arguments: argparse.Namespace, drafts: Iterable[str], contexts: Iterable[str | int], modes: Iterable[str]
+) -> None:
+    """Refuses, before a model is opened, drafts of the model of which none reads less than its verification.
+
+    What ``--verify auto`` is, only the model tells.
 
     Raises:
         UsageError: that is so.
     """
-    head = getattr(arguments, "draft_head", None)
-    combined = itertools.product(drafts, contexts)
-    reasons = [gain_obstacle(*one, arguments.verify, draft_head=head) for one in combined]
-    if all(reasons):
-        raise UsageError(reasons[0])
+    if not {AUTO, "qspec", "lookup-qspec"}.isdisjoint(modes):
+        head = getattr(arguments, "draft_head", None)
+        drafts_that_gain(itertools.product(drafts, contexts), arguments.verify, draft_head=head)
 
 
 def verify_of(arguments: argparse.Namespace, modes: Iterable[str]) -> str:

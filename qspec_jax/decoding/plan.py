@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from qspec_jax.decoding.values import between, listed, shown, whole
@@ -130,6 +130,8 @@ class DecodingPlan:
         if self.draft_view is None:
             return self
         view = self.draft_view.in_cache(capacity)
+        if view == self.draft_view:
+            return self
         if view != self.verify:
             return DecodingPlan(self.verify, Lookup(view) if self.lookup else view, self.draft_length)
         return DecodingPlan(self.verify, Lookup(), self.draft_length) if self.lookup else DecodingPlan(self.verify)
@@ -207,13 +209,21 @@ class AutoPlan:
         """Blocks of the cache that drafts with a budget read; 0 where none has one."""
         return max(plan.num_blocks for plan in self.choices)
 
-    def in_cache(self, capacity: int) -> AutoPlan:
-        """The plan that does the same with caches of some positions."""
+    def in_cache(self, capacity: int) -> AutoPlan | DecodingPlan:
+        """The plan that does the same with caches of some positions; the only one that is left."""
         choices = dict.fromkeys(plan.in_cache(capacity) for plan in self.choices)
-        return AutoPlan(self.mode, tuple(choices))
+        return AutoPlan(self.mode, tuple(choices)) if len(choices) > 1 else self.choices[0]
 
 
 Plan = DecodingPlan | AutoPlan
+
+
+def missing_drafts(plan: Plan, capacity: int) -> str | None:
+    """What is to be said where a plan with drafts has none in caches of some positions; None where it has."""
+    if not plan.draft_length or plan.in_cache(capacity).draft_length:
+        return None
+    name = plan.label if isinstance(plan, DecodingPlan) else plan.mode
+    return f"nothing is drafted: {name} would read all of a cache of {capacity}, as its verification does"
 
 
 def static(plan: Plan | Any) -> DecodingPlan:
@@ -258,8 +268,8 @@ def plan_of(
             checkpoint's own floats and a 4-bit copy, ``w8a16`` for one with nested weights, and ``w4a16`` for others.
         held: ``weight_bits`` of the views that the model's weights serve (``model.config.held_weights``).
         draft_head: 4 if the model has an LM head of 4 bits for its drafts.
-        rounds_in_vain: a step is faster with 16-bit activations than with 8-bit ones. Where the engine chooses, and
-            nobody named a draft, those with a budget then have 16-bit ones, which are also accepted more often.
+        rounds_in_vain: a step is faster with 16-bit activations than with 8-bit ones. Where the engine chooses, W4A16
+            verifies and nobody named a draft, those with a budget then have 16-bit ones.
 
     Raises:
         UsageError: an unknown mode, draft or target, a draft length below 1, a draft context that is too small,
@@ -280,7 +290,8 @@ def plan_of(
     part = _part_of_cache(draft_context, always=view == target)
     with_part = dataclasses.replace(view, **part)
     is_chosen = mode == AUTO or (isinstance(draft_length, str) and draft_length == AUTO)
-    if part and is_chosen and draft == "auto" and view.activation_bits == 8 and rounds_in_vain:
+    is_rounded = draft == "auto" and view.activation_bits == 8 and target == View.of(Precision.W4A16)
+    if part and is_chosen and is_rounded and rounds_in_vain:
         with_part = dataclasses.replace(with_part, activation_bits=None)
     views = [one for one in dict.fromkeys((view, with_part)) if one != target]
     if mode == AUTO:
@@ -355,14 +366,29 @@ def gain_obstacle(draft: str, draft_context: str | int, verify: str, *, draft_he
     """Why drafts read all that their verification reads, and so cost a plain step; None where they do not.
 
     Args:
-        draft, draft_context, verify, draft_head: as in :func:`plan_of`; ``auto`` to verify is taken for ``w4a16``.
+        draft, draft_context, draft_head: as in :func:`plan_of`.
+        verify: the same; of ``auto`` nothing is known before there is a model.
     """
-    if (draft, draft_context) != ("w4a16", "full") or verify not in (AUTO, "w4a16") or draft_head is not None:
+    if (draft, draft_context, verify) != ("w4a16", "full", "w4a16") or draft_head is not None:
         return None
     return (
         f"draft={draft!r} with draft_context='full' reads what verify='w4a16' reads, and costs a plain step; use "
         "draft_context='auto' or a number, draft='w4a8', or verify='w8a16' or 'float'"
     )
+
+
+def drafts_that_gain(
+    combined: Iterable[tuple[str, str | int]], verify: str, *, draft_head: int | None
+) -> list[tuple[str, str | int]]:
+    """Of drafts and what they read of the cache those without a :func:`gain_obstacle`.
+
+    Raises:
+        UsageError: there are some, and each has one.
+    """
+    reasons = {one: gain_obstacle(*one, verify, draft_head=draft_head) for one in combined}
+    if reasons and all(reasons.values()):
+        raise UsageError(next(filter(None, reasons.values())))
+    return [one for one, reason in reasons.items() if reason is None]
 
 
 def _part_of_cache(draft_context: str | int, *, always: bool) -> dict[str, int]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.following import programs_of
-from qspec_jax.decoding.plan import AUTO, AutoPlan, DecodingPlan, Plan, check_verify, plan_of, static
+from qspec_jax.decoding.plan import AUTO, AutoPlan, DecodingPlan, Plan, check_verify, missing_drafts, plan_of, static
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.device.mesh import shape_of
@@ -199,7 +199,8 @@ class LanguageModel:
                 cache, or of the weights that verify), or ``auto`` for the one that is fastest here.
             draft_length: drafts per cycle; with QSpec also ``auto``, for the fastest, none included.
             draft_context: tokens of the cache that each draft reads: ``full`` for all, ``auto`` for the 512 that
-                matter of texts from 1,024 on (on a GPU), or a number of them. Tokens do not depend on it.
+                matter of texts from 1,024 on (on a GPU, and of ``w4a16`` drafts), or a number of them. Tokens do not
+                depend on it.
             verify: what drafts are verified with, and so what tokens are those of: ``w4a16``, ``w8a16`` for 8-bit
                 weights, ``float`` for the floats of a model that :func:`qspec_jax.load` loaded with
                 ``verify="float"``, or ``auto`` for what :func:`qspec_jax.load` was asked for.
@@ -326,7 +327,7 @@ class LanguageModel:
         return Service(
             self.intake,
             self.programs,
-            plan.in_cache(capacity),
+            _in_cache(plan, capacity, on_event),
             kernels=self.kernels,
             batch_size=_count("batch_size", batch_size),
             capacity=capacity,
@@ -353,7 +354,7 @@ class LanguageModel:
         return Pipeline(
             self.intake,
             self.programs,
-            plan.in_cache(capacity),
+            _in_cache(plan, capacity, on_event),
             kernels=self.kernels,
             batch_size=_count("batch_size", batch_size),
             capacity=capacity,
@@ -390,7 +391,7 @@ class LanguageModel:
         cycles_per_step = at_least_1("cycles_per_step", cycles_per_step)
         fitting = fitting_capacity(len(request.token_ids) + request.max_new_tokens)
         capacity = _capacity(max_seq_len, fitting)
-        plan = plan.in_cache(capacity)
+        plan = _in_cache(plan, capacity, on_event)
         batch: dict[str, Any] = {"rows": 1, "capacity": capacity, "keep_drafts": _keep_drafts(keep_drafts)}
         scheduler = Scheduler(self.programs, plan, on_event=on_event, **batch)
         return self._stream(request, plan, scheduler, cycles_per_step)
@@ -425,6 +426,13 @@ class LanguageModel:
             UsageError: the plan is none.
         """
         return self.intake.attempt(prompt, statistics(_plan(plan), kernels=self.kernels), **options)
+
+
+def _in_cache(plan: Plan, capacity: int, on_event: Callable[[str], None] | None) -> Plan:
+    """The plan in caches of some positions; tells where it drafts nothing there."""
+    if on_event is not None and (reason := missing_drafts(plan, capacity)):
+        on_event(reason)
+    return plan.in_cache(capacity)
 
 
 def _plan(given: Any) -> Plan:

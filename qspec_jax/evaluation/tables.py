@@ -56,7 +56,7 @@ def _draft_lines(scores: Sequence[DraftScore]) -> list[str]:
         by_position = " ".join(f"{share:.2f}" for share in score.acceptance_by_position)
         identical = f"{score.identical}/{score.num_prompts}"
         figures = f"{score.acceptance_rate:>10.3f}{score.tokens_per_cycle:>14.2f}"
-        if not score.num_prompts:  # none could run
+        if not score.num_drafted:  # none could run, or drafts would have been what verifies
             figures, by_position = f"{'-':>10}{'-':>14}", "-"
         lines.append(f"{score.draft:{width}}{score.draft_length:>7}{figures}{identical:>11}  {by_position}")
     return lines
@@ -76,7 +76,7 @@ def comparison_table(models: Sequence[ModelScore]) -> str:
         text = f"{'-':>6}{'-':>12}{'-':>10}"
         if (score := next((compared[one] for one in _WIDEST_FIRST if one in compared), None)) is not None:
             text = f"{score.name:>6}{score.perplexity:>12.3f}{round(score.kl or 0.0, 5) + 0.0:>10.5f}"
-        ran = {(score.draft, score.draft_length): score for score in model.drafts if score.num_prompts}
+        ran = {(score.draft, score.draft_length): score for score in model.drafts if score.num_drafted}
         figures = [
             f"{ran[one].acceptance_rate:.3f} {ran[one].tokens_per_cycle:.2f}" if one in ran else "-" for one in drafts
         ]
@@ -92,7 +92,7 @@ def plot_acceptance(models: Sequence[ModelScore], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for model in models:
-        for score in filter(lambda score: score.num_prompts, model.drafts):
+        for score in filter(lambda score: score.num_drafted, model.drafts):
             positions = range(1, score.draft_length + 1)
             label = f"{score.draft}, drafts of {score.draft_length}"
             label = label if len(models) == 1 else f"{model.name}: {label}"

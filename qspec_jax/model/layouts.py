@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import Layout, QuantizedWeight, with_group_sums, with_layout
+from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.mesh import MODEL
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.linear import Linear
@@ -46,14 +47,16 @@ def linears(decoder: Decoder) -> list[Linear]:
 
 
 def rounds_in_vain(decoder: Decoder) -> bool:
-    """Whether a step of few rows takes longer with 8-bit activations than with 16-bit ones, as measured on an H200.
+    """Whether a step takes longer with 8-bit activations than with 16-bit ones, as SmolLM2's did on an H200.
 
     So it is with Triton's kernels where each weight has an offset: the codes of activations are made, and summed by
     groups, for matmuls that are no faster (docs/lab-notebook/058-what-a-draft-need-not-round.md).
     """
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or decoder.dtype.itemsize != 2:
         return False
-    return all(weight.layout is Layout.PLANES and not weight.symmetric for _, weight in _quantized(decoder))
+    found = list(_quantized(decoder))
+    by_triton = all(weight.layout is Layout.PLANES and linear.kernels != REFERENCE for linear, weight in found)
+    return bool(found) and by_triton and not any(weight.symmetric for _, weight in found)
 
 
 def num_bytes(value: Any) -> int:

@@ -68,21 +68,23 @@ def test_weights_that_no_mode_reads_are_refused_before_a_model_is_opened(modes, 
 
 
 @pytest.mark.parametrize(
-    ("contexts", "given", "refused"),
+    ("contexts", "modes", "given", "refused"),
     [
-        (["full"], {}, True),
-        (["full"], {"verify": "w4a16"}, True),
-        (["full"], {"verify": "float"}, False),
-        (["full"], {"draft_head": 4}, False),
-        (["full", "auto"], {}, False),  # one of them gains
-        ([512], {}, False),
+        (["full"], ["w4a16", "qspec"], {}, True),
+        (["full"], ["auto"], {}, True),
+        (["full"], ["w4a16", "lookup"], {}, False),  # whose drafts the model does not make
+        (["full"], ["qspec"], {"verify": "auto"}, False),  # which the model tells
+        (["full"], ["qspec"], {"verify": "float"}, False),
+        (["full"], ["qspec"], {"draft_head": 4}, False),
+        (["full", "auto"], ["qspec"], {}, False),  # one of them gains
+        ([512], ["qspec"], {}, False),
     ],
 )
-def test_drafts_that_read_all_that_verifies_are_refused_before_a_model_is_opened(contexts, given, refused):
-    asked = argparse.Namespace(**{"verify": "auto", "draft_head": None, **given})
-    options.check_drafts(asked, ["w4a8"], contexts)
+def test_drafts_that_read_all_that_verifies_are_refused_before_a_model_is_opened(contexts, modes, given, refused):
+    asked = argparse.Namespace(**{"verify": "w4a16", "draft_head": None, **given})
+    options.check_drafts(asked, ["w4a8"], contexts, modes)
     with pytest.raises(UsageError, match="costs a plain step") if refused else contextlib.nullcontext():
-        options.check_drafts(asked, ["w4a16"], contexts)
+        options.check_drafts(asked, ["w4a16"], contexts, modes)
 
 
 @pytest.mark.parametrize(

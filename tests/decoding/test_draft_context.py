@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import EVERYTHING
 from qspec_jax.decoding import chunks, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
-from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW, DecodingPlan, Lookup, plan_of
+from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW, DecodingPlan, Lookup, missing_drafts, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import PromptChunk
 from qspec_jax.errors import UsageError
@@ -220,6 +220,13 @@ def test_drafts_that_read_all_that_verifies_are_none():
     assert plan.in_cache(FULL_BELOW) == DecodingPlan(Precision.W4A16)
     looked_up = plan_of("lookup-qspec", draft="w4a16", draft_context=256)
     assert looked_up.in_cache(256) == DecodingPlan(Precision.W4A16, Lookup(), 3)
+    assert missing_drafts(plan, FULL_BELOW).startswith("nothing is drafted: w4a16@512 x3 would read all of a cache of")
+    assert missing_drafts(plan, FULL_BELOW + 64) is missing_drafts(guided(), 64) is None
+    lengths = plan_of("qspec", draft="w4a16", draft_length="auto", draft_context=256)
+    assert lengths.in_cache(256) == DecodingPlan(Precision.W4A16)
+    assert "qspec would read all" in missing_drafts(lengths, 256)
+    of_ones_own = DecodingPlan(Precision.W4A16, Precision.W4A16, 3)  # which has no budget
+    assert of_ones_own.in_cache(64) == of_ones_own
     automatic = plan_of("auto", draft="w4a16", draft_context=256)
     assert [one.label for one in automatic.choices if not one.lookup][:3] == ["w4a16", "w4a16@256 x1", "w4a16@256 x2"]
     assert {one.draft for one in automatic.in_cache(256).choices} == {None, Lookup()}
@@ -245,11 +252,22 @@ def test_the_engine_chooses_drafts_of_16_bits_with_a_budget_where_8_bits_take_lo
         assert drafts(**asked, draft="w4a8") == {whole, View(activation_bits=8, cache_budget=512)}
         assert drafts(**asked, draft_context="full") == {whole}
         assert drafts(**asked, rounds_in_vain=False) == {whole, View(activation_bits=8, cache_budget=512)}
+        # Of a small cache they would be five loops more.
+        floats = {"verify": "float", "held": (4, None)}
+        assert drafts(**asked, **floats) == {whole, View(activation_bits=8, cache_budget=512)}
     assert plan_of("qspec", **options).draft == View(activation_bits=8, cache_budget=512)
-    symmetric, asymmetric = (tiny.language_model(quantization=QuantConfig(symmetric=one)) for one in (True, False))
-    assert not rounds_in_vain(asymmetric.decoder)  # by the reference, on a CPU
+    asymmetric, symmetric, floats = (
+        tiny.language_model(quantization=one, kernels=None, dtype="bfloat16")
+        for one in (QuantConfig(symmetric=False), QuantConfig(symmetric=True), None)
+    )
+    others = [
+        tiny.language_model(quantization=QuantConfig(symmetric=False), **options)
+        for options in ({"dtype": "bfloat16"}, {"kernels": None})  # by the reference; in float32
+    ]
+    assert not rounds_in_vain(asymmetric.decoder)  # on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (rounds_in_vain(asymmetric.decoder), rounds_in_vain(symmetric.decoder)) == (True, False)
+    assert rounds_in_vain(asymmetric.decoder)
+    assert not any(rounds_in_vain(one.decoder) for one in (symmetric, floats, *others))
     assert part in {one.draft for one in asymmetric.plan("auto", draft_context=512).choices}
 
 

@@ -14,6 +14,7 @@ from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation import scores as evaluation
+from qspec_jax.evaluation import tables
 from qspec_jax.evaluation.scores import ModelScore
 from qspec_jax.evaluation.tables import plot_outliers
 from qspec_jax.model.config import ModelConfig
@@ -207,6 +208,14 @@ def test_several_models_have_a_table_of_kinds_each():
     tables = evaluate._tables(models)
     assert [table.split()[0] for table in tables] == ["model", "one", "another"]
     assert tables[1].splitlines()[2] == "code  w4a8@1024       3     0.900          3.70        2/2  0.90 0.90 0.90"
+
+
+def test_drafts_that_nobody_made_are_not_taken_for_rejected_ones():
+    """Short texts, of which a budget pays for all."""
+    score = evaluation.DraftScore("w4a16@512", 3, 2, 8, 0, 0.0, 1.0, (0.0, 0.0, 0.0), 2)
+    _, line = tables.draft_table([score]).splitlines()
+    assert line.split() == ["w4a16@512", "3", "-", "-", "2/2", "-"]
+    assert tables.comparison_table([ModelScore("one", [], [score])]).splitlines()[1].split()[-1] == "-"
 
 
 def test_contexts_of_drafts_are_budgets_or_windows(model):

@@ -22,6 +22,7 @@ from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.timing import kernel_clock_works, recorded_kernels
 from qspec_jax.commands.run import say
 from qspec_jax.decoding.loop_settings import cycles_per_check
+from qspec_jax.decoding.plan import missing_drafts
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.device.processes import is_lost_message
@@ -127,6 +128,9 @@ def measure_parts(
         repetitions: of the part in a dispatch, rounded up to a multiple of ``cycles_per_check``;
             None for as many as make it last a quarter of a second.
     """
+    for plan in dict.fromkeys(part.plan for part in parts):
+        if reason := missing_drafts(plan, setting.capacity):
+            say(reason)
     parts = list(dict.fromkeys(part for one in parts if (part := one.in_cache(setting.capacity)).exists))
     for part in parts:
         model.programs.lay_out_weights(part.plan)

@@ -23,7 +23,7 @@ from qspec_jax.bench.random_arrays import random_codes, random_normal
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
-from qspec_jax.decoding.plan import AUTO, DecodingPlan, gain_obstacle, static
+from qspec_jax.decoding.plan import AUTO, DecodingPlan, drafts_that_gain, static
 from qspec_jax.decoding.state import DecodeState
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.cache import KV_INT8, KVCache
@@ -144,17 +144,21 @@ def decoding_parts(
     target = static(model.plan(draft_length=1, verify=verify)).verify
     plans = dict.fromkeys([DecodingPlan(target), *(static(model.plan(mode)) for mode in plain)])
     steps = [Part("step", plan) for plan in plans]
-    combined = itertools.product(draft_contexts, draft_lengths, drafts) if "qspec" in modes else ()
+    combined = itertools.product(drafts, draft_contexts) if "qspec" in modes else ()
+    gaining = drafts_that_gain(combined, target.name, draft_head=model.draft_head)
     plans = [
         static(model.plan(draft=draft, draft_length=length, draft_context=context, verify=verify))
-        for context, length, draft in combined
-        if gain_obstacle(draft, context, target.name, draft_head=model.draft_head) is None
+        for context, length, draft in itertools.product(draft_contexts, draft_lengths, drafts)
+        if (draft, context) in gaining
     ]
     if "lookup" in modes:
         plans += [static(model.plan("lookup", draft_length=length, verify=verify)) for length in draft_lengths]
     plans = list(dict.fromkeys(plans))
-    # A verification depends on the drafts by their number, and by whether it weighs blocks for them.
-    verifications = {(plan.draft_length, plan.num_blocks): Part("verify", plan) for plan in plans}
+    # A verification depends on the drafts by their number, and by whether it weighs blocks for them. It is that of a
+    # plan which drafts in any cache, if there is one.
+    verifications: dict[tuple[int, int], Part] = {}
+    for plan in sorted(plans, key=lambda plan: plan.in_cache(0).draft is None):
+        verifications.setdefault((plan.draft_length, plan.num_blocks), Part("verify", plan))
     return [
         *steps,
         *(Part("draft", plan) for plan in plans if plan.draft_view is not None),

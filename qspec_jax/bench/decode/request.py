@@ -62,8 +62,8 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
     options.check_at_least(arguments.steps, 1, option="--steps")
     combined = _combinations(arguments)
     shared.check_weights(arguments, combined["modes"])
-    shared.check_drafts(arguments, combined["drafts"], combined["draft_contexts"])
     arguments.verify = shared.verify_of(arguments, combined["modes"])
+    shared.check_drafts(arguments, combined["drafts"], combined["draft_contexts"], combined["modes"])
     name, config, path = chosen_model(arguments)
     if arguments.hadamard_block is not None:
         name, config = rotated(name, config, arguments.hadamard_block, path)

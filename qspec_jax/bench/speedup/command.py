@@ -17,7 +17,7 @@ from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
 from qspec_jax.commands.processes import add_processes
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, gain_obstacle, static
+from qspec_jax.decoding.plan import AUTO_LENGTHS, DecodingPlan, Lookup, drafts_that_gain, static
 from qspec_jax.errors import UsageError
 from qspec_jax.files.whole import write_picture
 
@@ -86,13 +86,13 @@ class SpeedupRequest(ModelRequest):
 
     def plans(self, model: LanguageModel) -> list[DecodingPlan]:
         """All plans with drafts."""
-        combined = itertools.product(self.draft_contexts, self.lengths)
+        target = static(model.plan(draft_length=1, verify=self.verify)).verify
+        combined = itertools.product([self.draft], self.draft_contexts)
+        gaining = drafts_that_gain(combined, target.name, draft_head=model.draft_head)
         drafting = [
-            static(model.plan(draft=self.draft, draft_length=length, draft_context=context, verify=self.verify))
-            for context, length in combined
-            if gain_obstacle(self.draft, context, self.verify, draft_head=model.draft_head) is None
+            static(model.plan(draft=draft, draft_length=length, draft_context=context, verify=self.verify))
+            for (draft, context), length in itertools.product(gaining, self.lengths)
         ]
-        target = drafting[0].verify
         looking_up = [] if self.lookup_chances is None else [DecodingPlan(target, Lookup(), n) for n in self.lengths]
         return [*drafting, *looking_up]
 
@@ -151,7 +151,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
     looked_up = arguments.lookup_acceptance
     shared.check_weights(arguments, ["qspec"])
     draft_contexts = [shared.parse_draft_context(one) for one in options.split_list([arguments.draft_context])]
-    shared.check_drafts(arguments, [arguments.draft], draft_contexts)
+    shared.check_drafts(arguments, [arguments.draft], draft_contexts, ["qspec"])
     name, config, path = chosen_model(arguments)
     if max(contexts) + max(lengths) + 1 > config.max_position_embeddings:
         raise UsageError(

@@ -8,12 +8,13 @@ step, and plans of one length that of a verification: a setting needs far fewer 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qspec_jax.bench.decode.measure import Measurement, measure_parts
 from qspec_jax.bench.decode.parts import Part, Setting
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.commands.run import say
+from qspec_jax.decoding.plan import DecodingPlan, missing_drafts
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.view import View
 
@@ -102,7 +103,7 @@ def expected_of(chances: Sequence[float], draft_length: int) -> float:
 
 def measure_cell(
     model: LanguageModel,
-    plans: Iterable[DecodingPlan],
+    plans: Sequence[DecodingPlan],
     setting: Setting,
     tokens_per_cycle: Callable[[DecodingPlan], float],
     *,
@@ -118,6 +119,9 @@ def measure_cell(
         tokens_per_cycle: ``E`` of a plan.
         repeats, repetitions: as in :func:`measure_parts`.
     """
+    for plan in plans:
+        if reason := missing_drafts(plan, setting.capacity):
+            say(reason)
     in_cache = list(dict.fromkeys(plan.in_cache(setting.capacity) for plan in plans))
     plain = DecodingPlan(in_cache[0].verify if in_cache else View())
     plans = [plan for plan in in_cache if plan.draft is not None]

@@ -20,7 +20,7 @@ from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
 from qspec_jax.commands.processes import add_processes
 from qspec_jax.commands.prompt_files import read_prompt_file
-from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
+from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, missing_drafts
 from qspec_jax.errors import UsageError
 from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
 from qspec_jax.files.whole import write_picture
@@ -125,8 +125,8 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
     arguments.load = _loads(arguments)
     modes = options.parse_names(arguments.mode, option="--mode", known=(AUTO, *MODES, *LOOKUP_MODES))
     shared.check_weights(arguments, modes)
-    shared.check_drafts(arguments, [arguments.draft], [arguments.draft_context])
     arguments.verify = shared.verify_of(arguments, modes)
+    shared.check_drafts(arguments, [arguments.draft], [arguments.draft_context], modes)
     rows = options.parse_numbers(arguments.batch_size, option="--batch-size")
     name, config, path = chosen_model(arguments)
     if arguments.system_tokens and path is not None:
@@ -181,6 +181,8 @@ def _measure(
         plan = model.plan(mode, **{**shared.plan_options(arguments), **verification(mode, arguments.verify)})
         requests = fitting_requests(model, plan, conversations, arguments, failed)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+        if reason := missing_drafts(plan, fitting_capacity(longest)):
+            say(reason)
         plan = plan.in_cache(fitting_capacity(longest))
         options: dict[str, Any] = {"capacity": fitting_capacity(longest)}
         for count in rows:
