@@ -21,7 +21,7 @@ from qspec_jax.device import processes
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.model.decoder import Decoder
 
-_USED_UP = ("prefill", "loop", "with_rows_of", "call")  # calls of which the first state is donated
+_USED_UP = ("prefill", "read_pieces", "loop", "with_rows_of", "call")  # calls of which the first state is donated
 _AHEAD = ("compile", "repetition")  # that may fail, for a program that nobody needs
 _NAMES = "model", "draft_model"  # of files, which may lie elsewhere on each host
 _OF_ALL = "call qspec_jax.load in all processes, in the same order, outside of what only process 0 does"
@@ -179,7 +179,7 @@ class Follower:
         with _led(programs), contextlib.suppress(*failures):
             made = method(*given, **call.options)
             if call.made is not None:
-                is_state_of = isinstance(made, tuple) and call.name in ("prefill", "loop")
+                is_state_of = isinstance(made, tuple) and call.name in ("prefill", "read_pieces", "loop")
                 values[model, call.made] = made[0] if is_state_of else made
 
 

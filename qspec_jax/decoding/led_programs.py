@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Plan
 from qspec_jax.decoding.programs import Programs
-from qspec_jax.decoding.state import DecodeState, PromptChunk, Report
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report
 from qspec_jax.device import processes
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
@@ -148,6 +148,23 @@ class LeadingPrograms(Programs):
         """See the base."""
         with self._together("prefill", plan, shape, state, chunks, rows, sources, count, makes=True) as number:
             state, report = super().prefill(plan, shape, state, chunks, rows, sources, count)
+            return self._noted(state, number), report
+
+    def read_pieces(
+        self,
+        plan: DecodingPlan,
+        shape: Shape,
+        state: DecodeState,
+        pieces: PromptPieces,
+        chunks: PromptChunk,
+        rows: np.ndarray,
+        sources: np.ndarray,
+        num_copied: int,
+    ) -> tuple[DecodeState, Report]:
+        """See the base."""
+        arguments = plan, shape, state, pieces, chunks, rows, sources, num_copied
+        with self._together("read_pieces", *arguments, makes=True) as number:
+            state, report = super().read_pieces(*arguments)
             return self._noted(state, number), report
 
     def loop(

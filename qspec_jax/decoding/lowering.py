@@ -74,19 +74,19 @@ class Lowering:
             return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
 
     def lower_pieces(self, plan: DecodingPlan, shape: Shape, size: int) -> jax.stages.Lowered:
-        """Lowers the program that reads so many pieces of prompts in one pass; its state is donated."""
-        laid_out = self._laid_out
+        """Lowers the program of passes in which each device reads so many pieces of prompts; its state is donated."""
+        laid_out, rows_over = self._laid_out, self._rows_over
 
         def read(leaves, state, pieces, chunks, rows, sources, num_copied):
-            places = rows, sources, num_copied
-            state = speculative.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, plan=plan)
-            return state, Report.of(state, num_copied * 0)
+            places, options = (rows, sources, num_copied), {"plan": plan, "rows_over": rows_over}
+            state = speculative.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, **options)
+            return state, Report.of(state, num_copied * 0, rows_over=rows_over)
 
         state = jax.eval_shape(lambda: self._idle(shape))
         rows = np.zeros((shape.rows,), np.int32)
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         chunks = PromptChunk(**empty_chunks(shape, 0), sampler=sampler)
-        pieces = packing.empty_pieces(size, shape.rows)
+        pieces = packing.empty_pieces(size * self.num_row_shards, shape.rows)
         with early_launch.early_launch(False):
             return self._lower(read, laid_out, state, pieces, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
 

@@ -11,6 +11,9 @@ Example, pieces of 32 tokens, a pass of 8: prompts a of 70 tokens, b of 100, c o
     tokens  a0..31 | a32..63 | a64..69 . | b0..31 | b32..63 | b64..95 | b96..99 . | c0..19 .
     rows    0        0         0           1        1         1         1           2
     starts  0        32        64          0        32        64        96          0
+
+Where several devices have some rows of the batch each, each reads pieces of its own rows, as many as the others: the
+first ones of a pass are those of the first device. A device with fewer has pieces of nothing.
 """
 
 from __future__ import annotations
@@ -68,11 +71,13 @@ def longest_packed(decoder: Decoder) -> int:
 
 def obstacle(decoder: Decoder) -> str | None:
     """Why no pass of a decoder reads chunks of several prompts, whatever bits they had; None where one does."""
+    if decoder.split > 1:  # whether a token has the same bits in any pass is not known of parts of a weight
+        return f"weights that {decoder.split} devices share"
     return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 
 def sizes(rows: int, capacity: int) -> tuple[int, ...]:
-    """The numbers of pieces that passes of a batch have: the last is what its rows hold in all, or the most."""
+    """The numbers of pieces that passes over rows of a device have: the last is what these hold in all, or the most."""
     most = min(_SIZES[-1], rows * num_pieces(capacity))
     return (*(size for size in _SIZES if size < most), most)
 
@@ -97,7 +102,7 @@ class Packed(NamedTuple):
     places: list[int]
 
 
-def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacity: int) -> Packed:
+def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacity: int, num_devices: int = 1) -> Packed:
     """The first chunks, and of later ones those that the rest of a pass has room for, cut into pieces.
 
     Example, a pass of up to 64 pieces: of chunks with 40, 30, 16, 8 and 4 pieces it reads the 40, the 16 and the 8.
@@ -105,20 +110,28 @@ def pack(chunks: Sequence[tuple[int, int, Sequence[int]]], *, rows: int, capacit
     Args:
         chunks: row, start and tokens of each, at least one and none with more pieces than the largest pass.
         rows, capacity: of the batch.
+        num_devices: that have as many rows each, in order. Each has room of its own, and all as many pieces.
     """
-    numbers, counts = sizes(rows, capacity), [num_pieces(len(tokens)) for _, _, tokens in chunks]
-    places = _that_fit(counts, numbers[-1])
-    needed = sum(counts[place] for place in places)
+    of_device = rows // num_devices
+    numbers, counts = sizes(of_device, capacity), [num_pieces(len(tokens)) for _, _, tokens in chunks]
+    fitting: list[list[int]] = []
+    for device in range(num_devices):
+        some = [place for place, (row, _, _) in enumerate(chunks) if row // of_device == device]
+        fitting.append([some[index] for index in _that_fit([counts[place] for place in some], numbers[-1])])
+    needed = max(sum(counts[place] for place in some) for some in fitting)
     size = next(size for size in numbers if size >= needed)
-    pieces: Any = empty_pieces(size, rows)
-    here = 0
+    pieces: Any = empty_pieces(num_devices * size, rows)
+    next_of = [device * size for device in range(num_devices)]
+    places = sorted(place for some in fitting for place in some)
     for chunk, (row, start, tokens) in enumerate(chunks[place] for place in places):
+        here = next_of[row // of_device]
         for begin in range(0, len(tokens), PIECE):
             some = tokens[begin : begin + PIECE]
             pieces.tokens[here, : len(some)] = some
             pieces.rows[here], pieces.starts[here], pieces.num_tokens[here] = row, start + begin, len(some)
             here += 1
         pieces.ends[chunk] = (here - 1) * PIECE + int(pieces.num_tokens[here - 1]) - 1
+        next_of[row // of_device] = here
     return Packed(pieces, places)
 
 

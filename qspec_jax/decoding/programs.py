@@ -72,11 +72,10 @@ class Programs(Lowering):
             UsageError: they are to be, and there is no such pass.
         """
         if self.packing:
-            obstacle = "a model on a mesh" if self.mesh is not None else packing.obstacle(self.decoder)
-            if obstacle is not None:
+            if (obstacle := packing.obstacle(self.decoder)) is not None:
                 raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
             return packing.LONGEST_CHUNK * packing.PIECE
-        if self.packing is False or self.mesh is not None:
+        if self.packing is False:
             return 0
         laid_out = self._laid_out
         if laid_out.longest_packed is None:
@@ -163,7 +162,8 @@ class Programs(Lowering):
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
         """How to lower the loops of some plans, and the programs that read chunks: packed, or for each width."""
         alone = [width for width in widths if width > self.longest_packed]
-        sizes = packing.sizes_for(widths, shape.rows, shape.capacity) if len(alone) < len(widths) else ()
+        of_device = shape.rows // self.num_row_shards
+        sizes = packing.sizes_for(widths, of_device, shape.capacity) if len(alone) < len(widths) else ()
         wanted = {_loop_key(one, shape): functools.partial(self.lower_loop, one, shape) for one in plans}
         for key, lower, those in ((_prefill_key, self.lower_prefill, alone), (_pieces_key, self.lower_pieces, sizes)):
             wanted |= {key(plans[0], shape, one): functools.partial(lower, plans[0], shape, one) for one in those}
@@ -262,7 +262,7 @@ class Programs(Lowering):
         num_copied: int,
     ) -> tuple[DecodeState, Report]:
         """Reads chunks into their rows in one pass (``speculative.read_pieces``). The state is used up."""
-        key = _pieces_key(plan, shape, len(pieces.rows))
+        key = _pieces_key(plan, shape, len(pieces.rows) // self.num_row_shards)
         program, leaves = self._program(key, plan, shape, (self.longest_packed,))
         with explain_out_of_memory("while generating"):
             return self._run(program, leaves, state, pieces, chunks, rows, sources, np.int32(num_copied))

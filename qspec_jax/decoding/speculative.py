@@ -157,13 +157,20 @@ def read_pieces(
     num_copied: Int32[Array, ""],
     *,
     plan: DecodingPlan,
+    rows_over: str | None = None,
 ) -> DecodeState:
     """Reads chunks of prompts into ``rows`` in one pass, while the other rows stay as they are.
 
     As :func:`prefill_rows`, where a token has the same bits whatever else a pass reads. Chunks come first whose prompts
     begin as other rows do, ``num_copied`` of them: those rows are copied before anything is read. Of a place without a
     chunk ``rows`` is past the last row.
+
+    Where the devices of an axis ``rows_over`` have some rows each, each reads as many pieces, those of its own rows:
+    the first of all pieces are those of the first device.
     """
+    if rows_over is not None:
+        places = rows, sources, num_copied
+        pieces, chunks, rows, sources, num_copied = _of_device(rows_over, len(state.finished), pieces, chunks, *places)
 
     def copy(index: Array, state: DecodeState) -> DecodeState:
         return state.with_row(rows[index], state.row(sources[index]))
@@ -182,6 +189,34 @@ def read_pieces(
     entered = _entered(model, jax.tree.map(lambda array: array[rows], others), chunks, logits)
     others = jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), others, entered)
     return dataclasses.replace(others, cache=dataclasses.replace(others.cache, layers=cache.layers))
+
+
+def _of_device(
+    axis: str,
+    num_rows: int,
+    pieces: PromptPieces,
+    chunks: PromptChunk,
+    rows: Int32[Array, " P"],
+    sources: Int32[Array, " P"],
+    num_copied: Int32[Array, ""],
+) -> tuple[PromptPieces, PromptChunk, Int32[Array, " own_rows"], Int32[Array, " own_rows"], Int32[Array, ""]]:
+    """Of the arguments of :func:`read_pieces` those of one device, which counts rows and tokens from its own first one.
+
+    ``num_rows`` is how many rows it has. No device has more chunks than that.
+    """
+    device, count = lax.axis_index(axis), lax.axis_size(axis)
+    first, size = device * num_rows, len(pieces.rows) // count
+    is_own = (rows >= first) & (rows < first + num_rows)
+    order = jnp.argsort(~is_own, stable=True)[:num_rows]
+    num_copied = (is_own & (jnp.arange(len(rows)) < num_copied)).astype(jnp.int32).sum()
+    by_chunk = jnp.where(is_own, rows - first, num_rows), sources - first, chunks
+    rows, sources, chunks = jax.tree.map(lambda array: array[order], by_chunk)
+    ends = jnp.where(is_own, pieces.ends - device * size * pieces.tokens.shape[1], 0)[order]
+    of_pieces = pieces.tokens, pieces.rows, pieces.starts, pieces.num_tokens
+    own = (lax.dynamic_slice_in_dim(array, device * size, size) for array in of_pieces)
+    tokens, held, starts, num_tokens = own
+    pieces = PromptPieces(tokens, jnp.where(held < 0, held, held - first), starts, num_tokens, ends)
+    return pieces, chunks, rows, sources, num_copied
 
 
 def draft(

@@ -84,6 +84,7 @@ def read_next(
     rows: int,
     capacity: int,
     longest_packed: int,
+    num_devices: int = 1,
 ) -> Iterator[ChunksOfAPass]:
     """What passes read for some rows to have their next chunk, and up to so many more that these have room for.
 
@@ -97,22 +98,30 @@ def read_next(
         most: chunks that may be added.
         rows, capacity: of the batch.
         longest_packed: tokens that a chunk has at most of which a pass reads several.
+        num_devices: that have as many rows each, and read those of their own.
     """
-    sizes = {"rows": rows, "capacity": capacity}
+    sizes = {"rows": rows, "capacity": capacity, "longest_packed": longest_packed, "num_devices": num_devices}
+    of_device = rows // num_devices
+    options = {"longest_packed": longest_packed, "rows_of_device": of_device}
     reading = {row: chunks for row, chunks in of_rows.items() if row not in {one.row for one in own}}
     while reading or own:
         chunks, later = held.plan(reading)
         # They write after all that others may read of their rows.
         chunks, own = [*chunks, *own], []
-        room = packing.sizes(**sizes)[-1]
-        chunks = with_more(chunks, of_rows, room=room, most=most, longest_packed=longest_packed)
+        chunks = with_more(chunks, of_rows, room=packing.sizes(of_device, capacity)[-1], most=most, **options)
         most -= sum(one.count - 1 for one in chunks)
-        yield from passes([(one, one.text(of_rows[one.row])) for one in chunks], **sizes, longest_packed=longest_packed)
+        yield from passes([(one, one.text(of_rows[one.row])) for one in chunks], **sizes)
         reading = {row: reading[row] for row in later}
 
 
 def with_more(
-    chunks: Sequence[NextChunk], of_rows: Mapping[int, Sequence[Chunk]], *, room: int, most: int, longest_packed: int
+    chunks: Sequence[NextChunk],
+    of_rows: Mapping[int, Sequence[Chunk]],
+    *,
+    room: int,
+    most: int,
+    longest_packed: int,
+    rows_of_device: int,
 ) -> list[NextChunk]:
     """The same chunks, and where the passes that they need have room for more, the next ones of the same prompts.
 
@@ -122,9 +131,10 @@ def with_more(
     Args:
         chunks: that are read next.
         of_rows: all chunks of the prompt of each row.
-        room: pieces of the largest pass.
+        room: pieces of a device in the largest pass.
         most: chunks that may be added.
         longest_packed: tokens that a chunk has at most that shares a pass.
+        rows_of_device: rows that a device has. Each has room in all passes that one of them needs.
     """
     found = list(chunks)
     order = sorted(range(len(found)), key=lambda place: found[place].source == found[place].row)  # as passes take them
@@ -133,25 +143,32 @@ def with_more(
         for place in order
         if len(tokens := found[place].text(of_rows[found[place].row])[1]) <= longest_packed
     }
-    num_passes, packed = packing.num_passes(list(pieces.values()), room), list(pieces)
-    left = num_passes * room - sum(pieces.values())
-    while packed and most > 0 and left > 0:
+    of_devices: dict[int, dict[int, int]] = {}
+    for place, count in pieces.items():
+        of_devices.setdefault(found[place].row // rows_of_device, {})[place] = count
+    num_passes = max((packing.num_passes(list(some.values()), room) for some in of_devices.values()), default=0)
+    left = {device: num_passes * room - sum(some.values()) for device, some in of_devices.items()}
+    packed = list(pieces)
+    while packed and most > 0 and any(left.values()):
         place, one = packed[0], found[packed.pop(0)]
+        device = one.row // rows_of_device
+        own = of_devices[device]
         later = of_rows[one.row][one.index + one.count :]
         # Pieces are where they would be otherwise: but for the last chunk, each is a whole number of them.
         if not later or len(one.text(of_rows[one.row])[1]) % packing.PIECE or len(later[0][1]) > longest_packed:
             continue
-        if (needed := packing.num_pieces(len(later[0][1]))) > min(left, room - pieces[place]):
+        if (needed := packing.num_pieces(len(later[0][1]))) > min(left[device], room - own[place]):
             continue
-        more = pieces | {place: pieces[place] + needed}
+        more = own | {place: own[place] + needed}
         if packing.num_passes(list(more.values()), room) <= num_passes:
-            found[place], pieces, left, most = one._replace(count=one.count + 1), more, left - needed, most - 1
+            found[place], of_devices[device], most = one._replace(count=one.count + 1), more, most - 1
+            left[device] -= needed
             packed.append(place)
     return found
 
 
 def passes(
-    chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, capacity: int, longest_packed: int
+    chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, capacity: int, longest_packed: int, num_devices: int = 1
 ) -> Iterator[ChunksOfAPass]:
     """Chunks by the programs that read them: as many in a pass as fit, or by their width.
 
@@ -159,11 +176,13 @@ def passes(
         chunks: each with its start and tokens.
         rows, capacity: of the batch.
         longest_packed: tokens that a chunk has at most of which a pass reads several.
+        num_devices: see :func:`packing.pack`.
     """
+    sizes = {"rows": rows, "capacity": capacity, "num_devices": num_devices}
     left = [(one, text) for one, text in chunks if one.count > 1 or len(text[1]) <= longest_packed]
     left.sort(key=lambda chunk: chunk[0].source == chunk[0].row)  # copies of rows come first in a pass
     while left:
-        pieces, places = packing.pack([(one.row, *text) for one, text in left], rows=rows, capacity=capacity)
+        pieces, places = packing.pack([(one.row, *text) for one, text in left], **sizes)
         yield ChunksOfAPass(0, [left[place][0] for place in places], pieces)
         left = [one for place, one in enumerate(left) if place not in places]
     by_width: dict[int, list[NextChunk]] = {}

@@ -415,8 +415,9 @@ class Scheduler:
         of_rows = {row: one.chunks for row, one in rows.items()}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
         sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
-        reports, num_chunks, longest = [], 0, self._programs.longest_packed
-        for one in read_next(self._held, of_rows, own, most=more, longest_packed=longest, **sizes):
+        sizes |= {"longest_packed": self._programs.longest_packed, "num_devices": self._programs.num_row_shards}
+        reports, num_chunks = [], 0
+        for one in read_next(self._held, of_rows, own, most=more, **sizes):
             reports.append(self._dispatch_chunks(*one))
             num_chunks += sum(some.count for some in one.chunks)
         return reports, num_chunks

@@ -157,6 +157,17 @@ def test_every_program_that_reads_prompts_of_several_runs_before_the_clock(rows,
     assert found == sizes
 
 
+def test_programs_of_several_devices_run_before_the_clock():
+    """Requests that come together are given out to the devices in turn."""
+    options, found = {"rows": 8, "capacity": 1024, "num_devices": 2}, []
+    for some in fill_passes([Request([1] * 97, 5, SamplingParams())], longest_packed=512, vocab_size=50, **options):
+        chunks = [(4 * (index % 2) + index // 2, 0, one.token_ids) for index, one in enumerate(some)]
+        packed = pack(chunks, **options)
+        assert len(packed.places) == len(some)
+        found.append(len(packed.pieces.rows) // 2)
+    assert found == [2, 8, 16]
+
+
 def test_tokens_of_a_chunk_are_spread_over_its_time():
     assert inter_token_seconds([(1.0, 1), (2.0, 4), (2.5, 1)]) == [0.25] * 4 + [0.5]
     assert inter_token_seconds([(1.0, 1)]) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jax import monitoring
 from jax.sharding import AxisType, Mesh
 
+import pallas_kernels
 import qspec_jax
 from pallas_kernels import with_group_sums
 from pallas_kernels.dispatch import REFERENCE
@@ -183,17 +185,78 @@ def test_parts_of_a_cycle_are_timed(on_mesh):
     assert longer - shorter == 2 * position
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
-def test_prompts_are_read_one_by_one_wherever_rows_or_weights_are_shared(mesh, monkeypatch):
-    """A pass over pieces of many prompts writes rows by their number among all, and each device has some."""
-    monkeypatch.setattr(packing, "longest_packed", lambda _: 512)
+@pytest.mark.parametrize(("mesh", "longest"), [("model=2", 0), ("data=2,model=4", 0), ("data=2", 512), (None, 512)])
+def test_prompts_are_read_one_by_one_where_weights_are_shared(mesh, longest, monkeypatch):
+    monkeypatch.setattr(pallas_kernels, "prefill_is_alike", lambda _: True)
+    monkeypatch.setattr(pallas_kernels, "rows_alike", lambda *_, **__: None)
     one = model("smollm2_tied", mesh)
     programs = Programs(one.decoder, one.mesh)
-    assert programs.longest_packed == 0
-    assert Programs(model("smollm2_tied").decoder).longest_packed == 512
+    assert programs.longest_packed == longest
     programs.packing = True
-    with pytest.raises(UsageError, match="packing=True does not serve a model on a mesh"):
-        programs.longest_packed  # noqa: B018 - a property
+    with nullcontext() if longest else pytest.raises(UsageError, match=r"not serve weights that \d devices share"):
+        assert programs.longest_packed == 512
+
+
+TEXTS = np.random.default_rng(0).integers(1, 90, (9, 150)).tolist()
+# One that samples comes first: the programs of the others are the same. Three begin alike, by two chunks.
+PACKED = [
+    Request(text[:length], 6, SamplingParams(temperature=0.8 * (index % 2 == 0), seed=index))
+    for index, (text, length) in enumerate(zip(TEXTS, (70, 5, 32, 33, 150, 1, 129, 64, 90), strict=True))
+]
+ALIKE = TEXTS[4][:128]
+PACKED += [Request([*ALIKE, *some], 6, SamplingParams(), prefix_length=128) for some in ([7], [8, 9], [3] * 40)]
+
+
+def read_by(mesh, requests, *, packed, rows=4):
+    """Tokens of some requests, the pieces of each device by pass, and the scheduler."""
+    one, passes = model("smollm2_tied", mesh), []
+    one.programs.packing, read_pieces = packed, Programs.read_pieces
+
+    def noting(self, plan, shape, state, pieces, *others):
+        passes.append((pieces.rows.reshape(self.num_row_shards, -1) >= 0).sum(1).tolist())
+        return read_pieces(self, plan, shape, state, pieces, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_WIDTHS", (64,))
+        patch.setattr(packing, "_SIZES", (8,))
+        patch.setattr(Programs, "read_pieces", noting)
+        scheduler = Scheduler(one.programs, one.plan("w4a16"), rows=rows, capacity=192)
+        sequences = [scheduler.add(one) for one in requests]
+        while scheduler.busy:
+            scheduler.advance()
+    one.programs.packing = None
+    return [one.token_ids for one in sequences], passes, scheduler
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    return read_by(None, PACKED, packed=False)[0]
+
+
+@pytest.mark.parametrize(("mesh", "rows"), [("data=2", 4), ("data=4", 8)])
+def test_devices_that_share_rows_read_pieces_of_their_own(mesh, rows, one_by_one):
+    """More prompts than rows; prompts of three chunks; copies of rows of the same device; and one alone."""
+    found, passes, scheduler = read_by(mesh, PACKED, packed=True, rows=rows)
+    assert found == one_by_one
+    assert scheduler.totals.reused_prompt_tokens == 2 * 128
+    assert max(map(max, passes)) == 8
+    before = scheduler._programs.num_compilations
+    alone, passes, _ = read_by(mesh, PACKED[4:5], packed=True, rows=rows)
+    assert alone == one_by_one[4:5]
+    assert passes == [[5, *[0] * (len(passes[0]) - 1)]]  # the others have nothing to read
+    assert scheduler._programs.num_compilations == before
+    assert {key[0] for key in scheduler._programs.compiled} == {"pieces", "loop"}
+    assert read_by(mesh, PACKED, packed=False, rows=rows)[:2] == (one_by_one, [])
+
+
+def test_a_device_copies_a_row_while_another_decodes():
+    """Which is in the last row of the other one, for which no row is meant."""
+    long = [dataclasses.replace(PACKED[index], max_new_tokens=20) for index in (4, 6, 0)]
+    requests = [*long[:2], dataclasses.replace(PACKED[1], max_new_tokens=1), long[2], PACKED[9]]
+    found, passes, scheduler = read_by("data=2", requests, packed=True)
+    assert scheduler.totals.reused_prompt_tokens == 128
+    assert passes[-1] == [1, 0]
+    assert found == read_by(None, requests, packed=False)[0]
 
 
 def test_more_layers_need_no_more_programs_to_be_made(monkeypatch):

@@ -18,7 +18,7 @@ from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.following import Follower, FollowingPrograms, programs_of
 from qspec_jax.decoding.led_programs import LeadingPrograms, tell_load
 from qspec_jax.decoding.programs import Programs
-from qspec_jax.decoding.state import DecodeState, PromptChunk, Report
+from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report
 from qspec_jax.device import processes
 from qspec_jax.device.processes import End, Group
 from qspec_jax.errors import DeviceError, OutOfMemoryError, UsageError
@@ -56,7 +56,7 @@ def base(monkeypatch):
 
     for name in ("idle_state", "with_rows_of", "with_features", "made"):
         monkeypatch.setattr(Programs, name, lambda self, *given, name=name: note(self, name, *given))
-    for name in ("prefill", "loop"):
+    for name in ("prefill", "read_pieces", "loop"):
 
         def run(self, *given, name=name, **options):
             return note(self, name, *given, *options.values()), empty(Report)
@@ -119,6 +119,8 @@ def run_a_batch(programs):
     chunk = PromptChunk(**dict.fromkeys(field.name for field in dataclasses.fields(PromptChunk)))
     chunk = dataclasses.replace(chunk, tokens=jnp.ones((2, 32), jnp.int32))
     state, _ = programs.prefill(PLAN, SHAPE, state, chunk, np.arange(2), np.arange(2), 2)
+    pieces = dataclasses.replace(empty(PromptPieces), rows=np.arange(4))
+    state, _ = programs.read_pieces(PLAN, SHAPE, state, pieces, chunk, np.arange(2), np.arange(2), 1)
     state, _ = programs.loop(PLAN, SHAPE, state, RETIRED, max_cycles=4, until_finished=1)
     return programs.with_features(state, SHAPE._replace(kept_drafts=3))
 
@@ -137,7 +139,7 @@ def test_others_make_the_same_calls_on_the_states_that_they_made_themselves(base
     run_a_batch(led)
     others = followed(told)
     assert [call[0] for call in others.noted.calls] == [
-        "lay_out_weights", "compile", "idle_state", "prefill", "loop", "with_features"
+        "lay_out_weights", "compile", "idle_state", "prefill", "read_pieces", "loop", "with_features"
     ]  # fmt: skip
     assert kinds(others.noted.calls) == kinds(led.noted.calls)
     states = [one for call in others.noted.calls for one in call if isinstance(one, DecodeState)]

@@ -177,8 +177,8 @@ def test_a_prompt_of_another_would_be_noticed(one_by_one, monkeypatch):
     assert tokens(served(GREEDY, "w4a16", packed=True)[0]) == of(one_by_one, GREEDY)
     right = packing.pack
 
-    def wrong(chunks, *, rows, capacity):
-        packed = right(chunks, rows=rows, capacity=capacity)
+    def wrong(chunks, **sizes):
+        packed = right(chunks, **sizes)
         packed.pieces.rows[packed.pieces.rows >= 0] ^= 1
         return packed
 
@@ -196,6 +196,19 @@ def test_chunks_are_cut_into_pieces():
     assert pieces.num_tokens.tolist() == [32, 32, 6, 32, 1, 0, 0, 0]
     assert pieces.tokens[2].tolist() == [*range(64, 70), *[0] * 26]
     assert pieces.ends[:3].tolist() == [2 * PIECE + 5, 4 * PIECE - 1, 4 * PIECE]
+
+
+def test_pieces_are_those_of_one_device_after_the_other():
+    """Each has as many rows, and as many pieces as the one that needs most of them."""
+    chunks = [(4, 0, range(70)), (1, 32, range(40)), (5, 0, [7]), (4, 70, [8])]
+    packed = pack(chunks, rows=6, capacity=CAPACITY, num_devices=3)
+    pieces = packed.pieces
+    assert packed.places == [0, 1, 2, 3]
+    assert pieces.rows.reshape(3, 8).tolist() == [[1, 1, *[-1] * 6], [-1] * 8, [4, 4, 4, 5, 4, *[-1] * 3]]
+    assert pieces.starts.reshape(3, 8)[2, :5].tolist() == [0, 32, 64, 0, 70]
+    assert pieces.ends[:4].tolist() == [18 * PIECE + 5, PIECE + 7, 19 * PIECE, 20 * PIECE]
+    full = pack([(row, 0, range(512)) for row in (0, 1, 2, 3, 4, 12)], rows=16, capacity=CAPACITY, num_devices=2)
+    assert full.places == [0, 1, 2, 3, 5]  # the second one has room, and not for a row of the first
 
 
 def test_what_does_not_fit_is_left_for_another_pass():
@@ -258,7 +271,7 @@ def one_prompt(*lengths):
 def test_a_pass_that_has_room_takes_more_of_the_same_prompts(prompts, begun, room, most, longest, expected):
     of_rows = {row: one_prompt(*lengths) for row, lengths in enumerate(prompts)}
     next_chunks = [NextChunk(row, row, index) for row, index in enumerate(begun)]
-    found = with_more(next_chunks, of_rows, room=room, most=most, longest_packed=longest)
+    found = with_more(next_chunks, of_rows, room=room, most=most, longest_packed=longest, rows_of_device=5)
     assert [one.count for one in found] == expected
     for one in found:
         start, tokens = one.text(of_rows[one.row])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qspec_jax.decoding import packing
-from qspec_jax.engine.prefixes import NextChunk
-from qspec_jax.engine.reading import passes, with_more
+from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.reading import passes, read_next, with_more
 
 CHUNK, ROWS, CAPACITY = 512, 64, 8192
 SIZES = {"rows": ROWS, "capacity": CAPACITY}
@@ -27,7 +27,7 @@ def read(lengths, *, most=sys.maxsize):
     while reading := [row for row, chunks in of_rows.items() if sum(map(len, has_read[row])) < len(tokens[row])]:
         num_read = {row: -(-sum(map(len, has_read[row])) // CHUNK) for row in reading}
         next_chunks = [NextChunk(row, row, num_read[row]) for row in reading]
-        next_chunks = with_more(next_chunks, of_rows, room=ROOM, most=most, longest_packed=CHUNK)
+        next_chunks = with_more(next_chunks, of_rows, room=ROOM, most=most, longest_packed=CHUNK, rows_of_device=ROWS)
         texts = [(one, one.text(of_rows[one.row])) for one in next_chunks]
         for one in passes(texts, **SIZES, longest_packed=CHUNK):
             pieces.append(int((one.pieces.rows >= 0).sum()))
@@ -70,6 +70,35 @@ def test_passes_are_counted_as_they_are_filled():
         chunks = [(NextChunk(row, row, 0), (0, range(length))) for row, length in enumerate(lengths)]
         found = list(passes(chunks, **SIZES, longest_packed=CHUNK))
         assert packing.num_passes([packing.num_pieces(length) for length in lengths], ROOM) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([CHUNK] * 16, 1),  # a quarter of the passes of one device
+        ([*[100] * 3, 1500, *[100] * 12], 1),  # one reads all of a prompt, whatever the others have
+        ([4 * CHUNK, 4 * CHUNK, 4 * CHUNK, CHUNK, *[CHUNK] * 4], 4),  # as the first one needs by itself
+        ([CHUNK] * 3, 1),  # and three have nothing to read
+    ],
+    ids=["alike", "long", "uneven", "idle"],
+)
+def test_devices_read_at_the_same_time(lengths, expected):
+    """Four with four rows each: as many passes as the one needs that has most to read, and those of its own rows."""
+    count, rows = 4, 16
+    texts = {row: range(1000 * row, 1000 * row + length) for row, length in enumerate(lengths)}
+    has_read, found = {row: [] for row in texts}, 0
+    of_rows = {row: [(i, some[i : i + CHUNK]) for i in range(0, len(some), CHUNK)] for row, some in texts.items()}
+    held, options = HeldChunks(rows, count), {"most": sys.maxsize, "rows": rows, "capacity": CAPACITY}
+    while reading := {row: some for row, some in of_rows.items() if len(has_read[row]) < len(texts[row])}:
+        for one in read_next(held, reading, [], longest_packed=CHUNK, num_devices=count, **options):
+            found += 1
+            of_device = one.pieces.rows.reshape(count, -1)
+            assert all(set(some[some >= 0] // 4) <= {device} for device, some in enumerate(of_device))
+            for chunk in one.chunks:
+                has_read[chunk.row] += chunk.text(of_rows[chunk.row])[1]
+                held.note(chunk.row, of_rows[chunk.row][: chunk.index + chunk.count])
+    assert has_read == {row: list(some) for row, some in texts.items()}
+    assert found == expected
 
 
 def test_no_more_chunks_are_added_than_others_wait_for():

@@ -138,7 +138,7 @@ def measure_throughput(
     once = [(one, _warm_up(requests)) for one in plans]
     if longest := model.programs.longest_packed:
         sizes = {"rows": rows, "capacity": capacity, "longest_packed": longest}
-        sizes |= {"vocab_size": model.decoder.config.vocab_size}
+        sizes |= {"vocab_size": model.decoder.config.vocab_size, "num_devices": model.programs.num_row_shards}
         passes = fill_passes(requests, **sizes)
         once += [(plans[0], some) for some in passes]
     for one, some in once:
@@ -214,7 +214,13 @@ def _warm_up(requests: Sequence[Request]) -> list[Request]:
 
 
 def fill_passes(
-    requests: Sequence[Request], *, rows: int, capacity: int, longest_packed: int, vocab_size: int
+    requests: Sequence[Request],
+    *,
+    rows: int,
+    capacity: int,
+    longest_packed: int,
+    vocab_size: int,
+    num_devices: int = 1,
 ) -> Iterator[list[Request]]:
     """Short requests that come together, so that each program that reads prompts of several runs once.
 
@@ -223,17 +229,18 @@ def fill_passes(
         rows, capacity: of the batch.
         longest_packed: tokens that a chunk of them may have.
         vocab_size: tokens are drawn of.
+        num_devices: that have as many rows each. Requests that come together take those of one after the other.
     """
     generator, pieces = random.Random(0), 0  # fewer than those of a pass of this size
     longest = max(packing.num_pieces(len(one.token_ids)) for one in requests)
     if longest_packed < CHUNK_WIDTHS[-1]:  # longer chunks share no pass, neither with others nor among themselves
         longest = min(longest, packing.num_pieces(longest_packed))
-    for size in packing.sizes(rows, capacity):
+    for size in packing.sizes(rows // num_devices, capacity):
         counts, needed = [], pieces + 1
         while sum(counts) < needed:
             counts.append(min(longest, needed - sum(counts)))
         pieces = size
-        if len(counts) > rows:
+        if len(counts) > rows // num_devices:
             return  # no pass has as many
         yield [
             dataclasses.replace(
@@ -246,6 +253,7 @@ def fill_passes(
                 session=None,
             )
             for count in counts
+            for _ in range(num_devices)
         ]
 
 
