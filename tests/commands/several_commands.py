@@ -1,7 +1,8 @@
 """What each of some processes runs: commands one after the other in process 0, whose others do what they need.
 
 A command finds the model that another one has loaded with the same options, and its programs, if rows and positions are
-as many. Arguments: where process 0 listens, how many there are, which one this is, a model, a folder with its files.
+as many. All read prompts in pieces, as on a GPU. Arguments: where process 0 listens, how many there are, which one this
+is, a model, a folder with its files.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ import qspec_jax
 from qspec_jax import chat, evaluate
 from qspec_jax.bench import __main__ as bench
 from qspec_jax.commands.processes import run_together
+from qspec_jax.decoding import packing
 
 WHO, MODEL, FOLDER = sys.argv[1:4], sys.argv[4], Path(sys.argv[5])
 OF_MODEL = ["--model", MODEL, "--mesh", "data=2", "--kernels", "reference"]
 NO_DRAFTS = [*OF_MODEL, "--mode", "w4a16"]
+LOADED = {}
 
 
 def load_once(load):
     """``qspec_jax.load``, but what was loaded with the same options before is the same model."""
-    loaded, signature = {}, inspect.signature(load)
+    signature = inspect.signature(load)
 
     def load_or_find(*arguments, **options):
         given = signature.bind(*arguments, **options)
         given.apply_defaults()
         key = str({name: one for name, one in given.arguments.items() if name not in ("progress", "compile_ahead")})
-        if key not in loaded:
-            loaded[key] = load(*arguments, **options)
-        return loaded[key]
+        if key not in LOADED:
+            LOADED[key] = load(*arguments, **options)
+        return LOADED[key]
 
     return load_or_find
 
@@ -60,6 +63,7 @@ def run(_: Namespace) -> int:
     sizes = ["--max-prompt-tokens", "16", "--batch-size", "2"]
     found["throughput"] = printed(bench, "throughput", *NO_DRAFTS, *of_prompts, *sizes)
     found["likelihood"] = (0, likelihood(Path(text).read_text()))
+    found["programs"] = (0, sorted({name[0] for model in LOADED.values() for name in model.programs.compiled}))
     (FOLDER / "found.json").write_text(json.dumps(found))
     return 3
 
@@ -77,6 +81,7 @@ def likelihood(text: str) -> float:
 
 
 if __name__ == "__main__":
+    packing.longest_packed = lambda _: 512
     named = dict(zip(("coordinator", "num_processes", "process_id"), (WHO[0], *map(int, WHO[1:])), strict=True))
     code = run_together("several", run, Namespace(**named, mesh="data=2"))
     sys.stderr.flush()

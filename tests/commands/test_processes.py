@@ -129,7 +129,8 @@ def test_commands_score_measure_and_talk_in_several_processes(tmp_path, tiny_pat
         (code, out, said), (other_code, other_out, other_said) = ended(running)
     assert (code, other_code, out, other_out) == (3, 3, "", ""), (said, other_said)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [one[0] for one in found.values()] == [0, 0, 0, 0, 0]
+    assert [one[0] for one in found.values()] == [0, 0, 0, 0, 0, 0]
+    assert found["programs"][1] == ["loop", "pieces"]
     assert len(found["chat"][1].split()) == 6
     scores = json.loads(found["evaluate"][1])
     baseline, w4a16 = scores["text"]

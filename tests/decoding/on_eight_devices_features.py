@@ -207,7 +207,7 @@ ALIKE = TEXTS[4][:128]
 PACKED += [Request([*ALIKE, *some], 6, SamplingParams(), prefix_length=128) for some in ([7], [8, 9], [3] * 40)]
 
 
-def read_by(mesh, requests, *, packed, rows=4):
+def read_by(mesh, requests, *, packed, rows=4, mode="w4a16"):
     """Tokens of some requests, the pieces of each device by pass, and the scheduler."""
     one, passes = model("smollm2_tied", mesh), []
     one.programs.packing, read_pieces = packed, Programs.read_pieces
@@ -220,7 +220,7 @@ def read_by(mesh, requests, *, packed, rows=4):
         patch.setattr(chunks, "CHUNK_WIDTHS", (64,))
         patch.setattr(packing, "_SIZES", (8,))
         patch.setattr(Programs, "read_pieces", noting)
-        scheduler = Scheduler(one.programs, one.plan("w4a16"), rows=rows, capacity=192)
+        scheduler = Scheduler(one.programs, one.plan(mode), rows=rows, capacity=192)
         sequences = [scheduler.add(one) for one in requests]
         while scheduler.busy:
             scheduler.advance()
@@ -247,6 +247,16 @@ def test_devices_that_share_rows_read_pieces_of_their_own(mesh, rows, one_by_one
     assert scheduler._programs.num_compilations == before
     assert {key[0] for key in scheduler._programs.compiled} == {"pieces", "loop"}
     assert read_by(mesh, PACKED, packed=False, rows=rows)[:2] == (one_by_one, [])
+
+
+def test_what_sampling_and_lookups_need_of_prompts_is_on_their_device():
+    penalised = [SamplingParams(repetition_penalty=1.5, presence_penalty=0.1 * index, logprobs=2) for index in range(6)]
+    wanted = [Request(TEXTS[index][: 20 * index + 5], 6, one) for index, one in enumerate(penalised)]
+    found, _, scheduler = read_by("data=2", wanted, packed=True, mode="lookup")
+    assert found == read_by(None, wanted, packed=False)[0]
+    texts = [[*one.token_ids, *new] for one, new in zip(wanted, found, strict=True)]
+    for row in np.asarray(scheduler._state.history).tolist():
+        assert any(row[: len(text)] == text for text in texts), "drafts would be looked up in another text"
 
 
 def test_a_device_copies_a_row_while_another_decodes():

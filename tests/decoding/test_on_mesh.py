@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from qspec_jax.decoding import on_mesh
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.on_mesh import OnMesh
 from qspec_jax.decoding.programs import Programs
@@ -39,6 +40,29 @@ def test_one_thread_at_a_time_hands_work_to_devices():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda index: meshes[index % 2].run(program, index), range(8)))
     assert most == [1] * 8
+
+
+def test_processes_of_cpus_wait_for_a_program_before_the_next_one_begins():
+    """Which may need nothing of it: a batch that is done has left a burst that nobody reads."""
+    mesh = OnMesh(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES))
+    done = []
+
+    class Array:
+        def __init__(self, name, nbytes):
+            self.name, self.nbytes = name, nbytes
+
+        def block_until_ready(self):
+            done.append(self.name)
+
+    def program(name):
+        done.append(f"{name} begins")
+        return Array(f"cache of {name}", 99), Array(name, 4)
+
+    for mesh._mixes_up in (False, True):
+        for name in "ab":
+            mesh.run(program, name)
+    on_mesh._returned.clear()
+    assert done == [f"{name} begins" for name in "aba"] + ["a", "b begins"]
 
 
 def test_what_makes_the_state_of_a_batch_is_compiled_once_for_each_shape_and_keeps_nothing():

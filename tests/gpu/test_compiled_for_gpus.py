@@ -88,6 +88,25 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     assert len(sent) == passes * (2 * LAYERS + 2)
 
 
+def test_each_device_reads_prompts_into_its_own_rows(gpus, monkeypatch):
+    """With Hopper's kernels. Nothing is sent but what the host reads at the end, and no cache is copied."""
+    monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
+    config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
+    mesh = Mesh(np.array(gpus).reshape(2, 1), AXES)
+    options = {"dtype": jnp.bfloat16, "kernels": None, "scan_layers": False}
+    shards = Shards.of(config, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
+    programs = Programs(shards.shapes(), mesh)
+    assert programs.longest_packed == 512
+    program = programs.lower_pieces(PLANS["plain"], Shape(rows=ROWS, capacity=CAPACITY), 16).compile()
+    text, width = program.as_text(), config.num_kv_heads * config.head_dim
+    cache = f"bf16[{ROWS // 2},{CAPACITY},{width}]"
+    assert cache in text
+    assert not [line for line in text.splitlines() if re.search(rf"= {re.escape(cache)}\S* (copy|transpose)\(", line)]
+    assert "mosaic" in text
+    sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    assert sent == ["all-gather"]
+
+
 W8A16_AND_DRAFTS = DecodingPlan(Precision.W8A16, Precision.W4A8, 3)
 WITH_A_BUDGET = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
 EARLY = {

@@ -54,11 +54,14 @@ def test_loops_of_jax_alone_end(turns):
 def test_rows_that_two_gpus_share_yield_what_they_yield_on_one(demo_gguf):
     given = texts(96)
     one = qspec_jax.load(demo_gguf, dtype=DTYPE)
-    one.programs.packing = False  # as on a mesh
     expected = outputs(one, given, rows=16, mode="w4a16")
     two = qspec_jax.load(demo_gguf, dtype=DTYPE, mesh="data=2")
+    assert two.programs.longest_packed == one.programs.longest_packed > 0
     assert outputs(two, given, rows=32, mode="w4a16") == expected
+    assert "pieces" in {name[0] for name in two.programs.compiled}
     assert not differences(two, given, rows=32, expected=expected)
+    alone = given._replace(prompts=given.prompts[:1])  # of which one of the two has nothing to read
+    assert outputs(two, alone, rows=32, mode="w4a16") == expected[:1]
 
 
 def test_weights_that_two_gpus_share_yield_the_same_with_drafts_and_without():
