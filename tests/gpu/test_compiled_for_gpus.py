@@ -96,6 +96,7 @@ def test_each_device_reads_prompts_into_its_own_rows(gpus, monkeypatch):
     options = {"dtype": jnp.bfloat16, "kernels": None, "scan_layers": False}
     shards = Shards.of(config, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
     programs = Programs(shards.shapes(), mesh)
+    programs.packing = True
     assert programs.longest_packed == 512
     program = programs.lower_pieces(PLANS["plain"], Shape(rows=ROWS, capacity=CAPACITY), 16).compile()
     text, width = program.as_text(), config.num_kv_heads * config.head_dim

@@ -56,6 +56,7 @@ def test_rows_that_two_gpus_share_yield_what_they_yield_on_one(demo_gguf):
     one = qspec_jax.load(demo_gguf, dtype=DTYPE)
     expected = outputs(one, given, rows=16, mode="w4a16")
     two = qspec_jax.load(demo_gguf, dtype=DTYPE, mesh="data=2")
+    two.programs.packing = True
     assert two.programs.longest_packed == one.programs.longest_packed > 0
     assert outputs(two, given, rows=32, mode="w4a16") == expected
     assert "pieces" in {name[0] for name in two.programs.compiled}
