@@ -31,7 +31,7 @@ from qspec_jax.device.bandwidth import copy_bandwidth
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
-from qspec_jax.model.layouts import add_group_sums, lay_out, linears
+from qspec_jax.model.layouts import add_group_sums, lay_out, linears, rounds_in_vain
 from qspec_jax.model.linear import activation_quantization
 from qspec_jax.model.view import View
 
@@ -81,6 +81,14 @@ class Programs(Lowering):
         if laid_out.longest_packed is None:
             laid_out.longest_packed = packing.longest_packed(self.decoder)
         return laid_out.longest_packed
+
+    @property
+    def rounds_in_vain(self) -> bool:
+        """See :func:`qspec_jax.model.layouts.rounds_in_vain`."""
+        laid_out = self._laid_out
+        if laid_out.rounds_in_vain is None:
+            laid_out.rounds_in_vain = rounds_in_vain(self.decoder)
+        return laid_out.rounds_in_vain
 
     @property
     def leaves(self) -> list[jax.Array]:

@@ -29,7 +29,6 @@ from qspec_jax.model.cache import restart_multiple
 from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
 from qspec_jax.model.decoder import Decoder, num_bytes
 from qspec_jax.model.grid import formats_in, with_grid_of
-from qspec_jax.model.layouts import rounds_in_vain
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -135,7 +134,7 @@ class LanguageModel:
         """
         options: dict[str, Any] = {"draft": draft, "draft_length": draft_length, "draft_context": draft_context}
         weights: dict[str, Any] = {"held": held_weights(self.quantization), "draft_head": self.draft_head}
-        weights |= {"rounds_in_vain": rounds_in_vain(self.decoder)}
+        weights |= {"rounds_in_vain": self.programs.rounds_in_vain}
         return plan_of(mode, **options, verify=verify, usual=self.verify, **weights)
 
     def decoder_for(self, plan: Plan | Any) -> Decoder:
