@@ -105,6 +105,20 @@ def test_rows_that_share_what_a_program_loads_have_the_same_bits(case, shared):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("sizes", [(64, 256, 512), (128, 256, 256), (256, 256, 256)], ids=str)
+def test_each_slot_is_in_the_chunk_that_is_told_of_it(monkeypatch, sizes):
+    """Short, long and longest chunks, also those of an int8 cache: or what a chunk left would not be put together."""
+    monkeypatch.setattr(gpu_triton.Problem, "chunk_sizes", sizes)
+    problem = gpu_triton.Problem(1, 2, 1, 64, slots=40_000, window=None)
+    first = np.asarray(problem.first_slot(jnp.arange(problem.num_chunks + 1)))
+    assert first[0] == 0
+    assert first[-2] < problem.slots <= first[-1]
+    assert set(np.diff(first).tolist()) == set(sizes)
+    chunks = np.arange(problem.num_chunks)
+    for slots in (first[:-1], first[1:] - 1):
+        np.testing.assert_array_equal(problem.chunk_of(jnp.asarray(slots)), chunks)
+
+
 def test_slots_that_no_token_sees_are_not_read():
     attend = functools.partial(IMPLEMENTATIONS["triton"], window=DRAFTS.window)
     (query, keys, values), lengths = DRAFTS.arrays(3, jnp.float32), [3, 152, 61]
