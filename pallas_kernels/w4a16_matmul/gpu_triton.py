@@ -207,13 +207,20 @@ def _kernel(
     x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
     code_dtype = jnp.bfloat16 if x_ref.dtype == jnp.float32 else x_ref.dtype
 
-    def group_scale_and_shift(group):
-        scale = scale_ref[group, :].astype(jnp.float32)
-        if not offset_refs:
-            return scale, None
-        return scale, SYMMETRIC_ZERO_POINT * scale - offset_refs[0][group, :].astype(jnp.float32)
+    def of_group(group):
+        """Scale, and offset if there is one, as they are stored."""
+        return tuple(ref[group, :] for ref in (scale_ref, *offset_refs))
 
-    def plane(start, codes, product, row_sum):
+    def scale_and_shift(scale, offset=None):
+        scale = scale.astype(jnp.float32)
+        return scale, None if offset is None else SYMMETRIC_ZERO_POINT * scale - offset.astype(jnp.float32)
+
+    def of_planes(index):
+        """What a step needs of the groups of its two tiles."""
+        starts = (index * block_k, half + index * block_k) if num_groups > 1 else ()
+        return [of_group(lax.div(start, group_size)) for start in starts] or (None, None)
+
+    def plane(start, codes, of_group, product, row_sum):
         """Adds one plane's tile to the scaled product, or (one group) to product and sum, still unscaled."""
         x = matmul.load_rows(x_ref, start, block_k, x_mask)
         partial = _dot(x, codes)
@@ -225,21 +232,22 @@ def _kernel(
             tile_sum = _dot(x, jnp.ones_like(codes))
         if num_groups == 1:
             return product + partial, row_sum + tile_sum
-        scale, shift = group_scale_and_shift(lax.div(start, group_size))
+        scale, shift = scale_and_shift(*of_group)
         product = product + partial * scale[None, :]
         return (product if shift is None else product + tile_sum * shift[None, :]), row_sum
 
-    def step(index, carry):
-        start = (first_step + index) * block_k
+    def step(index, carry, loaded):
+        start = index * block_k
         packed, *lower = (ref[:, pl.ds(start, block_k)] for ref in (packed_ref, *low_refs))
         low, high = registers.decode_planes(packed, code_dtype, low=lower[0] if lower else None, **codes)
-        return plane(half + start, high, *plane(start, low, *carry))
+        return plane(half + start, high, loaded[1], *plane(start, low, loaded[0], *carry))
 
     zeros = jnp.zeros((config.block_m, config.block_n), jnp.float32)
     sums = jnp.zeros((config.block_m, 1), jnp.float32) if config.sums_once else zeros
-    product, row_sum = lax.fori_loop(0, steps, step, (zeros, sums if offset_refs and num_groups == 1 else 0.0))
+    begin = zeros, (sums if offset_refs and num_groups == 1 else 0.0)
+    product, row_sum = matmul.loop_with_loads_ahead(first_step, steps, step, begin, of_planes)
     if num_groups == 1:
-        scale, shift = group_scale_and_shift(0)
+        scale, shift = scale_and_shift(*of_group(0))
         product = product * scale[None, :]
         product = product if shift is None else product + row_sum * shift[None, :]
     out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)

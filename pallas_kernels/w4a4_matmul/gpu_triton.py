@@ -78,7 +78,7 @@ def _tile_config(num_rows: int, x: QuantizedActivation, weight: QuantizedWeight)
         weight.num_inputs,
         run,
         integer=scaled_in_loop,
-        asymmetric=not weight.symmetric,
+        asymmetric=not weight.symmetric and x.num_groups == 1,
     )
 
 
@@ -153,14 +153,16 @@ class _Refs:
         """One activation scale covers the row."""
         return self.x_scale.shape[1] == 1
 
-    def weight_scale(self, group: jax.Array | int) -> jax.Array:
-        """``[1, block_n]`` float32, without the factor of the int8 codes."""
-        return self.scale[group, :].astype(jnp.float32)[None, :] / registers.INT8_CODE_FACTOR
+    def of_group(self, group: jax.Array | int) -> tuple[jax.Array, ...]:
+        """``[block_n]``: the weight's scale, and its offset if it has one, as they are stored."""
+        return tuple(ref[group, :] for ref in (self.scale, self.offset) if ref is not None)
 
-    def weight_shift(self, group: jax.Array | int) -> jax.Array:
-        """``[1, block_n]`` float32, what an asymmetric weight adds to ``scale * (code - 8)``."""
-        scale = self.scale[group, :].astype(jnp.float32)
-        return (SYMMETRIC_ZERO_POINT * scale - self.offset[group, :].astype(jnp.float32))[None, :]
+
+def _scale_and_shift(scale: Array, offset: Array | None = None) -> tuple[Array, Array | None]:
+    """``[1, block_n]`` float32: the scale without the factor of the int8 codes, and what an asymmetric weight adds."""
+    scale = scale.astype(jnp.float32)
+    shift = None if offset is None else (SYMMETRIC_ZERO_POINT * scale - offset.astype(jnp.float32))[None, :]
+    return scale[None, :] / registers.INT8_CODE_FACTOR, shift
 
 
 def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: bool):
@@ -172,21 +174,32 @@ def _kernel(refs: _Refs, *, num_rows: int, config: tiles.TileConfig, interpret: 
     integer = refs.scale_at_end and refs.x_scale_at_end
     accumulator = jnp.int32 if integer else jnp.float32
 
-    def plane(start, weight_codes, product, code_sum):
-        x_codes = matmul.load_rows(refs.codes, start, block_k, x_mask)
-        tile_product, tile_sum = _scaled_tile(refs, x_codes, weight_codes, start, row_mask, accumulator)
-        if refs.offset is None or not refs.scale_at_end:
-            return product + tile_product, code_sum
-        return product + tile_product, code_sum + tile_sum
+    def along_k(start):
+        """The scales that vary along K at a place: those of the weight's group, and of the activations'."""
+        of_weight = () if refs.scale_at_end else refs.of_group(lax.div(start, refs.group_size))
+        if refs.x_scale_at_end:
+            return of_weight, None
+        return of_weight, matmul.load_rows(refs.x_scale, lax.div(start, refs.x_group_size), 1, row_mask)
 
-    def step(index, carry):
-        start = (first_step + index) * block_k
+    def of_planes(index):
+        return along_k(index * block_k), along_k(half + index * block_k)
+
+    def plane(start, weight_codes, scales, product, code_sum):
+        x_codes = matmul.load_rows(refs.codes, start, block_k, x_mask)
+        of_weight, x_scale = scales
+        tile_product, tile_sum = _scaled_tile(refs, x_codes, weight_codes, of_weight, x_scale, accumulator)
+        return product + tile_product, code_sum + tile_sum if sums_at_end else code_sum
+
+    def step(index, carry, loaded):
+        start = index * block_k
         packed = refs.packed[:, pl.ds(start, block_k)]
         low, high = registers.decode_planes(packed, jnp.int8, truncated=refs.truncated, interpret=interpret)
-        return plane(half + start, high, *plane(start, low, *carry))
+        return plane(half + start, high, loaded[1], *plane(start, low, loaded[0], *carry))
 
-    zeros = jnp.zeros((config.block_m, config.block_n), accumulator), jnp.zeros((config.block_m, 1), accumulator)
-    product, code_sum = lax.fori_loop(0, steps, step, zeros)
+    sums_at_end = refs.offset is not None and refs.scale_at_end
+    zeros = jnp.zeros((config.block_m, config.block_n), accumulator)
+    begin = zeros, zeros if sums_at_end else jnp.zeros((), accumulator)
+    product, code_sum = matmul.loop_with_loads_ahead(first_step, steps, step, begin, of_planes)
     product = _finish(refs, product.astype(jnp.float32), code_sum.astype(jnp.float32), row_mask, config.split)
     out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)
     plgpu.store(refs.out, product.astype(refs.out.dtype), mask=out_mask)
@@ -196,20 +209,24 @@ def _scaled_tile(
     refs: _Refs,
     x_codes: Array,
     weight_codes: Array,
-    start: Array,
-    row_mask: Array | None,
+    of_weight: tuple[Array, ...],
+    x_scale: Array | None,
     accumulator: jax.typing.DTypeLike,
 ) -> tuple[Array, Array]:
-    """One tile's product ``[block_m, block_n]`` and code sum ``[block_m, 1]``, under the scales that vary along K."""
-    group, x_group = lax.div(start, refs.group_size), lax.div(start, refs.x_group_size)
+    """One tile's product under the scales that vary along K, and of an asymmetric weight its codes' sum.
+
+    Both are ``[block_m, block_n]``. The sum is in every column, by tensor cores: for one along a row, threads would
+    have to meet in each step.
+    """
     product = matmul.dot_transposed(x_codes, weight_codes).astype(accumulator)
-    code_sum = jnp.sum(x_codes.astype(jnp.int32), axis=1, keepdims=True).astype(accumulator)
+    code_sum = jnp.zeros((), accumulator)
+    if refs.offset is not None:
+        code_sum = matmul.dot_transposed(x_codes, jnp.ones_like(weight_codes)).astype(accumulator)
     if not refs.scale_at_end:
-        product = product * refs.weight_scale(group)
-        if refs.offset is not None:
-            product = product + code_sum * refs.weight_shift(group)
-    if not refs.x_scale_at_end:
-        x_scale = matmul.load_rows(refs.x_scale, x_group, 1, row_mask)
+        scale, shift = _scale_and_shift(*of_weight)
+        product = product * scale
+        product = product if shift is None else product + code_sum * shift
+    if x_scale is not None:
         product, code_sum = product * x_scale, code_sum * x_scale
     return product, code_sum
 
@@ -217,9 +234,10 @@ def _scaled_tile(
 def _finish(refs: _Refs, product: Array, code_sum: Array, row_mask: Array | None, split: int) -> Array:
     """Applies the scales that cover the whole row, and the zero point of the activations."""
     if refs.scale_at_end:
-        product = product * refs.weight_scale(0)
-        if refs.offset is not None:
-            product = product + code_sum * refs.weight_shift(0)
+        scale, shift = _scale_and_shift(*refs.of_group(0))
+        product = product * scale
+        if shift is not None:
+            product = product + code_sum * shift
     if refs.x_scale_at_end:
         product = product * matmul.load_rows(refs.x_scale, 0, 1, row_mask)
     if refs.x_offset is None:

@@ -58,7 +58,6 @@ def test_rows_have_the_bits_that_they_have_among_others_which_need_no_padding(na
         sizes = {"batch": 12, "capacity": CAPACITY, "num_blocks": plan.num_blocks}
         assert launches_early(model.decoder, plan, jax.eval_shape(lambda: model.decoder.create_cache(**sizes)))
     among_all = after_cycles(MOST)
-    assert len(np.unique(among_all.last_token)) > 1
     assert np.all(np.asarray(among_all.num_tokens) > CYCLES)
     for rows in (12, 9):
         expected = jax.tree.map(lambda array, rows=rows: array[:rows], among_all)

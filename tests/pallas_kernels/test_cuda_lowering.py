@@ -148,7 +148,11 @@ def test_w4a4_lowers(shape, grouped, x_symmetric):
     per_group = array(4, k // group_size if grouped else 1, dtype=jnp.float32)
     x = QuantizedActivation(array(4, k, dtype=jnp.int8), per_group, None if x_symmetric else per_group, bits=8)
     assert w4a4_triton.obstacle(x, weight) is None
-    assert KERNEL_CALL in cuda_program(lambda x, w: w4a4_triton.w4a4_matmul(x, w, dtype=jnp.bfloat16), x, weight)
+    multiply = functools.partial(w4a4_triton.w4a4_matmul, dtype=jnp.bfloat16)
+    assert KERNEL_CALL in cuda_program(multiply, x, weight)
+    kernel = str(jax.make_jaxpr(multiply)(x, weight))
+    assert "dot_general" in kernel
+    assert "reduce_sum" not in kernel  # along a row, threads would have to meet in each step
 
 
 def quantized_rows(k: int, group_size: int, symmetric: bool, bits: int) -> QuantizedActivation:

@@ -23,6 +23,7 @@ from pallas_kernels import (
     with_group_sums,
 )
 from pallas_kernels.backends.triton import tiles
+from pallas_kernels.backends.triton.matmul import loop_with_loads_ahead
 from pallas_kernels.backends.triton.tuning import takes_wgmma
 from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
 from pallas_kernels.w4a4_matmul import reference as w4a4_reference
@@ -198,6 +199,24 @@ def test_split_sums_over_k_are_complete(split):
     assert relative_error(out, np.asarray(x, np.float64) @ wide.T) < 1e-6
     out = W4A4["triton"](codes, weight, dtype=jnp.float32, config=config)
     assert relative_error(out, activation_in_float64(codes) @ wide.T) < 2e-6
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_each_step_of_a_loop_gets_what_was_loaded_for_it(num_steps):
+    loaded = []
+
+    def run(first):
+        def load(index):
+            loaded.append(index)
+            return 100 * index
+
+        def step(index, carry, of_step):
+            return carry.at[index - first].set(of_step + index)
+
+        return loop_with_loads_ahead(first, num_steps, step, jnp.zeros(num_steps, jnp.int32), load)
+
+    np.testing.assert_array_equal(jax.jit(run)(jnp.int32(7)), 101 * np.arange(7, 7 + num_steps))
+    assert len(loaded) == (1 if num_steps == 1 else 2)  # before the loop, and in a step for the next
 
 
 def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():

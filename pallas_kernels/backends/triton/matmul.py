@@ -8,6 +8,7 @@ size, hence a tile never straddles two groups and its scale multiplies the dot's
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,38 @@ def load_rows(ref: Ref, start: jax.Array | int, width: int, mask: jax.Array | No
     if mask is None:
         return plgpu.load(columns)
     return plgpu.load(columns, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+_Carry = TypeVar("_Carry")
+
+
+def loop_with_loads_ahead(
+    first: jax.Array,
+    num_steps: int,
+    step: Callable[[jax.Array, _Carry, Any], _Carry],
+    carry: _Carry,
+    load: Callable[[jax.Array], Any],
+) -> _Carry:
+    """Steps one after the other, each with what was loaded for it during the one before.
+
+    Of a loop's loads Triton has only those of tiles on their way early. For others, such as the scales of a group, it
+    would wait in each step, which takes longer than all else that a step does.
+
+    Args:
+        first: the number of the first step.
+        num_steps: how many.
+        step: takes the number of a step, what the one before returned, and what was loaded.
+        carry: what the first step gets.
+        load: takes the number of a step.
+    """
+    if num_steps == 1:
+        return step(first, carry, load(first))
+
+    def step_and_load(index: jax.Array, both: tuple[_Carry, Any]) -> tuple[_Carry, Any]:
+        following = load(first + jnp.minimum(index + 1, num_steps - 1))
+        return step(first + index, *both), following
+
+    return jax.lax.fori_loop(0, num_steps, step_and_load, (carry, load(first)))[0]
 
 
 def launch_matmul(

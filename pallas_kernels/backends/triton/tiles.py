@@ -47,7 +47,8 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
         m, n, k: rows, outputs and inputs.
         run: inputs that share all scales within a plane (see :func:`scale_run`).
         integer: int8 activations whose products are scaled in the loop.
-        asymmetric: the weight has zero points, so row sums are taken in the loop.
+        asymmetric: the weight has zero points, so row sums are taken in the loop; of integers, whose tokens have one
+            scale each.
     """
     if m > ROW_INVARIANT_ROWS:
         block_m = 64 if integer else 128
@@ -59,6 +60,8 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
     split = _split(k // 2 // block_k, n // block_n, min_programs=min_programs)
     if integer and m > 32 and split == 1 and n % 128 == 0 and run >= 128:
         return TileConfig(64, 128, block_k, split, num_warps=4, num_stages=3)
+    if integer and asymmetric and m > 16:
+        return TileConfig(32, block_n, block_k, split, num_warps=4, num_stages=3)
     if integer:
         block_m = next(rows for rows in (16, 32, 64) if m <= rows or rows == 64)
         return TileConfig(block_m, block_n, block_k, split, num_warps=2, num_stages=3)

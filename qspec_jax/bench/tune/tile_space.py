@@ -88,7 +88,7 @@ class TileSpace:
             problem.k,
             problem.run,
             integer=problem.op != "w4a16" and scaled_in_loop,
-            asymmetric=not problem.symmetric,
+            asymmetric=not problem.symmetric and problem.op != "w4a4",
         )
 
     def decode(self, rows: int) -> list[TileConfig]:
