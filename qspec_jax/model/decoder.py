@@ -41,10 +41,6 @@ from qspec_jax.model.precision import Precision
 from qspec_jax.model.sharding import cached_config, local_config, local_formats
 from qspec_jax.model.view import AHEAD, RECENT, View
 
-# Whether a pass pads its rows, and not each matmul of it. Not before tests/gpu/test_whole_tiles.py has passed on a GPU
-# (docs/lab-notebook/058-what-a-draft-need-not-round.md).
-PADS_ONCE = False
-
 
 class Decoder(nnx.Module):
     """A decoder-only language model.
@@ -308,8 +304,6 @@ class Decoder(nnx.Module):
         Each of them would copy its rows otherwise. They still do where no number of whole sequences has as many rows.
         """
         batch, num_tokens = tokens.shape
-        if not PADS_ONCE:
-            return tokens
         rows = self.layers[0].rows_read(batch * num_tokens, view=view)
         further = 0 if rows % num_tokens else rows // num_tokens - batch
         return jnp.pad(tokens, ((0, further), (0, 0))) if further else tokens

@@ -42,7 +42,6 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(client=client, **facts)])
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    monkeypatch.setattr("qspec_jax.model.decoder.PADS_ONCE", True)
 
 
 def starts_early(

@@ -28,11 +28,6 @@ PLANS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def once(monkeypatch):
-    monkeypatch.setattr("qspec_jax.model.decoder.PADS_ONCE", True)
-
-
 @pytest.fixture(scope="module", params=["model", "int8"])
 def model(request):
     return few_layers(kv=request.param)
