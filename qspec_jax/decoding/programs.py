@@ -75,12 +75,18 @@ class Programs(Lowering):
             if (obstacle := packing.obstacle(self.decoder)) is not None:
                 raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
             return packing.LONGEST_CHUNK * packing.PIECE
-        if self.packing is False or (self.mesh is not None and self.mesh.devices.flat[0].platform == "gpu"):
-            return 0  # of several GPUs, until some have run tests/gpu/test_on_two_gpus.py so
+        if self.packing is False or self._is_of_several_gpu_processes:
+            return 0
         laid_out = self._laid_out
         if laid_out.longest_packed is None:
             laid_out.longest_packed = packing.longest_packed(self.decoder)
         return laid_out.longest_packed
+
+    @property
+    def _is_of_several_gpu_processes(self) -> bool:
+        """Which have not read packed prompts yet: one process of several GPUs has (page 059 of the lab notebook)."""
+        devices = [] if self.mesh is None else self.mesh.devices.flat
+        return len({(one.platform, one.process_index) for one in devices if one.platform == "gpu"}) > 1
 
     @property
     def rounds_in_vain(self) -> bool:

@@ -425,6 +425,18 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
     assert all(one.finished for one in sequences)
 
 
+@pytest.mark.parametrize(
+    ("platform", "processes", "packs"), [("cpu", 2, True), ("gpu", 1, True), ("gpu", 2, False)], ids=str
+)
+def test_gpus_of_several_processes_read_prompts_one_by_one(platform, processes, packs, monkeypatch):
+    programs = tiny.language_model(CONFIG).programs
+    devices = [SimpleNamespace(platform=platform, process_index=index % processes) for index in range(4)]
+    mesh = SimpleNamespace(devices=np.array(devices).reshape(4, 1))
+    monkeypatch.setattr(Programs, "mesh", mesh)
+    programs._laid_out.longest_packed = 512
+    assert programs.longest_packed == (512 if packs else 0)
+
+
 def test_what_no_pass_reads_together_is_refused_before_it_is_compiled():
     model = tiny.language_model(CONFIG)
     model.programs.packing, model.decoder.kv = True, KV_INT8

@@ -96,7 +96,6 @@ def test_each_device_reads_prompts_into_its_own_rows(gpus, monkeypatch):
     options = {"dtype": jnp.bfloat16, "kernels": None, "scan_layers": False}
     shards = Shards.of(config, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
     programs = Programs(shards.shapes(), mesh)
-    programs.packing = True
     assert programs.longest_packed == 512
     program = programs.lower_pieces(PLANS["plain"], Shape(rows=ROWS, capacity=CAPACITY), 16).compile()
     text, width = program.as_text(), config.num_kv_heads * config.head_dim
@@ -126,7 +125,6 @@ def test_xla_reads_nothing_that_a_kernel_wrote_which_signals(kind, rows, gpus, m
 
     Of 12 rows no layer makes whole tiles: the pass did.
     """
-    monkeypatch.setattr("qspec_jax.model.decoder.PADS_ONCE", True)
     monkeypatch.setattr(loop_settings, "_FEW_ROWS", rows)  # also where it does not pay
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 12, 0)))  # with Mosaic kernels as well
     monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)

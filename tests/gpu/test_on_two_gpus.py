@@ -56,7 +56,6 @@ def test_rows_that_two_gpus_share_yield_what_they_yield_on_one(demo_gguf):
     one = qspec_jax.load(demo_gguf, dtype=DTYPE)
     expected = outputs(one, given, rows=16, mode="w4a16")
     two = qspec_jax.load(demo_gguf, dtype=DTYPE, mesh="data=2")
-    two.programs.packing = True
     assert two.programs.longest_packed == one.programs.longest_packed > 0
     assert outputs(two, given, rows=32, mode="w4a16") == expected
     assert "pieces" in {name[0] for name in two.programs.compiled}
@@ -78,7 +77,8 @@ def test_a_process_for_each_yields_the_same_with_drafts_and_without(name, mesh, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.gpu.on_two_gpus", name, mesh, "--coordinator", where, "--process-id"]
+    command = [sys.executable, "-m", "tests.gpu.on_two_gpus", name, mesh, "--packing", "--coordinator", where]
+    command = [*command, "--process-id"]
     with contextlib.ExitStack() as stack:
         started = []
         for index in range(2):
