@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import pallas_kernels
@@ -51,7 +52,7 @@ def longest_packed(decoder: Decoder) -> int:
     for any number of rows. Triton's do, too, at a fraction of the rate of a library, which short chunks of a model of
     few weights do not feel. Otherwise a library multiplies many rows, in an order that depends on their number. Such
     chunks are read one by one, each padded to one of few widths. Which way a chunk is read depends on its own length
-    alone.
+    alone. Where devices share weights, what counts are the parts that each has: it adds sums of all in one order.
     """
     if obstacle(decoder) is not None or not pallas_kernels.prefill_is_alike(decoder.config.head_dim):
         return 0
@@ -60,6 +61,7 @@ def longest_packed(decoder: Decoder) -> int:
         weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight) or linear.floats is not None:  # a library multiplies floats
             return 0
+        weight = jax.tree.map(_of_a_device, weight)
         alike = pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
         if alike is not None and alike < MAX_ROWS:
             return 0
@@ -69,10 +71,14 @@ def longest_packed(decoder: Decoder) -> int:
     return LONGEST_CHUNK * PIECE if in_pieces <= _FEW_IN_PIECES else _LONGEST_IN_PIECES
 
 
+def _of_a_device(array: Any) -> jax.ShapeDtypeStruct:
+    """The shape of what each device has of an array."""
+    sharding = getattr(array, "sharding", None)
+    return jax.ShapeDtypeStruct(array.shape if sharding is None else sharding.shard_shape(array.shape), array.dtype)
+
+
 def obstacle(decoder: Decoder) -> str | None:
     """Why no pass of a decoder reads chunks of several prompts, whatever bits they had; None where one does."""
-    if decoder.split > 1:  # whether a token has the same bits in any pass is not known of parts of a weight
-        return f"weights that {decoder.split} devices share"
     return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 

@@ -75,7 +75,7 @@ class Programs(Lowering):
             if (obstacle := packing.obstacle(self.decoder)) is not None:
                 raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
             return packing.LONGEST_CHUNK * packing.PIECE
-        if self.packing is False or self._is_of_several_gpu_processes:
+        if self.packing is False or self._has_not_read_packed:
             return 0
         laid_out = self._laid_out
         if laid_out.longest_packed is None:
@@ -83,10 +83,11 @@ class Programs(Lowering):
         return laid_out.longest_packed
 
     @property
-    def _is_of_several_gpu_processes(self) -> bool:
-        """Which have not read packed prompts yet: one process of several GPUs has (page 059 of the lab notebook)."""
+    def _has_not_read_packed(self) -> bool:
+        """Of several GPUs, only those of one process with whole weights have (page 059 of the lab notebook)."""
         devices = [] if self.mesh is None else self.mesh.devices.flat
-        return len({(one.platform, one.process_index) for one in devices if one.platform == "gpu"}) > 1
+        processes = {one.process_index for one in devices if one.platform == "gpu"}
+        return len(processes) > 1 or (len(processes) == 1 and self.decoder.split > 1)
 
     @property
     def rounds_in_vain(self) -> bool:

@@ -426,15 +426,20 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "processes", "packs"), [("cpu", 2, True), ("gpu", 1, True), ("gpu", 2, False)], ids=str
+    ("platform", "processes", "split", "packs"),
+    [("cpu", 2, 2, True), ("gpu", 1, 1, True), ("gpu", 2, 1, False), ("gpu", 1, 2, False)],
+    ids=str,
 )
-def test_gpus_of_several_processes_read_prompts_one_by_one(platform, processes, packs, monkeypatch):
+def test_gpus_of_several_processes_or_with_parts_of_weights_read_prompts_one_by_one(
+    platform, processes, split, packs, monkeypatch
+):
     programs = tiny.language_model(CONFIG).programs
     devices = [SimpleNamespace(platform=platform, process_index=index % processes) for index in range(4)]
-    mesh = SimpleNamespace(devices=np.array(devices).reshape(4, 1))
-    monkeypatch.setattr(Programs, "mesh", mesh)
-    programs._laid_out.longest_packed = 512
+    monkeypatch.setattr(Programs, "mesh", SimpleNamespace(devices=np.array(devices).reshape(-1, split)))
+    programs._laid_out.longest_packed, programs.decoder.split = 512, split
     assert programs.longest_packed == (512 if packs else 0)
+    programs.packing = True
+    assert programs.longest_packed == 512
 
 
 def test_what_no_pass_reads_together_is_refused_before_it_is_compiled():

@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--wait", action="store_true")
-    parser.add_argument("--packing", action="store_true", help="read prompts together where a mesh has data=2")
+    parser.add_argument("--packing", action="store_true", help="read prompts together")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int, default=0)
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def main():
         model = MODELS[arguments.model](mesh=arguments.mesh)
         if arguments.process_id:
             return 0
-        model.programs.packing = True if arguments.packing and arguments.mesh == "data=2" else None
+        model.programs.packing = arguments.packing or None
         given = (texts if arguments.model == "demo" else noise)(arguments.prompts)
         if arguments.greedy:
             given = given._replace(sampling={})

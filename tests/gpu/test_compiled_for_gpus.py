@@ -21,7 +21,7 @@ from pallas_kernels.backends.early_launch import SIGNAL
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.decoding import device_graphs, loop_settings
+from qspec_jax.decoding import device_graphs, loop_settings, packing
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
@@ -88,23 +88,25 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     assert len(sent) == passes * (2 * LAYERS + 2)
 
 
-def test_each_device_reads_prompts_into_its_own_rows(gpus, monkeypatch):
-    """With Hopper's kernels. Nothing is sent but what the host reads at the end, and no cache is copied."""
+@pytest.mark.parametrize(("shape", "messages"), [((2, 1), 1), ((1, 2), 2 * 2 * LAYERS + 2)], ids=["data=2", "model=2"])
+def test_devices_read_prompts_together_and_copy_no_cache(shape, messages, gpus, monkeypatch):
+    """With Hopper's kernels, into rows of their own, or with parts of all weights, whose sums are sent in two."""
     monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
     config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
-    mesh = Mesh(np.array(gpus).reshape(2, 1), AXES)
+    mesh = Mesh(np.array(gpus).reshape(shape), AXES)
     options = {"dtype": jnp.bfloat16, "kernels": None, "scan_layers": False}
     shards = Shards.of(config, mesh, quantization=QuantConfig(group_size=128), formats=None, **options)
     programs = Programs(shards.shapes(), mesh)
-    assert programs.longest_packed == 512
+    assert packing.longest_packed(programs.decoder) == 512
+    programs.packing = True
     program = programs.lower_pieces(PLANS["plain"], Shape(rows=ROWS, capacity=CAPACITY), 16).compile()
-    text, width = program.as_text(), config.num_kv_heads * config.head_dim
-    cache = f"bf16[{ROWS // 2},{CAPACITY},{width}]"
+    text, (data, split) = program.as_text(), shape
+    cache = f"bf16[{ROWS // data},{CAPACITY},{config.num_kv_heads * config.head_dim // split}]"
     assert cache in text
     assert not [line for line in text.splitlines() if re.search(rf"= {re.escape(cache)}\S* (copy|transpose)\(", line)]
     assert "mosaic" in text
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
-    assert sent == ["all-gather"]
+    assert len(sent) == messages
 
 
 W8A16_AND_DRAFTS = DecodingPlan(Precision.W8A16, Precision.W4A8, 3)

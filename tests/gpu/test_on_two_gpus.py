@@ -68,6 +68,10 @@ def test_weights_that_two_gpus_share_yield_the_same_with_drafts_and_without():
     given = noise(96)
     model = few_layers(mesh="model=2")
     plain = outputs(model, given, rows=32, mode="w4a16")
+    model.programs.packing = True
+    assert model.programs.longest_packed
+    assert outputs(model, given, rows=32, mode="w4a16") == plain
+    assert "pieces" in {name[0] for name in model.programs.compiled}
     assert len({tuple(ids) for ids in plain}) > len(plain) / 2
     assert not differences(model, given, rows=32, expected=plain)
 
