@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qspec_jax.decoding import packing
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS, fitting_capacity
 from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW
 from qspec_jax.decoding.speedup import expected_tokens
@@ -22,6 +23,7 @@ from qspec_jax.device.mesh import MeshShape
 from qspec_jax.model import cache as cached
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
+from qspec_jax.model.linear import PIECE
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.sharding import local_config
 
@@ -115,7 +117,7 @@ class DeviceBytes:
     Attributes:
         weights: with embedding and head.
         cache: keys and values of its rows, at their capacity.
-        temporaries: activations and logits of the larger of a pass and a chunk of a prompt, about.
+        temporaries: activations and logits of the larger of a pass and one that reads prompts, about.
     """
 
     weights: int
@@ -146,8 +148,10 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     tokens = own_rows * (draft_length + 1)
     parts = mesh.model if mesh.model > 1 else 0
     decode = _activations(config, mesh.model, tokens=tokens, sums=parts, logits=tokens, dtype_bytes=size)
-    chunk = _activations(config, mesh.model, tokens=CHUNK_WIDTHS[-1], sums=min(parts, 2), logits=1, dtype_bytes=size)
-    return DeviceBytes(num_bytes(local), cache, max(decode, chunk))
+    packed = PIECE * packing.sizes(own_rows, fitting_capacity(context))[-1]
+    read = {"tokens": max(packed, CHUNK_WIDTHS[-1]), "sums": min(parts, 2), "logits": own_rows}
+    prompts = _activations(config, mesh.model, **read, dtype_bytes=size)
+    return DeviceBytes(num_bytes(local), cache, max(decode, prompts))
 
 
 def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int, kv: str = cached.KV_OF_MODEL) -> int:

@@ -106,6 +106,8 @@ def test_devices_share_weights_and_cache_and_repeat_heads_where_there_are_too_fe
     assert held.total == held.weights + held.cache + held.temporaries
     more = device_bytes(eighth, MeshShape(2, 8), rows=33, context=1000)
     assert more.cache == held.cache * 17 // 16
+    read = device_bytes(whole, ONE, rows=64, context=1000)  # 64 pieces of 32 tokens, of as many prompts
+    assert read.temporaries == 64 * (32 * (2 * 4096 + 3 * 14336) * 2 + LLAMA.vocab_size * 4)
     for whole.kv, capacity in (("model", 64), (KV_INT8, 128)):
         cache = jax.eval_shape(lambda capacity=capacity: whole.create_cache(batch=4, capacity=capacity))
         taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
