@@ -204,7 +204,9 @@ def _check(arguments: argparse.Namespace, opened: OpenedModel, example: list[dic
     """Refuses what this model cannot do, before its weights are read."""
     from qspec_jax.engine.intake import check_length
 
-    plan_of(arguments.mode, **options.plan_options(arguments), held=held_weights(opened.quantization))
+    head = None if opened.quantization is None else opened.quantization.draft_head
+    held = held_weights(opened.quantization)
+    plan_of(arguments.mode, **options.plan_options(arguments), held=held, draft_head=head)
     check_length(1, 0, max_seq_len=arguments.max_seq_len, context=opened.config.max_position_embeddings)
     tokenizer = opened.tokenizer()
     if tokenizer is None or not tokenizer.has_chat_template:

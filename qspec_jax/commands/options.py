@@ -214,14 +214,26 @@ def check_drafts(
 ) -> None:
     """Refuses, before a model is opened, drafts of the model of which none reads less than its verification.
 
-    What ``--verify auto`` is, only the model tells.
+    What ``--verify auto`` is, only the model tells. A checkpoint may have an LM head of 4 bits for its drafts.
 
     Raises:
         UsageError: that is so.
     """
-    if not {AUTO, "qspec", "lookup-qspec"}.isdisjoint(modes):
-        head = getattr(arguments, "draft_head", None)
+    if {AUTO, "qspec", "lookup-qspec"}.isdisjoint(modes):
+        return
+    head = getattr(arguments, "draft_head", None)
+    try:
         drafts_that_gain(itertools.product(drafts, contexts), arguments.verify, draft_head=head)
+    except UsageError:
+        named = getattr(arguments, "model", None)
+        if not any(map(_may_have_a_head_for_drafts, named if isinstance(named, list) else [named])):
+            raise
+
+
+def _may_have_a_head_for_drafts(model: str | None) -> bool:
+    from qspec_jax.weights.checkpoint.manifest import is_checkpoint  # imports JAX
+
+    return model is not None and is_checkpoint(model)
 
 
 def verify_of(arguments: argparse.Namespace, modes: Iterable[str]) -> str:

@@ -373,7 +373,7 @@ def gain_obstacle(draft: str, draft_context: str | int, verify: str, *, draft_he
         return None
     return (
         f"draft={draft!r} with draft_context='full' reads what verify='w4a16' reads, and costs a plain step; use "
-        "draft_context='auto' or a number, draft='w4a8', or verify='w8a16' or 'float'"
+        "draft_context='auto' or a number, draft='w4a8', verify='w8a16' or 'float', or load it with draft_head=4"
     )
 
 

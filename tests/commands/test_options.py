@@ -87,6 +87,16 @@ def test_drafts_that_read_all_that_verifies_are_refused_before_a_model_is_opened
         options.check_drafts(asked, ["w4a16"], contexts, modes)
 
 
+@pytest.mark.parametrize("named", ["one", "several"])
+def test_drafts_of_a_checkpoint_that_may_have_a_head_for_them_are_not_refused_early(tmp_path, named):
+    (tmp_path / "qspec.json").touch()
+    model = str(tmp_path) if named == "one" else ["default", str(tmp_path)]
+    asked = argparse.Namespace(verify="w4a16", draft_head=None, model=model)
+    options.check_drafts(asked, ["w4a16"], ["full"], ["qspec"])
+    with pytest.raises(UsageError, match="costs a plain step"):
+        options.check_drafts(argparse.Namespace(**{**vars(asked), "model": "default"}), ["w4a16"], ["full"], ["qspec"])
+
+
 @pytest.mark.parametrize(
     ("verify", "modes", "wanted"),
     [("auto", ["w4a16", "w8a16"], "w8a16"), ("w4a16", ["w8a16"], "w4a16"), ("auto", ["qspec"], "auto")],

@@ -21,7 +21,7 @@ import qspec_jax
 from qspec_jax import chat
 from qspec_jax.dialogue.conversation import Conversation
 from qspec_jax.dialogue.lines import PlainLines
-from qspec_jax.errors import OutputError
+from qspec_jax.errors import OutOfMemoryError, OutputError
 from tests.dialogue.stub import Session
 from tests.weights import tiny_checkpoints
 
@@ -89,6 +89,19 @@ def test_what_the_model_cannot_do_is_said_before_its_weights_are_read(path, monk
     monkeypatch.setattr("qspec_jax.tokenizer.tokenizer.Tokenizer.has_chat_template", False)
     assert chat.main(["--model", str(path)]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_drafts_that_gain_by_their_head_alone_are_not_refused(path, monkeypatch, capsys):
+    def load(model, **given):
+        raise OutOfMemoryError(f"asked for a head of {given['draft_head']} bits")
+
+    monkeypatch.setattr(qspec_jax, "load", load)
+    lines_of(monkeypatch, "w5")
+    options = ["--model", str(path), "--draft", "w4a16", "--draft-context", "full"]
+    assert chat.main([*options, "--draft-head", "4"]) == 1
+    assert "asked for a head of 4 bits" in capsys.readouterr().err
+    assert chat.main(options) == 2
+    assert "costs a plain step" in capsys.readouterr().err
 
 
 def test_an_answer_gives_no_orders_to_a_terminal(monkeypatch, capsys):
