@@ -104,6 +104,7 @@ class SlashCommands:
     def _reset(self, text: str) -> Outcome:
         _require_nothing("/reset", text)
         self._conversation.reset()
+        self._own_file = None  # which holds the conversation before
         kept = "; the system prompt stays" if self._conversation.system else ""
         return Outcome([f"a new conversation{kept}"])
 
@@ -123,6 +124,7 @@ class SlashCommands:
         path = _path("/load", text)
         messages = read_conversation(path)
         self._conversation.take(messages)
+        self._own_file = None
         waits = "; /retry answers the last one" if messages[-1]["role"] == "user" else ""
         last = messages[-1]
         return Outcome([f"{len(messages)} messages, the last by {last['role']}: {_begin(last['content'])}{waits}"])

@@ -175,6 +175,19 @@ def test_a_conversation_that_was_saved_goes_on(tmp_path):
         others.do(f"/save {tmp_path}/no/such/file")
 
 
+@pytest.mark.parametrize("begins_anew", ["/reset", "/load {}/other"])
+def test_a_file_is_the_conversations_own_until_another_one_begins(tmp_path, begins_anew):
+    (tmp_path / "other").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    _, commands = talked("first")
+    commands.do(f"/save {tmp_path}/file")
+    before = (tmp_path / "file").read_text()
+    commands.do(begins_anew.format(tmp_path))
+    list(commands.do("second").answer)
+    with pytest.raises(UsageError, match="/save -f"):
+        commands.do(f"/save {tmp_path}/file")
+    assert (tmp_path / "file").read_text() == before
+
+
 @pytest.mark.parametrize(
     "text",
     [
