@@ -21,9 +21,12 @@ from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.decode import command as decode
 from qspec_jax.bench.decode import measure as decode_measure
 from qspec_jax.bench.decode import request as decode_request
+from qspec_jax.bench.decode import tables as decode_tables
 from qspec_jax.bench.decode.measure import Measurement, by_kernel, measure_parts, speculations
 from qspec_jax.bench.decode.parts import Part, Setting, context_state, decoding_parts, pass_bytes
+from qspec_jax.bench.decode.speedup import Speculation
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.evaluation.scores import DraftScore
 from qspec_jax.model.config import ModelConfig
@@ -125,6 +128,42 @@ def test_bytes_are_those_of_the_arrays_and_the_cache_that_a_pass_reads(model):
     assert (verify["embedding"], verify["cache"]) == (2 * 4 * row, 2 * 24 * slot)
     cycle = Part("cycle", model.plan(draft="w4a4", draft_length=3)).num_bytes(model, SETTING)
     assert cycle == {kind: verify[kind] + 3 * draft[kind] for kind in verify}
+
+
+@pytest.mark.parametrize(("context", "read"), [(100, 100), (1023, 1023), (1024, 512), (1100, 512)])
+def test_a_draft_with_a_budget_reads_the_cache_from_the_length_on_that_the_engine_says(model, context, read):
+    plan = model.plan(draft="w4a16")
+    setting = Setting.create(batch=1, context=context, longest_draft=3)
+    slot = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert Part("draft", plan).num_bytes(model, setting)["cache"] == (read + 1) * slot
+    plain, cycle = (model.cycle_bytes(one, rows=1, context=context) for one in (model.plan("w4a16"), plan))
+    assert cycle - plain == 3 * (plain - (context - read) * slot)
+
+
+@pytest.mark.parametrize("context", [20, 96])
+def test_a_context_that_is_shorter_than_the_budget_fills_the_table_of_blocks(model, context):
+    """With a cache that is not: what its drafts then read is a table of as many blocks as ever."""
+    plan = model.plan(draft="w4a16", draft_context=112)
+    setting = Setting(1, context, 128)
+    (measured,) = measure_parts(model, [Part("cycle", plan)], setting, repeats=1, repetitions=1)
+    assert (measured.status, measured.draft) == ("ok", "w4a16@112")
+    blocks = context_state(model.decoder, setting, num_blocks=plan.num_blocks).cache.blocks
+    assert np.asarray(blocks).tolist() == np.broadcast_to(np.arange(7), blocks.shape).tolist()
+
+
+def test_long_names_of_drafts_move_no_column():
+    plan = DecodingPlan(Precision.W4A16, View(head_bits=4, cache_budget=1024), 3)
+    parts = [Part(name, plan) for name in ("draft", "cycle")]
+    widths = decode_tables.name_widths(parts)
+    rows = [
+        decode_tables.table_row(Measurement(part.name, part.view.name, part.source, 3, 1, 2, 3), 1.0, widths)
+        for part in parts
+    ]
+    assert len({len(line) for line in [decode_tables.table_head(widths), *rows]}) == 1
+    one = Speculation(plan.draft_source, 3, 1, 2, 1.0, 0.5, 1.0, 2.5, None, verify="w4a16")
+    head, *lines = decode_tables.speculation_table([one]).splitlines()[-3:]
+    assert all(line.startswith(f"{plan.draft_source} ") for line in lines)
+    assert len(lines[0]) == len(head.removesuffix("  measured"))
 
 
 def test_a_sliding_window_bounds_the_cache_that_is_read():

@@ -179,7 +179,8 @@ def pass_bytes(model: LanguageModel, view: View, setting: Setting, *, new_tokens
     weights = of.weights_of(view) - head
     if view.weight_bits is not None and not _reads_group_sums(model, view):
         weights -= num_bytes([weight.group_sum for weight in quantized_weights(decoder)])
-    limits = (setting.context, view.window(config.sliding_window), view.in_cache(setting.context).cache_budget)
+    budget = view.cache_budget if setting.context >= view.cache_full_below else None
+    limits = (setting.context, view.window(config.sliding_window), budget)
     seen = min(limit for limit in limits if limit is not None)
     rows = of.own_rows(setting.batch)
     return {
@@ -215,7 +216,8 @@ def context_state(
         layers = _with_scales(layers)
     rng, blocks, lengths = np.random.default_rng(0), None, np.full(rows, setting.context, np.int32)
     if empty.blocks is not None:
-        scores = rng.random((*empty.blocks.shape[:-1], setting.context // View.cache_block))
+        # A budget that pays for more than the context lists blocks behind it, of which nothing is read.
+        scores = rng.random((*empty.blocks.shape[:-1], max(num_blocks, setting.context // View.cache_block)))
         blocks = np.sort(np.argsort(scores, axis=-1)[..., :num_blocks].astype(np.int32), axis=-1)
     cache = KVCache(layers, cast(Any, lengths), cast(Any, blocks))
     tokens = functools.partial(rng.integers, decoder.config.vocab_size, dtype=np.int32)
