@@ -23,7 +23,7 @@ def text_table(scores: Sequence[TextScore]) -> str:
         if score.agreement is not None and score.kl is not None:
             divergence = round(score.kl, 5) + 0.0  # no minus before a zero
             compared = f"{score.agreement:>11.4f}{divergence:>10.5f}"
-        lines.append(f"{score.name:10}{score.num_tokens:>8}{score.perplexity:>12.3f}{compared}")
+        lines.append(f"{score.name:10}{score.num_tokens:>8} {score.perplexity:>11.3f}{compared}")
     return "\n".join(lines)
 
 
@@ -69,18 +69,20 @@ def comparison_table(models: Sequence[ModelScore]) -> str:
     """
     width = max(len(model.name) for model in models) + 2
     drafts = list(dict.fromkeys((score.draft, score.draft_length) for model in models for score in model.drafts))
-    headings = "".join(f"{f'{draft}, {length}':>14}" for draft, length in drafts)
+    names = [f"{draft}, {length}" for draft, length in drafts]
+    widths = [max(14, len(name) + 2) for name in names]
+    headings = "".join(f"{name:>{wide}}" for name, wide in zip(names, widths, strict=True))
     lines = [f"{'model':{width}}{'text':>6}{'perplexity':>12}{'KL, nats':>10}{headings}"]
     for model in models:
         compared = {score.name: score for score in model.text if score.kl is not None}
         text = f"{'-':>6}{'-':>12}{'-':>10}"
         if (score := next((compared[one] for one in _WIDEST_FIRST if one in compared), None)) is not None:
-            text = f"{score.name:>6}{score.perplexity:>12.3f}{round(score.kl or 0.0, 5) + 0.0:>10.5f}"
+            text = f"{score.name:>6} {score.perplexity:>11.3f}{round(score.kl or 0.0, 5) + 0.0:>10.5f}"
         ran = {(score.draft, score.draft_length): score for score in model.drafts if score.num_drafted}
         figures = [
             f"{ran[one].acceptance_rate:.3f} {ran[one].tokens_per_cycle:.2f}" if one in ran else "-" for one in drafts
         ]
-        cells = "".join(f"{text:>14}" for text in figures)
+        cells = "".join(f"{figure:>{wide}}" for figure, wide in zip(figures, widths, strict=True))
         lines.append(f"{model.name:{width}}{text}{cells}")
     return "\n".join(lines)
 

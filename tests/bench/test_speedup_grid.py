@@ -10,7 +10,7 @@ from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.decode.parts import Setting
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.speedup import grid
-from qspec_jax.bench.speedup.command import matrix, parse_chances, table_row
+from qspec_jax.bench.speedup.command import matrix, parse_chances, plan_width, table_head, table_row
 from qspec_jax.bench.speedup.grid import Cell, Gain, expected_of, measure_cell
 from qspec_jax.decoding.plan import DecodingPlan, Lookup
 from qspec_jax.decoding.speedup import expected_tokens
@@ -65,12 +65,20 @@ def test_parts_are_shared_and_the_best_plan_wins(monkeypatch):
     assert (measured.best, measured.speedup) == (None, 1.0)
 
 
+def test_a_long_name_of_a_plan_moves_no_column():
+    plan = DecodingPlan(View(), View(head_bits=4, cache_budget=1024), 3)
+    width = plan_width([*PLANS, plan])
+    row = table_row(Cell(1, 512, 2.5, (Gain(plan.label, 3, 1.0, 1.2, 3.0, 0.9),)), width)
+    assert plan.label in row
+    assert len(row) == len(table_head(width))
+
+
 def test_rows_and_the_matrix_say_where_plain_decoding_is_the_fastest():
     losing, winning = Gain("w4a8 x3", 3, 1.0, 1.2, 3.0, 0.9), Gain("w4a8@512 x5", 5, 0.4, 1.6, 5.4, 2.1)
     cells = [Cell(1, 512, 2.5, (losing,)), Cell(1, 8000, 8.0, (losing, winning)), Cell(16, 512, None, reason="no room")]
-    assert "plain, not w4a8 x3" in table_row(cells[0])
-    assert table_row(cells[1]).split()[3:5] == ["w4a8@512", "x5"]
-    assert table_row(cells[2]).split() == ["16", "512", *"-------"]
+    assert "plain, not w4a8 x3" in table_row(cells[0], 18)
+    assert table_row(cells[1], 18).split()[3:5] == ["w4a8@512", "x5"]
+    assert table_row(cells[2], 18).split() == ["16", "512", *"-------"]
     lines = matrix([*cells, Cell(16, 8000, 9.0, (winning,))]).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["batch", "512", "8000"],

@@ -12,8 +12,9 @@ import pytest
 from qspec_jax.bench.__main__ import main
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.bench.throughput import command
-from qspec_jax.bench.throughput.measure import arrivals, fill_passes, inter_token_seconds
+from qspec_jax.bench.throughput.measure import ThroughputRun, arrivals, fill_passes, inter_token_seconds
 from qspec_jax.decoding.packing import pack
+from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -21,6 +22,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.evaluation import sharegpt
 from qspec_jax.files.lock import locked
 from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.view import View
 from tests import tiny
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())
@@ -83,6 +85,18 @@ def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path
     assert lines[6].split()[:4] == ["auto", "auto", "7", "3"]
     assert " of the time in " in lines[7]
     assert plot.stat().st_size > 1000
+
+
+def test_a_long_name_of_drafts_moves_no_column():
+    plans = [DecodingPlan(View()), DecodingPlan(View(), View(head_bits=4, cache_budget=1024), 3)]
+    width = command.draft_width(plans)
+    figures = dataclasses.fields(ThroughputRun)[4:]
+    kinds = {"int": 1, "dict[str, float]": {}, "Mapping[str, PlanTotals]": {}}
+    one = {field.name: kinds.get(field.type, 1.0) for field in figures}
+    rows = [ThroughputRun(plan.mode, plan.draft_source, plan.draft_length, 1, **one) for plan in plans]
+    lines = [command.table_head(width), *(command.table_row(row, width) for row in rows)]
+    assert "w4a16+head4@1024 " in lines[2]
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_loads_are_shares_of_what_can_be_served_with_a_cache_that_is_there(capsys, tmp_path, prompt_file, monkeypatch):

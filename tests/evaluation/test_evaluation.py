@@ -210,6 +210,16 @@ def test_several_models_have_a_table_of_kinds_each():
     assert tables[1].splitlines()[2] == "code  w4a8@1024       3     0.900          3.70        2/2  0.90 0.90 0.90"
 
 
+def test_columns_of_several_models_stay_apart_whatever_is_in_them():
+    """A draft with a long name, and a model that predicts nothing."""
+    score = evaluation.DraftScore("w4a16+head4@1024", 3, 2, 8, 6, 0.9, 3.7, (0.9, 0.9, 0.9), 2)
+    text = evaluation.TextScore("w4a16", 100, 21368921495.412, 0.1, 4.67)
+    heading, line = tables.comparison_table([ModelScore("one", [text], [score, score])]).splitlines()
+    assert heading.split()[-3:] == ["nats", "w4a16+head4@1024,", "3"]
+    assert line.split() == ["one", "w4a16", "21368921495.412", "4.67000", "0.900", "3.70"]
+    assert "100 21368921495.412" in tables.text_table([text])
+
+
 def test_drafts_that_nobody_made_are_not_taken_for_rejected_ones():
     """Short texts, of which a budget pays for all."""
     score = evaluation.DraftScore("w4a16@512", 3, 2, 8, 0, 0.0, 1.0, (0.0, 0.0, 0.0), 2)

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.bench.decode.plot import plot_speedup
 from qspec_jax.bench.decode.request import NEW_TOKENS, DecodeRequest, fitting_prompts, read_request
 from qspec_jax.bench.decode.speedup import Speculation
-from qspec_jax.bench.decode.tables import breakdown_table, model_line, speculation_table, table_head, table_row
+from qspec_jax.bench.decode.tables import (
+    breakdown_table,
+    model_line,
+    name_widths,
+    speculation_table,
+    table_head,
+    table_row,
+)
 from qspec_jax.bench.options import write_report
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
@@ -26,6 +33,7 @@ from qspec_jax.model.config import WHOLE_ROW
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode.measure import Measurement
+    from qspec_jax.bench.decode.parts import Part
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.evaluation.scores import DraftScore
 
@@ -116,7 +124,7 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
     )
     plans = [part.plan for part in parts if part.name == "cycle"]
     prompts = fitting_prompts(model, request) if plans else []
-    report.begin(model, synthetic=request.path is None)
+    report.begin(model, parts, synthetic=request.path is None)
     for batch in request.batches:
         for context in request.contexts:
             setting = Setting.create(batch=batch, context=context, longest_draft=request.longest_draft)
@@ -138,21 +146,23 @@ class _Report:
         self.steps: int | None = arguments.steps
         self.facts, self.request, self.copy_tb_per_s = facts, request, copy
         self.models: list[dict[str, Any]] = []
+        self.widths: Mapping[str, int] = {}
         self.measurements: list[Measurement] = []
         self.accepted: dict[tuple[str, int], DraftScore] = {}
         self.speculations: list[Speculation] = []
 
-    def begin(self, model: LanguageModel, *, synthetic: bool) -> None:
+    def begin(self, model: LanguageModel, parts: Sequence[Part], *, synthetic: bool) -> None:
         from qspec_jax.bench.description import describe_model
 
         self.models.append(describe_model(model, synthetic=synthetic))
         show(model_line(self.models[-1], self.copy_tb_per_s))
-        show(table_head())
+        self.widths = name_widths(parts)
+        show(table_head(self.widths))
 
     def add(self, one: Measurement) -> None:
         self.measurements.append(one)
         self._update()
-        show(table_row(one, self.copy_tb_per_s, on_mesh=self.request.mesh is not None))
+        show(table_row(one, self.copy_tb_per_s, self.widths, on_mesh=self.request.mesh is not None))
         if self.breakdown and one.part == "step":
             show(breakdown_table(one))
 

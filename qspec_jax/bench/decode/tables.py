@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench.decode.speedup import ACCEPTANCES, Speculation, targets_of
@@ -10,14 +10,16 @@ from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode.measure import Measurement
+    from qspec_jax.bench.decode.parts import Part
 
-_COLUMNS = "{:<7} {:<9} {:<9} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>6} {:>6} {:>9}"
-_CURVE = "{:<9} {:>5} {:>5} {:>7} {:>6} {:>6} {:>8} {:<6} {:>6} {:>10}" + " {:>6}" * len(ACCEPTANCES) + "  {}"
+_COLUMNS = "{:<7} {:<{view}} {:<{drafts}} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>6} {:>6} {:>9}"
+_CURVE = "{:<{draft}} {:>5} {:>5} {:>7} {:>6} {:>6} {:>8} {:<6} {:>6} {:>10}" + " {:>6}" * len(ACCEPTANCES) + "  {}"
 _CURVE_TITLE = """
 Speed-up over plain {} decoding by acceptance, the chance of a draft whose predecessors were accepted: tokens per
 cycle over the cost of a cycle in plain steps, by the sum of its parts and as the loop runs it.
 """
 _MAX_NAME = 90
+_NARROWEST = 9  # of a column of names
 _SYMMETRY = {True: "(symmetric)", False: "(asymmetric)"}
 
 
@@ -38,13 +40,22 @@ def model_line(model: Mapping[str, Any], copy_tb_per_s: float) -> str:
     )
 
 
-def table_head() -> str:
-    """The names of the columns."""
+def name_widths(parts: Iterable[Part]) -> dict[str, int]:
+    """How wide the columns of names are of a table of some parts; the empty one is of the usual ones."""
+    names = {"view": [], "drafts": []}
+    for part in parts:
+        names["view"].append(part.view.name)
+        names["drafts"].append(part.source or "-")
+    return {column: max([_NARROWEST, *map(len, given)]) for column, given in names.items()}
+
+
+def table_head(widths: Mapping[str, int]) -> str:
+    """The names of the columns; ``widths`` are those of :func:`name_widths`."""
     names = ("part", "precision", "drafts", "gamma", "batch", "context")
-    return _COLUMNS.format(*names, "ms", "tokens/s", "GB", "bound", "idle", "compile s")
+    return _COLUMNS.format(*names, "ms", "tokens/s", "GB", "bound", "idle", "compile s", **widths)
 
 
-def table_row(one: Measurement, copy_tb_per_s: float, *, on_mesh: bool = False) -> str:
+def table_row(one: Measurement, copy_tb_per_s: float, widths: Mapping[str, int], *, on_mesh: bool = False) -> str:
     """A measurement as a line; ``bound`` is the share of the time that its bytes take at the copy bandwidth.
 
     On a mesh the bytes are those of one device, and the time in collectives stands behind, where kernels have a clock.
@@ -63,6 +74,7 @@ def table_row(one: Measurement, copy_tb_per_s: float, *, on_mesh: bool = False) 
         _number(figures["share_of_bound"], ".0%"),
         _number(one.idle_share, ".0%"),
         _number(one.compile_s, ".1f"),
+        **widths,
     )
     if one.status == "ok" and on_mesh and one.collective_ms is not None:
         line = f"{line}  {one.collective_ms:.3f} ms in collectives"
@@ -83,7 +95,9 @@ def speculation_table(speculations: Sequence[Speculation]) -> str:
     """Two lines per speculation: by the sum of its parts, and as the loop runs it."""
     points = [f"{acceptance:.0%}" for acceptance in ACCEPTANCES]
     names = ("draft", "gamma", "batch", "context", "c_d", "c_v", "gap ms", "by", "cost", "break-even")
-    lines = [_CURVE_TITLE.format(targets_of(speculations)), _CURVE.format(*names, *points, "measured").rstrip()]
+    width = max([_NARROWEST, *(len(one.draft) for one in speculations)])
+    head = _CURVE.format(*names, *points, "measured", draft=width)
+    lines = [_CURVE_TITLE.format(targets_of(speculations)), head.rstrip()]
     for one in speculations:
         for kind, cost in one.costs.items():
             even = acceptance_for(cost, one.draft_length)
@@ -93,7 +107,7 @@ def speculation_table(speculations: Sequence[Speculation]) -> str:
                 "never" if even is None else f"{even:.0%}",
                 *(f"{one.speedups(expected_tokens(point, one.draft_length))[kind]:.2f}" for point in ACCEPTANCES),
             )
-            lines.append(_CURVE.format(*cells, _measured(one, kind)).rstrip())
+            lines.append(_CURVE.format(*cells, _measured(one, kind), draft=width).rstrip())
     return "\n".join(lines)
 
 

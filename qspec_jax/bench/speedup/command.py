@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ For every batch and context: what plain decoding at the target serves, the faste
 verification (c_v) take of a plain step, the tokens that a cycle yields (E), and the speed-up E / (gamma c_d + c_v) with
 its limit by bytes. E follows from an acceptance that is given, or measured on the prompts of a real model.
 """
-_COLUMNS = "{:>6} {:>8} {:>10}  {:<18} {:>5} {:>5} {:>5} {:>8} {:>6}"
+_COLUMNS = "{:>6} {:>8} {:>10}  {:<{plan}} {:>5} {:>5} {:>5} {:>8} {:>6}"
+_NOT = "plain, not "
 
 
 def add_command(commands: Any) -> None:
@@ -112,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     report = {"environment": facts, "model": describe_model(model, synthetic=request.path is None), "cells": []}
     plans = request.plans(model)
     tokens_per_cycle = _tokens_per_cycle(model, plans, request)
-    show(table_head())
+    width = plan_width(plans)
+    show(table_head(width))
     cells: list[Cell] = []
     for batch, context in itertools.product(request.batches, request.contexts):
         setting = Setting.create(batch=batch, context=context, longest_draft=max(request.lengths))
@@ -120,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         cells.append(measure_cell(model, plans, setting, tokens_per_cycle, **settings))
         report["cells"] = [cell.to_dict() for cell in cells]
         options.write_report(arguments.json, report)
-        show(table_row(cells[-1]))
+        show(table_row(cells[-1], width))
     show(f"\n{matrix(cells)}")
     if arguments.plot is not None:
         plot_cells(arguments.plot, cells, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
@@ -215,21 +217,27 @@ def _tokens_per_cycle(
     return tokens_per_cycle
 
 
-def table_head() -> str:
-    """The names of the columns."""
-    return _COLUMNS.format("batch", "context", "tokens/s", "fastest", "c_d", "c_v", "E", "speed-up", "limit")
+def plan_width(plans: Iterable[DecodingPlan]) -> int:
+    """How wide the column is that names one of some plans."""
+    return max([18, *(len(f"{_NOT}{plan.label}") for plan in plans)])
 
 
-def table_row(cell: Cell) -> str:
+def table_head(width: int) -> str:
+    """The names of the columns; ``width`` is that of :func:`plan_width`."""
+    names = ("batch", "context", "tokens/s", "fastest", "c_d", "c_v", "E", "speed-up", "limit")
+    return _COLUMNS.format(*names, plan=width)
+
+
+def table_row(cell: Cell, width: int) -> str:
     """A setting as a line: the fastest plan, or the one that comes nearest to plain decoding."""
     plain = "-" if cell.tokens_per_s is None else f"{cell.tokens_per_s:.1f}"
     nearest = max(cell.gains, key=lambda gain: gain.speedup, default=None)
     if nearest is None:
-        return _COLUMNS.format(cell.batch, cell.context, plain, "-", *["-"] * 5).rstrip()
-    name = nearest.name if cell.best is not None else f"plain, not {nearest.name}"
+        return _COLUMNS.format(cell.batch, cell.context, plain, "-", *["-"] * 5, plan=width).rstrip()
+    name = nearest.name if cell.best is not None else f"{_NOT}{nearest.name}"
     ratios = (f"{nearest.draft_ratio:.2f}", f"{nearest.verify_ratio:.2f}", f"{nearest.tokens_per_cycle:.2f}")
     return _COLUMNS.format(
-        cell.batch, cell.context, plain, name, *ratios, f"{nearest.speedup:.2f}", f"{nearest.limit:.2f}"
+        cell.batch, cell.context, plain, name, *ratios, f"{nearest.speedup:.2f}", f"{nearest.limit:.2f}", plan=width
     )
 
 

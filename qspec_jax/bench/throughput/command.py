@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,9 @@ fewer where a real model stops. Synthetic weights read noise of the same lengths
 their drafts are accepted as noise is: that says nothing about a real model. The share of the prompts' tokens that were
 reused is that of system prompts: conversations have them in --prompt-file, noise with --system-tokens.
 """
-_COLUMNS = "{:<12} {:<6} {:>5} {:>5} {:>5} {:>9} {:>8}" + " {:>7}" * 4 + " {:>6} {:>6} {:>5} {:>7} {:>6} {:>6} {:>8}"
+_COLUMNS = (
+    "{:<12} {:<{drafts}} {:>5} {:>5} {:>5} {:>9} {:>8}" + " {:>7}" * 4 + " {:>6} {:>6} {:>5} {:>7} {:>6} {:>6} {:>8}"
+)
 
 
 def add_command(commands: Any) -> None:
@@ -98,13 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
         weights = "synthetic weights" if request.path is None else "its own weights"
         cache = "" if model.decoder.kv == "model" else f", {model.decoder.kv} cache"
         show(f"{request.name}, {weights}, {model.decoder.dtype}{cache}, kernels {model.kernels}")
-        show(table_head())
+        width = draft_width(model.plan(mode, **_plan_options(arguments, mode)) for mode in modes)
+        show(table_head(width))
         for one in _measure(model, modes, rows, conversations, arguments, failed):
             runs.append(one)
             report["runs"].append(one.to_dict())
             report["failed"] = list(failed)
             options.write_report(arguments.json, report)
-            show("\n".join([table_row(one), *choice_rows(one)]))
+            show("\n".join([table_row(one, width), *choice_rows(one)]))
     if arguments.plot is not None:
         plot_throughput(arguments.plot, runs, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
     for reason in failed:
@@ -178,7 +181,7 @@ def _measure(
     from qspec_jax.decoding.chunks import fitting_capacity
 
     for mode in modes:
-        plan = model.plan(mode, **{**shared.plan_options(arguments), **verification(mode, arguments.verify)})
+        plan = model.plan(mode, **_plan_options(arguments, mode))
         requests = fitting_requests(model, plan, conversations, arguments, failed)
         longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         if reason := missing_drafts(plan, fitting_capacity(longest)):
@@ -196,6 +199,10 @@ def _measure(
                 if load is None:
                     rates += [(share * one.requests_per_s, share) for share in arguments.load]
                 yield one
+
+
+def _plan_options(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
+    return {**shared.plan_options(arguments), **verification(mode, arguments.verify)}
 
 
 def fitting_requests(
@@ -260,15 +267,21 @@ def _noise_tokens(noise: random.Random, model: LanguageModel, length: int) -> li
     return [noise.randrange(model.config.vocab_size) for _ in range(length)]
 
 
-def table_head() -> str:
-    """The names of the columns."""
+def draft_width(plans: Iterable[Plan]) -> int:
+    """How wide the column is that names the drafts of some plans."""
+    return max(6, *(len(plan.draft_source or "-") for plan in plans))
+
+
+def table_head(width: int) -> str:
+    """The names of the columns; ``width`` is that of :func:`draft_width`."""
     return _COLUMNS.format(
         *("mode", "drafts", "gamma", "batch", "rate", "tokens/s", "per req.", "TTFT50", "TTFT99", "ITL50", "ITL99"),
         *("accept", "occup.", "gap", "prefill", "reused", "sec.", "compile s"),
+        drafts=width,
     )
 
 
-def table_row(one: ThroughputRun) -> str:
+def table_row(one: ThroughputRun, width: int) -> str:
     """A run as a line: tokens per second in total and of the median request, latencies in milliseconds."""
     speeds, first, between = one.request_tokens_per_s, one.first_token_s, one.inter_token_s
     return _COLUMNS.format(
@@ -279,6 +292,7 @@ def table_row(one: ThroughputRun) -> str:
         *(_number(one.acceptance_rate, ".2f"), _number(one.occupancy, ".0%"), f"{one.gap_share:.1%}"),
         *(f"{one.prefill_share:.0%}", f"{one.num_reused_tokens / one.num_prompt_tokens:.0%}"),
         *(f"{one.seconds:.1f}", f"{one.compile_s:.1f}"),
+        drafts=width,
     )
 
 
