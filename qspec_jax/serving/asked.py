@@ -32,6 +32,7 @@ class Kind(enum.Enum):
     CHAT = "messages"
 
 
+_PATHS = {Kind.TEXT.value: "/v1/completions", Kind.CHAT.value: "/v1/chat/completions"}
 _MEANT = ("model", "stream", "stream_options", "n")
 # No token depends on these.
 _WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -44,6 +45,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options", "moderation"), ()),
 }
 _KNOWN = {*_MEANT, *_WITHOUT_EFFECT, *_REFUSED, *request_options.NAMES} - {"chat"}
+# Of these, what does something, and of names of one thing those of OpenAI's API and ours.
+_OFFERED = {*_MEANT, *request_options.REQUEST_OPTIONS, "max_tokens", "max_completion_tokens", "top_logprobs"} - {"chat"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,9 @@ def _check_names(given: Mapping[str, Any], kind: Kind) -> None:
     # The engine has a better word for some of them.
     request_options.request_options({name: given[name] for name in unknown if name != "chat"})
     if unknown:
-        message = f"{shown(unknown[0])} is no parameter of this; use some of {', '.join(sorted(_KNOWN))}"
+        message = f"{shown(unknown[0])} is no parameter of this; use some of {', '.join(sorted(_OFFERED))}"
+        if unknown[0] in _PATHS:
+            message = f"{unknown[0]!r} is a parameter of {_PATHS[unknown[0]]}; ask there, or give {kind.value!r} alone"
         raise ApiError(400, message, param=unknown[0], code="unknown_parameter")
     if kind.value not in given:
         raise ApiError(400, f"there are no {kind.value}; give some" if kind is Kind.CHAT else "there is no prompt; "

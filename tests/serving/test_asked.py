@@ -131,7 +131,7 @@ def test_what_is_not_done_is_refused_by_name(name):
         ({"messages": None}, "messages", "there are no messages"),
         ({"topP": 0.5}, "topP", "is it 'top_p'"),
         ({"chat": True}, "chat", "is no parameter"),
-        ({"prompt": "a"}, "prompt", "is no parameter"),
+        ({"prompt": "a"}, "prompt", "'prompt' is a parameter of /v1/completions; ask there, or give 'messages' alone"),
         ({"made_up": 1}, "made_up", "is no parameter"),
     ],
 )
@@ -177,3 +177,10 @@ def test_a_body_that_is_no_object_of_json_is_refused(body, message):
         read_body(body, Kind.TEXT, model="tiny")
     assert caught.value.status == 400
     assert caught.value.to_dict()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_parameter_that_is_unknown_is_told_those_that_do_something():
+    offered = refusal(made_up=1).args[0].partition("use some of ")[2].split(", ")
+    assert {"max_tokens", "stop", "top_logprobs", "typical_acceptance", "stream_options", "n"} <= set(offered)
+    assert not {"tools", "echo", "audio", "response_format", "user", "num_beams", "chat"} & set(offered)
+    assert "is a parameter of /v1/chat/completions" in refusal(Kind.TEXT, messages=[]).args[0]
