@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 import qspec_jax
 from qspec_jax.decoding.plan import AUTO, plan_of
@@ -92,6 +92,27 @@ class HarnessModel(TemplateLM):
         plan = model.plan(mode, **drafting)
         self.max_length = min(longest, model.config.max_position_embeddings)
         self._scores = scores_function(model, plan.verify)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> HarnessModel:
+        """See :meth:`create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """The model of ``--model_args``. What these say counts, for lm-eval always gives a ``--batch_size`` as well.
+
+        Args:
+            arg_dict: ``--model_args``.
+            additional_config: what lm-eval's own options say; None is what is not given.
+
+        Raises:
+            QSpecError: as the class.
+        """
+        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**others, **arg_dict})
 
     @property
     def eot_token_id(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -204,6 +205,23 @@ def test_the_model_may_be_called_as_lm_eval_calls_it(language_model, monkeypatch
     monkeypatch.setattr("qspec_jax.load", lambda name, **_: asked.append(name) or language_model)
     made = HarnessModel(pretrained="path", batch_size="auto:4", max_length="32", device="cpu", max_batch_size=64)
     assert (asked, made.batch_size, made.max_length) == (["path"], 8, 32)
+
+
+def test_what_the_model_arguments_say_goes_before_what_lm_eval_always_gives(language_model):
+    from qspec_jax.evaluation.harness_model import HarnessModel
+
+    given = {"batch_size": 1, "device": None}
+    made = HarnessModel.create_from_arg_obj({"model": language_model, "batch_size": 3}, given)
+    assert (made.batch_size, HarnessModel.create_from_arg_obj({"model": language_model}, given).batch_size) == (3, 1)
+    with pytest.raises(UsageError, match="batch_size=0 must be at least 1"):
+        HarnessModel.create_from_arg_string("model=default,batch_size=0", given)
+
+
+def test_the_page_has_every_model_argument():
+    from qspec_jax.evaluation import harness_model
+
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8").partition("## Tasks of lm-eval")[2]
+    assert [name for name in harness_model._ARGUMENTS if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(
