@@ -152,11 +152,12 @@ class _Request:
     prompts: list[PromptLine]
 
     def plans(self, model: Any) -> list[DecodingPlan]:
-        """All combinations of the drafts that are asked for."""
-        combined = itertools.product(self.drafts, self.draft_contexts)
+        """All combinations of the drafts that are asked for, each once: on some devices ``auto`` is ``full``."""
         target = model.plan("qspec").verify.name
-        gaining = drafts_that_gain(combined, target, draft_head=model.draft_head)
-        return [_plan(model, *one, length) for one, length in itertools.product(gaining, self.draft_lengths)]
+        read = itertools.product(self.drafts, self.draft_contexts)
+        gaining = drafts_that_gain(read, target, draft_head=model.draft_head)
+        combined = itertools.product(gaining, self.draft_lengths)
+        return list(dict.fromkeys(_plan(model, *one, length) for one, length in combined))
 
     def require_a_prompt(self, model: Any, max_new_tokens: int) -> None:
         """Refuses prompts of which none can run, before a text is scored.

@@ -233,6 +233,8 @@ def test_contexts_of_drafts_are_budgets_or_windows(model):
     plans = [evaluate._plan(model, "w4a8", context, 3) for context in contexts]
     assert [plan.draft_source for plan in plans] == ["w4a8", "w4a8@1024", "w4a8/256"]
     assert {(plan.verify, plan.draft_length) for plan in plans} == {(model.plan("w4a16").verify, 3)}
+    twice = evaluate._Request(["w4a16"], ["w4a8", "w4a8"], [3], ["full", 1024, "full"], None, [])
+    assert [plan.draft_source for plan in twice.plans(model)] == ["w4a8", "w4a8@1024"]
 
 
 @pytest.mark.usefixtures("loaded")
