@@ -132,10 +132,10 @@ def _tokenizer(model: str | None) -> Tokenizer | None:
 
 
 def _contexts(text: str) -> list[int]:
-    """``"2k,4k,8k"`` in tokens."""
+    """``"2k,4k,8k"`` in tokens, each once: prompts of a second file of that name would be what is left."""
     if not re.fullmatch(r"[1-9][0-9]{0,5}k(, *[1-9][0-9]{0,5}k)*", text):
         raise UsageError(f"--long-contexts {text!r} is not like 2k,4k,8k")
-    return [1024 * int(number) for number in re.findall(r"\d+", text)]
+    return [1024 * int(number) for number in dict.fromkeys(re.findall(r"\d+", text))]
 
 
 def _write(path: Path, content: str) -> Path:

@@ -98,6 +98,10 @@ def test_lengths_of_long_prompts_are_checked(capsys, tmp_path):
         assert (code, "is not like 2k,4k,8k" in err) == (2, True)
 
 
+def test_a_length_that_is_given_twice_is_one_file():
+    assert texts._contexts("2k,1k, 2k") == [2048, 1024]
+
+
 def test_a_column_that_is_not_there_is_named(capsys, tmp_path, hub):
     code, err = run(capsys, tmp_path / "out", "--dataset", "some/name")
     assert code == 2
