@@ -15,6 +15,7 @@ from qspec_jax.bench.kernels import command as kernels
 from qspec_jax.bench.kernels import operands
 from qspec_jax.bench.kernels.ceilings import Ceilings
 from qspec_jax.bench.kernels.measure import Measurement
+from qspec_jax.bench.kernels.names import IMPLEMENTATIONS, OPS
 from qspec_jax.bench.kernels.plot import plot_roofline
 from qspec_jax.errors import QSpecError, UsageError
 from tests.pallas_kernels.test_cuda_lowering import abstract_weight, array, cuda_program
@@ -249,3 +250,10 @@ def test_table_rows_show_asymmetric_and_whole_row_groups():
     assert kernels.table_row(one, CEILINGS).split()[:8] == [
         *("w4a16", "triton", "4096x6144", "rowa", "16", "10.00", "1", "50%"),
     ]
+
+
+def test_no_name_of_an_operation_or_an_implementation_moves_a_column():
+    of = (4096, 6144, 4096, False, 16)
+    for op, implementation in [*((op, "triton") for op in OPS), *(("w4a16", name) for name in IMPLEMENTATIONS)]:
+        one = Measurement(op, implementation, *of, microseconds=10.0, num_bytes=10**7)
+        assert len(kernels.table_row(one, CEILINGS)) == len(kernels.table_head("kernel")), (op, implementation)

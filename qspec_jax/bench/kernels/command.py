@@ -110,7 +110,7 @@ def ceilings_line(ceilings: Ceilings) -> str:
     )
 
 
-_COLUMNS = "{:<18} {:<10} {:>12} {:>6} {:>5} {:>10} {:>7} {:>6} {:>8} {:>6} {:>9}"
+_COLUMNS = "{:<18} {:<12} {:>12} {:>6} {:>5} {:>10} {:>7} {:>6} {:>8} {:>6} {:>9}"
 
 
 def table_head(clock: str) -> str:
