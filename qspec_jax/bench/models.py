@@ -54,8 +54,8 @@ class ModelRequest:
         in_float = [mode for mode in modes if mode == "float"]
         return [some for some in ([mode for mode in modes if mode != "float"], in_float) if some]
 
-    def check_device(self, batches: Sequence[int] = ()) -> None:
-        """Raises UsageError where its options make no sense on the devices here, or for some batches."""
+    def check_device(self, batches: Sequence[int], *, option: str) -> None:
+        """Raises UsageError where its options make no sense on the devices here, or for the batches of an option."""
         from qspec_jax.model.linear import complete_formats
         from qspec_jax.model.placement import decoder_options, kv_format
         from qspec_jax.model.sharding import check_split
@@ -67,7 +67,7 @@ class ModelRequest:
         shape, formats = shape_of(mesh), complete_formats(layer_anatomy(self.config).linears, self.quantization, None)
         check_split(self.config, shape.model, quantization=self.quantization, formats=formats)
         if uneven := [batch for batch in batches if batch % shape.data]:
-            raise UsageError(f"--batch {uneven[0]} is no multiple of the {shape.data} parts that --mesh {shape} makes")
+            raise UsageError(f"{option} {uneven[0]} is no multiple of the {shape.data} parts that --mesh {shape} makes")
 
     def load(self, *, floating_point: bool) -> LanguageModel:
         """The model with 4-bit weights, or in floating point."""

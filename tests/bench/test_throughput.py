@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from qspec_jax.model.view import View
 from tests import tiny
 
 CONFIG = dataclasses.replace(ModelConfig.from_hf(tiny.BASE_HF_CONFIG), eos_token_ids=())
+TINY = ("--preset", "tiny", "--context", "30")
 SMALL = ("throughput", "--preset", "tiny", "--max-prompt-tokens", "30", "--max-new-tokens", "12")
 
 
@@ -209,6 +211,19 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
 def test_what_makes_no_sense_is_refused_before_any_work(capsys, options, message):
     assert main([*SMALL, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(SMALL, "--batch-size"), (("decode", *TINY), "--batch"), (("speedup", *TINY), "--batch")],
+    ids=["throughput", "decode", "speedup"],
+)
+def test_rows_that_a_mesh_does_not_share_out_evenly_are_refused(command, option, capsys, monkeypatch):
+    mesh = SimpleNamespace(shape={"data": 2, "model": 1})
+    monkeypatch.setattr("qspec_jax.bench.models.make_mesh", lambda _: mesh)
+    assert main([*command, "--mesh", "data=2", option, "2,3"]) == 2
+    assert f"{option} 3 is no multiple of the 2 parts that --mesh data=2,model=1 makes" in capsys.readouterr().err
 
 
 class Letters:

@@ -69,7 +69,7 @@ def read_request(arguments: argparse.Namespace) -> DecodeRequest:
         name, config = rotated(name, config, arguments.hadamard_block, path)
     request = DecodeRequest(**asked_model(arguments, name, config, path), **combined)
     _check_context(request)
-    request.check_device(request.batches)
+    request.check_device(request.batches, option="--batch")
     return request
 
 

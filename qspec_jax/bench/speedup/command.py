@@ -171,7 +171,7 @@ def read_request(arguments: argparse.Namespace) -> SpeedupRequest:
         lookup_chances=None if looked_up is None else parse_chances(looked_up, option="--lookup-acceptance"),
         prompts=prompts,
     )
-    request.check_device(request.batches)
+    request.check_device(request.batches, option="--batch")
     return request
 
 

@@ -142,7 +142,7 @@ def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], l
             f"{config.max_position_embeddings}; lower one of them"
         )
     request = ModelRequest(**asked_model(arguments, name, config, path))
-    request.check_device()
+    request.check_device(rows, option="--batch-size")
     return request, modes, rows
 
 
