@@ -147,11 +147,15 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     cache = own_rows * (row + cached.row_bytes(local_config(config, mesh.model), **kept))
     tokens = own_rows * (draft_length + 1)
     parts = mesh.model if mesh.model > 1 else 0
-    decode = _activations(config, mesh.model, tokens=tokens, sums=parts, logits=tokens, dtype_bytes=size)
-    packed = PIECE * packing.sizes(own_rows, fitting_capacity(context))[-1]
-    read = {"tokens": max(packed, CHUNK_WIDTHS[-1]), "sums": min(parts, 2), "logits": own_rows}
-    prompts = _activations(config, mesh.model, **read, dtype_bytes=size)
-    return DeviceBytes(num_bytes(local), cache, max(decode, prompts))
+    taken = [_activations(config, mesh.model, tokens=tokens, sums=parts, logits=tokens, dtype_bytes=size)]
+    prompts = [(CHUNK_WIDTHS[-1], 1, 1)]  # tokens of each sequence, sequences, and logits of a pass
+    if packing.obstacle(local) is None:
+        prompts.append((PIECE, packing.sizes(own_rows, fitting_capacity(context))[-1], own_rows))
+    for width, sequences, logits in prompts:
+        sums = parts if width % mesh.model else min(parts, 2)  # exchanged in shares, see collectives.add_up
+        read = {"tokens": width * sequences, "sums": sums, "logits": logits}
+        taken.append(_activations(config, mesh.model, **read, dtype_bytes=size))
+    return DeviceBytes(num_bytes(local), cache, max(taken))
 
 
 def position_bytes(config: ModelConfig, split: int, *, dtype_bytes: int, kv: str = cached.KV_OF_MODEL) -> int:

@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 ROWS = 8
 
 
-def local(config, split=1):
-    quantization = QuantConfig(group_size=128, symmetric=True)
+def local(config, split=1, group_size=128):
+    quantization = QuantConfig(group_size=group_size, symmetric=True)
     options = {"dtype": "bfloat16", "kernels": "reference", "scan_layers": True, "split": split}
     return abstract_decoder(config, quantization=quantization, formats=None, **options)
 
@@ -106,12 +106,29 @@ def test_devices_share_weights_and_cache_and_repeat_heads_where_there_are_too_fe
     assert held.total == held.weights + held.cache + held.temporaries
     more = device_bytes(eighth, MeshShape(2, 8), rows=33, context=1000)
     assert more.cache == held.cache * 17 // 16
-    read = device_bytes(whole, ONE, rows=64, context=1000)  # 64 pieces of 32 tokens, of as many prompts
-    assert read.temporaries == 64 * (32 * (2 * 4096 + 3 * 14336) * 2 + LLAMA.vocab_size * 4)
     for whole.kv, capacity in (("model", 64), (KV_INT8, 128)):
         cache = jax.eval_shape(lambda capacity=capacity: whole.create_cache(batch=4, capacity=capacity))
         taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
         assert device_bytes(whole, ONE, rows=4, context=capacity).cache == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "kv", "tokens", "sums", "logits"),
+    [
+        ("llama-3-8b", 1, "model", 64 * 32, 0, 32),  # 64 pieces of 32 tokens, of 32 prompts
+        ("llama-3-8b", 8, "model", 64 * 32, 2, 32),  # each device adds up some tokens
+        ("smollm2-135m", 3, "model", 64 * 32, 3, 32),  # 32 do not divide among three: each adds up all
+        ("smollm2-135m", 3, KV_INT8, 512, 3, 1),  # no pass reads several prompts into a cache of int8
+    ],
+)
+def test_prompts_take_what_the_pass_takes_that_reads_them(name, split, kv, tokens, sums, logits):
+    config = PRESETS[name]
+    one = local(config, split, group_size=32)
+    one.kv = kv
+    hidden, intermediate, vocabulary = config.hidden_size, config.intermediate_size // split, config.vocab_size // split
+    expected = tokens * ((2 + sums) * hidden + 3 * intermediate) * 2 + logits * vocabulary * 4
+    found = [device_bytes(one, MeshShape(2, split), rows=64, context=context).temporaries for context in (1000, 9000)]
+    assert found == [expected, expected]
 
 
 @pytest.mark.parametrize(("data", "split", "kv", "position"), [(2, 16, "model", 16384), (4, 4, KV_INT8, 16896)])
