@@ -16,6 +16,7 @@ import pallas_kernels
 from pallas_kernels import MAX_DECODE_TOKENS
 from qspec_jax.errors import UsageError
 from qspec_jax.model.blocks import DecoderLayer
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.model.layouts import add_group_sums
 from qspec_jax.model.precision import Precision
@@ -106,6 +107,31 @@ def test_attention_reads_nothing_of_idle_sequences(scan_layers):
     np.testing.assert_array_equal(after.lengths, [length + 3] * 2)
     for one, before in zip(jax.tree.leaves(after.layers), jax.tree.leaves(other.layers), strict=True):
         np.testing.assert_array_equal(one[..., 0, :length, :], before[..., 0, :length, :])
+
+
+@pytest.mark.parametrize(
+    ("kv", "num_tokens", "options"),
+    [("model", 4, {"weigh": 16}), (KV_INT8, 1, {"logits_at": jnp.zeros(9, jnp.int32)})],
+    ids=["masses", "int8"],
+)
+def test_sequences_that_make_up_whole_tiles_change_nothing(kv, num_tokens, options, monkeypatch):
+    """Beside 9 of them: logits, masses, and what is written, as if the reference had the tiles of Hopper's kernels."""
+    decoder = tiny.decoder()
+    decoder.kv = kv
+    cache = decoder.create_cache(batch=9, capacity=64).with_lengths(jnp.arange(9, dtype=jnp.int32))
+    tokens = jnp.arange(9 * num_tokens, dtype=jnp.int32).reshape(9, num_tokens)
+
+    def run():
+        traced = jax.jit(lambda cache: decoder.run(tokens, cache, precision=Precision.W4A16, **options)).trace(cache)
+        return str(traced.jaxpr), traced.lower().compile()(cache)
+
+    program, alone = run()
+    monkeypatch.setattr(DecoderLayer, "rows_read", lambda _, num_rows, **__: num_rows + -num_rows % 8)
+    padded, among = run()
+    stream = f"f32[{-(-9 * num_tokens // 8) * 8 // num_tokens},{num_tokens},64]"
+    assert stream in padded
+    assert stream not in program
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), among, alone)
 
 
 def test_sequences_of_different_lengths_do_not_influence_each_other():

@@ -219,6 +219,41 @@ def test_each_step_of_a_loop_gets_what_was_loaded_for_it(num_steps):
     assert len(loaded) == (1 if num_steps == 1 else 2)  # before the loop, and in a step for the next
 
 
+def test_nothing_is_loaded_past_the_last_step():
+    """A kernel would read memory that is not its own."""
+    loaded = []
+
+    def load(index):
+        jax.debug.callback(lambda index: loaded.append(int(index)), index)
+
+    jax.jit(lambda first: loop_with_loads_ahead(first, 4, lambda *_: 0, 0, load))(jnp.int32(7))
+    jax.effects_barrier()
+    assert sorted(loaded) == [7, 8, 9, 10, 10]
+
+
+KINDS_OF_WEIGHTS = {
+    "groups": functools.partial(random_weight, 16, 256, 64),
+    "one group": functools.partial(random_weight, 16, 256, 256),
+    "nested": functools.partial(random_nested_weight, 16, 256, 64),
+    "nested in one group": functools.partial(random_nested_weight, 16, 256, 256),
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", KINDS_OF_WEIGHTS)
+def test_a_program_of_several_steps_has_the_scales_of_each(kind, symmetric):
+    """Small weights are otherwise split among as many programs as there are steps."""
+    weight = KINDS_OF_WEIGHTS[kind](symmetric=symmetric, scale_dtype=jnp.float32)
+    config, x = tiles.TileConfig(16, 16, 32, 2, num_warps=4, num_stages=3), random_rows(5, 256)
+    out = W4A16["triton"](x, weight, config=config)
+    assert relative_error(out, np.asarray(x, np.float64) @ weight_in_float64(weight).T) < 1e-6
+    for x_group_size, x_symmetric in ((256, True), (64, False)):
+        upper = jax.jit(with_group_sums, static_argnums=1)(upper_nibbles(weight), 64)
+        codes = quantize_activations(x, bits=8, group_size=x_group_size, symmetric=x_symmetric)
+        out = W4A4["triton"](codes, upper, dtype=jnp.float32, config=config)
+        assert relative_error(out, activation_in_float64(codes) @ weight_in_float64(upper).T) < 2e-6
+
+
 def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
     weight = random_weight(32, 576, 32, symmetric=False)
     x = random_rows(33, 576, dtype=jnp.bfloat16)
