@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import QuantizedActivation, QuantizedWeight
 from pallas_kernels.backends.triton.tiles import TileConfig
-from pallas_kernels.backends.triton.tuning import DECODE_ROWS, takes_wgmma
+from pallas_kernels.backends.triton.tuning import DECODE_ROWS, OPS, takes_wgmma
+from pallas_kernels.w4a4_matmul import gpu_triton as w4a4_triton
+from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.tune.search import PREFILL_ROWS, Trial, complete_classes, kept_orders, search
 from qspec_jax.bench.tune.tile_space import Problem, TileSpace, neighbours, order_of
 
@@ -165,6 +170,26 @@ def test_built_in_tiles_stay_where_no_set_that_passes_is_as_fast():
     assert outcome.keeps_built_in
     laboratory = FakeLaboratory(time=faster, agree=lambda decode: decode[16] != built_in[16])  # nor are they invariant
     assert search(laboratory, SPACE, candidates=EVERYTHING).winner is not None
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [128, 4096], ids=["groups", "row"])
+@pytest.mark.parametrize("op", OPS)
+def test_built_in_tiles_are_those_that_the_kernels_take(op, group_size, symmetric):
+    """Without a table. The tuner compares all others with them."""
+    n, k = 6144, 4096
+    space = TileSpace(Problem(op, k, n, group_size, symmetric))
+    scales = jax.ShapeDtypeStruct((k // group_size, n), jnp.float16)
+    packed = jax.ShapeDtypeStruct((n, k // 2), jnp.uint8)
+    weight = QuantizedWeight(packed, scales, None if symmetric else scales)
+    of_tokens = jax.ShapeDtypeStruct((1, k // space.problem.group_sizes[1]), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, k), jnp.int8)
+    x = QuantizedActivation(codes, of_tokens, of_tokens if op == "w4a4" else None, bits=8)
+    for rows in (1, 16, 17, 33, 64, 256, 257):
+        if op != "w4a16":
+            assert space.built_in(rows) == w4a4_triton._tile_config(rows, x, weight)
+        elif rows <= DECODE_ROWS[-1]:
+            assert space.built_in(rows) == w4a16_triton._tile_config(rows, jnp.dtype(jnp.bfloat16), weight)
 
 
 def test_a_weight_only_prefill_has_no_tiles():
