@@ -194,7 +194,8 @@ def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[Lang
     def compile_ahead(model: LanguageModel) -> None:
         session = session_of(model)
         room = session.max_seq_len - session.num_tokens(example)
-        session.compile(example, max_new_tokens=min(arguments.max_new_tokens, room), sampling=sampling)
+        with contextlib.suppress(UsageError):  # which what is typed may not be too long for
+            session.compile(example, max_new_tokens=min(arguments.max_new_tokens, room), sampling=sampling)
 
     model = load_and_compile(qspec_jax.load, arguments, compile_ahead)
     return model, session_of(model)

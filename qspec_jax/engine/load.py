@@ -239,8 +239,9 @@ def load(
         draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy. None likewise.
         progress: show a bar on the standard error stream.
         compile_ahead: called in a thread, while the weights are read, with a model that has only their shapes. What it
-            compiles (:meth:`Pipeline.compile`) the loaded model has, too. An error in it is ignored: programs are then
-            compiled at their first use. JAX's settings of the calling thread (``with
+            compiles (:meth:`Pipeline.compile`) the loaded model has, too. A :class:`UsageError` in it ends the load, as
+            the model cannot do what is asked of it. Another error is ignored: programs are then compiled at their first
+            use. JAX's settings of the calling thread (``with
             jax.default_matmul_precision(...)``) do not hold in it.
 
     Returns:
@@ -274,8 +275,10 @@ def load(
         tokenizer = pool.submit(opened.tokenizer)
         programs = pool.submit(_programs_ahead, compile_ahead, opened, tokenizer, (kernels, kv), placement, shards)
         placing = Placing() if shards is None else MeshPlacing(shards)
-        decoder = opened.read(progress=ending_with(tokenizer, shown), placing=placing, **placement)
+        decoder = opened.read(progress=ending_with(tokenizer, programs, shown), placing=placing, **placement)
         loaded = _assemble(opened, decoder, tokenizer.result(), (kernels, kv), on)
+        if isinstance(programs.exception(), UsageError):
+            programs.result()
         if programs.exception() is None and (compiled := programs.result()) is not None:
             loaded.programs.adopt(compiled)
         return loaded
@@ -366,14 +369,21 @@ def save(
 
 
 def ending_with(
-    tokenizer: Future[Tokenizer | None], progress: Callable[[Iterable], Iterable]
+    tokenizer: Future[Tokenizer | None],
+    programs: Future[Programs | None],
+    progress: Callable[[Iterable], Iterable],
 ) -> Callable[[Iterable], Iterable]:
-    """``progress`` over the tensors, which ends with the tokenizer's error, if it has one, before the next tensor."""
+    """``progress`` over the tensors, which ends before the next one with an error that there is meanwhile.
+
+    That is any of the tokenizer, and of programs that what is asked makes no sense of the model.
+    """
 
     def wrap(tensors: Iterable) -> Iterable:
         for tensor in progress(tensors):
             if tokenizer.done():
                 tokenizer.result()
+            if programs.done() and isinstance(programs.exception(), UsageError):
+                programs.result()
             yield tensor
 
     return wrap

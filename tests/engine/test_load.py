@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
+from contextlib import nullcontext
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ from pallas_kernels import Int8Cache
 from qspec_jax import UsageError
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.engine import load as loading
+from qspec_jax.errors import CheckpointError
 from tests import tiny
 
 PROMPTS, OPTIONS = [[5, 6, 7], [8]], {"max_new_tokens": 6}
@@ -91,6 +94,32 @@ def test_an_error_of_what_compiles_ahead_is_ignored(saved):
     model = load(saved, compile_ahead=fail)
     assert model.num_compilations == 0
     assert len(token_ids(model)) == len(PROMPTS)
+
+
+def test_what_the_model_cannot_do_ends_the_load(saved):
+    def refuse(model):
+        model.plan("qspec", draft_length=99)
+
+    with pytest.raises(UsageError, match="draft_length=99"):
+        load(saved, compile_ahead=refuse)
+
+
+@pytest.mark.parametrize(
+    ("who", "error", "ends"),
+    [
+        ("tokenizer", CheckpointError("damaged"), True),
+        ("programs", UsageError("prompt 1 is too long"), True),
+        ("programs", RuntimeError("not now"), False),
+    ],
+    ids=str,
+)
+def test_no_more_tensors_are_read_once_an_error_is_known(who, error, ends):
+    known = {"tokenizer": Future(), "programs": Future()}
+    tensors = iter(loading.ending_with(**known, progress=iter)(["first", "second", "third"]))
+    assert next(tensors) == "first"
+    known[who].set_exception(error)
+    with pytest.raises(type(error), match=str(error)) if ends else nullcontext():
+        assert next(tensors) == "second"
 
 
 def test_programs_of_another_decoder_are_not_adopted(saved):

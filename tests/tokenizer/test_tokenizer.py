@@ -2,12 +2,10 @@
 
 import json
 import random
-from concurrent.futures import Future
 
 import gguf
 import pytest
 
-from qspec_jax.engine.load import ending_with
 from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError, UsageError
 from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.tokenizers import load_tokenizer
@@ -394,15 +392,6 @@ def test_a_damaged_tokenizer_file(hf_directory):
     (hf_directory / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer from"):
         load_tokenizer(hf_directory)
-
-
-def test_no_more_tensors_are_read_for_a_tokenizer_that_cannot_be_opened():
-    opening: Future[Tokenizer | None] = Future()
-    tensors = iter(ending_with(opening, iter)(["first", "second", "third"]))
-    assert next(tensors) == "first"
-    opening.set_exception(CheckpointError("damaged"))
-    with pytest.raises(CheckpointError, match="damaged"):
-        next(tensors)
 
 
 def test_the_text_of_a_token_is_that_within_a_text(demo_gguf):
