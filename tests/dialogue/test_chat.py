@@ -54,6 +54,16 @@ def path(tmp_path_factory):
 OPTIONS = ["--mode", "w4a16", "--max-new-tokens", "8", "--max-seq-len", "64"]
 
 
+def test_a_context_that_a_greeting_does_not_fit_into_may_fit_what_is_typed(path, monkeypatch, capsys):
+    """What compiles ahead takes seven tokens for granted."""
+    lines_of(monkeypatch, "w5")
+    small = ["--mode", "w4a16", "--max-new-tokens", "1", "--max-seq-len", "6"]
+    assert chat.main(["--model", str(path), *small]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("w")
+    assert "error" not in err
+
+
 def test_turns_read_what_is_new_and_are_those_of_the_whole_conversation(path, monkeypatch, capsys):
     """Also a token for token comparison with the same messages in a run of their own."""
     asked, lines = [], ["w5 w6", "/stats", "w7", "/stats", "w8 w9", "/stats", "/statz"]

@@ -96,10 +96,20 @@ def test_an_error_of_what_compiles_ahead_is_ignored(saved):
     assert len(token_ids(model)) == len(PROMPTS)
 
 
-def test_what_the_model_cannot_do_ends_the_load(saved):
+def test_what_the_model_cannot_do_ends_the_load(saved, monkeypatch):
+    """Also where it is known when all weights are there."""
+    read, restore = threading.Event(), loading.restore_decoder
+
+    def read_all(*arguments, **options):
+        decoder = restore(*arguments, **options)
+        read.set()
+        return decoder
+
     def refuse(model):
+        assert read.wait(60)
         model.plan("qspec", draft_length=99)
 
+    monkeypatch.setattr(loading, "restore_decoder", read_all)
     with pytest.raises(UsageError, match="draft_length=99"):
         load(saved, compile_ahead=refuse)
 
