@@ -75,11 +75,11 @@ class Programs(Lowering):
             if (obstacle := packing.obstacle(self.decoder)) is not None:
                 raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
             return packing.LONGEST_CHUNK * packing.PIECE
-        if self.packing is False or self._has_not_read_packed:
+        if self.packing is False:
             return 0
         laid_out = self._laid_out
         if laid_out.longest_packed is None:
-            laid_out.longest_packed = packing.longest_packed(self.decoder)
+            laid_out.longest_packed = 0 if self._has_not_read_packed else packing.longest_packed(self.decoder)
         return laid_out.longest_packed
 
     @property

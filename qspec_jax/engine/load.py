@@ -277,9 +277,9 @@ def load(
         placing = Placing() if shards is None else MeshPlacing(shards)
         decoder = opened.read(progress=ending_with(tokenizer, programs, shown), placing=placing, **placement)
         loaded = _assemble(opened, decoder, tokenizer.result(), (kernels, kv), on)
-        if isinstance(programs.exception(), UsageError):
-            programs.result()
-        if programs.exception() is None and (compiled := programs.result()) is not None:
+        if isinstance(error := programs.exception(), UsageError):
+            raise error
+        if error is None and (compiled := programs.result()) is not None:
             loaded.programs.adopt(compiled)
         return loaded
     finally:

@@ -436,7 +436,8 @@ def test_gpus_of_several_processes_or_with_parts_of_weights_read_prompts_one_by_
     programs = tiny.language_model(CONFIG).programs
     devices = [SimpleNamespace(platform=platform, process_index=index % processes) for index in range(4)]
     monkeypatch.setattr(Programs, "mesh", SimpleNamespace(devices=np.array(devices).reshape(-1, split)))
-    programs._laid_out.longest_packed, programs.decoder.split = 512, split
+    monkeypatch.setattr(packing, "longest_packed", lambda _: 512)
+    programs.decoder.split = split
     assert programs.longest_packed == (512 if packs else 0)
     programs.packing = True
     assert programs.longest_packed == 512
