@@ -5,10 +5,13 @@ sums. An asymmetric weight is ``scale * (code - 8) + shift`` with ``shift = 8 * 
 the activations times ``shift``, in float32. Float32 activations are cut into three bfloat16 pieces that together hold
 all their bits, so tensor cores multiply them exactly.
 
+Of small groups with offsets that is more work than of the weights themselves. Programs scale and round these to the 16
+bits of their rows, once for all of them, and multiply by them from the left (:func:`tiles.rounds_weights`).
+
 More rows of 16 bits than a decode has are a prefill, bound by arithmetic. Unless they are to be alike, the weight is
 dequantised once, and XLA multiplies (cuBLAS); a row may then differ in its last bits by the number of rows beside it.
-Prompts that are read beside others are tiles of one kind for any number of rows, and the weight is rounded for them as
-it is there: a small one by each program, as it loads it, a large one once.
+Prompts that are read beside others are tiles of one kind for any number of rows, and any weight is rounded for them: a
+small one by each program, as it loads it, a large one once.
 """
 
 from __future__ import annotations
@@ -68,18 +71,18 @@ def w4a16_matmul(
     rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(dtype or x.dtype)
     is_exact = x.dtype == jnp.float32
     if prefill and config is None and not is_exact and weight.bits == 4 and not weight.truncated:
-        outputs = _rounded_matmul(rows, weight, dtype=dtype, interpret=interpret)
+        outputs = _matmul_of_prompts(rows, weight, dtype=dtype, interpret=interpret)
         return outputs.reshape(*x.shape[:-1], weight.num_outputs)
     if prefill:
-        run = tiles.scale_run(weight.num_inputs, weight.group_size)
-        config = config or tiles.prefill_config(weight.num_outputs, run, exact=is_exact)
+        config = config or tiles.prefill_config(weight.num_outputs, _run(weight), exact=is_exact)
     if config is None and rows.shape[0] > DECODE_ROWS[-1] and x.dtype != jnp.float32 and not alike:
         outputs = _dequantized_matmul(rows, weight, dtype=dtype)
     else:
         most = DECODE_ROWS[-1] if alike else rows.shape[0]
         config = config or _tile_config(min(rows.shape[0], most), x.dtype, weight)
         weight = dataclasses.replace(weight, group_sum=None)
-        outputs = _matmul(rows, weight, dtype=dtype, config=config, interpret=interpret)
+        multiply = _rounded_matmul if _rounds(weight, x.dtype) else _matmul
+        outputs = multiply(rows, weight, dtype=dtype, config=config, interpret=interpret)
     return outputs.reshape(*x.shape[:-1], weight.num_outputs)
 
 
@@ -97,72 +100,111 @@ def _rounded(weight: QuantizedWeight, dtype: DTypeLike) -> Array:
     return lax.optimization_barrier(dequantize(weight).astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
-def _rounded_matmul(x: Array, weight: QuantizedWeight, *, dtype: jnp.dtype, interpret: bool) -> Array:
+def _matmul_of_prompts(x: Array, weight: QuantizedWeight, *, dtype: jnp.dtype, interpret: bool) -> Array:
     """``x @ w.T`` with the weight rounded to the dtype of ``x``, in tiles that are the same for any number of rows."""
     n, k = weight.num_outputs, weight.num_inputs
     if n * k >= _FEW_WEIGHTS:
-        floats, config = _rounded(weight, x.dtype), float_tiles.PROMPT_TILES
-        product = float_tiles.float_matmul(x, floats, dtype=dtype, config=config, interpret=interpret)
-        assert isinstance(product, jax.Array)
-        return product
-    config = tiles.prefill_config(n, tiles.scale_run(k, weight.group_size), exact=False)
+        return _float_product(x, weight, dtype=dtype, interpret=interpret)
+    config = tiles.prefill_config(n, _run(weight), exact=False)
+    product = _rounded_matmul(x, weight, dtype=dtype, config=config, interpret=interpret)
+    assert isinstance(product, jax.Array)
+    return product
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def _float_product(x: Array, weight: QuantizedWeight, *, dtype: jnp.dtype, interpret: bool) -> Array:
+    floats, config = _rounded(weight, x.dtype), float_tiles.PROMPT_TILES
+    product = float_tiles.float_matmul(x, floats, dtype=dtype, config=config, interpret=interpret)
+    assert isinstance(product, jax.Array)
+    return product
+
+
+# A jit of its own, so that a program with many layers lowers the kernel once per shape.
+@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
+def _rounded_matmul(
+    x: Array, weight: QuantizedWeight, *, dtype: jnp.dtype, config: tiles.TileConfig, interpret: bool
+) -> Array | PartialSums:
+    """``x @ w.T`` by programs that round a weight of 4 bits to the dtype of ``x``, once for all of their rows."""
     offsets = () if weight.offset is None else (weight.offset,)
-    product = matmul.launch_matmul(
-        functools.partial(_rounding_kernel, num_rows=x.shape[0], config=config, interpret=interpret),
+    options = {"num_rows": x.shape[0], "config": config, "signals": dtype != jnp.float32}
+    return matmul.launch_matmul(
+        functools.partial(_rounding_kernel, truncated=weight.truncated, interpret=interpret, **options),
         (x,),
         (weight.packed, weight.scale, *offsets),
         config=config,
         out_dtype=dtype,
         interpret=interpret,
-        name="w4a16_of_prompts",
+        name="w4a16",  # as profiles show it
     )
-    assert isinstance(product, jax.Array)
-    return product
 
 
 def _rounding_kernel(
     x_ref,  # [block_m, K] bf16 or f16
     packed_ref,  # [block_n, K/2] uint8
-    scale_ref,  # [G, block_n]
-    *refs,  # offset of an asymmetric weight, output [block_m, block_n]
+    *group_refs,  # scale [G, block_n], offset of an asymmetric weight, output [block_m, block_n]
+    truncated: bool,
+    interpret: bool,
     num_rows: int,
     config: tiles.TileConfig,
-    interpret: bool,
+    signals: bool,
 ):
-    *offset_refs, out_ref = refs
+    *group_refs, out_ref = group_refs
     half, block_k, dtype = packed_ref.shape[1], config.block_k, x_ref.dtype
-    group_size = 2 * half // scale_ref.shape[0]
+    group_size = 2 * half // group_refs[0].shape[0]
+    steps = half // block_k // config.split
+    part = pl.program_id(1)
+    first_step = (registers.start_next(part, interpret=interpret) if signals else part) * steps
     x_mask = matmul.row_mask(num_rows, config.block_m, block_k)
 
-    def add(total, codes, start):
-        scale = scale_ref[lax.div(start, group_size), :].astype(jnp.float32)
+    def of_planes(index):
+        """Scale, and offset if there is one, of a step's two tiles, as they are stored."""
+        groups = [lax.div(start, group_size) for start in (index * block_k, half + index * block_k)]
+        return [tuple(ref[group, :] for ref in group_refs) for group in groups]
+
+    def rounded(codes, scale, offset=None):
+        scale = scale.astype(jnp.float32)
         weight = codes.astype(jnp.float32) * scale[:, None]
-        if offset_refs:
-            offset = offset_refs[0][lax.div(start, group_size), :].astype(jnp.float32)
-            weight += (SYMMETRIC_ZERO_POINT * scale - offset)[:, None]
-        # The weight on the left: Hopper multiplies by it from registers.
-        return total + matmul.dot_transposed(weight.astype(dtype), matmul.load_rows(x_ref, start, block_k, x_mask))
+        if offset is not None:
+            weight += (SYMMETRIC_ZERO_POINT * scale - offset.astype(jnp.float32))[:, None]
+        return weight.astype(dtype)
 
-    def step(index, total):
+    def step(index, total, loaded):
         start = index * block_k
-        low, high = registers.decode_planes(packed_ref[:, pl.ds(start, block_k)], dtype, interpret=interpret)
-        return add(add(total, low, start), high, half + start)
+        packed = packed_ref[:, pl.ds(start, block_k)]
+        planes = registers.decode_planes(packed, dtype, truncated=truncated, interpret=interpret)
+        for first, codes, of_group in zip((start, half + start), planes, loaded, strict=True):
+            x = matmul.load_rows(x_ref, first, block_k, x_mask)
+            # The weight on the left: 64 outputs are as high as Hopper's tensor cores want it, whatever the rows are.
+            total += matmul.dot_transposed(rounded(codes, *of_group), x)
+        return total
 
-    total = lax.fori_loop(0, half // block_k, step, jnp.zeros((config.block_n, config.block_m), jnp.float32))
+    zeros = jnp.zeros((config.block_n, config.block_m), jnp.float32)
+    total = matmul.loop_with_loads_ahead(first_step, steps, step, zeros, of_planes)
     out_mask = matmul.row_mask(num_rows, config.block_m, config.block_n)
     plgpu.store(out_ref, total.T.astype(out_ref.dtype), mask=out_mask)
 
 
+def _rounds(weight: QuantizedWeight, dtype: jnp.dtype) -> bool:
+    """Whether programs round the weight to 16 bits before they multiply, for new tokens."""
+    if dtype == jnp.float32 or weight.bits == 8:
+        return False
+    return tiles.rounds_weights(weight.num_inputs, weight.group_size, symmetric=weight.symmetric)
+
+
+def _run(weight: QuantizedWeight) -> int:
+    return tiles.scale_run(weight.num_inputs, weight.group_size)
+
+
 def _tile_config(num_rows: int, dtype: jnp.dtype, weight: QuantizedWeight) -> tiles.TileConfig:
-    n, k, asymmetric = weight.num_outputs, weight.num_inputs, not weight.symmetric
-    run = tiles.scale_run(k, weight.group_size)
-    if dtype != jnp.float32:
-        tuned = tuning.tuned_config("w4a16", num_rows, weight)
-        return tuned or tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
-    # Float32 rows take twice the shared memory.
-    config = tiles.tile_config(num_rows, n, k, min(run, 64), asymmetric=asymmetric)
-    return dataclasses.replace(config, block_m=min(config.block_m, 64))
+    n, k, run, asymmetric = weight.num_outputs, weight.num_inputs, _run(weight), not weight.symmetric
+    if dtype == jnp.float32:  # which take twice the shared memory
+        config = tiles.tile_config(num_rows, n, k, min(run, 64), asymmetric=asymmetric)
+        return dataclasses.replace(config, block_m=min(config.block_m, 64))
+    if (tuned := tuning.tuned_config("w4a16", num_rows, weight)) is not None:
+        return tuned
+    if _rounds(weight, dtype):
+        return tiles.rounding_config(num_rows, n, k, run)
+    return tiles.tile_config(num_rows, n, k, run, asymmetric=asymmetric)
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.

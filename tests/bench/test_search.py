@@ -252,6 +252,7 @@ def test_the_cost_weighs_few_rows_most():
         Problem("w4a8", 14336, 4096, 14336, True),
         Problem("w4a4", 4096, 6144, 128, False),
         Problem("w4a16", 576, 960, 32, False),
+        Problem("w4a16", 576, 48, 32, False),
     ],
     ids=str,
 )
@@ -265,7 +266,23 @@ def test_candidates_cut_the_weight_evenly(problem):
             assert problem.k // 2 % (tiles.block_k * tiles.split) == 0
             assert all(size % tiles.block_k == 0 for size in problem.group_sizes)
             assert rows > 256 or tiles.block_m <= rows
-            assert rows > 256 or problem.op != "w4a16" or not takes_wgmma(tiles.block_m, tiles.num_warps)
+
+
+@pytest.mark.parametrize(
+    ("problem", "takes"),
+    [
+        (Problem("w4a16", 4096, 28672, 128, True), False),
+        (Problem("w4a16", 576, 960, 32, False), True),
+        (Problem("w4a16", 576, 48, 32, False), False),
+    ],
+    ids=str,
+)
+def test_all_candidates_of_float_products_take_one_instruction(problem, takes):
+    space = TileSpace(problem)
+    for rows in DECODE_ROWS:
+        for tile in (space.built_in(rows), *space.decode(rows)):
+            left = tile.block_n if problem.group_size == 32 else tile.block_m
+            assert takes_wgmma(left, tile.num_warps) == takes
 
 
 def test_neighbours_differ_in_one_field_or_keep_the_area():

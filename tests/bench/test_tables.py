@@ -111,6 +111,7 @@ def test_every_shipped_table_is_valid_and_found():
 
 
 TILE = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3, "microseconds": 1.0}
+SMALL_GROUPS_WITH_OFFSETS = {"group_size": 32, "block_k": 32, "symmetric": False}
 COMPLETE = {str(rows): TILE for rows in DECODE_ROWS}
 
 
@@ -133,7 +134,11 @@ COMPLETE = {str(rows): TILE for rows in DECODE_ROWS}
         ({"decode": {**COMPLETE, "32": {**TILE, "block_m": 8}}}, "must be at least 16"),
         ({"decode": {**COMPLETE, "32": {**TILE, "num_warps": 3}}}, "num_warps=3 is not a power of two"),
         ({"decode": {**COMPLETE, "32": {**TILE, "microseconds": 0}}}, "microseconds=0 must be a positive number"),
-        ({"decode": {**COMPLETE, "128": {**TILE, "block_m": 64}}}, "64 rows and more in whole warpgroups"),
+        ({"decode": {**COMPLETE, "128": {**TILE, "block_m": 64}}}, "block_m of 64 and more in whole warpgroups"),
+        (
+            {**SMALL_GROUPS_WITH_OFFSETS, "decode": {**COMPLETE, "128": {**TILE, "num_warps": 2}}},
+            "block_n of 64 and more in whole warpgroups",
+        ),
         ({"prefill": {**TILE, "block_k": 64}}, "tile lacks split"),
         ({"prefill": {**TILE, "block_k": 64, "split": 5}}, "prefill: block_k=64"),
     ],

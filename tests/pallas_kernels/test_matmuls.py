@@ -254,6 +254,21 @@ def test_a_program_of_several_steps_has_the_scales_of_each(kind, symmetric):
         assert relative_error(out, activation_in_float64(codes) @ weight_in_float64(upper).T) < 2e-6
 
 
+@pytest.mark.parametrize("split", [None, 1, 3])
+@pytest.mark.parametrize("kind", ["4 bits", "upper nibbles"])
+def test_small_groups_with_offsets_are_rounded_before_they_are_multiplied(kind, split):
+    if kind == "4 bits":
+        weight = random_weight(32, 576, 32, symmetric=False)
+    else:
+        weight = upper_nibbles(random_nested_weight(32, 576, 32, symmetric=False))
+    x = random_rows(5, 576, dtype=jnp.bfloat16)
+    config = None if split is None else tiles.TileConfig(16, 16, 32, split, num_warps=4, num_stages=3)
+    rounded = jnp.asarray(weight_in_float64(weight), jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(rounded, np.float64).T
+    out = W4A16["triton"](x, weight, dtype=jnp.float32, config=config)
+    assert relative_error(out, expected) < 1e-5  # a weight that was nearly a tie may be rounded to its neighbour
+
+
 def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
     weight = random_weight(32, 576, 32, symmetric=False)
     x = random_rows(33, 576, dtype=jnp.bfloat16)
@@ -287,7 +302,7 @@ WEIGHTS_OF_PROMPTS = {
 def test_rows_of_prompts_have_tiles_of_their_own(dtype, few, kind, monkeypatch):
     """Whose programs share no sum, and which any number of rows take."""
     monkeypatch.setattr(w4a16_triton, "_FEW_WEIGHTS", few)
-    w4a16_triton._rounded_matmul.clear_cache()
+    w4a16_triton._float_product.clear_cache()
     weight, x = WEIGHTS_OF_PROMPTS[kind](), random_rows(300, 128, dtype=dtype)
     multiply = functools.partial(w4a16_triton.w4a16_matmul, weight=weight, prefill=True, interpret=True)
     together = multiply(x)
@@ -331,6 +346,14 @@ def test_the_reduction_over_k_does_not_depend_on_the_number_of_rows(asymmetric, 
         assert len({(config.block_k, config.split) for config in configs}) == 1
         assert all(k // 2 % (config.block_k * config.split) == 0 for config in configs)
         assert integer or not any(takes_wgmma(config.block_m, config.num_warps) for config in configs)
+
+
+def test_tiles_of_a_rounded_weight_sum_in_one_order_by_the_same_instructions():
+    for n, k, run in ((6144, 4096, 128), (28672, 4096, 32), (576, 1536, 32), (960, 576, 32), (48, 1536, 32)):
+        configs = [tiles.rounding_config(m, n, k, run) for m in (1, 4, 16, 17, 64, tiles.ROW_INVARIANT_ROWS)]
+        assert len({(config.block_k, config.split, config.block_n, config.num_warps) for config in configs}) == 1
+        assert takes_wgmma(configs[0].block_n, configs[0].num_warps) == (n % 64 == 0)
+        assert k // 2 % (configs[0].block_k * configs[0].split) == n % configs[0].block_n == 0
 
 
 def test_one_layer_of_a_stack_works_inside_a_scan():

@@ -12,7 +12,7 @@ and weight ``[N, K]``::
 Row invariance: a row's bits must not depend on the rows beside it. The order of the sum over K is that of
 ``block_k`` and ``split``, so all decode buckets share them: the form of an entry admits nothing else. An entry has
 every bucket of :data:`DECODE_ROWS` or is refused, since tiles from elsewhere could sum in another order. The buckets of
-float products must not take Hopper's wgmma either, see :func:`takes_wgmma`. More rows than the last bucket are a
+float products must all take Hopper's wgmma or none, see :func:`takes_wgmma`. More rows than the last bucket are a
 prefill, which has tiles of its own.
 
 Operations: ``w4a16`` is ``w4a16_matmul`` with 16-bit rows; ``w4a8`` is ``w4a4_matmul`` with one symmetric
@@ -34,6 +34,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.backends.triton import tiles
 from pallas_kernels.backends.triton.tiles import TileConfig
 
 FORMAT = 1
@@ -127,19 +128,17 @@ def tuned_tiles(
     tile = entry.prefill if bucket is None else entry.decode[bucket]
     if tile is None:
         return None
-    from pallas_kernels.backends.triton.tiles import TileConfig  # Triton's own file; who asks for tiles has it
-
     order = tile if isinstance(tile, PrefillTile) else entry
     return TileConfig(tile.block_m, tile.block_n, order.block_k, order.split, tile.num_warps, tile.num_stages)
 
 
-def takes_wgmma(block_m: int, num_warps: int) -> bool:
-    """Whether Triton multiplies such a tile by Hopper's instruction for whole warpgroups, and not by mma.sync.
+def takes_wgmma(left: int, num_warps: int) -> bool:
+    """Whether Triton multiplies a tile of such a height by Hopper's instruction for whole warpgroups, or by mma.sync.
 
     The float sums of the two are rounded differently: so little and so seldom that random rows may not show it in 16
     bits, where a model's rows, whose values differ more in size, do.
     """
-    return block_m >= 64 and num_warps % 4 == 0
+    return left >= 64 and num_warps % 4 == 0
 
 
 def device_slug(device_kind: str) -> str:
@@ -221,8 +220,12 @@ def _parse_entry(raw: Any, where: str) -> TunedEntry:
     _check_order(raw, raw, where)
     _check_keys(raw["decode"], tuple(map(str, DECODE_ROWS)), f"{where} decode")
     decode = {rows: _parse_tile(TunedTile, raw["decode"][str(rows)], raw, where) for rows in DECODE_ROWS}
-    if raw["op"] == "w4a16" and any(takes_wgmma(tile.block_m, tile.num_warps) for tile in decode.values()):
-        raise TuningTableError(f"{where} decode: 64 rows and more in whole warpgroups round differently from fewer")
+    if raw["op"] == "w4a16":
+        rounds = tiles.rounds_weights(raw["k"], raw["group_size"], symmetric=raw["symmetric"])
+        left = "block_n" if rounds else "block_m"
+        if len({takes_wgmma(getattr(tile, left), tile.num_warps) for tile in decode.values()}) > 1:
+            told = f"{left} of 64 and more in whole warpgroups rounds differently from less"
+            raise TuningTableError(f"{where} decode: {told}")
     prefill = None
     if raw["prefill"] is not None:
         prefill = _parse_tile(PrefillTile, raw["prefill"], raw, where)

@@ -55,6 +55,16 @@ class Problem:
         return tiles.scale_run(self.k, *self.group_sizes)
 
     @property
+    def rounds_weights(self) -> bool:
+        """Whether programs round the weight to 16 bits, and multiply by it from the left."""
+        rounds = tiles.rounds_weights(self.k, self.group_size, symmetric=self.symmetric)
+        return self.op == "w4a16" and rounds
+
+    def height(self, tile: TileConfig) -> int:
+        """Of the operand on the left."""
+        return tile.block_n if self.rounds_weights else tile.block_m
+
+    @property
     def tiles_prefill(self) -> bool:
         """A prefill runs in tiles of ours; XLA multiplies that of weight-only matmuls."""
         return self.op != "w4a16"
@@ -81,6 +91,8 @@ class TileSpace:
     def built_in(self, rows: int) -> TileConfig:
         """What runs without a table."""
         problem = self.problem
+        if problem.rounds_weights and rows <= tiles.ROW_INVARIANT_ROWS:
+            return tiles.rounding_config(rows, problem.n, problem.k, problem.run)
         scaled_in_loop = min(problem.group_sizes) < problem.k
         return tiles.tile_config(
             rows,
@@ -94,11 +106,15 @@ class TileSpace:
     def decode(self, rows: int) -> list[TileConfig]:
         """Candidates for a decode bucket of so many rows.
 
-        Float products all take mma.sync, as a table demands (:mod:`pallas_kernels.backends.triton.tuning`).
+        Float products all take the same instruction, as a table demands (:mod:`pallas_kernels.backends.triton.tuning`):
+        mma.sync where rows are on the left; where the weight is, wgmma if it has 64 outputs.
         """
         block_ms = tuple(size for size in (16, 32, 64, 128) if size <= rows)
         ranked = _ranked(self, rows, block_ms=block_ms, max_split=_MAX_SPLIT)
-        return [one for one in ranked if self.problem.op != "w4a16" or not takes_wgmma(one.block_m, one.num_warps)]
+        if self.problem.op != "w4a16":
+            return list(ranked)
+        wanted = self.problem.rounds_weights and self.problem.n % 64 == 0
+        return [one for one in ranked if takes_wgmma(self.problem.height(one), one.num_warps) == wanted]
 
     def prefill(self, rows: int) -> list[TileConfig]:
         """Candidates for many rows, whose grid is full without a split."""
