@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     draft_help = "show which drafts were accepted, corrected and rejected; with --json their token ids"
     add("--show-draft", action="store_true", help=draft_help)
     sampling = options.add_sampling(parser)
+    options.add_ignore_eos(sampling)
     sampling.add_argument("--stop", **texts, help="ends the text; repeatable")
     sampling.add_argument("--num-samples", type=int, default=1, metavar="N", help="per prompt (default: 1)")
     logprobs = "report log-probabilities of each token and the N most likely ones in JSON (default: of none)"
@@ -311,7 +312,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[PromptLine]:
 
 def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a line that has none of its own."""
-    own = {name: getattr(arguments, name) for name in ("stop", "logprobs", "typical_acceptance")}
+    own = {name: getattr(arguments, name) for name in ("ignore_eos", "stop", "logprobs", "typical_acceptance")}
     sampling = {**options.sampling_of(arguments), **own}
     SamplingParams.of(sampling)  # refuses what makes no sense before a model is loaded
     return {**sampling, "max_new_tokens": arguments.max_new_tokens, "chat": arguments.chat}

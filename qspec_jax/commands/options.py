@@ -113,6 +113,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_ignore_eos(parser: Parser) -> None:
+    """``--ignore-eos``."""
+    text = "go on past the model's stop tokens, so that texts have as many tokens as they may"
+    parser.add_argument("--ignore-eos", action="store_true", help=text)
+
+
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the options of :data:`SAMPLING` say, by the names of ``SamplingParams``."""
     return {name: getattr(arguments, name) for name in (option.replace("-", "_") for option in SAMPLING)}

@@ -46,7 +46,7 @@ def begin_decoding(
         plan: what each cycle does, none that chooses; where drafts have a budget, one ``in_cache`` of ``T +
             max_new_tokens`` positions.
         max_new_tokens: of each sequence.
-        stop_tokens: a sequence ends with the first of them; up to 16.
+        stop_tokens: a sequence ends with the first of them, unless its sampling has ``ignore_eos``; up to 16.
         sampling: of all sequences, or of each. Its stop strings have no meaning here, where there is no text.
         keep_drafts: keep what each cycle drafts, in ``record``.
 
@@ -107,7 +107,7 @@ def _stop_tokens(params: Sequence[SamplingParams], stop_tokens: Sequence[int]) -
     """The tokens that end each sequence, filled up."""
     filled = np.full((len(params), MAX_STOP_TOKENS), NO_TOKEN, np.int32)
     for row, one in enumerate(params):
-        ending = tuple(dict.fromkeys([*stop_tokens, *one.stop_token_ids]))
+        ending = tuple(dict.fromkeys([*(() if one.ignore_eos else stop_tokens), *one.stop_token_ids]))
         if len(ending) > MAX_STOP_TOKENS:
             raise UsageError(f"stop_tokens={shown(ending)}: use up to {MAX_STOP_TOKENS}")
         filled[row, : len(ending)] = ending

@@ -38,7 +38,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("n", "best_of", "num_return_sequences"), ((1,), _SAMPLES)),
     **dict.fromkeys(("num_beams", "length_penalty", "typical_p", "tfs_z"), ((1,), _NOT_DONE)),
     **dict.fromkeys(("no_repeat_ngram_size", "mirostat", "epsilon_cutoff", "eta_cutoff", "top_a"), ((0,), _NOT_DONE)),
-    **dict.fromkeys(("echo", "ignore_eos", "include_stop_str_in_output", "use_beam_search"), ((False,), _NOT_DONE)),
+    **dict.fromkeys(("echo", "include_stop_str_in_output", "use_beam_search"), ((False,), _NOT_DONE)),
     "skip_special_tokens": ((True,), _NOT_DONE),
     **dict.fromkeys(("tools", "functions"), (([],), _MESSAGES)),
     **dict.fromkeys(("tool_choice", "function_call"), (("none", "auto"), _MESSAGES)),

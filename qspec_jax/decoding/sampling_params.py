@@ -18,6 +18,7 @@ from qspec_jax.decoding.values import (
     shown,
     text,
     token_id,
+    truth,
     whole,
 )
 from qspec_jax.errors import UsageError
@@ -51,6 +52,7 @@ class SamplingParams:
         logit_bias: added to the logits of some tokens, before anything else; up to ``MAX_BIASES`` of them.
         seed: of the noise, 0 to 2**32 - 1.
         min_new_tokens: no stop token is chosen, and no stop string minded, before so many tokens.
+        ignore_eos: the model's own stop tokens end no text, as benchmarks want it whose texts are to be of one length.
         stop_token_ids: tokens that end the text, besides those of the model; up to ``MAX_STOP_TOKENS`` together.
         stop: strings that end the text, and are not part of it.
         logprobs: report the log-probability of each token, and of as many of the most likely ones, at the verify
@@ -76,6 +78,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
     min_new_tokens: int = 0
+    ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -157,6 +160,10 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     return biases
 
 
+def _truth(name: str, value: Any) -> bool:
+    return truth(name, value, "true or false")
+
+
 def _stop_tokens(name: str, value: Any) -> tuple[int, ...]:
     members = listed(name, value, "a list of token ids")
     tokens = tuple(dict.fromkeys(token_id(name, token, or_text=False) for token in members))
@@ -189,6 +196,7 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _biases,
     "seed": _whole("0 to 2**32 - 1", most=NUM_SEEDS - 1),
     "min_new_tokens": _whole("0 or more, up to 2**31 - 1"),
+    "ignore_eos": _truth,
     "stop_token_ids": _stop_tokens,
     "stop": _stop,
     "logprobs": _whole(

@@ -133,7 +133,8 @@ class Intake:
         for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if outside := [token for token in tokens if token >= self.config.vocab_size]:
                 raise UsageError(f"{name} has token {outside[0]}; use 0..{self.config.vocab_size - 1}")
-        stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *sampling.stop_token_ids]))
+        own = () if sampling.ignore_eos else self.stop_tokens
+        stop_tokens = tuple(dict.fromkeys([*own, *sampling.stop_token_ids]))
         if len(stop_tokens) > MAX_STOP_TOKENS:
             raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
         return stop_tokens

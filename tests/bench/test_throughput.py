@@ -89,6 +89,19 @@ def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path
     assert plot.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("ignore", [False, True])
+def test_requests_end_with_the_models_stop_tokens_unless_these_are_ignored(ignore):
+    model = tiny.language_model()
+    model.stop_tokens = (33,)
+    given = {"max_prompt_tokens": 30, "max_new_tokens": 4, "num_prompts": 1, "system_tokens": 0, "system_prompts": 1}
+    arguments = argparse.Namespace(**given, ignore_eos=ignore)
+    failed = {}
+    asked = [sharegpt.Conversation("a prompt")]
+    (request,) = command.fitting_requests(model, model.plan("w4a16"), asked, arguments, failed)
+    assert request.sampling.stop_token_ids == (() if ignore else (33,))
+    assert not failed
+
+
 def test_a_long_name_of_drafts_moves_no_column():
     plans = [DecodingPlan(View()), DecodingPlan(View(), View(head_bits=4, cache_budget=1024), 3)]
     width = command.draft_width(plans)
@@ -241,7 +254,7 @@ def test_prompts_that_cannot_run_are_named_and_those_that_are_too_long_counted(c
     model.tokenizer = Letters()
     prompts = ["a prompt", "", "too long for the option", "x" * 400]
     arguments = argparse.Namespace(
-        max_prompt_tokens=10, system_tokens=0, system_prompts=1, max_new_tokens=4, num_prompts=9
+        max_prompt_tokens=10, system_tokens=0, system_prompts=1, max_new_tokens=4, num_prompts=9, ignore_eos=False
     )
     conversations, failed = [sharegpt.Conversation(prompt) for prompt in prompts], {}
     found = command.fitting_requests(model, model.plan("w4a16"), conversations, arguments, failed)
@@ -255,7 +268,7 @@ def test_prompts_that_cannot_run_are_named_and_those_that_are_too_long_counted(c
 @pytest.mark.usefixtures("nothing_runs")
 def test_system_prompts_are_shared_where_a_cache_of_int8_can_begin_again():
     model, conversations = tiny.language_model(CONFIG), [sharegpt.Conversation([1, 2, 3])]
-    options = {"num_prompts": 1, "max_prompt_tokens": 30, "max_new_tokens": 4, "system_prompts": 1}
+    options = {"num_prompts": 1, "max_prompt_tokens": 30, "max_new_tokens": 4, "system_prompts": 1, "ignore_eos": False}
     for kv, expected in (("model", 200), ("int8", 128)):
         model.decoder.kv = kv
         arguments = argparse.Namespace(**options, system_tokens=200)

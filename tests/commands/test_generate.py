@@ -77,6 +77,12 @@ def test_a_line_stands_above_a_progress_bar(monkeypatch):
     assert "compiling ..." in stream.getvalue().splitlines()  # a bar that is drawn anew begins a line there, too
 
 
+def test_stop_tokens_of_the_model_are_ignored_for_those_who_ask():
+    for given, expected in (([], False), (["--ignore-eos"], True)):
+        arguments = generate.build_parser().parse_args(["--prompt", "a", *given])
+        assert generate._defaults(arguments)["ignore_eos"] is expected
+
+
 @pytest.mark.parametrize("half_imported", [None, types.SimpleNamespace()], ids=["no tqdm", "tqdm being imported"])
 def test_a_line_is_written_where_there_are_no_bars(monkeypatch, capsys, half_imported):
     monkeypatch.setitem(sys.modules, "tqdm", half_imported)

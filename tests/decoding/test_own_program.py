@@ -55,6 +55,15 @@ def test_a_program_of_ones_own_yields_the_tokens_of_the_engine(model, mode):
     assert (np.asarray(state.record.accepted) >= 0).sum() == sum(result.stats.cycles for result in expected)
 
 
+def test_a_sequence_that_ignores_the_models_stop_tokens_ends_with_its_own(model):
+    sampling = [SamplingParams(stop_token_ids=(7,)), SamplingParams(ignore_eos=True, stop_token_ids=(7,))]
+    tokens, num_tokens = jnp.asarray([[5, 6], [7, 8]], jnp.int32), jnp.asarray([2, 2], jnp.int32)
+    options = {"max_new_tokens": 4, "stop_tokens": (33,), "sampling": sampling}
+    plan = model.plan("w4a16")
+    state = qspec_jax.begin_decoding(model.decoder_for(plan), tokens, num_tokens, plan=plan, **options)
+    assert [[token for token in row if token >= 0] for row in state.stop_tokens.tolist()] == [[33, 7], [7]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -90,6 +90,18 @@ def test_stop_tokens_wait_for_min_new_tokens(run, greedy):
     assert late.token_ids[: ids.index(stop)] == ids[: ids.index(stop)]
 
 
+def test_the_models_own_stop_tokens_end_no_text_that_ignores_them(model, run, greedy, monkeypatch):
+    ids = greedy[1].token_ids
+    own, up_to_own = ids[3], ids[: ids.index(ids[3]) + 1]
+    monkeypatch.setattr(model, "stop_tokens", (own,))
+    assert run(SamplingParams())[1].token_ids == up_to_own
+    for ignoring in (SamplingParams(ignore_eos=True), SamplingParams(ignore_eos=True, min_new_tokens=9)):
+        result = run(ignoring)[1]
+        assert (result.token_ids, result.finish_reason) == (ids, "length")
+    asked = run(SamplingParams(ignore_eos=True, stop_token_ids=(own,)))[1]
+    assert (asked.token_ids, asked.finish_reason) == (up_to_own, "stop")
+
+
 @pytest.mark.parametrize("mode", ["w4a16"])
 def test_drafts_change_none_of_it(run, mode):
     each = [

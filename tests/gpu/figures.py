@@ -262,8 +262,8 @@ GROUPS = {
         [
             "qspec_jax.texts {folder}/texts --documents 1000000 --long-prompts 128 --long-contexts 8k",
             "throughput --model default --batch-size 64 --mode w4a16,qspec --draft w4a16 --draft-length 3"
-            " --draft-context 512 --prompt-file {folder}/texts/long-8k.jsonl --num-prompts 320"
-            " --max-prompt-tokens 7930",
+            " --draft-context 512 --prompt-file {folder}/texts/long-8k.jsonl --num-prompts 480"
+            " --max-prompt-tokens 7930 --ignore-eos",
         ],
         [
             Figure(

@@ -44,11 +44,12 @@ def test_what_is_asked_for_reaches_the_engine():
         temperature=0.5,
         top_p=0.9,
         presence_penalty=0.1,
+        ignore_eos=True,
         stream=True,
         stream_options={"include_usage": True},
     )
     expected = {"temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.1, "logit_bias": {5: -100}, "seed": 7}
-    assert asked.sampling == SamplingParams(**expected, stop=("x",), logprobs=2)
+    assert asked.sampling == SamplingParams(**expected, ignore_eos=True, stop=("x",), logprobs=2)
     assert (asked.num_answers, asked.max_new_tokens, asked.stream, asked.include_usage) == (3, 9, True, True)
 
 

@@ -38,9 +38,10 @@ _DESCRIPTION = f"""
 Tokens per second over all requests and of each, time to the first token, inter-token latency, acceptance, occupancy and
 the share of the time that the device waits for the host, for every mode and size of the batch. Prompts are first turns
 of ShareGPT (package {PACKAGE}); the new tokens of each are as many as its answer there has, up to --max-new-tokens, or
-fewer where a real model stops. Synthetic weights read noise of the same lengths (a token for four characters), and
-their drafts are accepted as noise is: that says nothing about a real model. The share of the prompts' tokens that were
-reused is that of system prompts: conversations have them in --prompt-file, noise with --system-tokens.
+fewer where a real model stops (--ignore-eos: it does not). Synthetic weights read noise of the same lengths (a token
+for four characters), and their drafts are accepted as noise is: that says nothing about a real model. The share of the
+prompts' tokens that were reused is that of system prompts: conversations have them in --prompt-file, noise with
+--system-tokens.
 """
 _COLUMNS = (
     "{:<12} {:<{drafts}} {:>5} {:>5} {:>5} {:>9} {:>8}" + " {:>7}" * 4 + " {:>6} {:>6} {:>5} {:>7} {:>6} {:>6} {:>8}"
@@ -60,6 +61,7 @@ def add_command(commands: Any) -> None:
     add("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
     add("--prompt-file", type=Path, metavar="FILE", help="other prompts than those of ShareGPT, as in generate")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="at most, per request (default: 256)")
+    shared.add_ignore_eos(parser)
     add("--max-prompt-tokens", type=int, default=1024, metavar="N", help="longer prompts are left out (default: 1024)")
     add("--system-tokens", type=int, default=0, metavar="N", help="noise in front of noise prompts (default: 0)")
     add("--system-prompts", type=int, default=1, metavar="N", help="different ones of these, by turns (default: 1)")
@@ -220,7 +222,8 @@ def fitting_requests(
     too_long = 0
     for number, one in enumerate(conversations, 1):
         prompt, new_tokens = _prompt_and_limit(model, one, arguments, noise)
-        request: Request | GenerationResult = model.attempt(prompt, plan, max_new_tokens=new_tokens)
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "sampling": {"ignore_eos": arguments.ignore_eos}}
+        request: Request | GenerationResult = model.attempt(prompt, plan, **options)
         if isinstance(request, Request) and len(request.token_ids) <= limit:
             system = systems[len(found) % len(systems)]
             prefix_length = request.prefix_length + len(system)
