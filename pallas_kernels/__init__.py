@@ -32,7 +32,7 @@ from pallas_kernels.decode_attention_int8 import (
     prefill_int8,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
-from pallas_kernels.float_matmul import float_matmul, float_partial_sums
+from pallas_kernels.float_matmul import float_matmul, float_partial_sums, float_prefill_is_alike
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.prefill_attention import prefill_attention, prefill_is_alike
 from pallas_kernels.quantize_activations import quantize_activations
@@ -73,6 +73,7 @@ __all__ = [
     "dequantize_activation",
     "float_matmul",
     "float_partial_sums",
+    "float_prefill_is_alike",
     "hadamard",
     "least_blocks",
     "pack_codes",

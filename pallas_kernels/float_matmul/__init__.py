@@ -12,7 +12,8 @@ from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
 _OP = "float_matmul"
-# A file has float_matmul, which may leave PartialSums, and obstacle(num_rows, dtype).
+# A file has float_matmul, which may leave PartialSums, and obstacle(num_rows, dtype), of any number of rows with None.
+# With PREFILL_ALIKE it takes ``prefill``, and any rows of such calls are alike.
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -42,9 +43,18 @@ def float_matmul(
 
 
 def float_partial_sums(
-    x: Float[Array, "*batch K"], weight: Float[Array, "N K"], *, dtype: DTypeLike, implementation: str | None = None
+    x: Float[Array, "*batch K"],
+    weight: Float[Array, "N K"],
+    *,
+    dtype: DTypeLike,
+    prefill: bool = False,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch N"] | PartialSums:
-    """:func:`float_matmul`, rounded to ``dtype``, for a reader that adds what is left to add, if anything is."""
+    """:func:`float_matmul`, rounded to ``dtype``, for a reader that adds what is left to add, if anything is.
+
+    ``prefill`` says that the rows are those of prompts. Where an implementation has tiles for any number of them
+    (:func:`float_prefill_is_alike`), it takes those.
+    """
     num_inputs = x.shape[-1]
     if weight.shape[1] != num_inputs or weight.dtype != x.dtype:
         raise ValueError(
@@ -54,5 +64,19 @@ def float_partial_sums(
     if x.dtype not in _DTYPES:
         raise ValueError(f"{_OP}: x is {x.dtype}; use float32, bfloat16 or float16")
     num_rows = math.prod(x.shape[:-1])
-    chosen = _IMPLEMENTATIONS.select(implementation, lambda module: module.obstacle(num_rows, x.dtype))
-    return chosen.float_matmul(x, weight, dtype=dtype)
+    chosen = _IMPLEMENTATIONS.select(
+        implementation,
+        lambda module: module.obstacle(None if prefill and module.PREFILL_ALIKE else num_rows, x.dtype),
+    )
+    asked = {"prefill": True} if prefill and chosen.PREFILL_ALIKE else {}
+    return chosen.float_matmul(x, weight, dtype=dtype, **asked)
+
+
+def float_prefill_is_alike(dtype: DTypeLike, *, implementation: str | None = None) -> bool:
+    """Whether rows of a dtype have the same bits in any call with ``prefill``, whatever the others are.
+
+    Raises:
+        ValueError: the name of the implementation is unknown.
+    """
+    chosen = _IMPLEMENTATIONS.serves(implementation, lambda module: module.obstacle(1, jnp.dtype(dtype)))
+    return chosen is not None and chosen.PREFILL_ALIKE

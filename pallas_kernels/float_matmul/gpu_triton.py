@@ -28,6 +28,7 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.backends.triton import matmul, registers
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 
+PREFILL_ALIKE = True
 _BLOCK_K = 64  # 128 bytes of a weight row, one cache line
 _MIN_PROGRAMS = 264  # two for each SM of an H100
 _MIN_PROGRAMS_OF_LINEARS = 190  # as many keep its memory busy with larger steps
@@ -106,11 +107,11 @@ def _split(steps: int, tiles: int, *, min_programs: int) -> int:
     return next((share for share in shares if share * tiles >= min_programs), shares[-1])
 
 
-def obstacle(num_rows: int, dtype: jnp.dtype) -> str | None:
-    """Why this kernel cannot serve a call, as the end of a sentence; None if it can."""
+def obstacle(num_rows: int | None, dtype: jnp.dtype) -> str | None:
+    """Why this kernel cannot serve a call, as the end of a sentence; None if it can. Rows of prompts have no number."""
     if dtype == jnp.float32:
         return "needs bfloat16 or float16; x is float32"
-    if not 0 < num_rows <= MAX_ROWS:
+    if num_rows is not None and not 0 < num_rows <= MAX_ROWS:
         return f"needs 1 to {MAX_ROWS} rows; x has {num_rows}"
     return None
 
@@ -120,12 +121,15 @@ def float_matmul(
     weight: Float[Array, "N K"],
     *,
     dtype: DTypeLike = jnp.float32,
+    prefill: bool = False,
     config: TileConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch N"] | PartialSums:
     """See the public functions. ``config`` replaces the choice of tiles."""
     registers.ignore_triton_deprecation()
     rows = x.reshape(-1, x.shape[-1])
+    if prefill:
+        config = config or PROMPT_TILES
     if config is None:
         # Nobody rounds the logits of a head, and a linear has the dtype of its rows.
         config = tile_config(rows.shape[0], *weight.shape, is_head=jnp.dtype(dtype) == jnp.float32)

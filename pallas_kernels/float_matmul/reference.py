@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 # Of the Triton kernel: beyond, arithmetic and not the weight's bytes bounds the time, and the library's kernels win.
 MAX_ROWS = 256
+PREFILL_ALIKE = False
 
 
 def float_matmul(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.backends.tpu import matmul
 from pallas_kernels.float_matmul import reference
 
+PREFILL_ALIKE = False
 _TILE_ROWS = 16
 _BLOCK_BYTES = 4 * 2**20  # of weights
 

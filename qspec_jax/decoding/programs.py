@@ -84,7 +84,12 @@ class Programs(Lowering):
 
     @property
     def _has_not_read_packed(self) -> bool:
-        """Of several GPUs, only those of one process with whole weights have (page 059 of the lab notebook)."""
+        """Of several GPUs, only those of one process with whole weights have (page 059 of the lab notebook).
+
+        None has with floats that verify.
+        """
+        if any(linear.floats is not None for linear in linears(self.decoder)):
+            return True
         devices = [] if self.mesh is None else self.mesh.devices.flat
         processes = {one.process_index for one in devices if one.platform == "gpu"}
         return len(processes) > 1 or (len(processes) == 1 and self.decoder.split > 1)

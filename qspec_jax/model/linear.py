@@ -245,9 +245,16 @@ class Linear(nnx.Module):
                 "floating point"
             )
         elif self.floats is not None:
+            if _is_piece(x) and self.reads_packed_floats:
+                return pallas_kernels.float_partial_sums(x, weight, dtype=self.dtype, prefill=True)
             return in_pieces(lambda rows: self._float_product(rows, weight), x)
         # Left to XLA whatever the kernels: the yardstick for what 4 bits bring.
         return pallas_kernels.float_matmul(x, weight, implementation=REFERENCE).astype(self.dtype)
+
+    @property
+    def reads_packed_floats(self) -> bool:
+        """Whether rows of packed prompts have the same bits beside any others, of floats that verify drafts."""
+        return self.kernels != REFERENCE and pallas_kernels.float_prefill_is_alike(self.dtype)
 
     def _rows_alike(self, x: Float[Array, "*batch K"], weight: QuantizedWeight, **options: bool) -> int | None:
         """How many rows one call may multiply; None for what else would be multiplied in pieces."""
@@ -258,7 +265,8 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*batch N"] | PartialSums:
         """With floats that verify drafts: rows of new tokens have the same bits whatever is beside them.
 
-        Kernels of another name do not serve every dtype and number of rows. Prefill is left to XLA.
+        Kernels of another name do not serve every dtype and number of rows. A chunk of a prompt that has a pass to
+        itself is left to XLA.
         """
         implementation = REFERENCE if _is_prefill(x) or self.kernels == REFERENCE else None
         return pallas_kernels.float_partial_sums(x, weight, dtype=self.dtype, implementation=implementation)

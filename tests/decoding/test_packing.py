@@ -23,7 +23,7 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8
-from qspec_jax.model.config import ModelConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.view import Precision, View
 from tests import tiny
@@ -391,17 +391,23 @@ def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
     ada = SimpleNamespace(client=nvidia, compute_capability="8.9", device_kind="NVIDIA L4")
     decoder, by_reference = tiny.decoder(CONFIG, kernels=None), tiny.decoder(CONFIG)
     of_floats = tiny.decoder(CONFIG, kernels=None, quantization=None)
+    both = QuantConfig(keep_floats=True)
+    verified_by_floats, in_float32 = (
+        tiny.decoder(CONFIG, kernels=None, quantization=both, dtype=dtype) for dtype in ("bfloat16", "float32")
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [ada])
     assert longest_packed(decoder) == 512
     assert longest_packed(by_reference) == longest_packed(of_floats) == 0
+    assert longest_packed(verified_by_floats) == 512
+    assert longest_packed(in_float32) == 0, "a library multiplies"
     weights = [linear.weight.get_value() for linear in linears(decoder)]
     count = CONFIG.num_layers * sum(weight.num_outputs * weight.num_inputs for weight in weights)
     monkeypatch.setattr(packing, "_FEW_IN_PIECES", count)
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count)
     assert longest_packed(decoder) == 512
     monkeypatch.setattr(packing, "_FEW_IN_PIECES", count - 1)
-    assert longest_packed(decoder) == 256  # others by a library, one by one
+    assert longest_packed(decoder) == longest_packed(verified_by_floats) == 256  # others by a library, one by one
     monkeypatch.setattr(packing, "_MOST_IN_PIECES", count - 1)
     assert longest_packed(decoder) == 0
 

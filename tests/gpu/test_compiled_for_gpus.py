@@ -109,6 +109,26 @@ def test_devices_read_prompts_together_and_copy_no_cache(shape, messages, gpus, 
     assert len(sent) == messages
 
 
+def test_floats_of_packed_prompts_are_multiplied_by_one_kernel(gpus, monkeypatch):
+    """Whose tiles are the same for any number of rows. A library's would not be."""
+    monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)
+    config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
+    quantization = QuantConfig(group_size=128, keep_floats=True)
+    options = {"quantization": quantization, "dtype": jnp.bfloat16, "kernels": None, "scan_layers": False}
+    mesh = Mesh(np.array(gpus[:1]).reshape(1, 1), AXES)
+    programs = Programs(Shards.of(config, mesh, formats=None, **options).shapes(), mesh)
+    assert packing.longest_packed(programs.decoder) == 256  # too many floats for longer ones
+    assert not programs.longest_packed  # no GPU has run it
+    programs.packing = True
+    plan = DecodingPlan(Precision.FLOAT, None, 0)
+    text = programs.lower_pieces(plan, Shape(rows=ROWS, capacity=CAPACITY), 16).compile().as_text()
+    rows = ROWS * packing.PIECE
+    products = re.findall(rf"bf16\[1,{rows},\d+\]\S* custom-call\(.*float_matmul", text)
+    assert len(products) == 4 * LAYERS
+    assert " dot(" not in text
+    assert set(re.findall(r'custom_call_target="([^"]*)"', text)) == {"__gpu$xla.gpu.triton"}
+
+
 W8A16_AND_DRAFTS = DecodingPlan(Precision.W8A16, Precision.W4A8, 3)
 WITH_A_BUDGET = DecodingPlan(Precision.W4A16, View(activation_bits=8, cache_budget=512), 3)
 EARLY = {

@@ -61,7 +61,7 @@ def functions():
     found = {name: getattr(pallas_kernels, name) for name in pallas_kernels.__all__}
     signatures = {name: inspect.signature(one) for name, one in found.items() if inspect.isfunction(one)}
     others = {"best_layout", "best_layout_for_codes", "rows_alike", "rows_read"}
-    others |= {"float_partial_sums", "w4a4_partial_sums", "w4a16_partial_sums"}
+    others |= {"float_prefill_is_alike", "float_partial_sums", "w4a4_partial_sums", "w4a16_partial_sums"}
     others |= {"w4a4_swiglu_quantize_is_fused", "w4a16_swiglu_is_fused"}
     return {name: one for name, one in signatures.items() if "implementation" in one.parameters and name not in others}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import float_matmul, float_partial_sums, value_of
+from pallas_kernels import float_matmul, float_partial_sums, float_prefill_is_alike, value_of
 from pallas_kernels.float_matmul import gpu_triton as triton
 from pallas_kernels.float_matmul import reference
 from tests.pallas_kernels.kernel_cases import random_rows, relative_error
@@ -68,6 +68,28 @@ def test_interpreted_rows_do_not_depend_on_the_rows_beside_them():
     widest = IMPLEMENTATIONS["triton"](x, weight)
     for num_rows in (33, 50):
         np.testing.assert_array_equal(IMPLEMENTATIONS["triton"](x[:num_rows], weight), widest[:num_rows])
+
+
+def test_rows_of_prompts_have_tiles_of_their_own(monkeypatch):
+    x, weight = operands(300, 144, 192, jnp.bfloat16)
+    monkeypatch.setattr(reference, "PREFILL_ALIKE", True)
+    monkeypatch.setattr(reference, "obstacle", triton.obstacle, raising=False)
+    monkeypatch.setattr(reference, "float_matmul", functools.partial(triton.float_matmul, interpret=True))
+    multiply = functools.partial(float_partial_sums, weight=weight, dtype=jnp.bfloat16, prefill=True)
+    together = multiply(x)
+    assert relative_error(together, product_in_float64(x, weight)) < 3e-3
+    for some in (slice(40, 296), slice(299, 300)):
+        np.testing.assert_array_equal(np.asarray(together)[some], multiply(x[some]))
+
+
+def test_many_rows_are_for_those_who_have_tiles_for_prompts():
+    assert triton.obstacle(None, jnp.dtype(jnp.bfloat16)) is None
+    assert "needs 1 to 256 rows" in triton.obstacle(300, jnp.dtype(jnp.bfloat16))
+    assert "needs bfloat16 or float16" in triton.obstacle(None, jnp.dtype(jnp.float32))
+    assert not float_prefill_is_alike(jnp.bfloat16), "a library multiplies on a CPU"
+    assert not float_prefill_is_alike(jnp.bfloat16, implementation="reference")
+    with pytest.raises(ValueError, match="unknown"):
+        float_prefill_is_alike(jnp.bfloat16, implementation="unknown")
 
 
 @pytest.mark.parametrize(("n", "k"), [*VOCABULARIES, *LINEARS], ids=str)
