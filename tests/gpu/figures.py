@@ -8,6 +8,7 @@ version, which are the first line; ``docs/results.md`` has those that are shippe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -134,6 +135,39 @@ _OF_MESH = [
 ]
 _SERVED = "throughput --preset llama-3-8b --mode w4a16 --batch-size 64"
 _MANY = "--num-prompts 512 --max-new-tokens 256"
+
+
+_STATIC = ("w4a16", "lookup", "qspec")
+_CELL = f"throughput --model default --mode {','.join(_STATIC)},auto --draft-length 3 --max-new-tokens 128"
+_LONG_TEXTS = "qspec_jax.texts {folder}/texts --documents 1000000 --long-prompts 40 --long-contexts 2k,8k"
+# Requests by rows, enough of them for rows to be filled several times.
+_REQUESTS = {
+    "512": {1: 24, 4: 48, 16: 128, 64: 256},
+    "2k": {1: 12, 4: 24, 16: 64, 64: 200},
+    "8k": {1: 12, 4: 24, 16: 64, 64: 128},
+}
+_MOST_TOKENS = {"512": 512, "2k": 2_200, "8k": 7_930}
+_CELLS = [(context, rows) for context, by_rows in _REQUESTS.items() for rows in by_rows]
+
+
+def _command_of_cell(context: str, rows: int) -> str:
+    """Short texts are first turns of ShareGPT."""
+    texts = "" if context == "512" else f" --prompt-file {{folder}}/texts/long-{context}.jsonl"
+    sizes = f"--batch-size {rows} --num-prompts {_REQUESTS[context][rows]} --max-prompt-tokens {_MOST_TOKENS[context]}"
+    return f"{_CELL} {sizes}{texts}"
+
+
+def _auto_over(results: Results, place: int, modes: Sequence[str]) -> float:
+    """Tokens per second of ``auto``, over the best of some modes."""
+    speed = lambda mode: results.one("runs", place, mode=mode)["tokens_per_s"]  # noqa: E731
+    return speed("auto") / max(map(speed, modes))
+
+
+_OF_CELLS = [
+    Figure(f"auto over {what}, {rows} x {context}", functools.partial(_auto_over, place=place, modes=modes), aim)
+    for place, (context, rows) in enumerate(_CELLS, 1)
+    for what, modes, aim in (("plain", _STATIC[:1], 0.98), ("the best static mode", _STATIC, 0.97))
+]
 
 
 def _decoded_per_s(results: Results, mode: str) -> float:
@@ -273,6 +307,7 @@ GROUPS = {
             )
         ],
     ),
+    "auto": Group([_LONG_TEXTS, *(_command_of_cell(*cell) for cell in _CELLS)], _OF_CELLS),
     "mesh": Group(_ON_MESH, _OF_MESH, num_gpus=2),
     "processes": Group(_ON_MESH, _OF_MESH, num_gpus=2, by_processes=True),
 }
