@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show
 from qspec_jax.commands.processes import add_processes, run_together
-from qspec_jax.commands.run import exit_code, leave, load_and_compile
+from qspec_jax.commands.run import event_teller, exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES, plan_of
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.errors import DeviceError, OutputError, QSpecError, UsageError
@@ -187,9 +187,11 @@ def _load(arguments: argparse.Namespace, sampling: dict[str, Any]) -> tuple[Lang
     draft_path = None if given is None else resolve_model(given, what="draft_model")
     _check(arguments, open_model(resolve_model(arguments.model), **weights, draft_path=draft_path), example)
 
+    tell = event_teller()
+
     def session_of(model: LanguageModel) -> Session:
         plan = model.plan(arguments.mode, **options.plan_options(arguments))
-        return model.session(plan, max_seq_len=arguments.max_seq_len, on_event=lambda event: say(f"{event} ..."))
+        return model.session(plan, max_seq_len=arguments.max_seq_len, on_event=tell)
 
     def compile_ahead(model: LanguageModel) -> None:
         session = session_of(model)

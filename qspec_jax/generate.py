@@ -30,7 +30,7 @@ from qspec_jax.commands.prompt_files import (
     repeated_ids,
     result_entry,
 )
-from qspec_jax.commands.run import exit_code, leave, load_and_compile
+from qspec_jax.commands.run import event_teller, exit_code, leave, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.results import GenerationResult
@@ -114,7 +114,8 @@ def _run(arguments: argparse.Namespace) -> int:
     stream = arguments.stream if arguments.stream is not None else is_terminal(sys.stdout) and not arguments.show_draft
     if stream and not arguments.json:
         return _run_streaming(arguments, lines, defaults)
-    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults)
+    tell = event_teller()
+    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, tell=tell)
     pipeline = start(_load(arguments, start))
     try:
         results = pipeline.collect(progress=is_terminal(sys.stderr))
@@ -160,7 +161,8 @@ def _run_to_file(arguments: argparse.Namespace, lines: list[PromptLine], default
         if first:
             say(f"{first} of {len(lines)} results are in {arguments.output} already")
         if first < len(lines):
-            start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, first=first)
+            given: dict[str, Any] = {"lines": lines, "defaults": defaults, "first": first, "tell": event_teller()}
+            start = functools.partial(_start, arguments=arguments, **given)
             pipeline = start(_load(arguments, start))
             results = []
             for line, result in zip(lines[first:], pipeline.results(progress=is_terminal(sys.stderr)), strict=True):
@@ -180,7 +182,8 @@ def _run_streaming(arguments: argparse.Namespace, lines: list[PromptLine], defau
     """Prompt by prompt, and each as it comes. Those that cannot run are named, as in a batch."""
     from qspec_jax.engine.intake import require_some
 
-    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, alone=True)
+    tell = event_teller()
+    start = functools.partial(_start, lines=lines, arguments=arguments, defaults=defaults, tell=tell, alone=True)
     model = _load(arguments, start)
     plan = model.plan(arguments.mode, **options.plan_options(arguments))
     requests = _requests(model, plan, lines, arguments, defaults)
@@ -194,7 +197,7 @@ def _run_streaming(arguments: argparse.Namespace, lines: list[PromptLine], defau
             errors[index] = request.error
             show()
             continue
-        asked = {**settings, **line.resolved(defaults, index), "on_event": lambda event: say(f"{event} ...")}
+        asked = {**settings, **line.resolved(defaults, index), "on_event": tell}
         try:
             for piece in model.stream(line.prompt, **asked):
                 if isinstance(piece, str):
@@ -214,6 +217,7 @@ def _start(
     lines: list[PromptLine],
     arguments: argparse.Namespace,
     defaults: dict[str, Any],
+    tell: Callable[[str], None],
     first: int = 0,
     alone: bool = False,
 ) -> Pipeline:
@@ -231,7 +235,7 @@ def _start(
         "batch_size": 1 if alone else arguments.batch_size,
         "max_seq_len": arguments.max_seq_len,
         "keep_drafts": arguments.show_draft,
-        "on_event": lambda event: say(f"{event} ..."),
+        "on_event": tell,
     }
     return model.run(requests, plan, first=first, **settings)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from qspec_jax.commands import options
 from qspec_jax.commands.output import say
 from qspec_jax.commands.processes import add_processes, run_together
-from qspec_jax.commands.run import end_at_once, exit_code, load_and_compile
+from qspec_jax.commands.run import end_at_once, event_teller, exit_code, load_and_compile
 from qspec_jax.decoding.plan import AUTO, LOOKUP_MODES, MODES
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.weights.resolve import check_model_name
@@ -202,10 +202,12 @@ def _load(arguments: argparse.Namespace, metrics: Metrics) -> tuple[LanguageMode
     """The model, and a service with the programs that usual requests need."""
     import qspec_jax
 
+    tell = event_teller()
+
     def service_of(model: LanguageModel) -> Service:
         plan = model.plan(arguments.mode, **options.plan_options(arguments))
         settings = _size(arguments, model)
-        return model.service(plan, **settings, on_event=lambda event: say(f"{event} ..."), on_end=metrics.count_answer)
+        return model.service(plan, **settings, on_event=tell, on_end=metrics.count_answer)
 
     def compile_ahead(model: LanguageModel) -> None:
         service_of(model).compile(everything=arguments.compile == "all")

@@ -22,6 +22,7 @@ from qspec_jax.commands.absence import tell_others
 from qspec_jax.commands.options import PROCESSES, weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import taken_as_interruptions
+from qspec_jax.decoding.plan import MISSING_DRAFTS
 from qspec_jax.device import processes
 from qspec_jax.device.failures import explained
 from qspec_jax.errors import CheckpointWarning, DeviceWarning, QSpecError, RequantizationWarning, UsageError
@@ -202,6 +203,20 @@ def end_at_once(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def event_teller() -> Callable[[str], None]:
+    """Says what a model reports; once what a plan lacks, which is found out before its weights are read and after."""
+    said: set[str] = set()
+
+    def tell(event: str) -> None:
+        if not event.startswith(MISSING_DRAFTS):
+            say(f"{event} ...")
+        elif event not in said:
+            said.add(event)
+            say(event)
+
+    return tell
 
 
 def load_and_compile(

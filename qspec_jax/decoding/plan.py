@@ -216,14 +216,21 @@ class AutoPlan:
 
 
 Plan = DecodingPlan | AutoPlan
+MISSING_DRAFTS = ("nothing is drafted", "drafts are looked up alone")
 
 
 def missing_drafts(plan: Plan, capacity: int) -> str | None:
-    """What is to be said where a plan with drafts has none in caches of some positions; None where it has."""
-    if not plan.draft_length or plan.in_cache(capacity).draft_length:
+    """What is to be said where the model has no drafts to make in caches of some positions, and a plan has; or None."""
+    in_cache = plan.in_cache(capacity)
+    if not _asks_the_model(plan) or _asks_the_model(in_cache):
         return None
     name = plan.label if isinstance(plan, DecodingPlan) else plan.mode
-    return f"nothing is drafted: {name} would read all of a cache of {capacity}, as its verification does"
+    return f"{MISSING_DRAFTS[in_cache.draft_length > 0]}: {name} would read all of a cache of {capacity}, as its verification does"
+
+
+def _asks_the_model(plan: Plan) -> bool:
+    """Whether the model makes drafts of a plan."""
+    return any(one.draft_view is not None for one in (plan.choices if isinstance(plan, AutoPlan) else (plan,)))
 
 
 def static(plan: Plan | Any) -> DecodingPlan:

@@ -305,6 +305,7 @@ class LanguageModel:
     ) -> Session:
         """A conversation, turn by turn, of which nothing is read twice; arguments and errors as of :meth:`pipeline`."""
         plan, capacity = self._checked(plan, max_seq_len)
+        _in_cache(plan, capacity, on_event)  # the largest that there will be
         options: dict[str, Any] = {"kernels": self.kernels, "capacity": capacity, "on_event": on_event}
         return Session(self.intake, self.programs, plan, **options)
 
@@ -428,7 +429,7 @@ class LanguageModel:
 
 
 def _in_cache(plan: Plan, capacity: int, on_event: Callable[[str], None] | None) -> Plan:
-    """The plan in caches of some positions; tells where it drafts nothing there."""
+    """The plan in caches of some positions; tells where its drafts are missing there."""
     if on_event is not None and (reason := missing_drafts(plan, capacity)):
         on_event(reason)
     return plan.in_cache(capacity)

@@ -69,6 +69,27 @@ def test_a_start_says_how_long_programs_took_to_compile_or_to_find(demo_model, m
     assert f"programs took {demo_model.programs.compile_s:.1f} s" in err.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("mode", "more", "said"),
+    [
+        ("qspec", ["--stream", "--prompt", "w4"], "nothing is drafted"),
+        ("lookup-qspec", [], "drafts are looked up alone"),
+    ],
+)
+def test_drafts_that_a_small_cache_lacks_are_told_once(model, monkeypatch, capsys, mode, more, said):
+    """They are missed ahead of loading, after it, and by each prompt that is streamed."""
+
+    def load(*_, compile_ahead, **__):
+        compile_ahead(model)
+        return model
+
+    monkeypatch.setattr(qspec_jax, "load", load)
+    options = ("--mode", mode, "--draft", "w4a16", "--draft-context", 256, "--max-new-tokens", 2)
+    code, _, err = run(capsys, "--prompt", "w3", *more, *options)
+    told = [line for line in err.splitlines() if "would read all of a cache" in line]
+    assert (code, told) == (0, [f"{said}: w4a16@256 x3 would read all of a cache of 64, as its verification does"])
+
+
 def test_a_line_stands_above_a_progress_bar(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -213,6 +213,19 @@ def test_a_cache_that_the_budget_pays_for_is_read_whole(monkeypatch):
     assert plan_of("w4a16", draft_context=512).weigh is None
 
 
+def test_sessions_batches_and_services_tell_what_their_caches_lack():
+    model, told = tiny.language_model(), []
+    plan = model.plan("qspec", draft="w4a16", draft_context=128)
+    options: dict = {"max_seq_len": 64, "on_event": told.append}
+    for begin in (model.session, model.pipeline):
+        begin(plan, **options)
+    with model.service(plan, **options):
+        pass
+    assert told == [missing_drafts(plan, 64)] * 3
+    model.session(plan, **{**options, "max_seq_len": 256})  # its first cache may lack them, its largest does not
+    assert len(told) == 3
+
+
 def test_drafts_that_read_all_that_verifies_are_none():
     """Where a cache is small nothing is drafted, and where nobody asked for less it is refused."""
     plan = plan_of("qspec", draft="w4a16", draft_length=3)
@@ -230,6 +243,9 @@ def test_drafts_that_read_all_that_verifies_are_none():
     automatic = plan_of("auto", draft="w4a16", draft_context=256)
     assert [one.label for one in automatic.choices if not one.lookup][:3] == ["w4a16", "w4a16@256 x1", "w4a16@256 x2"]
     assert {one.draft for one in automatic.in_cache(256).choices} == {None, Lookup()}
+    for one, name in ((looked_up, "w4a16@256 x3"), (automatic, "auto")):
+        assert missing_drafts(one, 256).startswith(f"drafts are looked up alone: {name} would read all of a cache of")
+    assert missing_drafts(plan_of("lookup"), 64) is missing_drafts(plan_of("auto", draft="w4a8"), 64) is None
     assert plan_of("qspec", draft="w4a16", draft_context="full", draft_head=4).draft == View(head_bits=4)
     assert plan_of("qspec", draft="w4a16", draft_context="full", verify="float", held=(4, None)).draft == View()
     for mode in ("qspec", "lookup-qspec", "auto"):
