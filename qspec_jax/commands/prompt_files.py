@@ -131,20 +131,22 @@ def _parse(line: str, where: str) -> PromptLine:
         return PromptLine("", error=f"the line {error}", **failed)
     except UsageError as error:
         raise UsageError(f"{where} {error}; a line is {_SAMPLE_LINE}") from error
-    prompt = _prompt_of(entry, where)
+    prompt, conflict = _prompt_of(entry, where)
     flaws = {name: flaw for name in entry if name in _OWN_KEYS and (flaw := json_lines.flaw(entry[name])) is not None}
     named = {name: entry.get(name) for name in ("id", "kind") if name not in flaws}
     kept: dict[str, Any] = {"prompt": "" if {"prompt", "messages"} & set(flaws) else prompt, **named}
     try:
         for name, flaw in flaws.items():
             raise UsageError(f'"{name}" {flaw}')
+        if conflict:
+            raise UsageError(conflict)
         return PromptLine(**kept, options=request_options(entry), where=where)
     except UsageError as error:
         return PromptLine(**kept, error=str(error), **failed)
 
 
-def _prompt_of(entry: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt of an object, whose kind is checked as well.
+def _prompt_of(entry: Mapping[str, Any], where: str) -> tuple[Prompt, str | None]:
+    """The prompt of an object, whose kind is checked as well; and why it is none to run, where there are two.
 
     Raises:
         UsageError: there is none.
@@ -153,11 +155,36 @@ def _prompt_of(entry: Mapping[str, Any], where: str) -> Prompt:
     if not isinstance(kind, str | None):
         shown = "..." if json_lines.flaw(kind) else json_lines.dumps(kind)
         raise UsageError(f'{where} has "kind": {shown}; give it a text, such as "summary"')
-    if isinstance(prompt, str):
-        return prompt
-    if prompt is not None or not _are_messages(messages):
+    if prompt not in (None, "") and messages:
+        conversation = _answered(prompt, messages)
+        kept = prompt if isinstance(prompt, str) else ""
+        return (kept, _TWO_PROMPTS) if conversation is None else (conversation, None)
+    if _are_messages(messages):
+        return messages, None
+    if not isinstance(prompt, str):
         raise UsageError(f'{where} has no text under "prompt" and no "messages"; a line is {_SAMPLE_LINE}')
-    return messages
+    return prompt, None
+
+
+_TWO_PROMPTS = (
+    'the line has a "prompt" that is no message of a user in its "messages", so it has two prompts; leave one out, '
+    "or make it null"
+)
+
+
+def _answered(prompt: Any, messages: Any) -> Prompt | None:
+    """Of a conversation what comes up to the message that a prompt repeats; None where none does.
+
+    Data sets with answers have the first message of a user in both, others the last one.
+    """
+    if not isinstance(prompt, str) or not _are_messages(messages):
+        return None
+    places = [place for place, one in enumerate(messages) if (one["role"], one.get("content")) == ("user", prompt)]
+    if not places:
+        return None
+    if places[-1] == len(messages) - 1:
+        return messages
+    return messages[: places[0] + 1] if places[0] else prompt
 
 
 def _are_messages(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:

@@ -225,7 +225,8 @@ def missing_drafts(plan: Plan, capacity: int) -> str | None:
     if not _asks_the_model(plan) or _asks_the_model(in_cache):
         return None
     name = plan.label if isinstance(plan, DecodingPlan) else plan.mode
-    return f"{MISSING_DRAFTS[in_cache.draft_length > 0]}: {name} would read all of a cache of {capacity}, as its verification does"
+    left = MISSING_DRAFTS[in_cache.draft_length > 0]
+    return f"{left}: {name} would read all of a cache of {capacity}, as its verification does"
 
 
 def _asks_the_model(plan: Plan) -> bool:

@@ -174,6 +174,35 @@ def test_lines_are_prompts_or_conversations(tmp_path):
     ]
 
 
+SYSTEM, ASKED, ANSWER = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages", "expected"),
+    {
+        "the last message": ("u", [SYSTEM, ASKED, ANSWER, ASKED], [SYSTEM, ASKED, ANSWER, ASKED]),
+        "the first one, with its answer": ("u", [ASKED, ANSWER], "u"),  # which needs no chat template
+        "that after a system message": ("u", [SYSTEM, ASKED, ANSWER], [SYSTEM, ASKED]),
+        "no prompt": ("", [ASKED], [ASKED]),
+        "null for a prompt": (None, [ASKED], [ASKED]),
+        "no messages": ("u", [], "u"),
+        "null for messages": ("u", None, "u"),
+    }.values(),
+)
+def test_a_prompt_beside_messages_is_the_one_of_them_that_is_answered(tmp_path, prompt, messages, expected):
+    prompts = write_prompts(tmp_path / "in.jsonl", [{"prompt": prompt, "messages": messages}])
+    assert [(line.prompt, line.error) for line in read_prompt_lines(prompts)] == [(expected, None)]
+
+
+@pytest.mark.parametrize("messages", [[ASKED], [SYSTEM, ASKED, ANSWER], [{"role": "user"}], "u", {"a": 1}])
+@pytest.mark.parametrize("prompt", ["s", ["u"], 0])
+def test_a_line_with_two_prompts_fails_alone(tmp_path, prompt, messages):
+    entries = [{"prompt": prompt, "messages": messages, "id": 7}, {"prompt": "a"}]
+    failed, other = read_prompt_lines(write_prompts(tmp_path / "in.jsonl", entries))
+    assert (failed.id, failed.prompt, other) == (7, prompt if prompt == "s" else "", PromptLine("a"))
+    assert "so it has two prompts; leave one out, or make it null" in failed.error
+
+
 def test_a_kind_is_a_text(tmp_path):
     path = write_prompts(tmp_path / "in.jsonl", [{"prompt": "a", "kind": ["chat"]}])
     with pytest.raises(UsageError, match=r'in\.jsonl:1 has "kind": \["chat"\]; give it a text'):
