@@ -21,7 +21,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain, missing_drafts
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.model.config import KV_NAMES
@@ -151,25 +151,35 @@ class _Request:
     text: str | None
     prompts: list[PromptLine]
 
-    def plans(self, model: Any) -> list[DecodingPlan]:
-        """All combinations of the drafts that are asked for, each once: on some devices ``auto`` is ``full``."""
+    def plans(self, model: Any, capacity: int) -> list[DecodingPlan]:
+        """All combinations of the drafts that are asked for, each once and as what it reads in caches of a capacity.
+
+        On some devices ``auto`` is ``full``, and of a small cache any budget is. Drafts that are none there stay.
+        """
         target = model.plan("qspec").verify.name
         read = itertools.product(self.drafts, self.draft_contexts)
         gaining = drafts_that_gain(read, target, draft_head=model.draft_head)
         combined = itertools.product(gaining, self.draft_lengths)
-        return list(dict.fromkeys(_plan(model, *one, length) for one, length in combined))
+        plans = [_plan(model, *one, length) for one, length in combined]
+        return list(dict.fromkeys(one if missing_drafts(one, capacity) else one.in_cache(capacity) for one in plans))
 
-    def require_a_prompt(self, model: Any, max_new_tokens: int) -> None:
-        """Refuses prompts of which none can run, before a text is scored.
+    def capacity(self, model: Any, max_new_tokens: int) -> int:
+        """Positions of the caches that prompts run in. Refuses those of which none can, before a text is scored.
 
         Raises:
             UsageError: the error of the first of them.
         """
+        from qspec_jax.decoding.chunks import fitting_capacity
         from qspec_jax.engine.intake import require_some
+        from qspec_jax.engine.requests import Request
 
         plan = model.plan("w4a16")
         runnable = [line.prompt for line in self.prompts if line.error is None]
-        require_some([model.attempt(prompt, plan, max_new_tokens=max_new_tokens) for prompt in runnable])
+        attempts = [model.attempt(prompt, plan, max_new_tokens=max_new_tokens) for prompt in runnable]
+        require_some(attempts)
+        return fitting_capacity(
+            max(len(one.token_ids) + max_new_tokens for one in attempts if isinstance(one, Request))
+        )
 
 
 def _plan(model: Any, draft: str, context: str | int, length: int) -> DecodingPlan:
@@ -222,8 +232,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
     text_scores, draft_scores = [], []
     runnable = [line for line in request.prompts if line.error is None]
     failed = [_failure(request, line, line.error) for line in request.prompts if line.error is not None]
-    if request.prompts:
-        request.require_a_prompt(model, arguments.max_new_tokens)
+    capacity = request.capacity(model, arguments.max_new_tokens) if request.prompts else 0
     if request.text is not None:
         if model.tokenizer is None:
             raise UsageError(f"{model.name} has no tokenizer to read --text with; give a model that has one")
@@ -244,7 +253,7 @@ def _score(name: str | None, arguments: argparse.Namespace, request: _Request) -
         draft_scores = score_drafts(
             model,
             [line.prompt for line in runnable],
-            request.plans(model),
+            request.plans(model, capacity),
             kinds=[line.kind for line in runnable],
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,

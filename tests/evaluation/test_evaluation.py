@@ -11,6 +11,7 @@ from flax import nnx
 
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
+from qspec_jax.commands.prompt_files import PromptLine
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation import scores as evaluation
@@ -234,7 +235,22 @@ def test_contexts_of_drafts_are_budgets_or_windows(model):
     assert [plan.draft_source for plan in plans] == ["w4a8", "w4a8@1024", "w4a8/256"]
     assert {(plan.verify, plan.draft_length) for plan in plans} == {(model.plan("w4a16").verify, 3)}
     twice = evaluate._Request(["w4a16"], ["w4a8", "w4a8"], [3], ["full", 1024, "full"], None, [])
-    assert [plan.draft_source for plan in twice.plans(model)] == ["w4a8", "w4a8@1024"]
+    assert [plan.draft_source for plan in twice.plans(model, 2048)] == ["w4a8", "w4a8@1024"]
+
+
+def test_drafts_are_named_as_what_they_read_of_a_short_cache(model):
+    """A budget that pays for all of it is none, and its drafts those of ``full``; where none are left it says whose."""
+    asked = evaluate._Request(["w4a16"], ["w4a8", "w4a16"], [3], [112, 1024], None, [])
+    assert [plan.draft_source for plan in asked.plans(model, 64)] == ["w4a8", "w4a16@112", "w4a16@1024"]
+    assert [plan.draft_source for plan in asked.plans(model, 512)] == ["w4a8@112", "w4a8", "w4a16@112", "w4a16@1024"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_run_has_the_caches_that_its_drafts_are_named_by(model):
+    prompts = [PromptLine("a prompt" * 5), PromptLine("a")]
+    request = evaluate._Request(["w4a16"], ["w4a8"], [3], ["full"], None, prompts)
+    requests = [model.attempt(line.prompt, model.plan(), max_new_tokens=30) for line in prompts]
+    assert model.run(requests, model.plan()).max_seq_len == request.capacity(model, 30)
 
 
 @pytest.mark.usefixtures("loaded")
