@@ -308,9 +308,16 @@ class Programs(Lowering):
     def _program(
         self, key: tuple[Any, ...], plan: DecodingPlan, shape: Shape, widths: Iterable[int]
     ) -> tuple[Any, list[jax.Array]]:
-        """A program, and the arrays that it takes. Compiled anew if another thread has laid weights out since."""
+        """A program, and the arrays that it takes. Compiled anew if another thread has laid weights out since.
+
+        Raises:
+            ValueError: no batch of this shape needs it, such as one for a number of pieces that ``packing`` has not.
+        """
         while key not in (laid_out := self._laid_out).compiled:
             self.compile(plan, shape, widths)
+            if laid_out is self._laid_out and key not in laid_out.compiled:
+                kind, *_, size = key
+                raise ValueError(f"no program {kind!r} of size {size} is compiled for {shape}, chunks {tuple(widths)}")
         return laid_out.compiled[key], laid_out.leaves
 
     def lay_out_weights(self, plan: DecodingPlan) -> None:

@@ -339,6 +339,17 @@ def test_programs_for_several_chunks_of_a_prompt_wait_for_one_that_has_them(widt
     assert packing.sizes_for(widths, rows, 4096) == expected
 
 
+def test_a_number_of_pieces_that_has_no_program_is_an_error(monkeypatch):
+    """It was compiled for ever, as nothing is compiled for it."""
+    model = tiny.language_model(CONFIG)
+    model.programs.packing, plan, shape = True, model.plan("w4a16"), Shape(1, CAPACITY)
+    asked: list = []
+    monkeypatch.setattr(Programs, "compile", lambda self, *given: asked.append(given) or (len(asked) > 1 and 1 / 0))
+    with pytest.raises(ValueError, match="no program 'pieces' of size 3 is compiled for Shape"):
+        model.programs._program(("pieces", plan.verify, shape, 3), plan, shape, (CAPACITY,))
+    assert len(asked) == 1
+
+
 def test_a_program_that_nobody_foresaw_is_compiled_when_it_is_needed(one_by_one, monkeypatch):
     monkeypatch.setattr(packing, "_SIZES", (16, 64))  # of which 16 pieces hold a prompt of one chunk
     model = tiny.language_model(CONFIG)
