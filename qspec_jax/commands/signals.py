@@ -1,7 +1,8 @@
 """Signals that ask a process to end, taken as Ctrl-C is: nothing is left half done, and what is finished is kept.
 
 Python throws an interruption away that comes where no error can be raised: in a callback of the garbage collector, of
-which JAX has one, or in ``__del__``. It then comes once more.
+which JAX has one, or in ``__del__``. It then comes once more. Libraries in C turn one into another error, or abort, while
+they are imported. It waits until they have been.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
+from types import FrameType
 from typing import Any
 
 _NAMES = ("SIGTERM", "SIGHUP")  # of ``kill`` and ``timeout``, and of a terminal that is closed
 _AGAIN_S = 0.02
+_IN_C = ("jaxlib", "numpy", "ml_dtypes")
 
 
 @contextlib.contextmanager
@@ -27,9 +30,13 @@ def taken_as_interruptions() -> Generator[list[int]]:
     """
     came: list[int] = []
 
-    def interrupt(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        came.append(number)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            _come_again(number)
+            return
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            came.append(number)
         raise KeyboardInterrupt
 
     def note_lost(lost: Any) -> None:
@@ -39,12 +46,13 @@ def taken_as_interruptions() -> Generator[list[int]]:
         number = came[-1] if came else signal.SIGINT
         if came:
             signal.signal(number, interrupt)
-        threading.Timer(_AGAIN_S, _thread.interrupt_main, [number]).start()
+        _come_again(number)
 
-    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    usual: dict[int, Any] = {getattr(signal, name): signal.SIG_DFL for name in _NAMES if hasattr(signal, name)}
+    usual[signal.SIGINT] = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+        usual = {}
+    taken = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
     for number in taken:
         signal.signal(number, interrupt)
     earlier, sys.unraisablehook = sys.unraisablehook, note_lost
@@ -53,4 +61,18 @@ def taken_as_interruptions() -> Generator[list[int]]:
     finally:
         sys.unraisablehook = earlier
         for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual[number])
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a library in C is being imported in the frames of a signal."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if frame.f_code.co_name == "<module>" and name.partition(".")[0] in _IN_C:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _come_again(number: int) -> None:
+    threading.Timer(_AGAIN_S, _thread.interrupt_main, [number]).start()

@@ -189,6 +189,25 @@ def test_an_interruption_that_python_throws_away_comes_once_more(capsys, number)
 
 
 @pytest.mark.usefixtures("as_from_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_import_of_a_library_in_c(capsys, number):
+    """One of jaxlib's made an ImportError of it, which was a traceback, and another one aborted."""
+    imported = []
+
+    def work():
+        module = {"__name__": "jaxlib._some_library", "signal": signal, "number": number, "imported": imported}
+        exec("signal.raise_signal(number); imported.append(number)", module)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    before = signal.getsignal(number)
+    assert guarded(work) == 128 + number
+    assert imported == [number]
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
 def test_a_signal_that_is_ignored_stays_so():
     """As ``nohup`` has it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
