@@ -1,8 +1,8 @@
 """Signals that ask a process to end, taken as Ctrl-C is: nothing is left half done, and what is finished is kept.
 
 Python throws an interruption away that comes where no error can be raised: in a callback of the garbage collector, of
-which JAX has one, or in ``__del__``. It then comes once more. Libraries in C turn one into another error, or abort, while
-they are imported. It waits until they have been.
+which JAX has one, or in ``__del__``. It then comes once more. Libraries in C turn one into another error, or
+abort, while they are imported. It waits until they have been.
 """
 
 from __future__ import annotations

