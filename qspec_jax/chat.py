@@ -92,6 +92,8 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 def _run(arguments: argparse.Namespace) -> int:
     require_standard_output("a conversation needs one")
     check_model_name(arguments.model)
+    for said in options.without_effect(arguments):
+        say(said)
     from qspec_jax.dialogue.lines import lines_of_the_user
     from qspec_jax.dialogue.slash import NAMES
 

@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
     lines = _read_prompts(arguments)
     defaults = _defaults(arguments)
     check_model_name(arguments.model)
+    _say_what_has_no_effect(arguments, lines)
     if arguments.output is not None:
         return _run_to_file(arguments, lines, defaults)
     stream = arguments.stream if arguments.stream is not None else is_terminal(sys.stdout) and not arguments.show_draft
@@ -134,6 +135,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if any(result.finish_reason == "interrupted" for result in results):
         raise KeyboardInterrupt
     return code
+
+
+def _say_what_has_no_effect(arguments: argparse.Namespace, lines: Sequence[PromptLine]) -> None:
+    """Of what is given; it is no error, as commands are compared that differ in one option."""
+    for said in options.without_effect(arguments, [line.options.get("temperature", 0.0) for line in lines]):
+        say(said)
+    is_text = arguments.output is None and not arguments.json
+    if arguments.logprobs is not None and is_text:
+        say("--logprobs: no effect on text; give --json or --output FILE")
+    if arguments.stream and not is_text:
+        say("--stream: no effect on JSON, whose lines are whole; leave out --json and --output")
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace, listening: socket.socket, api_key: str | None) -> int:
+    for said in options.without_effect(arguments):
+        say(said)
     say("starting ...")
     from qspec_jax.serving.api import Api
     from qspec_jax.serving.listening import address_of, is_loopback

@@ -17,6 +17,7 @@ from qspec_jax.decoding.plan import (
     AUTO,
     DRAFTS,
     MAX_DRAFT_LENGTH,
+    MODES,
     VERIFY,
     check_draft_context,
     check_verify,
@@ -128,6 +129,41 @@ def add_draft(parser: Parser) -> None:
     """``--draft``; see :func:`check_drafts`."""
     text = "draft precision; w4a16 gains where drafts read less than what verifies (default: auto)"
     parser.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
+
+
+def without_effect(arguments: argparse.Namespace, temperatures: Iterable[float] = ()) -> list[str]:
+    """What is to be said of options that are given and change nothing, with the way to have them do something.
+
+    Args:
+        arguments: with ``mode`` and options of drafts, and perhaps of sampling.
+        temperatures: of the prompts that have one of their own.
+    """
+    mode = arguments.mode
+    found: list[tuple[str, tuple[str, ...]]] = []
+    if mode == AUTO and arguments.draft_length != AUTO:
+        found = [("--mode auto, which chooses it; give --mode qspec", ("draft_length",))]
+    elif mode == "lookup":
+        found = [("--mode lookup, whose drafts are looked up; give --mode lookup-qspec", _OF_THE_MODELS_DRAFTS)]
+    elif mode in MODES and mode != "qspec":
+        names = (*_OF_THE_MODELS_DRAFTS, "draft_length", "typical_acceptance")
+        found = [(f"--mode {mode}, which makes no drafts; give --mode qspec", names)]
+    if not any((getattr(arguments, "temperature", 1.0), *temperatures)):
+        found.append(("--temperature 0, which takes the most likely token; give a higher one", _OF_DRAWING))
+    said = []
+    for reason, names in found:
+        given = [name for name in names if getattr(arguments, name, None) not in (None, _NOTHING[name])]
+        if given:
+            said.append(f"{', '.join(map(option_of, given))}: no effect with {reason}")
+    return said
+
+
+_OF_THE_MODELS_DRAFTS = ("draft", "draft_context", "draft_head")
+_OF_DRAWING = ("top_k", "top_p", "min_p")
+# Their defaults.
+_NOTHING: dict[str, Any] = {
+    **{"draft": "auto", "draft_context": "auto", "draft_head": None, "draft_length": 3, "typical_acceptance": None},
+    **{"top_k": 0, "top_p": 1.0, "min_p": 0.0},
+}
 
 
 def add_draft_length(parser: Parser) -> None:

@@ -124,6 +124,16 @@ def test_json_has_one_complete_object_per_prompt(capsys, tmp_path):
     assert all((entry["mode"], entry["draft"], entry["draft_length"]) == ("qspec", "w4a4", 3) for entry in entries)
 
 
+@pytest.mark.parametrize(("given", "json"), [(["--logprobs", "1"], False), (["--stream"], True)])
+@pytest.mark.usefixtures("loaded")
+def test_options_of_another_kind_of_output_are_told(capsys, given, json):
+    arguments = ("--prompt", "w3", "--max-new-tokens", 2, "--mode", "w4a16", *given)
+    said = f"{given[0]}: no effect on {'JSON' if json else 'text'}"
+    for options in ([], ["--json"]):
+        code, _, err = run(capsys, *arguments, *options)
+        assert (code, said in err) == (0, bool(options) == json)
+
+
 @pytest.mark.usefixtures("loaded")
 def test_streaming_prints_the_same_text(capsys):
     arguments = ("--prompt", "Name a color.", "--max-new-tokens", 24)

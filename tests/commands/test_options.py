@@ -105,6 +105,47 @@ def test_a_plain_mode_of_8_bits_asks_for_such_weights(verify, modes, wanted):
     assert options.verify_of(argparse.Namespace(verify=verify), modes) == wanted
 
 
+@pytest.mark.parametrize(
+    ("build", "given", "said"),
+    [
+        (
+            generate.build_parser,
+            "--mode w4a16 --draft w4a4 --draft-length 5",
+            "--draft, --draft-length: no effect with",
+        ),
+        (generate.build_parser, "--mode float --draft-context full --typical-acceptance 0.1", "makes no drafts"),
+        (generate.build_parser, "--mode lookup --draft-head 4 --draft-length 5", "--draft-head: no effect with --mode"),
+        (
+            serve.build_parser,
+            "--mode w4a16 --draft w4a8",
+            "--draft: no effect with --mode w4a16, which makes no drafts",
+        ),
+        (chat.build_parser, "--draft-length 5", "--draft-length: no effect with --mode auto, which chooses it; give"),
+        (chat.build_parser, "--top-p 0.9 --top-k 4", "--top-k, --top-p: no effect with --temperature 0, which takes"),
+    ],
+)
+def test_options_that_change_nothing_are_told_with_those_that_would(build, given, said):
+    (told,) = options.without_effect(build().parse_args(given.split()))
+    assert said in told
+    assert "; give " in told
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "temperatures"),
+    [
+        (generate.build_parser, "--draft w4a4 --draft-length 5 --draft-head 4 --typical-acceptance 0.1", []),
+        (generate.build_parser, "--mode auto --draft w4a4 --draft-length auto --typical-acceptance 0.1", []),
+        (generate.build_parser, "--mode lookup-qspec --draft w4a4 --draft-context 512", []),
+        (generate.build_parser, "--mode w4a16 --top-p 0.9 --min-p 0.1 --temperature 0.7", []),
+        (generate.build_parser, "--top-p 0.9 --num-samples 2", [0.0, 0.7]),  # that of a line
+        (serve.build_parser, "", []),
+        (chat.build_parser, "", []),
+    ],
+)
+def test_nothing_is_told_of_options_that_do_something(build, given, temperatures):
+    assert options.without_effect(build().parse_args(given.split()), temperatures) == []
+
+
 @pytest.mark.parametrize("build", [serve.build_parser, info.build_parser], ids=["serve", "info"])
 def test_a_model_is_given_first_or_as_to_other_commands(capsys, build):
     for words in (["x"], ["--model", "x"], ["--model=x", "--debug"], ["--debug", "x"]):
