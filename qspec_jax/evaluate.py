@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, require_standard_output, say, show, show_json
 from qspec_jax.commands.processes import add_processes, run_together
-from qspec_jax.commands.prompt_files import PromptLine, read_prompt_lines
+from qspec_jax.commands.prompt_files import PromptLine, read_prompts_alone
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
 from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain, missing_drafts
 from qspec_jax.errors import QSpecError, UsageError
@@ -202,7 +202,7 @@ def _request(arguments: argparse.Namespace) -> _Request:
     if arguments.text == arguments.prompt_file == Path(STANDARD_INPUT):
         raise UsageError("--text - and --prompt-file - both read the standard input; give a file for one of them")
     text = _read_text(arguments.text)
-    prompts = [] if arguments.prompt_file is None else read_prompt_lines(arguments.prompt_file)
+    prompts = [] if arguments.prompt_file is None else read_prompts_alone(arguments.prompt_file)
     if prompts and all(line.error is not None for line in prompts):
         raise UsageError(f"{prompts[0].where}: {prompts[0].error}")
     if text is None and not prompts:

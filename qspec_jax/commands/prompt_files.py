@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
+from qspec_jax.commands.output import say
 from qspec_jax.decoding.request_options import REQUEST_OPTIONS, SAMPLING_OPTIONS, request_options
 from qspec_jax.decoding.sampling_params import seed_after
 from qspec_jax.engine.results import GenerationResult
@@ -366,13 +367,23 @@ def _beginning(key: str) -> bytes:
     return f'{{"key": "{key}", '.encode()
 
 
+def read_prompts_alone(path: Path) -> list[PromptLine]:
+    """The lines of a file whose options count for nothing, which is said; see :func:`read_prompt_lines`."""
+    lines = read_prompt_lines(path)
+    names = {name: None for line in lines for name in line.options}
+    if names:
+        said = "all prompts have the options of this command; python -m qspec_jax.generate minds those of lines"
+        say(f"{', '.join(names)} of lines of {path}: no effect, as {said}")
+    return lines
+
+
 def read_prompt_file(path: Path) -> list[Any]:
-    """The prompts of a file that has to be right; see :func:`read_prompt_lines`.
+    """The prompts of a file that has to be right; see :func:`read_prompts_alone`.
 
     Raises:
         UsageError: as there, or a line cannot run.
     """
-    lines = read_prompt_lines(path)
+    lines = read_prompts_alone(path)
     for line in lines:
         if line.error is not None:
             raise UsageError(f"{line.where}: {line.error}")

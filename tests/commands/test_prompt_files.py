@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qspec_jax import generate
-from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_lines
+from qspec_jax.commands.prompt_files import PromptLine, ResultFile, line_keys, read_prompt_file, read_prompt_lines
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import UsageError
 
@@ -216,6 +216,16 @@ def test_a_line_without_a_prompt_is_named(tmp_path, entry):
     path = write_prompts(tmp_path / "in.jsonl", [{"prompt": "fine"}, entry])
     with pytest.raises(UsageError, match=r'in\.jsonl:2 has no text under "prompt" and no "messages"'):
         read_prompt_lines(path)
+
+
+def test_options_of_lines_that_a_command_does_not_mind_are_told(tmp_path, capsys):
+    """Of ``evaluate`` and ``bench``, whose figures would be taken for those of the options."""
+    entries = [{"prompt": "a", "kind": "chat"}, {"prompt": "a", "chat": False, "ignore_eos": True, "seed": None}]
+    path = write_prompts(tmp_path / "in.jsonl", entries)
+    assert read_prompt_file(path) == ["a", "a"]
+    assert f"chat, ignore_eos of lines of {path}: no effect, as all prompts have" in capsys.readouterr().err
+    assert read_prompt_file(write_prompts(tmp_path / "in.jsonl", entries[:1])) == ["a"]
+    assert capsys.readouterr().err == ""
 
 
 def test_seeds_count_up_with_the_lines():
