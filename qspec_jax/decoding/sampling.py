@@ -195,7 +195,8 @@ def gumbel_noise(seed: UInt32[Array, " B"], places: Int32[Array, "B T"], vocab_s
     """Standard Gumbel noise of each token of the vocabulary, by seed and place alone."""
 
     def one(seed: Array, place: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), place)
+        # By name: bits of another generator, such as jax_default_prng_impl may set, depend on the rows beside a row.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
         return jax.random.gumbel(key, (vocab_size,), jnp.float32)
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(seed, places)

@@ -19,7 +19,7 @@ from jax.scipy.special import gammaincc as _gammaincc
 
 from qspec_jax import ModelConfig, SamplingParams, UsageError
 from qspec_jax.decoding import speculative
-from qspec_jax.decoding.sampling import Sampler, _let_through, choose
+from qspec_jax.decoding.sampling import Sampler, _let_through, choose, gumbel_noise
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
@@ -329,6 +329,16 @@ def test_a_request_is_the_same_alone_and_among_others(model, run):
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
+def test_noise_is_that_of_a_seed_whatever_generator_jax_uses_otherwise(generator):
+    """Bits of these depend on what is beside them, where a function is mapped."""
+    seeds, places = jnp.asarray([3, 4], jnp.uint32), jnp.asarray([[0, 1], [5, 6]], jnp.int32)
+    expected = gumbel_noise(seeds, places, 8)
+    with jax.default_prng_impl(generator):
+        np.testing.assert_array_equal(gumbel_noise(seeds, places, 8), expected)
+        np.testing.assert_array_equal(gumbel_noise(seeds[1:], places[1:], 8), expected[1:])
+
+
 def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
     """One for all that needs everything shares the programs of the other tests."""
     one_for_all = dataclasses.replace(EVERYTHING, top_k=20, seed=7)
