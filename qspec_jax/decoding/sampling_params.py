@@ -75,7 +75,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)  # a mapping has no hash
     seed: int = 0
     min_new_tokens: int = 0
     ignore_eos: bool = False

@@ -339,6 +339,13 @@ def test_noise_is_that_of_a_seed_whatever_generator_jax_uses_otherwise(generator
         np.testing.assert_array_equal(gumbel_noise(seeds[1:], places[1:], 8), expected[1:])
 
 
+def test_parameters_have_a_hash_as_static_arguments_need_it():
+    one, same = (SamplingParams(logit_bias={4: 1.0}, temperature=0.5) for _ in range(2))
+    assert hash(one) == hash(same)
+    assert {one: 1}[same] == 1
+    assert one != SamplingParams(temperature=0.5)
+
+
 def test_seeds_count_up_from_prompt_to_prompt_and_matter(model):
     """One for all that needs everything shares the programs of the other tests."""
     one_for_all = dataclasses.replace(EVERYTHING, top_k=20, seed=7)
