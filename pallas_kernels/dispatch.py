@@ -115,6 +115,33 @@ class _InterpretedModule:
         return functools.partial(found, interpret=True)
 
 
+class _ModuleOf32Bits:
+    """The functions of an implementation's file, traced as if ``jax_enable_x64`` were off.
+
+    No operation has 64 bits, and Pallas' kernels count in 32: with the option, Python's numbers would make them 64.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        return _in_32_bits(found) if callable(found) and not inspect.isclass(found) else found
+
+
+def _has_64_bits() -> bool:
+    config: Any = jax.config  # whose names type checkers do not know
+    return config.jax_enable_x64
+
+
+def _in_32_bits(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*args, **options)
+
+    return call
+
+
 _log: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("selections", default=None)
 
 
@@ -251,6 +278,8 @@ class Implementations:
                 if "interpret" not in inspect.signature(getattr(module, self.op)).parameters:
                     return None, "cannot be interpreted"
                 module = _InterpretedModule(module)
+            if told is None and name != REFERENCE and _has_64_bits():
+                module = _ModuleOf32Bits(module)
             return module, told
         except ImportError as error:
             return None, f"cannot be imported: {error}"

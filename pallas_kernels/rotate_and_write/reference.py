@@ -55,6 +55,8 @@ def write(
     batch, num_tokens = new.shape[:2]
     positions = lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
     if rows is None:
-        return slots.at[jnp.arange(batch)[:, None], positions].set(new, mode="drop", unique_indices=True)
+        return slots.at[jnp.arange(batch, dtype=jnp.int32)[:, None], positions].set(
+            new, mode="drop", unique_indices=True
+        )
     rows = jnp.where(rows < 0, slots.shape[0], rows)  # a negative index would count from the end
     return slots.at[rows[:, None], positions].set(new, mode="drop")

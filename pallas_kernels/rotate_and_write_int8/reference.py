@@ -76,7 +76,7 @@ def write(
             of padding, as a wide chunk has more of it than there are slots.
     """
     batch, num_new = values.shape[:2]
-    rows, new = jnp.arange(batch)[:, None], jnp.arange(num_new, dtype=jnp.int32)
+    rows, new = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(num_new, dtype=jnp.int32)
     positions = lengths[:, None] + new
     codes, scales = quantize(values, axis=-1)
     put = {"mode": "drop", "unique_indices": True}
@@ -100,7 +100,7 @@ def _in_ring(cache: Int8Cache, newest: Array, lengths: Array, num_tokens: Array 
 
 def _with_whole_blocks(cache: Int8Cache, newest: Array, lengths: Array, num_new: int) -> Int8Cache:
     """The cache with the blocks whose last position is among the new ones."""
-    (batch, capacity, width), rows = cache.keys.shape, jnp.arange(len(lengths))[:, None]
+    (batch, capacity, width), rows = cache.keys.shape, jnp.arange(len(lengths), dtype=jnp.int32)[:, None]
     numbers = jnp.arange(-(-num_new // KEY_BLOCK), dtype=jnp.int32)
     ends = (lengths[:, None] // KEY_BLOCK + 1 + numbers) * KEY_BLOCK  # [B, blocks]
     within = jnp.arange(KEY_BLOCK, dtype=jnp.int32)

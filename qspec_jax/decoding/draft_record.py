@@ -52,7 +52,7 @@ class DraftRecord:
         """The record after a cycle of the active rows, whose first tokens are at ``place``."""
         batch, missing = draft_tokens.shape[0], self.drafts.shape[2] - draft_tokens.shape[1]
         filled = jnp.pad(draft_tokens, ((0, 0), (0, missing)), constant_values=NO_TOKEN)
-        rows, columns = jnp.arange(batch), jnp.where(active, place, self.accepted.shape[1])
+        rows, columns = jnp.arange(batch, dtype=jnp.int32), jnp.where(active, place, self.accepted.shape[1])
         return DraftRecord(
             self.drafts.at[rows, columns].set(filled, mode="drop"),
             self.accepted.at[rows, columns].set(num_accepted, mode="drop"),

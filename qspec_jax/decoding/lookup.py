@@ -62,4 +62,4 @@ def write(
     """The history with those of the tokens that exist at the positions from ``start`` on."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     columns = jnp.where(exists, start[:, None] + index, history.shape[1])
-    return history.at[jnp.arange(tokens.shape[0])[:, None], columns].set(tokens, mode="drop")
+    return history.at[jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None], columns].set(tokens, mode="drop")

@@ -132,16 +132,16 @@ class Sampler:
         if not self.penalises:
             return self
         batch, width = tokens.shape
-        exists = jnp.arange(width) < num_tokens[:, None]
+        exists = jnp.arange(width, dtype=jnp.int32) < num_tokens[:, None]
         in_prompt = jnp.zeros((batch, vocab_size), bool)
-        in_prompt = in_prompt.at[jnp.arange(batch)[:, None], tokens].max(exists)
+        in_prompt = in_prompt.at[jnp.arange(batch, dtype=jnp.int32)[:, None], tokens].max(exists)
         return dataclasses.replace(self, in_prompt=in_prompt, counts=jnp.zeros((batch, vocab_size), jnp.int32))
 
     def after(self, tokens: Int32[Array, "B T"], kept: Bool[Array, "B T"]) -> Sampler:
         """The sampler after those of ``tokens`` that are kept."""
         if self.counts is None:
             return self
-        rows = jnp.arange(tokens.shape[0])[:, None]
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
         return dataclasses.replace(self, counts=self.counts.at[rows, tokens].add(kept.astype(jnp.int32)))
 
 
@@ -231,7 +231,7 @@ def _typical_array(params: Sequence[SamplingParams]) -> Any:
 def _biased(logits: Float32[Array, "B T V"], sampler: Sampler, places: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
     """Adds biases, and rules stop tokens out at places before ``min_new_tokens``."""
     batch, _, vocab_size = logits.shape
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def columns(tokens: Any) -> Array:
         return jnp.where(tokens == NO_TOKEN, vocab_size, tokens)
@@ -252,7 +252,7 @@ def _penalised(
     counts = sampler.counts[:, None, :]
     if drafts is not None and drafts.shape[1]:
         drafted = jax.nn.one_hot(drafts, logits.shape[-1], dtype=jnp.int32)
-        counts = counts + jnp.pad(jnp.cumsum(drafted, axis=1), ((0, 0), (1, 0), (0, 0)))
+        counts = counts + jnp.pad(jnp.cumsum(drafted, axis=1, dtype=jnp.int32), ((0, 0), (1, 0), (0, 0)))
     repetition, presence, frequency = (
         getattr(sampler, name)[:, None, None]
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -274,7 +274,7 @@ def _let_through(logits: Float32[Array, "B T V"], sampler: Sampler) -> Bool[Arra
     # Rounded, the sum may reach 1 before the last token: a request without a limit must not feel its neighbours' ones.
     kept &= (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (top_p == 1)
     kept &= probabilities >= min_p * probabilities[..., :1]
-    last = jnp.maximum(kept.astype(jnp.int32).sum(axis=-1, keepdims=True), 1) - 1
+    last = jnp.maximum(kept.sum(axis=-1, keepdims=True, dtype=jnp.int32), 1) - 1
     return logits >= jnp.take_along_axis(ordered, last, axis=-1)
 
 

@@ -135,10 +135,12 @@ def prefill_rows(
     """
     if rows_over is not None:
         first = lax.axis_index(rows_over) * len(state.finished)
-        is_own = (rows >= first) & (rows < first + len(state.finished)) & (jnp.arange(len(rows)) < count)
+        is_own = (
+            (rows >= first) & (rows < first + len(state.finished)) & (jnp.arange(len(rows), dtype=jnp.int32) < count)
+        )
         order = jnp.argsort(~is_own, stable=True)
         rows, sources, chunks = jax.tree.map(lambda array: array[order], (rows - first, sources - first, chunks))
-        count = is_own.astype(jnp.int32).sum()
+        count = is_own.sum(dtype=jnp.int32)
 
     def enter(index: Array, state: DecodeState) -> DecodeState:
         entered = prefill(model, state.row(sources[index]), chunks.row(index), plan=plan)
@@ -208,7 +210,7 @@ def _of_device(
     first, size = device * num_rows, len(pieces.rows) // count
     is_own = (rows >= first) & (rows < first + num_rows)
     order = jnp.argsort(~is_own, stable=True)[:num_rows]
-    num_copied = (is_own & (jnp.arange(len(rows)) < num_copied)).astype(jnp.int32).sum()
+    num_copied = (is_own & (jnp.arange(len(rows), dtype=jnp.int32) < num_copied)).sum(dtype=jnp.int32)
     by_chunk = jnp.where(is_own, rows - first, num_rows), sources - first, chunks
     rows, sources, chunks = jax.tree.map(lambda array: array[order], by_chunk)
     ends = jnp.where(is_own, pieces.ends - device * size * pieces.tokens.shape[1], 0)[order]
@@ -306,7 +308,7 @@ def verify(
 def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B gamma_plus_1"]) -> Int32[Array, " B"]:
     """How many leading drafts equal the verified choice at their position."""
     agrees = (draft_tokens == target_tokens[:, :-1]).astype(jnp.int32)
-    return jnp.cumprod(agrees, axis=1).sum(axis=1)
+    return jnp.cumprod(agrees, axis=1).sum(axis=1, dtype=jnp.int32)
 
 
 def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
@@ -380,12 +382,12 @@ def emit(
     #   stops          0  0   1    0
     #   kept           1  1   1    0      with room for three or more; with room for two: 1 1 0 0
     kept = accepted & up_to_stop & (index < room[:, None]) & active[:, None]
-    num_kept = kept.astype(jnp.int32).sum(axis=1)
+    num_kept = kept.sum(axis=1, dtype=jnp.int32)
     # An active row counts one cycle under the number of its accepted drafts, kept or not.
     lengths = jnp.arange(state.accepted_lengths.shape[1], dtype=jnp.int32)
     counted = (active[:, None] & (lengths == num_accepted[:, None])).astype(jnp.int32)
 
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     # What is not kept goes to a column that does not exist, where `mode="drop"` drops it.
     columns = jnp.where(kept, state.num_tokens[:, None] + index, state.tokens.shape[1])
     newest = jnp.take_along_axis(target_tokens, jnp.maximum(num_kept - 1, 0)[:, None], axis=1)[:, 0]
@@ -436,7 +438,7 @@ def generate(
     state, others = _needed(state, plan)
 
     def finished(state: DecodeState) -> Int32[Array, ""]:
-        return state.finished.astype(jnp.int32).sum()
+        return state.finished.sum(dtype=jnp.int32)
 
     def of_all_devices(state: DecodeState) -> Int32[Array, ""] | None:
         return None if rows_over is None else sum_over(finished(state), rows_over)

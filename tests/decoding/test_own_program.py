@@ -55,6 +55,16 @@ def test_a_program_of_ones_own_yields_the_tokens_of_the_engine(model, mode):
     assert (np.asarray(state.record.accepted) >= 0).sum() == sum(result.stats.cycles for result in expected)
 
 
+def test_64_bits_of_jax_change_no_token(model):
+    plan = model.plan(draft="w4a8")
+    options = {"max_new_tokens": 6, "sampling": {"temperature": 0.9, "seed": 3, "top_k": 8, "presence_penalty": 0.5}}
+    expected = own_program(model, plan, **options)
+    with jax.enable_x64(True):
+        state = own_program(model, plan, **options)
+    np.testing.assert_array_equal(state.tokens, expected.tokens)
+    assert jax.tree.map(lambda a: a.dtype, state) == jax.tree.map(lambda a: a.dtype, expected)
+
+
 def test_a_sequence_that_ignores_the_models_stop_tokens_ends_with_its_own(model):
     sampling = [SamplingParams(stop_token_ids=(7,)), SamplingParams(ignore_eos=True, stop_token_ids=(7,))]
     tokens, num_tokens = jnp.asarray([[5, 6], [7, 8]], jnp.int32), jnp.asarray([2, 2], jnp.int32)

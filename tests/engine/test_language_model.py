@@ -13,6 +13,7 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.decoding import plan, speculative
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.device import memory
+from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.precision import Precision
@@ -278,6 +279,16 @@ def test_running_out_of_device_memory_becomes_one_message():
     with pytest.raises(OutOfMemoryError, match="out of device memory while loading"):  # noqa: SIM117
         with memory.explain_out_of_memory("while loading"):
             raise failure
+
+
+def test_64_bits_of_jax_change_no_token(model):
+    sampling = [{"temperature": 0.9, "seed": 3, "top_p": 0.9, "presence_penalty": 0.5, "logprobs": 1}, None]
+    options = {"draft": "w4a8", "max_new_tokens": 6, "sampling": sampling}
+    expected = [result.token_ids for result in model.generate([[5, 6, 7], [8, 9]], **options)]
+    with jax.enable_x64(True):
+        new = LanguageModel(model.decoder, None, quantization=model.quantization, kernels="reference")
+        results = new.generate([[5, 6, 7], [8, 9]], **options)
+    assert [result.token_ids for result in results] == expected
 
 
 def test_group_sums_exist_only_once_an_asymmetric_draft_needs_them():

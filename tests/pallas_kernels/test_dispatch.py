@@ -31,7 +31,7 @@ from pallas_kernels import (
     w4a16_swiglu,
     with_layout,
 )
-from pallas_kernels.dispatch import BACKENDS, IMPLEMENTATIONS, Backend, Implementations, order_of_trial
+from pallas_kernels.dispatch import BACKENDS, IMPLEMENTATIONS, Backend, Implementations, interpreted, order_of_trial
 from tests.pallas_kernels.kernel_cases import random_rows, random_weight
 
 pytestmark = pytest.mark.newest_jax
@@ -92,6 +92,18 @@ def test_a_named_implementation_runs_or_raises(op, name, device):
     with pytest.raises(NotImplementedError) as error:
         calls(name)[op]()
     assert str(error.value) == f"{op}: implementation '{name}' needs {device}; this is cpu; use 'reference' or None"
+
+
+@on_cpu
+def test_kernels_are_those_of_32_bits_where_jax_has_64():
+    """Their numbers would be int64 otherwise, which Pallas divides by none of 32 bits."""
+    x, weight = random_rows(3, 576, dtype=jnp.bfloat16), random_weight(32, 576, 32, symmetric=False)
+    with interpreted():
+        expected = w4a16_matmul(x, weight, implementation="triton")
+        with jax.enable_x64(True):
+            found = w4a16_matmul(x, weight, implementation="triton")
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("op", OPS)
