@@ -6,7 +6,7 @@ Everything here may be traced. The engine has more: rows that requests enter one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,19 @@ from jaxtyping import Array, Int32
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import Plan, static
-from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
-from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
+from qspec_jax.decoding.sampling import Sampler, padded_tokens
+from qspec_jax.decoding.sampling_params import (
+    MAX_STOP_TOKENS,
+    SamplingFeatures,
+    SamplingParams,
+    all_stop_tokens,
+    sampling_of_each,
+    stop_tokens_of,
+)
 from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.decoding.values import at_least_1, shown, truth
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import TooLongError, UsageError
+from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder
 
 
@@ -33,33 +41,37 @@ def begin_decoding(
     *,
     plan: Plan | Any,
     max_new_tokens: int | Any,
-    stop_tokens: Sequence[int] = (),
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+    stop_tokens: Sequence[int] | Any = (),
+    sampling: SamplingParams | Mapping[str, Any] | Sequence[Any] | Any = None,
     keep_drafts: bool | Any = False,
 ) -> DecodeState:
     """Reads prompts, and chooses the first new token of each: the state before the first cycle.
 
     Args:
         decoder: of :meth:`LanguageModel.decoder_for`, which has the weights as the plan reads them.
-        tokens: prompts, padded on the right.
+        tokens: prompts, padded on the right; of any dtype of whole numbers.
         num_tokens: of each prompt, at least 1.
         plan: what each cycle does, none that chooses; where drafts have a budget, one ``in_cache`` of ``T +
             max_new_tokens`` positions.
         max_new_tokens: of each sequence.
         stop_tokens: a sequence ends with the first of them, unless its sampling has ``ignore_eos``; up to 16.
-        sampling: of all sequences, or of each. Its stop strings have no meaning here, where there is no text.
+        sampling: of all sequences, whose seeds then count up from the one given, or of each: as of
+            :meth:`LanguageModel.generate`. Stop strings have no meaning here, where there is no text.
         keep_drafts: keep what each cycle drafts, in ``record``.
 
     Raises:
-        UsageError: an argument makes no sense.
+        UsageError: an argument makes no sense. Of arrays that are traced, values are not known and not checked.
     """
     plan = static(plan)
-    _check_prompts(tokens, num_tokens)
-    batch, width = tokens.shape
-    max_new_tokens = at_least_1("max_new_tokens", max_new_tokens)
-    params = [sampling] * batch if isinstance(sampling, SamplingParams) else list(sampling)
-    if len(params) != batch:
-        raise UsageError(f"there are {len(params)} sampling parameters for {batch} prompts; give one for each")
+    for view in plan.views:
+        decoder.check_view(view)
+    _check_prompts(tokens, num_tokens, decoder.config, max_new_tokens=at_least_1("max_new_tokens", max_new_tokens))
+    (batch, width), max_new_tokens = tokens.shape, int(max_new_tokens)
+    tokens, num_tokens = jnp.asarray(tokens, jnp.int32), jnp.asarray(num_tokens, jnp.int32)
+    given = sampling_of_each(sampling, batch)
+    params = [SamplingParams.of({} if one is None else one).with_seed_after(later) for one, later in given]
+    own = stop_tokens_of("stop_tokens", stop_tokens)
+    stops = padded_tokens([all_stop_tokens(one, own, decoder.config.vocab_size) for one in params], MAX_STOP_TOKENS)
     features = SamplingFeatures.of(params)
     capacity = width + max_new_tokens
     if plan.in_cache(capacity) != plan:
@@ -78,7 +90,7 @@ def begin_decoding(
         start=jnp.zeros((batch,), jnp.int32),
         last=jnp.ones((batch,), bool),
         max_new_tokens=jnp.full((batch,), max_new_tokens, jnp.int32),
-        stop_tokens=_stop_tokens(params, stop_tokens),
+        stop_tokens=jnp.asarray(stops),
         sampler=Sampler.create(params, features),
         prompt=tokens if features.penalises else None,
     )
@@ -86,7 +98,9 @@ def begin_decoding(
     return speculative.prefill(decoder, state, chunk, plan=plan)
 
 
-def _check_prompts(tokens: Int32[Array, "B T"] | Any, num_tokens: Int32[Array, " B"] | Any) -> None:
+def _check_prompts(
+    tokens: Int32[Array, "B T"] | Any, num_tokens: Int32[Array, " B"] | Any, config: ModelConfig, *, max_new_tokens: int
+) -> None:
     """Raises UsageError for what are no prompts; of arrays that are traced, shapes and dtypes alone are known."""
     for name, array, axes in (("tokens", tokens, "[B, T]"), ("num_tokens", num_tokens, "[B]")):
         shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
@@ -97,18 +111,17 @@ def _check_prompts(tokens: Int32[Array, "B T"] | Any, num_tokens: Int32[Array, "
     batch, width = tokens.shape
     if num_tokens.shape != (batch,):
         raise UsageError(f"num_tokens is of {num_tokens.shape[0]} prompts and tokens of {batch}; give one for each")
+    longest = 1
     if not isinstance(num_tokens, Tracer):
         counts = np.asarray(num_tokens)
         if counts.min() < 1 or counts.max() > width:
             raise UsageError(f"num_tokens={shown(counts.tolist())}: each prompt has between 1 and {width} tokens here")
-
-
-def _stop_tokens(params: Sequence[SamplingParams], stop_tokens: Sequence[int]) -> Int32[Array, "B stops"]:
-    """The tokens that end each sequence, filled up."""
-    filled = np.full((len(params), MAX_STOP_TOKENS), NO_TOKEN, np.int32)
-    for row, one in enumerate(params):
-        ending = tuple(dict.fromkeys([*(() if one.ignore_eos else stop_tokens), *one.stop_token_ids]))
-        if len(ending) > MAX_STOP_TOKENS:
-            raise UsageError(f"stop_tokens={shown(ending)}: use up to {MAX_STOP_TOKENS}")
-        filled[row, : len(ending)] = ending
-    return jnp.asarray(filled)
+        longest = int(counts.max())
+    context = config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        told = f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit the model's context"
+        raise TooLongError(f"{told} of {context}; shorten the prompt or lower max_new_tokens")
+    if not isinstance(tokens, Tracer) and not isinstance(num_tokens, Tracer):
+        read = np.asarray(tokens)[np.arange(width) < np.asarray(num_tokens)[:, None]]  # padding may be anything
+        if read.min() < 0 or read.max() >= config.vocab_size:
+            raise UsageError(f"tokens has a token id outside 0..{config.vocab_size - 1}")

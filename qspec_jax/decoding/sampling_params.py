@@ -132,6 +132,37 @@ class SamplingParams:
         return bool(self.logit_bias) or self.min_new_tokens > 0
 
 
+def sampling_of_each(sampling: Any, num_prompts: int, num_samples: int = 1) -> list[tuple[Any, int]]:
+    """What is given for each sample of each prompt, and how far its seed counts up: over all that share parameters.
+
+    Raises:
+        UsageError: those of all prompts make no sense, or there are some for another number of prompts.
+    """
+    if sampling is None or isinstance(sampling, (SamplingParams, Mapping)):
+        shared = SamplingParams.of({} if sampling is None else sampling)
+        return [(shared, row) for row in range(num_prompts * num_samples)]
+    given = listed("sampling", sampling, "SamplingParams or a mapping of some of them, or a list of these")
+    if len(given) != num_prompts:
+        raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
+    return [(one, sample) for one in given for sample in range(num_samples)]
+
+
+def all_stop_tokens(sampling: SamplingParams, own: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a sequence: ``own`` of the model, unless they are ignored, and those that are asked for.
+
+    Raises:
+        UsageError: there are too many, or an option has a token that is not there.
+    """
+    for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        if outside := [token for token in tokens if token >= vocab_size]:
+            raise UsageError(f"{name} has token {outside[0]}; use 0..{vocab_size - 1}")
+    own = () if sampling.ignore_eos else own
+    stop_tokens = tuple(dict.fromkeys([*own, *sampling.stop_token_ids]))
+    if len(stop_tokens) > MAX_STOP_TOKENS:
+        raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
+    return stop_tokens
+
+
 def seed_after(seed: int, count: int) -> int:
     """A seed that is ``count`` higher; after the last one comes the first."""
     return (seed + count) % NUM_SEEDS
@@ -164,7 +195,12 @@ def _truth(name: str, value: Any) -> bool:
     return truth(name, value, "true or false")
 
 
-def _stop_tokens(name: str, value: Any) -> tuple[int, ...]:
+def stop_tokens_of(name: str, value: Any) -> tuple[int, ...]:
+    """Tokens that end a text, each once, from what goes for a list of them.
+
+    Raises:
+        UsageError: it is none, or there are too many.
+    """
     members = listed(name, value, "a list of token ids")
     tokens = tuple(dict.fromkeys(token_id(name, token, or_text=False) for token in members))
     if len(tokens) > MAX_STOP_TOKENS:
@@ -197,7 +233,7 @@ _CHECKS: dict[str, _Check] = {
     "seed": _whole("0 to 2**32 - 1", most=NUM_SEEDS - 1),
     "min_new_tokens": _whole("0 or more, up to 2**31 - 1"),
     "ignore_eos": _truth,
-    "stop_token_ids": _stop_tokens,
+    "stop_token_ids": stop_tokens_of,
     "stop": _stop,
     "logprobs": _whole(
         f"0 (the chosen token alone) to {MAX_LOGPROBS}, or None", most=MAX_LOGPROBS, kind="a whole number, or null"

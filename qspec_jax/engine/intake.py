@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qspec_jax.decoding import values
 from qspec_jax.decoding.request_options import check_chat, check_max_new_tokens
-from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingParams
+from qspec_jax.decoding.sampling_params import SamplingParams, all_stop_tokens
 from qspec_jax.engine.outcome import failure
 from qspec_jax.engine.prompts import Prompt, prompts_of, read_prompt
 from qspec_jax.engine.requests import Request
@@ -29,21 +29,6 @@ def require_some(requests: Sequence[Request | GenerationResult]) -> None:
     """
     if not any(isinstance(request, Request) for request in requests):
         raise UsageError(next((one.error for one in requests if isinstance(one, GenerationResult)), None))
-
-
-def sampling_of_each(sampling: Any, num_prompts: int, num_samples: int = 1) -> list[tuple[Any, int]]:
-    """What is given for each sample of each prompt, and how far its seed counts up: over all that share parameters.
-
-    Raises:
-        UsageError: those of all prompts make no sense, or there are some for another number of prompts.
-    """
-    if sampling is None or isinstance(sampling, (SamplingParams, Mapping)):
-        shared = SamplingParams.of({} if sampling is None else sampling)
-        return [(shared, row) for row in range(num_prompts * num_samples)]
-    given = values.listed("sampling", sampling, "SamplingParams or a mapping of some of them, or a list of these")
-    if len(given) != num_prompts:
-        raise UsageError(f"there are {len(given)} sampling parameters for {num_prompts} prompts; give one for each")
-    return [(one, sample) for one in given for sample in range(num_samples)]
 
 
 def check_length(num_tokens: int, max_new_tokens: int, *, max_seq_len: Any, context: int) -> None:
@@ -112,7 +97,7 @@ class Intake:
         read, token_ids = self._tokens_of(prompt, chat, what)
         sampling = SamplingParams.of({} if sampling is None else sampling).with_seed_after(seeds_later)
         max_new_tokens = check_max_new_tokens(max_new_tokens)
-        stop_tokens = self._stop_tokens_of(sampling)
+        stop_tokens = all_stop_tokens(sampling, self.stop_tokens, self.config.vocab_size)
         check_length(
             len(token_ids), max_new_tokens, max_seq_len=max_seq_len, context=self.config.max_position_embeddings
         )
@@ -123,21 +108,6 @@ class Intake:
         prefix_length -= prefix_length % self.restart
         more: dict[str, Any] = {"prompt": text, "watch": watch, "prefix_length": prefix_length, "session": session}
         return Request(token_ids, max_new_tokens, sampling, **more)
-
-    def _stop_tokens_of(self, sampling: SamplingParams) -> tuple[int, ...]:
-        """The tokens that end a sequence.
-
-        Raises:
-            UsageError: there are too many, or an option has a token that is not there.
-        """
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if outside := [token for token in tokens if token >= self.config.vocab_size]:
-                raise UsageError(f"{name} has token {outside[0]}; use 0..{self.config.vocab_size - 1}")
-        own = () if sampling.ignore_eos else self.stop_tokens
-        stop_tokens = tuple(dict.fromkeys([*own, *sampling.stop_token_ids]))
-        if len(stop_tokens) > MAX_STOP_TOKENS:
-            raise UsageError(f"there are {len(stop_tokens)} stop tokens, those of the model included; use up to 16")
-        return stop_tokens
 
     def attempt(self, prompt: Prompt, stats: GenerationStats, **options: Any) -> Request | GenerationResult:
         """As :meth:`request`, but an error becomes a result, with the ``stats`` of a request that never ran."""

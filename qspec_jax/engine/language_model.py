@@ -11,11 +11,11 @@ from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.following import programs_of
 from qspec_jax.decoding.plan import AUTO, AutoPlan, DecodingPlan, Plan, check_verify, missing_drafts, plan_of, static
-from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.sampling_params import SamplingParams, sampling_of_each
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.device.mesh import shape_of
 from qspec_jax.engine.answer import Answer
-from qspec_jax.engine.intake import Intake, check_length, require_some, sampling_of_each
+from qspec_jax.engine.intake import Intake, check_length, require_some
 from qspec_jax.engine.outcome import result_of, statistics
 from qspec_jax.engine.pipeline import Pipeline
 from qspec_jax.engine.prompts import Prompt, prompts_of

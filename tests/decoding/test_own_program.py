@@ -55,6 +55,18 @@ def test_a_program_of_ones_own_yields_the_tokens_of_the_engine(model, mode):
     assert (np.asarray(state.record.accepted) >= 0).sum() == sum(result.stats.cycles for result in expected)
 
 
+def test_sampling_and_stop_tokens_are_what_generate_takes(model):
+    """The same of all rows, whose seeds count up, or mappings; and tokens of any dtype."""
+    plan, stop_tokens = model.plan("w4a16"), jnp.asarray([33, 7])
+    tokens, num_tokens = np.asarray([[5, 6, 7], [5, 6, 300]]), np.asarray([3, 2], np.uint8)
+    for sampling in ({"temperature": 1.2, "seed": 3}, [{"temperature": 1.2, "seed": 3}, SamplingParams(1.2, seed=4)]):
+        options = {"max_new_tokens": 2, "stop_tokens": stop_tokens, "sampling": sampling}
+        state = qspec_jax.begin_decoding(model.decoder_for(plan), tokens, num_tokens, plan=plan, **options)
+        assert state.sampler.seed.tolist() == [3, 4]
+        assert state.stop_tokens[:, :3].tolist() == [[33, 7, -1]] * 2
+        assert state.last_token.dtype == state.cache.lengths.dtype == jnp.int32
+
+
 def test_64_bits_of_jax_change_no_token(model):
     plan = model.plan(draft="w4a8")
     options = {"max_new_tokens": 6, "sampling": {"temperature": 0.9, "seed": 3, "top_k": 8, "presence_penalty": 0.5}}
@@ -80,6 +92,12 @@ def test_a_sequence_that_ignores_the_models_stop_tokens_ends_with_its_own(model)
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 4, "sampling": [SamplingParams()]}, "1 sampling parameters for 2 prompts"),
         ({"max_new_tokens": 4, "stop_tokens": range(17)}, "use up to 16"),
+        ({"max_new_tokens": 4, "stop_tokens": 3}, "stop_tokens=3: use a list of token ids"),
+        ({"max_new_tokens": 4, "stop_tokens": (2**40,)}, "stop_tokens=1099511627776: use token ids"),
+        ({"max_new_tokens": 4, "sampling": 3}, "sampling=3: use SamplingParams or a mapping"),
+        ({"max_new_tokens": 4, "sampling": [None, {"heat": 1}]}, "'heat' is no sampling parameter"),
+        ({"max_new_tokens": 4, "sampling": {"logit_bias": {96: 1}}}, r"logit_bias has token 96; use 0\.\.95"),
+        ({"max_new_tokens": 256}, "a prompt of 1 tokens and max_new_tokens=256 do not fit the model's context of 256"),
         ({"max_new_tokens": 4, "keep_drafts": 2}, "keep_drafts=2"),
         ({"max_new_tokens": 4, "plan": {"mode": "auto"}}, "chooses from several plans"),
         ({"max_new_tokens": 4, "plan": {"draft_context": 112}}, r"use plan.in_cache\(7\)"),
@@ -101,6 +119,9 @@ def test_what_makes_no_sense_is_refused(model, options, message):
         (jnp.asarray([[5, 6]]), jnp.asarray([2, 2]), "num_tokens is of 2 prompts and tokens of 1; give one for each"),
         (jnp.asarray([[5, 6]]), jnp.asarray([3]), r"num_tokens=\[3\]: each prompt has between 1 and 2 tokens here"),
         (jnp.asarray([[5, 6]]), jnp.asarray([0]), r"num_tokens=\[0\]: each prompt has between 1 and 2 tokens here"),
+        (jnp.asarray([[5, 96]]), jnp.asarray([2]), r"tokens has a token id outside 0\.\.95"),
+        (np.asarray([[5, -1]]), np.asarray([2]), r"tokens has a token id outside 0\.\.95"),
+        (np.ones((1, 253), int), np.asarray([253]), "a prompt of 253 tokens and max_new_tokens=4 do not fit the model"),
     ],
     ids=str,
 )
