@@ -136,7 +136,13 @@ class Decoder(nnx.Module):
         logits_at: Int32[Array, " B"] | None = None,
         idle: Bool[Array, " B"] | None = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
-        """:meth:`run` without masses."""
+        """:meth:`run` without masses.
+
+        Raises:
+            UsageError: as of :meth:`run`; or the tokens are of another shape or dtype, of more or fewer sequences than
+                the cache has, or all of their logits are wanted and they are more than its positions.
+        """
+        _check_tokens(tokens, cache, padded=logits_at is not None)
         logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at, idle=idle)
         return logits, cache
 
@@ -402,6 +408,19 @@ def abstract_decoder(
         )
 
     return nnx.eval_shape(build)
+
+
+def _check_tokens(tokens: Array, cache: KVCache, *, padded: bool) -> None:
+    """Refuses what JAX would take and drop: tokens behind the last position, and rows of other sequences."""
+    shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
+    if shape is None or dtype is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        what = type(tokens).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise UsageError(f"tokens is {what}; use an array of whole numbers, [B, T] int32")
+    batch, capacity = cache.lengths.shape[0], cache.capacity
+    if shape[0] != batch:
+        raise UsageError(f"tokens has {shape[0]} sequences and the cache {batch}; create_cache(batch={shape[0]}, ...)")
+    if shape[1] > capacity and not padded:
+        raise UsageError(f"tokens has {shape[1]} tokens and the cache {capacity} positions; raise its capacity")
 
 
 def num_bytes(decoder: Decoder) -> int:

@@ -299,6 +299,17 @@ def test_bfloat16_stays_close_to_float32():
     assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 3), "tokens has 2 sequences and the cache 1"), ((1, 17), "tokens has 17 tokens and the cache 16 positions")],
+)
+def test_tokens_that_a_cache_has_no_place_for_are_refused(shape, message):
+    decoder = tiny.decoder()
+    cache = decoder.create_cache(batch=1, capacity=16)
+    with pytest.raises(UsageError, match=message):
+        decoder(jnp.ones(shape, jnp.int32), cache, precision=Precision.W4A16)
+
+
 def test_a_float_model_refuses_a_4_bit_precision():
     decoder = tiny.decoder(quantization=None)
     with pytest.raises(UsageError, match="needs 4-bit weights"):
