@@ -29,6 +29,7 @@ from qspec_jax.decoding.program_store import ProgramStore, passed_over, program_
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Report
 from qspec_jax.device.bandwidth import copy_bandwidth
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
+from qspec_jax.device.settings import usual_settings
 from qspec_jax.errors import UsageError
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears, rounds_in_vain
@@ -148,6 +149,7 @@ class Programs(Lowering):
                 self.num_compilations += others.num_compilations
                 self.compile_s += others.compile_s
 
+    @usual_settings()
     def compile(
         self,
         plan: Plan,
@@ -320,6 +322,7 @@ class Programs(Lowering):
                 raise ValueError(f"no program {kind!r} of size {size} is compiled for {shape}, chunks {tuple(widths)}")
         return laid_out.compiled[key], laid_out.leaves
 
+    @usual_settings()
     def lay_out_weights(self, plan: DecodingPlan) -> None:
         """Rewrites weights so that the kernels of a plan can read them; drops compiled programs if any weight changed.
 
@@ -363,7 +366,7 @@ class Programs(Lowering):
             return compute(laid_out.merge(leaves), *arrays)
 
         program = jax.jit(run if self._on_mesh is None else self._on_mesh.map_same(run, laid_out.leaves))
-        return lambda *arrays: self._run(program, laid_out.leaves, arrays)
+        return usual_settings()(lambda *arrays: self._run(program, laid_out.leaves, arrays))
 
     def check_cache(self, *, rows: int, capacity: int) -> None:
         """Raises OutOfMemoryError if a cache for ``rows`` sequences does not fit the device."""

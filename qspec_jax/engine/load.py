@@ -22,6 +22,7 @@ from qspec_jax.decoding.values import refuse
 from qspec_jax.device import processes
 from qspec_jax.device.compilation_cache import enable_compilation_cache
 from qspec_jax.device.mesh import make_mesh, told_mesh
+from qspec_jax.device.settings import usual_settings
 from qspec_jax.device.start import start_device
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import UsageError
@@ -186,6 +187,7 @@ def check_weights(quantization: Any, verify: str | Any, draft_model: Any) -> boo
     return is_exact
 
 
+@usual_settings()
 def load(
     model: str | os.PathLike[str] | Any = None,
     *,

@@ -41,6 +41,7 @@ from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
 from qspec_jax.device.memory import explain_out_of_memory
+from qspec_jax.device.settings import usual_settings
 from qspec_jax.engine.burst import SLICE_S, run_in_slices
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
@@ -68,6 +69,7 @@ class Scheduler:
         totals: figures so far.
     """
 
+    @usual_settings()
     def __init__(
         self,
         programs: Programs,
@@ -159,6 +161,7 @@ class Scheduler:
         if not other._is_torn:
             self._held, self._texts, self._inherited = other._held, other._texts, other._state
 
+    @usual_settings()
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
         """Waits for the burst under way, and dispatches what comes next.
 
@@ -311,6 +314,7 @@ class Scheduler:
                     generated = tokens[row, : max(0, num_tokens[row] - 1)].tolist()
                     self._texts.note(row, session, [*sequence.request.token_ids[: sequence.read_up_to], *generated])
 
+    @usual_settings()
     def compile(self) -> Shape:
         """Compiles what the requests so far need; the shape of the programs.
 
@@ -320,6 +324,7 @@ class Scheduler:
         with self._running:
             return self._compile()
 
+    @usual_settings()
     def allocate(self) -> None:
         """Compiles what the requests so far need, and makes the cache: who comes first then waits for neither.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels import QuantizedWeight
 from qspec_jax.decoding import plan, speculative
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.device import memory
+from qspec_jax.device.settings import _guards_transfers, usual_settings
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.errors import OutOfMemoryError, UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
@@ -279,6 +281,47 @@ def test_running_out_of_device_memory_becomes_one_message():
     with pytest.raises(OutOfMemoryError, match="out of device memory while loading"):  # noqa: SIM117
         with memory.explain_out_of_memory("while loading"):
             raise failure
+
+
+FOR_OTHER_PROGRAMS = {
+    "a mesh": lambda: jax.set_mesh(jax.make_mesh((1,), ("x",))),
+    "a guard of transfers": lambda: jax.transfer_guard("disallow_explicit"),
+    "no jit": jax.disable_jit,
+    "no ranks promoted": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+def test_what_jax_is_told_of_other_programs_does_not_reach_the_engine(model):
+    (expected,) = model.generate([5, 6, 7], draft="w4a8", max_new_tokens=6)
+    with contextlib.ExitStack() as stack:
+        for setting in FOR_OTHER_PROGRAMS.values():
+            stack.enter_context(setting())
+        new = LanguageModel(model.decoder, None, quantization=model.quantization, kernels="reference")
+        (result,) = new.generate([5, 6, 7], draft="w4a8", max_new_tokens=6)
+    assert result.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("name", FOR_OTHER_PROGRAMS)
+def test_usual_settings_hold_within_others_and_only_there(name):
+    with FOR_OTHER_PROGRAMS[name]():
+        before = _settings()
+        assert before != _settings_of_the_engine()
+        assert _settings() == before
+    assert _settings_of_the_engine() == _settings()
+
+
+def test_a_program_that_is_traced_may_ask_for_the_decoder_of_a_plan(model):
+    plan = model.plan("w4a16")
+    model.decoder_for(plan)
+    assert jax.jit(lambda x: x + model.decoder_for(plan).config.num_layers)(1) == 3
+
+
+def _settings():
+    config = jax.config
+    return config.jax_disable_jit, config.jax_numpy_rank_promotion, _guards_transfers(config), jax.sharding.get_mesh()
+
+
+_settings_of_the_engine = usual_settings()(_settings)
 
 
 def test_64_bits_of_jax_change_no_token(model):
