@@ -35,6 +35,7 @@ import dataclasses
 import enum
 import math
 import typing
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -150,14 +151,15 @@ class QuantizedWeight:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def check_group_size(num_inputs: int, group_size: int, *, what: str = "weight") -> None:
+def check_group_size(num_inputs: int, group_size: int | Any, *, what: str = "weight") -> None:
     """Raises ValueError unless ``num_inputs`` splits into whole groups and two nibble planes."""
     if num_inputs % 2:
         raise ValueError(f"{what}: K={num_inputs} is odd; two 4-bit codes share a byte, so K must be even")
-    if group_size <= 0 or num_inputs % group_size:
+    is_whole = isinstance(group_size, Integral) and not isinstance(group_size, bool)
+    if not is_whole or group_size <= 0 or num_inputs % group_size:
         fitting = [str(g) for g in (32, 64, 128) if num_inputs % g == 0]
         raise ValueError(
-            f"{what}: K={num_inputs} is not a multiple of group_size={group_size}; "
+            f"{what}: K={num_inputs} is not a multiple of group_size={group_size!r}; "
             f"use {' or '.join([*fitting, f'the whole row ({num_inputs})'])}"
         )
 

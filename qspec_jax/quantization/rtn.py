@@ -39,12 +39,15 @@ def quantize_rtn(
         bits: 4 or 8.
 
     Raises:
-        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others.
+        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others, or the
+            weight has another number of axes.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} is not supported; use 4 or 8")
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {weight.shape}; use [N, K], a stack of them with jax.vmap")
     num_outputs, num_inputs = weight.shape
-    group_size = group_size or num_inputs
+    group_size = num_inputs if group_size is None else group_size
     check_group_size(num_inputs, group_size)
     groups = weight.astype(jnp.float32).reshape(num_outputs, num_inputs // group_size, group_size)
     scale, offset = spanning_grid(groups, symmetric=symmetric, bits=bits)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import unpack_codes
+from pallas_kernels import check_group_size, unpack_codes
 from qspec_jax.quantization.rtn import quantize_rtn
 from tests.tiny import dequantize
 
@@ -51,6 +51,18 @@ def test_a_group_size_that_does_not_divide_names_those_that_do():
     message = r"K=576 is not a multiple of group_size=128; use 32 or 64 or the whole row \(576\)"
     with pytest.raises(ValueError, match=message):
         quantize_rtn(jnp.zeros((4, 576)), group_size=128)
+
+
+@pytest.mark.parametrize("group_size", [0, True, 32.0, "32"])
+def test_what_is_no_number_of_inputs_is_no_group_size(group_size):
+    with pytest.raises(ValueError, match=f"K=64 is not a multiple of group_size={group_size!r}; use 32 or 64"):
+        check_group_size(64, group_size)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 8, 64)])
+def test_what_is_no_matrix_is_refused(shape):
+    with pytest.raises(ValueError, match=r"use \[N, K\]"):
+        quantize_rtn.__wrapped__.__wrapped__(jnp.ones(shape), group_size=32)
 
 
 def test_other_bits_are_refused():
