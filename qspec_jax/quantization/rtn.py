@@ -39,8 +39,8 @@ def quantize_rtn(
         bits: 4 or 8.
 
     Raises:
-        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others, or the
-            weight has another number of axes.
+        ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others, or
+            the weight has another number of axes.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} is not supported; use 4 or 8")

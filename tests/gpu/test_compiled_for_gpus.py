@@ -211,7 +211,7 @@ ADA = """
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-def test_kernels_of_prompts_fit_the_shared_memory_of_an_ada_gpu(dtype, monkeypatch):
+def test_kernels_of_prompts_and_rounded_weights_fit_the_shared_memory_of_an_ada_gpu(dtype, monkeypatch):
     """XLA refuses what does not fit: 99 KB, of which the tiles for many rows and large heads take most."""
     config = re.sub(r"shared_memory_per_\w+_optin: \d+|shared_memory_per_core: \d+|core_count: \d+", "", H200)
     config = re.sub(r"cuda_compute_capability \{.*?\}", ADA, config).replace("H200", "L4")
@@ -233,6 +233,9 @@ def test_kernels_of_prompts_fit_the_shared_memory_of_an_ada_gpu(dtype, monkeypat
     for k, n, group_size, symmetric in ((576, 3072, 32, False), (2048, 2048, 128, True), (576, 576, 576, False)):
         compile_for_it(multiply, array(512, k), abstract_weight(k, n, group_size, symmetric))
     compile_for_it(multiply, array(512, 2048), abstract_nested_weight(2048, 2048, 64, False))
+    for k, n, group_size in ((576, 3072, 32), (1536, 576, 32), (576, 48, 32), (576, 576, 576), (14336, 4096, 32)):
+        for rows in (1, 17, 256):  # of new tokens, whose tiles are up to as high as those of prompts
+            compile_for_it(w4a16_triton.w4a16_matmul, array(rows, k), abstract_weight(k, n, group_size, False))
     for head_dim in (64, 128, 256):
         query, cache = array(1, 512, 8, head_dim), array(1, 2048, 2, head_dim)
         attend = lambda q, k, v, starts: prefill_triton.prefill_attention(q, k, v, None, starts, window=None)  # noqa: E731

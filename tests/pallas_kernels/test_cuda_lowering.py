@@ -91,6 +91,23 @@ def test_w4a16_lowers(shape, num_rows):
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, x, weight)
 
 
+# Outputs of which 16, 32 and 64 are a tile; a row of a few steps; groups that are no power of two, or the whole row.
+ROUNDED = [(576, 48, 32), (576, 3072, 32), (192, 16, 96), (64, 32, 32), (576, 576, 576), (14336, 4096, 32)]
+
+
+@pytest.mark.newest_jax
+@pytest.mark.parametrize("shape", ROUNDED, ids=str)
+def test_all_tiles_of_a_weight_that_programs_round_lower(shape):
+    k, n, group_size = shape
+    weight, tiles_of = abstract_weight(k, n, group_size, False), w4a16_triton.tiles.rounding_config
+    assert w4a16_triton._rounds(weight, jnp.dtype(jnp.bfloat16))
+    by_tiles = {tiles_of(rows, n, k, 32): rows for rows in (1, 17, 64, 256)}
+    for tile, rows in by_tiles.items():
+        program = cuda_program(w4a16_triton.w4a16_matmul, array(rows, k, dtype=jnp.bfloat16), weight)
+        assert program.count(KERNEL_CALL) == 1
+        assert f"grid_x = {n // tile.block_n} : i32, grid_y = {tile.split} : i32" in program
+
+
 @pytest.mark.newest_jax
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_nested_weights_and_their_upper_nibbles_lower(dtype):
