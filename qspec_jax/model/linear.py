@@ -227,6 +227,8 @@ class Linear(nnx.Module):
         weight = self.read_by(view)
         if isinstance(x, QuantizedActivation):
             assert isinstance(weight, QuantizedWeight)
+            if not x.symmetric and weight.group_sum is None:  # a plan's weights have them already (layouts.py)
+                weight = pallas_kernels.with_group_sums(weight, x.group_size)
             return pallas_kernels.w4a4_partial_sums(x, weight, dtype=self.dtype, implementation=self.kernels)
         if isinstance(weight, QuantizedWeight):
             if view.weight_bits is not None:

@@ -174,6 +174,14 @@ def test_float_precision_of_4_bit_weights_is_w4a16_in_float32():
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+def test_sums_that_an_asymmetric_draft_needs_are_made_on_the_way_where_there_are_none():
+    """As of a model that was loaded, and has run no plan."""
+    found = logits_of(tiny.decoder(), TOKENS, Precision.W4A4)
+    decoder = tiny.decoder()
+    add_group_sums(decoder)
+    np.testing.assert_allclose(found, logits_of(decoder, TOKENS, Precision.W4A4), atol=1e-5)
+
+
 def test_precisions_differ_and_order_by_error():
     decoder = tiny.decoder(quantization=QuantConfig(w4a4=ActivationQuantization(group_size=32)))
     add_group_sums(decoder)
