@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -337,7 +338,7 @@ def save(
     model: LanguageModel | Any,
     path: str | os.PathLike[str] | Any,
     *,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | Any = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a loaded, quantised model as a checkpoint directory that :func:`load` takes.
@@ -350,8 +351,8 @@ def save(
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:
-        UsageError: there is no model or no path, the weights are floating point alone, or there is a checkpoint and
-            ``overwrite`` is not set.
+        UsageError: there is no model or no path, the recipe is no JSON, the weights are floating point alone, or there
+            is a checkpoint and ``overwrite`` is not set.
         CheckpointError: something else is in the way, the disk is too small, or a file cannot be written.
         QSpecError: another process writes there.
     """
@@ -359,15 +360,30 @@ def save(
         raise refuse("model", model, "what qspec_jax.load returned")
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise refuse("path", path, "the path of a directory, as a text or a Path")
+    recorded = {"name": "unknown"} if recipe is None else _as_json("recipe", recipe)
     with locked(Path(path)):
         save_checkpoint(
             path,
             model.decoder,
             tokenizer=model.tokenizer,
             quantization=model.quantization,
-            recipe=recipe or {"name": "unknown"},
+            recipe=recorded,
             overwrite=overwrite,
         )
+
+
+def _as_json(name: str, given: Mapping[str, Any] | Any) -> dict[str, Any]:
+    """A mapping as it is read again from JSON.
+
+    Raises:
+        UsageError: it is none, or holds what JSON has no form for.
+    """
+    if not isinstance(given, Mapping):
+        raise refuse(name, given, "a mapping of JSON values, or None")
+    try:
+        return json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is no JSON: {error}; use texts, finite numbers, lists and mappings") from error
 
 
 def ending_with(

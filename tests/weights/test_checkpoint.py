@@ -276,6 +276,22 @@ def test_load_and_save_give_the_same_tokens(tmp_path):
     assert open_checkpoint(tmp_path / "c").manifest.recipe == {"name": "test"}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("rtn", "recipe='rtn': use a mapping of JSON values"),
+        ({"loss": np.float32(1)}, "recipe is no JSON: Object of type float32"),
+        ({"loss": float("nan")}, "recipe is no JSON: Out of range float values"),
+        ({("a", 1): 2}, "recipe is no JSON: keys must be"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_is_no_json_is_refused_before_anything_is_written(tmp_path, recipe, message):
+    with pytest.raises(UsageError, match=message):
+        qspec_jax.save(tiny.language_model(), tmp_path / "c", recipe=recipe)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_few_groups_are_read_at_once_and_no_more():
     """The host holds those alone, however large the model."""
     all_run, begun = threading.Barrier(3, timeout=60), []
