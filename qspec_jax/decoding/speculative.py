@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from qspec_jax.decoding.lookup import look_up, rewrite, write
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.plan import DecodingPlan, Plan, static
 from qspec_jax.decoding.sampling import Sampler, choose
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, TokenScores
+from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.collectives import all_logits, sum_over
 from qspec_jax.model.decoder import Decoder
@@ -311,7 +312,7 @@ def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B
     return jnp.cumprod(agrees, axis=1).sum(axis=1, dtype=jnp.int32)
 
 
-def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeState:
+def cycle(model: Decoder, state: DecodeState, *, plan: Plan | Any) -> DecodeState:
     """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens.
 
     What a cycle keeps true, of each row::
@@ -324,7 +325,15 @@ def cycle(model: Decoder, state: DecodeState, *, plan: DecodingPlan) -> DecodeSt
 
     Where drafts have a budget, the verification has also weighed the blocks of the cache. The heaviest are those that
     the drafts of the next cycle read; the target always reads everything.
+
+    Raises:
+        UsageError: the plan is a choice, or none, or has longer drafts than the state keeps.
     """
+    plan = static(plan)
+    if state.record is not None and plan.draft_length > (kept := state.record.drafts.shape[2]):
+        raise UsageError(
+            f"the state keeps {kept} drafts of a cycle, and the plan has {plan.draft_length}; begin with it"
+        )
     start = state.cache.lengths
     with jax.named_scope("draft"):
         draft_tokens, cache = propose(model, state, plan=plan)

@@ -137,6 +137,22 @@ def test_what_is_no_plan_is_refused(model):
         )
 
 
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"mode": "auto"}, "chooses from several plans"),
+        ({"draft": "w4a8", "draft_length": 5}, "the state keeps 2 drafts of a cycle, and the plan has 5"),
+    ],
+)
+def test_a_cycle_of_a_plan_that_does_not_fit_its_state_is_refused(model, plan, message):
+    begun = model.plan(draft="w4a8", draft_length=2)
+    tokens, options = np.asarray([[5, 6]]), {"plan": begun, "max_new_tokens": 4, "keep_drafts": True}
+    begin = lambda: qspec_jax.begin_decoding(model.decoder, tokens, np.asarray([2]), **options)  # noqa: E731
+    state = jax.eval_shape(begin)
+    with pytest.raises(UsageError, match=message):
+        jax.eval_shape(lambda state: qspec_jax.cycle(model.decoder, state, plan=model.plan(**plan)), state)
+
+
 def test_bytes_of_a_cycle_and_acceptance_by_position(model):
     plain, drafting = model.plan("w4a16"), model.plan(draft="w4a8", draft_length=3)
     short, long = (model.cycle_bytes(plain, context=context) for context in (1, 101))
