@@ -285,6 +285,21 @@ def test_all_candidates_of_float_products_take_one_instruction(problem, takes):
             assert takes_wgmma(left, tile.num_warps) == takes
 
 
+@pytest.mark.parametrize(
+    ("k", "group_size", "symmetric", "rounds"),
+    [
+        (4096, 32, False, True),
+        (4096, 64, False, False),
+        (4096, 32, True, False),
+        (576, 64, False, True),  # tiles of 32 inputs, as half a row is 288
+        (576, 576, False, False),
+    ],
+)
+def test_weights_are_rounded_where_sums_would_be_scaled_often(k, group_size, symmetric, rounds):
+    assert Problem("w4a16", k, 960, group_size, symmetric).rounds_weights == rounds
+    assert not Problem("w4a8", k, 960, group_size, symmetric).rounds_weights
+
+
 def test_neighbours_differ_in_one_field_or_keep_the_area():
     space = SPACE.decode(64)
     for other in neighbours(SPACE.built_in(64), space):

@@ -91,8 +91,8 @@ def test_w4a16_lowers(shape, num_rows):
     assert KERNEL_CALL in cuda_program(w4a16_triton.w4a16_matmul, x, weight)
 
 
-# Outputs of which 16, 32 and 64 are a tile; a row of a few steps; groups that are no power of two, or the whole row.
-ROUNDED = [(576, 48, 32), (576, 3072, 32), (192, 16, 96), (64, 32, 32), (576, 576, 576), (14336, 4096, 32)]
+# Outputs of which 16, 32 and 64 are a tile; a row of a few steps; groups that are no power of two.
+ROUNDED = [(576, 48, 32), (576, 3072, 32), (192, 16, 96), (64, 32, 32), (14336, 4096, 32)]
 
 
 @pytest.mark.newest_jax

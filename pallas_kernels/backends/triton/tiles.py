@@ -75,9 +75,10 @@ def rounds_weights(num_inputs: int, group_size: int, *, symmetric: bool) -> bool
     """Whether programs round a 4-bit weight to the 16 bits of their rows, and multiply by it from the left.
 
     A weight takes a multiplication and an addition then, once for all rows of a program. Else each sum takes two of
-    them per group, which is exact, and less work for few rows unless groups are small and have offsets.
+    them per tile, which is exact, and less work for few rows unless groups are small and have offsets. Where a row is
+    one group, sums are scaled once.
     """
-    return not symmetric and scale_run(num_inputs, group_size) < 64
+    return not symmetric and group_size < num_inputs and scale_run(num_inputs, group_size) < 64
 
 
 def rounding_config(m: int, n: int, k: int, run: int) -> TileConfig:
