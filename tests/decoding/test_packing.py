@@ -423,6 +423,16 @@ def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
     assert longest_packed(decoder) == 0
 
 
+def test_floats_that_verify_are_read_together_by_those_who_ask(monkeypatch):
+    """No GPU has read them so."""
+    monkeypatch.setattr(packing, "longest_packed", lambda decoder: 256)
+    for keeps_floats in (False, True):
+        programs = Programs(tiny.decoder(CONFIG, quantization=QuantConfig(keep_floats=keeps_floats)))
+        assert programs.longest_packed == (0 if keeps_floats else 256)
+        programs.packing = True
+        assert programs.longest_packed == 512
+
+
 def test_nothing_asks_the_model_between_bursts(monkeypatch):
     """To go through its modules takes as long as reading several prompts."""
     model = tiny.language_model(CONFIG)

@@ -9,6 +9,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import PartialSums, value_of
 from qspec_jax.model import linear
+from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE, in_pieces
 from qspec_jax.model.view import View
@@ -86,3 +87,22 @@ def test_one_call_multiplies_them_where_rows_are_alike_if_asked(granted, monkeyp
     in_one = [((9, PIECE), "prefill"), ((8, PIECE), "prefill"), *chunks, ((300, 1), "alike")]
     in_pieces = [((size, PIECE), False) for size in (5, 4, 8)] + chunks + [((150, 1), False)] * 2
     assert seen == (in_one if granted is None else in_pieces)
+
+
+@pytest.mark.parametrize("kernels", [None, "reference"])
+def test_floats_of_packed_prompts_have_tiles_for_any_number_of_rows(kernels, monkeypatch):
+    options = {"quantization": QuantConfig(keep_floats=True), "dtype": "bfloat16", "scan_layers": False}
+    decoder = tiny.decoder(kernels=kernels, **options)
+    one, calls = linears(decoder)[0], []
+
+    def multiply(x, weight, *, dtype, prefill=False, implementation=None):
+        calls.append((x.shape[:-1], prefill, implementation))
+        return jnp.zeros((*x.shape[:-1], weight.shape[0]), dtype)
+
+    monkeypatch.setattr(pallas_kernels, "float_prefill_is_alike", lambda dtype: dtype == jnp.bfloat16)
+    monkeypatch.setattr(pallas_kernels, "float_partial_sums", multiply)
+    num_inputs = one.weight.get_value().num_inputs
+    for shape in ((64, PIECE), (1, PIECE), (4, 1)):
+        one(jnp.zeros((*shape, num_inputs), jnp.bfloat16), view=View(weight_bits=None))
+    packed = [((8, PIECE), False, "reference")] * 8 if kernels else [((64, PIECE), True, None)]
+    assert calls == [*packed, ((1, PIECE), False, "reference"), ((4, 1), False, kernels)]
