@@ -156,6 +156,9 @@ def _prompt_of(entry: Mapping[str, Any], where: str) -> tuple[Prompt, str | None
     if not isinstance(kind, str | None):
         shown = "..." if json_lines.flaw(kind) else json_lines.dumps(kind)
         raise UsageError(f'{where} has "kind": {shown}; give it a text, such as "summary"')
+    if _are_messages(prompt):  # as TRL has conversations that are to be answered
+        goes_on = not messages or (isinstance(messages, list) and messages[: len(prompt)] == prompt)
+        return (prompt, None) if goes_on else ("", _TWO_PROMPTS)
     if prompt not in (None, "") and messages:
         conversation = _answered(prompt, messages)
         kept = prompt if isinstance(prompt, str) else ""

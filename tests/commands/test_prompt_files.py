@@ -187,6 +187,8 @@ SYSTEM, ASKED, ANSWER = ({"role": role, "content": role[0]} for role in ("system
         "null for a prompt": (None, [ASKED], [ASKED]),
         "no messages": ("u", [], "u"),
         "null for messages": ("u", None, "u"),
+        "a conversation for a prompt": ([SYSTEM, ASKED], None, [SYSTEM, ASKED]),
+        "the same with its answer": ([SYSTEM, ASKED], [SYSTEM, ASKED, ANSWER], [SYSTEM, ASKED]),
     }.values(),
 )
 def test_a_prompt_beside_messages_is_the_one_of_them_that_is_answered(tmp_path, prompt, messages, expected):
@@ -195,7 +197,7 @@ def test_a_prompt_beside_messages_is_the_one_of_them_that_is_answered(tmp_path, 
 
 
 @pytest.mark.parametrize("messages", [[ASKED], [SYSTEM, ASKED, ANSWER], [{"role": "user"}], "u", {"a": 1}])
-@pytest.mark.parametrize("prompt", ["s", ["u"], 0])
+@pytest.mark.parametrize("prompt", ["s", ["u"], 0, [ANSWER, ASKED]])
 def test_a_line_with_two_prompts_fails_alone(tmp_path, prompt, messages):
     entries = [{"prompt": prompt, "messages": messages, "id": 7}, {"prompt": "a"}]
     failed, other = read_prompt_lines(write_prompts(tmp_path / "in.jsonl", entries))
