@@ -12,7 +12,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.arrays.activation import QuantizedActivation
-from pallas_kernels.dispatch import REFERENCE, TPU
+from pallas_kernels.arrays.weight import QuantizedWeight
+from pallas_kernels.backends.triton import tiles
+from pallas_kernels.dispatch import REFERENCE, TPU, TRITON
 
 W4A16 = {"float32": 2e-6, "bfloat16": 3e-3, "float16": 3e-3}
 W4A16_ROUNDED_WEIGHTS = 4e-3  # of kernels that round the scaled weight to 16 bits as well
@@ -42,7 +44,9 @@ def tensor_core_error(num_inputs: int) -> float:
     return num_inputs / 16 * 2.0**-24
 
 
-def allowed_error(op: str, dtype: DTypeLike, *, num_inputs: int, implementation: str) -> float:
+def allowed_error(
+    op: str, dtype: DTypeLike, *, num_inputs: int, implementation: str, weight: QuantizedWeight | None = None
+) -> float:
     """The relative error that a result in floating point may have.
 
     Args:
@@ -50,10 +54,11 @@ def allowed_error(op: str, dtype: DTypeLike, *, num_inputs: int, implementation:
         dtype: of what it reads.
         num_inputs: that it adds up.
         implementation: which of them.
+        weight: that it multiplies by. Triton's kernels round some kinds, and are exact with others.
     """
     name, rounding = jnp.dtype(dtype).name, float(jnp.finfo(dtype).eps)
     transformed = TRANSFORM_FLOAT32 if name == "float32" else _HALF_ROUNDING * rounding
-    rounds_weights = name != "float32" and implementation != REFERENCE
+    rounds_weights = name != "float32" and _rounds_weights(implementation, weight)
     limits = {
         "w4a16_matmul": W4A16_ROUNDED_WEIGHTS if rounds_weights else W4A16[name],
         "w4a16_swiglu": 2 * (W4A16[name] if name == "float32" else W4A16_ROUNDED_WEIGHTS),  # of gate and of up
@@ -69,6 +74,15 @@ def allowed_error(op: str, dtype: DTypeLike, *, num_inputs: int, implementation:
     }
     # Norms, gates and rotations round once or twice, and XLA perhaps after every operation.
     return limits.get(op, max(rounding, _FLOAT32))
+
+
+def _rounds_weights(implementation: str, weight: QuantizedWeight | None) -> bool:
+    if implementation != TRITON:
+        return implementation != REFERENCE
+    if weight is None:
+        return False
+    sizes = weight.num_inputs, weight.group_size
+    return tiles.rounds_weights(*sizes, symmetric=weight.symmetric, bits=weight.bits)
 
 
 def equal_codes(op: str, *, implementation: str) -> float:

@@ -186,9 +186,8 @@ def _rounding_kernel(
 
 def _rounds(weight: QuantizedWeight, dtype: jnp.dtype) -> bool:
     """Whether programs round the weight to 16 bits before they multiply, for new tokens."""
-    if dtype == jnp.float32 or weight.bits == 8:
-        return False
-    return tiles.rounds_weights(weight.num_inputs, weight.group_size, symmetric=weight.symmetric)
+    sizes = weight.num_inputs, weight.group_size
+    return dtype != jnp.float32 and tiles.rounds_weights(*sizes, symmetric=weight.symmetric, bits=weight.bits)
 
 
 def _run(weight: QuantizedWeight) -> int:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import QuantizedActivation
+from pallas_kernels import QuantizedActivation, QuantizedWeight
 from pallas_kernels.accuracy import allowed_error, differing_codes, equal_codes, relative_error
 from pallas_kernels.dispatch import REFERENCE, available_implementations, interpreted, operations
 from qspec_jax.inspection.kernel_case import DEMO, LLAMA_8B, KernelCase
@@ -102,7 +102,7 @@ def _compare(case: KernelCase, name: str, operands: tuple[Any, ...], expected: A
     """Runs a case; whatever is raised is a line."""
     implementation = name.removeprefix(INTERPRETED)
     context = contextlib.nullcontext() if name == implementation else interpreted()
-    allowed = _allowed(case, implementation)
+    allowed = _allowed(case, implementation, operands)
     start = time.perf_counter()
     try:
         with context, _exact_float32(case):
@@ -122,9 +122,11 @@ def _outcome(case: KernelCase, name: str, **result: Any) -> Outcome:
     return Outcome(**described, implementation=name, **result)
 
 
-def _allowed(case: KernelCase, implementation: str) -> float:
+def _allowed(case: KernelCase, implementation: str, operands: tuple[Any, ...]) -> float:
     if case.measure == "relative":
-        return allowed_error(case.op, case.dtype, num_inputs=case.num_inputs, implementation=implementation)
+        weight = next((one for one in operands if isinstance(one, QuantizedWeight)), None)
+        called: dict[str, Any] = {"num_inputs": case.num_inputs, "implementation": implementation, "weight": weight}
+        return allowed_error(case.op, case.dtype, **called)
     return 1 - equal_codes(case.op, implementation=implementation) if case.measure == "codes" else 0.0
 
 

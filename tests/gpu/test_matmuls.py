@@ -86,7 +86,7 @@ def test_w4a16_is_right_and_each_row_stands_alone(implementation, shape, dtype):
     skip_unless_served(implementation, lambda: mosaic_obstacle(dtype, weight))
     x = random_rows(max(ROWS), k, dtype=dtype)
     expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
-    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation)
+    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation, weight=weight)
     multiply = jax.jit(functools.partial(w4a16_matmul, implementation=implementation))
     call = lambda x: multiply(x, weight)  # noqa: E731 - as an argument, not a constant of each program
     assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
@@ -140,9 +140,9 @@ def test_nested_weights_and_their_upper_nibbles_are_right_and_each_row_stands_al
     k, n, group_size, symmetric = shape
     nested = laid_out(random_nested_weight(n, k, group_size, symmetric=symmetric), implementation, dtype)
     x = random_rows(max(ROWS), k, dtype=dtype)
-    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation)
     multiply = jax.jit(functools.partial(w4a16_matmul, dtype=result, implementation=implementation))
     for weight in (nested, upper_nibbles(nested)):
+        bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation=implementation, weight=weight)
         expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
         call = lambda x, weight=weight: multiply(x, weight)  # noqa: E731 - as an argument, not a constant
         assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])

@@ -27,6 +27,7 @@ from qspec_jax.inspection.self_test import Outcome, all_cases, run_cases, verdic
 from qspec_jax.inspection.text import WIDTH, outcome_line, self_test_text
 from qspec_jax.model.config import GROUP_SIZES, WEIGHT_BITS
 from qspec_jax.model.linear import WeightFormat
+from tests.pallas_kernels.kernel_cases import random_nested_weight, random_weight
 
 run = functools.partial(run_cases, with_interpreted=False, most_seconds=60)
 
@@ -229,6 +230,21 @@ def test_every_operation_has_a_bound_below_a_percent(op):
             bound = allowed_error(op, dtype, num_inputs=4096, implementation=name)
             assert 0 < bound < (0.01 if dtype != "float32" else 1e-4)
     assert np.isfinite(allowed_error(op, jnp.float32, num_inputs=1, implementation="triton"))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "rounds"),
+    [(4, 32, False, True), (4, 128, False, False), (4, 32, True, False), (4, 512, False, False), (8, 32, False, False)],
+)
+def test_exact_sums_of_triton_are_held_to_less_than_rounded_weights(bits, group_size, symmetric, rounds):
+    make = random_weight if bits == 4 else random_nested_weight
+    weight = make(16, 512, group_size, symmetric=symmetric)
+    bound = functools.partial(allowed_error, "w4a16_matmul", num_inputs=512)
+    exact, rounded = (bound("bfloat16", implementation=name, weight=weight) for name in ("reference", "mosaic"))
+    assert exact < rounded
+    assert bound("bfloat16", implementation="triton", weight=weight) == (rounded if rounds else exact)
+    assert bound("bfloat16", implementation="triton") == exact
+    assert bound("float32", implementation="triton", weight=weight) == bound("float32", implementation="reference")
 
 
 @pytest.mark.parametrize(("function", "code"), [(right, 0), (lambda gate_up: right(gate_up) * 2, 1)])

@@ -71,14 +71,15 @@ def tile_config(m: int, n: int, k: int, run: int, *, integer: bool = False, asym
     return TileConfig(16 if m <= 16 else 32, block_n, block_k, split, num_warps=4, num_stages=3)
 
 
-def rounds_weights(num_inputs: int, group_size: int, *, symmetric: bool) -> bool:
-    """Whether programs round a 4-bit weight to the 16 bits of their rows, and multiply by it from the left.
+def rounds_weights(num_inputs: int, group_size: int, *, symmetric: bool, bits: int = 4) -> bool:
+    """Whether programs round a weight to the 16 bits of their rows, and multiply by it from the left.
 
     A weight takes a multiplication and an addition then, once for all rows of a program. Else each sum takes two of
     them per tile, which is exact, and less work for few rows unless groups are small and have offsets. Where a row is
     one group, sums are scaled once.
     """
-    return not symmetric and group_size < num_inputs and scale_run(num_inputs, group_size) < 64
+    few_inputs_a_scale = group_size < num_inputs and scale_run(num_inputs, group_size) < 64
+    return bits == 4 and not symmetric and few_inputs_a_scale
 
 
 def rounding_config(m: int, n: int, k: int, run: int) -> TileConfig:
@@ -86,17 +87,16 @@ def rounding_config(m: int, n: int, k: int, run: int) -> TileConfig:
 
     ``block_n`` is 64 wherever it can be, for all numbers of rows: then all of them take the same instructions.
     """
-    block_n, block_k = min(_power_of_two_divisor(n), 64), min(run, 64)
-    blocks, steps = n // block_n, k // 2 // block_k
+    block_n = min(_power_of_two_divisor(n), 64)
+    blocks, steps = n // block_n, k // 2 // run
     split = _split(steps, blocks, min_programs=264)
-    fewer = next(d for d in range(split - 1, 0, -1) if steps % d == 0) if split > 1 else 1
-    if split == steps and fewer * blocks >= 132:  # a step alone has nothing to load ahead
-        split = fewer
-    most = next(rows for rows in (16, 32, 64, 128) if m <= rows or rows == 128)
-    sizes = [rows for rows in (16, 32, 64, 128) if rows <= most]
-    block_m = next((rows for rows in reversed(sizes) if blocks * split * math.ceil(m / rows) >= 200), 16)
-    block_m = max(block_m, min(most, 32))
-    return TileConfig(block_m, block_n, block_k, split, num_warps=4, num_stages=3)
+    if split == steps > 1:  # a step alone has nothing to load ahead
+        fewer = max(d for d in range(1, split) if steps % d == 0)
+        split = fewer if fewer * blocks >= 132 else split
+    block_m = next(rows for rows in (16, 32, 64, 128) if m <= rows or rows == 128)
+    while block_m > 32 and blocks * split * math.ceil(m / block_m) < 200:
+        block_m //= 2
+    return TileConfig(block_m, block_n, run, split, num_warps=4, num_stages=3)
 
 
 def prefill_config(n: int, run: int, *, exact: bool) -> TileConfig:
