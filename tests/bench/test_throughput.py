@@ -128,6 +128,22 @@ def test_loads_are_shares_of_what_can_be_served_with_a_cache_that_is_there(capsy
     assert all(one["num_tokens"] == most["num_tokens"] and one["num_compilations"] == 0 for one in runs)
 
 
+def test_repeated_runs_take_turns_and_compile_once(capsys, tmp_path, prompt_file):
+    path, plot = tmp_path / "out.json", tmp_path / "out.png"
+    more = ("--mode", "w4a16,lookup", "--batch-size", "2,3", "--prompt-file", prompt_file, "--json", str(path))
+    assert main([*SMALL, *more, "--num-prompts", "4", "--repeats", "3", "--plot", str(plot)]) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [(one["rows"], one["mode"]) for one in runs] == [
+        (rows, mode) for rows in (2, 3) for _ in range(3) for mode in ("w4a16", "lookup")
+    ]
+    assert all(one["num_compilations"] == 0 for one in runs)
+    last = capsys.readouterr().out.splitlines()[-4:]
+    for line, (rows, mode) in zip(last, [(2, "w4a16"), (2, "lookup"), (3, "w4a16"), (3, "lookup")], strict=True):
+        few, middle, many = sorted(one["tokens_per_s"] for one in runs if (one["rows"], one["mode"]) == (rows, mode))
+        assert line == f"median of 3: {mode}, batch {rows}: {middle:.1f} tokens/s ({few:.1f} to {many:.1f})"
+    assert plot.stat().st_size > 1000
+
+
 def test_conversations_are_read_up_to_where_the_file_is_cut_off():
     items = [{"id": "a", "conversations": []}, {"id": "b [1, 2], {"}]
     text = json.dumps([*items, {"id": "cut off"}])
@@ -214,6 +230,7 @@ def test_tokens_of_a_chunk_are_spread_over_its_time():
         (["--load", "0.5,"], "--load 0.5, must be numbers of more than 0 with commas between"),
         (["--load", "0.5", "--rate", "3"], "leave --rate out"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--system-tokens", "-1"], "--system-tokens -1 must be at least 0"),
         (["--system-tokens", "250"], "--system-tokens 250 and --max-new-tokens 12 do not fit the context of tiny"),
         (["--max-new-tokens", "300"], "do not fit the context of tiny, 256; lower one of them"),

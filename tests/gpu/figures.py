@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,16 @@ class Results:
         if len(found) != 1:
             raise LookupError(f"{len(found)} measurements with {wanted}")
         return found[0]
+
+    def speed(self, mode: str, place: int = 0) -> float:
+        """Tokens per second of a mode by ``bench throughput``, the median of all runs.
+
+        Raises:
+            LookupError: there is no run of it.
+        """
+        if not (speeds := [run["tokens_per_s"] for run in self._files[place]["runs"] if run["mode"] == mode]):
+            raise LookupError(f"no run of {mode}")
+        return statistics.median(speeds)
 
     def ms(self, part: str, batch: int, context: int = 512, place: int = 0, **wanted: Any) -> float:
         """Milliseconds of a part of a cycle by ``bench decode``."""
@@ -138,7 +149,8 @@ _MANY = "--num-prompts 512 --max-new-tokens 256"
 
 
 _STATIC = ("w4a16", "lookup", "qspec")
-_CELL = f"throughput --model default --mode {','.join(_STATIC)},auto --draft-length 3 --max-new-tokens 128"
+_MODES = ",".join((*_STATIC, "auto"))
+_CELL = f"throughput --model default --mode {_MODES} --draft-length 3 --max-new-tokens 128 --repeats 3"
 _LONG_TEXTS = "qspec_jax.texts {folder}/texts --documents 1000000 --long-prompts 40 --long-contexts 2k,8k"
 # Requests by rows, enough of them for rows to be filled several times.
 _REQUESTS = {
@@ -147,7 +159,6 @@ _REQUESTS = {
     "8k": {1: 12, 4: 24, 16: 64, 64: 128},
 }
 _MOST_TOKENS = {"512": 512, "2k": 2_200, "8k": 7_930}
-_CELLS = [(context, rows) for context, by_rows in _REQUESTS.items() for rows in by_rows]
 
 
 def _command_of_cell(context: str, rows: int) -> str:
@@ -158,16 +169,21 @@ def _command_of_cell(context: str, rows: int) -> str:
 
 
 def _auto_over(results: Results, place: int, modes: Sequence[str]) -> float:
-    """Tokens per second of ``auto``, over the best of some modes."""
-    speed = lambda mode: results.one("runs", place, mode=mode)["tokens_per_s"]  # noqa: E731
-    return speed("auto") / max(map(speed, modes))
+    """Tokens per second of ``auto``, over the best of some modes: medians of runs by turns."""
+    return results.speed("auto", place) / max(results.speed(mode, place) for mode in modes)
 
 
-_OF_CELLS = [
-    Figure(f"auto over {what}, {rows} x {context}", functools.partial(_auto_over, place=place, modes=modes), aim)
-    for place, (context, rows) in enumerate(_CELLS, 1)
-    for what, modes, aim in (("plain", _STATIC[:1], 0.98), ("the best static mode", _STATIC, 0.97))
-]
+def _of_auto(context: str) -> Group:
+    return Group(
+        [_LONG_TEXTS, *(_command_of_cell(context, rows) for rows in _REQUESTS[context])],
+        [
+            Figure(
+                f"auto over {what}, {rows} x {context}", functools.partial(_auto_over, place=place, modes=modes), aim
+            )
+            for place, rows in enumerate(_REQUESTS[context], 1)
+            for what, modes, aim in (("plain", _STATIC[:1], 0.98), ("the best static mode", _STATIC, 0.97))
+        ],
+    )
 
 
 def _decoded_per_s(results: Results, mode: str) -> float:
@@ -307,7 +323,7 @@ GROUPS = {
             )
         ],
     ),
-    "auto": Group([_LONG_TEXTS, *(_command_of_cell(*cell) for cell in _CELLS)], _OF_CELLS),
+    **{f"auto-{context}": _of_auto(context) for context in _REQUESTS},
     "mesh": Group(_ON_MESH, _OF_MESH, num_gpus=2),
     "processes": Group(_ON_MESH, _OF_MESH, num_gpus=2, by_processes=True),
 }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import random
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from qspec_jax.evaluation.sharegpt import PACKAGE, Conversation, sharegpt
 from qspec_jax.files.whole import write_picture
 
 if TYPE_CHECKING:
-    from qspec_jax.bench.throughput.measure import ThroughputRun
+    from qspec_jax.bench.throughput.measure import ReadyBatch, ThroughputRun
     from qspec_jax.decoding.plan import Plan
     from qspec_jax.engine.language_model import LanguageModel
     from qspec_jax.engine.requests import Request
@@ -70,6 +72,7 @@ def add_command(commands: Any) -> None:
     add("--load", metavar="SHARE,...", help=load)
     burst = f"that the device runs before the host looks (default: {_BURST_S}, at a rate {_BURST_S_AT_A_RATE})"
     add("--burst", "--chunk", type=float, metavar="SECONDS", help=burst)
+    add("--repeats", type=int, default=1, metavar="N", help="runs of each mode, by turns (default: 1)")
     shared.add_verify(parser)
     shared.add_kernels(parser)
     shared.add_kv(parser)
@@ -110,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
             report["failed"] = list(failed)
             options.write_report(arguments.json, report)
             show("\n".join([table_row(one, width), *choice_rows(one)]))
+    if arguments.repeats > 1:
+        show("\n".join(median_rows(runs)))
     if arguments.plot is not None:
         plot_throughput(arguments.plot, runs, title=f"{request.name}, {facts['device']}, jax {facts['jax']}")
     for reason in failed:
@@ -120,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _read(arguments: argparse.Namespace) -> tuple[ModelRequest, Sequence[str], list[int]]:
     """Checks everything that can be wrong before a weight is made or a program compiled."""
     options.check_report(arguments)
-    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "system_prompts"):
+    for name in ("num_prompts", "max_new_tokens", "max_prompt_tokens", "system_prompts", "repeats"):
         options.check_at_least(getattr(arguments, name), 1, option=f"--{name.replace('_', '-')}")
     shared.check_draft_length(arguments.draft_length)
     options.check_at_least(arguments.system_tokens, 0, option="--system-tokens")
@@ -179,28 +184,30 @@ def _measure(
     arguments: argparse.Namespace,
     failed: dict[str, None],
 ):
-    from qspec_jax.bench.throughput.measure import measure_throughput
+    from qspec_jax.bench.throughput.measure import ready_batch
     from qspec_jax.decoding.chunks import fitting_capacity
 
+    asked = []
     for mode in modes:
         plan = model.plan(mode, **_plan_options(arguments, mode))
         requests = fitting_requests(model, plan, conversations, arguments, failed)
-        longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
-        if reason := missing_drafts(plan, fitting_capacity(longest)):
+        capacity = fitting_capacity(max(len(request.token_ids) + request.max_new_tokens for request in requests))
+        if reason := missing_drafts(plan, capacity):
             say(reason)
-        plan = plan.in_cache(fitting_capacity(longest))
-        options: dict[str, Any] = {"capacity": fitting_capacity(longest)}
-        for count in rows:
-            say(f"{mode}, batch of {count}, {len(requests)} requests ...")
-            rates: list[tuple[float | None, float | None]] = [(arguments.rate, None)]
-            for rate, load in rates:
-                burst_s = arguments.burst or (_BURST_S if rate is None else _BURST_S_AT_A_RATE)
-                one = measure_throughput(
-                    model, plan, requests, rows=count, burst_s=burst_s, rate=rate, load=load, **options
-                )
-                if load is None:
-                    rates += [(share * one.requests_per_s, share) for share in arguments.load]
-                yield one
+        asked.append((plan.in_cache(capacity), requests, capacity))
+    for count in rows:
+        burst_s = arguments.burst or (_BURST_S if arguments.rate is None else _BURST_S_AT_A_RATE)
+        ready: list[ReadyBatch] = []
+        for repeat, (place, mode) in itertools.product(range(arguments.repeats), enumerate(modes)):
+            if repeat == 0:
+                plan, requests, capacity = asked[place]
+                say(f"{mode}, batch of {count}, {len(requests)} requests ...")
+                ready.append(ready_batch(model, plan, requests, rows=count, capacity=capacity, burst_s=burst_s))
+            one = ready[place].serve(burst_s, arguments.rate)
+            yield one
+            for share in arguments.load:
+                burst_at_a_rate_s = arguments.burst or _BURST_S_AT_A_RATE
+                yield ready[place].serve(burst_at_a_rate_s, share * one.requests_per_s, load=share)
 
 
 def _plan_options(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -311,6 +318,19 @@ def choice_rows(one: ThroughputRun) -> list[str]:
     ]
 
 
+def median_rows(runs: Sequence[ThroughputRun]) -> list[str]:
+    """Of runs that were repeated, a line for what was measured alike: the median of tokens per second, and the ends."""
+    alike: dict[tuple[Any, ...], list[float]] = {}
+    for one in runs:
+        place = f" at {one.load:g} of the load" if one.load else ""
+        alike.setdefault((one.mode, one.draft, one.rows, place), []).append(one.tokens_per_s)
+    return [
+        f"median of {len(speeds)}: {mode}{f' {draft}' if draft not in (None, mode) else ''}, batch {rows}{place}: "
+        f"{statistics.median(speeds):.1f} tokens/s ({min(speeds):.1f} to {max(speeds):.1f})"
+        for (mode, draft, rows, place), speeds in alike.items()
+    ]
+
+
 def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) -> None:
     """Draws tokens per second over the size of the batch, a line per mode, into a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -320,7 +340,11 @@ def plot_throughput(path: Path, runs: Sequence[ThroughputRun], *, title: str) ->
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for mode in dict.fromkeys(one.mode for one in runs):
-        points = sorted((one.rows, one.tokens_per_s) for one in runs if one.mode == mode and one.load is None)
+        speeds: dict[int, list[float]] = {}
+        for one in runs:
+            if one.mode == mode and one.load is None:
+                speeds.setdefault(one.rows, []).append(one.tokens_per_s)
+        points = sorted((rows, statistics.median(values)) for rows, values in speeds.items())
         axes.plot([rows for rows, _ in points], [speed for _, speed in points], marker="o", label=mode)
     axes.set(xlabel="batch size", ylabel="tokens per second, all requests")
     axes.set_title(title, fontsize="small")

@@ -98,35 +98,88 @@ class ThroughputRun:
         }
 
 
-def measure_throughput(
-    model: LanguageModel,
-    plan: Plan,
-    requests: Sequence[Request],
-    *,
-    rows: int,
-    capacity: int,
-    burst_s: float,
-    rate: float | None = None,
-    load: float | None = None,
-    seed: int = 0,
-) -> ThroughputRun:
-    """Compiles, runs everything once, and then serves the requests as they arrive.
+@dataclasses.dataclass(frozen=True)
+class ReadyBatch:
+    """A batch whose programs have all been compiled and run once, and the requests that it is to serve.
 
-    Of a plan that chooses, all that could win are compiled, and the requests are served twice: what counts is the
-    second time, when it is known how long cycles take.
-
-    Args:
+    Attributes:
         model: synthetic or real.
-        plan: what a cycle does.
+        plan: what a cycle does; of one that chooses, only what could win.
         requests: in the order of arrival.
         rows: sequences that run together.
         capacity: cache positions of each.
-        burst_s: about how long the device runs before the host looks at what there is.
-        rate: requests per second, at random (Poisson) intervals; None for all at once.
-        load: what share that is of what can be served, for the record.
-        seed: of the intervals.
+        compile_s: seconds that compiling took.
     """
-    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s, "serves": rate is not None}
+
+    model: LanguageModel
+    plan: Plan
+    requests: Sequence[Request]
+    rows: int
+    capacity: int
+    compile_s: float
+
+    def serve(
+        self, burst_s: float, rate: float | None = None, *, load: float | None = None, seed: int = 0
+    ) -> ThroughputRun:
+        """Serves the requests as they arrive.
+
+        Args:
+            burst_s: about how long the device runs before the host looks at what there is.
+            rate: requests per second, at random (Poisson) intervals; None for all at once.
+            load: what share that is of what can be served, for the record.
+            seed: of the intervals.
+        """
+        model, plan, requests, rows = self.model, self.plan, self.requests, self.rows
+        sizes = {"rows": rows, "capacity": self.capacity}
+        compilations = model.num_compilations
+        scheduler = Scheduler(model.programs, plan, **sizes, burst_s=burst_s, serves=rate is not None)
+        if rate is not None:  # a server has its cache before anybody comes
+            scheduler.allocate()
+        began = time.perf_counter()
+        sequences = _serve(scheduler, requests, arrivals(len(requests), rate, seed))
+        seconds, totals = time.perf_counter() - began, scheduler.totals
+        speeds = [_tokens_per_s(sequence) for sequence in sequences if len(sequence.token_ids) > 1]
+        busy_s, accepted = max(totals.busy_s, 1e-9), sum(one.accepted for one in totals.choices.values())
+        gaps = [gap for sequence in sequences for gap in inter_token_seconds(sequence.arrivals)]
+        return ThroughputRun(
+            mode=plan.mode,
+            draft=plan.draft_source,
+            draft_length=plan.draft_length,
+            rows=rows,
+            rate=rate,
+            load=load,
+            choices=totals.choices,
+            num_requests=len(sequences),
+            num_prompt_tokens=sum(len(request.token_ids) for request in requests),
+            num_reused_tokens=totals.reused_prompt_tokens,
+            num_tokens=totals.tokens,
+            seconds=seconds,
+            request_tokens_per_s=_percentiles(speeds),
+            first_token_s=_percentiles([one.arrivals[0][0] - one.added_s for one in sequences]),
+            inter_token_s=_percentiles(gaps),
+            acceptance_rate=accepted / totals.drafted if totals.drafted else None,
+            tokens_per_cycle=totals.tokens_per_cycle,
+            occupancy=totals.occupancy,
+            prefill_share=totals.prefill_s / busy_s,
+            gap_share=totals.gap_s / busy_s,
+            compile_s=self.compile_s,
+            num_compilations=model.num_compilations - compilations,
+        )
+
+
+def ready_batch(
+    model: LanguageModel, plan: Plan, requests: Sequence[Request], *, rows: int, capacity: int, burst_s: float
+) -> ReadyBatch:
+    """Compiles what a plan needs, and runs everything once.
+
+    Of a plan that chooses, all that could win are compiled, and the requests are served once: what counts comes later,
+    when it is known how long cycles take.
+
+    Args:
+        model, plan, requests, rows, capacity: as in :class:`ReadyBatch`.
+        burst_s: as in :meth:`ReadyBatch.serve`.
+    """
+    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "burst_s": burst_s}
     began_compiling = model.programs.compile_s
     widths = set().union(*(request.widths() for request in requests))
     if isinstance(plan, AutoPlan):
@@ -145,40 +198,7 @@ def measure_throughput(
         _serve(Scheduler(model.programs, one, state_of=plan, **options), some, arrivals(len(some), None))
     if isinstance(plan, AutoPlan):
         _serve(Scheduler(model.programs, plan, **options), requests, arrivals(len(requests), None))
-    compile_s, compilations = model.programs.compile_s - began_compiling, model.num_compilations
-
-    scheduler = Scheduler(model.programs, plan, **options)
-    if rate is not None:  # a server has its cache before anybody comes
-        scheduler.allocate()
-    began = time.perf_counter()
-    sequences = _serve(scheduler, requests, arrivals(len(requests), rate, seed))
-    seconds, totals = time.perf_counter() - began, scheduler.totals
-    speeds = [_tokens_per_s(sequence) for sequence in sequences if len(sequence.token_ids) > 1]
-    busy_s, accepted = max(totals.busy_s, 1e-9), sum(one.accepted for one in totals.choices.values())
-    return ThroughputRun(
-        mode=plan.mode,
-        draft=plan.draft_source,
-        draft_length=plan.draft_length,
-        rows=rows,
-        rate=rate,
-        load=load,
-        choices=totals.choices,
-        num_requests=len(sequences),
-        num_prompt_tokens=sum(len(request.token_ids) for request in requests),
-        num_reused_tokens=totals.reused_prompt_tokens,
-        num_tokens=totals.tokens,
-        seconds=seconds,
-        request_tokens_per_s=_percentiles(speeds),
-        first_token_s=_percentiles([one.arrivals[0][0] - one.added_s for one in sequences]),
-        inter_token_s=_percentiles([gap for sequence in sequences for gap in inter_token_seconds(sequence.arrivals)]),
-        acceptance_rate=accepted / totals.drafted if totals.drafted else None,
-        tokens_per_cycle=totals.tokens_per_cycle,
-        occupancy=totals.occupancy,
-        prefill_share=totals.prefill_s / busy_s,
-        gap_share=totals.gap_s / busy_s,
-        compile_s=compile_s,
-        num_compilations=model.num_compilations - compilations,
-    )
+    return ReadyBatch(model, plan, requests, rows, capacity, model.programs.compile_s - began_compiling)
 
 
 def arrivals(count: int, rate: float | None, seed: int = 0) -> list[float]:
