@@ -259,7 +259,7 @@ class Chooser:
         if plan in known and plan.draft is None and self._first_plain is not None:
             (first, first_s), self._first_plain = self._first_plain, None
             self._trials.note_load(max(0.0, first_s - first * known[plan]))
-        if self._trial is not None:
+        if self._trial is not None and self._trial.plan == plan:
             self._account(self._trial, tokens, running_s, known)
         elif plan.draft is not None and self._plans[0] in known:
             self._trials.gained_s = max(0.0, self._trials.gained_s + tokens * known[self._plans[0]] - running_s)
@@ -282,7 +282,7 @@ class Chooser:
             return
         running_s = min(seconds, cycles * self._guess(plan, known, setting))
         self._trials.note_load(seconds - running_s)
-        if self._trial is not None:
+        if self._trial is not None and self._trial.plan == plan:
             self._trials.lost_s += seconds - running_s
             self._account(self._trial, tokens, running_s, known)
 

@@ -93,24 +93,40 @@ class Choosing:
         self._lookup = max(lookups, key=lambda one: one.draft_length, default=None)
         self._replayed = max(1, _REPLAYED // rows)
         self._burst_s = burst_s
-        self._last: Burst | None = None
+        self._last: Burst | None = None  # that runs, or has run
+        self._ahead: Burst | None = None  # that follows it
         self._holds_until_s = 0.0
 
     def next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
         """What to run next, while some sequences decode and others wait.
 
-        The same as before, if that was chosen a moment ago and is no trial.
+        The same as before, if that was chosen a moment ago and is no trial; or what was chosen meanwhile.
         """
-        began_s = time.perf_counter()
-        last = self._last
-        if (
-            last is not None
-            and last.cycles is None
-            and began_s < self._holds_until_s
-            and self._loops.are_ready(last.plan)
-        ):
-            return last
-        context = _context(decoding)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and queue and self._loops.are_ready(ahead.plan):
+            self._last = ahead
+        elif self._last is None or not self._holds(self._last):
+            self._last = self._choose(decoding, queue)
+        return self._last
+
+    def look_ahead(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> None:
+        """Chooses what follows the burst under way, where its end says little: it is no trial, and others wait.
+
+        The device runs that burst meanwhile. What is chosen after it has ended keeps the device waiting.
+
+        Args:
+            decoding: who has read its prompt.
+            queue: who waits.
+        """
+        if len(decoding) > 1 and queue and self._last is not None and self._last.cycles is None:
+            self._ahead = self._choose(decoding, queue)
+
+    def _holds(self, burst: Burst) -> bool:
+        is_young = time.perf_counter() < self._holds_until_s
+        return burst.cycles is None and is_young and self._loops.are_ready(burst.plan)
+
+    def _choose(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
+        began_s, context = time.perf_counter(), _context(decoding)
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
         burst = self._chooser.choose(context=context, active=len(decoding), makespans=found)
         now_s = time.perf_counter()
@@ -119,7 +135,6 @@ class Choosing:
         if burst.cycles is None and burst.seconds is not None:
             # To end before there is another choice would only cost another burst.
             burst = dataclasses.replace(burst, seconds=max(burst.seconds, min(hold_s, self._burst_s)))
-        self._last = burst
         return burst
 
     def ran(

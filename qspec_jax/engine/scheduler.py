@@ -226,6 +226,8 @@ class Scheduler:
             changed += self._receive(jax.device_get(report), others, made_s)
             if self._choosing is not None:
                 self._choosing.received(plan, changed)
+        if self._choosing is not None and self._flight is not None:
+            self._choosing.look_ahead(list(self._decoding().values()), self._queue)
         return changed + more
 
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:

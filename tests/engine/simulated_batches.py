@@ -118,7 +118,7 @@ def lost(ran, whys, more_s):
 def on_the_clock(rows):
     """One clock for device and host, on which a choice of so many rows takes its time; yields why each burst ran."""
     whys = []
-    before = time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next
+    before = time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next, Choosing.look_ahead
 
     def choose(self, **options):
         Clock.now_s += Host.of(rows).choice_s
@@ -128,12 +128,19 @@ def on_the_clock(rows):
         whys.append((burst := before[3](self, *sequences)).why)
         return burst
 
+    def look_ahead(self, *sequences):
+        """While the device runs a burst, which comes later on this clock."""
+        now_s = Clock.now_s
+        before[4](self, *sequences)
+        Clock.now_s = now_s
+
     time.perf_counter, Chooser.choose, Choosing.next = lambda: Clock.now_s, choose, ask
+    Choosing.look_ahead = look_ahead
     of_scheduler.futures = SimpleNamespace(wait=lambda some: [one.result() for one in some])
     try:
         yield whys
     finally:
-        time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next = before
+        time.perf_counter, of_scheduler.futures, Chooser.choose, Choosing.next, Choosing.look_ahead = before
 
 
 def batches_of(cell, kind, seed):

@@ -303,6 +303,14 @@ def test_what_the_first_run_of_a_program_takes_is_learnt_and_no_time_of_its_cycl
     assert chooser._trials.lost_s > chooser._trials.load_s
 
 
+def test_a_burst_that_ran_while_a_trial_was_chosen_is_not_that_trial():
+    chooser, choose = tried_next(CostTable(BYTES), seen=NOTHING_FOUND)
+    assert choose().why == "a trial"
+    lost_s = chooser._trials.lost_s
+    chooser.observe(PLAIN, cycles=100, seconds=5.0, histogram=[6400], context=8192)
+    assert chooser._trials.lost_s == lost_s
+
+
 @pytest.mark.parametrize(("cycles", "tells"), [(1, False), (10, True)])
 def test_a_burst_that_is_mostly_something_else_tells_no_time_of_its_cycles(cycles, tells):
     """A trial ends with its first cycle where a row ends in it: 4 ms besides 1 ms would be taken for the cycle."""

@@ -1,10 +1,11 @@
-"""How often a scheduler asks for a choice: no oftener than it takes two hundredths of the time."""
+"""When a scheduler asks for a choice: while a burst runs, or for two hundredths of the time at most."""
 
 from __future__ import annotations
 
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from qspec_jax import SamplingParams
@@ -13,12 +14,14 @@ from qspec_jax.decoding.costs import CostTable, PassBytes
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.engine import choosing as of_choosing
-from qspec_jax.engine.chooser import Burst
+from qspec_jax.engine.chooser import Burst, Chooser
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.model.view import View
+from tests.engine import simulated_batches
+from tests.engine.simulated_device import AUTO, BUDGET, FULL, SMALL, Process, conversations
 
 PLAIN, LOOKUP = DecodingPlan(View()), DecodingPlan(View(), Lookup(), 3)
 CHOICE_S, USUAL_S = 0.002, 0.2
@@ -54,16 +57,19 @@ def batch(monkeypatch):
     plan = AutoPlan("auto", (PLAIN, LOOKUP))
     shape = Shape.of(plan, rows=2, capacity=64)
     choosing = Choosing(programs, plan, shape, burst_s=USUAL_S, serves=True, on_event=print)
-    running = [RunningSequence(Request([1, 2, 3], 40, SamplingParams()))]
 
-    def ask(cycles=None):
+    def ask(cycles=None, *, ahead=False, num_running=2, num_waiting=0):
         def choose(**_):
             clock.now_s += CHOICE_S
             chosen.append(Burst(PLAIN, 0.03, cycles, "so it is", 0.001))
             return chosen[-1]
 
         monkeypatch.setattr(choosing._chooser, "choose", choose)
-        return choosing.next(running, RequestQueue())
+        running = [RunningSequence(Request([1, 2, 3], 40, SamplingParams())) for _ in range(num_running)]
+        queue = RequestQueue()
+        for _ in range(num_waiting):
+            queue.add(Request([1, 2, 3], 40, SamplingParams()))
+        return (choosing.look_ahead if ahead else choosing.next)(running, queue)
 
     return clock, programs, chosen, ask
 
@@ -120,3 +126,68 @@ def test_a_plan_without_a_program_does_not_stay(batch):
     programs.are_there = False
     ask()
     assert len(chosen) == 2
+
+
+def test_what_was_chosen_while_a_burst_ran_keeps_nobody_waiting(batch):
+    clock, _, chosen, ask = batch
+    ask(num_waiting=1)
+    for count in range(2, 5):
+        ask(ahead=True, num_waiting=1)
+        clock.now_s += 0.5
+        assert ask(num_waiting=1).why == "so it is"
+        assert len(chosen) == count
+
+
+@pytest.mark.parametrize(
+    ("cycles", "waiting"),
+    [
+        (None, {"num_running": 2}),  # soon rows are idle, and when each ends matters
+        (None, {"num_running": 1, "num_waiting": 1}),  # the next burst is another text's
+        (4, {"num_running": 2, "num_waiting": 1}),  # a trial is to tell something
+    ],
+)
+def test_nothing_is_chosen_before_the_end_of_a_burst_that_matters(batch, cycles, waiting):
+    *_, chosen, ask = batch
+    ask(cycles, **waiting)
+    ask(ahead=True, **waiting)
+    assert len(chosen) == 1
+
+
+def test_what_was_chosen_for_more_who_wait_is_not_for_the_last_ones(batch):
+    clock, _, chosen, ask = batch
+    ask(num_waiting=1)
+    ask(ahead=True, num_waiting=1)
+    clock.now_s += 0.5
+    ask()
+    assert len(chosen) == 3
+
+
+def test_a_plan_whose_program_went_meanwhile_does_not_run(batch):
+    _, programs, chosen, ask = batch
+    ask(num_waiting=1)
+    ask(ahead=True, num_waiting=1)
+    programs.are_there = False
+    ask(num_waiting=1)
+    assert len(chosen) == 3
+
+
+def test_a_scheduler_chooses_while_the_device_runs(monkeypatch):
+    """All but the first choices of a batch, trials, and the last ones."""
+    look_ahead, made, ahead = Choosing.look_ahead, [], []
+
+    def look(self, decoding, queue):
+        before = len(made)
+        look_ahead(self, decoding, queue)
+        ahead.extend(made[before:])
+
+    choose = Chooser.choose
+    monkeypatch.setattr(Choosing, "look_ahead", look)
+    monkeypatch.setattr(Chooser, "choose", lambda self, **options: made.append(0) or choose(self, **options))
+    some = conversations(24, np.random.default_rng(0), chances={FULL: 0.9, BUDGET: 0.9})
+    process = Process(CostTable(SMALL.num_bytes, bandwidth=4.3e12))
+    with simulated_batches.on_the_clock(4):
+        for _ in range(2):
+            made.clear(), ahead.clear()
+            simulated_batches.run(AUTO, 4, some, SMALL, process)
+    assert len(ahead) > 10
+    assert len(ahead) > 0.6 * len(made)
