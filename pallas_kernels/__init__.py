@@ -35,6 +35,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, available_implementations
 from pallas_kernels.float_matmul import float_matmul, float_partial_sums, float_prefill_is_alike
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.prefill_attention import prefill_attention, prefill_is_alike
+from pallas_kernels.prefill_attention_int8 import prefill_int8_is_alike, prefill_pieces_int8
 from pallas_kernels.quantize_activations import quantize_activations
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm_quantize import rms_norm_quantize
@@ -80,7 +81,9 @@ __all__ = [
     "pack_nested",
     "prefill_attention",
     "prefill_int8",
+    "prefill_int8_is_alike",
     "prefill_is_alike",
+    "prefill_pieces_int8",
     "quantize_activations",
     "rms_norm",
     "rms_norm_quantize",

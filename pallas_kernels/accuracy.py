@@ -69,6 +69,7 @@ def allowed_error(
         # Queries times scales of keys, and weights times scales of values, are rounded as well.
         "decode_attention_int8": 2 * ATTENTION[name],
         "rotate_and_write_int8": max(rounding, _ONE_CODE),
+        "prefill_attention_int8": max(2 * ATTENTION[name], _ONE_CODE),  # with the entries, in one
         "hadamard": transformed,
         "swiglu_hadamard": max(transformed, rounding) if implementation == REFERENCE else transformed,
     }

@@ -25,7 +25,7 @@ from pallas_kernels.decode_attention import gpu_triton as whole
 
 GROUP = 8  # rows
 # Powers of two that bring scaled queries, and weights times scales, to the middle of what float16 holds.
-_KEY_UNIT, _VALUE_UNIT = 2.0**5, 2.0**10
+KEY_UNIT, VALUE_UNIT = 2.0**5, 2.0**10
 _EXPONENT, _BIASES = 0x7F800000, 254 << 23  # of float32: its bits, and those of two
 
 Carry = tuple[Array, Array, Array]  # maximum [8], weights [tile, 8], mixed [block_dim, 8] of the tiles before
@@ -41,7 +41,7 @@ def nothing(tile: int, problem: whole.Problem) -> Carry:
 def results_of(carry: Carry) -> Carry:
     """Largest logits and sums ``[8]``, and weighted values ``[8, block_dim]``, as ``decode_attention`` leaves them."""
     maximum, total, mixed = carry
-    return maximum * jnp.float32(LN_2), jnp.sum(total, axis=0), mixed.T * jnp.float32(1 / _VALUE_UNIT)
+    return maximum * jnp.float32(LN_2), jnp.sum(total, axis=0), mixed.T * jnp.float32(1 / VALUE_UNIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,14 @@ class Rows:
         exist = rows < problem.num_rows
         query = whole.load_rows(ref, rows, exist, kv_head, problem)
         wide = query.astype(jnp.float32)
-        power = lax.bitcast_convert_type(jnp.max(jnp.abs(wide), axis=1), jnp.int32) & jnp.int32(_EXPONENT)
-        inverse = lax.bitcast_convert_type(jnp.int32(_BIASES) - power, jnp.float32)
+        power, inverse = power_of_two(jnp.max(jnp.abs(wide), axis=1))
         unit = jnp.float32(problem.head_dim**-0.5 * LOG2_E)  # exponentials are powers of two here
-        units = lax.bitcast_convert_type(power, jnp.float32) * (unit * jnp.float32(1 / _KEY_UNIT))
+        units = power * (unit * jnp.float32(1 / KEY_UNIT))
         return cls(exist, length + lax.div(rows, problem.group), query, wide * inverse[:, None], unit, units)
 
     def logits_of_codes(self, keys: Array, scales: Array) -> Array:
         """Times log2(e) ``[slots, 8]``, of codes as floats ``[slots, block_dim]`` and their scales ``[block_dim]``."""
-        query = (self.normal * (scales * jnp.float32(_KEY_UNIT))[None, :]).astype(keys.dtype)
+        query = (self.normal * (scales * jnp.float32(KEY_UNIT))[None, :]).astype(keys.dtype)
         return whole.dot(keys, query, contract=(1, 1)) * self.units[None, :]
 
     def logits(self, keys: Array) -> Array:
@@ -89,7 +88,7 @@ class Values:
 
     @classmethod
     def of(cls, floats: Array, scales: Array, *, interpret: bool) -> Values:
-        return cls(floats, log2(scales, interpret=interpret), scales * jnp.float32(_VALUE_UNIT), interpret)
+        return cls(floats, log2(scales, interpret=interpret), scales * jnp.float32(VALUE_UNIT), interpret)
 
     def add_to(self, carry: Carry, logits: Array) -> tuple[Carry, Array, Array]:
         """What is carried on, the weights ``[slots, 8]``, and the logarithms to base 2 of their unit ``[8]``."""
@@ -103,6 +102,13 @@ class Values:
         total = total * kept[None, :] + weights
         mixed = mixed * kept[None, :] + whole.dot(self.floats, scaled, contract=(0, 0))
         return (maximum, total, mixed), weights, shift
+
+
+def power_of_two(x: Array) -> tuple[Array, Array]:
+    """The largest powers of two that are no more than float32 numbers, and the inverse of each."""
+    power = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(_EXPONENT)
+    inverse = lax.bitcast_convert_type(jnp.int32(_BIASES) - power, jnp.float32)
+    return lax.bitcast_convert_type(power, jnp.float32), inverse
 
 
 def half_of(dtype: DTypeLike) -> DTypeLike:

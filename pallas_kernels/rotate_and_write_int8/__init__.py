@@ -51,17 +51,28 @@ def rotate_and_write_int8(
 
 
 def check_written(
-    op: str, qkv: Array | PartialSums, cosine: Array, sine: Array, cache: Int8Cache, *, batch: int
+    op: str,
+    qkv: Array | PartialSums,
+    cosine: Array,
+    sine: Array,
+    cache: Int8Cache,
+    *,
+    batch: int,
+    rows: int | None = None,
 ) -> None:
-    """Raises ValueError, in the name of an operation, for arguments that do not fit together and ``batch`` rows."""
+    """Raises ValueError, in the name of an operation, for arguments of ``batch`` sequences that do not fit together.
+
+    The cache has as many rows, unless told.
+    """
+    rows = batch if rows is None else rows
     _, num_tokens, num_heads, head_dim = qkv.shape
     num_kv_heads, recent = cache.num_kv_heads, cache.recent_keys
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"{op}: qkv is {qkv.dtype}; use float32, bfloat16 or float16")
-    if recent.dtype != qkv.dtype or recent.shape != (batch, RING, num_kv_heads * head_dim):
+    if recent.dtype != qkv.dtype or recent.shape != (rows, RING, num_kv_heads * head_dim):
         raise ValueError(
             f"{op}: recent keys are {recent.dtype}{list(recent.shape)}; use {qkv.dtype}, as qkv has, and "
-            f"[{batch}, {RING}, KH * {head_dim}]"
+            f"[{rows}, {RING}, KH * {head_dim}]"
         )
     if num_heads <= 2 * num_kv_heads:
         raise ValueError(f"{op}: qkv has {num_heads} heads and the cache KH={num_kv_heads}; use H + 2 * KH heads")

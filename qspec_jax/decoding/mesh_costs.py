@@ -149,7 +149,7 @@ def device_bytes(local: Decoder, mesh: MeshShape, *, rows: int, context: int, dr
     parts = mesh.model if mesh.model > 1 else 0
     taken = [_activations(config, mesh.model, tokens=tokens, sums=parts, logits=tokens, dtype_bytes=size)]
     prompts = [(CHUNK_WIDTHS[-1], 1, 1)]  # tokens of each sequence, sequences, and logits of a pass
-    if packing.obstacle(local) is None:
+    if local.kv == cached.KV_OF_MODEL:  # of a cache of int8 they are read one by one, unless asked
         prompts.append((PIECE, packing.sizes(own_rows, fitting_capacity(context))[-1], own_rows))
     for width, sequences, logits in prompts:
         sums = parts if width % mesh.model else min(parts, 2)  # exchanged in shares, see collectives.add_up

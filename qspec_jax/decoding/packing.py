@@ -29,7 +29,7 @@ from pallas_kernels import QuantizedWeight
 from pallas_kernels.float_matmul.reference import MAX_ROWS
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS
 from qspec_jax.decoding.state import PromptPieces
-from qspec_jax.model.cache import KV_OF_MODEL
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import linears
 from qspec_jax.model.linear import PIECE
@@ -55,7 +55,12 @@ def longest_packed(decoder: Decoder) -> int:
     to one of few widths. Which way a chunk is read depends on its own length alone. Where devices share weights, what
     counts are the parts that each has: it adds sums of all in one order.
     """
-    if obstacle(decoder) is not None or not pallas_kernels.prefill_is_alike(decoder.config.head_dim):
+    head_dim = decoder.config.head_dim
+    if decoder.kv == KV_INT8:
+        is_alike = pallas_kernels.prefill_int8_is_alike(head_dim, decoder.dtype)
+    else:
+        is_alike = pallas_kernels.prefill_is_alike(head_dim)
+    if not is_alike:
         return 0
     in_pieces = num_floats = 0
     for linear in linears(decoder):
@@ -80,11 +85,6 @@ def _of_a_device(array: Any) -> jax.ShapeDtypeStruct:
     """The shape of what each device has of an array."""
     sharding = getattr(array, "sharding", None)
     return jax.ShapeDtypeStruct(array.shape if sharding is None else sharding.shard_shape(array.shape), array.dtype)
-
-
-def obstacle(decoder: Decoder) -> str | None:
-    """Why no pass of a decoder reads chunks of several prompts, whatever bits they had; None where one does."""
-    return None if decoder.kv == KV_OF_MODEL else f"a cache of {decoder.kv}"
 
 
 def sizes(rows: int, capacity: int) -> tuple[int, ...]:

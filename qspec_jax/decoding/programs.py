@@ -30,7 +30,7 @@ from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, Rep
 from qspec_jax.device.bandwidth import copy_bandwidth
 from qspec_jax.device.memory import check_memory, explain_out_of_memory, sharing_memory
 from qspec_jax.device.settings import usual_settings
-from qspec_jax.errors import UsageError
+from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.layouts import add_group_sums, lay_out, linears, rounds_in_vain
 from qspec_jax.model.linear import activation_quantization
@@ -67,14 +67,8 @@ class Programs(Lowering):
 
     @property
     def longest_packed(self) -> int:
-        """Tokens of the longest chunk that is read in one pass with others (``decoding/packing.py``); 0 for none.
-
-        Raises:
-            UsageError: they are to be, and there is no such pass.
-        """
+        """Tokens of the longest chunk that is read in one pass with others (``decoding/packing.py``); 0 for none."""
         if self.packing:
-            if (obstacle := packing.obstacle(self.decoder)) is not None:
-                raise UsageError(f"packing=True does not serve {obstacle}; use False, or None for where it serves")
             return packing.LONGEST_CHUNK * packing.PIECE
         if self.packing is False:
             return 0
@@ -87,9 +81,9 @@ class Programs(Lowering):
     def _has_not_read_packed(self) -> bool:
         """Of several GPUs, only those of one process with whole weights have (page 059 of the lab notebook).
 
-        None has with floats that verify.
+        None has with floats that verify, nor into a cache of int8.
         """
-        if any(linear.floats is not None for linear in linears(self.decoder)):
+        if self.decoder.kv == KV_INT8 or any(linear.floats is not None for linear in linears(self.decoder)):
             return True
         devices = [] if self.mesh is None else self.mesh.devices.flat
         processes = {one.process_index for one in devices if one.platform == "gpu"}

@@ -21,6 +21,7 @@ from qspec_jax.inspection.kernel_case import ROWS, KernelCase, Widths, partial_s
 from qspec_jax.inspection.matmul_cases import BY_GROUP, PER_TOKEN, matmul_cases
 
 _EPSILON = 1e-5
+PIECE = 32  # tokens of a piece of a prompt
 _SLOTS, _LENGTHS = 320, (0, 63, 130, 300)
 _BLOCK = {"block_size": 16}
 _WINDOW = {"window": 100}
@@ -201,6 +202,27 @@ def _int8_cases(
             one = functools.partial(case, attend, shape=new + what, operands=operands, wide=True)
             yield one(function=attend, options=window)
             yield one(function=f"{attend}_with_masses", options={**_BLOCK, **window})
+    yield from _piece_cases(widths, dtype, cache)
     for what, window in (("", {}), (", a window of 100", _WINDOW)):
         options: Any = {"operands": lambda: with_cache(listed(), 1), "options": {**_BLOCK, **window}, "wide": True}
         yield case(attend, "block_attention_int8", f"{shape}, 12 blocks{what}", **options)
+
+
+def _piece_cases(widths: Widths, dtype: str, cache: Callable[[], Any]) -> Iterator[KernelCase]:
+    """Pieces of two prompts, one of which goes on behind a block of keys; with padding, or none."""
+    heads, kv_heads, head_dim = widths.num_heads, widths.num_kv_heads, widths.head_dim
+    rows, starts = jnp.asarray([1, 1, 1, -1, 0, 0], jnp.int32), jnp.asarray([128, 160, 192, 0, 0, 32], jnp.int32)
+
+    def pieces(made: Callable[..., Any]) -> tuple[Any, ...]:
+        qkv = made(len(rows), PIECE, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        angles = 9 * random_rows(len(rows), PIECE, head_dim // 2, dtype="float32", seed=5)
+        return qkv, jnp.cos(angles), jnp.sin(angles), cache(), rows, starts
+
+    def padded() -> tuple[Any, ...]:
+        return *pieces(random_rows), jnp.asarray([32, 32, 5, 0, 32, 32], jnp.int32)
+
+    op, function = "prefill_attention_int8", "prefill_pieces_int8"
+    shape = f"{len(rows)} pieces of {PIECE} tokens, {heads}/{kv_heads} heads of {head_dim}"
+    case = functools.partial(KernelCase, op, function, dtype=dtype, num_inputs=head_dim)
+    yield case(shape + ", partial sums", operands=functools.partial(pieces, partial_sums))
+    yield case(shape + ", a window of 100", operands=padded, options=_WINDOW, keywords=("num_tokens",))

@@ -131,11 +131,8 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(batch, new_tokens, -1, config.head_dim)
         if config.qk_norm:
             qkv = self._normalise_queries_and_keys(value_of(qkv))
-        if isinstance(cache, Int8Cache) and new_tokens > MAX_DECODE_TOKENS:
-            arrays = qkv, *context.rotations, cache, context.lengths
-            window = view.window(config.sliding_window)
-            mixed, cache = pallas_kernels.prefill_int8(*arrays, num_tokens=context.num_tokens, window=window)
-            masses = None
+        if isinstance(cache, Int8Cache) and (context.rows is not None or new_tokens > MAX_DECODE_TOKENS):
+            (mixed, cache), masses = self._read_into_int8(qkv, cache, context, view.window(config.sliding_window)), None
         else:
             with jax.named_scope("cache_write"):
                 query, cache = self._write(qkv, cache, context)
@@ -143,6 +140,20 @@ class Attention(nnx.Module):
                 mixed, masses = self._mix(query, cache, context, view=view, weigh=weigh)
         mixed = mixed.reshape(batch, new_tokens, -1)
         return self.output.partial_sums(mixed, view=view), cache, masses
+
+    def _read_into_int8(
+        self,
+        qkv: Float[Array, "B T heads HD"] | PartialSums,
+        cache: Int8Cache,
+        context: TokenContext,
+        window: int | None,
+    ) -> tuple[Float[Array, "B T H HD"], Int8Cache]:
+        """The attention of prompts, or of pieces of some, and the cache with their entries."""
+        arrays, options = (qkv, *context.rotations, cache), {"num_tokens": context.num_tokens, "window": window}
+        if context.rows is None:
+            return pallas_kernels.prefill_int8(*arrays, context.lengths, **options)
+        places: Any = context.rows, context.lengths
+        return pallas_kernels.prefill_pieces_int8(*arrays, *places, **options, implementation=self.kernels)
 
     def _write(
         self, qkv: Float[Array, "B_all T heads HD"] | PartialSums, cache: LayerCache | Int8Cache, context: TokenContext

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
 from qspec_jax.decoding import chunks, packing
 from qspec_jax.decoding.chunks import CHUNK_WIDTHS, Shape
 from qspec_jax.decoding.packing import PIECE, longest_packed, pack, sizes
@@ -21,7 +22,6 @@ from qspec_jax.engine.prefixes import NextChunk
 from qspec_jax.engine.reading import passes, with_more
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
-from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KV_INT8
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.layouts import linears
@@ -152,7 +152,8 @@ def test_pieces_see_no_more_than_a_window():
     hf = {**tiny.BASE_HF_CONFIG, **tiny.FAMILIES["mistral_sliding_window"], "sliding_window": 40}
     decoder, tokens = tiny.decoder(ModelConfig.from_hf({**hf, "num_hidden_layers": 1})), prompt(70)
     pieces = pack([(1, 0, tokens)], rows=2, capacity=128).pieces
-    places = {"rows": pieces.rows[:3], "starts": pieces.starts[:3], "ends": pieces.ends[:1]}
+    places = {name: getattr(pieces, name)[:3] for name in ("rows", "starts", "num_tokens")}
+    places["ends"] = pieces.ends[:1]
 
     @jax.jit
     def both(in_pieces, places, whole):
@@ -470,11 +471,35 @@ def test_gpus_of_several_processes_or_with_parts_of_weights_read_prompts_one_by_
     assert programs.longest_packed == 512
 
 
-def test_what_no_pass_reads_together_is_refused_before_it_is_compiled():
+def test_a_cache_of_int8_reads_prompts_together_by_those_who_ask(monkeypatch):
+    """Blocks of keys that one pass completes, or begins; rows that are copied; and a long prompt of two chunks."""
+    monkeypatch.setattr(packing, "_SIZES", (64,))
+    requests = [*REQUESTS, Request(prompt(300), 20, SamplingParams()), Request(prompt(125), 8, SamplingParams())]
     model = tiny.language_model(CONFIG)
-    model.programs.packing, model.decoder.kv = True, KV_INT8
-    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=2, capacity=CAPACITY)
-    scheduler.add(REQUESTS[0])
-    with pytest.raises(UsageError, match=r"packing=True.*int8"):
-        scheduler.compile()
-    assert not model.programs.compiled
+    model.decoder.kv = KV_INT8
+
+    def run(packed, mode):
+        model.programs.packing = packed
+        scheduler = Scheduler(model.programs, model.plan(mode), rows=4, capacity=CAPACITY)
+        sequences = [scheduler.add(request) for request in requests]
+        while scheduler.busy:
+            scheduler.advance()
+        return tokens(sequences), scheduler.totals.reused_prompt_tokens
+
+    monkeypatch.setattr(chunks, "CHUNK_WIDTHS", CHUNK_WIDTHS[-1:])
+    assert model.programs.longest_packed == 0
+    expected = run(None, "w4a16")
+    assert expected[1] == 2 * 512
+    assert run(True, "w4a16") == expected
+    assert run(True, "qspec") == expected
+
+
+def test_kernels_say_whether_a_cache_of_int8_may_be_read_into_together(monkeypatch):
+    model = tiny.language_model(CONFIG)
+    model.decoder.kv = KV_INT8
+    monkeypatch.setattr(pallas_kernels, "rows_alike", lambda *_, **__: None)
+    monkeypatch.setattr(pallas_kernels, "prefill_is_alike", lambda _: False)
+    for alike in (False, True):
+        monkeypatch.setattr(pallas_kernels, "prefill_int8_is_alike", lambda *_, alike=alike: alike)
+        assert longest_packed(model.decoder) == (512 if alike else 0)
+    assert model.programs.longest_packed == 0, "no GPU has run it"

@@ -17,8 +17,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pallas_kernels import Int8Cache
 from pallas_kernels.backends.early_launch import SIGNAL
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
+from pallas_kernels.prefill_attention_int8 import gpu_triton as int8_prefill_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.decoding import device_graphs, loop_settings, packing
@@ -240,3 +242,11 @@ def test_kernels_of_prompts_and_rounded_weights_fit_the_shared_memory_of_an_ada_
         query, cache = array(1, 512, 8, head_dim), array(1, 2048, 2, head_dim)
         attend = lambda q, k, v, starts: prefill_triton.prefill_attention(q, k, v, None, starts, window=None)  # noqa: E731
         compile_for_it(attend, query, cache, cache, array(1, dtype=jnp.int32))
+        if int8_prefill_triton.obstacle(head_dim, dtype) is not None:
+            continue
+        of_int8 = jax.eval_shape(
+            functools.partial(Int8Cache.zeros, batch=1, capacity=2048, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+        )
+        attend = functools.partial(int8_prefill_triton.prefill_attention_int8, window=None)
+        pieces, table = (array(16, 32, 8, head_dim), array(16, 32, 2 * head_dim)), array(16, dtype=jnp.int32)
+        compile_for_it(attend, *pieces, of_int8, table, table)

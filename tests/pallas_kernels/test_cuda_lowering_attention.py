@@ -14,6 +14,7 @@ from pallas_kernels.block_attention import gpu_triton as block_triton
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.decode_attention_int8 import gpu_triton as int8_triton
 from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
+from pallas_kernels.prefill_attention_int8 import gpu_triton as int8_prefill_triton
 from pallas_kernels.rotate_and_write import gpu_triton as rotate_triton
 from pallas_kernels.rotate_and_write_int8 import gpu_triton as write_int8_triton
 from tests.pallas_kernels.test_cuda_lowering import KERNEL_CALL, array, cuda_program
@@ -45,6 +46,23 @@ def test_prefill_attention_lowers_to_one_kernel(shape, dtype):
     query, starts = array(4, 512, heads, head_dim, dtype=dtype), array(4, dtype=jnp.int32)
     chunks = lambda query, keys, values, starts: attend(query, keys, values, None, starts)  # noqa: E731
     assert cuda_program(chunks, query, cache, cache, starts).count(KERNEL_CALL) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_pieces_attend_to_a_cache_of_int8_in_one_kernel(shape, dtype):
+    _, heads, kv_heads, head_dim, slots = shape
+    sizes = {"num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    cache = jax.eval_shape(functools.partial(Int8Cache.zeros, batch=4, capacity=slots, **sizes))
+    query, keys = array(16, 32, heads, head_dim, dtype=dtype), array(16, 32, kv_heads * head_dim, dtype=dtype)
+    if head_dim == 256 and dtype == jnp.float32:
+        assert "at most 128 in float32" in str(int8_prefill_triton.obstacle(head_dim, dtype))
+        return
+    assert int8_prefill_triton.obstacle(head_dim, dtype) is None
+    for window in (None, 500):
+        attend = functools.partial(int8_prefill_triton.prefill_attention_int8, window=window)
+        table = array(16, dtype=jnp.int32)
+        assert cuda_program(attend, query, keys, cache, table, table).count(KERNEL_CALL) == 1
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES[1:5], ids=str)
