@@ -28,7 +28,6 @@ def prefill_pieces_int8(
     rows: Int32[Array, " N"],
     starts: Int32[Array, " N"],
     *,
-    num_tokens: Int32[Array, " N"] | None = None,
     window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "N T H HD"], Int8Cache]:
@@ -46,8 +45,8 @@ def prefill_pieces_int8(
         cache: of all rows; its ``recent_keys`` have the dtype of ``qkv``.
         rows: ``[N]`` int32, the row of each piece; negative for a piece of nothing, which writes nothing and whose
             result is zero.
-        starts: ``[N]`` int32, the position of the first token of each piece, a multiple of ``T``.
-        num_tokens: ``[N]`` int32, how many tokens of each are more than padding; None for all.
+        starts: ``[N]`` int32, the position of the first token of each piece, a multiple of ``T``. Tokens past the end
+            of a prompt may be anything: nobody sees them before their positions are written again.
         window: positions a token sees, its own included; None for all.
         implementation: a name of ``IMPLEMENTATIONS``, or None for the best that works.
 
@@ -78,7 +77,7 @@ def prefill_pieces_int8(
         query, keys, values = rotate_and_write(
             qkv, cosine, sine, empty, empty, jnp.zeros_like(starts), rows=each, implementation=implementation
         )
-        cache = reference.write_pieces(cache, keys, values, rows, starts, num_tokens=num_tokens)
+        cache = reference.write_pieces(cache, keys, values, rows, starts)
     with jax.named_scope("attention"):
         return chosen.prefill_attention_int8(query, keys, cache, rows, starts, window=window), cache
 

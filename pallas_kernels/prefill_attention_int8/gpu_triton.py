@@ -23,7 +23,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, Int8Cache
-from pallas_kernels.arrays.rounding import SMALLEST_SCALE
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.backends.triton.registers import LOG2_E, exp2, log2
 from pallas_kernels.decode_attention import gpu_triton as decode
@@ -212,7 +211,6 @@ class _Tiles:
         logits = decode.dot(self.query, keys, contract=(1, 1)) * self.unit
         seen = (slots >= problem.first_seen(self.positions)) & (slots <= self.positions) & (slots < self.end)
         scales = plgpu.load(value_scales_ref.at[self.row, pl.ds(start, self.slots)], mask=exist, other=1.0)
-        scales = jnp.maximum(scales, jnp.float32(SMALLEST_SCALE))  # padding sees what nobody has written
         codes = self._tile(values_ref, start, exist)
         return self._add(carry, jnp.where(seen, logits, -jnp.inf), codes, scales)
 

@@ -54,44 +54,32 @@ def write_pieces(
     values: Float[Array, "N T W"],
     rows: Int32[Array, " N"],
     starts: Int32[Array, " N"],
-    *,
-    num_tokens: Int32[Array, " N"] | None,
 ) -> Int8Cache:
-    """The cache with the entries of pieces; of padding, and of positions past the last one, there are none."""
+    """The cache with the entries of pieces; of positions past the last one, there are none.
+
+    The ring has room for the padding of a piece besides what a block and a pass of a few tokens need of it.
+    """
     pieces, size, width = keys.shape
     (batch, capacity, _), num_kv_heads = cache.keys.shape, cache.num_kv_heads
-    num_tokens = jnp.full_like(starts, size) if num_tokens is None else num_tokens
-    tokens = jnp.arange(size, dtype=jnp.int32)
-    positions = starts[:, None] + tokens
+    positions = starts[:, None] + jnp.arange(size, dtype=jnp.int32)
     # What is not to be written goes to places that do not exist, where `mode="drop"` drops it.
     held = jnp.where(rows < 0, batch, rows)
-    is_there = (tokens < num_tokens[:, None]) & (positions < capacity)
     codes, scales = quantize(values.reshape(pieces, size, num_kv_heads, -1), axis=-1)
-    where = jnp.where(is_there, positions, capacity)
-    end = jnp.zeros((batch,), jnp.int32).at[held].max(starts + num_tokens, mode="drop")
-    is_new = is_there & (positions >= jnp.take(end, rows, mode="clip")[:, None] - RING)
+    end = jnp.zeros((batch,), jnp.int32).at[held].max(starts + size, mode="drop")
+    is_new = positions >= jnp.take(end, rows, mode="clip")[:, None] - RING
     in_ring = jnp.where(is_new, positions % RING, RING)
     cache = dataclasses.replace(
         cache,
-        values=cache.values.at[held[:, None], where].set(codes.reshape(pieces, size, width), mode="drop"),
-        value_scales=cache.value_scales.at[held[:, None], :, where].set(scales, mode="drop"),
+        values=cache.values.at[held[:, None], positions].set(codes.reshape(pieces, size, width), mode="drop"),
+        value_scales=cache.value_scales.at[held[:, None], :, positions].set(scales, mode="drop"),
         recent_keys=cache.recent_keys.at[held[:, None], in_ring].set(keys, mode="drop"),
     )
-    return _with_whole_blocks(cache, keys, held, starts, num_tokens)
-
-
-def _with_whole_blocks(
-    cache: Int8Cache, keys: Float[Array, "N T W"], held: Array, starts: Array, num_tokens: Array
-) -> Int8Cache:
-    """The cache with the blocks that end with a piece."""
-    size, capacity = keys.shape[1], cache.keys.shape[1]
+    # Blocks that end with a piece, whole or padded: of those, none is seen before it is made again.
     ends = starts + size
-    is_whole = (ends % KEY_BLOCK == 0) & (num_tokens == size) & (ends <= capacity)
-    blocks = _with_those_before(keys, KEY_BLOCK // size - 1)
-    codes, scales = quantize(blocks, axis=1)
-    begins = jnp.where(is_whole, ends - KEY_BLOCK, capacity)
-    slots = begins[:, None] + jnp.arange(KEY_BLOCK, dtype=jnp.int32)
-    numbers = jnp.where(is_whole, ends // KEY_BLOCK - 1, cache.key_scales.shape[1])
+    is_block = (ends % KEY_BLOCK == 0) & (ends <= capacity)
+    codes, scales = quantize(_with_those_before(keys, KEY_BLOCK // size - 1), axis=1)
+    slots = jnp.where(is_block, ends - KEY_BLOCK, capacity)[:, None] + jnp.arange(KEY_BLOCK, dtype=jnp.int32)
+    numbers = jnp.where(is_block, ends // KEY_BLOCK - 1, cache.key_scales.shape[1])
     return dataclasses.replace(
         cache,
         keys=cache.keys.at[held[:, None], slots].set(codes, mode="drop"),

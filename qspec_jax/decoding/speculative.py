@@ -185,8 +185,7 @@ def read_pieces(
         columns = jnp.where(index < pieces.num_tokens[:, None], pieces.starts[:, None] + index, history.shape[1])
         held = jnp.where(pieces.rows < 0, history.shape[0], pieces.rows)  # a negative index would count from the end
         history = history.at[held[:, None], columns].set(pieces.tokens, mode="drop")
-    names = ("rows", "starts", "num_tokens", "ends")
-    places = {name: getattr(pieces, name) for name in names}
+    places = {"rows": pieces.rows, "starts": pieces.starts, "ends": pieces.ends}
     logits, cache = model.read_pieces(pieces.tokens, state.cache, **places, view=plan.verify)
     # All but the entries of the cache, of the rows that read.
     others = dataclasses.replace(state, cache=dataclasses.replace(cache, layers=()), history=history)

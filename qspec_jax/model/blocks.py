@@ -149,11 +149,12 @@ class Attention(nnx.Module):
         window: int | None,
     ) -> tuple[Float[Array, "B T H HD"], Int8Cache]:
         """The attention of prompts, or of pieces of some, and the cache with their entries."""
-        arrays, options = (qkv, *context.rotations, cache), {"num_tokens": context.num_tokens, "window": window}
+        arrays = qkv, *context.rotations, cache
         if context.rows is None:
-            return pallas_kernels.prefill_int8(*arrays, context.lengths, **options)
-        places: Any = context.rows, context.lengths
-        return pallas_kernels.prefill_pieces_int8(*arrays, *places, **options, implementation=self.kernels)
+            places: Any = (context.lengths,)
+            return pallas_kernels.prefill_int8(*arrays, *places, num_tokens=context.num_tokens, window=window)
+        places = context.rows, context.lengths
+        return pallas_kernels.prefill_pieces_int8(*arrays, *places, window=window, implementation=self.kernels)
 
     def _write(
         self, qkv: Float[Array, "B_all T heads HD"] | PartialSums, cache: LayerCache | Int8Cache, context: TokenContext

@@ -198,7 +198,6 @@ class Decoder(nnx.Module):
         *,
         rows: Int32[Array, " N"],
         starts: Int32[Array, " N"],
-        num_tokens: Int32[Array, " N"],
         ends: Int32[Array, " P"],
         view: View,
     ) -> tuple[Float32[Array, "P 1 V"], KVCache]:
@@ -212,7 +211,6 @@ class Decoder(nnx.Module):
             cache: whose positions ``starts .. starts + T - 1`` of ``rows`` are overwritten. Its lengths stay.
             rows: of each piece; negative for one of nothing.
             starts: position of the first token of each piece.
-            num_tokens: of each piece, without padding.
             ends: the tokens whose logits are wanted, as places in ``N * T``.
             view: what the pass reads, all of the cache.
 
@@ -223,7 +221,7 @@ class Decoder(nnx.Module):
         positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rotations = rope.rotation(positions, self.config)
         with _exact_float32(self.dtype):
-            context = TokenContext(lengths=starts, seen=starts, rotations=rotations, num_tokens=num_tokens, rows=rows)
+            context = TokenContext(lengths=starts, seen=starts, rotations=rotations, rows=rows)
             stream, layers, _ = self._hidden(tokens, cache, context, view=view, weigh=None)
             wanted = stream.value().reshape(-1, self.config.hidden_size)[ends]
             logits = self._logits(ResidualStream(wanted[:, None]), view)

@@ -152,8 +152,7 @@ def test_pieces_see_no_more_than_a_window():
     hf = {**tiny.BASE_HF_CONFIG, **tiny.FAMILIES["mistral_sliding_window"], "sliding_window": 40}
     decoder, tokens = tiny.decoder(ModelConfig.from_hf({**hf, "num_hidden_layers": 1})), prompt(70)
     pieces = pack([(1, 0, tokens)], rows=2, capacity=128).pieces
-    places = {name: getattr(pieces, name)[:3] for name in ("rows", "starts", "num_tokens")}
-    places["ends"] = pieces.ends[:1]
+    places = {"rows": pieces.rows[:3], "starts": pieces.starts[:3], "ends": pieces.ends[:1]}
 
     @jax.jit
     def both(in_pieces, places, whole):
