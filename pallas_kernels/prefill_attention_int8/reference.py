@@ -76,7 +76,7 @@ def write_pieces(
     )
     # Blocks that end with a piece, whole or padded: of those, none is seen before it is made again.
     ends = starts + size
-    is_block = (ends % KEY_BLOCK == 0) & (ends <= capacity)
+    is_block = ends % KEY_BLOCK == 0
     codes, scales = quantize(_with_those_before(keys, KEY_BLOCK // size - 1), axis=1)
     slots = jnp.where(is_block, ends - KEY_BLOCK, capacity)[:, None] + jnp.arange(KEY_BLOCK, dtype=jnp.int32)
     numbers = jnp.where(is_block, ends // KEY_BLOCK - 1, cache.key_scales.shape[1])
