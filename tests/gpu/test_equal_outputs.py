@@ -14,6 +14,7 @@ import jax
 import pytest
 
 import qspec_jax
+from qspec_jax.decoding.packing import longest_packed
 from qspec_jax.model.config import QuantConfig
 from tests.gpu.serving import DTYPE, HOPPER, INT8, few_layers, noise, outputs, texts
 
@@ -68,10 +69,11 @@ def test_every_plan_yields_the_tokens_of_plain_decoding_alone(name, demo_gguf, r
     way = WAYS[name]
     given = texts(96) if name.startswith("demo") else noise(64)
     different = {}
-    for packing in (None, False):
+    for packing in (None, False, True):
         model = load(way.model, demo_gguf)
-        if packing is False and not model.programs.longest_packed:
-            continue  # as before
+        is_usual, may_be = bool(model.programs.longest_packed), bool(longest_packed(model.decoder))
+        if packing is not None and (packing == is_usual or not may_be):
+            continue  # as before, or no kernels for it
         model.programs.packing = packing
         plain = outputs(model, given, rows=1, mode=way.plain)
         assert len({tuple(ids) for ids in plain}) > len(plain) / 2

@@ -17,6 +17,7 @@ from pallas_kernels import (
     decode_attention_int8,
     decode_attention_int8_with_masses,
     prefill_int8,
+    prefill_pieces_int8,
     rotate_and_write_int8,
 )
 from pallas_kernels.accuracy import allowed_error, relative_error
@@ -129,3 +130,43 @@ def test_entries_have_the_same_bits_however_many_are_written_at_a_time(case):
         here = slice(token, token + 1)
         _, cache = write(qkv[:, here], cosine[:, here], sine[:, here], cache, lengths + token)
     jax.tree.map(np.testing.assert_array_equal, cache, together)
+
+
+@cases
+def test_pieces_of_prompts_are_the_reference_with_bits_of_their_own(case):
+    """Of several prompts, one of which goes on; together, in another order, and each alone."""
+    _, heads, kv_heads, head_dim, slots, window, dtype = case
+    begins, lengths = {3: 0, 1: 512, 0: 0, 2: 0}, {3: 512, 1: 90, 0: 33, 2: 128}
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = heads + 2 * kv_heads, head_dim
+    sizes = {"num_kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    cache = Int8Cache.zeros(batch=4, capacity=slots, **sizes)
+    old = jax.random.normal(keys[0], (4, 512, *shape), jnp.float32).astype(dtype)
+    ones = jnp.ones((4, 512, head_dim // 2), jnp.float32)
+    cache = jax.jit(prefill_int8)(old, ones, 0 * ones, cache, jnp.zeros(4, jnp.int32))[1]
+    places = [(row, begins[row] + 32 * piece) for row, count in lengths.items() for piece in range(-(-count // 32))]
+    rows, starts = (jnp.asarray(one, jnp.int32) for one in zip(*places, (-1, 0), strict=True))
+    new = jax.random.normal(keys[1], (len(rows), 32, *shape), jnp.float32).astype(dtype)
+    angles = jax.random.normal(keys[2], (len(rows), 32, head_dim // 2), jnp.float32)
+    arrays = new, jnp.cos(angles), jnp.sin(angles)
+    read = jitted(prefill_pieces_int8, window=window, implementation="triton")
+    out, left = read(*arrays, cache, rows, starts)
+    assert not np.asarray(out[-1]).any()
+    limits = {"num_inputs": head_dim, "implementation": "triton"}
+    with jax.default_matmul_precision("highest"):
+        wide = jitted(prefill_pieces_int8, window=window, implementation="reference")
+        expected, entries = wide(*widened(arrays), widened(cache), rows, starts)
+    limit = allowed_error("prefill_attention_int8", dtype, **limits)
+    assert relative_error(out[:-1].astype(jnp.float32), expected[:-1]) <= limit
+    for ours, theirs in zip(jax.tree.leaves(left), jax.tree.leaves(entries), strict=True):
+        assert relative_error(ours.astype(jnp.float32), theirs.astype(jnp.float32)) <= 2 * limit
+    held = np.asarray(rows)
+    for row in lengths:
+        mine = np.flatnonzero(held == row)
+        alone, its = read(*(array[mine] for array in arrays), cache, rows[mine], starts[mine])
+        np.testing.assert_array_equal(alone, out[mine])
+        jax.tree.map(lambda one, all_rows, row=row: np.testing.assert_array_equal(one[row], all_rows[row]), its, left)
+    order = np.concatenate([np.flatnonzero(held == row) for row in (2, -1, 0, 1, 3)])
+    turned, same = read(*(array[order] for array in arrays), cache, rows[order], starts[order])
+    np.testing.assert_array_equal(turned, out[order])
+    jax.tree.map(np.testing.assert_array_equal, same, left)
