@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, Float32
+from jaxtyping import Array, Bool, Float, Float16, Float32
 
 from pallas_kernels.arrays.weight import (
     NESTED_ZERO_POINT,
@@ -19,9 +19,9 @@ from pallas_kernels.arrays.weight import (
     pack_codes,
     pack_nested,
 )
+from qspec_jax.errors import UsageError
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "bits"))
 def quantize_rtn(
     weight: Float[Array, "N K"], *, group_size: int | None = None, symmetric: bool = False, bits: int = 4
 ) -> QuantizedWeight:
@@ -41,11 +41,33 @@ def quantize_rtn(
     Raises:
         ValueError: ``group_size`` does not divide ``K``; the message names sizes that do. Or ``bits`` are others, or
             the weight has another number of axes.
+        UsageError: a value is not finite, or a group is too large for its scale and offset. Within a transformation of
+            JAX nobody can tell, and such a group gets a scale or an offset that is not finite.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} is not supported; use 4 or 8")
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {weight.shape}; use [N, K], a stack of them with jax.vmap")
+    rounded, fits = _quantize_rtn(weight, group_size=group_size, symmetric=symmetric, bits=bits)
+    if not isinstance(fits, jax.core.Tracer):
+        check_grid(fits)
+    return rounded
+
+
+def check_grid(fits: Bool[Array, ""]) -> None:
+    """Raises UsageError if :func:`is_finite` says no."""
+    if not fits:
+        raise UsageError(
+            "its values are not all finite numbers, or too large: a scale or an offset does not fit float16, which "
+            "ends at 65504; mend the weights, or keep them in floating point"
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "bits"))
+def _quantize_rtn(
+    weight: Float[Array, "N K"], *, group_size: int | None, symmetric: bool, bits: int
+) -> tuple[QuantizedWeight, Bool[Array, ""]]:
+    """The rounded weight, and whether its grid is finite: in one program, so that asking costs next to nothing."""
     num_outputs, num_inputs = weight.shape
     group_size = num_inputs if group_size is None else group_size
     check_group_size(num_inputs, group_size)
@@ -54,7 +76,18 @@ def quantize_rtn(
     codes = nearest_codes(groups, scale[..., None], offset[..., None], bits=bits)
     codes = codes.astype(jnp.uint8).reshape(num_outputs, num_inputs)
     packed, low = (pack_codes(codes), None) if bits == 4 else pack_nested(codes)
-    return QuantizedWeight(packed, scale.T, None if symmetric else offset.T, low=low)
+    rounded = QuantizedWeight(packed, scale.T, None if symmetric else offset.T, low=low)
+    return rounded, is_finite(weight, rounded)
+
+
+def is_finite(weight: Float[Array, "N K"], rounded: QuantizedWeight) -> Bool[Array, ""]:
+    """Whether a weight and the grid that it was rounded to are finite.
+
+    The grid alone does not tell: a minimum of XLA's for CPUs may pass over a NaN. What is not finite is no zero when
+    it is multiplied by zero; a sum is what XLA looks for it with the fastest.
+    """
+    arrays = [array for array in (weight, rounded.scale, rounded.offset) if array is not None]
+    return jnp.stack([(array.astype(jnp.float32) * 0).sum() for array in arrays]).sum() == 0
 
 
 def spanning_grid(

@@ -28,6 +28,7 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import layer_anatomy, layer_parameters
 from qspec_jax.quantization.gptq import gptq
+from qspec_jax.quantization.rtn import check_grid, is_finite
 from qspec_jax.recipes.observe import MAX_BATCH, advance, linear_of, second_moments
 from qspec_jax.recipes.text import CONTEXT, token_windows
 from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
@@ -102,7 +103,7 @@ def quantize_layers(
 
     Raises:
         UsageError: a token is not of this model.
-        CheckpointError: a tensor cannot be read, a layer not be written, or activations are not finite.
+        CheckpointError: a tensor cannot be read or rounded, a layer not be written, or activations are not finite.
         OutOfMemoryError: a layer does not fit; raised beforehand where that can be told.
     """
     config, tokens, work = source.config, calibration.tokens, calibration.work
@@ -164,6 +165,10 @@ def _quantize_layer(
             symmetric=quantization.symmetric,
             bits=quantization.bits,
         )
+        try:
+            check_grid(is_finite(linear.weight.get_value(), rounded[name]))
+        except UsageError as error:  # the file says so, not an argument
+            raise CheckpointError(f"cannot round {where} {name}: {error}") from error
         linear.weight.set_value(dequantize(rounded[name]))
     return rounded
 

@@ -87,7 +87,7 @@ def load_decoder(
         progress: wraps the iteration over the tensors.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or not be rounded.
         OutOfMemoryError: the model does not fit; raised before reading where that can be told.
 
     Warns:
@@ -138,7 +138,10 @@ class _Filling:
         """Reads a tensor into its places, and lets go of it."""
         tensor = _read(name, target.entry)
         for place in target.places:
-            self._write(place, tensor)
+            try:
+                self._write(place, tensor)
+            except UsageError as error:  # the file says so, not an argument
+                raise CheckpointError(f"cannot round tensor {name}: {error}") from error
             self._tensors_to_come[place.array] -= 1
             if not self._tensors_to_come[place.array]:
                 self._complete(*place.array)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import check_group_size, unpack_codes
+from qspec_jax.errors import UsageError
 from qspec_jax.quantization.rtn import quantize_rtn
 from tests.tiny import dequantize
 
@@ -62,9 +64,24 @@ def test_what_is_no_number_of_inputs_is_no_group_size(group_size):
 @pytest.mark.parametrize("shape", [(64,), (2, 8, 64)])
 def test_what_is_no_matrix_is_refused(shape):
     with pytest.raises(ValueError, match=r"use \[N, K\]"):
-        quantize_rtn.__wrapped__.__wrapped__(jnp.ones(shape), group_size=32)
+        quantize_rtn.__wrapped__(jnp.ones(shape), group_size=32)
 
 
 def test_other_bits_are_refused():
     with pytest.raises(ValueError, match="bits=3 is not supported; use 4 or 8"):
         quantize_rtn(jnp.zeros((4, 64)), group_size=32, bits=3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("value", "bits"), [(np.nan, 4), (np.inf, 8), (-np.inf, 4), (-1e6, 4), (1e30, 8)])
+def test_what_no_grid_spans_is_refused(value, bits, symmetric):
+    weight = jnp.asarray(WEIGHT).at[1, 5].set(value)
+    with pytest.raises(UsageError, match=r"not all finite numbers, or too large: .* float16, which ends at 65504"):
+        quantize_rtn(weight, group_size=32, symmetric=symmetric, bits=bits)
+
+
+def test_a_stack_is_rounded_as_its_weights_are():
+    stack = jnp.asarray([WEIGHT, WEIGHT + 1])
+    found = jax.vmap(lambda weight: quantize_rtn(weight, group_size=32))(stack)
+    expected = [quantize_rtn(weight, group_size=32) for weight in stack]
+    np.testing.assert_array_equal(found.packed, jnp.stack([one.packed for one in expected]))

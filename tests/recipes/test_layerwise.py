@@ -195,6 +195,18 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_linear_that_is_too_large_to_be_rounded_is_named(tmp_path):
+    source = tiny.source(dataclasses.replace(tiny.decoder().config, num_layers=1))
+    name = "layers.0.attention.query.weight"
+    large = 1e8 * source.entries[name].read()
+    entry = TensorEntry(large.shape, lambda: large)
+    source = dataclasses.replace(source, entries={**source.entries, name: entry})
+    calibration = layerwise.Calibration(TOKENS, WorkFolder(tmp_path / "out", "key"))
+    with pytest.raises(CheckpointError, match=r"^cannot round layer 0 attention.qkv: .*too large"):
+        layerwise.quantize_layers(source, calibration, quantization=QuantConfig())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 from gguf import GGMLQuantizationType
 
+from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.gguf.source import open_gguf
+from qspec_jax.weights.source import TensorEntry
 from tests import tiny
 from tests.weights import tiny_checkpoints
 
@@ -70,3 +72,13 @@ def test_a_tensor_is_gone_when_the_next_one_is_read(scan_layers):
     entries = {name: watched(entry) for name, entry in source.entries.items()}
     load(dataclasses.replace(source, entries=entries), None, scan_layers=scan_layers)
     assert len(read_before) == len(entries)
+
+
+@pytest.mark.parametrize(("name", "options"), [("layers.1.mlp.up.weight", {}), ("lm_head.weight", {"head_bits": 8})])
+def test_a_tensor_that_is_too_large_to_be_rounded_is_named(name, options):
+    source = tiny.source(ModelConfig.from_hf(tiny.BASE_HF_CONFIG))
+    large = TensorEntry(source.entries[name].shape, lambda: 1e8 * source.entries[name].read())
+    changed = dataclasses.replace(source, entries={**source.entries, name: large})
+    with pytest.raises(CheckpointError, match=rf"^cannot round tensor {name}: .*too large"):
+        load(changed, QuantConfig(**options), scan_layers=True)
+    assert load(changed, None, scan_layers=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from qspec_jax.errors import UsageError
+from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import HeadFields, ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.head import head_format
@@ -52,6 +52,9 @@ def with_head(
         decoder: that they are for.
         manifest: of the checkpoint.
         asked: of ``decoder``, which :func:`check_head` lets through.
+
+    Raises:
+        CheckpointError: a head cannot be rounded.
     """
     config = decoder.config
     before = head_format(config, manifest.quantization, manifest.formats)
@@ -59,7 +62,10 @@ def with_head(
     made = {name: array for name, array in arrays.items() if before == wanted or not name.startswith(HEAD)}
     if wanted is not None and before != wanted:
         floats = arrays[_TABLE if config.tie_word_embeddings else _FLOATS]
-        weight = rounded(np.asarray(floats, np.float32), wanted)
+        try:
+            weight = rounded(np.asarray(floats, np.float32), wanted)
+        except UsageError as error:  # the file says so, not an argument
+            raise CheckpointError(f"cannot round the LM head: {error}") from error
         made |= {f"{HEAD}{part}": array for part, array in parts_of(weight).items()}
     if decoder.lm_head is None:
         made.pop(_FLOATS, None)
