@@ -56,7 +56,7 @@ def quantize_rtn(
 
 def check_grid(fits: Bool[Array, ""]) -> None:
     """Raises UsageError if :func:`is_finite` says no."""
-    if not fits:
+    if not jax.device_get(fits):
         raise UsageError(
             "its values are not all finite numbers, or too large: a scale or an offset does not fit float16, which "
             "ends at 65504; mend the weights, or keep them in floating point"

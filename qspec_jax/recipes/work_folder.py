@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -89,13 +90,17 @@ class WorkFolder:
 
 def remove_work_folders(output: Path) -> None:
     """Removes what is left of any run that was to write the checkpoint ``output``."""
-    for folder in output.parent.glob(f"{_prefix(output)}*"):
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(source: Source, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:
-    """A key of all that the layers of a run depend on: the model's files by name, size and time, text and settings."""
+    """A key of all that the layers of a run depend on: the model's files by name, size and time, text and settings.
+
+    Hidden files are none of a model's: a download leaves some, and a writer of a checkpoint that was killed.
+    """
     files = [source.path] if source.path.is_file() else sorted(source.path.rglob("*"))
+    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(source.path).parts)]
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     described = json.dumps([states, dataclasses.asdict(source.config), list(tokens.shape), dict(settings)])
     return hashlib.sha256(described.encode() + tokens.tobytes()).hexdigest()[:16]

@@ -160,6 +160,10 @@ def test_finished_layers_are_only_those_of_the_same_model_text_and_settings(mode
     ]
     assert len(set(keys)) == len(keys)
     assert fingerprint(open_source(model), TOKENS.copy(), {"group_size": 32}) == keys[0]
+    hidden = model / ".cache" / "huggingface" / "model.lock"
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    assert fingerprint(source, TOKENS, {"group_size": 32}) == keys[0]
     weights = model / "model.safetensors"
     before = weights.stat()
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))

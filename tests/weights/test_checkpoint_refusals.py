@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -219,6 +221,58 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path, file):
 def test_an_empty_directory_may_be_written_to(tmp_path):
     save_checkpoint(tmp_path, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig())
     assert_holds(tmp_path, tiny.decoder(seed=1))
+
+
+def test_a_directory_with_what_a_disk_and_a_killed_writer_leave_counts_as_empty(tmp_path):
+    path = tmp_path / "of [mine]"
+    left = [path / f".{path.name}.writing-{2**22}-0123abcd", path / f"data-{'0' * 16}"]
+    for folder in (*left, path / "lost+found"):
+        (folder / "arrays").mkdir(parents=True)
+    written = save_checkpoint(path, tiny.decoder(), tokenizer=None, quantization=QuantConfig())
+    assert {file.name for file in path.iterdir()} == {manifest.FILE_NAME, written.data, "lost+found"}
+    assert_holds(path, tiny.decoder())
+
+
+@pytest.mark.parametrize("name", ["run [1]", "gs:", "a\\b", "\udcff"])
+def test_a_directory_of_any_name_holds_what_was_saved(tmp_path, name):
+    save_checkpoint(tmp_path / name, tiny.decoder(), tokenizer=None, quantization=QuantConfig())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert_holds(tmp_path / name, tiny.decoder())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stands_for_the_directory_that_it_names(tmp_path, there):
+    link, path = tmp_path / "link", tmp_path / "elsewhere" / "checkpoint"
+    path.parent.mkdir()
+    link.symlink_to(path)
+    if there:
+        path.mkdir()
+    save_checkpoint(link, tiny.decoder(), tokenizer=None, quantization=QuantConfig())
+    assert link.is_symlink()
+    assert list(path.parent.iterdir()) == [path]
+    assert_holds(path, tiny.decoder())
+
+
+@pytest.mark.parametrize("overwrites", [True, False])
+def test_a_directory_may_be_a_disk_of_its_own(copy, monkeypatch, overwrites):
+    """Nothing is renamed across its border, and it is not replaced: it is busy."""
+    if not overwrites:
+        shutil.rmtree(copy)
+        copy.mkdir()
+
+    def within(move):
+        def call(source, destination):
+            inside = [copy in Path(end).parents for end in (source, destination)]
+            if not all(inside):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            move(source, destination)
+
+        return call
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, within(getattr(os, name)))
+    save_checkpoint(copy, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig(), overwrite=overwrites)
+    assert_holds(copy, tiny.decoder(seed=1))
 
 
 def test_overwriting_replaces_the_checkpoint_and_nothing_else(copy):

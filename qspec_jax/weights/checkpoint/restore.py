@@ -26,6 +26,7 @@ from qspec_jax.tokenizer.tokenizer import Tokenizer
 from qspec_jax.weights.checkpoint.arrays import MODEL_GROUP, dtype_fits, expected_shapes, fill, group_of
 from qspec_jax.weights.checkpoint.head import formats_of, with_head
 from qspec_jax.weights.checkpoint.manifest import Manifest, hash_array, hash_file, read_manifest
+from qspec_jax.weights.checkpoint.plain_path import plain_path
 from qspec_jax.weights.placing import Placing
 from qspec_jax.weights.tokenizers import load_tokenizer
 
@@ -178,8 +179,8 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, plain_path(folder) as plain:
+        return checkpointer.restore(plain, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _check_arrays(path: Path, manifest: Manifest) -> None:

@@ -1,15 +1,16 @@
 """Writes a checkpoint so that whoever opens it, whenever, finds a complete one.
 
-All files are written into a temporary directory beside the destination and flushed to disk. A new checkpoint
-is then renamed into place. Where there is one already, the new data directory is moved in beside the old one,
-``qspec.json`` is replaced, which is the step that counts, and the old data are removed. What a process that
-was killed left behind is removed by the next one that writes there. Two at once to one place are not supported:
-who calls holds the lock of :mod:`qspec_jax.files.lock`.
+All files are written into a temporary directory and flushed to disk. For a new directory it lies beside that, and is
+renamed into place. In a directory that is there already, empty or a checkpoint, it lies within, since that may be a
+disk of its own: the new data directory is moved in beside the old one, ``qspec.json`` is replaced, which is the step
+that counts, and the old data are removed. What a process that was killed left behind is removed by the next one that
+writes there. Two at once to one place are not supported: who calls holds the lock of :mod:`qspec_jax.files.lock`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ from qspec_jax.weights.checkpoint.manifest import (
     is_checkpoint,
     read_content,
 )
+from qspec_jax.weights.checkpoint.plain_path import plain_path
 
 if TYPE_CHECKING:
     from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -85,10 +87,10 @@ def save_checkpoint(
         raise UsageError("only quantised weights are saved; load the model with a QuantConfig")
     if jax.process_count() > 1:
         raise UsageError("a model is saved by one process, and this is one of several; load and save it in one alone")
-    path, formats = Path(os.path.abspath(path)), _formats(decoder)
+    path, formats = Path(os.path.realpath(path)), _formats(decoder)
     check_destination(path, num_bytes(decoder), overwrite=overwrite)
     try:
-        with _temporary_sibling(path) as temporary:
+        with _temporary_directory(path) as temporary:
             data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
             arrays = _write_arrays(data / ARRAYS, decoder, progress)
             if tokenizer is not None:
@@ -123,8 +125,8 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
         UsageError: there is a checkpoint, and ``overwrite`` is not set.
         CheckpointError: something else is there, or the disk is too small.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    path = Path(os.path.realpath(path))
+    if path.exists() and not _is_empty(path):
         if not is_checkpoint(path):
             raise CheckpointError(
                 f"{path} exists and is not a qspec-jax checkpoint, so it is not overwritten; give another path, or "
@@ -133,14 +135,22 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
         read_content(path)
         if not overwrite:
             raise UsageError(f"{path} is a checkpoint already; give another path, or --overwrite (overwrite=True)")
-    parent = next(folder for folder in path.parents if folder.exists())
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed_bytes + _METADATA_BYTES > free:
-        kept = "; a checkpoint is only removed after its successor is complete" if path.exists() else ""
+        kept = "; a checkpoint is only removed after its successor is complete" if is_checkpoint(path) else ""
         raise CheckpointError(
             f"the checkpoint {path} needs up to {needed_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
             f"{kept}; free space, or give a path on another disk"
         )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a directory has nothing but what a disk has at first, and what a writer that was killed left there."""
+    return path.is_dir() and all(
+        file.name == "lost+found" or file.name.startswith(_temporary_prefix(path)) or _DATA_NAME.fullmatch(file.name)
+        for file in path.iterdir()
+    )
 
 
 def _formats(decoder: Decoder) -> dict[str, WeightFormat]:
@@ -160,12 +170,13 @@ def _write_arrays(folder: Path, decoder: Decoder, progress: Callable[[Iterable],
     records: dict[str, ArrayRecord] = {}
     # Uncompressed: codes and scales do not shrink, and reading is then the disk's own speed.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor() as pool:
+    folder.mkdir(parents=True)
+    with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor() as pool, plain_path(folder) as plain:
         for group in progress(group_names(decoder.config, keep_floats=keeps_floats(decoder))):
             arrays = stored_arrays(decoder, group)
             hashes = pool.map(hash_array, arrays.values())  # while they are written
             with _errors_of_the_system():
-                checkpointer.save(folder / group, args=ocp.args.PyTreeSave(arrays))
+                checkpointer.save(plain / group, args=ocp.args.PyTreeSave(arrays))
             for (name, array), its_hash in zip(arrays.items(), hashes, strict=True):
                 records[name] = ArrayRecord(array.shape, array.dtype.name, its_hash)
     return records
@@ -199,8 +210,8 @@ def _describe_files(data: Path) -> dict[str, FileRecord]:
 
 def _commit(temporary: Path, path: Path, data: str) -> None:
     """Puts what is complete in its place; the last step but cleaning up is one that cannot be half done."""
-    if not is_checkpoint(path):
-        os.rename(temporary, path)  # an empty directory may be there
+    if not path.exists():
+        os.rename(temporary, path)
         _flush_directory(path.parent)
         return
     os.rename(temporary / data, path / data)
@@ -216,15 +227,20 @@ def _remove_other_data(path: Path, *, keep: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}.writing-"
+
+
 @contextlib.contextmanager
-def _temporary_sibling(path: Path) -> Generator[Path]:
-    """A directory beside ``path`` that is gone afterwards, unless it was renamed or this process is killed."""
+def _temporary_directory(path: Path) -> Generator[Path]:
+    """A directory on the disk of ``path`` that is gone afterwards, unless it was renamed or this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.writing-"
-    for left in path.parent.glob(f"{prefix}*"):
-        if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = path.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    prefix = _temporary_prefix(path)
+    for folder in (path, path.parent):
+        for left in folder.glob(f"{glob.escape(prefix)}*"):
+            if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = (path if path.exists() else path.parent) / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
         yield temporary
