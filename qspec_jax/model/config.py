@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qspec_jax.errors import UnsupportedModelError, UsageError
 from qspec_jax.model import fields
-from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, read_rope, rope_parameters, shown
+from qspec_jax.model.rope_scaling import DEFAULT_THETA, RopeScaling, number, read_rope, rope_parameters, shown, truth
 
 DTYPES = ("float32", "bfloat16")  # of what is not quantised
 KV_NAMES = ("model", "bf16", "int8")  # of what keys and values are kept as
@@ -53,6 +53,7 @@ _TELLING = {  # keys of settings that do not name their method
     "compressed-tensors": {"config_groups"},
     "modelopt": {"quant_algo"},
 }
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _DEFAULT_WINDOW = 4096  # of transformers' configs of Mistral and Qwen
 _LARGEST_SIZE, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond both, a config is damaged
 
@@ -65,7 +66,8 @@ class Family:
         models: that are of it, for people.
         model_type: names it where ``architectures`` is missing.
         biases: of attention. ``configured``: ``attention_bias`` is for all projections. ``qkv``: query, key and value
-            have one and the output has none, whatever the config says.
+            have one and the output has none, whatever the config says. ``none``: likewise, there are none.
+        mlp_biases: ``mlp_bias`` counts; others have none, whatever the config says.
         qk_norm: queries and keys are normalised, head by head.
         head_dim: where the config has none; None for ``hidden_size / num_attention_heads``.
         max_positions: where the config has none.
@@ -75,7 +77,8 @@ class Family:
 
     models: str
     model_type: str
-    biases: Literal["configured", "qkv"] = "configured"
+    biases: Literal["configured", "qkv", "none"] = "configured"
+    mlp_biases: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
     max_positions: int = 2048
@@ -83,8 +86,8 @@ class Family:
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("Llama 2, 3, 3.1+, SmolLM2", "llama"),
-    "MistralForCausalLM": Family("Mistral", "mistral", max_positions=131072, sliding_window="used"),
+    "LlamaForCausalLM": Family("Llama 2, 3, 3.1+, SmolLM2", "llama", mlp_biases=True),
+    "MistralForCausalLM": Family("Mistral", "mistral", biases="none", max_positions=131072, sliding_window="used"),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", biases="qkv", max_positions=32768, sliding_window="optional"),
     "Qwen3ForCausalLM": Family(
         "Qwen3", "qwen3", qk_norm=True, head_dim=128, max_positions=32768, sliding_window="optional"
@@ -159,7 +162,7 @@ class ModelConfig:
         positions = _whole(config, "max_position_embeddings") or family.max_positions
         rope_theta, rope_scaling = read_rope({**config, "max_position_embeddings": positions})
         num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-        attention_bias = bool(config.get("attention_bias", False))
+        attention_bias = family.biases != "none" and truth(config, "attention_bias")
         stretched = rope_scaling.scaled_length if rope_scaling is not None else 0
         return cls(
             vocab_size=config["vocab_size"],
@@ -175,9 +178,9 @@ class ModelConfig:
             sliding_window=_sliding_window(config, family),
             qkv_bias=attention_bias or family.biases == "qkv",
             output_bias=attention_bias and family.biases == "configured",
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=family.mlp_biases and truth(config, "mlp_bias"),
             qk_norm=family.qk_norm,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=truth(config, "tie_word_embeddings"),
             max_position_embeddings=max(positions, stretched),
             bos_token_id=next(iter(token_ids(config.get("bos_token_id"), config["vocab_size"])), None),
             eos_token_ids=token_ids(config.get("eos_token_id"), config["vocab_size"]),
@@ -237,7 +240,13 @@ def _refuse_unsupported_options(config: Mapping[str, Any]) -> None:
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How a checkpoint says that it is quantised, also under the names of llm-compressor's beginnings and of MLX."""
+    """How a checkpoint says that it is quantised, also under the names of llm-compressor's beginnings and of MLX.
+
+    Raises:
+        UnsupportedModelError: it says so with something else than an object.
+    """
+    if (own := config.get("quantization_config")) and not isinstance(own, Mapping):
+        raise UnsupportedModelError(f"config.json: quantization_config={shown(own)} is neither an object nor null")
     for key in ("quantization_config", "compression_config", "quantization"):
         if (found := config.get(key)) and isinstance(found, Mapping):
             return found
@@ -259,10 +268,11 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
     if config["sliding_window"] is None or family.sliding_window == "ignored":
         return None
     if family.sliding_window == "optional":
-        if not config.get("use_sliding_window", False):
+        listed = _layer_types(config)
+        if not truth(config, "use_sliding_window"):
             return None
         num_full = _whole(config, "max_window_layers")  # without layer_types, the first ones
-        kinds = _layer_types(config) or {
+        kinds = listed or {
             "full_attention" if layer < (28 if num_full is None else num_full) else "sliding_attention"
             for layer in range(min(config["num_hidden_layers"], _MOST_LAYERS))
         }
@@ -282,7 +292,12 @@ def _layer_types(config: Mapping[str, Any]) -> set[str]:
     listed = config.get("layer_types") or []
     if not isinstance(listed, list):
         raise UnsupportedModelError(f"config.json: layer_types={shown(listed)} is not a list")
-    return {str(kind) for kind in listed}
+    kinds = {str(kind) for kind in listed}
+    if others := sorted(kinds - set(_LAYER_TYPES)):
+        raise UnsupportedModelError(
+            f"config.json: layer_types has {shown(others[0])} (supported: {', '.join(_LAYER_TYPES)})"
+        )
+    return kinds
 
 
 @typing.no_type_check  # it takes values of any type, and checks them itself

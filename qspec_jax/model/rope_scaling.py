@@ -123,7 +123,7 @@ def _yarn(config: Mapping[str, Any], parameters: Mapping[str, Any], original: in
         original_max_position_embeddings=original,
         beta_fast=number(parameters, "beta_fast", 0.0) or 32.0,
         beta_slow=number(parameters, "beta_slow", 0.0) or 1.0,
-        truncate=bool(parameters.get("truncate", True)),
+        truncate=truth(parameters, "truncate", default=True),
         attention_factor=attention,
     )
 
@@ -142,6 +142,18 @@ def number(values: Mapping[str, Any], key: str, default: float | None = None) ->
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return float(value)
     raise UnsupportedModelError(f"config.json: {key}={shown(value)} is not a finite number")
+
+
+def truth(values: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    """The truth value of an entry, ``default`` if it is missing or null.
+
+    Raises:
+        UnsupportedModelError: it is something else, such as the text "false", which would count as true.
+    """
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise UnsupportedModelError(f"config.json: {key}={shown(value)} is neither true nor false")
 
 
 def shown(value: Any) -> str:

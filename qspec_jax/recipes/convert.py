@@ -25,6 +25,7 @@ from qspec_jax.recipes.floats import as_floats
 from qspec_jax.recipes.layerwise import open_calibration
 from qspec_jax.recipes.steps import Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.work_folder import remove_work_folders
+from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
 from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.weights.exact import copy_formats
 from qspec_jax.weights.fill import load_decoder, weight_formats
@@ -90,10 +91,20 @@ def convert(
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
     needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
     progress.say(f"{source_path.name}: {needed}")
+    if recipe.name == "keep" and not options.quantization.keep_floats and _has_floats(source_path):
+        progress.say(
+            f"warning: the floats that {source_path.name} has beside its 4-bit weights are left out; --keep-floats "
+            "keeps them"
+        )
     bytes_before = model_bytes(source_path)
     with locked(Path(path)):
         bytes_after = _convert(source, source_path, Path(path), recipe, options, overwrite=overwrite, progress=progress)
     return Conversion(Path(path), bytes_before, bytes_after, time.perf_counter() - start)
+
+
+def _has_floats(path: Path) -> bool:
+    """Whether a model is a checkpoint that has linears in floating point beside their codes."""
+    return is_checkpoint(path) and read_manifest(path).quantization.keep_floats
 
 
 def _convert(

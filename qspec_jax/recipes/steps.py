@@ -117,6 +117,11 @@ def _gptq(source: Source, context: RecipeContext) -> Source:
     _warn_of_rounding_again(source, progress)
     needed = calibration_bytes(source.config, calibration.tokens.shape)
     progress.say(f"calibration: {calibration.tokens.size} tokens, about {needed / 1e9:.2f} GB of memory")
+    if calibration.tokens.size < source.config.hidden_size:
+        progress.say(
+            f"warning: {calibration.tokens.size} tokens say little of linears with {source.config.hidden_size} inputs "
+            "and more, whose rounding stays close to that of rtn; use --calibration-tokens with more"
+        )
     if finished := calibration.work.num_finished():
         progress.say(f"{finished} of {source.config.num_layers} layers are finished already: {calibration.work.path}")
     return quantize_layers(source, calibration, quantization=context.options.quantization, bar=progress.bar)

@@ -42,9 +42,12 @@ def token_windows(path: Path, tokenizer: Tokenizer, *, num_tokens: int, context:
         tokens += tokenizer.encode(text[: _CHARACTERS_PER_TOKEN * (needed - len(tokens))])
         if len(tokens) >= needed:
             return np.asarray(tokens[:needed], np.int32).reshape(num_windows, context)
+    if not tokens:
+        raise UsageError(f"calibration text {path} has no tokens, and {needed} are asked for; give a text")
+    whole = len(tokens) // context * context or len(tokens)
     raise UsageError(
         f"calibration text {path} has {len(tokens)} tokens, and {needed} are asked for; give more text, or "
-        f"--calibration-tokens {max(1, len(tokens) // context) * context}"
+        f"--calibration-tokens {whole}"
     )
 
 

@@ -32,6 +32,10 @@ _KEPT_OPTIONS = {  # that are only written again
     "model_input_names",
     "model_max_length",
 }
+_FILES = (  # of which transformers makes a tokenizer, or says what is missing
+    *("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tekken.json", "qwen.tiktoken"),
+)
 _REMEDY = "the directory needs the model's tokenizer.json and tokenizer_config.json"
 
 
@@ -136,6 +140,8 @@ def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> 
     try:
         if (path / "tokenizer.json").exists():
             return _open_plain(path, defaults or {})
+        if path.is_dir() and not any((path / name).exists() for name in _FILES) and not _names_own_code(path):
+            raise CheckpointError(f"cannot load a tokenizer from {path}: it holds none; {_REMEDY}")
         backend = _open_in_transformers(path)
     except CheckpointError:
         raise

@@ -70,6 +70,11 @@ def test_what_is_beside_floats_is_asked_for_with_what_a_checkpoint_has(capsys, t
     again = (tmp_path / "head", tmp_path / "floats", "--recipe", "keep", "--keep-floats", "--head-bits", 16)
     assert run(capsys, *again)[0] == 0
     assert load(tmp_path / "floats").quantization.keep_floats
+    left, kept = "warning: the floats that floats has beside its 4-bit weights are left out; --keep-floats keeps", []
+    for name, options in (("copy", ()), ("both", ("--keep-floats",))):
+        code, _, err = run(capsys, tmp_path / "floats", tmp_path / name, "--recipe", "keep", *options)
+        kept.append((code, left in err, load(tmp_path / name).quantization.keep_floats))
+    assert kept == [(0, True, False), (0, False, True)]
 
 
 @pytest.mark.parametrize(("tied", "heads"), [(False, {"head_bits": 8, "draft_head": 4}), (True, {"head_bits": 8})])

@@ -156,6 +156,10 @@ def test_sliding_window(changes, window):
         ({"head_dim": 15}, r"head_dim=15 must be positive and even"),
         ({"num_hidden_layers": 0}, r"num_layers=0 must be positive"),
         (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "chunked_attention"]},
+            r"layer_types has 'chunked_attention' \(supported: full_attention, sliding_attention\)",
+        ),
+        (
             {
                 "architectures": ["Qwen2ForCausalLM"],
                 "use_sliding_window": True,
@@ -207,9 +211,16 @@ def test_what_made_a_checkpoint_that_is_not_read_is_named(settings, maker):
         ({"pad_token_id": 100, "sep_token_id": "none"}, "eos_token_ids", ()),
         ({"head_dim": None, "num_key_value_heads": None, "hidden_act": None}, "head_dim", 16),
         ({"architectures": "LlamaForCausalLM"}, "head_dim", 16),
+        ({"attention_bias": None, "mlp_bias": 0}, "mlp_bias", False),
+        # Models that have no such biases in transformers, whatever their config says.
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "qkv_bias", False),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "output_bias", False),
+        ({"architectures": ["MistralForCausalLM"], "mlp_bias": True}, "mlp_bias", False),
+        ({"architectures": ["Qwen2ForCausalLM"], "mlp_bias": "yes"}, "mlp_bias", False),
+        ({"architectures": ["Qwen3ForCausalLM"], "mlp_bias": True}, "mlp_bias", False),
     ],
 )
-def test_ids_that_are_not_used_never_matter(changes, field, value):
+def test_entries_that_are_not_used_never_matter(changes, field, value):
     assert getattr(read(**changes), field) == value
 
 
@@ -227,9 +238,15 @@ def test_ids_that_are_not_used_never_matter(changes, field, value):
         ({"rms_norm_eps": 0}, "rms_norm_eps=0.0, .* must be positive"),
         ({"max_position_embeddings": 2048.5}, "max_position_embeddings=2048.5 is not an integer"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window=0 must be positive"),
+        ({"attention_bias": "false"}, "attention_bias='false' is neither true nor false"),
+        ({"mlp_bias": 2}, "mlp_bias=2 is neither true nor false"),
+        ({"tie_word_embeddings": []}, r"tie_word_embeddings=\[\] is neither true nor false"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": "no"}, "use_sliding_window='no' is neither"),
+        ({"quantization_config": "gptq"}, "quantization_config='gptq' is neither an object nor null"),
+        ({"quantization_config": [{"quant_method": "gptq"}]}, r"quantization_config=\[.* is neither an object nor"),
     ],
 )
-def test_numbers_that_are_used_are_checked_by_name(changes, message):
+def test_entries_that_are_used_are_checked_by_name(changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         read(**changes)
 

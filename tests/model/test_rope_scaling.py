@@ -102,6 +102,7 @@ def test_other_kinds_are_refused_by_name(kind):
         ({"rope_scaling": YARN | {"beta_fast": -1}}, "beta_fast=-1.0 must be positive"),
         ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor=0.0 must be positive"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor and high_freq_factor are equal"),
+        ({"rope_scaling": YARN | {"truncate": "false"}}, "truncate='false' is neither true nor false"),
         ({"rope_theta": float("nan")}, "rope_theta=nan is not a finite number"),
         ({"rope_theta": 10**400}, "rope_theta=a number of 1329 bits is not a finite number"),
         ({"rope_theta": 0}, r"rope_theta=0\.0 must be greater than 1"),

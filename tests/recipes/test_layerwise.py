@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from qspec_jax.quantization.rtn import quantize_rtn
 from qspec_jax.recipes import convert, layerwise
 from qspec_jax.recipes import files as recipe_files
 from qspec_jax.recipes.observe import advance, linear_of, second_moments
+from qspec_jax.recipes.steps import GPTQ, Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.text import token_windows
 from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
@@ -233,6 +235,32 @@ def test_too_little_text_says_how_much_there_is(capsys, tmp_path, model, text):
     assert code == 2
     message = "has 3000 tokens, and 4096 are asked for; give more text, or --calibration-tokens 2816"
     assert f"error: calibration text {text} {message}" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("A" * 200, "has 200 tokens, and 512 are asked for; give more text, or --calibration-tokens 200"),
+        ("", "has no tokens, and 512 are asked for; give a text"),
+    ],
+)
+def test_a_text_below_one_window_names_what_it_has(capsys, tmp_path, model, content, message):
+    text = tmp_path / "text.txt"
+    text.write_text(content)
+    given = ("--recipe", "gptq", "--calibration", text, "--calibration-tokens")
+    code, _, err = run(capsys, model, tmp_path / "out", *given, 512)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("num_tokens", [63, 64])
+def test_too_few_tokens_to_learn_from_are_said(monkeypatch, num_tokens):
+    source, said = tiny.source(tiny.decoder().config), []
+    monkeypatch.setattr(layerwise, "quantize_layers", lambda source, *_, **__: source)
+    calibration = layerwise.Calibration(np.zeros((1, num_tokens), np.int32), WorkFolder(Path("absent"), "key"))
+    assert GPTQ.apply(source, RecipeContext(RecipeOptions(), Progress(say=said.append), calibration)) is source
+    expected = ["warning: 63 tokens say little of linears with 64 inputs and more"] if num_tokens == 63 else []
+    assert [line.split(",")[0] for line in said if "warning" in line] == expected
 
 
 def test_what_cannot_fit_is_refused_with_numbers(capsys, tmp_path, model, options, monkeypatch):
