@@ -138,9 +138,18 @@ class Intake:
             ids = read
         if not ids:
             raise UsageError(f"{what} is empty; give it some text")
+        self._check_ids(ids, what, tokenised=ids is not read)
+        return read, ids
+
+    def _check_ids(self, ids: Sequence[int], what: str, *, tokenised: bool) -> None:
+        """Raises UsageError if the model has not all of the tokens that were given, or made of a text."""
+        if tokenised and max(ids) >= self.config.vocab_size:
+            raise UsageError(
+                f"{what} has token {max(ids)} of the tokenizer of {self.name}, and the last of the model is "
+                f"{self.config.vocab_size - 1}: the tokenizer is of another model, or has tokens that were never added"
+            )
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise UsageError(f"{what} has a token id outside 0..{self.config.vocab_size - 1}")
-        return read, ids
 
     def _encode(self, text: str, chat: bool | None, what: str) -> list[int]:
         tokenizer = self._require_tokenizer()

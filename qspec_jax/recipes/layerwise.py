@@ -107,13 +107,12 @@ def quantize_layers(
         OutOfMemoryError: a layer does not fit; raised beforehand where that can be told.
     """
     config, tokens, work = source.config, calibration.tokens, calibration.work
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise UsageError(f"calibration token {tokens.max()} is not among the {config.vocab_size} of the model")
     what = f"calibrating {source.path.name} on {tokens.size} tokens"
     check_memory(calibration_bytes(config, tokens.shape), what=f"the largest layer and its Hessians, for {what},")
     finished = dataclasses.replace(source, entries={**source.entries, **_entries(source, quantization, work)})
     with explain_out_of_memory(f"while {what}"):
         streams = embed(source, tokens)
+        _check_what_is_read_last(source)
         for index in bar(range(config.num_layers), "calibrating"):
             if not work.has(index):
                 layer = load_layer(source, index)
@@ -138,11 +137,28 @@ def calibration_bytes(config: ModelConfig, windows: tuple[int, ...]) -> int:
 
 
 def embed(source: Source, tokens: Int32[np.ndarray, "windows T"]) -> list[Array]:
-    """The residual streams in front of the first layer, in equal batches."""
-    embedding = source.entries["embedding.weight"].read()
+    """The residual streams in front of the first layer, in equal batches.
+
+    Raises:
+        UsageError: a token is not of this model.
+        CheckpointError: the embedding cannot be read.
+    """
+    if tokens.min() < 0 or tokens.max() >= source.config.vocab_size:
+        raise UsageError(
+            f"calibration token {tokens.max()} is not among the {source.config.vocab_size} of the model; its tokenizer "
+            "is of another model"
+        )
+    embedding = source.read("embedding.weight")
     assert isinstance(embedding, np.ndarray)
     batches = np.split(tokens, len(tokens) // math.gcd(len(tokens), MAX_BATCH))
     return [jnp.asarray(embedding[batch].astype(np.float32)) for batch in batches]
+
+
+def _check_what_is_read_last(source: Source) -> None:
+    """Raises CheckpointError if final norm or LM head cannot be read, before the layers have taken their time."""
+    for name, spec in source.specs.items():
+        if spec.layer is None and name != "embedding.weight":  # which has been read already
+            source.read(name)
 
 
 def _quantize_layer(

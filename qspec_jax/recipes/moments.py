@@ -39,6 +39,7 @@ def measure_moments(
         bar: wraps the iteration over layers.
 
     Raises:
+        UsageError: a token is not of this model.
         CheckpointError: a tensor cannot be read, or activations are not finite.
         OutOfMemoryError: a layer does not fit; raised beforehand where that can be told.
     """
@@ -68,6 +69,7 @@ def channel_maxima(source: Source, tokens: Int32[np.ndarray, "windows T"], linea
     """The largest magnitude of each input of a linear (by its path) in each layer.
 
     Raises:
+        UsageError: a token is not of this model.
         CheckpointError: a tensor cannot be read.
     """
     maxima, streams = [], embed(source, tokens)

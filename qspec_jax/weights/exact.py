@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dequantize
-from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.errors import UsageError
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.grid import with_grid_of
 from qspec_jax.model.linear import WeightFormat
@@ -129,22 +129,15 @@ def _misfits(source: Source, drafts: Source) -> Iterator[str]:
     """How what is in the first layer of the copy differs from the floats, where it is the same elsewhere."""
     for name, spec in source.specs.items():
         if spec.layer == 0 and spec.kind in ("norm", "bias"):
-            ours, theirs = (_floats(_read(one, name)) for one in (source, drafts))
+            ours, theirs = (_floats(one.read(name)) for one in (source, drafts))
             if not np.allclose(ours, theirs, rtol=_CLOSE, atol=_CLOSE * float(np.abs(ours).max())):
                 yield f"its {name} has other values, so that its linears expect other inputs (AWQ, or another model)"
                 return
     for name in _SAMPLES:
-        ours, theirs = (_floats(_read(one, f"layers.0.{name}")) for one in (source, drafts))
+        ours, theirs = (_floats(one.read(f"layers.0.{name}")) for one in (source, drafts))
         if not np.linalg.norm(theirs - ours) <= _FAR * np.linalg.norm(ours):
             yield f"its layers.0.{name} is no rounding of the same weight (rotated, scaled, or of another model)"
             return
-
-
-def _read(source: Source, name: str) -> np.ndarray | QuantizedTensor:
-    try:
-        return source.entries[name].read()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source.path}: cannot read tensor {name}: {error}") from error
 
 
 def _floats(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:

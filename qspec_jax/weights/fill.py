@@ -35,7 +35,7 @@ from qspec_jax.model.parameters import HEAD, ParameterSpec, head_name, largest_g
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.codes import with_tensor
 from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
-from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry
+from qspec_jax.weights.source import QuantizedTensor, Source, TensorEntry, read_entry
 
 _DEFAULT = Placing()
 
@@ -136,7 +136,7 @@ class _Filling:
 
     def _read(self, name: str, target: _Target) -> None:
         """Reads a tensor into its places, and lets go of it."""
-        tensor = _read(name, target.entry)
+        tensor = read_entry(name, target.entry)
         for place in target.places:
             try:
                 self._write(place, tensor)
@@ -356,13 +356,6 @@ def _is_of(weight: QuantizedWeight, codes: WeightFormat | None) -> bool:
         *(codes.bits, codes.symmetric),
         codes.group_size or weight.num_inputs,
     )
-
-
-def _read(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
-    try:
-        return entry.read()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read tensor {name}: {error}") from error
 
 
 def _allocated(value: Any, *, stacked: bool) -> Any:

@@ -13,6 +13,7 @@ from qspec_jax.errors import CheckpointError, QSpecError, UnsupportedModelError
 
 # Of a GGUF file that `split` cut into pieces, which are no files of the format by themselves.
 _PIECE = re.compile(r"(.+\.gguf)[.-](?:split-?[a-z\d]+|part-?[a-z\d]+|\d{1,3}|a[a-z])", re.IGNORECASE)
+_OF_CHECKPOINT = "qspec.json"  # of weights/checkpoint/manifest.py
 _NO_WEIGHTS = ("optimizer", "scheduler", "rng_state", "training_args", "scaler")  # pickles of a training
 _INSTEAD = "use the model's safetensors or a GGUF file"
 MERGE = "merge it into its model: load both with peft, and call merge_and_unload() and save_pretrained(PATH)"
@@ -85,6 +86,8 @@ def missing_weights(path: Path, missing: str) -> QSpecError:
             f"{path} has PyTorch weights only ({pickles[0]}), which are not read; convert them to safetensors: "
             "load the model with transformers and call model.save_pretrained(PATH)"
         )
+    if (path.parent / _OF_CHECKPOINT).exists():
+        return CheckpointError(f"{path} is a part of the checkpoint {path.parent}; give that path")
     if folders := _folders_with_models(path):
         listed = ", ".join(str(folder.relative_to(path)) for folder in folders[:8])
         return CheckpointError(f"{path} holds no model itself, but its folders do: {listed}; give the path of one")
@@ -92,14 +95,18 @@ def missing_weights(path: Path, missing: str) -> QSpecError:
 
 
 def _folders_with_models(path: Path) -> list[Path]:
-    """Of the folders below, as a hub's cache or a training leaves them, those with a model."""
+    """Of the folders below, as a hub's cache, a training or ``quantize`` leaves them, those with a model."""
     folders = [folder for pattern in ("*", "snapshots/*") for folder in sorted(path.glob(pattern)) if folder.is_dir()]
     return [folder for folder in folders if not _is_hidden(folder) and _may_hold_model(folder)]
 
 
 def _may_hold_model(folder: Path) -> bool:
     try:
-        return bool(gguf_files(folder) or ((folder / "config.json").exists() and safetensors_files(folder)))
+        return bool(
+            gguf_files(folder)
+            or (folder / _OF_CHECKPOINT).exists()
+            or ((folder / "config.json").exists() and safetensors_files(folder))
+        )
     except OSError:
         return False
 

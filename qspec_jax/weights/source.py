@@ -91,8 +91,28 @@ class Source:
     entries: Mapping[str, TensorEntry]
     specs: Mapping[str, ParameterSpec]
 
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        """Reads a tensor now.
+
+        Raises:
+            CheckpointError: it cannot be read; the message names it.
+        """
+        return read_entry(name, self.entries[name])
+
     def __repr__(self) -> str:
         return f"Source({str(self.path)!r}, {len(self.entries)} tensors)"
+
+
+def read_entry(name: str, entry: TensorEntry) -> np.ndarray | QuantizedTensor:
+    """Reads a tensor now.
+
+    Raises:
+        CheckpointError: it cannot be read; the message says ``name``.
+    """
+    try:
+        return entry.read()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read tensor {name}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tokenizers import Tokenizer as Words
 from tokenizers import models, pre_tokenizers
 
 from qspec_jax import SamplingParams, UsageError
+from qspec_jax.engine.intake import Intake
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.outcome import statistics
 from qspec_jax.engine.prompts import prompts_of, read_prompt
@@ -254,3 +257,11 @@ def test_arguments_of_another_type_are_refused(chatting, options, message):
     with pytest.raises(UsageError, match=message):
         chatting.generate([[1]], **{"max_new_tokens": 2, **options})
     assert len(chatting.programs) == 0
+
+
+@pytest.mark.parametrize("prompt", ["hi", [USER]])
+def test_a_tokenizer_of_another_model_is_said_to_be_one(prompt):
+    config = dataclasses.replace(tiny.language_model().config, vocab_size=9)
+    intake = Intake(config, tokenizer(TEMPLATE), (), "mixed", 1)
+    with pytest.raises(UsageError, match=r"^prompt 1 has token 10 of the tokenizer of mixed, and the last .* is 8: the"):
+        intake.encode_prompts([prompt])

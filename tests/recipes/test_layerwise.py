@@ -18,7 +18,7 @@ from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.parameters import layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.recipes import convert, layerwise
+from qspec_jax.recipes import convert, layerwise, moments
 from qspec_jax.recipes import files as recipe_files
 from qspec_jax.recipes.observe import advance, linear_of, second_moments
 from qspec_jax.recipes.steps import GPTQ, Progress, RecipeContext, RecipeOptions
@@ -188,6 +188,51 @@ def test_second_moments_are_those_of_what_a_linear_reads():
     inputs = np.asarray(layer.attention_norm(stream), np.float64).reshape(32, -1)
     found = second_moments(layer, [stream[:1], stream[1:]], "attention.qkv")
     np.testing.assert_allclose(found, inputs.T @ inputs / 32, rtol=1e-4, atol=1e-5)
+
+
+def on_tokens(tokens, tmp_path):
+    """What runs a model on tokens: GPTQ, and what recipes that turn a model measure first."""
+    calibration = layerwise.Calibration(tokens, WorkFolder(tmp_path / "out", "key"))
+    return (
+        lambda source: layerwise.quantize_layers(source, calibration, quantization=QuantConfig()),
+        lambda source: moments.measure_moments(source, tokens, fold_gains=False),
+        lambda source: moments.channel_maxima(source, tokens, "mlp.down"),
+    )
+
+
+def damaged(source, name):
+    """The source with a value that is not finite in a tensor."""
+
+    def read():
+        raise ValueError("its values are not all finite; fetch the file again")
+
+    return dataclasses.replace(source, entries={**source.entries, name: TensorEntry(source.specs[name].shape, read)})
+
+
+def test_tokens_of_another_model_are_refused_by_all_that_runs_on_them(tmp_path):
+    source = tiny.source(tiny.decoder().config)
+    for run_on in on_tokens(TOKENS + 90, tmp_path):
+        with pytest.raises(
+            UsageError, match=r"token 129 is not among the 96 of the model; its tokenizer is of another"
+        ):
+            run_on(source)
+
+
+def test_a_damaged_embedding_is_named_by_all_that_runs_on_it(tmp_path):
+    source = damaged(tiny.source(tiny.decoder().config), "embedding.weight")
+    for run_on in on_tokens(TOKENS, tmp_path):
+        with pytest.raises(
+            CheckpointError, match=r"cannot read tensor embedding.weight: its values are not all finite"
+        ):
+            run_on(source)
+
+
+@pytest.mark.parametrize("name", ["final_norm.weight", "lm_head.weight"])
+def test_what_is_read_last_is_looked_at_first(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(layerwise, "load_layer", lambda *_: pytest.fail("began to quantise"))
+    quantise, *_ = on_tokens(TOKENS, tmp_path)
+    with pytest.raises(CheckpointError, match=f"cannot read tensor {name}"):
+        quantise(damaged(tiny.source(tiny.decoder().config), name))
 
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):

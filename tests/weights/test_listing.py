@@ -16,7 +16,7 @@ CONFIG = hf_config()
 
 def files(path, *names):
     for name in names:
-        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(json.dumps(CONFIG) if name == "config.json" else "")
     return path
 
@@ -65,6 +65,14 @@ def test_the_folders_that_hold_models_are_named(tmp_path):
     files(tmp_path, "checkpoint-10/model.safetensors")
     with pytest.raises(CheckpointError, match=r"no model itself, but its folders do: Q4, checkpoint-10; give"):
         open_source(tmp_path)
+
+
+def test_checkpoints_are_named_from_above_and_from_within(tmp_path):
+    files(tmp_path, "one/qspec.json", "two/qspec.json", "one/data-0/x")
+    with pytest.raises(CheckpointError, match=r"no model itself, but its folders do: one, two; give the path of one"):
+        open_source(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"is a part of the checkpoint {tmp_path / 'one'}; give that path"):
+        open_source(tmp_path / "one" / "data-0")
 
 
 def test_the_snapshots_of_a_cache_are_named(tmp_path):
