@@ -263,5 +263,7 @@ def test_arguments_of_another_type_are_refused(chatting, options, message):
 def test_a_tokenizer_of_another_model_is_said_to_be_one(prompt):
     config = dataclasses.replace(tiny.language_model().config, vocab_size=9)
     intake = Intake(config, tokenizer(TEMPLATE), (), "mixed", 1)
-    with pytest.raises(UsageError, match=r"^prompt 1 has token 10 of the tokenizer of mixed, and the last .* is 8: the"):
+    with pytest.raises(
+        UsageError, match=r"^prompt 1 has token 10 of the tokenizer of mixed, and the last .* is 8: the"
+    ):
         intake.encode_prompts([prompt])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -293,6 +297,61 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(copy, monkey
         save_checkpoint(copy, tiny.decoder(seed=1), tokenizer=None, quantization=QuantConfig(), overwrite=True)
     assert list(copy.parent.iterdir()) == [copy]
     assert_holds(copy, tiny.decoder())
+
+
+def test_what_late_threads_make_anew_after_a_failure_is_removed_too(tmp_path, monkeypatch):
+    remove, left = shutil.rmtree, [3]
+
+    def made_anew(folder, **options):
+        remove(folder, **options)
+        if left[0]:
+            left[0] -= 1
+            (folder / "data-0").mkdir(parents=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save_module, "_flush", full)
+    monkeypatch.setattr(save_module, "_PAUSE_S", 0)
+    monkeypatch.setattr(shutil, "rmtree", made_anew)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(tmp_path / "c", tiny.decoder(), tokenizer=None, quantization=QuantConfig())
+    assert (left, list(tmp_path.iterdir())) == ([0], [])
+
+
+def test_threads_that_end_after_a_failure_print_nothing(monkeypatch):
+    late = RuntimeError("Event loop is closed"), OSError("FAILED [os_error_code='28']")
+    other = RuntimeError("other"), OSError("other")
+    printed, log = [], logging.getLogger("asyncio")
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    for fails, expected in ((True, 2), (False, 4)):
+        with contextlib.suppress(CheckpointError), save_module._without_late_errors():
+            if fails:
+                raise CheckpointError
+        for raised, logged in (late, other):
+            sys.unraisablehook(SimpleNamespace(exc_type=type(raised), exc_value=raised))
+            if log.filter(log.makeRecord("asyncio", 40, "", 0, "never retrieved", (), (OSError, logged, None))):
+                printed.append(logged)
+        assert len(printed) == expected
+        assert printed[-1] is other[1]
+        printed.clear()
+        log.removeFilter(save_module._is_of_others)
+        sys.unraisablehook = printed.append
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_nobody_can_write_is_said_before_anything_long(tmp_path, monkeypatch, there):
+    path = tmp_path if there else tmp_path / "c"
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # whoever runs the tests
+    with pytest.raises(CheckpointError, match=rf"cannot write the checkpoint {path}: {tmp_path} cannot be written"):
+        save_module.check_destination(path, 1, overwrite=False)
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'file'} is no directory; give another path"):
+        save_module.check_destination(tmp_path / "file" / "c", 1, overwrite=False)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path, monkeypatch):

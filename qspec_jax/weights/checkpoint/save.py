@@ -16,6 +16,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 
 ARRAYS, TOKENIZER = "arrays", "tokenizer"
 _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # of TensorStore
 _METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
+_LOOKS, _LOOKS_WITHOUT, _PAUSE_S = 500, 10, 0.02  # at whether what was removed is made anew
 _NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
 
 
@@ -90,7 +94,7 @@ def save_checkpoint(
     path, formats = Path(os.path.realpath(path)), _formats(decoder)
     check_destination(path, num_bytes(decoder), overwrite=overwrite)
     try:
-        with _temporary_directory(path) as temporary:
+        with _without_late_errors(), _temporary_directory(path) as temporary:
             data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
             arrays = _write_arrays(data / ARRAYS, decoder, progress)
             if tokenizer is not None:
@@ -123,7 +127,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 
     Raises:
         UsageError: there is a checkpoint, and ``overwrite`` is not set.
-        CheckpointError: something else is there, or the disk is too small.
+        CheckpointError: something else is there, the disk is too small, or nobody can write there.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not _is_empty(path):
@@ -136,6 +140,11 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
         if not overwrite:
             raise UsageError(f"{path} is a checkpoint already; give another path, or --overwrite (overwrite=True)")
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = (
+            "cannot be written (its disk is read-only, or this user may not)" if parent.is_dir() else "is no directory"
+        )
+        raise CheckpointError(f"cannot write the checkpoint {path}: {parent} {why}; give another path")
     free = shutil.disk_usage(parent).free
     if needed_bytes + _METADATA_BYTES > free:
         kept = "; a checkpoint is only removed after its successor is complete" if is_checkpoint(path) else ""
@@ -190,7 +199,7 @@ def _errors_of_the_system() -> Generator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
+        code = _OS_ERROR.search(str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
@@ -244,8 +253,47 @@ def _temporary_directory(path: Path) -> Generator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        _remove_for_good(temporary)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Removes a directory that threads of TensorStore may go on writing into, and make anew, after one has failed."""
+    looks_without = 0
+    for _ in range(_LOOKS):
+        looks_without = 0 if folder.exists() else looks_without + 1
+        if looks_without == _LOOKS_WITHOUT:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_PAUSE_S)
+
+
+@contextlib.contextmanager
+def _without_late_errors() -> Generator[None]:
+    """Prints no tracebacks of TensorStore's threads that end after the first of them has failed: one error is enough.
+
+    They report to the event loop that Orbax has closed by then; Python prints what is raised there, and asyncio logs
+    what nobody has taken. After a failure both stay silent, for nobody knows when the last of them ends.
+    """
+    before, log = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def print_others(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = print_others
+    log.addFilter(_is_of_others)
+    yield
+    if sys.unraisablehook is print_others:
+        sys.unraisablehook = before
+    log.removeFilter(_is_of_others)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Whether what asyncio logs is no error of the system that TensorStore had."""
+    return not (record.exc_info and _OS_ERROR.search(str(record.exc_info[1])))
 
 
 def _is_running(process: str) -> bool:
