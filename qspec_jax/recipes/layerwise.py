@@ -174,15 +174,16 @@ def _quantize_layer(
                 "damaged, or too large for float32"
             )
         linear = linear_of(layer, name)
+        floats: Any = linear.weight.get_value()
         rounded[name] = gptq(
-            linear.weight.get_value(),
+            floats,
             hessian,
             group_size=quantization.group_size,
             symmetric=quantization.symmetric,
             bits=quantization.bits,
         )
         try:
-            check_grid(is_finite(linear.weight.get_value(), rounded[name]))
+            check_grid(is_finite(floats, rounded[name]))
         except UsageError as error:  # the file says so, not an argument
             raise CheckpointError(f"cannot round {where} {name}: {error}") from error
         linear.weight.set_value(dequantize(rounded[name]))
