@@ -35,8 +35,8 @@ from qspec_jax.model.cache import KV_OF_MODEL, KVCache, LayerCache
 from qspec_jax.model.collectives import embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.head import empty_head, head_product
-from qspec_jax.model.linear import WeightFormat, complete_formats, in_pieces
-from qspec_jax.model.parameters import layer_anatomy
+from qspec_jax.model.linear import WeightFormat, activation_quantization, complete_formats, in_pieces
+from qspec_jax.model.parameters import check_activation_groups, layer_anatomy
 from qspec_jax.model.precision import Precision
 from qspec_jax.model.sharding import cached_config, local_config, local_formats
 from qspec_jax.model.view import AHEAD, RECENT, View
@@ -245,8 +245,12 @@ class Decoder(nnx.Module):
         """Refuses a view that would read other weights than its name says. A float weight refuses codes itself.
 
         Raises:
-            UsageError: it reads 8-bit weights, or an LM head in 4 bits, and there are none.
+            UsageError: it reads 8-bit weights, or an LM head in 4 bits, and there are none; or groups of activations
+                that do not fit the model.
         """
+        if (quantization := self.layers[0].attention.qkv.quantization) is not None:
+            activations = activation_quantization(quantization, view)
+            check_activation_groups(self.config, activations, what=f"view {view.name}")
         if view.weight_bits == 8 and not self.has_8_bits:
             raise UsageError(
                 f"view {view.name} reads 8-bit weights, which this model has not; load it with verify='w8a16', or use "

@@ -12,7 +12,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from qspec_jax.model.config import GROUP_SIZES, ModelConfig
+from qspec_jax.errors import UsageError
+from qspec_jax.model.config import GROUP_SIZES, ActivationQuantization, ModelConfig
 
 HEAD = "quantized_head"  # the LM head in codes, also among the formats of linears
 FLOATS = "floats"  # of a quantised linear, the array that holds its weight as the checkpoint does
@@ -192,3 +193,25 @@ def _parameters_of(linear: LinearSpec, path: str, layer: int) -> Iterator[Parame
         if linear.bias:
             yield ParameterSpec(f"{name}.bias", (num_outputs,), "bias", stream=writes, **place)
         first_row += num_outputs
+
+
+def check_activation_groups(config: ModelConfig, activations: ActivationQuantization | None, *, what: str) -> None:
+    """Refuses groups of activations that the inputs of some linear do not fall into.
+
+    Args:
+        config: of the model.
+        activations: how they are quantised; None where they are not.
+        what: quantises them, for the message.
+
+    Raises:
+        UsageError: the group size does not divide the inputs of a linear.
+    """
+    size = None if activations is None else activations.group_size
+    if size is None:
+        return
+    for path, linear in layer_anatomy(config).linears.items():
+        if linear.num_inputs % size:
+            raise UsageError(
+                f"{what} quantises activations in groups of {size}, which do not divide the {linear.num_inputs} inputs "
+                f"of {path}; use another group_size of activations, or None for one scale per token"
+            )

@@ -31,7 +31,14 @@ from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.head import head_format
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import HEAD, ParameterSpec, head_name, largest_group_size, layer_anatomy
+from qspec_jax.model.parameters import (
+    HEAD,
+    ParameterSpec,
+    check_activation_groups,
+    head_name,
+    largest_group_size,
+    layer_anatomy,
+)
 from qspec_jax.model.shards import parameters
 from qspec_jax.weights.codes import with_tensor
 from qspec_jax.weights.placing import CODES, Placing, Stack, of_parts, parts_of
@@ -265,10 +272,11 @@ def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str
     4 bits then give it an offset, which keeps them exact. None for a float model.
 
     Raises:
-        UsageError: the group size does not divide a linear's inputs.
+        UsageError: the group size of weights, or one asked for of activations, does not divide a linear's inputs.
     """
     if quantization is None:
         return None
+    _check_said_activations(source.config, quantization)
     default = WeightFormat.of(quantization)
     imported: dict[str, set[WeightFormat]] = {path: set() for path in layer_anatomy(source.config).linears}
     for name, spec in source.specs.items():
@@ -298,6 +306,14 @@ def _check_group_sizes(config: ModelConfig, formats: Mapping[str, WeightFormat])
             check_group_size(num_inputs, weight_format.group_size or num_inputs, what=name)
         except ValueError as error:
             raise UsageError(f"cannot quantise this model: {error}") from error
+
+
+def _check_said_activations(config: ModelConfig, quantization: QuantConfig) -> None:
+    """Refuses groups of activations that are asked for. The usual ones may not fit: who drafts with them is told."""
+    usual = QuantConfig()
+    for name in ("w4a4", "w4a8"):
+        if (asked := getattr(quantization, name)) != getattr(usual, name):
+            check_activation_groups(config, asked, what=name)
 
 
 def _joint_format(formats: set[WeightFormat]) -> WeightFormat | None:

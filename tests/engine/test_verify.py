@@ -9,6 +9,7 @@ import qspec_jax
 from qspec_jax import DecodingPlan, LanguageModel, QuantConfig, UsageError, View
 from qspec_jax.decoding.plan import LOOKUP_MODES, plan_of
 from qspec_jax.engine import language_model
+from qspec_jax.model.config import ModelConfig
 from tests import tiny
 
 NESTED = QuantConfig(group_size=32, symmetric=True, bits=8)
@@ -138,3 +139,11 @@ def test_a_target_that_is_none_is_refused():
     whole = tiny.language_model()
     with pytest.raises(UsageError, match="verify='w4a8' is unknown"):
         LanguageModel(whole.decoder, None, quantization=QuantConfig(), kernels="reference", verify="w4a8")
+
+
+def test_a_draft_whose_groups_of_activations_do_not_fit_the_model_is_refused():
+    config = ModelConfig.from_hf({**tiny.BASE_HF_CONFIG, "head_dim": 20})
+    model = tiny.language_model(config, quantization=QuantConfig(group_size=None))
+    assert model.plan(draft="w4a8")
+    with pytest.raises(UsageError, match=r"view w4a4 quantises .* groups of 32, .* the 80 inputs of attention\.output"):
+        model.generate([[5, 6]], draft="w4a4", max_new_tokens=1)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from gguf import GGMLQuantizationType
 
-from qspec_jax.errors import CheckpointError
-from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.errors import CheckpointError, UsageError
+from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
 from qspec_jax.weights.gguf.source import open_gguf
 from qspec_jax.weights.source import TensorEntry
@@ -82,3 +82,14 @@ def test_a_tensor_that_is_too_large_to_be_rounded_is_named(name, options):
     with pytest.raises(CheckpointError, match=rf"^cannot round tensor {name}: .*too large"):
         load(changed, QuantConfig(**options), scan_layers=True)
     assert load(changed, None, scan_layers=True)
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w4a8"])
+def test_groups_of_activations_that_do_not_fit_are_refused_before_anything_is_read(name):
+    source = tiny.source(ModelConfig.from_hf(tiny.BASE_HF_CONFIG))
+    asked = QuantConfig(**{name: ActivationQuantization(group_size=48)})
+    with pytest.raises(
+        UsageError, match=rf"^{name} quantises activations in groups of 48, .* 64 inputs of attention.qkv"
+    ):
+        weight_formats(source, asked)
+    assert weight_formats(source, QuantConfig(**{name: ActivationQuantization(group_size=16)}))

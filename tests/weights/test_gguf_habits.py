@@ -321,11 +321,14 @@ def test_what_is_not_used_or_has_a_default_never_matters(tmp_path, metadata):
     [
         ({"llama.attention.head_count": "4"}, r"llama\.attention\.head_count='4' is not a whole number"),
         ({"llama.block_count": True}, r"llama\.block_count=True is not a whole number"),
-        ({"llama.embedding_length": None}, r"metadata missing or not an integer: llama\.embedding_length"),
+        ({"llama.embedding_length": None}, r"metadata llama\.embedding_length is missing \(a whole number\)"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": None},
+            r"metadata llama\.attention\.layer_norm_rms_epsilon is missing \(a finite number\)",
+        ),
         ({"llama.embedding_length": 64.0}, r"llama\.embedding_length=64\.0 is not a whole number"),
         ({"llama.rope.freq_base": float("nan")}, r"rope\.freq_base=nan is not a finite number"),
         ({"llama.rope.freq_base": [True]}, r"rope\.freq_base=True is not a finite number"),
-        ({"llama.attention.layer_norm_rms_epsilon": None}, r"missing .*llama\.attention\.layer_norm_rms_epsilon"),
         ({"llama.context_length": "long"}, r"llama\.context_length='long' is not a whole number"),
     ],
 )

@@ -118,7 +118,7 @@ class _Metadata:
     def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
         name = f"{self._file.architecture}.{key}"
         if value is None:
-            raise CheckpointError(f"{self._file.path}: metadata missing or not an integer: {name} ({wanted})")
+            raise CheckpointError(f"{self._file.path}: metadata {name} is missing (a {wanted})")
         raise CheckpointError(f"{self._file.path}: metadata {name}={shown(value)} is not a {wanted}")
 
 
