@@ -21,7 +21,7 @@ from qspec_jax.commands.output import is_terminal, require_standard_output, say,
 from qspec_jax.commands.processes import add_processes, run_together
 from qspec_jax.commands.prompt_files import PromptLine, read_prompts_alone
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
-from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain, missing_drafts
+from qspec_jax.decoding.plan import MAX_DRAFT_LENGTH, drafts_that_gain
 from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files.text import STANDARD_INPUT, read_text
 from qspec_jax.model.config import KV_NAMES
@@ -156,12 +156,14 @@ class _Request:
 
         On some devices ``auto`` is ``full``, and of a small cache any budget is. Drafts that are none there stay.
         """
+        from qspec_jax.evaluation.scores import plans_in_cache
+
         target = model.plan("qspec").verify.name
         read = itertools.product(self.drafts, self.draft_contexts)
         gaining = drafts_that_gain(read, target, draft_head=model.draft_head)
         combined = itertools.product(gaining, self.draft_lengths)
         plans = [_plan(model, *one, length) for one, length in combined]
-        return list(dict.fromkeys(one if missing_drafts(one, capacity) else one.in_cache(capacity) for one in plans))
+        return plans_in_cache(plans, capacity)
 
     def capacity(self, model: Any, max_new_tokens: int) -> int:
         """Positions of the caches that prompts run in. Refuses those of which none can, before a text is scored.

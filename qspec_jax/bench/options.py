@@ -157,6 +157,11 @@ def check_at_least(value: int | float | None, least: int, *, option: str) -> Non
         raise UsageError(f"{option} {value:g} must be at least {least:g}")
 
 
+def no_acceptance(draft: str) -> str:
+    """What is said of drafts that read a part of longer texts than the prompts and their new tokens are."""
+    return f"acceptance of {draft} is not measured: no prompt is so long that its drafts read less than all of it"
+
+
 def check_report(arguments: argparse.Namespace) -> None:
     """Raises UsageError where ``--json`` or ``--plot`` of :func:`shared.add_report` could not be written."""
     check_writable(arguments.json, option="--json")

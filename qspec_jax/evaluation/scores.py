@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from qspec_jax.decoding.plan import DecodingPlan
+from qspec_jax.decoding.chunks import fitting_capacity
+from qspec_jax.decoding.plan import DecodingPlan, missing_drafts
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.prompts import Prompt
@@ -56,7 +57,7 @@ class DraftScore:
     """Figures of one draft view and length over some prompts.
 
     Attributes:
-        draft: what the drafts read: a precision, and the part of the cache where it is not all.
+        draft: what the drafts read: a precision, and the part of the cache where it was not all.
         draft_length: drafts per cycle.
         num_prompts, num_tokens: prompts that ran, and tokens generated for them; nothing else counts in any figure.
         num_drafted: tokens drafted for them; 0 where the whole of short texts is what the target reads anyway.
@@ -176,7 +177,7 @@ def score_drafts(
     Args:
         model: with 4-bit weights.
         prompts: texts, conversations or token ids.
-        plans: with drafts, and one target.
+        plans: with drafts, and one target; those that are the same in the cache of these prompts count once.
         kinds: of each prompt, if they are to be scored by kind too; None for a prompt of no kind.
         max_new_tokens: for each prompt.
         batch_size: prompts that run together.
@@ -184,7 +185,8 @@ def score_drafts(
         on_failure: told of each prompt that cannot run, which no score counts: its place, from 0 on, and why.
 
     Returns:
-        for each plan the score of all prompts, then those of each kind, in the order in which they first appear.
+        for each plan, as :func:`plans_in_cache` has it for the longest prompt, the score of all prompts, then those of
+        each kind, in the order in which they first appear.
 
     Raises:
         UsageError: no prompt can run.
@@ -201,13 +203,29 @@ def score_drafts(
     _note_failures(plain, failed, on_failure)
     named = [kind for kind in dict.fromkeys(kinds) if kind is not None]
     of_kind = {kind: [index for index, each in enumerate(kinds) if each == kind] for kind in named}
+    longest = max(len(one.prompt_token_ids) for one in plain if one.error is None) + max_new_tokens
     scores = []
-    for plan in progress(plans):
+    for plan in progress(plans_in_cache(plans, fitting_capacity(longest))):
         pairs = list(zip(generate(plan), plain, strict=True))
         _note_failures([result for result, _ in pairs], failed, on_failure)
         scores.append(_draft_score(plan, pairs, None))
         scores += [_draft_score(plan, [pairs[index] for index in of_kind[kind]], kind) for kind in named]
     return scores
+
+
+def plans_in_cache(plans: Iterable[DecodingPlan], capacity: int) -> list[DecodingPlan]:
+    """Plans as what they are in caches of some positions, each once: of a small cache any budget is all of it.
+
+    Those that draft nothing there stay.
+    """
+    return list(dict.fromkeys(one if missing_drafts(one, capacity) else one.in_cache(capacity) for one in plans))
+
+
+def unscored(plans: Iterable[DecodingPlan], scores: Iterable[DraftScore]) -> list[str]:
+    """What the drafts of some plans read that no prompt was long enough for, each once."""
+    known = {(score.draft, score.draft_length) for score in scores if score.num_drafted}
+    sources = [(str(plan.draft_source), plan.draft_length) for plan in plans if plan.draft_view is not None]
+    return list(dict.fromkeys(source for source, length in sources if (source, length) not in known))
 
 
 def _note_failures(

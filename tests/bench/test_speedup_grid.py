@@ -51,7 +51,8 @@ def test_parts_are_shared_and_the_best_plan_wins(monkeypatch):
 
     monkeypatch.setattr(grid, "measure_parts", measure_parts)
     setting = Setting.create(batch=4, context=8000, longest_draft=3)
-    cell = measure_cell(tiny.language_model(), PLANS, setting, lambda plan: 1 + 0.9 * plan.draft_length, repeats=1)
+    model = tiny.language_model()
+    cell = measure_cell(model, PLANS, setting, lambda plan: 1 + 0.9 * plan.draft_length, repeats=1)
     assert len(asked) == len(set(asked)) == 1 + 2 + 4
     assert [gain.name for gain in cell.gains] == ["w4a8 x1", "w4a8 x3", "w4a8@512 x1", "w4a8@512 x3", "lookup x3"]
     by_name = {gain.name: gain for gain in cell.gains}
@@ -59,8 +60,11 @@ def test_parts_are_shared_and_the_best_plan_wins(monkeypatch):
     assert by_name["w4a8@512 x3"].limit == pytest.approx(3.7 / (3 * 0.3 + 1))
     assert by_name["lookup x3"].speedup == pytest.approx(3.7 / 1.3)
     assert (cell.best, cell.tokens_per_s) == (by_name["lookup x3"], 400.0)
+    known = {"w4a8": 2.0, "lookup": 1.5}  # of the budget nobody knows
+    left = measure_cell(model, PLANS, setting, lambda plan: known.get(plan.draft_source), repeats=1)
+    assert [gain.name for gain in left.gains] == ["w4a8 x1", "w4a8 x3", "lookup x3"]
     small = Setting.create(batch=4, context=300, longest_draft=3)
-    measured = measure_cell(tiny.language_model(), PLANS, small, lambda plan: 1.0, repeats=1)
+    measured = measure_cell(model, PLANS, small, lambda plan: 1.0, repeats=1)
     assert [gain.name for gain in measured.gains] == ["w4a8 x1", "w4a8 x3", "lookup x3"]
     assert (measured.best, measured.speedup) == (None, 1.0)
 

@@ -245,6 +245,13 @@ def test_drafts_are_named_as_what_they_read_of_a_short_cache(model):
     assert [plan.draft_source for plan in asked.plans(model, 512)] == ["w4a8@112", "w4a8", "w4a16@112", "w4a16@1024"]
 
 
+def test_drafts_from_a_budget_that_no_prompt_exceeds_are_scored_as_those_of_the_whole(model):
+    plans = [model.plan(draft="w4a8", draft_length=1, draft_context=context) for context in (112, "full")]
+    scores = evaluation.score_drafts(model, PROMPTS, plans, max_new_tokens=2)
+    assert [(score.draft, score.draft_length) for score in scores] == [("w4a8", 1)]
+    assert evaluation.unscored(plans, scores) == ["w4a8@112"]
+
+
 @pytest.mark.usefixtures("loaded")
 def test_a_run_has_the_caches_that_its_drafts_are_named_by(model):
     prompts = [PromptLine("a prompt" * 5), PromptLine("a")]

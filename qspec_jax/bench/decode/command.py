@@ -23,7 +23,7 @@ from qspec_jax.bench.decode.tables import (
     table_head,
     table_row,
 )
-from qspec_jax.bench.options import write_report
+from qspec_jax.bench.options import no_acceptance, write_report
 from qspec_jax.bench.presets import PRESETS
 from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
@@ -110,7 +110,7 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
     """Loads the model that the modes need, and measures every batch and context."""
     from qspec_jax.bench.decode.measure import measure_parts
     from qspec_jax.bench.decode.parts import Setting, decoding_parts
-    from qspec_jax.evaluation.scores import score_drafts
+    from qspec_jax.evaluation.scores import score_drafts, unscored
 
     say(f"{request.name}: {'making' if request.path is None else 'loading'} weights ...")
     model = request.load(floating_point=list(modes) == ["float"] and request.verify != "float")
@@ -134,6 +134,8 @@ def measure(request: DecodeRequest, modes: Sequence[str], report: _Report) -> No
         say(f"acceptance on {len(prompts)} prompts ...")
         scores = score_drafts(model, prompts, plans, max_new_tokens=NEW_TOKENS)
         report.accept([score for score in scores if score.num_drafted])
+        for draft in unscored(plans, scores):
+            say(no_acceptance(draft))
 
 
 class _Report:

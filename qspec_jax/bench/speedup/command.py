@@ -192,12 +192,12 @@ def parse_chances(text: str, *, option: str) -> list[float]:
 
 def _tokens_per_cycle(
     model: LanguageModel, plans: Sequence[DecodingPlan], request: SpeedupRequest
-) -> Callable[[DecodingPlan], float]:
+) -> Callable[[DecodingPlan], float | None]:
     from qspec_jax.bench.speedup.grid import expected_of
 
     measured: dict[tuple[str, int], float] = {}
     if request.chances is None:
-        from qspec_jax.evaluation.scores import score_drafts
+        from qspec_jax.evaluation.scores import score_drafts, unscored
 
         say(f"acceptance on {len(request.prompts)} prompts ...")
         drafting = [plan for plan in plans if plan.draft_view is not None]
@@ -205,14 +205,17 @@ def _tokens_per_cycle(
         def refuse(place: int, reason: str) -> None:
             raise UsageError(f"prompt {place + 1} failed: {reason}; leave it out of --prompt-file")
 
-        options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "on_failure": refuse}
-        scores = score_drafts(model, request.prompts, drafting, **options)
+        settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "on_failure": refuse}
+        scores = score_drafts(model, request.prompts, drafting, **settings)
         measured = {(score.draft, score.draft_length): score.tokens_per_cycle for score in scores if score.num_drafted}
+        for draft in unscored(drafting, scores):
+            say(f"{options.no_acceptance(draft)}; it is left out")
 
-    def tokens_per_cycle(plan: DecodingPlan) -> float:
-        known = measured.get((str(plan.draft_source), plan.draft_length))
+    def tokens_per_cycle(plan: DecodingPlan) -> float | None:
         chances = request.lookup_chances if plan.draft_view is None else request.chances
-        return known if known is not None else expected_of(chances or [0.0], plan.draft_length)
+        if chances is None:
+            return measured.get((str(plan.draft_source), plan.draft_length))
+        return expected_of(chances, plan.draft_length)
 
     return tokens_per_cycle
 

@@ -105,7 +105,7 @@ def measure_cell(
     model: LanguageModel,
     plans: Sequence[DecodingPlan],
     setting: Setting,
-    tokens_per_cycle: Callable[[DecodingPlan], float],
+    tokens_per_cycle: Callable[[DecodingPlan], float | None],
     *,
     repeats: int,
     repetitions: int | None = None,
@@ -116,7 +116,7 @@ def measure_cell(
         model: synthetic or real.
         plans: with drafts; those that are the same in a cache of this size count once.
         setting: what is in the cache.
-        tokens_per_cycle: ``E`` of a plan.
+        tokens_per_cycle: ``E`` of a plan; None to leave it out.
         repeats, repetitions: as in :func:`measure_parts`.
     """
     for plan in plans:
@@ -124,8 +124,8 @@ def measure_cell(
             say(reason)
     in_cache = list(dict.fromkeys(plan.in_cache(setting.capacity) for plan in plans))
     plain = DecodingPlan(in_cache[0].verify if in_cache else View())
-    plans = [plan for plan in in_cache if plan.draft is not None]
-    parts = _parts_of(plans)
+    expected = {plan: tokens for plan in in_cache if plan.draft and (tokens := tokens_per_cycle(plan)) is not None}
+    parts = _parts_of(list(expected))
     wanted = [Part("step", plain), *dict.fromkeys(part for some in parts.values() for part in some.values())]
     measured = dict(
         zip(wanted, measure_parts(model, wanted, setting, repeats=repeats, repetitions=repetitions), strict=True)
@@ -137,7 +137,7 @@ def measure_cell(
     gains = [
         gain
         for plan, some in parts.items()
-        if (gain := _gain(plan, step, {name: measured[part] for name, part in some.items()}, tokens_per_cycle(plan)))
+        if (gain := _gain(plan, step, {name: measured[part] for name, part in some.items()}, expected[plan]))
     ]
     return Cell(setting.batch, setting.context, step.milliseconds, tuple(gains), reason)
 
