@@ -11,6 +11,7 @@ from qspec_jax.engine.outcome import finish_reason_of
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import FinishReason, GenerationResult
 from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.uncopied import Uncopied
 from qspec_jax.errors import QSpecError
 from qspec_jax.tokenizer.watch import TextWatch
 
@@ -33,7 +34,7 @@ class Piece:
     finished: bool
 
 
-class Answer:
+class Answer(Uncopied):
     """A request under way. Made by :meth:`Service.submit`.
 
     One thread takes its pieces; any may cancel it, or wait for the result. What nobody takes yet is kept as one piece,

@@ -24,6 +24,7 @@ from qspec_jax.engine.results import GenerationResult
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.service import Service
 from qspec_jax.engine.session import Session, pieces, watched
+from qspec_jax.engine.uncopied import Uncopied
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import restart_multiple
 from qspec_jax.model.config import ModelConfig, QuantConfig, held_weights
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _PIPELINE_CAPACITY = 4096  # cache positions of a pipeline that is not told how many
 
 
-class LanguageModel:
+class LanguageModel(Uncopied):
     """A decoder, its tokenizer and its compiled programs. Made by :func:`qspec_jax.load`.
 
     Everything that generates runs the same loop over the same kind of batch (``engine.scheduler``): a list of
@@ -55,6 +56,8 @@ class LanguageModel:
         name: where it was loaded from.
         mesh: the devices that share it; None for one.
     """
+
+    _instead = "qspec_jax.save(model, path) keeps it, and qspec_jax.load(path) makes it where it is needed"
 
     def __init__(
         self,

@@ -18,9 +18,10 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, RunTotals
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.uncopied import Uncopied
 
 
-class Pipeline:
+class Pipeline(Uncopied):
     """A batch that requests enter as others leave it. Made by :meth:`LanguageModel.pipeline`.
 
     ``submit`` queues a request and returns at once; ``results`` runs the device and yields one result per request in

@@ -22,6 +22,7 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, RunTotals
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.uncopied import Uncopied
 from qspec_jax.errors import QSpecError
 
 # Tokens come to those who wait for them after each burst, and so does the turn of a request that has just come.
@@ -31,7 +32,7 @@ _USUAL_SAMPLING = SamplingFeatures(draws=True, truncates=True)
 _ALL_SAMPLING = _USUAL_SAMPLING._replace(penalises=True, biases=True, scores=True)
 
 
-class Service:
+class Service(Uncopied):
     """Answers requests as they come. Made by :meth:`LanguageModel.service`; close it, or use it as a context.
 
     Any thread may use it. An answer that fails, or that nobody takes, holds up no other. What one yields does not

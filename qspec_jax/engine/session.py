@@ -24,11 +24,12 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, RunTotals
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.uncopied import Uncopied
 
 _LEAST_CAPACITY = 256
 
 
-class Session:
+class Session(Uncopied):
     """Answers one prompt after the other. Made by :meth:`LanguageModel.session`. For one thread, but for ``stop``.
 
     Of each prompt only the tokens are read with which it goes on after what was there before, its own answers
