@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -76,11 +77,12 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], into: argparse.
             found, unknown = parser.parse_known_args(argv)
             into.__dict__.update(vars(found))
             of_one_process = [name for name in PROCESSES if any(one.partition("=")[0] == name for one in unknown)]
+            asked = _asked_of(parser, argv)
             if of_one_process:
                 named = ", ".join(of_one_process)
-                parser.error(f"this command runs in one process, without {named}: start it once (docs/mesh.md)")
+                asked.error(f"this command runs in one process, without {named}: start it once (docs/mesh.md)")
             if unknown:
-                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+                asked.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, asked)}")
     except SystemExit as end:
         if text := said.getvalue():
             say(text.rstrip())
@@ -90,6 +92,25 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], into: argparse.
     finally:
         if text := helped.getvalue():
             show(text, end="")
+
+
+def _asked_of(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command among arguments, where there are several; else the one that is given."""
+    several = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return next((one.choices[name] for one in several for name in argv if name in one.choices), parser)
+
+
+def _meant(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to do about options that a parser does not know, if they are like some that it knows."""
+    known = {name.lstrip("-"): name for name in parser._option_string_actions}
+    meant: dict[str, None] = {}
+    for argument in unknown:
+        option = argument.partition("=")[0] if argument.startswith("-") else ""
+        if option in parser._option_string_actions:  # before the name of a command
+            return f"; give {option} after {parser.prog.rpartition(' ')[2]}"
+        near = difflib.get_close_matches(option.lstrip("-"), known, 1, cutoff=0.75)
+        meant.update({known[name]: None for name in near})
+    return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
 def guarded(

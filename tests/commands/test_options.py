@@ -8,8 +8,9 @@ import os
 
 import pytest
 
-from qspec_jax import chat, evaluate, generate, info, serve
+from qspec_jax import chat, evaluate, generate, info, quantize, serve, texts
 from qspec_jax.bench.__main__ import build_parser as bench_parser
+from qspec_jax.bench.__main__ import main as bench
 from qspec_jax.commands import options
 from qspec_jax.commands.options import text_of
 from qspec_jax.errors import UsageError
@@ -33,6 +34,37 @@ def test_a_text_of_another_encoding_is_refused_with_a_remedy(in_ascii):
     for text in (in_ascii("é", "latin-1"), "\ud83d"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"not UTF-8; .*--prompt-file"):
             text_of(text)
+
+
+@pytest.mark.parametrize(
+    ("main", "given", "usage", "said"),
+    [
+        (bench, ["speedup", "--promt-file", "x"], "speedup", "--promt-file x; did you mean --prompt-file?"),
+        (bench, ["decode", "--foo"], "decode", "--foo"),
+        (bench, ["tune", "--process-id", "0"], "tune", "this command runs in one process, without --process-id"),
+        (bench, ["--debug", "tune"], "tune", "--debug; give --debug after tune"),
+        (generate.main, ["--draft-lenght=5", "-prompt", "a"], "", "did you mean --draft-length, --prompt?"),
+        (serve.main, ["--slot", "2", "--prt", "1"], "", "unrecognized arguments: --prt; did you mean --port?"),
+    ],
+)
+def test_of_an_unknown_option_the_usage_is_that_of_its_command(capsys, main, given, usage, said):
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: python -m qspec_jax.{'bench' if main is bench else main.__module__[10:]} {usage}")
+    assert said in err.splitlines()[-1]
+    assert "did you mean" in said or "did you mean" not in err
+
+
+def test_every_command_shows_the_traceback_of_an_error_when_asked():
+    alone = {
+        module.__name__: module.build_parser() for module in (chat, evaluate, generate, info, quantize, serve, texts)
+    }
+    (several,) = bench_parser()._subparsers._group_actions
+    commands = alone | several.choices
+    assert len(commands) == 14
+    assert not [name for name, parser in commands.items() if "--debug" not in parser._option_string_actions]
 
 
 TAKING_A_MESH = {"chat": (chat.build_parser, []), "evaluate": (evaluate.build_parser, [])}

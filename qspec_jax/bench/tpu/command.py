@@ -18,6 +18,7 @@ from typing import Any
 
 from qspec_jax.bench import options
 from qspec_jax.bench.presets import PRESETS
+from qspec_jax.commands import options as shared
 from qspec_jax.commands.output import say, show
 from qspec_jax.errors import QSpecError, UsageError
 
@@ -44,6 +45,7 @@ def add_command(commands: Any) -> None:
     add("--context", type=int, default=2048, metavar="N", help="slots of the cache (default: 2048)")
     add("--group-size", type=int, default=128, metavar="N", help="inputs that share a scale (default: 128)")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
+    shared.add_debug(parser)
     parser.set_defaults(run=run)
 
 
