@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qspec_jax.decoding.sampling_params import SamplingParams
+from qspec_jax.decoding.sampling_params import SamplingParams, check_option
 from qspec_jax.decoding.values import at_least_1, refuse, shown, truth
 from qspec_jax.errors import UsageError
 
@@ -93,13 +93,17 @@ def request_options(given: Mapping[Any, Any]) -> dict[str, Any]:
     for name, (nothing, instead) in _REFUSED.items():
         if name in named and not any(_is(named[name], one) for one in nothing):
             raise refuse(name, named[name], instead)
-    options = _under_our_names(named)
+    options, called = _under_our_names(named)
     _check_do_sample(named, options)
     checked: dict[str, Any] = {}
     if "max_new_tokens" in options:
-        checked["max_new_tokens"] = check_max_new_tokens(options.pop("max_new_tokens"))
+        limit = options.pop("max_new_tokens")
+        checked["max_new_tokens"] = at_least_1(called.pop("max_new_tokens", "max_new_tokens"), limit)
     if "chat" in options:
         checked["chat"] = check_chat(options.pop("chat"))
+    for name, given_name in called.items():  # whose error has that name
+        if name in options:
+            check_option(name, options[name], called=given_name)
     sampling = SamplingParams.of(options)
     return checked | {name: getattr(sampling, name) for name in options}
 
@@ -111,12 +115,17 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{shown(name)} has no meaning; is it {known!r}?")
 
 
-def _under_our_names(named: Mapping[str, Any]) -> dict[str, Any]:
-    options = {name: named[name] for name in REQUEST_OPTIONS if name in named}
+def _under_our_names(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Options by our names, and the names by which those of them were given that have another."""
+    options, called = {name: named[name] for name in REQUEST_OPTIONS if name in named}, {}
     for other, name in _OTHER_NAMES.items():
         if other in named:
             if name in options and not _is(options[name], named[other]):
-                raise UsageError(f"{other}={shown(named[other])} is {name}, which is {shown(options[name])}; give one")
+                first = called.get(name, name)
+                both = f"{other}={shown(named[other])} and {first}={shown(options[name])}"
+                raise UsageError(f"{both} are two values of one option; give one")
+            if name not in options:
+                called[name] = other
             options[name] = named[other]
     # In OpenAI's chats `logprobs` is a truth value, and `top_logprobs` the number.
     top, wanted = named.get("top_logprobs"), options.get("logprobs")
@@ -124,11 +133,12 @@ def _under_our_names(named: Mapping[str, Any]) -> dict[str, Any]:
         del options["logprobs"]
         if wanted:
             options["logprobs"] = 0 if top is None else top
+            called |= {} if top is None else {"logprobs": "top_logprobs"}
         elif top is not None and not _is(top, 0):
             raise refuse("top_logprobs", top, 'it with "logprobs": true')
     elif top is not None and not _is(top, wanted):
         raise refuse("top_logprobs", top, 'it with "logprobs": true, or "logprobs": N alone')
-    return options
+    return options, called
 
 
 def _check_do_sample(named: Mapping[str, Any], options: Mapping[str, Any]) -> None:

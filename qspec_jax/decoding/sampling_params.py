@@ -147,6 +147,15 @@ def sampling_of_each(sampling: Any, num_prompts: int, num_samples: int = 1) -> l
     return [(one, sample) for one in given for sample in range(num_samples)]
 
 
+def check_option(name: str, value: Any, *, called: str) -> None:
+    """Checks a value of a field of :class:`SamplingParams` that was given by another name.
+
+    Raises:
+        UsageError: it makes no sense; the message has that name.
+    """
+    _CHECKS[name](called, value)
+
+
 def all_stop_tokens(sampling: SamplingParams, own: Iterable[int], vocab_size: int) -> tuple[int, ...]:
     """The tokens that end a sequence: ``own`` of the model, unless they are ignored, and those that are asked for.
 

@@ -273,6 +273,10 @@ def _check_content_type(request: Request) -> None:
     if given != "application/json" and not given.endswith("+json"):
         message = f"content-type {given[:60]!r}: send JSON, with the header Content-Type: application/json"
         raise ApiError(415, message, code="unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        message = f"content-encoding {coding[:60]!r}: send the body as it is, without that header"
+        raise ApiError(415, message, code="unsupported_media_type", headers={"accept-encoding": "identity"})
 
 
 async def _refused(request: Request, error: Exception) -> Response:

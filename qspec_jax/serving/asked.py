@@ -34,6 +34,7 @@ class Kind(enum.Enum):
 
 _PATHS = {Kind.TEXT.value: "/v1/completions", Kind.CHAT.value: "/v1/chat/completions"}
 _MEANT = ("model", "stream", "stream_options", "n")
+_COUNTS = ("best_of", "num_return_sequences")  # of answers, as n is
 # No token depends on these.
 _WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Values that ask for nothing, of parameters that the engine does not know.
@@ -132,7 +133,10 @@ def _asked(given: dict[str, Any], kind: Kind, model: str) -> Asked:
     stream = truth("stream", given.get("stream", False), "true or false")
     include_usage = _include_usage(given.get("stream_options"), stream)
     num_choices = whole("n", given.get("n", 1), f"1 to {MAX_CHOICES}", least=1, most=MAX_CHOICES)
-    engines = {name: value for name, value in given.items() if name in request_options.NAMES and name != "n"}
+    for name in _COUNTS:
+        if given.get(name, 1) not in (1, num_choices):
+            raise refuse(name, given[name], "n, of which all answers are returned")
+    engines = {name: given[name] for name in given if name in request_options.NAMES and name not in ("n", *_COUNTS)}
     options = request_options.request_options(engines)
     max_new_tokens = options.pop("max_new_tokens", _TEXT_TOKENS if kind is Kind.TEXT else None)
     drawn = {"temperature": 1.0, "seed": secrets.randbelow(NUM_SEEDS)}

@@ -57,7 +57,7 @@ class Scores:
         if kind is Kind.CHAT:
             return {"content": [self._entry(one) for one in scored], "refusal": None}
         entries = [(self._text(one.token_id), one) for one in scored]
-        tops = [{self._text(token): value for token, value in one.top.items()} for _, one in entries]
+        tops = [self._by_text(one) for _, one in entries]
         return {
             "tokens": [text for text, _ in entries],
             "token_logprobs": [one.logprob for _, one in entries],
@@ -68,6 +68,14 @@ class Scores:
     def _entry(self, one: Scored) -> dict[str, Any]:
         tops = [self._described(token, value) for token, value in one.top.items()]
         return {**self._described(one.token_id, one.logprob), "top_logprobs": tops}
+
+    def _by_text(self, one: Scored) -> dict[str, float]:
+        """The most likely tokens, and the chosen one. Of pieces of characters, which are of one text, the likeliest."""
+        found: dict[str, float] = {}
+        for token in sorted(one.top, key=one.top.__getitem__, reverse=True):
+            found.setdefault(self._text(token), one.top[token])
+        found.setdefault(self._text(one.token_id), one.logprob)
+        return found
 
     def _described(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._text(token_id)

@@ -73,6 +73,10 @@ def test_what_asks_for_nothing_is_taken(harmless):
     assert read(**harmless).num_answers == 1
 
 
+def test_the_best_of_as_many_answers_as_there_are_is_all_of_them():
+    assert read(n=3, best_of=3).num_choices == 3
+
+
 REFUSED = {
     "response_format": {"type": "json_object"},
     "tools": [{"type": "function"}],
@@ -119,7 +123,7 @@ def test_what_is_not_done_is_refused_by_name(name):
         ({"seed": -1}, "seed", "0 to 2"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "give one"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "to 20"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "to 20"),
         ({"top_logprobs": 2}, "top_logprobs", '"logprobs": true'),
         ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias", "up to 300"),
@@ -134,6 +138,8 @@ def test_what_is_not_done_is_refused_by_name(name):
         ({"chat": True}, "chat", "is no parameter"),
         ({"prompt": "a"}, "prompt", "'prompt' is a parameter of /v1/completions; ask there, or give 'messages' alone"),
         ({"made_up": 1}, "made_up", "is no parameter"),
+        ({"best_of": 3, "n": 2}, "best_of", "use n, of which all answers are returned"),
+        ({"num_return_sequences": 2}, "num_return_sequences", "use n"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_named(given, param, message):

@@ -166,6 +166,7 @@ def test_errors_reach_the_client_by_their_kinds(client, idle):
         (("GET", "/v1/completions"), 405, "method_not_allowed"),
         (("POST", "/v1/completions", b"{"), 400, None),
         (("POST", "/v1/completions", b"{}", {"content-type": "text/plain"}), 415, "unsupported_media_type"),
+        (("POST", "/v1/completions", b"{}", {"content-encoding": "gzip"}), 415, "unsupported_media_type"),
         (("POST", "/v1/completions", b" " * (LIMITS.max_body + 1)), 413, "body_too_large"),
         (("POST", "/v1/completions", b" " * 10**6), 413, "body_too_large"),
         (("POST", "/v1/completions", b" " * (LIMITS.max_body + 1), {"expect": "100-continue"}), 413, "body_too_large"),
