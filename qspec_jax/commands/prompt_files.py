@@ -39,6 +39,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 LINE_OPTIONS = REQUEST_OPTIONS
 _OWN_KEYS = ("prompt", "messages", "id", "kind")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # of which lines would be taken for prompts, headings too
 _SAMPLE_LINE = '{"prompt": TEXT} or {"messages": [{"role": "user", "content": TEXT}]}'
 
 
@@ -91,9 +92,11 @@ def read_prompt_lines(path: Path) -> list[PromptLine]:
     Otherwise a line that is no object is a prompt, unless it begins as one and is damaged.
 
     Raises:
-        UsageError: the file cannot be read, has blank lines alone, or a line is not such an object, has no prompt or a
-            kind that is no text.
+        UsageError: the file cannot be read, is a table by its name, has blank lines alone, or a line is not such an
+            object, has no prompt or a kind that is no text.
     """
+    if path.suffix.lower() in _TABLES:
+        raise UsageError(f"--prompt-file {path} is a table, which is not read; write lines such as {_SAMPLE_LINE}")
     text = read_text(path, what="--prompt-file")
     name = "standard input" if is_standard_input(path) else str(path)
     lines = [(line, f"{name}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -298,3 +298,11 @@ def test_a_file_goes_on_with_the_same_settings_alone():
             other = next((one for one in action.choices or () if one != action.default and name != "kv"), "another")
             setattr(asked, name, others.get(name, other))
             assert generate._settings(asked) != generate._settings(parser.parse_args([])), name
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "Prompts.TSV", "prompts.parquet"])
+def test_lines_of_a_table_are_no_prompts(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('id,prompt\n1,"a, b"\n')
+    with pytest.raises(UsageError, match=r'is a table, which is not read; write lines such as \{"prompt": TEXT\}'):
+        read_prompt_lines(path)
