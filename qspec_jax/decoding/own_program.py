@@ -35,7 +35,7 @@ from qspec_jax.model.decoder import Decoder
 
 
 def begin_decoding(
-    decoder: Decoder,
+    decoder: Decoder | Any,
     tokens: Int32[Array, "B T"] | Any,
     num_tokens: Int32[Array, " B"] | Any,
     *,
@@ -63,6 +63,7 @@ def begin_decoding(
         UsageError: an argument makes no sense. Of arrays that are traced, values are not known and not checked.
     """
     plan = static(plan)
+    speculative.check_decoder(decoder)
     for view in plan.views:
         decoder.check_view(view)
     _check_prompts(tokens, num_tokens, decoder.config, max_new_tokens=at_least_1("max_new_tokens", max_new_tokens))

@@ -33,6 +33,7 @@ from qspec_jax.decoding.lookup import look_up, rewrite, write
 from qspec_jax.decoding.plan import DecodingPlan, Plan, static
 from qspec_jax.decoding.sampling import Sampler, choose
 from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces, TokenScores
+from qspec_jax.decoding.values import shown
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KVCache
 from qspec_jax.model.collectives import all_logits, sum_over
@@ -312,7 +313,17 @@ def accept(draft_tokens: Int32[Array, "B gamma"], target_tokens: Int32[Array, "B
     return jnp.cumprod(agrees, axis=1).sum(axis=1, dtype=jnp.int32)
 
 
-def cycle(model: Decoder, state: DecodeState, *, plan: Plan | Any) -> DecodeState:
+def check_decoder(given: Any) -> None:
+    """Refuses what is no decoder, such as the model that has it.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(given, Decoder):
+        raise UsageError(f"decoder={shown(given)}: use that of LanguageModel.decoder_for(plan)")
+
+
+def cycle(model: Decoder | Any, state: DecodeState | Any, *, plan: Plan | Any) -> DecodeState:
     """Draft, verify, accept: advances every unfinished sequence by 1 to ``draft_length + 1`` tokens.
 
     What a cycle keeps true, of each row::
@@ -327,9 +338,13 @@ def cycle(model: Decoder, state: DecodeState, *, plan: Plan | Any) -> DecodeStat
     the drafts of the next cycle read; the target always reads everything.
 
     Raises:
-        UsageError: the plan is a choice, or none, or has longer drafts than the state keeps.
+        UsageError: the plan is a choice, or none, or has longer drafts than the state keeps; or something else is no
+            decoder or no state.
     """
     plan = static(plan)
+    check_decoder(model)
+    if not isinstance(state, DecodeState):
+        raise UsageError(f"state={shown(state)}: use what begin_decoding or cycle returned")
     if state.record is not None and plan.draft_length > (kept := state.record.drafts.shape[2]):
         raise UsageError(
             f"the state keeps {kept} drafts of a cycle, and the plan has {plan.draft_length}; begin with it"

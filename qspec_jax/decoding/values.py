@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,14 @@ def shown(value: Any) -> str:
 
 def refuse(name: str, value: Any, allowed: str) -> UsageError:
     """The error that says what was given and what is allowed."""
-    return UsageError(f"{name}={shown(value)}: use {allowed}")
+    return UsageError(f"{name}={shown(value)}: use {allowed}{untraced(value)}")
+
+
+def untraced(value: Any) -> str:
+    """What to do about a value that a program will know once it runs; empty for any other."""
+    jax = sys.modules.get("jax")  # without which nothing is traced
+    is_traced = jax is not None and isinstance(value, jax.core.Tracer)
+    return ", which is known while a program is traced (make it static, or call this outside of jit)" * is_traced
 
 
 def plain(value: Any) -> Any:

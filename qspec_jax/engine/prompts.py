@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qspec_jax.decoding.values import check_text, plain, shown, whole
+from qspec_jax.decoding.values import check_text, plain, shown, untraced, whole
 from qspec_jax.errors import UsageError
 
 Prompt = Any
@@ -55,7 +55,9 @@ def read_prompt(prompt: Prompt, what: str) -> str | list[int] | list[dict[str, A
     if any(isinstance(one, str) for one in members):
         raise UsageError(f"{what} is {shown(members)}; give each text as a prompt of its own")
     if odd := [one for one in members if not _is_number(one)]:
-        raise UsageError(f"{what} has {shown(odd[0])} among its token ids; use whole numbers, or {_KINDS}")
+        raise UsageError(
+            f"{what} has {shown(odd[0])} among its token ids; use whole numbers, or {_KINDS}{untraced(odd[0])}"
+        )
     return [
         whole(f"a token id of {what}", one, "token ids of the model", least=-(2**63), most=2**64) for one in members
     ]
@@ -78,7 +80,7 @@ def _members(given: Any, what: str) -> list[Any]:
                 return given.tolist()
         return list(given)
     except Exception as error:  # it is no list, or whatever an object raises
-        raise UsageError(f"{what} is {shown(given)}; use {_KINDS}") from error
+        raise UsageError(f"{what} is {shown(given)}; use {_KINDS}{untraced(given)}") from error
 
 
 def _is_number(value: Any) -> bool:

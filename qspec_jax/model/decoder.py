@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenC
 from qspec_jax.model.cache import KV_OF_MODEL, KVCache, LayerCache
 from qspec_jax.model.collectives import embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
+from qspec_jax.model.fields import whole
 from qspec_jax.model.head import empty_head, head_product
 from qspec_jax.model.linear import WeightFormat, activation_quantization, complete_formats, in_pieces
 from qspec_jax.model.parameters import check_activation_groups, layer_anatomy
@@ -117,32 +119,41 @@ class Decoder(nnx.Module):
         sizes = f"{config.num_layers} layers, hidden {config.hidden_size}, MLP {config.intermediate_size}"
         return f"Decoder({sizes}, {config.vocab_size} tokens, {self.dtype})"
 
-    def create_cache(self, *, batch: int, capacity: int, num_blocks: int = 0) -> KVCache:
+    def create_cache(self, *, batch: int | Any, capacity: int | Any, num_blocks: int | Any = 0) -> KVCache:
         """An empty cache, arranged as the layers are; see :meth:`KVCache.create`.
 
         In the program of one of several devices it is that of this device, elsewhere that of all of them.
+
+        Raises:
+            UsageError: a size is no whole number that is known while a program is traced, or less than none.
         """
-        sizes = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
+        given = {"batch": batch, "capacity": capacity, "num_blocks": num_blocks}
+        sizes: Any = {name: whole(name, size) for name, size in given.items()}
+        if negative := [name for name, size in sizes.items() if size < 0]:
+            raise UsageError(f"{negative[0]}={sizes[negative[0]]} must be at least 0")
         is_local = self.axis is not None and is_bound(self.axis)
         config = (local_config if is_local else cached_config)(self.config, self.split)
         return KVCache.create(config, **sizes, dtype=self.dtype, stacked=self.scan_layers, kv=self.kv)
 
     def __call__(
         self,
-        tokens: Int32[Array, "B T"],
-        cache: KVCache,
+        tokens: Int32[Array, "B T"] | Any,
+        cache: KVCache | Any,
         *,
-        precision: Precision | View,
-        logits_at: Int32[Array, " B"] | None = None,
-        idle: Bool[Array, " B"] | None = None,
+        precision: Precision | View | Any,
+        logits_at: Int32[Array, " B"] | Any = None,
+        idle: Bool[Array, " B"] | Any = None,
     ) -> tuple[Float32[Array, "B T_out V"], KVCache]:
         """:meth:`run` without masses.
 
         Raises:
             UsageError: as of :meth:`run`; or the tokens are of another shape or dtype, of more or fewer sequences than
-                the cache has, or all of their logits are wanted and they are more than its positions.
+                the cache has, or all of their logits are wanted and they are more than its positions; or ``cache`` is
+                none; or ``logits_at`` or ``idle`` are of another shape or dtype.
         """
         _check_tokens(tokens, cache, padded=logits_at is not None)
+        _check_of_each("logits_at", logits_at, tokens.shape[0], jnp.integer, "whole numbers, [B] int32")
+        _check_of_each("idle", idle, tokens.shape[0], jnp.bool_, "truth values, [B] bool")
         logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at, idle=idle)
         return logits, cache
 
@@ -415,8 +426,20 @@ def abstract_decoder(
     return nnx.eval_shape(build)
 
 
-def _check_tokens(tokens: Array, cache: KVCache, *, padded: bool) -> None:
+def _check_of_each(name: str, given: Any, batch: int, kind: Any, allowed: str) -> None:
+    """Refuses what is no array with a value of each sequence: JAX would take one value for all of them."""
+    if given is None:
+        return
+    shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
+    if shape != (batch,) or dtype is None or not jnp.issubdtype(dtype, kind):
+        what = type(given).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
+        raise UsageError(f"{name} is {what}; use an array of {allowed}, of B={batch} sequences")
+
+
+def _check_tokens(tokens: Any, cache: Any, *, padded: bool) -> None:
     """Refuses what JAX would take and drop: tokens behind the last position, and rows of other sequences."""
+    if not isinstance(cache, KVCache):
+        raise UsageError(f"cache is {type(cache).__name__}; use what create_cache or the call before returned")
     shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
     if shape is None or dtype is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         what = type(tokens).__name__ if shape is None else f"{dtype}{list(shape)}"

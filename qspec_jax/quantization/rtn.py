@@ -46,8 +46,9 @@ def quantize_rtn(
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} is not supported; use 4 or 8")
-    if weight.ndim != 2:
-        raise ValueError(f"weight has shape {weight.shape}; use [N, K], a stack of them with jax.vmap")
+    if getattr(weight, "ndim", None) != 2:
+        what = f"has shape {weight.shape}" if hasattr(weight, "shape") else f"is of type {type(weight).__name__}"
+        raise ValueError(f"weight {what}; use an array [N, K], a stack of them with jax.vmap")
     rounded, fits = _quantize_rtn(weight, group_size=group_size, symmetric=symmetric, bits=bits)
     if not isinstance(fits, jax.core.Tracer):
         check_grid(fits)

@@ -130,6 +130,31 @@ def test_what_are_no_prompts_is_refused(model, tokens, num_tokens, message):
         qspec_jax.begin_decoding(model.decoder, tokens, num_tokens, plan=model.plan("w4a16"), max_new_tokens=4)
 
 
+def test_what_is_no_decoder_and_no_state_is_refused(model):
+    plan, prompt = model.plan("w4a16"), (np.asarray([[5, 6]]), np.asarray([2]))
+    with pytest.raises(UsageError, match=r"decoder=LanguageModel.*: use that of LanguageModel\.decoder_for"):
+        qspec_jax.begin_decoding(model, *prompt, plan=plan, max_new_tokens=4)
+    with pytest.raises(UsageError, match="state=None: use what begin_decoding or cycle returned"):
+        qspec_jax.cycle(model.decoder, None, plan=plan)
+    with pytest.raises(UsageError, match=r"decoder=None: use that of"):
+        qspec_jax.cycle(None, None, plan=plan)
+
+
+def test_what_a_program_knows_only_when_it_runs_is_said_to_be_so(model):
+    """As a number, as one of the options, and where the whole engine is called within a program."""
+    plan, prompt = model.plan("w4a16"), (np.asarray([[5, 6]]), np.asarray([2]))
+    begin = lambda **options: qspec_jax.begin_decoding(model.decoder, *prompt, plan=plan, **options)  # noqa: E731
+    within = r"known while a program is traced \(make it static, or call this outside of jit\)"
+    with pytest.raises(UsageError, match=f"max_new_tokens=.*{within}"):
+        jax.jit(lambda count: begin(max_new_tokens=count))(4)
+    with pytest.raises(UsageError, match=f"seed=.*{within}"):
+        jax.jit(lambda seed: begin(max_new_tokens=4, sampling={"seed": seed}))(4)
+    with pytest.raises(UsageError, match=f"prompt 1 is .*{within}"):
+        jax.jit(lambda tokens: model.generate([tokens]))(jnp.ones(3, jnp.int32))
+    with pytest.raises(UsageError, match=r"use a whole number$"):
+        begin(max_new_tokens=4.0)
+
+
 def test_what_is_no_plan_is_refused(model):
     with pytest.raises(UsageError, match=r"plan='qspec': use what LanguageModel\.plan returns"):
         qspec_jax.begin_decoding(

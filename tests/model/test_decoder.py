@@ -318,6 +318,32 @@ def test_tokens_that_a_cache_has_no_place_for_are_refused(shape, message):
         decoder(jnp.ones(shape, jnp.int32), cache, precision=Precision.W4A16)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cache": None}, "cache is NoneType; use what create_cache"),
+        ({"logits_at": [1, 0]}, r"logits_at is list; use an array of whole numbers, \[B\] int32, of B=2 sequences"),
+        ({"logits_at": np.array([1])}, r"logits_at is int64\[1\]"),  # which would be that of both
+        ({"logits_at": np.array([0.0, 1.0])}, r"logits_at is float64\[2\]"),
+        ({"idle": np.array([True])}, r"idle is bool\[1\]; use an array of truth values"),
+        ({"idle": np.array([1, 0])}, r"idle is int64\[2\]"),
+    ],
+    ids=str,
+)
+def test_what_says_nothing_of_each_sequence_is_refused(given, message):
+    decoder = tiny.decoder()
+    options = {"cache": decoder.create_cache(batch=2, capacity=4), "precision": Precision.W4A16, **given}
+    with pytest.raises(UsageError, match=message):
+        decoder(jnp.ones((2, 3), jnp.int32), **options)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 1.5}, {"capacity": -1}, {"batch": True}, {"capacity": "8"}], ids=str)
+def test_a_cache_of_no_size_is_refused_by_name(sizes):
+    (name,) = sizes
+    with pytest.raises(UsageError, match=f"^{name}( must be a whole number|=-1 must be at least 0)"):
+        tiny.decoder().create_cache(**{"batch": 1, "capacity": 8, **sizes})
+
+
 def test_a_float_model_refuses_a_4_bit_precision():
     decoder = tiny.decoder(quantization=None)
     with pytest.raises(UsageError, match="needs 4-bit weights"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,10 +63,10 @@ def test_what_is_no_number_of_inputs_is_no_group_size(group_size):
         check_group_size(64, group_size)
 
 
-@pytest.mark.parametrize("shape", [(64,), (2, 8, 64)])
-def test_what_is_no_matrix_is_refused(shape):
-    with pytest.raises(ValueError, match=r"use \[N, K\]"):
-        quantize_rtn.__wrapped__(jnp.ones(shape), group_size=32)
+@pytest.mark.parametrize("weight", [jnp.ones(64), jnp.ones((2, 8, 64)), [[1.0] * 64]], ids=lambda given: type(given))
+def test_what_is_no_matrix_is_refused(weight):
+    with pytest.raises(ValueError, match=r"use an array \[N, K\]"):
+        inspect.unwrap(quantize_rtn)(weight, group_size=32)
 
 
 def test_other_bits_are_refused():
