@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.shown import with_shapes
 from pallas_kernels.arrays.weight import Layout, order_activation_codes
 
@@ -69,6 +70,7 @@ class QuantizedActivation:
         return self.offset is None
 
 
+@checked
 def dequantize_activation(x: QuantizedActivation) -> Float32[Array, "*batch K"]:
     """The activation as float32: the definition."""
     codes = order_activation_codes(x.codes, x.layout, inverse=True)

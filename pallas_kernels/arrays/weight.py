@@ -44,6 +44,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.shown import with_shapes
 
 SYMMETRIC_ZERO_POINT = 8
@@ -195,18 +196,26 @@ def check_weight(weight: QuantizedWeight, num_inputs: int, *, op: str) -> None:
         raise ValueError(f"{op}: K={num_inputs} does not split into the weight's {weight.num_groups} groups")
 
 
+@checked
 def pack_codes(codes: UInt8[_AnyArray, "*layers N K"]) -> UInt8[_AnyArray, "*layers N half_K"]:
-    """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes, on the device or in host memory."""
+    """Packs unsigned 4-bit codes (0..15, one per byte) into nibble planes, on the device or in host memory.
+
+    Raises:
+        ValueError: K is odd, or ``codes`` are no such array.
+    """
+    check_group_size(codes.shape[-1], codes.shape[-1] or 1, what="pack_codes")
     half = codes.shape[-1] // 2
     # pyrefly: ignore[bad-return]: it does not look at each kind of array by itself
     return codes[..., :half] | (codes[..., half:] << 4)
 
 
+@checked
 def unpack_codes(packed: UInt8[Array, "*layers N half_K"]) -> UInt8[Array, "*layers N K"]:
     """The inverse of :func:`pack_codes`."""
     return jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)
 
 
+@checked
 def pack_nested(
     codes: UInt8[_AnyArray, "*layers N K"],
 ) -> tuple[UInt8[_AnyArray, "*layers N half_K"], UInt8[_AnyArray, "*layers N half_K"]]:
@@ -215,6 +224,7 @@ def pack_nested(
     return pack_codes(codes >> 4), pack_codes(codes & 0xF)
 
 
+@checked
 def unpack_nested(
     packed: UInt8[Array, "*layers N half_K"], low: UInt8[Array, "*layers N half_K"]
 ) -> UInt8[Array, "*layers N K"]:
@@ -222,6 +232,7 @@ def unpack_nested(
     return (unpack_codes(packed) << 4) | unpack_codes(low)
 
 
+@checked
 def upper_nibbles(weight: QuantizedWeight) -> QuantizedWeight:
     """The 4-bit weight inside a nested one, of the same arrays; a weight in 4 bits is its own."""
     if weight.low is None:
@@ -230,6 +241,7 @@ def upper_nibbles(weight: QuantizedWeight) -> QuantizedWeight:
     return dataclasses.replace(weight, low=None, truncated=not weight.symmetric)
 
 
+@checked
 def with_layout(weight: QuantizedWeight, layout: Layout) -> QuantizedWeight:
     """The weight with its bytes in the order of ``layout``, on the device or in host memory.
 
@@ -326,11 +338,19 @@ def _float_codes(weight: QuantizedWeight, dtype: DTypeLike) -> tuple[Array, Arra
     return (low + half, high + half) if weight.truncated else (low, high)
 
 
+@checked
 def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers N K"]:
-    """The weight as one float array ``[..., N, K]``: the definition, computed in ``dtype``."""
+    """The weight as one float array ``[..., N, K]``: the definition, computed in ``dtype``.
+
+    Raises:
+        ValueError: ``dtype`` is no floating-point one.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dequantize: dtype={jnp.dtype(dtype)} holds no fractions; use float32, bfloat16 or float16")
     return jnp.concatenate(dequantize_planes(weight, dtype), axis=-1)
 
 
+@checked
 def with_group_sums(weight: QuantizedWeight, group_size: int | None = None) -> QuantizedWeight:
     """The weight with ``group_sum`` over groups of ``group_size`` inputs (None: its own), in the dtype of its scales.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.decode_attention import by_heads, check_arrays, check_block_size
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
@@ -18,6 +19,7 @@ _OP = "block_attention"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 
 
+@checked
 def block_attention(
     query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],
@@ -62,6 +64,7 @@ def block_attention(
     return call_for_rows(chosen, _OP, query, keys, values, **options)
 
 
+@checked
 def choose_blocks(
     masses: Float32[Array, "B L KH NB"],
     lengths: Int32[Array, " B"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
@@ -16,6 +17,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def decode_attention(
     query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],
@@ -57,6 +59,7 @@ def decode_attention(
     return call_for_rows(chosen, _OP, query, keys, values, lengths=lengths, window=window)
 
 
+@checked
 def decode_attention_with_masses(
     query: Float[Array, "B_all T H HD"],
     keys: Float[Array, "B S *heads"],

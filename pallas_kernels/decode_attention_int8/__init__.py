@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.arrays.int8_cache import Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
@@ -26,6 +27,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def decode_attention_int8(
     query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
@@ -55,6 +57,7 @@ def decode_attention_int8(
     return call_for_rows(chosen, _OP, query, cache, lengths=lengths, window=window)
 
 
+@checked
 def decode_attention_int8_with_masses(
     query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
@@ -80,6 +83,7 @@ def decode_attention_int8_with_masses(
     return call_for_rows(chosen, f"{_OP}_with_masses", query, cache, **options)
 
 
+@checked
 def block_attention_int8(
     query: Float[Array, "B_all T H HD"],
     cache: Int8Cache,
@@ -105,6 +109,7 @@ def block_attention_int8(
     return call_for_rows(chosen, "block_attention_int8", query, cache, **options)
 
 
+@checked
 def prefill_int8(
     qkv: Float[Array, "B T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 
@@ -18,6 +19,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def float_matmul(
     x: Float[Array, "*batch K"], weight: Float[Array, "N K"], *, implementation: str | None = None
 ) -> Float32[Array, "*batch N"]:
@@ -42,6 +44,7 @@ def float_matmul(
     return value_of(float_partial_sums(x, weight, dtype=jnp.float32, implementation=implementation))
 
 
+@checked
 def float_partial_sums(
     x: Float[Array, "*batch K"],
     weight: Float[Array, "N K"],

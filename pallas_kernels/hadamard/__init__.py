@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.hadamard.matrices import core_order
 
@@ -14,6 +15,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def hadamard(x: Float[Array, "*batch K"], *, implementation: str | None = None) -> Float[Array, "*batch K"]:
     """``H @ x / sqrt(K)`` along the last axis, with the matrix H of :mod:`pallas_kernels.hadamard.matrices`.
 

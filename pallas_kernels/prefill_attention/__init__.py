@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.decode_attention import by_heads, check_arrays
 from pallas_kernels.dispatch import TRITON, Implementations
 
@@ -12,6 +13,7 @@ _OP = "prefill_attention"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
+@checked
 def prefill_attention(
     query: Float[Array, "N T H HD"],
     keys: Float[Array, "B S *heads"],

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.weight import WGMMA_CODES, Layout, check_group_size
 from pallas_kernels.dispatch import TRITON, Implementations
 
@@ -18,6 +19,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def quantize_activations(
     x: Float[Array, "*batch K"],
     *,

@@ -7,6 +7,7 @@ from typing import overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.dispatch import TRITON, Implementations
 
@@ -38,6 +39,7 @@ def rms_norm(
 ) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]]: ...
 
 
+@checked
 def rms_norm(
     x: Float[Array, "*batch K"],
     gain: Float[Array, " K"],

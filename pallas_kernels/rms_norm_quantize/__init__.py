@@ -7,6 +7,7 @@ from typing import overload
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.dispatch import TRITON, Implementations
@@ -52,6 +53,7 @@ def rms_norm_quantize(
 ) -> tuple[Float[Array, "*batch K"], QuantizedActivation]: ...
 
 
+@checked
 def rms_norm_quantize(
     x: Float[Array, "*batch K"],
     gain: Float[Array, " K"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.further_sequences import call_for_rows
 from pallas_kernels.arrays.int8_cache import RING, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
@@ -17,6 +18,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def rotate_and_write_int8(
     qkv: Float[Array, "B_all T heads HD"] | PartialSums,
     cosine: Float32[Array, "B T half_HD"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.dispatch import TRITON, Implementations
 
@@ -14,6 +15,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def swiglu(
     gate_up: Float[Array, "*batch two_K"] | PartialSums, *, implementation: str | None = None
 ) -> Float[Array, "*batch K"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.hadamard.matrices import core_order
 
@@ -14,6 +15,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def swiglu_hadamard(
     gate_up: Float[Array, "*batch two_K"], *, block: int | None = None, implementation: str | None = None
 ) -> Float[Array, "*batch K"]:

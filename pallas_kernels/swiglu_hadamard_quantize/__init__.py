@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.dispatch import TPU, TRITON, Implementations
 from pallas_kernels.quantize_activations import checked_settings
@@ -15,6 +16,7 @@ _OP = "swiglu_hadamard_quantize"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", TPU: "tpu"})
 
 
+@checked
 def swiglu_hadamard_quantize(
     gate_up: Float[Array, "*batch two_K"],
     *,

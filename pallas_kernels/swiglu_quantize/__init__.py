@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.arrays.weight import Layout
 from pallas_kernels.dispatch import TRITON, Implementations
@@ -15,6 +16,7 @@ _OP = "swiglu_quantize"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
+@checked
 def swiglu_quantize(
     gate_up: Float[Array, "*batch two_K"] | PartialSums,
     *,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
 from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_of_trial
@@ -22,6 +23,7 @@ _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@checked
 def w4a16_matmul(
     x: Float[Array, "*batch K"],
     weight: QuantizedWeight,
@@ -48,6 +50,7 @@ def w4a16_matmul(
     return value_of(w4a16_partial_sums(x, weight, dtype=dtype, implementation=implementation))
 
 
+@checked
 def w4a16_partial_sums(
     x: Float[Array, "*batch K"],
     weight: QuantizedWeight,

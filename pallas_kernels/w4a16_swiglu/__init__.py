@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.weight import QuantizedWeight
 from pallas_kernels.dispatch import MOSAIC, Implementations
 from pallas_kernels.swiglu import swiglu
@@ -17,6 +18,7 @@ _OP = "w4a16_swiglu"
 _IMPLEMENTATIONS = Implementations(__name__, {MOSAIC: "gpu_mosaic"})
 
 
+@checked
 def w4a16_swiglu(
     x: Float[Array, "*batch K"], weight: QuantizedWeight, *, implementation: str | None = None
 ) -> Float[Array, "*batch F"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.partial_sums import PartialSums, value_of
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight, check_weight
 from pallas_kernels.dispatch import MOSAIC, TPU, TRITON, Implementations, order_of_trial
@@ -20,6 +21,7 @@ _OP = "w4a4_matmul"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton", MOSAIC: "gpu_mosaic", TPU: "tpu"})
 
 
+@checked
 def w4a4_matmul(
     x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
 ) -> Float[Array, "*batch N"]:
@@ -46,6 +48,7 @@ def w4a4_matmul(
     return value_of(w4a4_partial_sums(x, weight, dtype=dtype, implementation=implementation))
 
 
+@checked
 def w4a4_partial_sums(
     x: QuantizedActivation, weight: QuantizedWeight, *, dtype: jax.typing.DTypeLike, implementation: str | None = None
 ) -> Float[Array, "*batch N"] | PartialSums:

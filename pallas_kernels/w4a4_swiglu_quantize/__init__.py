@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.arrays.activation import QuantizedActivation
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.weight import Layout, QuantizedWeight
 from pallas_kernels.dispatch import MOSAIC, Implementations
 from pallas_kernels.quantize_activations import checked_settings
@@ -16,6 +17,7 @@ _OP = "w4a4_swiglu_quantize"
 _IMPLEMENTATIONS = Implementations(__name__, {MOSAIC: "gpu_mosaic"})
 
 
+@checked
 def w4a4_swiglu_quantize(
     x: QuantizedActivation,
     weight: QuantizedWeight,
