@@ -30,6 +30,7 @@ from qspec_jax.decoding.sampling_params import (
 from qspec_jax.decoding.state import DecodeState, PromptChunk, TokenScores
 from qspec_jax.decoding.values import at_least_1, shown, truth
 from qspec_jax.errors import TooLongError, UsageError
+from qspec_jax.model.collectives import check_varying
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.decoder import Decoder
 
@@ -60,7 +61,8 @@ def begin_decoding(
         keep_drafts: keep what each cycle drafts, in ``record``.
 
     Raises:
-        UsageError: an argument makes no sense. Of arrays that are traced, values are not known and not checked.
+        UsageError: an argument makes no sense. Of arrays that are traced, values are not known and not checked. Or the
+            program is one of a ``jax.shard_map`` that checks what varies: use ``check_vma=False``.
     """
     plan = static(plan)
     speculative.check_decoder(decoder)
@@ -80,6 +82,7 @@ def begin_decoding(
             f"drafts of {plan.label} would read all of a cache of {capacity}; use plan.in_cache({capacity})"
         )
     cache = decoder.create_cache(batch=batch, capacity=capacity, num_blocks=plan.num_blocks)
+    check_varying(tokens, cache)
     state = DecodeState.idle(cache, lookup=plan.lookup)
     if features.scores:
         state = dataclasses.replace(state, scores=TokenScores.zeros(batch, capacity))

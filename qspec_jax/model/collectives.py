@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import MAX_DECODE_TOKENS, PartialSums, value_of
+from qspec_jax.errors import UsageError
 
 
 def is_bound(axis: str) -> bool:
@@ -29,6 +30,21 @@ def is_bound(axis: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def check_varying(tokens: Any, cache: Any) -> None:
+    """Refuses tokens of each device of a ``jax.shard_map`` beside a cache of all: the carry of a loop keeps its kind.
+
+    Raises:
+        UsageError: that is so, which JAX finds out where it checks what varies.
+    """
+    kinds = (getattr(jax.typeof(jax.tree.leaves(one)[0]), "manual_axis_type", None) for one in (tokens, cache))
+    given, kept = (getattr(kind, "varying", frozenset()) for kind in kinds)  # empty where nobody checks
+    if given - kept:
+        raise UsageError(
+            f"tokens vary over {', '.join(sorted(given - kept))} and the cache does not; use jax.shard_map with "
+            "check_vma=False, which the kernels need as well"
+        )
 
 
 def add_up(y: Float[Array, "*batch N"] | PartialSums, axis: str | None) -> Float[Array, "*batch N"] | PartialSums:

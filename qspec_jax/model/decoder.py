@@ -33,7 +33,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenContext
 from qspec_jax.model.cache import KV_OF_MODEL, KVCache, LayerCache
-from qspec_jax.model.collectives import embed, is_bound
+from qspec_jax.model.collectives import check_varying, embed, is_bound
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.fields import whole
 from qspec_jax.model.head import empty_head, head_product
@@ -149,9 +149,11 @@ class Decoder(nnx.Module):
         Raises:
             UsageError: as of :meth:`run`; or the tokens are of another shape or dtype, of more or fewer sequences than
                 the cache has, or all of their logits are wanted and they are more than its positions; or ``cache`` is
-                none; or ``logits_at`` or ``idle`` are of another shape or dtype.
+                none; or ``logits_at`` or ``idle`` are of another shape or dtype; or a ``jax.shard_map`` checks what
+                varies: use ``check_vma=False``.
         """
         _check_tokens(tokens, cache, padded=logits_at is not None)
+        check_varying(tokens, cache)
         _check_of_each("logits_at", logits_at, tokens.shape[0], jnp.integer, "whole numbers, [B] int32")
         _check_of_each("idle", idle, tokens.shape[0], jnp.bool_, "truth values, [B] bool")
         logits, cache, _ = self.run(tokens, cache, precision=precision, logits_at=logits_at, idle=idle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import qspec_jax
 from qspec_jax import SamplingParams
@@ -153,6 +155,27 @@ def test_what_a_program_knows_only_when_it_runs_is_said_to_be_so(model):
         jax.jit(lambda tokens: model.generate([tokens]))(jnp.ones(3, jnp.int32))
     with pytest.raises(UsageError, match=r"use a whole number$"):
         begin(max_new_tokens=4.0)
+
+
+def test_a_shard_map_that_checks_what_varies_is_told_not_to(model):
+    plan, mesh = model.plan("w4a16"), jax.sharding.Mesh(jax.devices()[:1], ("rows",))
+    graph, weights = nnx.split(model.decoder_for(plan))
+
+    def first_tokens(weights, tokens, num_tokens):
+        decoder = nnx.merge(graph, weights)
+        return qspec_jax.begin_decoding(decoder, tokens, num_tokens, plan=plan, max_new_tokens=4).tokens
+
+    def logits(weights, tokens, num_tokens):
+        decoder = nnx.merge(graph, weights)
+        return decoder(tokens, decoder.create_cache(batch=1, capacity=8), precision=plan.verify)[0]
+
+    specs = (PartitionSpec(), PartitionSpec("rows"), PartitionSpec("rows"))
+    given = weights, jnp.asarray([[5, 6]]), jnp.asarray([2])
+    for program in (first_tokens, logits):
+        over = functools.partial(jax.shard_map, program, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("rows"))
+        with pytest.raises(UsageError, match=r"tokens vary over rows .*use jax\.shard_map with check_vma=False"):
+            jax.eval_shape(over(), *given)
+        assert jax.eval_shape(over(check_vma=False), *given).shape[0] == 1
 
 
 def test_what_is_no_plan_is_refused(model):
