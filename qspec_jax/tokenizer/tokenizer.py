@@ -7,6 +7,7 @@ import of transformers is slow; ``backend.py`` does without where it can.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import re
 import threading
@@ -76,8 +77,18 @@ class Tokenizer:
         """How a token is written in the vocabulary, special tokens too; None where there is no such token."""
         return self._token(token_id)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set."""
+    def encode(self, text: str | Any, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set.
+
+        Raises:
+            UsageError: it is no text, or has half a character.
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"text is of type {type(text).__name__}; use a str, each of several by itself")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("text has half a character, which no UTF-8 text has; remove it") from error
         with self._lock:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
@@ -140,10 +151,23 @@ class Tokenizer:
             continue_final_message=not add_generation_prompt,
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, special tokens left out."""
+    def decode(self, ids: Sequence[int] | Any) -> str:
+        """The text of some tokens, special tokens left out, and what is no token of the vocabulary.
+
+        Args:
+            ids: a flat list, or an array of NumPy or JAX ``[T]``.
+
+        Raises:
+            UsageError: they are no token ids.
+        """
+        try:
+            ids = list(map(operator.index, ids))
+        except TypeError as error:
+            raise UsageError(f"ids is of type {type(ids).__name__}; use a flat list or array of token ids") from error
+        if odd := [one for one in ids if not 0 <= one < 2**32]:
+            raise UsageError(f"ids has token {odd[0]}; use token ids of the model")
         with self._lock:
-            return self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_text(self, token_id: int) -> str:
         """What a token is within a text; a special token as it is written, half a character as a replacement."""

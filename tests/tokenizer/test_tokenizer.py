@@ -4,6 +4,7 @@ import json
 import random
 
 import gguf
+import numpy as np
 import pytest
 
 from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError, UsageError
@@ -172,6 +173,22 @@ def test_a_finished_decoder_starts_afresh(demo):
     assert decoder.push(half) == ""
     assert decoder.finish() == "\ufffd"
     assert decoder.push(demo.encode("Hello")) == "Hello"
+
+
+def test_what_is_no_text_and_what_are_no_tokens_is_refused_by_name(sentencepiece_path):
+    tokenizer = load_tokenizer(sentencepiece_path())
+    for given, message in ((b"cat", "text is of type bytes; use a str"), (["a"], "of type list"), ("\ud800", "half a")):
+        with pytest.raises(UsageError, match=message):
+            tokenizer.encode(given)
+    for given, message in (
+        ("cat", "ids is of type str; use a flat list"),
+        ([[1]], "a flat list"),
+        ([-1], "has token -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            tokenizer.decode(given)
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.decode(np.asarray(ids)) == tokenizer.decode(iter(ids)) == tokenizer.decode(ids)
 
 
 def test_sentencepiece_follows_the_scores(sentencepiece_path):
