@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.decoding.plan import DecodingPlan, missing_drafts
 from qspec_jax.engine.intake import require_some
 from qspec_jax.engine.language_model import LanguageModel
@@ -177,7 +176,7 @@ def score_drafts(
     Args:
         model: with 4-bit weights.
         prompts: texts, conversations or token ids.
-        plans: with drafts, and one target; those that are the same in the cache of these prompts count once.
+        plans: with drafts, and one target; those that read the same of these prompts count once.
         kinds: of each prompt, if they are to be scored by kind too; None for a prompt of no kind.
         max_new_tokens: for each prompt.
         batch_size: prompts that run together.
@@ -185,8 +184,8 @@ def score_drafts(
         on_failure: told of each prompt that cannot run, which no score counts: its place, from 0 on, and why.
 
     Returns:
-        for each plan, as :func:`plans_in_cache` has it for the longest prompt, the score of all prompts, then those of
-        each kind, in the order in which they first appear.
+        for each plan, as :func:`plans_in_cache` has it for the longest prompt and its new tokens, the score of all
+        prompts, then those of each kind, in the order in which they first appear.
 
     Raises:
         UsageError: no prompt can run.
@@ -205,8 +204,9 @@ def score_drafts(
     of_kind = {kind: [index for index, each in enumerate(kinds) if each == kind] for kind in named}
     longest = max(len(one.prompt_token_ids) for one in plain if one.error is None) + max_new_tokens
     scores = []
-    for plan in progress(plans_in_cache(plans, fitting_capacity(longest))):
-        pairs = list(zip(generate(plan), plain, strict=True))
+    for plan in progress(plans_in_cache(plans, longest)):
+        # Not of the cache, which has more positions: a budget for all of the longest prompt reads all of it.
+        pairs = list(zip(generate(plan.in_cache(longest)), plain, strict=True))
         _note_failures([result for result, _ in pairs], failed, on_failure)
         scores.append(_draft_score(plan, pairs, None))
         scores += [_draft_score(plan, [pairs[index] for index in of_kind[kind]], kind) for kind in named]

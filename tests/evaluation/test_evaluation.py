@@ -12,6 +12,7 @@ from flax import nnx
 import qspec_jax
 from qspec_jax import ActivationQuantization, Precision, QuantConfig, evaluate
 from qspec_jax.commands.prompt_files import PromptLine
+from qspec_jax.decoding.chunks import fitting_capacity
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.evaluation import scores as evaluation
@@ -246,10 +247,14 @@ def test_drafts_are_named_as_what_they_read_of_a_short_cache(model):
 
 
 def test_drafts_from_a_budget_that_no_prompt_exceeds_are_scored_as_those_of_the_whole(model):
-    plans = [model.plan(draft="w4a8", draft_length=1, draft_context=context) for context in (112, "full")]
-    scores = evaluation.score_drafts(model, PROMPTS, plans, max_new_tokens=2)
-    assert [(score.draft, score.draft_length) for score in scores] == [("w4a8", 1)]
-    assert evaluation.unscored(plans, scores) == ["w4a8@112"]
+    """Also where the cache has more positions than the budget, and drafts that verify are no drafts."""
+    kinds = [("w4a8", 112), ("w4a8", "full"), ("w4a16", 112)]
+    plans = [model.plan(draft=draft, draft_length=1, draft_context=context) for draft, context in kinds]
+    longest = max(map(len, PROMPTS)) + 66
+    assert longest < 112 < fitting_capacity(longest)
+    scores = evaluation.score_drafts(model, PROMPTS, plans, max_new_tokens=66)
+    assert [(score.draft, score.num_drafted > 0) for score in scores] == [("w4a8", True), ("w4a16@112", False)]
+    assert evaluation.unscored(plans, scores) == ["w4a8@112", "w4a16@112"]
 
 
 @pytest.mark.usefixtures("loaded")
