@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -172,8 +173,12 @@ class Answer(Uncopied):
         with self._changed:
             self._ended, self.error = True, error
             self._changed.notify_all()
-        self._tell()
+        with contextlib.suppress(Exception):  # nothing is left that could fail
+            self._tell()
 
     def _tell(self) -> None:
-        if self._on_change is not None:
-            self._on_change()
+        told = self._on_change
+        self._on_change = None  # if it fails, it is not called again
+        if told is not None:
+            told()
+        self._on_change = told

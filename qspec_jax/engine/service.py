@@ -138,7 +138,8 @@ class Service(Uncopied):
         Args:
             prompt: a text, token ids (a list or an array), or the messages of a conversation.
             max_new_tokens, sampling, chat: as in :meth:`Pipeline.submit`.
-            on_change: called by the service's thread whenever there is something to take. It must return at once.
+            on_change: called by the service's thread whenever there is something to take. It must return at once. If
+                it fails, so does the answer.
 
         Raises:
             UsageError: the request cannot be served.
@@ -256,4 +257,7 @@ class Service(Uncopied):
         with self._changed:
             known = self._answers.pop(answer.sequence, None)
         if known is not None and self._on_end is not None:
-            self._on_end(answer)
+            try:
+                self._on_end(answer)
+            except Exception as error:  # the thread goes on, for all others
+                self._on_event(f"on_end has failed: {type(error).__name__}: {error}")

@@ -282,3 +282,23 @@ def test_a_service_tells_when_an_answer_changes_and_when_it_is_done(model):
         assert changed.wait(60)
         answer.result(60.0)
         wait_until(lambda: ended == [answer])
+
+
+def test_callbacks_that_fail_end_their_answer_at_most(model):
+    told, calls = [], []
+
+    def fail(*answer):
+        calls.append(answer)
+        raise ZeroDivisionError("a mistake of the caller")
+
+    options = {"batch_size": 2, "max_seq_len": LENGTH, "on_event": told.append, "on_end": fail}
+    with model.service(model.plan("w4a16"), **options) as service:
+        service._scheduler._pace.burst_s = 0.003
+        failing = service.submit([5, 6], on_change=fail, **LONG)
+        cancelled = service.submit([5, 6], on_change=fail, **LONG)
+        cancelled.cancel()
+        with pytest.raises(QSpecError, match="the request failed: a mistake of the caller"):
+            failing.result(60.0)
+        assert len(service.submit([5, 6], max_new_tokens=3).result(60.0).token_ids) == 3
+        wait_until(lambda: "on_end has failed: ZeroDivisionError: a mistake of the caller" in told)
+        assert calls.count(()) == 2  # of each answer once
