@@ -5,6 +5,7 @@ The thread alone asks the device for anything. Others talk to it through :class:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -214,7 +215,7 @@ class Service(Uncopied):
             except BaseException as error:  # of the device; the next step computes again what was under way
                 failures += 1
                 if failures > 1:
-                    self._on_event(f"requests have failed: {error}")
+                    self._say(f"requests have failed: {error}")
                     self.cancel_all(error)
                     time.sleep(_AFTER_FAILURE_S)
                 continue
@@ -260,4 +261,9 @@ class Service(Uncopied):
             try:
                 self._on_end(answer)
             except Exception as error:  # the thread goes on, for all others
-                self._on_event(f"on_end has failed: {type(error).__name__}: {error}")
+                self._say(f"on_end has failed: {type(error).__name__}: {error}")
+
+    def _say(self, event: str) -> None:
+        """Tells whoever wants to know; the thread goes on if that fails."""
+        with contextlib.suppress(Exception):
+            self._on_event(event)

@@ -287,11 +287,15 @@ def test_a_service_tells_when_an_answer_changes_and_when_it_is_done(model):
 def test_callbacks_that_fail_end_their_answer_at_most(model):
     told, calls = [], []
 
+    def tell(event):
+        told.append(event)
+        raise ZeroDivisionError("another one")
+
     def fail(*answer):
         calls.append(answer)
         raise ZeroDivisionError("a mistake of the caller")
 
-    options = {"batch_size": 2, "max_seq_len": LENGTH, "on_event": told.append, "on_end": fail}
+    options = {"batch_size": 2, "max_seq_len": LENGTH, "on_event": tell, "on_end": fail}
     with model.service(model.plan("w4a16"), **options) as service:
         service._scheduler._pace.burst_s = 0.003
         failing = service.submit([5, 6], on_change=fail, **LONG)
