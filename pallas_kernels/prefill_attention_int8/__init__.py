@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arrays.arguments import checked
 from pallas_kernels.arrays.int8_cache import KEY_BLOCK, Int8Cache
 from pallas_kernels.arrays.partial_sums import PartialSums
 from pallas_kernels.dispatch import TRITON, Implementations
@@ -20,6 +21,7 @@ _OP = "prefill_pieces_int8"
 _IMPLEMENTATIONS = Implementations(__name__, {TRITON: "gpu_triton"})
 
 
+@checked
 def prefill_pieces_int8(
     qkv: Float[Array, "N T heads HD"] | PartialSums,
     cosine: Float32[Array, "N T half_HD"],

@@ -22,6 +22,7 @@ ASKING = (
     "best_layout_for_codes",
     "float_prefill_is_alike",
     "prefill_is_alike",
+    "prefill_int8_is_alike",
     "rows_alike",
     "rows_read",
 )
