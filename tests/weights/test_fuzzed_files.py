@@ -19,8 +19,8 @@ from qspec_jax.errors import CheckpointWarning, QSpecError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.model.rope import inverse_frequencies
-from qspec_jax.weights.fill import _read
 from qspec_jax.weights.resolve import open_source, resolve_model
+from qspec_jax.weights.source import read_entry
 from qspec_jax.weights.tokenizers import load_tokenizer
 from tests.fuzzing import JSON_VALUES, ODD_NUMBERS, ODD_TEXTS, fuzzed
 from tests.weights.prequantized_packers import CASES, tiny_checkpoint
@@ -60,7 +60,7 @@ def read_weights(path: Path) -> None:
         source = open_source(resolve_model(path))
         inverse_frequencies(source.config)
         for name, entry in source.entries.items():
-            _read(name, entry)
+            read_entry(name, entry)
 
 
 def use_tokenizer(path: Path) -> None:
