@@ -22,6 +22,7 @@ SHAPES = [(4, 2, 16), (3, 1, 24)]  # heads, key/value heads, head dimension
 # after a block that is there.
 LENGTHS = {2: 300, 0: 71, 3: 128}
 
+shapes_and_windows = pytest.mark.parametrize(("shape", "window"), [(SHAPES[0], None), (SHAPES[1], 100)], ids=str)
 read_pieces = jax.jit(prefill_pieces_int8, static_argnames=("window", "implementation"))
 read_alone = jax.jit(prefill_int8, static_argnames="window")
 
@@ -83,8 +84,7 @@ def run_alone(text, start, cache, *, window=None):
     return np.asarray(out[0]), cache
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("window", [None, 100])
+@shapes_and_windows
 def test_pieces_of_several_prompts_leave_and_see_what_each_does_alone(shape, window):
     texts, cache = prompts(shape, LENGTHS), empty(shape)
     seen, cache = run_pieces(texts, cache, window=window)
@@ -124,8 +124,7 @@ def test_the_ring_has_the_block_that_goes_on_whatever_padding_is_there(last):
         np.testing.assert_array_equal(cache.recent_keys[2, position % RING], keys)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("window", [None, 100])
+@shapes_and_windows
 def test_the_triton_kernel_sees_what_the_reference_does(shape, window):
     query, new_keys, cache, rows, starts = written(shape, jnp.float32)
     arrays = query, new_keys, cache, rows, starts
