@@ -138,7 +138,7 @@ def _attend_to_shares(
     batch, row_blocks = lengths.shape[0], problem.row_blocks
     out_specs, out_shape = whole.parts_of(problem, batch, problem.shares)
     return pl.pallas_call(
-        functools.partial(_share_kernel, problem=problem),
+        functools.partial(_share_kernel, problem=problem, interpret=interpret),
         grid=(problem.num_kv_heads * row_blocks, problem.shares, batch),
         in_specs=[
             pl.BlockSpec((None,), lambda program, share, sequence: (sequence,)),
@@ -170,13 +170,15 @@ def _share_kernel(
     mixed_ref,  # [16, block_dim] f32
     *,
     problem: BlockProblem,
+    interpret: bool,
 ):
     def load(slots: Array, end: Array) -> tuple[Array, Array, None]:
         keys, values = (load_slots(ref, slots, (slots >= 0) & (slots < end), problem) for ref in (keys_ref, values_ref))
         return keys, values, None
 
     results = maximum_ref, total_ref, mixed_ref
-    attend_to_share(length_ref[...], table_ref, layer_ref[...], query_ref, results, load=load, problem=problem)
+    where = length_ref[...], table_ref, layer_ref[...]
+    attend_to_share(*where, query_ref, results, load=load, problem=problem, interpret=interpret)
 
 
 def attend_to_share(
@@ -188,6 +190,7 @@ def attend_to_share(
     *,
     load: Callable[[Array, Array], tuple[Array, Array, Array | None]],
     problem: BlockProblem,
+    interpret: bool,
 ) -> None:
     """What a program does.
 
@@ -213,6 +216,8 @@ def attend_to_share(
     def _():
         query = whole.load_rows(query_ref, rows, exists, kv_head, problem)
         positions = length + lax.div(rows, problem.group)
+        scale = problem.head_dim**-0.5
+        limits = jnp.broadcast_to(jnp.minimum(positions + 1, end)[:, None], (_ROWS, problem.block_slots))
 
         def attend_to_tile(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, mixed = carry
@@ -221,15 +226,16 @@ def attend_to_share(
             keys, values, scales = load(slots, end)
             shape = (_ROWS, problem.block_slots)
             across, at = jnp.broadcast_to(slots[None, :], shape), jnp.broadcast_to(positions[:, None], shape)
-            seen = (across >= problem.first_seen(at)) & (across <= at) & (across < end) & (across >= 0)
-            logits = whole.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-            maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+            seen = (across >= problem.first_seen(at)) & (across < limits) & (across >= 0)
+            products = jnp.where(seen, whole.dot(query, keys, contract=(1, 1)), -jnp.inf)
+            maximum, kept, weights = raise_maximum(maximum, products, scale=scale, interpret=interpret)
             total = total * kept + jnp.sum(weights, axis=1)
             weights = weights if scales is None else weights * scales[None, :]
             mixed = mixed * kept[:, None] + whole.dot(weights.astype(values.dtype), values, contract=(1, 0))
             return maximum, total, mixed
 
-        results = lax.fori_loop(0, num_tiles, attend_to_tile, whole.nothing((_ROWS,), problem))
+        maximum, total, mixed = lax.fori_loop(0, num_tiles, attend_to_tile, whole.nothing((_ROWS,), problem))
+        results = maximum * jnp.float32(scale), total, mixed
         for ref, result in zip(result_refs, results, strict=True):
             mask = exists if result.ndim == 1 else jnp.broadcast_to(exists[:, None], result.shape)
             plgpu.store(ref, result, mask=mask)
@@ -308,7 +314,9 @@ def _join_kernel(
     maxima = plgpu.load(maximum_ref, mask=written, other=-jnp.inf)
     totals = plgpu.load(total_ref, mask=written, other=0.0)
     mixtures = plgpu.load(mixed_ref, mask=wide, other=0.0)
-    _, _, weights = raise_maximum(jnp.full((), -jnp.inf, jnp.float32), maxima)
+    largest = jnp.max(maxima)
+    less = jnp.where(largest == -jnp.inf, 0.0, largest)  # -inf - -inf is not a number
+    weights = registers.exp2((maxima - less) * jnp.float32(registers.LOG2_E), interpret=interpret)
     total = jnp.sum(weights * totals, axis=0)
     mixed = jnp.sum(weights[:, None] * mixtures, axis=0)
     out = mixed / jnp.where(total > 0, total, 1.0)

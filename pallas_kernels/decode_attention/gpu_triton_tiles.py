@@ -131,11 +131,17 @@ def nothing(shape: tuple[int, ...], problem: Problem) -> tuple[Array, Array, Arr
     return jnp.full(shape, -jnp.inf, jnp.float32), zeros, jnp.zeros((*shape, problem.block_dim), jnp.float32)
 
 
-def raise_maximum(maximum: Array, logits: Array) -> tuple[Array, Array, Array]:
-    """The largest logit so far, the factor for what was summed before, and the weights of the new ``logits``."""
+def raise_maximum(maximum: Array, logits: Array, *, scale: float, interpret: bool) -> tuple[Array, Array, Array]:
+    """The largest logit so far, the factor for what was summed before, and the weights of the new ``logits``.
+
+    Logits are still to be multiplied by ``scale``, which costs nothing here.
+    """
     raised = jnp.maximum(maximum, jnp.max(logits, axis=-1))
-    shift = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
-    return raised, jnp.exp(maximum - shift), jnp.exp(logits - shift[..., None])
+    less = jnp.where(raised == -jnp.inf, 0.0, raised)  # nothing seen yet: -inf - -inf is not a number
+    scale *= registers.LOG2_E
+    kept = registers.exp2((maximum - less) * jnp.float32(scale), interpret=interpret)  # 1 where nothing is raised
+    below = jnp.broadcast_to(less[..., None], logits.shape)
+    return raised, kept, registers.exp2_of_difference(logits, below, scale, interpret=interpret)
 
 
 def across(column: Array, shape: tuple[int, int]) -> Array:

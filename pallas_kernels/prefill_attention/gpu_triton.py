@@ -3,6 +3,9 @@
 A program attends from up to 64 rows, the queries of one key/value head in neighbouring tokens of a piece, to all slots
 that they see (FlashAttention-2: Dao, 2023). It finds the row of the cache by a table, so that nothing is gathered.
 
+Arithmetic bounds it, and of that what surrounds the products: so a weight is one multiplication, one addition and the
+power of two that the hardware has. Blocks that all rows of a tile see whole come first, and are not masked.
+
 Row invariance: slots are read in blocks from multiples of their size on, in order; a block that a row does not see
 leaves what it has summed as it is, bit for bit; and a tile has as many rows whatever there is to do.
 """
@@ -24,6 +27,7 @@ from pallas_kernels.decode_attention.gpu_triton_tiles import raise_maximum
 
 ALIKE = True
 _ROWS = 64  # of a tile
+_WARPS = 4
 _MAX_HEAD_DIM = 256
 _SLOTS = 64  # of a block
 _TILE_BYTES = 16384  # of keys, and of values, that a program holds
@@ -70,13 +74,13 @@ def _attend(
     )
     number = pl.BlockSpec((None,), lambda program, piece: (piece,))
     return pl.pallas_call(
-        functools.partial(_kernel, problem=problem),
+        functools.partial(_kernel, problem=problem, interpret=interpret),
         # Programs that read the same slots stand next to each other.
         grid=(num_kv_heads * num_tiles, pieces),
         in_specs=[number, number, piece, cache, cache],
         out_specs=piece,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=num_stages),
         interpret=interpret,
         name="prefill_attention",
     )(rows, starts, query, keys, values)
@@ -91,6 +95,7 @@ def _kernel(
     out_ref,  # [T, H, block_dim]
     *,
     problem: decode.Problem,
+    interpret: bool,
 ):
     row, start, group = row_ref[...], start_ref[...], problem.group
     num_tiles = pl.cdiv(problem.num_rows, _ROWS)
@@ -106,7 +111,8 @@ def _kernel(
     block_slots = min(_SLOTS, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
     positions = start + lax.div(rows, group)
     last_token = jnp.minimum(lax.div(tile * _ROWS + (_ROWS - 1), group), problem.num_tokens - 1)
-    first = lax.div(problem.first_seen(start + lax.div(tile * _ROWS, group)), block_slots)
+    first_position = start + lax.div(tile * _ROWS, group)
+    first = lax.div(problem.first_seen(first_position), block_slots)
     end = jnp.where(row < 0, 0, problem.end_of_seen(start + last_token))
     attend = functools.partial(
         _attend_to_block,
@@ -116,9 +122,15 @@ def _kernel(
         row=jnp.maximum(row, 0),
         end=end,
         problem=problem,
+        interpret=interpret,
     )
     blocks = lax.div(end + (block_slots - 1), block_slots)
-    _, total, mixed = lax.fori_loop(first, blocks, attend, decode.nothing((_ROWS,), problem))
+    carry = decode.nothing((_ROWS,), problem)
+    if problem.window is None:
+        whole = jnp.minimum(lax.div(problem.end_of_seen(first_position), block_slots), blocks)
+        carry = lax.fori_loop(first, whole, functools.partial(attend, masked=False), carry)
+        first = whole
+    _, total, mixed = lax.fori_loop(first, blocks, attend, carry)
     out = mixed / jnp.where(total > 0, total, 1.0)[:, None]
     plgpu.store(out_ref.at[tokens, heads, dims], out.astype(out_ref.dtype), mask=exists)
 
@@ -133,24 +145,34 @@ def _attend_to_block(
     row: Array,
     end: Array,
     problem: decode.Problem,
+    interpret: bool,
+    masked: bool = True,
 ) -> tuple[Array, Array, Array]:
     maximum, total, mixed = carry
     start, block_slots = block * positions.shape[1], positions.shape[1]
-    keys, values = (_load_slots(ref, row, start, end, block_slots, problem) for ref in cache_refs)
-    slots = start + lax.broadcasted_iota(jnp.int32, positions.shape, 1)
-    seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
-    logits = decode.dot(query, keys, contract=(1, 1)) * jnp.float32(problem.head_dim**-0.5)
-    maximum, kept, weights = raise_maximum(maximum, jnp.where(seen, logits, -jnp.inf))
+    limit = end if masked else None
+    keys, values = (_load_slots(ref, row, start, limit, block_slots, problem) for ref in cache_refs)
+    products = decode.dot(query, keys, contract=(1, 1))
+    if masked:
+        slots = start + lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+        seen = (slots >= problem.first_seen(positions)) & (slots <= positions) & (slots < end)
+        products = jnp.where(seen, products, -jnp.inf)
+    scale = problem.head_dim**-0.5
+    maximum, kept, weights = raise_maximum(maximum, products, scale=scale, interpret=interpret)
     total = total * kept + jnp.sum(weights, axis=1)
     return maximum, total, mixed * kept[:, None] + decode.dot(weights.astype(values.dtype), values, contract=(1, 0))
 
 
 def _load_slots(
-    ref: registers.Ref, row: Array, start: Array, end: Array, block_slots: int, problem: decode.Problem
+    ref: registers.Ref, row: Array, start: Array, end: Array | None, block_slots: int, problem: decode.Problem
 ) -> Array:
     """Keys or values of slots of a row from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
-    shape = (block_slots, problem.block_dim)
-    mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
+    shape, masks = (block_slots, problem.block_dim), []
+    if end is not None:
+        masks.append(start + lax.broadcasted_iota(jnp.int32, shape, 0) < end)
     if problem.block_dim != problem.head_dim:
-        mask &= lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim
-    return plgpu.load(ref.at[row, pl.ds(start, block_slots), :], mask=mask, other=jnp.zeros((), ref.dtype))
+        masks.append(lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim)
+    slots = ref.at[row, pl.ds(start, block_slots), :]
+    if not masks:
+        return plgpu.load(slots)
+    return plgpu.load(slots, mask=functools.reduce(jnp.logical_and, masks), other=jnp.zeros((), ref.dtype))

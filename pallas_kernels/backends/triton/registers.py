@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
@@ -99,6 +101,32 @@ LN_2, LOG2_E = 0.6931471805599453, 1.4426950408889634  # logarithms to base 2 ti
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Two to the power of ``x`` float32, as one instruction."""
     return jnp.exp2(x) if interpret else _float32_asm("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def exp2_of_difference(x: jax.Array, less: jax.Array, scale: float, *, interpret: bool) -> jax.Array:
+    """Roughly ``2 ** ((x - less) * scale)`` of float32, as two instructions: ``x * scale - less * scale``.
+
+    Of equal values that is near 1, and not 1: only the second product is rounded.
+    """
+    if interpret:
+        return jnp.exp2(_difference_of_products(x, less, scale))
+    number = f"0f{np.float32(scale).view(np.uint32):08X}"
+    less_scaled = f"mul.rn.f32 t, $2, {number}; neg.f32 t, t;"
+    asm = f"{{.reg .f32 t; {less_scaled} fma.rn.f32 t, $1, {number}, t; ex2.approx.ftz.f32 $0, t;}}"
+    return inline_asm(asm, x, less, constraints="=f,f,f", dtype=jnp.float32)
+
+
+def _difference_of_products(x: jax.Array, less: jax.Array, scale: float) -> jax.Array:
+    """``x * scale - less * scale``, of which only the second product is rounded, whatever a compiler contracts.
+
+    Products of halves, of 12 bits each, are exact.
+    """
+    halves = lambda value: (high := lax.reduce_precision(value, 8, 11), value - high)  # noqa: E731
+    scale = jnp.float32(scale)
+    (x_high, x_low), (high, low) = halves(x), halves(scale)
+    rest = x_high * low + x_low * high + x_low * low
+    difference = (x_high * high - lax.reduce_precision(less * scale, 8, 23)) + rest
+    return jnp.where(jnp.isinf(x), x, difference)
 
 
 def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
