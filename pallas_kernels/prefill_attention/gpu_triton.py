@@ -64,56 +64,70 @@ def _attend(
     pieces, num_tokens, num_heads, head_dim = query.shape
     batch, slots, num_kv_heads, _ = keys.shape
     problem = decode.Problem(num_tokens, num_heads, num_kv_heads, head_dim, slots, window)
-    num_tiles = pl.cdiv(problem.num_rows, _ROWS)
+    # Where the last tile of a piece is not full, two pieces that follow each other have tiles together.
+    side_by_side = 2 if problem.num_rows % _ROWS and pieces % 2 == 0 else 1
+    num_tiles = side_by_side * pl.cdiv(problem.num_rows, _ROWS)
     dim_bytes = problem.block_dim * keys.dtype.itemsize
     # Three tiles of small heads were fastest on an H200; queries of the largest leave no room for two (99 KB on Ada).
     num_stages = 3 if dim_bytes <= 128 else 2 if dim_bytes < 1024 else 1
-    piece = pl.BlockSpec((None, num_tokens, num_heads, problem.block_dim), lambda program, piece: (piece, 0, 0, 0))
+    shape = pieces // side_by_side, side_by_side * num_tokens, num_heads
+    piece = pl.BlockSpec((None, *shape[1:], problem.block_dim), lambda program, piece: (piece, 0, 0, 0))
     cache = pl.BlockSpec(
         (batch, slots, None, problem.block_dim), lambda program, piece: (0, 0, lax.div(program, num_tiles), 0)
     )
-    number = pl.BlockSpec((None,), lambda program, piece: (piece,))
-    return pl.pallas_call(
-        functools.partial(_kernel, problem=problem, interpret=interpret),
+    numbers = pl.BlockSpec((None, side_by_side), lambda program, piece: (piece, 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, problem=problem, side_by_side=side_by_side, interpret=interpret),
         # Programs that read the same slots stand next to each other.
-        grid=(num_kv_heads * num_tiles, pieces),
-        in_specs=[number, number, piece, cache, cache],
+        grid=(num_kv_heads * num_tiles, shape[0]),
+        in_specs=[numbers, numbers, piece, cache, cache],
         out_specs=piece,
-        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        out_shape=jax.ShapeDtypeStruct((*shape, head_dim), query.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=num_stages),
         interpret=interpret,
         name="prefill_attention",
-    )(rows, starts, query, keys, values)
+    )(*(one.reshape(shape[0], -1) for one in (rows, starts)), query.reshape(*shape, head_dim), keys, values)
+    return out.reshape(query.shape)
 
 
 def _kernel(
-    row_ref,  # [] int32
-    start_ref,  # [] int32
-    query_ref,  # [T, H, block_dim]
+    row_ref,  # [pieces] int32
+    start_ref,  # [pieces] int32
+    query_ref,  # [tokens, H, block_dim], of these pieces one after the other
     keys_ref,  # [B, S, block_dim]
     values_ref,  # [B, S, block_dim]
-    out_ref,  # [T, H, block_dim]
+    out_ref,  # [tokens, H, block_dim]
     *,
     problem: decode.Problem,
+    side_by_side: int,
     interpret: bool,
 ):
-    row, start, group = row_ref[...], start_ref[...], problem.group
-    num_tiles = pl.cdiv(problem.num_rows, _ROWS)
-    kv_head, tile = (part(pl.program_id(0), num_tiles) for part in (lax.div, lax.rem))
-    rows = tile * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
+    group, tiles_of_piece = problem.group, pl.cdiv(problem.num_rows, _ROWS)
+    kv_head, tile = (part(pl.program_id(0), side_by_side * tiles_of_piece) for part in (lax.div, lax.rem))
+    row, start = row_ref[0], start_ref[0]  # of the first token of these pieces
+    first_row, end_row = tile * _ROWS, jnp.int32(problem.num_rows)
+    if side_by_side == 2:
+        together = (row_ref[1] == row) & (start_ref[1] == start + problem.num_tokens)
+        is_second = ~together & (tile >= tiles_of_piece)
+        row = jnp.where(is_second, row_ref[1], row)
+        start = jnp.where(is_second, start_ref[1] - problem.num_tokens, start)
+        first_row += is_second.astype(jnp.int32) * (problem.num_rows - tiles_of_piece * _ROWS)
+        end_row *= 1 + (together | is_second).astype(jnp.int32)
+    rows = first_row + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
     shape = (_ROWS, problem.block_dim)
     tokens = jnp.broadcast_to(lax.div(rows, group)[:, None], shape)
     heads = jnp.broadcast_to((kv_head * group + lax.rem(rows, group))[:, None], shape)
     dims = lax.broadcasted_iota(jnp.int32, shape, 1)
-    exists = (tokens < problem.num_tokens) & (dims < problem.head_dim)
+    exists = jnp.broadcast_to((rows < end_row)[:, None], shape) & (dims < problem.head_dim)
     query = plgpu.load(query_ref.at[tokens, heads, dims], mask=exists, other=jnp.zeros((), query_ref.dtype))
 
     block_slots = min(_SLOTS, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
     positions = start + lax.div(rows, group)
-    last_token = jnp.minimum(lax.div(tile * _ROWS + (_ROWS - 1), group), problem.num_tokens - 1)
-    first_position = start + lax.div(tile * _ROWS, group)
+    last_token = lax.div(jnp.minimum(first_row + _ROWS, end_row) - 1, group)
+    first_position = start + lax.div(first_row, group)
     first = lax.div(problem.first_seen(first_position), block_slots)
-    end = jnp.where(row < 0, 0, problem.end_of_seen(start + last_token))
+    is_nothing = (row < 0) | (first_row >= end_row)
+    end = jnp.where(is_nothing, 0, problem.end_of_seen(start + last_token))
     attend = functools.partial(
         _attend_to_block,
         query=query,

@@ -171,3 +171,18 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
 def test_large_heads_are_refused_by_the_kernel():
     assert gpu_triton.obstacle(256) is None
     assert gpu_triton.obstacle(257) == "needs a head dimension of at most 256; this is 257"
+
+
+@pytest.mark.parametrize("window", [None, 85])
+@pytest.mark.parametrize("heads", [3, 5, 7])
+def test_pieces_that_follow_each_other_keep_the_bits_that_each_has_alone(heads, window):
+    """They have tiles together where those of one are not full. So do not: of other rows, places, or of nobody."""
+    attend = functools.partial(IMPLEMENTATIONS["triton"], window=window)
+    query, keys, values = pieces_and_rows(AttentionCase(32, heads, 1, 64, 192), 8, 2, jnp.float32)
+    rows, starts = int32(0, 0, 1, 0, NOBODY, 1, 1, NOBODY), int32(32, 64, 0, 32, 0, 100, 96, 128)
+    together = attend(query, keys, values, rows, starts)
+    for piece in range(8):
+        alone = attend(query[piece : piece + 1], keys, values, *(table[piece : piece + 1] for table in (rows, starts)))
+        np.testing.assert_array_equal(alone[0], together[piece])
+    shifted = attend(*(query[1:7], keys, values), rows[1:7], starts[1:7])
+    np.testing.assert_array_equal(shifted, together[1:7])
