@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -108,21 +109,47 @@ class Problem:
 
 def load_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: Problem) -> Array:
     """The queries of a tile's rows ``[rows, block_dim]``, with zeros where there are none."""
+    place, mask = _places(rows, exists, kv_head, problem)
+    return plgpu.load(ref.at[place], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def store_rows(ref: registers.Ref, rows: Array, exists: Array, kv_head: Array, problem: Problem, values: Array) -> None:
+    """Writes values of a tile's rows ``[rows, block_dim]`` to where their queries are read."""
+    place, mask = _places(rows, exists, kv_head, problem)
+    plgpu.store(ref.at[place], values.astype(ref.dtype), mask=mask)
+
+
+def _places(rows: Array, exists: Array, kv_head: Array, problem: Problem) -> tuple[tuple[Array, ...], Array]:
+    """Token, head and dimension of all numbers of a tile's rows, and which of them there are."""
     shape = (len(rows), problem.block_dim)
     rows, group = across(rows, shape), problem.group
     dims = lax.broadcasted_iota(jnp.int32, shape, 1)
-    queries = ref.at[lax.div(rows, group), kv_head * group + lax.rem(rows, group), dims]
-    mask = across(exists, shape) & (dims < problem.head_dim)
-    return plgpu.load(queries, mask=mask, other=jnp.zeros((), ref.dtype))
+    place = lax.div(rows, group), kv_head * group + lax.rem(rows, group), dims
+    return place, across(exists, shape) & (dims < problem.head_dim)
 
 
-def load_slots(ref: registers.Ref, start: Array, end: Array, block_slots: int, problem: Problem) -> Array:
-    """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
-    shape = (block_slots, problem.block_dim)
-    mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < end
+def load_slots(
+    ref: registers.Ref,
+    start: Array,
+    end: Array | None,
+    block_slots: int,
+    problem: Problem,
+    row: Array | None = None,
+) -> Array:
+    """Keys or values of the slots from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on.
+
+    ``end`` is None where all of them exist, ``row`` the row of the cache unless ``ref`` has only one.
+    """
+    shape, masks = (block_slots, problem.block_dim), []
+    if end is not None:
+        masks.append(start + lax.broadcasted_iota(jnp.int32, shape, 0) < end)
     if problem.block_dim != problem.head_dim:
-        mask &= lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim
-    return plgpu.load(ref.at[pl.ds(start, block_slots), :], mask=mask, other=jnp.zeros((), ref.dtype))
+        masks.append(lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim)
+    place = pl.ds(start, block_slots), slice(None)
+    slots = ref.at[place if row is None else (row, *place)]
+    if not masks:
+        return plgpu.load(slots)
+    return plgpu.load(slots, mask=functools.reduce(jnp.logical_and, masks), other=jnp.zeros((), ref.dtype))
 
 
 def nothing(shape: tuple[int, ...], problem: Problem) -> tuple[Array, Array, Array]:

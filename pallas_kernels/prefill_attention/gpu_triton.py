@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.decode_attention import gpu_triton as decode
-from pallas_kernels.decode_attention.gpu_triton_tiles import raise_maximum
+from pallas_kernels.decode_attention.gpu_triton_tiles import load_rows, load_slots, raise_maximum, store_rows
 
 ALIKE = True
 _ROWS = 64  # of a tile
@@ -114,12 +114,8 @@ def _kernel(
         first_row += is_second.astype(jnp.int32) * (problem.num_rows - tiles_of_piece * _ROWS)
         end_row *= 1 + (together | is_second).astype(jnp.int32)
     rows = first_row + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
-    shape = (_ROWS, problem.block_dim)
-    tokens = jnp.broadcast_to(lax.div(rows, group)[:, None], shape)
-    heads = jnp.broadcast_to((kv_head * group + lax.rem(rows, group))[:, None], shape)
-    dims = lax.broadcasted_iota(jnp.int32, shape, 1)
-    exists = jnp.broadcast_to((rows < end_row)[:, None], shape) & (dims < problem.head_dim)
-    query = plgpu.load(query_ref.at[tokens, heads, dims], mask=exists, other=jnp.zeros((), query_ref.dtype))
+    exist = rows < end_row
+    query = load_rows(query_ref, rows, exist, kv_head, problem)
 
     block_slots = min(_SLOTS, _TILE_BYTES // (problem.block_dim * keys_ref.dtype.itemsize))
     positions = start + lax.div(rows, group)
@@ -146,7 +142,7 @@ def _kernel(
         first = whole
     _, total, mixed = lax.fori_loop(first, blocks, attend, carry)
     out = mixed / jnp.where(total > 0, total, 1.0)[:, None]
-    plgpu.store(out_ref.at[tokens, heads, dims], out.astype(out_ref.dtype), mask=exists)
+    store_rows(out_ref, rows, exist, kv_head, problem, out)
 
 
 def _attend_to_block(
@@ -165,7 +161,7 @@ def _attend_to_block(
     maximum, total, mixed = carry
     start, block_slots = block * positions.shape[1], positions.shape[1]
     limit = end if masked else None
-    keys, values = (_load_slots(ref, row, start, limit, block_slots, problem) for ref in cache_refs)
+    keys, values = (load_slots(ref, start, limit, block_slots, problem, row) for ref in cache_refs)
     products = decode.dot(query, keys, contract=(1, 1))
     if masked:
         slots = start + lax.broadcasted_iota(jnp.int32, positions.shape, 1)
@@ -175,18 +171,3 @@ def _attend_to_block(
     maximum, kept, weights = raise_maximum(maximum, products, scale=scale, interpret=interpret)
     total = total * kept + jnp.sum(weights, axis=1)
     return maximum, total, mixed * kept[:, None] + decode.dot(weights.astype(values.dtype), values, contract=(1, 0))
-
-
-def _load_slots(
-    ref: registers.Ref, row: Array, start: Array, end: Array | None, block_slots: int, problem: decode.Problem
-) -> Array:
-    """Keys or values of slots of a row from ``start`` on ``[block_slots, block_dim]``, with zeros from ``end`` on."""
-    shape, masks = (block_slots, problem.block_dim), []
-    if end is not None:
-        masks.append(start + lax.broadcasted_iota(jnp.int32, shape, 0) < end)
-    if problem.block_dim != problem.head_dim:
-        masks.append(lax.broadcasted_iota(jnp.int32, shape, 1) < problem.head_dim)
-    slots = ref.at[row, pl.ds(start, block_slots), :]
-    if not masks:
-        return plgpu.load(slots)
-    return plgpu.load(slots, mask=functools.reduce(jnp.logical_and, masks), other=jnp.zeros((), ref.dtype))

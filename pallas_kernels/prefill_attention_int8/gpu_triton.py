@@ -26,6 +26,7 @@ from pallas_kernels.arrays.int8_cache import KEY_BLOCK, Int8Cache
 from pallas_kernels.backends.triton import registers
 from pallas_kernels.backends.triton.registers import LOG2_E, exp2, log2
 from pallas_kernels.decode_attention import gpu_triton as decode
+from pallas_kernels.decode_attention.gpu_triton_tiles import load_rows, load_slots, store_rows
 from pallas_kernels.decode_attention_int8.triton_arrays import by_heads, codes_as_floats
 from pallas_kernels.decode_attention_int8.triton_tiles import KEY_UNIT, VALUE_UNIT, half_of, power_of_two
 
@@ -124,12 +125,8 @@ def _kernel(
     num_tiles = pl.cdiv(problem.num_rows, _ROWS)
     kv_head, tile = (part(pl.program_id(0), num_tiles) for part in (lax.div, lax.rem))
     rows = tile * _ROWS + lax.broadcasted_iota(jnp.int32, (_ROWS,), 0)
-    shape = (_ROWS, problem.block_dim)
-    tokens = jnp.broadcast_to(lax.div(rows, group)[:, None], shape)
-    heads = jnp.broadcast_to((kv_head * group + lax.rem(rows, group))[:, None], shape)
-    dims = lax.broadcasted_iota(jnp.int32, shape, 1)
-    exists = (tokens < problem.num_tokens) & (dims < problem.head_dim)
-    query = plgpu.load(query_ref.at[tokens, heads, dims], mask=exists, other=jnp.zeros((), query_ref.dtype))
+    exist = rows < problem.num_rows
+    query = load_rows(query_ref, rows, exist, kv_head, problem)
 
     half = half_of(query_ref.dtype)
     count = min(_SLOTS, _TILE_BYTES // (problem.block_dim * query_ref.dtype.itemsize))
@@ -160,7 +157,7 @@ def _kernel(
     of_new = lax.div(jnp.maximum(first_seen, begin), count), lax.div(end + (count - 1), count)
     _, total, mixed = lax.fori_loop(*of_new, tiles.attend_to_new, carry)
     out = mixed * (jnp.float32(1 / VALUE_UNIT) / jnp.where(total > 0, total, 1.0))[:, None]
-    plgpu.store(out_ref.at[tokens, heads, dims], out.astype(out_ref.dtype), mask=exists)
+    store_rows(out_ref, rows, exist, kv_head, problem, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +186,14 @@ class _Tiles:
         _, keys_ref, scales_ref, values_ref, value_scales_ref = self.refs
         start = tile * self.slots
         scales = self._vector(scales_ref.at[self.row, lax.div(start, KEY_BLOCK), :])
-        keys = codes_as_floats(self._tile(keys_ref, start, None), self.half, interpret=self.interpret)
+        keys = codes_as_floats(self._codes(keys_ref, start, None), self.half, interpret=self.interpret)
         query = (self.normal * (scales * jnp.float32(KEY_UNIT))[None, :]).astype(self.half)
         logits = decode.dot(query, keys, contract=(1, 1)) * self.units[:, None]
         if self.problem.window is not None:
             slots = start + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
             logits = jnp.where(slots >= self.problem.first_seen(self.positions), logits, -jnp.inf)
         value_scales = plgpu.load(value_scales_ref.at[self.row, pl.ds(start, self.slots)])
-        return self._add(carry, logits, self._tile(values_ref, start, None), value_scales)
+        return self._add(carry, logits, self._codes(values_ref, start, None), value_scales)
 
     def attend_to_new(self, tile: Array, carry: Carry) -> Carry:
         """Of keys of the block that the piece is in."""
@@ -204,15 +201,11 @@ class _Tiles:
         problem, start = self.problem, tile * self.slots
         slots = start + lax.broadcasted_iota(jnp.int32, self.positions.shape, 1)
         exist = start + lax.broadcasted_iota(jnp.int32, (self.slots,), 0) < self.end
-        place, wide = self.before + start, (self.slots, problem.block_dim)
-        mask = jnp.broadcast_to(exist[:, None], wide) & (lax.broadcasted_iota(jnp.int32, wide, 1) < problem.head_dim)
-        new_keys = new_keys_ref.at[pl.ds(place, self.slots), :]
-        keys = plgpu.load(new_keys, mask=mask, other=jnp.zeros((), new_keys_ref.dtype))
+        keys = load_slots(new_keys_ref, self.before + start, self.before + self.end, self.slots, problem)
         logits = decode.dot(self.query, keys, contract=(1, 1)) * self.unit
         seen = (slots >= problem.first_seen(self.positions)) & (slots <= self.positions) & (slots < self.end)
         scales = plgpu.load(value_scales_ref.at[self.row, pl.ds(start, self.slots)], mask=exist, other=1.0)
-        codes = self._tile(values_ref, start, exist)
-        return self._add(carry, jnp.where(seen, logits, -jnp.inf), codes, scales)
+        return self._add(carry, jnp.where(seen, logits, -jnp.inf), self._codes(values_ref, start, self.end), scales)
 
     def _add(self, carry: Carry, logits: Array, codes: Array, scales: Array) -> Carry:
         """What is carried on, of logits times log2(e) ``[rows, slots]`` and the values of a tile.
@@ -230,17 +223,8 @@ class _Tiles:
         total = total * kept + jnp.sum(weights, axis=1)
         return maximum, total, mixed * kept[:, None] + decode.dot(scaled, values, contract=(1, 0))
 
-    def _tile(self, ref: registers.Ref, start: Array, exist: Array | None) -> Array:
-        """Codes of slots of a row from ``start`` on ``[slots, block_dim]``; None where all of them exist."""
-        shape, masks = (self.slots, self.problem.block_dim), []
-        if exist is not None:
-            masks.append(jnp.broadcast_to(exist[:, None], shape))
-        if self.problem.block_dim != self.problem.head_dim:
-            masks.append(lax.broadcasted_iota(jnp.int32, shape, 1) < self.problem.head_dim)
-        place = ref.at[self.row, pl.ds(start, self.slots), :]
-        if not masks:
-            return plgpu.load(place)
-        return plgpu.load(place, mask=functools.reduce(jnp.logical_and, masks), other=jnp.zeros((), ref.dtype))
+    def _codes(self, ref: registers.Ref, start: Array, end: Array | None) -> Array:
+        return load_slots(ref, start, end, self.slots, self.problem, self.row)
 
     def _vector(self, place: registers.Ref) -> Array:
         """Scales ``[block_dim]``, with zeros past the head dimension."""
