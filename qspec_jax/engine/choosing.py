@@ -7,6 +7,7 @@ It knows sequences, which :class:`qspec_jax.engine.chooser.Chooser` does not: wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -96,6 +97,7 @@ class Choosing:
         self._last: Burst | None = None  # that runs, or has run
         self._ahead: Burst | None = None  # that follows it
         self._holds_until_s = 0.0
+        self._put_off: Callable[[], None] | None = None  # what the last burst tells
 
     def next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
         """What to run next, while some sequences decode and others wait.
@@ -127,6 +129,7 @@ class Choosing:
 
     def _choose(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
         began_s, context = time.perf_counter(), _context(decoding)
+        self.settle()
         found = self._foresight.look(decoding, queue.first(self._foresight.most + 1), context)
         burst = self._chooser.choose(context=context, active=len(decoding), makespans=found)
         now_s = time.perf_counter()
@@ -146,12 +149,20 @@ class Choosing:
         seconds: float,
         histogram: Sequence[int],
     ) -> None:
-        """Takes a burst into account, see :meth:`Chooser.observe`."""
-        context = _context(decoding)
-        self._chooser.observe(plan, cycles=cycles, seconds=seconds, histogram=histogram, context=context)
+        """Takes a burst into account (:meth:`Chooser.observe`), while the device works or before the next choice."""
+        some = {"cycles": cycles, "seconds": seconds, "histogram": histogram, "context": _context(decoding)}
+        self.settle()
+        self._put_off = functools.partial(self._chooser.observe, plan, **some)
+
+    def settle(self) -> None:
+        """Takes into account what was put off."""
+        put_off, self._put_off = self._put_off, None
+        if put_off is not None:
+            put_off()
 
     def received(self, plan: DecodingPlan, sequences: Sequence[RunningSequence]) -> None:
         """Some sequences have new tokens of a plan: where it did not look them up, this says what lookup would find."""
+        self.settle()
         if self._lookup is None:
             return
         counts = []

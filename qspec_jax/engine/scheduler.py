@@ -233,6 +233,8 @@ class Scheduler:
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
         """Dispatches what comes next; the sequences whose prompts have been read by it."""
         if not self.busy:
+            if self._choosing is not None:
+                self._choosing.settle()
             self._programs.save_costs()
             self._clock = Clock()
             return []

@@ -191,3 +191,33 @@ def test_a_scheduler_chooses_while_the_device_runs(monkeypatch):
             simulated_batches.run(AUTO, 4, some, SMALL, process)
     assert len(ahead) > 10
     assert len(ahead) > 0.6 * len(made)
+
+
+def test_every_burst_counts_once_before_another_choice_and_before_costs_are_kept(monkeypatch):
+    """Where the next burst was chosen meanwhile, the device has that before the last one is taken into account."""
+    told, ran, late = [], Choosing.ran, []
+
+    def note(name, of, method):
+        real = getattr(of, method)
+        monkeypatch.setattr(
+            of, method, lambda self, *some, **options: told.append(name) or real(self, *some, **options)
+        )
+
+    note("counts", Chooser, "observe")
+    note("chooses", Chooser, "choose")
+    note("dispatches", simulated_batches.Later, "submit")
+    note("keeps", simulated_batches.Device, "save_costs")
+    monkeypatch.setattr(
+        Choosing, "ran", lambda self, *some, **options: told.append("ran") or ran(self, *some, **options)
+    )
+    some = conversations(24, np.random.default_rng(0), chances={FULL: 0.9, BUDGET: 0.9})
+    with simulated_batches.on_the_clock(4):
+        simulated_batches.run(AUTO, 4, some, SMALL, Process(CostTable(SMALL.num_bytes, bandwidth=4.3e12)))
+    waits = False
+    for one in told:
+        if one in ("chooses", "keeps"):
+            assert not waits
+        late.append(waits and one == "dispatches")
+        waits = one == "ran" or (waits and one != "counts")
+    assert told.count("counts") == told.count("ran") > 20
+    assert sum(late) > 10
