@@ -49,11 +49,11 @@ def longest_packed(decoder: Decoder) -> int:
     """How many tokens a chunk may have that a pass reads beside others, 0 for none.
 
     The kernels have to give a token the same bits whatever else its pass reads, and to gain by it. Those of Hopper do,
-    for any number of rows. Triton's do, too, at a fraction of the rate of a library, which short chunks of a model of
-    few weights do not feel; nor do those of a model whose floats verify, which they multiply faster. Otherwise a
-    library multiplies many rows, in an order that depends on their number. Such chunks are read one by one, each padded
-    to one of few widths. Which way a chunk is read depends on its own length alone. Where devices share weights, what
-    counts are the parts that each has: it adds sums of all in one order.
+    for any number of rows, and so does that of floats that verify. Triton's for 4 bits do, too, at a fraction of the
+    rate of a library, which short chunks of a model of few weights do not feel. Otherwise a library multiplies many
+    rows, in an order that depends on their number. Such chunks are read one by one, each padded to one of few widths.
+    Which way a chunk is read depends on its own length alone. Where devices share weights, what counts are the parts
+    that each has: it adds sums of all in one order.
     """
     head_dim = decoder.config.head_dim
     if decoder.kv == KV_INT8:
@@ -62,15 +62,13 @@ def longest_packed(decoder: Decoder) -> int:
         is_alike = pallas_kernels.prefill_is_alike(head_dim)
     if not is_alike:
         return 0
-    in_pieces = num_floats = 0
+    in_pieces = 0
     for linear in linears(decoder):
         weight = linear.weight.get_value()
         if not isinstance(weight, QuantizedWeight):  # a library multiplies floats that nothing drafts for
             return 0
-        if linear.floats is not None:
-            num_floats += _of_a_device(linear.floats.get_value()).size
-            if not linear.reads_packed_floats:
-                return 0
+        if linear.floats is not None and not linear.reads_packed_floats:
+            return 0
         weight = jax.tree.map(_of_a_device, weight)
         alike = pallas_kernels.rows_alike(weight, linear.dtype, implementation=linear.kernels)
         if alike is not None and alike < MAX_ROWS:
@@ -78,7 +76,7 @@ def longest_packed(decoder: Decoder) -> int:
         in_pieces += 0 if alike is None else 2 * weight.packed.size
     if in_pieces > _MOST_IN_PIECES:
         return 0
-    return LONGEST_CHUNK * PIECE if in_pieces + num_floats <= _FEW_IN_PIECES else _LONGEST_IN_PIECES
+    return LONGEST_CHUNK * PIECE if in_pieces <= _FEW_IN_PIECES else _LONGEST_IN_PIECES
 
 
 def _of_a_device(array: Any) -> jax.ShapeDtypeStruct:

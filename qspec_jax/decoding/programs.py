@@ -81,13 +81,15 @@ class Programs(Lowering):
     def _has_not_read_packed(self) -> bool:
         """Of several GPUs, only those of one process with whole weights have (page 059 of the lab notebook).
 
-        None has with floats that verify, nor into a cache of int8.
+        None of them has with floats that verify, nor into a cache of int8; one GPU alone has (page 062).
         """
+        devices = [] if self.mesh is None else self.mesh.devices.flat
+        processes = [one.process_index for one in devices if one.platform == "gpu"]
+        if len(processes) < 2:
+            return False
         if self.decoder.kv == KV_INT8 or any(linear.floats is not None for linear in linears(self.decoder)):
             return True
-        devices = [] if self.mesh is None else self.mesh.devices.flat
-        processes = {one.process_index for one in devices if one.platform == "gpu"}
-        return len(processes) > 1 or (len(processes) == 1 and self.decoder.split > 1)
+        return len(set(processes)) > 1 or self.decoder.split > 1
 
     @property
     def rounds_in_vain(self) -> bool:

@@ -423,16 +423,6 @@ def test_what_triton_multiplies_is_read_together_if_it_is_little(monkeypatch):
     assert longest_packed(decoder) == 0
 
 
-def test_floats_that_verify_are_read_together_by_those_who_ask(monkeypatch):
-    """No GPU has read them so."""
-    monkeypatch.setattr(packing, "longest_packed", lambda decoder: 256)
-    for keeps_floats in (False, True):
-        programs = Programs(tiny.decoder(CONFIG, quantization=QuantConfig(keep_floats=keeps_floats)))
-        assert programs.longest_packed == (0 if keeps_floats else 256)
-        programs.packing = True
-        assert programs.longest_packed == 512
-
-
 def test_nothing_asks_the_model_between_bursts(monkeypatch):
     """To go through its modules takes as long as reading several prompts."""
     model = tiny.language_model(CONFIG)
@@ -453,24 +443,34 @@ def test_nothing_asks_the_model_between_bursts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "processes", "split", "packs"),
-    [("cpu", 2, 2, True), ("gpu", 1, 1, True), ("gpu", 2, 1, False), ("gpu", 1, 2, False)],
+    ("platform", "devices", "processes", "split", "of_16_bits", "of_others"),
+    [
+        ("cpu", 4, 2, 2, 512, 512),
+        ("gpu", 1, 1, 1, 512, 512),
+        ("gpu", 4, 1, 1, 512, 0),
+        ("gpu", 4, 2, 1, 0, 0),
+        ("gpu", 4, 1, 2, 0, 0),
+    ],
     ids=str,
 )
-def test_gpus_of_several_processes_or_with_parts_of_weights_read_prompts_one_by_one(
-    platform, processes, split, packs, monkeypatch
+def test_gpus_read_prompts_one_by_one_where_several_have_never_read_them_together(
+    platform, devices, processes, split, of_16_bits, of_others, monkeypatch
 ):
-    programs = tiny.language_model(CONFIG).programs
-    devices = [SimpleNamespace(platform=platform, process_index=index % processes) for index in range(4)]
-    monkeypatch.setattr(Programs, "mesh", SimpleNamespace(devices=np.array(devices).reshape(-1, split)))
+    """Several processes, parts of weights; and on several GPUs floats that verify, and a cache of int8."""
+    of_mesh = [SimpleNamespace(platform=platform, process_index=index % processes) for index in range(devices)]
+    monkeypatch.setattr(Programs, "mesh", SimpleNamespace(devices=np.array(of_mesh).reshape(-1, split)))
     monkeypatch.setattr(packing, "longest_packed", lambda _: 512)
-    programs.decoder.split = split
-    assert programs.longest_packed == (512 if packs else 0)
-    programs.packing = True
-    assert programs.longest_packed == 512
+    decoders = [tiny.decoder(CONFIG, quantization=QuantConfig(keep_floats=keep)) for keep in (False, False, True)]
+    decoders[1].kv = KV_INT8
+    for decoder, expected in zip(decoders, (of_16_bits, of_others, of_others), strict=True):
+        decoder.split = split
+        programs = Programs(decoder)
+        assert programs.longest_packed == expected
+        programs.packing = True
+        assert programs.longest_packed == 512
 
 
-def test_a_cache_of_int8_reads_prompts_together_by_those_who_ask(monkeypatch):
+def test_a_cache_of_int8_reads_prompts_together(monkeypatch):
     """Blocks of keys that one pass completes, or begins; rows that are copied; and a long prompt of two chunks."""
     monkeypatch.setattr(packing, "_SIZES", (64,))
     requests = [*REQUESTS, Request(prompt(300), 20, SamplingParams()), Request(prompt(125), 8, SamplingParams())]
@@ -486,7 +486,7 @@ def test_a_cache_of_int8_reads_prompts_together_by_those_who_ask(monkeypatch):
         return tokens(sequences), scheduler.totals.reused_prompt_tokens
 
     monkeypatch.setattr(chunks, "CHUNK_WIDTHS", CHUNK_WIDTHS[-1:])
-    assert model.programs.longest_packed == 0
+    assert model.programs.longest_packed == 0, "no kernels for it"
     expected = run(None, "w4a16")
     assert expected[1] == 2 * 512
     assert run(True, "w4a16") == expected
@@ -501,4 +501,4 @@ def test_kernels_say_whether_a_cache_of_int8_may_be_read_into_together(monkeypat
     for alike in (False, True):
         monkeypatch.setattr(pallas_kernels, "prefill_int8_is_alike", lambda *_, alike=alike: alike)
         assert longest_packed(model.decoder) == (512 if alike else 0)
-    assert model.programs.longest_packed == 0, "no GPU has run it"
+    assert model.programs.longest_packed == 512
