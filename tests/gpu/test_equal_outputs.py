@@ -48,29 +48,33 @@ WAYS = {
     "demo, floats": Way("demo, floats", "float", OTHER_TARGET),
     "llama": Way("llama", "w4a16", USUAL),
     "llama, int8 cache": Way("llama, int8 cache", "w4a16", USUAL),
+    "llama, floats": Way("llama, floats", "float", OTHER_TARGET),
     "llama, 8 bits": Way("llama, 8 bits", "w8a16", OTHER_TARGET),
 }
 
 
-def load(name, demo_gguf):
-    demo = functools.partial(qspec_jax.load, demo_gguf, dtype=DTYPE)
+def load(name, request):
+    def demo(**options):
+        return qspec_jax.load(request.getfixturevalue("demo_gguf"), dtype=DTYPE, **options)
+
     return {
         "demo": demo,
         "demo, int8 cache": functools.partial(demo, **INT8),
         "demo, floats": functools.partial(demo, verify="float"),
         "llama": few_layers,
         "llama, int8 cache": functools.partial(few_layers, **INT8),
+        "llama, floats": functools.partial(few_layers, QuantConfig(**HOPPER, keep_floats=True)),
         "llama, 8 bits": functools.partial(few_layers, QuantConfig(**HOPPER, bits=8, head_bits=8, draft_head=4)),
     }[name]()
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_plan_yields_the_tokens_of_plain_decoding_alone(name, demo_gguf, record_property):
+def test_every_plan_yields_the_tokens_of_plain_decoding_alone(name, request):
     way = WAYS[name]
     given = texts(96) if name.startswith("demo") else noise(64)
     different = {}
     for packing in (None, False, True):
-        model = load(way.model, demo_gguf)
+        model = load(way.model, request)
         is_usual, may_be = bool(model.programs.longest_packed), bool(longest_packed(model.decoder))
         if packing is not None and (packing == is_usual or not may_be):
             continue  # as before, or no kernels for it
