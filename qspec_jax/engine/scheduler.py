@@ -45,14 +45,14 @@ from qspec_jax.device.settings import usual_settings
 from qspec_jax.engine.burst import SLICE_S, run_in_slices
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
-from qspec_jax.engine.held_texts import HeldTexts
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
-from qspec_jax.engine.prefixes import HeldChunks, NextChunk
+from qspec_jax.engine.prefixes import NextChunk
 from qspec_jax.engine.reading import read_next
 from qspec_jax.engine.request_queue import RequestQueue
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
+from qspec_jax.engine.rows import Rows
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.model.cache import restart_multiple
 
@@ -111,7 +111,7 @@ class Scheduler:
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._is_torn = False  # a step has begun, and not ended
-        self._empty_rows()
+        self._rows = Rows(self.shape.rows, self._programs.num_row_shards)
         self._state: DecodeState | None = None
         self._inherited: DecodeState | None = None  # rows of a smaller batch, until there is a state
         self._dispatcher = ThreadPoolExecutor(1, "qspec_jax dispatch")
@@ -123,12 +123,12 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._queue) or any(sequence is not None for sequence in self._rows)
+        return bool(self._queue or self._rows.num_in_use)
 
     @property
     def num_rows_in_use(self) -> int:
         """Rows that a sequence has."""
-        return sum(sequence is not None for sequence in self._rows)
+        return self._rows.num_in_use
 
     @property
     def num_waiting(self) -> int:
@@ -159,7 +159,7 @@ class Scheduler:
             other.advance()
         self.totals = other.totals
         if not other._is_torn:
-            self._held, self._texts, self._inherited = other._held, other._texts, other._state
+            self._rows, self._inherited = other._rows, other._state
 
     @usual_settings()
     def advance(self, max_cycles: int | None = None) -> list[RunningSequence]:
@@ -197,20 +197,14 @@ class Scheduler:
         for sequence in self._queue.unfinished():
             self.totals.tokens -= len(sequence.token_ids)
             sequence.start_again()
-        self._empty_rows()
-
-    def _empty_rows(self) -> None:
-        rows = self.shape.rows
-        self._rows: list[RunningSequence | None] = [None] * rows
-        self._held, self._texts = HeldChunks(rows, self._programs.num_row_shards), HeldTexts(rows)
-        self._retired = np.zeros((rows,), bool)
+        self._rows = Rows(self.shape.rows, self._programs.num_row_shards)
 
     def _step(self, max_cycles: int | None) -> list[RunningSequence]:
         if self._flight is None:
             return self._go_on(max_cycles)
         flight, self._flight, plan = self._flight, None, self._plan
         self._state, report = flight.result()
-        running = self._decoding()
+        running = self._rows.decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
         made_s = time.perf_counter()
         num_finished = int(finished[[row for row, one in running.items() if not one.finished]].sum())
@@ -227,7 +221,7 @@ class Scheduler:
             if self._choosing is not None:
                 self._choosing.received(plan, changed)
         if self._choosing is not None and self._flight is not None:
-            self._choosing.look_ahead(list(self._decoding().values()), self._queue)
+            self._choosing.look_ahead(list(self._rows.decoding().values()), self._queue)
         return changed + more
 
     def _go_on(self, max_cycles: int | None) -> list[RunningSequence]:
@@ -243,7 +237,7 @@ class Scheduler:
         read_before, computed_before = self.totals.prefill_s, self.totals.computed_prompt_tokens
         prefills, num_chunks, rounds = self._prefill()
         computed = self.totals.computed_prompt_tokens - computed_before
-        if self._decoding() and (self._serves or not self._anyone_reads()):
+        if self._rows.decoding() and (self._serves or not self._rows.reading()):
             self._dispatch(max_cycles)
         for count, (report, read) in enumerate(prefills, 1):
             if read:  # the others have no news, but for the last one, which says when all were done
@@ -310,13 +304,13 @@ class Scheduler:
         """Frees the rows of sequences that are finished, as the device or the host says."""
         for row, sequence in sequences.items():
             if finished[row] or sequence.finished:
-                self._rows[row] = None
-                self._retired[row] = not finished[row]
+                self._rows.free(row, device_knows=bool(finished[row]))
                 if (session := sequence.request.session) is not None:
                     tokens, num_tokens = jax.device_get((report.tokens, report.num_tokens))
                     # The newest token is not in the cache yet.
                     generated = tokens[row, : max(0, num_tokens[row] - 1)].tolist()
-                    self._texts.note(row, session, [*sequence.request.token_ids[: sequence.read_up_to], *generated])
+                    prompt = sequence.request.token_ids[: sequence.read_up_to]
+                    self._rows.texts.note(row, session, [*prompt, *generated])
 
     @usual_settings()
     def compile(self) -> Shape:
@@ -341,7 +335,7 @@ class Scheduler:
                 jax.block_until_ready(self._state)
 
     def _compile(self) -> Shape:
-        self._queue.take_in(self._texts.has)
+        self._queue.take_in(self._rows.texts.has)
         wanted = self.shape._replace(features=self._queue.features)
         compiled_s = self._programs.compile_s
         self._programs.compile(self._first_plan, wanted, self._queue.widths, on_event=self._on_event)
@@ -352,13 +346,12 @@ class Scheduler:
 
     def _let_in(self) -> None:
         """Gives idle rows to those that wait, and compiles what they need."""
-        self._queue.take_in(self._texts.has)
-        idle = {row for row, sequence in enumerate(self._rows) if sequence is None}
-        entered = []
+        self._queue.take_in(self._rows.texts.has)
+        idle, entered = set(self._rows.idle), []
+        multiple = restart_multiple(self._programs.decoder.kv)
         while idle and (entering := self._queue.next()) is not None:
-            row = self._room_for(entering, sorted(idle))
-            idle.remove(row)
-            self._rows[row] = entering
+            idle.remove(self._rows.enter(entering, idle, restart_multiple=multiple))
+            self.totals.reused_prompt_tokens += entering.num_kept
             self._queue.expect(widths_of(entering.chunks), SamplingFeatures.of([entering.request.sampling]))
             entered.append(entering)
             if self._choosing is not None:
@@ -380,21 +373,6 @@ class Scheduler:
         if self._choosing is not None:
             self._choosing.note_shape(wanted)
 
-    def _room_for(self, entering: RunningSequence, idle: Sequence[int]) -> int:
-        """An idle row for a sequence, which may go on with the text of its session there."""
-        request = entering.request
-        row, num_kept = self._texts.find(request.session, request.token_ids)
-        if num_kept:
-            num_kept -= num_kept % restart_multiple(self._programs.decoder.kv)
-        if row in idle and num_kept > self._held.num_shared(entering.chunks):
-            entering.go_on_after(num_kept)
-            self.totals.reused_prompt_tokens += num_kept
-            self._held.keep(row, num_kept)
-        else:
-            row = self._held.room_for(entering.chunks, idle, self._texts.sizes())
-        self._texts.forget(row)
-        return row
-
     def _prefill(self) -> tuple[list[tuple[Report, dict[int, RunningSequence]]], int, int]:
         """Dispatches chunks of the prompts that rows still read, until others have waited long enough.
 
@@ -404,8 +382,8 @@ class Scheduler:
         reports, num_chunks, rounds = [], 0, 0
         most_s = None if self._serves else self._pace.burst_s  # nobody waits but an interruption
         while True:
-            reading = {row: one for row, one in enumerate(self._rows) if one is not None and one.reading}
-            anyone_waits = self._serves and self._decoding()
+            reading = self._rows.reading()
+            anyone_waits = self._serves and self._rows.decoding()
             reading = self._pace.reading.first(reading) if anyone_waits else reading
             if not reading or (reports and self._pace.reading.is_enough(num_chunks, len(reading), most_s=most_s)):
                 return reports, num_chunks, rounds
@@ -426,7 +404,7 @@ class Scheduler:
         sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
         sizes |= {"longest_packed": self._programs.longest_packed, "num_devices": self._programs.num_row_shards}
         reports, num_chunks = [], 0
-        for one in read_next(self._held, of_rows, own, most=more, **sizes):
+        for one in read_next(self._rows.held, of_rows, own, most=more, **sizes):
             reports.append(self._dispatch_chunks(*one))
             num_chunks += sum(some.count for some in one.chunks)
         return reports, num_chunks
@@ -452,8 +430,8 @@ class Scheduler:
         else:
             copied = sum(one.source != one.row for one in next_chunks)
             self._state, report = self._programs.read_pieces(*arguments, pieces, chunks, rows, sources, copied)
-        self._retired[rows[: len(next_chunks)]] = False
-        decoding = self._decoding()
+        self._rows.begin([one.row for one in next_chunks])
+        decoding = self._rows.decoding()
         return report, {one.row: decoding[one.row] for one in next_chunks if one.row in decoding}
 
     def _chunks(self, width: int, next_chunks: Sequence[NextChunk]) -> PromptChunk:
@@ -461,7 +439,7 @@ class Scheduler:
         chunks = empty_chunks(self.shape, width)
         sampling = []
         for place, one in enumerate(next_chunks):
-            sequence, num_read = self._rows[one.row], one.index + one.count
+            sequence, num_read = self._rows.sequences[one.row], one.index + one.count
             assert sequence is not None
             start, token_ids = chunk = one.text(sequence.chunks)
             sequence.num_reused += start - sequence.read_up_to
@@ -469,7 +447,7 @@ class Scheduler:
             self.totals.computed_prompt_tokens += len(token_ids)
             sequence.num_read, sequence.read_up_to = num_read, start + len(token_ids)
             if not sequence.num_kept:  # otherwise what it reads has other bits than that of a request of no session
-                self._held.note(one.row, sequence.chunks[:num_read])
+                self._rows.held.note(one.row, sequence.chunks[:num_read])
             sequence.request.put_chunk(chunks, place, chunk)
             sampling.append(sequence.request.sampling)
         sampling += sampling[:1] * (self.shape.rows - len(next_chunks))
@@ -478,9 +456,9 @@ class Scheduler:
     def _dispatch(self, max_cycles: int | None) -> None:
         """Dispatches a burst."""
         assert self._state is not None
-        decoding, anyone_reads = self._decoding(), self._anyone_reads()
+        decoding, anyone_reads = self._rows.decoding(), bool(self._rows.reading())
         # Who has come since rows were given out can have one of those after a slice, and waits for nobody to finish.
-        has_room = self._serves and None in self._rows
+        has_room = self._serves and bool(self._rows.idle)
         others_wait = anyone_reads or (bool(self._queue) and not has_room)
         fitting = functools.partial(self._pace.cycles, decoding=len(decoding), anyone_reads=anyone_reads)
         cycles, cycle_s = fitting(seconds=None), None
@@ -497,17 +475,9 @@ class Scheduler:
             run_in_slices,
             functools.partial(self._programs.loop, self._plan, self.shape, until_finished=until),
             self._state,
-            self._retired,
+            self._rows.take_retired(),
             max_cycles=cycles,
             slice_cycles=fitting(seconds=SLICE_S, cycle_s=cycle_s) if self._serves and not others_wait else cycles,
             ends_early=lambda report: bool(self._queue) and bool(jax.device_get(report.finished).any()),
         )
-        self._retired = np.zeros((self.shape.rows,), bool)
         time.sleep(_HAND_OVER_S)
-
-    def _anyone_reads(self) -> bool:
-        return any(one is not None and one.reading for one in self._rows)
-
-    def _decoding(self) -> dict[int, RunningSequence]:
-        """Sequences that have read their prompts, by row."""
-        return {row: one for row, one in enumerate(self._rows) if one is not None and not one.reading}

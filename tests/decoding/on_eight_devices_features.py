@@ -136,7 +136,7 @@ def test_prefixes_are_copied_from_rows_of_the_same_device_alone(on_mesh, monkeyp
     yielded = finish(together, wanted)
     assert together.totals.reused_prompt_tokens == 6 * len(shared)  # all but the first one on each device
     for one, expected in zip(wanted, yielded, strict=True):
-        apart._held = HeldChunks(4, 2)
+        apart._rows.held = HeldChunks(4, 2)
         assert finish(apart, [one]) == [expected]
 
 

@@ -123,12 +123,12 @@ def test_rows_that_begin_alike_and_texts_of_a_session_change_no_token():
     yielded = finish(together, wanted)
     assert together.totals.reused_prompt_tokens == 3 * 128  # all but the first one of each part of the rows
     for one, tokens in zip(wanted, yielded, strict=True):
-        apart._held = HeldChunks(ROWS, 2)
+        apart._rows.held = HeldChunks(ROWS, 2)
         assert finish(apart, [one]) == [tokens]
     first, second = (asked([*PROMPTS[3][:140], *end], session="a") for end in ((5, 5), (7, 7)))
     finish(together, [first])
     reused = together.totals.reused_prompt_tokens
-    apart._held = HeldChunks(ROWS, 2)
+    apart._rows.held = HeldChunks(ROWS, 2)
     assert finish(together, [second]) == finish(apart, [dataclasses.replace(second, session=None)])
     assert together.totals.reused_prompt_tokens == reused + 128  # the ring has no older keys of a longer text
 

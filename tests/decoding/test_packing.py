@@ -134,7 +134,7 @@ def test_a_row_is_copied_beside_prompts_that_are_read_from_the_beginning(one_by_
     model = model_that_reads(True, None)
     scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=4, capacity=CAPACITY)
     scheduler.add(dataclasses.replace(ALIKE[0], max_new_tokens=20))
-    while not scheduler._decoding():
+    while not scheduler._rows.decoding():
         scheduler.advance(1)
     sequences = [scheduler.add(request) for request in (GREEDY[3], ALIKE[1])]
     while scheduler.busy:

@@ -71,7 +71,7 @@ def alone(model, wanted, mode="qspec"):
     """What each yields where nothing is reused."""
     scheduler, yielded = scheduler_of(model, mode), []
     for one in wanted:
-        scheduler._held = HeldChunks(ROWS)
+        scheduler._rows.held = HeldChunks(ROWS)
         yielded += finish(scheduler, [one])
     assert scheduler.totals.reused_prompt_tokens == 0
     return yielded
@@ -86,7 +86,7 @@ def test_a_shared_prefix_is_read_once_and_changes_no_token(model, mode):
     assert totals.reused_prompt_tokens == 11 * len(PREFIX)
     assert totals.computed_prompt_tokens == sum(len(one.token_ids) for one in wanted) - 11 * len(PREFIX)
     if scheduler._state.history is not None:
-        for row, chunks in zip(np.asarray(scheduler._state.history), scheduler._held._held, strict=True):
+        for row, chunks in zip(np.asarray(scheduler._state.history), scheduler._rows.held._held, strict=True):
             prompt = [token for _, tokens in chunks for token in tokens]
             assert row[: len(prompt)].tolist() == prompt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from qspec_jax.engine.reading import Reading
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
 from qspec_jax.errors import OutOfMemoryError
+from qspec_jax.model.cache import KV_OF_MODEL
 from qspec_jax.model.precision import Precision
 from tests import tiny
 
@@ -170,6 +172,7 @@ class FakePrograms(Programs):
 
     most_tokens = 64
     packing = False
+    decoder = SimpleNamespace(kv=KV_OF_MODEL)
 
     def __init__(self, rows):
         self.rows, self.log, self.compile_s = rows, [], 0.0

@@ -103,7 +103,7 @@ def test_pieces_come_as_they_are_made_and_are_the_result(service, monkeypatch):
     pieces, advance = [], service._scheduler.advance
 
     def advance_once_it_was_read():
-        made = max((len(one.token_ids) for one in service._scheduler._rows if one is not None), default=0)
+        made = max((len(one.token_ids) for one in service._scheduler._rows.sequences if one is not None), default=0)
         wait_until(lambda: sum(len(piece.token_ids) for piece in pieces) >= made - 8)
         return advance(2)
 

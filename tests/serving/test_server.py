@@ -61,7 +61,7 @@ def test_a_stream_is_the_answer_in_pieces(client, idle, monkeypatch):
     advance = scheduler.advance
 
     def advance_once_it_was_read():
-        made = max((len(one.token_ids) for one in scheduler._rows if one is not None), default=0)
+        made = max((len(one.token_ids) for one in scheduler._rows.sequences if one is not None), default=0)
         wait_until(lambda: sum(bool(one.choices and one.choices[0].delta.content) for one in chunks) >= made // 16)
         return advance(2)
 
