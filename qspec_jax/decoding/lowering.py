@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels.backends import early_launch
-from qspec_jax.decoding import packing, speculative
+from qspec_jax.decoding import packing, prefill, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.device_graphs import Graphs, compiler_options
 from qspec_jax.decoding.draft_record import DraftRecord
@@ -61,9 +61,9 @@ class Lowering:
         """Lowers the program that reads chunks of a width into rows; its state is donated."""
         laid_out, rows_over = self._laid_out, self._rows_over
 
-        def prefill(leaves, state, chunks, rows, sources, count):
+        def read(leaves, state, chunks, rows, sources, count):
             options: dict[str, Any] = {"plan": plan, "rows_over": rows_over}
-            state = speculative.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, **options)
+            state = prefill.prefill_rows(laid_out.merge(leaves), state, chunks, rows, sources, count, **options)
             return state, Report.of(state, count * 0, rows_over=rows_over)
 
         state = jax.eval_shape(lambda: self._idle(shape))
@@ -71,7 +71,7 @@ class Lowering:
         sampler = Sampler.create([SamplingParams()] * shape.rows, shape.features)
         chunks = PromptChunk(**empty_chunks(shape, width), sampler=sampler)
         with early_launch.early_launch(False):
-            return self._lower(prefill, laid_out, state, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
+            return self._lower(read, laid_out, state, chunks, rows, rows, np.int32(0), graphs=Graphs.NONE)
 
     def lower_pieces(self, plan: DecodingPlan, shape: Shape, size: int) -> jax.stages.Lowered:
         """Lowers the program of passes in which each device reads so many pieces of prompts; its state is donated."""
@@ -79,7 +79,7 @@ class Lowering:
 
         def read(leaves, state, pieces, chunks, rows, sources, num_copied):
             places, options = (rows, sources, num_copied), {"plan": plan, "rows_over": rows_over}
-            state = speculative.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, **options)
+            state = prefill.read_pieces(laid_out.merge(leaves), state, pieces, chunks, *places, **options)
             return state, Report.of(state, num_copied * 0, rows_over=rows_over)
 
         state = jax.eval_shape(lambda: self._idle(shape))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int32
 from qspec_jax.decoding import speculative
 from qspec_jax.decoding.draft_record import DraftRecord
 from qspec_jax.decoding.plan import Plan, static
+from qspec_jax.decoding.prefill import prefill
 from qspec_jax.decoding.sampling import Sampler, padded_tokens
 from qspec_jax.decoding.sampling_params import (
     MAX_STOP_TOKENS,
@@ -99,7 +100,7 @@ def begin_decoding(
         prompt=tokens if features.penalises else None,
     )
     state, chunk = jax.tree.map(jnp.asarray, (state, chunk))
-    return speculative.prefill(decoder, state, chunk, plan=plan)
+    return prefill(decoder, state, chunk, plan=plan)
 
 
 def _check_prompts(

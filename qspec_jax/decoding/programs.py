@@ -262,7 +262,7 @@ class Programs(Lowering):
         sources: np.ndarray,
         count: int,
     ) -> tuple[DecodeState, Report]:
-        """Reads the first ``count`` chunks into their rows (``speculative.prefill_rows``). The state is used up."""
+        """Reads the first ``count`` chunks into their rows (``prefill.prefill_rows``). The state is used up."""
         width = chunks.tokens.shape[1]
         program, leaves = self._program(_prefill_key(plan, shape, width), plan, shape, (width,))
         with explain_out_of_memory("while generating"):
@@ -279,7 +279,7 @@ class Programs(Lowering):
         sources: np.ndarray,
         num_copied: int,
     ) -> tuple[DecodeState, Report]:
-        """Reads chunks into their rows in one pass (``speculative.read_pieces``). The state is used up."""
+        """Reads chunks into their rows in one pass (``prefill.read_pieces``). The state is used up."""
         key = _pieces_key(plan, shape, len(pieces.rows) // self.num_row_shards)
         program, leaves = self._program(key, plan, shape, (self.longest_packed,))
         with explain_out_of_memory("while generating"):

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from qspec_jax.decoding.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
-from qspec_jax.model.collectives import most_likely
+from qspec_jax.model.collectives import all_logits, most_likely
 
 NO_TOKEN = -1
 
@@ -289,3 +289,21 @@ def _is_typical(
     entropy = jax.scipy.special.entr(probabilities).sum(axis=-1)
     threshold = jnp.minimum(epsilon[:, None], jnp.sqrt(epsilon)[:, None] * jnp.exp(-entropy))
     return jnp.take_along_axis(probabilities, tokens[:, :, None], axis=-1)[:, :, 0] > threshold
+
+
+def as_chosen_from(
+    logits: Float32[Array, "B T V"], axis: str | None, sampler: Sampler | None, *, scored: bool
+) -> tuple[Float32[Array, "B T V_seen"], str | None]:
+    """Logits of all tokens, or those that a device has where the most likely token is all that is wanted of them.
+
+    Returns:
+        the logits, and the axis over whose devices they are spread; None for all of them.
+    """
+    if sampler is None and not scored:
+        return logits, axis
+    return all_logits(logits, axis), None
+
+
+def is_stop(tokens: Int32[Array, "B T"], stop_tokens: Int32[Array, "B stops"]) -> Bool[Array, "B T"]:
+    """Whether each token ends its sequence."""
+    return (tokens[:, :, None] == stop_tokens[:, None, :]).any(axis=-1)

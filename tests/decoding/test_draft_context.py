@@ -13,6 +13,7 @@ from pallas_kernels import EVERYTHING
 from qspec_jax.decoding import chunks, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.plan import DRAFT_BUDGET, FULL_BELOW, DecodingPlan, Lookup, missing_drafts, plan_of
+from qspec_jax.decoding.prefill import prefill as read_prompt
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import PromptChunk
 from qspec_jax.errors import UsageError
@@ -166,7 +167,7 @@ def prefilled(model):
     for row, prompt in enumerate(PROMPTS[:2]):
         fields["tokens"][row, : len(prompt)] = prompt
         fields["num_tokens"][row], fields["last"][row], fields["max_new_tokens"][row] = len(prompt), True, 20
-    prefill = jax.jit(lambda state, chunk: speculative.prefill(model.decoder, state, chunk, plan=plan))
+    prefill = jax.jit(lambda state, chunk: read_prompt(model.decoder, state, chunk, plan=plan))
     return prefill(state, PromptChunk(**fields))
 
 

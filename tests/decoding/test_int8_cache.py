@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax.decoding import chunks, speculative
+from qspec_jax.decoding import chunks, prefill
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.scheduler import Scheduler
@@ -74,14 +74,14 @@ def test_a_wrong_block_would_be_noticed(model, monkeypatch):
     """Scales of keys that are those of another block."""
     wanted = [asked(PROMPTS[4])]
     [expected] = finish(scheduler_of(model), wanted)
-    keep = speculative.prefill
+    keep = prefill.prefill
 
     def shifted(*arguments, **options):
         state = keep(*arguments, **options)
         layers = dataclasses.replace(state.cache.layers, key_scales=jnp.roll(state.cache.layers.key_scales, 1, axis=-2))
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
-    monkeypatch.setattr(speculative, "prefill", shifted)
+    monkeypatch.setattr(prefill, "prefill", shifted)
     assert finish(scheduler_of(model_of(), "w4a16"), wanted) != [expected]
 
 

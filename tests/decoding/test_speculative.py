@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qspec_jax.decoding import speculative
+from qspec_jax.decoding import prefill, speculative
 from qspec_jax.decoding.plan import DecodingPlan, Lookup
 from qspec_jax.decoding.sampling import NO_TOKEN, Sampler
 from qspec_jax.decoding.sampling_params import MAX_STOP_TOKENS, SamplingFeatures, SamplingParams
-from qspec_jax.decoding.state import DecodeState
+from qspec_jax.decoding.state import DecodeState, PromptChunk
 from qspec_jax.model.cache import KVCache, LayerCache
 from qspec_jax.model.config import ActivationQuantization, QuantConfig
 from qspec_jax.model.precision import Precision
@@ -119,7 +119,7 @@ def test_surviving_draft_entries_would_be_noticed(plain, monkeypatch):
 def prefilled(decoder, plan, prompts, lengths, *, capacity=48, max_new_tokens=32):
     """The state after the prompts, without stop tokens."""
     rows = prompts.shape[:1]
-    chunk = speculative.PromptChunk(
+    chunk = PromptChunk(
         tokens=prompts,
         num_tokens=lengths.astype(np.int32),
         start=np.zeros(rows, np.int32),
@@ -128,8 +128,8 @@ def prefilled(decoder, plan, prompts, lengths, *, capacity=48, max_new_tokens=32
         stop_tokens=np.full((*rows, MAX_STOP_TOKENS), NO_TOKEN, np.int32),
     )
     idle = DecodeState.idle(decoder.create_cache(batch=rows[0], capacity=capacity))
-    prefill = jax.jit(functools.partial(speculative.prefill, decoder, plan=plan))
-    return prefill(jax.tree.map(jnp.asarray, idle), chunk)
+    read = jax.jit(functools.partial(prefill.prefill, decoder, plan=plan))
+    return read(jax.tree.map(jnp.asarray, idle), chunk)
 
 
 @pytest.fixture(scope="module")
