@@ -70,6 +70,7 @@ class Family:
         mlp_biases: ``mlp_bias`` counts; others have none, whatever the config says.
         qk_norm: queries and keys are normalised, head by head.
         head_dim: where the config has none; None for ``hidden_size / num_attention_heads``.
+        kv_heads: where the config does not say (null is ``num_attention_heads``); None for ``num_attention_heads``.
         max_positions: where the config has none.
         sliding_window: the config's entry is ``ignored``, ``used`` if it is there, or ``optional``: used in the layers
             that ``use_sliding_window`` and its companions say.
@@ -81,16 +82,21 @@ class Family:
     mlp_biases: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
+    kv_heads: int | None = None
     max_positions: int = 2048
     sliding_window: Literal["ignored", "used", "optional"] = "ignored"
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("Llama 2, 3, 3.1+, SmolLM2", "llama", mlp_biases=True),
-    "MistralForCausalLM": Family("Mistral", "mistral", biases="none", max_positions=131072, sliding_window="used"),
-    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", biases="qkv", max_positions=32768, sliding_window="optional"),
+    "MistralForCausalLM": Family(
+        "Mistral", "mistral", biases="none", kv_heads=8, max_positions=131072, sliding_window="used"
+    ),
+    "Qwen2ForCausalLM": Family(
+        "Qwen2, Qwen2.5", "qwen2", biases="qkv", kv_heads=32, max_positions=32768, sliding_window="optional"
+    ),
     "Qwen3ForCausalLM": Family(
-        "Qwen3", "qwen3", qk_norm=True, head_dim=128, max_positions=32768, sliding_window="optional"
+        "Qwen3", "qwen3", qk_norm=True, head_dim=128, kv_heads=32, max_positions=32768, sliding_window="optional"
     ),
 }
 
@@ -170,7 +176,7 @@ class ModelConfig:
             intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
-            num_kv_heads=_whole(config, "num_key_value_heads") or num_heads,
+            num_kv_heads=_num_kv_heads(config, family),
             head_dim=_whole(config, "head_dim") or family.head_dim or hidden_size // max(num_heads, 1),
             rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
@@ -203,6 +209,20 @@ def _whole(config: Mapping[str, Any], key: str) -> int | None:
     if value is not None and not _is_whole(value):
         raise UnsupportedModelError(f"config.json: {key}={shown(value)} is not an integer")
     return value
+
+
+def _num_kv_heads(config: Mapping[str, Any], family: Family) -> int:
+    """As transformers reads it: null is one for each query head, and missing is the default of the family."""
+    num_heads = config["num_attention_heads"]
+    if "num_key_value_heads" in config or family.kv_heads is None:
+        named = _whole(config, "num_key_value_heads")
+        return num_heads if named is None else named
+    if num_heads % family.kv_heads:
+        raise UnsupportedModelError(
+            f"config.json lacks num_key_value_heads, and {family.kv_heads}, which {family.models} has then, does not "
+            f"divide num_attention_heads={num_heads}; add the entry"
+        )
+    return family.kv_heads
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -19,6 +19,7 @@ BASE = {
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -34,7 +35,7 @@ def read(**changes) -> ModelConfig:
 
 
 def test_defaults_are_those_of_llama():
-    config = read()
+    config = ModelConfig.from_hf({key: value for key, value in BASE.items() if key != "num_key_value_heads"})
     assert (config.num_kv_heads, config.head_dim, config.qkv_sizes) == (4, 16, (64, 64, 64))
     assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
     assert not any((config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm, config.tie_word_embeddings))
@@ -233,6 +234,7 @@ def test_entries_that_are_not_used_never_matter(changes, field, value):
         ({"num_hidden_layers": 10**9}, "num_layers=1000000000 must be positive and of a possible size"),
         ({"hidden_size": 10**5000}, "hidden_size=a number of 16610 bits must be"),
         ({"num_key_value_heads": -4}, "num_kv_heads=-4 must be positive"),
+        ({"num_key_value_heads": 0}, "num_kv_heads=0 must be positive"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a finite number"),
         ({"rms_norm_eps": -1.0}, "must be positive"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0.0, .* must be positive"),
@@ -265,15 +267,40 @@ def test_a_method_that_is_not_named_is_known_by_its_settings(settings):
     assert read(quantization_config=settings) == read()
 
 
-@pytest.mark.parametrize("name", ["max_position_embeddings", "sliding_window"])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("max_position_embeddings", "max_position_embeddings"),
+        ("sliding_window", "sliding_window"),
+        ("num_key_value_heads", "num_kv_heads"),
+        ("head_dim", "head_dim"),
+    ],
+)
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_what_a_config_does_not_say_is_as_in_transformers(architecture, name):
+def test_what_a_config_does_not_say_is_as_in_transformers(architecture, name, field):
     transformers = pytest.importorskip("transformers")
-    changes = {"use_sliding_window": True, "max_window_layers": 0}
+    changes = {"use_sliding_window": True, "max_window_layers": 0, "num_attention_heads": 64, "hidden_size": 1024}
     config = {key: value for key, value in (BASE | changes).items() if key != name}
     theirs = getattr(transformers, f"{architecture}Config")(**config)
     ours = ModelConfig.from_hf(config | {"architectures": [f"{architecture}ForCausalLM"]})
-    assert getattr(ours, name) == getattr(theirs, name, None)
+    usual = 1024 // 64 if name == "head_dim" else None
+    assert getattr(ours, field) == getattr(theirs, name, usual)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3"])
+def test_as_many_key_value_heads_as_query_heads_are_null_as_in_transformers(architecture):
+    transformers = pytest.importorskip("transformers")
+    config = BASE | {"num_key_value_heads": None}
+    theirs = getattr(transformers, f"{architecture}Config")(**config)
+    ours = ModelConfig.from_hf(config | {"architectures": [f"{architecture}ForCausalLM"]})
+    assert ours.num_kv_heads == theirs.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("architecture", ["Mistral", "Qwen2", "Qwen3"])
+def test_key_value_heads_that_a_config_does_not_say_and_that_do_not_fit_are_asked_for(architecture):
+    config = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    with pytest.raises(UnsupportedModelError, match=r"lacks num_key_value_heads, .* divide num_attention_heads=4; add"):
+        ModelConfig.from_hf(config | {"architectures": [f"{architecture}ForCausalLM"]})
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
