@@ -44,4 +44,4 @@ class RequantizationWarning(UserWarning):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that says two things, of which one is taken."""
+    """A checkpoint that says two things, of which one is taken, or one that looks as if it were not whole."""

@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -235,7 +236,32 @@ def check_entries(
     problems["missing"] = [name for name in expected if name not in entries]
     if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
         raise _misfit(path, {kind for kind, names in problems.items() if names}, "\n".join(lines))
-    return {name: entries[name].entry for name in expected}
+    return {name: _not_all_zero(entries[name].entry, spec) for name, spec in expected.items()}
+
+
+def _not_all_zero(entry: TensorEntry, spec: ParameterSpec) -> TensorEntry:
+    """The tensor, refused when it is read and found empty: a download that was interrupted leaves zeros.
+
+    A bias may be zero, and so may a linear that writes the residual stream: of layers that are put in, to be trained.
+    """
+    if spec.kind == "bias" or (spec.kind == "linear" and spec.stream == "writes"):
+        return entry
+    head = entry.read_head
+    return dataclasses.replace(
+        entry,
+        read=functools.partial(_read_not_all_zero, entry.read),
+        read_head=None if head is None else functools.partial(_read_not_all_zero, head),
+    )
+
+
+def _read_not_all_zero(read: Callable[[], Any]) -> Any:
+    tensor = read()
+    is_floats = isinstance(tensor, np.ndarray)
+    arrays = (tensor,) if is_floats else (tensor.scale, tensor.offset)
+    if any(array.any() for array in arrays if array is not None):
+        return tensor
+    what = "values" if is_floats else "scales"
+    raise ValueError(f"all its {what} are zero, as a download that was interrupted leaves them; fetch the file again")
 
 
 def _misfit(path: Path, kinds: set[str], listed: str) -> CheckpointError | UnsupportedModelError:

@@ -17,6 +17,7 @@ from qspec_jax.errors import CheckpointError, UnsupportedModelError
 from qspec_jax.weights.gguf.ends import end_token_ids
 from qspec_jax.weights.gguf.parts import check_parts, in_order, is_part, may_be_parts, parts_of
 from qspec_jax.weights.listing import piece_remedy
+from qspec_jax.weights.tails import warn_of_zero_tail
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -57,6 +58,9 @@ class GGUFFile:
             CheckpointError: the file cannot be read, is not GGUF, or is damaged, or is a part of a model and others
                 are missing or are of another model.
             UnsupportedModelError: it is of a version, or has tensors of a type, that is not read.
+
+        Warns:
+            CheckpointWarning: a file ends in zeros.
         """
         parts = parts_of(Path(path))
         try:
@@ -67,6 +71,8 @@ class GGUFFile:
         file = _open_files.get(key)
         if file is None:
             file = _open_files[key] = _joined([_parse(part) for part in parts])
+            for part in parts:
+                warn_of_zero_tail(part)
         return file
 
     @property

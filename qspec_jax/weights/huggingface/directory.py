@@ -35,6 +35,7 @@ from qspec_jax.weights.source import (
     check_entries,
     check_finite,
 )
+from qspec_jax.weights.tails import warn_of_zero_tail
 
 _NAMES = {
     r"model\.embed_tokens\.weight": r"embedding.weight",
@@ -64,7 +65,8 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
         UnsupportedModelError: the architecture, or an option of it, is not supported.
 
     Warns:
-        CheckpointWarning: the weights are there twice, or the config ties an LM head that is not the embedding.
+        CheckpointWarning: the weights are there twice, the config ties an LM head that is not the embedding, or a file
+            ends in zeros.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -73,7 +75,8 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
         )
     parsed = complete_config(path, read_json(path / "config.json"))
     config = _model_config(path, parsed)
-    stored = [tensor for file in weight_files(path) for tensor in stored_tensors(file) if not _is_table(tensor.name)]
+    files = weight_files(path)
+    stored = [tensor for file in files for tensor in stored_tensors(file) if not _is_table(tensor.name)]
     stored = _once(_renamed(stored))
     try:
         layout = read_layout(parsed, stored)
@@ -81,6 +84,8 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
         raise UnsupportedModelError(f"{path}: {error}") from error
     tied, stored = _tied(path, config, stored, layout)
     config = dataclasses.replace(config, tie_word_embeddings=tied)
+    for file in files:
+        warn_of_zero_tail(file)
     specs = expected_parameters(config)
     found = []
     if layout is not None:
