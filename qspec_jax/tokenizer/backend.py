@@ -208,7 +208,7 @@ def _open_plain(path: Path, defaults: Mapping[str, str]) -> PlainBackend:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(options.get("split_special_tokens", False))
     special = {name: token for name in _SPECIAL_TOKENS if (token := _token_text(named.get(name))) is not None}
-    added = options.get("added_tokens_decoder", _older_added_tokens(path, special.values()))
+    added = options.get("added_tokens_decoder", _older_added_tokens(path, special.values(), tokenizer))
     _add_missing_tokens(tokenizer, added, named)
     return PlainBackend(
         tokenizer,
@@ -239,33 +239,37 @@ def _token_text(named: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _older_added_tokens(path: Path, special: Iterable[str]) -> dict[str, Any]:
-    """The tokens of ``added_tokens.json``, by their ids."""
+def _older_added_tokens(path: Path, special: Iterable[str], tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The tokens of ``added_tokens.json`` that the tokenizer does not know, by their ids."""
     ids, named = _read_object(path / "added_tokens.json"), set(special)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     return {
         str(number): {"content": text, "normalized": text not in named, "special": text in named}
         for text, number in ids.items()
+        if text not in known
     }
 
 
 def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, decoder: Any, named: Mapping[str, Any]) -> None:
-    """Adds the tokens that only the files beside ``tokenizer.json`` know, or know to be special.
+    """Adds the tokens that only the files beside ``tokenizer.json`` know, or of which they say something else.
 
     Args:
         tokenizer: to which they are added.
-        decoder: tokens by their ids, in whose order they are added.
+        decoder: tokens by their ids, in whose order they are added. What it says of a known one counts, too.
         named: the special tokens that the files name or list.
     """
-    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = [named.get(name) for name in _SPECIAL_TOKENS]
+    special = {_token_text(token) for token in tokens}
     decoder = decoder if isinstance(decoder, Mapping) else {}
     by_id = {int(key): token for key, token in decoder.items() if str(key).isdecimal()}
     for _, token in sorted(by_id.items()):
-        if isinstance(token, Mapping) and (text := _token_text(token)) is not None and text not in known:
-            tokenizer.add_tokens([_added_token(token, special=bool(token.get("special", False)))])
-    tokens = [named.get(name) for name in _SPECIAL_TOKENS]
+        if isinstance(token, Mapping) and (text := _token_text(token)) is not None:
+            is_special = bool(token.get("special", False)) or text in special
+            tokenizer.add_tokens([_added_token(token, special=is_special)])  # does nothing for one that is there
     for key in _LISTS:
         more = named.get(key) or []
         tokens += more.values() if isinstance(more, Mapping) else more
+    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
     texts = [(_token_text(token) or "", token) for token in tokens]
     missing = [token for text, token in texts if text and not known.get(text)]
     tokenizer.add_tokens([_added_token(token, special=True) for token in missing])

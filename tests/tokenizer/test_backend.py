@@ -286,6 +286,12 @@ def moved_tokens(path: Path) -> None:
 
 ADDED = {"261": {"content": "<new>", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
 ADDED |= {"262": {"content": "<end>", "special": True, "normalized": False, "lstrip": False, "rstrip": False}}
+AGAIN = {
+    "0": {"content": "<|endoftext|>", "special": False, "single_word": True},
+    "1": {"content": "<|im_start|>", "special": False, "lstrip": True},  # named, and so special
+    "2": {"content": "<|im_end|>", "special": True, "lstrip": True, "rstrip": True, "normalized": False},
+    "261": {"content": "the", "special": False, "normalized": False},
+}
 LISTED = {"<|im_end|>": 2, "<new>": 262, "<old>": 261}
 STRIPPED = {"content": "<|pad|>", "__type": "AddedToken", "special": True, "lstrip": True, "rstrip": True}
 
@@ -314,6 +320,7 @@ DIRECTORIES = {
     "objects": with_special(eos_token={"content": "<|endoftext|>", "__type": "AddedToken", "special": True}),
     "added": with_special(added_tokens_decoder=ADDED),
     "added out of order": with_special(added_tokens_decoder=dict(reversed(ADDED.items()))),
+    "said again": with_special(added_tokens_decoder=AGAIN, unk_token=None),
     "strips": with_special(pad_token=STRIPPED, additional_special_tokens=[STRIPPED | {"content": "<|extra|>"}]),
     "elsewhere": moved_tokens,
     "older": older_files({"eos_token": "<|endoftext|>", "pad_token": "<new>"}),
