@@ -114,9 +114,9 @@ class Tokenizer:
         except Exception as error:  # a template is a program, and fails in every way that programs do
             from jinja2 import TemplateError
 
-            what = "refuses the messages" if isinstance(error, TemplateError) else "fails"
-            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise UsageError(f"the chat template {what}: {reason}") from error
+            if type(error) is TemplateError:  # of its raise_exception; those below are of Jinja
+                raise UsageError(f"the chat template refuses the messages: {error}") from error
+            raise UsageError(f"the chat template fails: {type(error).__name__}: {error}") from error
 
     def system_length(self, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
         """How many tokens a conversation begins with as does any other one with the same system messages.

@@ -345,7 +345,10 @@ def test_a_template_that_refuses_is_a_usage_error(sentencepiece_path):
         ("{{ messages[0].content + 1 }}", "the chat template fails: TypeError"),
         ("{{ 1 // 0 }}", "the chat template fails: ZeroDivisionError"),
         ("{{ '{:d}'.format('a') }}", "the chat template fails: ValueError"),
-        ("{% for m in messages %}", "the chat template refuses the messages: "),
+        ("{% for m in messages %}", "the chat template fails: TemplateSyntaxError: "),
+        ("{{ messages[0].tool.name }}", "the chat template fails: UndefinedError: "),
+        ("{{ ''.__class__.__mro__ }}", "the chat template fails: SecurityError: "),
+        ("{{ raise_exception('no tools') }}", "the chat template refuses the messages: no tools"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "the chat template fails: RecursionError"),
     ],
 )
