@@ -87,13 +87,21 @@ def index_of(path, *names, files=("model-00001-of-00002.safetensors", "model-000
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', None])
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {}}', None])
 def test_a_complete_file_loads_whatever_an_index_says(tmp_path, index):
     directory(tmp_path)
     index_of(tmp_path, EMBEDDING, HEAD)
     if index is not None:
         (tmp_path / "model.safetensors.index.json").write_text(index)
     assert open_source(tmp_path).entries[HEAD].read().shape == (VOCAB, HIDDEN)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_of_nothing_is_named_and_not_the_tensors(tmp_path, index):
+    write_hf(tmp_path, hf_config(), hf_tensors(hf_config()), num_shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"index\.json has no weight_map of tensor names to files; fetch"):
+        open_source(tmp_path)
 
 
 def test_shards_beside_a_complete_file_are_left_out_and_named(tmp_path):

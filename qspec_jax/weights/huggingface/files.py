@@ -106,7 +106,8 @@ def _chosen_files(path: Path) -> list[Path]:
 
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    is_map = isinstance(weight_map, dict) and weight_map
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; fetch it again")
     if outside := sorted({name for name in weight_map.values() if not re.fullmatch(r"[^/\\\0]+", name)}):
         raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its directory; fetch it again")
