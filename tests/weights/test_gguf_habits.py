@@ -198,6 +198,30 @@ def test_types_that_are_not_read_are_named(tmp_path, number, origin):
         open_source(with_type(write(tmp_path / "m.gguf"), number))
 
 
+@pytest.mark.parametrize(
+    ("moved", "to", "what"),
+    [
+        ("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "overlaps the one before"),
+        ("blk.1.ffn_norm.weight", "blk.0.ffn_norm.weight", "overlaps the one before"),
+        ("blk.1.attn_k.weight", None, "leaves 32 bytes before it unused"),
+    ],
+)
+def test_tensors_that_share_or_skip_bytes_are_damage_as_in_llama_cpp(tmp_path, moved, to, what):
+    path = write(tmp_path / "m.gguf")
+    starts = {tensor.name: int(tensor.data_offset) for tensor in gguf.GGUFReader(path).tensors}
+    data = min(starts.values())
+    was, becomes = (struct.pack("<Q", starts[name] - data) for name in (moved, to or moved))
+    content = path.read_bytes()
+    place = content.index(was, content.index(moved.encode()))
+    if to is None:  # padding that is no padding
+        start = starts[moved]
+        content = content[:start] + bytes(32) + content[start:]
+        becomes = struct.pack("<Q", start - data + 32)
+    path.write_bytes(content[:place] + becomes + content[place + 8 :])
+    with pytest.raises(CheckpointError, match=rf"m\.gguf is damaged: tensor \S+ {what}; fetch the file again"):
+        open_source(path)
+
+
 def test_a_type_that_cannot_be_is_damage(tmp_path):
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         open_source(with_type(write(tmp_path / "m.gguf"), 1 << 20))

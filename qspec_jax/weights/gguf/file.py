@@ -22,6 +22,8 @@ from qspec_jax.weights.tails import warn_of_zero_tail
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
+    from qspec_jax.weights.gguf.reader import Reader
+
 # Mistral files say "llama".
 HF_ARCHITECTURE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What a file that is not GGUF may be instead, by how it begins.
@@ -142,7 +144,18 @@ def _parse(path: Path) -> GGUFFile:
         if (remedy := piece_remedy(path)) is not None:
             raise CheckpointError(f"{path} cannot be read: {remedy}") from error
         raise CheckpointError(f"{path} is truncated or damaged; fetch the file again ({reason})") from error
+    _check_spans(path, reader)
     return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def _check_spans(path: Path, reader: Reader) -> None:
+    """Raises CheckpointError unless tensors follow one another, each padded, as llama.cpp demands (``gguf.cpp``)."""
+    end = int(reader.data_offset)
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        if (start := int(tensor.data_offset)) != end:
+            what = "overlaps the one before" if start < end else f"leaves {start - end} bytes before it unused"
+            raise CheckpointError(f"{path} is damaged: tensor {tensor.name} {what}; fetch the file again")
+        end += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
 
 
 def _check_beginning(path: Path, beginning: bytes) -> None:
