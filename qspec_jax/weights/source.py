@@ -236,10 +236,10 @@ def check_entries(
     problems["missing"] = [name for name in expected if name not in entries]
     if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
         raise _misfit(path, {kind for kind, names in problems.items() if names}, "\n".join(lines))
-    return {name: _not_all_zero(entries[name].entry, spec) for name, spec in expected.items()}
+    return {name: _not_empty(entries[name].entry, spec) for name, spec in expected.items()}
 
 
-def _not_all_zero(entry: TensorEntry, spec: ParameterSpec) -> TensorEntry:
+def _not_empty(entry: TensorEntry, spec: ParameterSpec) -> TensorEntry:
     """The tensor, refused when it is read and found empty: a download that was interrupted leaves zeros.
 
     A bias may be zero, and so may a linear that writes the residual stream: of layers that are put in, to be trained.
@@ -249,19 +249,27 @@ def _not_all_zero(entry: TensorEntry, spec: ParameterSpec) -> TensorEntry:
     head = entry.read_head
     return dataclasses.replace(
         entry,
-        read=functools.partial(_read_not_all_zero, entry.read),
-        read_head=None if head is None else functools.partial(_read_not_all_zero, head),
+        read=functools.partial(_read_not_empty, entry.read),
+        read_head=None if head is None else functools.partial(_read_not_empty, head),
     )
 
 
-def _read_not_all_zero(read: Callable[[], Any]) -> Any:
+def _read_not_empty(read: Callable[[], Any]) -> Any:
     tensor = read()
-    is_floats = isinstance(tensor, np.ndarray)
-    arrays = (tensor,) if is_floats else (tensor.scale, tensor.offset)
-    if any(array.any() for array in arrays if array is not None):
+    if isinstance(tensor, np.ndarray):
+        empty = None if tensor.any() else "values are zero"
+    elif tensor.scale.any() or (tensor.offset is not None and tensor.offset.any()):
+        # Some formats keep codes and scales apart. Zeros of 8 bits may have been moved.
+        empty = "codes are the same" if _are_the_same(tensor.codes) else None
+    else:
+        empty = "scales are zero"
+    if empty is None:
         return tensor
-    what = "values" if is_floats else "scales"
-    raise ValueError(f"all its {what} are zero, as a download that was interrupted leaves them; fetch the file again")
+    raise ValueError(f"all its {empty}, as a download that was interrupted leaves them; fetch the file again")
+
+
+def _are_the_same(codes: np.ndarray) -> bool:
+    return bool((codes[:1] == codes[0, 0]).all() and (codes == codes[0, 0]).all())
 
 
 def _misfit(path: Path, kinds: set[str], listed: str) -> CheckpointError | UnsupportedModelError:

@@ -11,8 +11,9 @@ from qspec_jax.weights.source import QuantizedTensor
 from tests.weights.prequantized_packers import CASES, tiny_checkpoint
 from tests.weights.tiny_checkpoints import gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
 
+UP = "model.layers.1.mlp.up_proj"
 CONFIG = hf_config("Qwen2ForCausalLM")
-EMPTY = r"cannot read tensor {}: all its (values|scales) are zero, .* interrupted .*; fetch the file again"
+EMPTY = r"cannot read tensor {}: all its (\w+ are zero|codes are the same), .* interrupted .*; fetch the file again"
 TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0"]
 
 
@@ -78,6 +79,17 @@ def test_a_head_in_codes_is_looked_at_as_well(tmp_path):
     assert entry.read_head is not None
     with pytest.raises(ValueError, match="all its scales are zero"):
         entry.read_head()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_that_were_not_written_are_refused_though_their_scales_are_there(tmp_path, case):
+    checkpoint = tiny_checkpoint(CASES[case])
+    names = [f"{UP}.{part}" for part in ("qweight", "weight_packed", "weight")]
+    (name,) = (name for name in names if name in checkpoint.tensors)
+    checkpoint.tensors[name] = np.zeros_like(checkpoint.tensors[name])
+    source = open_source(checkpoint.write(tmp_path))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up\.weight: all its codes are the same, as a"):
+        source.read("layers.1.mlp.up.weight")
 
 
 def test_rows_that_fill_a_linear_up_are_no_damage(tmp_path):
