@@ -127,23 +127,32 @@ def _stored_checkpoint(checkpoint: Checkpoint) -> _Stored:
 
 def _stored_source(path: Path, source: Source, formats: Mapping[str, WeightFormat]) -> _Stored:
     linears: collections.Counter[str] = collections.Counter()
+    made: set[str] = set()
+    kind, architecture, method = _kind(path, source)
     for name, entry in source.entries.items():
         if (spec := source.specs[name]).kind == "linear":
+            made.add(method if entry.codes is not None else "rounding to nearest, as it is read")
             if (codes := entry.codes) is not None:
                 of_file = "Q8_0" if codes.bits == 8 else "Q4_0" if codes.symmetric else "Q4_1"
                 linears[f"{f'{codes.bits}-bit' if path.is_dir() else of_file} codes, kept"] += 1
             else:
-                kind, to = entry.requantized_from, f"rounded to {formats[spec.module].bits} bits"
-                linears[f"{kind}, {to} once more" if kind else f"floats, {to}"] += 1
-    if path.is_dir():
-        from qspec_jax.weights.huggingface.files import read_json
+                stored, to = entry.requantized_from, f"rounded to {formats[spec.module].bits} bits"
+                linears[f"{stored}, {to} once more" if stored else f"floats, {to}"] += 1
+    return _Stored(kind, architecture, "; ".join(sorted(made)), linears)
 
-        parsed = read_json(path / "config.json")
-        named = parsed.get("architectures") or [parsed.get("model_type") or _anatomy(source.config)]
-        settings = quantization_config(parsed)
-        method = "rounding to nearest, as it is read" if settings is None else quantization_method(settings)
-        return _Stored("Hugging Face directory", str(named[0] if isinstance(named, list) else named), method, linears)
-    return _Stored("GGUF file", _anatomy(source.config), "of the file's types", linears)
+
+def _kind(path: Path, source: Source) -> tuple[str, str, str]:
+    """What a model lies in, its architecture, and what made the codes that it has, if it has any."""
+    if not path.is_dir():
+        return "GGUF file", _anatomy(source.config), "of the file's types"
+    from qspec_jax.weights.huggingface.files import read_json
+    from qspec_jax.weights.huggingface.settings import complete_config
+
+    parsed = complete_config(path, read_json(path / "config.json"))
+    named = parsed.get("architectures") or [parsed.get("model_type") or _anatomy(source.config)]
+    settings = quantization_config(parsed)
+    method = "QSpec release" if settings is None else quantization_method(settings)  # which names no method
+    return "Hugging Face directory", str(named[0] if isinstance(named, list) else named), method
 
 
 def _anatomy(config: ModelConfig) -> str:

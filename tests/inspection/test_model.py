@@ -77,6 +77,62 @@ def test_it_is_shown_in_80_columns(models, capsys, name, said):
     assert max(len(line) for line in shown.splitlines() if "/" not in line) <= text.WIDTH
 
 
+def packed(case):
+    return tiny_checkpoint(CASES[case])
+
+
+def with_settings_beside(path):
+    """As AutoGPTQ wrote them."""
+    settings = (checkpoint := packed("gptq")).config.pop("quantization_config")
+    (checkpoint.write(path) / "quantize_config.json").write_text(json.dumps(settings))
+
+
+def half_packed(path):
+    checkpoint, module = packed("gptq"), "model.layers.1.mlp.down_proj"
+    checkpoint.tensors = {name: one for name, one in checkpoint.tensors.items() if not name.startswith(module)}
+    checkpoint.tensors[f"{module}.weight"] = checkpoint.floats[f"{module}.weight"]
+    checkpoint.write(path)
+
+
+def only_said_to_be_packed(path):
+    config = tiny_checkpoints.hf_config()
+    packed_config = config | {"quantization_config": packed("awq").config["quantization_config"]}
+    tiny_checkpoints.write_hf(path, packed_config, tiny_checkpoints.hf_tensors(config))
+
+
+def gguf_of(kind):
+    def write(path):
+        config = tiny_checkpoints.hf_config()
+        tensors = tiny_checkpoints.gguf_tensors(config, tiny_checkpoints.hf_tensors(config))
+        tiny_checkpoints.write_gguf(path / "m.gguf", config, tensors, linear_type=GGMLQuantizationType[kind])
+
+    return write
+
+
+ROUNDED = "rounding to nearest, as it is read"
+
+
+@pytest.mark.parametrize(
+    ("write", "method"),
+    [
+        (lambda path: packed("gptq").write(path), "gptq"),
+        (with_settings_beside, "gptq"),
+        (half_packed, f"gptq; {ROUNDED}"),
+        (only_said_to_be_packed, ROUNDED),
+        (lambda path: packed("compressed_8").write(path), "compressed-tensors"),
+        (lambda path: packed("qspec").write(path), "QSpec release"),
+        (gguf_of("Q4_0"), "of the file's types"),
+        (gguf_of("Q8_0"), "of the file's types"),
+        (gguf_of("Q5_1"), ROUNDED),
+        (gguf_of("F16"), ROUNDED),
+    ],
+)
+def test_the_method_is_that_of_the_codes_and_not_of_the_config(models, tmp_path, capsys, write, method):
+    write(tmp_path)
+    assert info.main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"]["method"] == method
+
+
 def test_json_has_all_of_it_and_is_written_too(models, capsys):
     assert info.main([str(models / "saved"), "--json", "--output", str(models / "facts.json")]) == 0
     facts = json.loads(capsys.readouterr().out)
