@@ -54,6 +54,7 @@ class LanguageModel(Uncopied):
         verify: what it was loaded for, of :data:`~qspec_jax.decoding.plan.VERIFY`: the target of all that drafts and is
             not told another. ``auto`` is the best that its weights serve.
         name: where it was loaded from.
+        recipe: what the checkpoint that it was loaded from records of how its weights were made; None of all else.
         mesh: the devices that share it; None for one.
     """
 
@@ -69,6 +70,7 @@ class LanguageModel(Uncopied):
         verify: str = AUTO,
         name: str = "model",
         stop_tokens: Sequence[int] = (),
+        recipe: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
     ):
         self.decoder = decoder
@@ -77,6 +79,7 @@ class LanguageModel(Uncopied):
         self.kernels = kernels
         self.verify = check_verify(verify, "qspec")
         self.name = name
+        self.recipe = recipe
         known = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.stop_tokens = tuple(sorted({*decoder.config.eos_token_ids, *known, *stop_tokens}))
         self.programs = programs_of(decoder, mesh)

@@ -314,6 +314,8 @@ def _assemble(
     kernels, decoder.kv = runs
     options: dict[str, Any] = {"quantization": opened.quantization, "name": opened.name, "mesh": mesh}
     options["verify"] = opened.verify
+    if isinstance(opened.source, Checkpoint):
+        options["recipe"] = opened.source.manifest.recipe
     return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
 
@@ -347,7 +349,8 @@ def save(
         model: with quantised weights. Its floats, which ``verify="float"`` keeps besides, and a head of fewer bits are
             saved as they are.
         path: of the directory.
-        recipe: JSON values to record with it: how the weights were made.
+        recipe: JSON values to record with it: how the weights were made. None for what the checkpoint says that the
+            model was loaded from.
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:
@@ -360,7 +363,8 @@ def save(
         raise refuse("model", model, "what qspec_jax.load returned")
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise refuse("path", path, "the path of a directory, as a text or a Path")
-    recorded = {"name": "unknown"} if recipe is None else _as_json("recipe", recipe)
+    known = {"name": "unknown"} if model.recipe is None else model.recipe
+    recorded = _as_json("recipe", known if recipe is None else recipe)
     with locked(Path(path)):
         save_checkpoint(
             path,

@@ -22,6 +22,7 @@ from qspec_jax.model.layouts import add_group_sums, lay_out
 from qspec_jax.model.placement import kernels_in_use
 from qspec_jax.model.view import View
 from qspec_jax.weights.checkpoint import arrays
+from qspec_jax.weights.checkpoint.manifest import read_manifest
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
 from qspec_jax.weights.checkpoint.save import save_checkpoint
 from qspec_jax.weights.placing import Placing
@@ -274,6 +275,17 @@ def test_load_and_save_give_the_same_tokens(tmp_path):
     ids = [[result.token_ids for result in each.generate(prompts, **options)] for each in (model, loaded)]
     assert ids[0] == ids[1]
     assert open_checkpoint(tmp_path / "c").manifest.recipe == {"name": "test"}
+
+
+def test_what_made_the_weights_is_still_known_when_they_are_saved_again(saved, tmp_path):
+    model = qspec_jax.load(saved)
+    assert model.recipe == {"name": "rtn"}
+    qspec_jax.save(model, tmp_path / "again")
+    assert read_manifest(tmp_path / "again").recipe == {"name": "rtn"}
+    qspec_jax.save(model, tmp_path / "told", recipe={"name": "mine"})
+    assert read_manifest(tmp_path / "told").recipe == {"name": "mine"}
+    qspec_jax.save(tiny.language_model(), tmp_path / "made")
+    assert read_manifest(tmp_path / "made").recipe == {"name": "unknown"}
 
 
 @pytest.mark.parametrize(
