@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from qspec_jax.errors import CheckpointError, CheckpointWarning, RequantizationWarning, UnsupportedModelError
-from qspec_jax.model.config import QuantConfig
+from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.weights.fill import load_decoder, weight_formats
+from qspec_jax.weights.huggingface.directory import _model_config
 from qspec_jax.weights.resolve import open_source
 from tests.weights.prequantized_packers import CASES, Case, tiny_checkpoint
 from tests.weights.tiny_checkpoints import HIDDEN, VOCAB, hf_config, hf_tensors, write_hf
@@ -102,6 +103,32 @@ def test_an_index_of_nothing_is_named_and_not_the_tensors(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"index\.json has no weight_map of tensor names to files; fetch"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window"),
+        ({"model_type": "qwen2"}, "qkv_bias"),
+        ({"model_type": "qwen3", "head_dim": None, "hidden_size": HIDDEN}, "head_dim, qk_norm"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
+            "that fam.*",
+        ),
+        ({"model_type": "mistral", "num_key_value_heads": None}, None),
+        ({"model_type": "llama", "sliding_window": 8}, None),
+        ({"model_type": "somebody's own"}, None),
+        ({"architectures": None, "model_type": "llama"}, None),
+    ],
+)
+def test_a_model_type_of_another_family_is_named_where_it_would_matter(tmp_path, changes, differing):
+    changes = {"num_key_value_heads": 2} | changes
+    if differing is None:
+        assert _model_config(tmp_path, hf_config() | changes)  # a warning is an error
+        return
+    with pytest.warns(CheckpointWarning, match=rf"of another family; .* What differs: {differing}\. Correct"):
+        config = _model_config(tmp_path, hf_config() | changes)
+    assert config == ModelConfig.from_hf(hf_config() | changes)
 
 
 def test_shards_beside_a_complete_file_are_left_out_and_named(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
-from qspec_jax.model.config import ModelConfig, token_ids
+from qspec_jax.model.config import FAMILIES, ModelConfig, token_ids
 from qspec_jax.model.parameters import expected_parameters
 from qspec_jax.weights.huggingface import layouts
 from qspec_jax.weights.huggingface.files import read_json, stored_tensors, weight_files
@@ -65,8 +65,8 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
         UnsupportedModelError: the architecture, or an option of it, is not supported.
 
     Warns:
-        CheckpointWarning: the weights are there twice, the config ties an LM head that is not the embedding, or a file
-            ends in zeros.
+        CheckpointWarning: the weights are there twice, the config names two families or ties an LM head that is not the
+            embedding, or a file ends in zeros.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -103,10 +103,32 @@ def _model_config(path: Path, parsed: Mapping[str, Any]) -> ModelConfig:
         config = ModelConfig.from_hf(parsed)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
+    _warn_of_another_family(path, parsed, config)
     generation = path / "generation_config.json"
     named = read_json(generation).get("eos_token_id") if generation.exists() else None
     more = token_ids(named, config.vocab_size)
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
+
+
+def _warn_of_another_family(path: Path, parsed: Mapping[str, Any], config: ModelConfig) -> None:
+    """Warns where ``model_type``, which decides in transformers, would read the config in another way."""
+    named = next((name for name, family in FAMILIES.items() if family.model_type == parsed.get("model_type")), None)
+    if named is None:
+        return
+    try:
+        other = ModelConfig.from_hf({**parsed, "architectures": [named]})
+    except UnsupportedModelError:
+        differing = "that family refuses it"
+    else:
+        fields = (field.name for field in dataclasses.fields(config))
+        differing = ", ".join(name for name in fields if getattr(other, name) != getattr(config, name))
+    if differing:
+        warnings.warn(
+            f"{path}: config.json has model_type={parsed['model_type']!r} and architectures of another family; "
+            f"it is read as these say. What differs: {differing}. Correct the one that is wrong",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _renamed(stored: Sequence[StoredTensor]) -> list[StoredTensor]:
