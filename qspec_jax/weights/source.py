@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from qspec_jax.errors import CheckpointError, UnsupportedModelError
+from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import ParameterSpec
@@ -216,6 +217,9 @@ def check_entries(
     Raises:
         CheckpointError: lists all unknown, missing, duplicate, misshapen and unreadable tensors at once.
         UnsupportedModelError: nothing is wrong but the types of some.
+
+    Warns:
+        CheckpointWarning: a tensor is read that is zero, where those of a trained model never are; for the first one.
     """
     entries: dict[str, FoundTensor] = {}
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEM_KINDS}
@@ -236,36 +240,46 @@ def check_entries(
     problems["missing"] = [name for name in expected if name not in entries]
     if lines := [_describe(kind, names) for kind, names in problems.items() if names]:
         raise _misfit(path, {kind for kind, names in problems.items() if names}, "\n".join(lines))
-    return {name: _not_empty(entries[name].entry, spec) for name, spec in expected.items()}
+    unsaid = [path]
+    return {name: _looked_at(entries[name].entry, name, spec, unsaid) for name, spec in expected.items()}
 
 
-def _not_empty(entry: TensorEntry, spec: ParameterSpec) -> TensorEntry:
-    """The tensor, refused when it is read and found empty: a download that was interrupted leaves zeros.
+def _looked_at(entry: TensorEntry, name: str, spec: ParameterSpec, unsaid: list[Path]) -> TensorEntry:
+    """The tensor, named when it is read and found empty: a download that was interrupted leaves zeros.
 
     A bias may be zero, and so may a linear that writes the residual stream: of layers that are put in, to be trained.
     """
     if spec.kind == "bias" or (spec.kind == "linear" and spec.stream == "writes"):
         return entry
-    head = entry.read_head
-    return dataclasses.replace(
-        entry,
-        read=functools.partial(_read_not_empty, entry.read),
-        read_head=None if head is None else functools.partial(_read_not_empty, head),
-    )
+    look = functools.partial(_read_and_look, name=name, unsaid=unsaid)
+    head = None if entry.read_head is None else functools.partial(look, entry.read_head)
+    return dataclasses.replace(entry, read=functools.partial(look, entry.read), read_head=head)
 
 
-def _read_not_empty(read: Callable[[], Any]) -> Any:
+def _read_and_look(read: Callable[[], Any], *, name: str, unsaid: list[Path]) -> Any:
     tensor = read()
-    if isinstance(tensor, np.ndarray):
-        empty = None if tensor[:1].any() or tensor.any() else "values are zero"  # all of float16 takes long
-    elif tensor.scale.any() or (tensor.offset is not None and tensor.offset.any()):
-        # Some formats keep codes and scales apart. Zeros of 8 bits may have been moved.
-        empty = "codes are the same" if _are_the_same(tensor.codes) else None
-    else:
-        empty = "scales are zero"
-    if empty is None:
+    if not unsaid or (empty := _what_is_empty(tensor)) is None:
         return tensor
-    raise ValueError(f"all its {empty}, as a download that was interrupted leaves them; fetch the file again")
+    try:
+        path = unsaid.pop()
+    except IndexError:  # another thread has said it
+        return tensor
+    warnings.warn(
+        f"{path}: all {empty} of {name}, as a download that was interrupted leaves them, maybe of others too; compare "
+        "the checksum with that of where it comes from, or fetch it again",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return tensor
+
+
+def _what_is_empty(tensor: Any) -> str | None:
+    if isinstance(tensor, np.ndarray):
+        return None if tensor[:1].any() or tensor.any() else "values are zero"  # all of float16 takes long
+    if not (tensor.scale.any() or (tensor.offset is not None and tensor.offset.any())):
+        return "scales are zero"
+    # Some formats keep codes and scales apart. Zeros of 8 bits may have been moved.
+    return "codes are the same" if _are_the_same(tensor.codes) else None
 
 
 def _are_the_same(codes: np.ndarray) -> bool:

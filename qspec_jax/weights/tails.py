@@ -15,7 +15,7 @@ def warn_of_zero_tail(file: Path) -> None:
     """Looks at the end of a file of weights, whose size and header are right.
 
     It does not refuse: a model may have zeros there, such as rows that fill up a linear. Tensors that are zero as a
-    whole are refused when they are read (:func:`qspec_jax.weights.source.check_entries`).
+    whole are named when they are read (:func:`qspec_jax.weights.source.check_entries`).
 
     Warns:
         CheckpointWarning: the last bytes are all zero.
