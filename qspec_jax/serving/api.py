@@ -69,7 +69,10 @@ class Api:
         ]
         self._paths = {route.path for route in routes}
         handlers: Any = {ApiError: _refused, HTTPException: _not_found, Exception: _broken}
-        self.app: ASGIApp = self._guarded(Starlette(routes=routes, exception_handlers=handlers))
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        # To another path it would send clients by the host and scheme that it sees, which a proxy may have changed.
+        app.router.redirect_slashes = False
+        self.app: ASGIApp = self._guarded(app)
 
     @property
     def num_open(self) -> int:

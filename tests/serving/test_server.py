@@ -163,6 +163,8 @@ def test_errors_reach_the_client_by_their_kinds(client, idle):
     ("arguments", "status", "code"),
     [
         (("GET", "/v1/embeddings"), 404, "unknown_url"),
+        (("POST", "/v1/completions/", b'{"prompt": "a"}'), 404, "unknown_url"),
+        (("GET", "/health/"), 404, "unknown_url"),
         (("GET", "/v1/completions"), 405, "method_not_allowed"),
         (("POST", "/v1/completions", b"{"), 400, None),
         (("POST", "/v1/completions", b"{}", {"content-type": "text/plain"}), 415, "unsupported_media_type"),
