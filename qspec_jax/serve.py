@@ -125,6 +125,7 @@ def _serve(arguments: argparse.Namespace, listening: socket.socket, api_key: str
     if api_key is None and not is_loopback(listening):
         say(f"warning: whoever reaches {address_of(listening)} may use it; --api-key-file FILE asks for a key")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # nothing of each client that left
+    server.listen(listening)
     say(f"serving {name} at {address_of(listening)}/v1; Ctrl-C ends it")
     try:
         server.run(sockets=[listening])

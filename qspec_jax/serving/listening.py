@@ -10,7 +10,7 @@ from qspec_jax.errors import QSpecError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: whoever comes is refused until the model is there.
+    """A socket that has its address, and does not listen yet: whoever comes is refused until the model is there.
 
     Raises:
         QSpecError: the address is none of this machine's, or somebody has it.
@@ -21,13 +21,38 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
+            # Two that share their address could both be bound until one of them listens.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError:
             made.close()
             raise
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QSpecError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
+        raise _refusal(host, port, error) from error
     return made
+
+
+def listen(bound: socket.socket, *, backlog: int) -> None:
+    """Lets clients come to a socket of :func:`bind`.
+
+    Args:
+        bound: the socket.
+        backlog: connections that wait to be taken.
+
+    Raises:
+        QSpecError: somebody has the address after all.
+    """
+    try:
+        # Connections have this of the socket, and a server that follows needs it of those that are about to end.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.listen(backlog)
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise _refusal(host, port, error) from error
+
+
+def _refusal(host: str, port: int, error: OSError | UnicodeError) -> QSpecError:
+    reason = getattr(error, "strerror", None) or error
+    return QSpecError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port")
 
 
 def address_of(listening: socket.socket) -> str:

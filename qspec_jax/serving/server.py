@@ -12,6 +12,7 @@ from uvicorn.server import ServerState
 
 from qspec_jax.serving.api import Api
 from qspec_jax.serving.limits import Limits
+from qspec_jax.serving.listening import listen
 
 _AFTER_GRACE_S = 5  # for those that failed then to be told
 
@@ -57,6 +58,14 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._state = _State()
         self.server_state: ServerState = self._state
+
+    def listen(self, bound: socket.socket) -> None:
+        """Lets clients come to a socket, whom :meth:`run` answers.
+
+        Raises:
+            QSpecError: somebody has its address after all.
+        """
+        listen(bound, backlog=self.config.backlog)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests, and waits for those that run, for a time."""

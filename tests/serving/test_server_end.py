@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import Response
 
+from qspec_jax.errors import QSpecError
 from qspec_jax.serving.api import Api
 from qspec_jax.serving.limits import Limits
-from qspec_jax.serving.listening import bind
+from qspec_jax.serving.listening import bind, listen
 from qspec_jax.serving.server import Server
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -108,3 +110,19 @@ def test_who_asked_is_answered_and_who_waits_idle_is_closed(caplog):
 
     ending(check)
     assert "exceeded" not in caplog.text
+
+
+def test_an_address_belongs_to_the_first_of_two_servers_that_start():
+    with contextlib.closing(bind("127.0.0.1", 0)) as first:
+        host, port = first.getsockname()
+        with pytest.raises(QSpecError, match=f"cannot listen on 127.0.0.1 port {port}: "):
+            bind(host, port)
+        listen(first, backlog=1)
+        with pytest.raises(QSpecError, match=f"port {port}"):
+            bind(host, port)
+        # Its connections that are about to end are in the way of no other server.
+        with socket.create_connection((host, port)) as client:
+            first.accept()[0].close()
+            assert client.recv(1) == b""
+    with contextlib.closing(bind(host, port)) as second:
+        listen(second, backlog=1)
