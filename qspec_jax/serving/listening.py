@@ -6,7 +6,14 @@ import contextlib
 import ipaddress
 import socket
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from qspec_jax.errors import QSpecError
+
+_MOST_CONNECTIONS = 10_000
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,6 +55,16 @@ def listen(bound: socket.socket, *, backlog: int) -> None:
     except OSError as error:
         host, port = bound.getsockname()[:2]
         raise _refusal(host, port, error) from error
+
+
+def most_connections() -> int:
+    """How many a server has at a time: half of the files that its process may open.
+
+    Others are for what came meanwhile, and for what the process opens besides. Where none is left to accept a
+    connection with, asyncio tries again without an end, and logs a traceback each time.
+    """
+    may_open = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(1, may_open // 2) if 0 < may_open < 2 * _MOST_CONNECTIONS else _MOST_CONNECTIONS
 
 
 def _refusal(host: str, port: int, error: OSError | UnicodeError) -> QSpecError:

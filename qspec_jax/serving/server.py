@@ -3,37 +3,97 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from qspec_jax.serving.api import Api
 from qspec_jax.serving.limits import Limits
-from qspec_jax.serving.listening import listen
+from qspec_jax.serving.listening import listen, most_connections
+from qspec_jax.serving.refusals import ApiError
 
 _AFTER_GRACE_S = 5  # for those that failed then to be told
+_MOST_BACKLOG = 128
 
 
 class _State(ServerState):
-    """What all connections of a server know."""
+    """What all connections of a server know.
 
-    is_ending = False
+    Attributes:
+        is_ending: it takes no more requests.
+        most_connections: that there may be at a time.
+        head_s: seconds for the head of a request to come.
+    """
+
+    def __init__(self, most_connections: int, head_s: float) -> None:
+        super().__init__()
+        self.is_ending, self.most_connections, self.head_s = False, most_connections, head_s
 
 
 class _Connection(H11Protocol):
-    """A client's connection, which is closed where it comes as the server ends.
+    """A client's connection. It is closed where it comes as the server ends, is one too many, or asks for nothing.
 
     asyncio tells a protocol of its connection a step of the loop after it was accepted. uvicorn closes those that it
     knows when it ends, and then waits for all: one in between would be waited for until the time of grace is over.
+    uvicorn has no time for the head of a request either: who sends half of one would be waited for without an end.
     """
+
+    _no_request: asyncio.TimerHandle | None = None  # says so, unless one comes
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        if isinstance(self.server_state, _State) and self.server_state.is_ending:
+        state = self._state()
+        if state.is_ending:
             self.shutdown()
+        elif len(state.connections) > state.most_connections:
+            message = f"this server has {state.most_connections} connections, and takes no more; try again later"
+            self._refuse(ApiError(503, message, code="too_many_connections", headers={"retry-after": "1"}))
+        else:
+            self._wait_for_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._no_request is not None:
+            self._no_request.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._wait_for_request()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP, as all else is refused."""
+        self._refuse(ApiError(400, "this is no valid request of HTTP/1.1", code="invalid_http"))
+
+    def _state(self) -> _State:
+        assert isinstance(self.server_state, _State)
+        return self.server_state
+
+    def _wait_for_request(self) -> None:
+        if self._no_request is not None:
+            self._no_request.cancel()
+        self._no_request = self.loop.call_later(self._state().head_s, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        answer = error.response()
+        events = (
+            h11.Response(status_code=error.status, headers=[*answer.raw_headers, (b"connection", b"close")]),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        )
+        with contextlib.suppress(h11.LocalProtocolError):  # in the middle of an answer
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -42,6 +102,7 @@ class Server(uvicorn.Server):
     def __init__(self, api: Api, limits: Limits) -> None:
         """For the paths of an ``api``."""
         self._api = api
+        self._state = _State(most_connections(), limits.body_s)
         config = uvicorn.Config(
             api.app,
             loop="asyncio",
@@ -53,10 +114,11 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            # So many may be accepted at a step of the loop, before any of them is closed as one too many.
+            backlog=max(1, min(_MOST_BACKLOG, self._state.most_connections // 4)),
             timeout_graceful_shutdown=math.ceil(limits.grace_s) + _AFTER_GRACE_S,
         )
         super().__init__(config)
-        self._state = _State()
         self.server_state: ServerState = self._state
 
     def listen(self, bound: socket.socket) -> None:
