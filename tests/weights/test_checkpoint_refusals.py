@@ -299,6 +299,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(copy, monkey
     assert_holds(copy, tiny.decoder())
 
 
+@pytest.mark.usefixtures("timers")
 def test_what_late_threads_make_anew_after_a_failure_is_removed_too(tmp_path, monkeypatch):
     remove, left = shutil.rmtree, [3]
 
@@ -314,21 +315,42 @@ def test_what_late_threads_make_anew_after_a_failure_is_removed_too(tmp_path, mo
     monkeypatch.setattr(save_module, "_flush", full)
     monkeypatch.setattr(save_module, "_PAUSE_S", 0)
     monkeypatch.setattr(shutil, "rmtree", made_anew)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_checkpoint(tmp_path / "c", tiny.decoder(), tokenizer=None, quantization=QuantConfig())
     assert (left, list(tmp_path.iterdir())) == ([0], [])
 
 
-def test_threads_that_end_after_a_failure_print_nothing(monkeypatch):
+@pytest.fixture
+def timers(monkeypatch):
+    """What is to be done later on, and is done as a test says so."""
+    made = []
+
+    class Timer:
+        def __init__(self, seconds, work):
+            self.work = work
+
+        def start(self):
+            made.append(self.work)
+
+    monkeypatch.setattr(save_module.threading, "Timer", Timer)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    monkeypatch.setattr(save_module, "_late_errors", save_module._LateErrors())
+    return made
+
+
+def test_threads_that_end_after_a_failure_print_nothing(monkeypatch, timers):
     late = RuntimeError("Event loop is closed"), OSError("FAILED [os_error_code='28']")
     other = RuntimeError("other"), OSError("other")
     printed, log = [], logging.getLogger("asyncio")
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
-    for fails, expected in ((True, 2), (False, 4)):
-        with contextlib.suppress(CheckpointError), save_module._without_late_errors():
-            if fails:
-                raise CheckpointError
+    for fails, expected in ((True, 2), (False, 2), (None, 4)):
+        if fails is None:
+            timers.pop()()
+        else:
+            with contextlib.suppress(CheckpointError), save_module._late_errors.silenced():
+                if fails:
+                    raise CheckpointError
         for raised, logged in (late, other):
             sys.unraisablehook(SimpleNamespace(exc_type=type(raised), exc_value=raised))
             if log.filter(log.makeRecord("asyncio", 40, "", 0, "never retrieved", (), (OSError, logged, None))):
@@ -336,8 +358,19 @@ def test_threads_that_end_after_a_failure_print_nothing(monkeypatch):
         assert len(printed) == expected
         assert printed[-1] is other[1]
         printed.clear()
-        log.removeFilter(save_module._is_of_others)
-        sys.unraisablehook = printed.append
+
+
+def test_however_many_saves_fail_nothing_stays_silenced(timers):
+    log = logging.getLogger("asyncio")
+    before, silenced = (sys.unraisablehook, []), save_module._late_errors.silenced
+    for _ in range(3):
+        with contextlib.suppress(CheckpointError), silenced():
+            raise CheckpointError
+    assert len(log.filters) == 1
+    for later in timers:
+        assert sys.unraisablehook is not before[0]
+        later()
+    assert (sys.unraisablehook, log.filters) == before
 
 
 @pytest.mark.parametrize("there", [True, False])

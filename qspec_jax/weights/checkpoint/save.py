@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # of TensorStore
 _METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
 _LOOKS, _LOOKS_WITHOUT, _PAUSE_S = 500, 10, 0.02  # at whether what was removed is made anew
+_LATE_S = 60.0  # that threads of TensorStore may take to end
 _NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
 
 
@@ -94,7 +96,7 @@ def save_checkpoint(
     path, formats = Path(os.path.realpath(path)), _formats(decoder)
     check_destination(path, num_bytes(decoder), overwrite=overwrite)
     try:
-        with _without_late_errors(), _temporary_directory(path) as temporary:
+        with _late_errors.silenced(), _temporary_directory(path) as temporary:
             data = temporary / f"{DATA_PREFIX}{secrets.token_hex(8)}"
             arrays = _write_arrays(data / ARRAYS, decoder, progress)
             if tokenizer is not None:
@@ -270,25 +272,51 @@ def _remove_for_good(folder: Path) -> None:
         time.sleep(_PAUSE_S)
 
 
-@contextlib.contextmanager
-def _without_late_errors() -> Generator[None]:
+class _LateErrors:
     """Prints no tracebacks of TensorStore's threads that end after the first of them has failed: one error is enough.
 
     They report to the event loop that Orbax has closed by then; Python prints what is raised there, and asyncio logs
-    what nobody has taken. After a failure both stay silent, for nobody knows when the last of them ends.
+    what nobody has taken. Nobody knows when the last of them ends, so after a failure both stay silent for a while.
+    However many saves have failed by then, they are silenced once.
     """
-    before, log = sys.unraisablehook, logging.getLogger("asyncio")
 
-    def print_others(unraisable: Any) -> None:
+    def __init__(self) -> None:
+        self._lock, self._count, self._usual = threading.Lock(), 0, sys.unraisablehook
+
+    @contextlib.contextmanager
+    def silenced(self) -> Generator[None]:
+        """Has both silent during a save, and after one that fails."""
+        self._begin()
+        try:
+            yield
+        except BaseException:
+            timer = threading.Timer(_LATE_S, self._end)
+            timer.daemon = True  # no process waits for it
+            timer.start()
+            raise
+        self._end()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                self._usual, sys.unraisablehook = sys.unraisablehook, self._print_others
+                logging.getLogger("asyncio").addFilter(_is_of_others)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                if sys.unraisablehook == self._print_others:
+                    sys.unraisablehook = self._usual
+                logging.getLogger("asyncio").removeFilter(_is_of_others)
+
+    def _print_others(self, unraisable: Any) -> None:
         if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-            before(unraisable)
+            self._usual(unraisable)
 
-    sys.unraisablehook = print_others
-    log.addFilter(_is_of_others)
-    yield
-    if sys.unraisablehook is print_others:
-        sys.unraisablehook = before
-    log.removeFilter(_is_of_others)
+
+_late_errors = _LateErrors()
 
 
 def _is_of_others(record: logging.LogRecord) -> bool:
