@@ -44,24 +44,43 @@ def lock(file: IO[bytes] | int, what: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Generator[None]:
-    """Keeps others from writing a directory, by the lock of a hidden file beside it that is gone afterwards.
+    """Keeps others from writing a file or a directory, by the lock of a hidden file beside it that is gone afterwards.
+
+    A directory that is there already is locked itself, too: nobody needs to be able to write beside it.
 
     Raises:
         QSpecError: another one has it, or the file cannot be made.
     """
     real = Path(os.path.realpath(path))
     file = real.parent / f".{real.name}.lock"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open(file, str(path))
-    except OSError as error:
-        raise QSpecError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
+    with contextlib.ExitStack() as held:
+        is_locked = False
+        try:
+            if real.is_dir() and fcntl is not None:
+                is_locked = _lock_directory(real, str(path), held)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held.callback(os.close, _open(file, str(path)))
+            held.callback(_remove, file)
+        except OSError as error:
+            if not is_locked:
+                raise QSpecError(f"cannot write {path}: {error.strerror or error}") from error
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            file.unlink()
-        os.close(descriptor)
+
+
+def _lock_directory(directory: Path, what: str, held: contextlib.ExitStack) -> bool:
+    """Locks a directory for as long as it is ``held``; whether it could be opened."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # one that may be written, and not be read
+        return False
+    held.callback(os.close, descriptor)
+    lock(descriptor, what)
+    return True
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def _open(file: Path, what: str) -> int:

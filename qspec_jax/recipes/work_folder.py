@@ -19,12 +19,13 @@ from jaxtyping import Int32
 
 from pallas_kernels import Layout, QuantizedWeight, unpack_codes, unpack_nested, with_layout
 from qspec_jax.errors import CheckpointError
+from qspec_jax.weights.checkpoint.save import layers_prefix
 from qspec_jax.weights.placing import parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source
 
 
 class WorkFolder:
-    """Finished layers on disk, beside the checkpoint that they will become.
+    """Finished layers on disk, beside the checkpoint that they will become, or in it where nobody may write beside it.
 
     A file is written under another name, flushed and renamed: there is a whole one or none. The folder is made when
     the first layer is written.
@@ -32,7 +33,9 @@ class WorkFolder:
 
     def __init__(self, output: Path, key: str) -> None:
         """Of the checkpoint ``output``, for a run that ``key`` identifies."""
-        self.path = output.parent / f"{_prefix(output)}{key}"
+        beside = output.parent / f"{layers_prefix(output)}{key}"
+        may = beside.exists() or not output.is_dir() or os.access(output.parent, os.W_OK | os.X_OK)
+        self.path = beside if may else output / beside.name
 
     def num_finished(self) -> int:
         """How many layers are there."""
@@ -90,8 +93,9 @@ class WorkFolder:
 
 def remove_work_folders(output: Path) -> None:
     """Removes what is left of any run that was to write the checkpoint ``output``."""
-    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in (output.parent, output):
+        for folder in place.glob(f"{glob.escape(layers_prefix(output))}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(source: Source, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:
@@ -104,7 +108,3 @@ def fingerprint(source: Source, tokens: Int32[np.ndarray, "windows T"], settings
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     described = json.dumps([states, dataclasses.asdict(source.config), list(tokens.shape), dict(settings)])
     return hashlib.sha256(described.encode() + tokens.tobytes()).hexdigest()[:16]
-
-
-def _prefix(output: Path) -> str:
-    return f".{output.name}.layers-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -34,6 +35,27 @@ def test_a_second_writer_is_refused_by_any_name_until_the_first_has_ended(tmp_pa
     with locked(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_directory_is_locked_where_nobody_may_write_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    really = os.open
+
+    def refused(path, flags, *mode, **options):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, flags, *mode, **options)
+
+    with locked(tmp_path / "out"):  # by who may
+        monkeypatch.setattr(os, "open", refused)
+        with pytest.raises(QSpecError, match="is being written by another run"), locked(tmp_path / "out"):
+            pass
+    with locked(tmp_path / "out"):
+        with pytest.raises(QSpecError, match="is being written by another run"), locked(tmp_path / "out"):
+            pass
+        with pytest.raises(QSpecError, match=r"cannot write .*new: Permission denied"), locked(tmp_path / "new"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_lock_dies_with_its_process(tmp_path):

@@ -23,8 +23,9 @@ from qspec_jax.recipes import files as recipe_files
 from qspec_jax.recipes.observe import advance, linear_of, second_moments
 from qspec_jax.recipes.steps import GPTQ, Progress, RecipeContext, RecipeOptions
 from qspec_jax.recipes.text import token_windows
-from qspec_jax.recipes.work_folder import WorkFolder, fingerprint
+from qspec_jax.recipes.work_folder import WorkFolder, fingerprint, remove_work_folders
 from qspec_jax.weights.checkpoint.restore import open_checkpoint
+from qspec_jax.weights.checkpoint.save import check_destination
 from qspec_jax.weights.fill import load_layer
 from qspec_jax.weights.resolve import open_source
 from qspec_jax.weights.source import TensorEntry
@@ -179,6 +180,21 @@ def test_a_damaged_layer_is_named_with_what_to_do(tmp_path):
     (work.path / "layer-0000.npz").write_bytes(b"PK\x03\x04 no more")
     with pytest.raises(ValueError, match=r"layer-0000.npz is damaged .*; remove it and run the same command again"):
         work.read(0, "mlp.down", slice(None))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_layers_lie_within_a_folder_beside_which_nobody_may_write(tmp_path, monkeypatch, there):
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+    monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)  # whoever runs the tests
+    work = WorkFolder(output, "key")
+    assert work.path.parent == (output if there else tmp_path)
+    work.path.mkdir()
+    if there:
+        check_destination(output, 0, overwrite=False)  # it is as good as empty
+    remove_work_folders(output)
+    assert not work.path.exists()
 
 
 def test_second_moments_are_those_of_what_a_linear_reads():

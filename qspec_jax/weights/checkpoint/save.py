@@ -159,7 +159,9 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
 def _is_empty(path: Path) -> bool:
     """Whether a directory has nothing but what a disk has at first, and what a writer that was killed left there."""
     return path.is_dir() and all(
-        file.name == "lost+found" or file.name.startswith(_temporary_prefix(path)) or _DATA_NAME.fullmatch(file.name)
+        file.name == "lost+found"
+        or file.name.startswith((_temporary_prefix(path), layers_prefix(path)))
+        or _DATA_NAME.fullmatch(file.name)
         for file in path.iterdir()
     )
 
@@ -240,6 +242,11 @@ def _remove_other_data(path: Path, *, keep: str) -> None:
 
 def _temporary_prefix(path: Path) -> str:
     return f".{path.name}.writing-"
+
+
+def layers_prefix(path: Path) -> str:
+    """How folders begin that a long quantisation keeps finished layers in, for a checkpoint at some path."""
+    return f".{path.name}.layers-"
 
 
 @contextlib.contextmanager
