@@ -20,7 +20,7 @@ from flax import nnx
 
 import qspec_jax
 from qspec_jax import CheckpointError, QuantConfig, UsageError
-from qspec_jax.weights.checkpoint import manifest, restore
+from qspec_jax.weights.checkpoint import late_errors, manifest, restore
 from qspec_jax.weights.checkpoint import save as save_module
 from qspec_jax.weights.checkpoint.manifest import FORMAT_VERSION
 from qspec_jax.weights.checkpoint.restore import open_checkpoint, restore_decoder
@@ -332,28 +332,37 @@ def timers(monkeypatch):
         def start(self):
             made.append(self.work)
 
-    monkeypatch.setattr(save_module.threading, "Timer", Timer)
+    monkeypatch.setattr(late_errors.threading, "Timer", Timer)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
-    monkeypatch.setattr(save_module, "_late_errors", save_module._LateErrors())
+    for name in ("asyncio", "absl"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    monkeypatch.setattr(save_module, "_late_errors", late_errors.LateErrors())
     return made
 
 
-def test_threads_that_end_after_a_failure_print_nothing(monkeypatch, timers):
-    late = RuntimeError("Event loop is closed"), OSError("FAILED [os_error_code='28']")
+@pytest.mark.parametrize("name", ["asyncio", "absl"])
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        (CheckpointError, "FAILED [os_error_code='28']"),
+        (KeyboardInterrupt, 'NOT_FOUND: Error writing "a/0" of local file "/x/.c.writing-1-ab/data-0/manifest.ocdbt"'),
+    ],
+)
+def test_threads_that_end_after_a_failure_print_nothing(monkeypatch, timers, name, failure, text):
+    late = RuntimeError("Event loop is closed"), OSError(text)
     other = RuntimeError("other"), OSError("other")
-    printed, log = [], logging.getLogger("asyncio")
+    printed, log = [], logging.getLogger(name)
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
     for fails, expected in ((True, 2), (False, 2), (None, 4)):
         if fails is None:
             timers.pop()()
         else:
-            with contextlib.suppress(CheckpointError), save_module._late_errors.silenced():
+            with contextlib.suppress(failure), save_module._late_errors.silenced():
                 if fails:
-                    raise CheckpointError
+                    raise failure
         for raised, logged in (late, other):
             sys.unraisablehook(SimpleNamespace(exc_type=type(raised), exc_value=raised))
-            if log.filter(log.makeRecord("asyncio", 40, "", 0, "never retrieved", (), (OSError, logged, None))):
+            if log.filter(log.makeRecord(name, 40, "", 0, "never retrieved", (), (OSError, logged, None))):
                 printed.append(logged)
         assert len(printed) == expected
         assert printed[-1] is other[1]
@@ -361,7 +370,7 @@ def test_threads_that_end_after_a_failure_print_nothing(monkeypatch, timers):
 
 
 def test_however_many_saves_fail_nothing_stays_silenced(timers):
-    log = logging.getLogger("asyncio")
+    log = logging.getLogger("absl")
     before, silenced = (sys.unraisablehook, []), save_module._late_errors.silenced
     for _ in range(3):
         with contextlib.suppress(CheckpointError), silenced():

@@ -16,8 +16,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +32,7 @@ from qspec_jax.model.head import IMPORTED_HEAD
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.parameters import HEAD, layer_anatomy
 from qspec_jax.weights.checkpoint.arrays import group_names, keeps_floats, stored_arrays
+from qspec_jax.weights.checkpoint.late_errors import OS_ERROR, WRITING, LateErrors
 from qspec_jax.weights.checkpoint.manifest import (
     DATA_PREFIX,
     FILE_NAME,
@@ -52,10 +51,9 @@ if TYPE_CHECKING:
 
 ARRAYS, TOKENIZER = "arrays", "tokenizer"
 _DATA_NAME = re.compile(DATA_PREFIX + r"[0-9a-f]{16}")
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # of TensorStore
 _METADATA_BYTES = 1 << 20  # what Orbax and the tokenizer add, generously
 _LOOKS, _LOOKS_WITHOUT, _PAUSE_S = 500, 10, 0.02  # at whether what was removed is made anew
-_LATE_S = 60.0  # that threads of TensorStore may take to end
+_late_errors = LateErrors()
 _NO_RECIPE: Mapping[str, Any] = {"name": "unknown"}
 
 
@@ -203,7 +201,7 @@ def _errors_of_the_system() -> Generator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        code = _OS_ERROR.search(str(error))
+        code = OS_ERROR.search(str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
@@ -241,7 +239,7 @@ def _remove_other_data(path: Path, *, keep: str) -> None:
 
 
 def _temporary_prefix(path: Path) -> str:
-    return f".{path.name}.writing-"
+    return f".{path.name}{WRITING}"
 
 
 def layers_prefix(path: Path) -> str:
@@ -277,58 +275,6 @@ def _remove_for_good(folder: Path) -> None:
             return
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(_PAUSE_S)
-
-
-class _LateErrors:
-    """Prints no tracebacks of TensorStore's threads that end after the first of them has failed: one error is enough.
-
-    They report to the event loop that Orbax has closed by then; Python prints what is raised there, and asyncio logs
-    what nobody has taken. Nobody knows when the last of them ends, so after a failure both stay silent for a while.
-    However many saves have failed by then, they are silenced once.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._count, self._usual = threading.Lock(), 0, sys.unraisablehook
-
-    @contextlib.contextmanager
-    def silenced(self) -> Generator[None]:
-        """Has both silent during a save, and after one that fails."""
-        self._begin()
-        try:
-            yield
-        except BaseException:
-            timer = threading.Timer(_LATE_S, self._end)
-            timer.daemon = True  # no process waits for it
-            timer.start()
-            raise
-        self._end()
-
-    def _begin(self) -> None:
-        with self._lock:
-            self._count += 1
-            if self._count == 1:
-                self._usual, sys.unraisablehook = sys.unraisablehook, self._print_others
-                logging.getLogger("asyncio").addFilter(_is_of_others)
-
-    def _end(self) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                if sys.unraisablehook == self._print_others:
-                    sys.unraisablehook = self._usual
-                logging.getLogger("asyncio").removeFilter(_is_of_others)
-
-    def _print_others(self, unraisable: Any) -> None:
-        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-            self._usual(unraisable)
-
-
-_late_errors = _LateErrors()
-
-
-def _is_of_others(record: logging.LogRecord) -> bool:
-    """Whether what asyncio logs is no error of the system that TensorStore had."""
-    return not (record.exc_info and _OS_ERROR.search(str(record.exc_info[1])))
 
 
 def _is_running(process: str) -> bool:
