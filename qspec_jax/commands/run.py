@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qspec_jax.commands.absence import tell_others
 from qspec_jax.commands.options import PROCESSES, weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
-from qspec_jax.commands.signals import taken_as_interruptions
+from qspec_jax.commands.signals import minded_no_more, taken_as_interruptions
 from qspec_jax.decoding.plan import MISSING_DRAFTS
 from qspec_jax.device import processes
 from qspec_jax.device.failures import explained
@@ -215,6 +215,7 @@ def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """
     if at_once or code in INTERRUPTED or processes.current is not None:
         end_at_once(code)
+    minded_no_more(lambda: end_at_once(code))
     sys.exit(code)
 
 

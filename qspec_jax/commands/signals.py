@@ -8,11 +8,12 @@ abort, while they are imported. It waits until they have been.
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
@@ -62,6 +63,29 @@ def taken_as_interruptions() -> Generator[list[int]]:
         sys.unraisablehook = earlier
         for number in taken:
             signal.signal(number, usual[number])
+
+
+def minded_no_more(at_once: Callable[[], Any]) -> None:
+    """Has signals change nothing of what a command that is done says of itself, by its exit code.
+
+    Its work is done. While threads are waited for, a signal says not to; from then on the process ends anyway, and
+    libraries would print where in their own cleaning up they were interrupted.
+
+    Args:
+        at_once: ends the process, and waits for no thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", *_NAMES) if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in numbers:
+        signal.signal(number, lambda *_: at_once())
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)  # the last to be registered is the first to be called
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import warnings
 
@@ -67,3 +68,33 @@ def test_programs_that_cannot_be_kept_are_one_line_for_all(capsys):
         "a compiled program cannot be read, and is compiled again: EOFError: cut; delete the folder of QSPEC_JAX_CACHE",
         "warning: no kernel runs here",
     ]
+
+
+LEAVES = """
+import atexit, os, signal, threading, time
+from qspec_jax.commands.run import leave
+
+def thread():  # it goes on; nobody can stop a compiler
+    while signal.getsignal(number) == before:
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+    time.sleep(1000)
+
+number = signal.{name}
+before = signal.getsignal(number)
+{during}
+print("done")
+leave({code})
+"""
+DURING = {
+    "a thread goes on": "threading.Thread(target=thread).start()",
+    "libraries clean up": "atexit.register(os.kill, os.getpid(), number)",
+}
+
+
+@pytest.mark.parametrize("during", DURING)
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 0), ("SIGTERM", 1)])
+def test_a_signal_after_the_work_is_done_changes_nothing(during, name, code):
+    source = LEAVES.format(name=name, code=code, during=DURING[during])
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "done\n", "")
