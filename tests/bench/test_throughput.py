@@ -52,6 +52,15 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr("qspec_jax.load", refuse)
 
 
+@pytest.mark.parametrize("lines", ["", "\n \n", '{"prompt": "a"}\n{"x": 1}\n'])
+@pytest.mark.usefixtures("nothing_runs")
+def test_prompts_that_cannot_be_read_are_refused_before_anything_is_printed(tmp_path, capsys, lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(lines)
+    assert main([*SMALL, "--prompt-file", str(path)]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_every_mode_and_size_of_the_batch_is_a_row_and_an_entry(capsys, tmp_path, prompt_file):
     path, plot = tmp_path / "out.json", tmp_path / "out.png"
     size = ("--batch-size", "3", "--burst", "0.5")

@@ -89,12 +89,12 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; 1 if a prompt could not run."""
     request, all_modes, rows = _read(arguments)
+    conversations = _conversations(arguments)  # nothing is printed before they are there
     from qspec_jax.bench.description import describe_model
     from qspec_jax.bench.environment import environment, header
 
     facts = environment(arguments.argv)
     show(header(facts))
-    conversations = _conversations(arguments)
     runs: list[ThroughputRun] = []
     failed: dict[str, None] = {}
     report: dict[str, Any] = {"environment": facts, "models": [], "runs": []}
