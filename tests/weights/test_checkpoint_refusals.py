@@ -333,7 +333,7 @@ def timers(monkeypatch):
             made.append(self.work)
 
     monkeypatch.setattr(late_errors.threading, "Timer", Timer)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # whatever failed in this process before
     for name in ("asyncio", "absl"):
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
     monkeypatch.setattr(save_module, "_late_errors", late_errors.LateErrors())
@@ -388,6 +388,24 @@ def test_where_nobody_can_write_is_said_before_anything_long(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # whoever runs the tests
     with pytest.raises(CheckpointError, match=rf"cannot write the checkpoint {path}: {tmp_path} cannot be written"):
         save_module.check_destination(path, 1, overwrite=False)
+
+
+def test_what_would_be_in_the_way_of_the_writer_is_said_before_anything_long(tmp_path, monkeypatch):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refused = {"circle": "symbolic links", "n" * 300: "File name too long", "n" * 250: "File name too long"}
+    for name, reason in refused.items():
+        with pytest.raises(CheckpointError, match=rf"^cannot write the checkpoint .*{name}: .*{reason}; give another"):
+            save_module.check_destination(tmp_path / name, 1, overwrite=False)
+
+    def full(*_, **__):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    save_module.check_destination(tmp_path / "a" / "b", 1, overwrite=False)
+    monkeypatch.setattr(Path, "mkdir", full)  # a disk that is read-only, or out of inodes, or a quota
+    for path in (tmp_path / "c", tmp_path / "a" / "b"):
+        with pytest.raises(CheckpointError, match="quota"):
+            save_module.check_destination(path, 1, overwrite=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["circle"]
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):

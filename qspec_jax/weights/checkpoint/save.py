@@ -10,6 +10,7 @@ writes there. Two at once to one place are not supported: who calls holds the lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import os
@@ -130,7 +131,13 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
         CheckpointError: something else is there, the disk is too small, or nobody can write there.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not _is_empty(path):
+    try:
+        is_taken = path.exists() and not _is_empty(path)
+    except OSError as error:  # its name is too long, or nobody may look into it
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {error.strerror or error}; give another path"
+        ) from error
+    if is_taken:
         if not is_checkpoint(path):
             raise CheckpointError(
                 f"{path} exists and is not a qspec-jax checkpoint, so it is not overwritten; give another path, or "
@@ -145,6 +152,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
             "cannot be written (its disk is read-only, or this user may not)" if parent.is_dir() else "is no directory"
         )
         raise CheckpointError(f"cannot write the checkpoint {path}: {parent} {why}; give another path")
+    _try_out(path, parent)
     free = shutil.disk_usage(parent).free
     if needed_bytes + _METADATA_BYTES > free:
         kept = "; a checkpoint is only removed after its successor is complete" if is_checkpoint(path) else ""
@@ -152,6 +160,24 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
             f"the checkpoint {path} needs up to {needed_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
             f"{kept}; free space, or give a path on another disk"
         )
+
+
+def _try_out(path: Path, folder: Path) -> None:
+    """Makes a directory as the writer of a checkpoint does, and removes it: what is in its way is in all of its ways.
+
+    Raises:
+        CheckpointError: it cannot be made, or what is at ``path`` could not be replaced.
+    """
+    try:
+        if path.is_symlink():  # one that leads nowhere else
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        made = folder / _temporary_name(path)
+        made.mkdir()
+        made.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {error.strerror or error}; give another path"
+        ) from error
 
 
 def _is_empty(path: Path) -> bool:
@@ -242,6 +268,10 @@ def _temporary_prefix(path: Path) -> str:
     return f".{path.name}{WRITING}"
 
 
+def _temporary_name(path: Path) -> str:
+    return f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def layers_prefix(path: Path) -> str:
     """How folders begin that a long quantisation keeps finished layers in, for a checkpoint at some path."""
     return f".{path.name}.layers-"
@@ -256,7 +286,7 @@ def _temporary_directory(path: Path) -> Generator[Path]:
         for left in folder.glob(f"{glob.escape(prefix)}*"):
             if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
-    temporary = (path if path.exists() else path.parent) / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = (path if path.exists() else path.parent) / _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
