@@ -191,13 +191,16 @@ def _plain_warnings() -> Generator[None]:
 def _unkept_program(message: str) -> str | None:
     """What JAX's warning of a program that its cache does not take or give means; None for any other."""
     matched = re.match(
-        r"Error (reading|writing) persistent compilation cache entry for '.*?': (.*)", message, re.DOTALL
+        r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", message, re.DOTALL
     )
     if matched is None:
         return None
-    reason = matched[2].splitlines()[0]
+    reason = matched[3].splitlines()[0]
     if matched[1] == "reading":
-        return f"a compiled program cannot be read, and is compiled again: {reason}; delete the folder of {_VARIABLE}"
+        from qspec_jax.device.compilation_cache import forget  # imports JAX, which has warned
+
+        remedy = "" if forget(matched[2]) else f"; delete the folder of {_VARIABLE}"
+        return f"a compiled program cannot be read, and is compiled again: {reason}{remedy}"
     return f"compiled programs are not kept: {reason}; {_VARIABLE}=FOLDER names another folder, {_VARIABLE}=off none"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ OFF = "off"
 # JAX's own default of a second would leave out prefill programs of small models.
 _MIN_COMPILE_S = 0.1
 _LEAST_FREE = 64 << 20
+_switched_on: Path | None = None  # the folder of this library, once JAX uses it
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
@@ -45,6 +47,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
         OSError: the folder cannot be made or written, or its disk is full.
         UsageError: ``QSPEC_JAX_CACHE_GB`` is no size.
     """
+    global _switched_on
     config: Any = jax.config
     if not config.jax_enable_compilation_cache or os.environ.get(VARIABLE) == OFF:
         return None
@@ -59,9 +62,34 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     if shutil.disk_usage(folder).free < _LEAST_FREE:  # an entry that is half written would be read for ever
         raise OSError(errno.ENOSPC, f"less than {_LEAST_FREE >> 20} MB are free", str(folder))
     config.update("jax_compilation_cache_dir", str(folder))
+    _switched_on = folder
     shortest = min(_MIN_COMPILE_S, config.jax_persistent_cache_min_compile_time_secs)
     config.update("jax_persistent_cache_min_compile_time_secs", shortest)
     return folder
+
+
+def forget(program: str) -> bool:
+    """Removes what JAX's cache has under the name of a program, if this library switched the cache on.
+
+    JAX neither uses an entry that is damaged nor writes over it: it would be read, and complained of, for ever.
+
+    Args:
+        program: as JAX's warning calls it; those of other models may have the same name.
+
+    Returns:
+        whether there was something, and none of it is left.
+    """
+    config: Any = jax.config
+    if _switched_on is None or str(_switched_on) != config.jax_compilation_cache_dir:
+        return False
+    own = re.compile(re.escape(program) + "-[0-9a-f]{64}-(cache|atime)")
+    try:
+        entries = [file for file in _switched_on.iterdir() if own.fullmatch(file.name)]
+        for entry in entries:
+            entry.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return bool(entries)
 
 
 def default_folder() -> Path:

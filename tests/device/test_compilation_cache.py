@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from qspec_jax import CheckpointError, enable_compilation_cache, load
 from qspec_jax.bench import __main__ as bench
-from qspec_jax.commands.run import keep_compiled_programs
+from qspec_jax.commands.run import guarded, keep_compiled_programs
 from qspec_jax.device import compilation_cache
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,7 @@ print(counts["compile_requests_use_cache"], counts["cache_hits"])
 def unconfigured(monkeypatch):
     """JAX and the environment as a user finds them, and as they were afterwards."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
+    monkeypatch.setattr(compilation_cache, "_switched_on", None)
     monkeypatch.delenv(compilation_cache.VARIABLE)
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -167,3 +170,41 @@ def test_a_folder_that_is_full_is_shrunk_as_it_is_switched_on(unconfigured, tmp_
     monkeypatch.setenv("QSPEC_JAX_CACHE_GB", "1e-6")
     assert enable_compilation_cache(tmp_path) == tmp_path
     assert not old.exists()
+
+
+@pytest.fixture
+def asked_anew(unconfigured):
+    """JAX asks once whether its cache is used, and where it is."""
+    jax_cache.reset_cache()
+    yield
+    jax_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_an_entry_that_is_damaged_is_said_once_and_written_anew(tmp_path, capsys):
+    theirs = tmp_path / "jit_doubled-notes"
+    theirs.touch()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    def run():
+        def doubled(x):  # another function each time, and the same program
+            return 2 * x
+
+        enable_compilation_cache(tmp_path)
+        assert jax.jit(doubled)(jax.numpy.ones(3, "float32")).tolist() == [2, 2, 2]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *warning, **_: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+        assert guarded(run) == 0
+        (entry,) = tmp_path.glob("jit_doubled-*-cache")
+        half = entry.stat().st_size // 2
+        entry.write_bytes(entry.read_bytes()[:half])  # as a process leaves it that was killed
+        capsys.readouterr()
+        assert guarded(run) == 0
+        said = capsys.readouterr().err
+        assert said.startswith("a compiled program cannot be read, and is compiled again: ")
+        assert (said.count("\n"), "delete the folder" in said, entry.stat().st_size > 1.5 * half) == (1, False, True)
+        assert guarded(run) == 0
+        assert capsys.readouterr().err == ""
+    assert theirs.exists()
