@@ -12,7 +12,16 @@ class UsageError(QSpecError, ValueError):
 
 
 class TooLongError(UsageError):
-    """A prompt that leaves no room for its new tokens."""
+    """A prompt that leaves no room for its new tokens.
+
+    Attributes:
+        num_tokens: of the prompt, where they were counted.
+    """
+
+    def __init__(self, message: str, *, num_tokens: int | None = None) -> None:
+        """See the class; ``message`` is for people."""
+        super().__init__(message)
+        self.num_tokens = num_tokens
 
 
 class UnsupportedModelError(QSpecError, ValueError):

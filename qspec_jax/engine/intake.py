@@ -50,7 +50,8 @@ def check_length(num_tokens: int, max_new_tokens: int, *, max_seq_len: Any, cont
         what = f"max_seq_len={max_seq_len}" if max_seq_len else f"the model's context of {context}"
         raise TooLongError(
             f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} do not fit {what}; "
-            f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else "")
+            f"shorten the prompt, lower max_new_tokens" + (" or raise max_seq_len" if max_seq_len else ""),
+            num_tokens=num_tokens,
         )
 
 

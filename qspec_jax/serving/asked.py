@@ -59,6 +59,7 @@ class Asked:
         prompts: of each, there are ``num_choices`` answers, one after the other.
         sampling: of the first of these; the seeds of the others count up.
         max_new_tokens: None for as many as there is room for.
+        limit_name: what the request calls that.
         stream: answer piece by piece.
         include_usage: and say at the end how many tokens there were.
     """
@@ -68,6 +69,7 @@ class Asked:
     num_choices: int
     sampling: SamplingParams
     max_new_tokens: int | None
+    limit_name: str
     stream: bool
     include_usage: bool
 
@@ -139,13 +141,14 @@ def _asked(given: dict[str, Any], kind: Kind, model: str) -> Asked:
     engines = {name: given[name] for name in given if name in request_options.NAMES and name not in ("n", *_COUNTS)}
     options = request_options.request_options(engines)
     max_new_tokens = options.pop("max_new_tokens", _TEXT_TOKENS if kind is Kind.TEXT else None)
+    limit_name = next((name for name in engines if request_options.our_name(name) == "max_new_tokens"), "max_tokens")
     drawn = {"temperature": 1.0, "seed": secrets.randbelow(NUM_SEEDS)}
     sampling = SamplingParams.of({**drawn, **options})
     _check_stops(sampling.stop)
     prompts = _texts(given["prompt"]) if kind is Kind.TEXT else [_conversation(given["messages"])]
     if len(prompts) * num_choices > MAX_CHOICES:
         raise UsageError(f"prompt={len(prompts)} of them with n={num_choices}: use up to {MAX_CHOICES} answers")
-    return Asked(kind, prompts, num_choices, sampling, max_new_tokens, stream, include_usage)
+    return Asked(kind, prompts, num_choices, sampling, max_new_tokens, limit_name, stream, include_usage)
 
 
 def _include_usage(options: Any, stream: bool) -> bool:
@@ -201,8 +204,8 @@ def requests_of(asked: Asked, intake: Intake, *, limits: Limits, max_seq_len: in
         try:
             request = _request(asked, prompt, intake, limits, max_seq_len, what)
         except UsageError as error:
-            names = ("logit_bias", "stop_token_ids", "max_tokens")
-            if isinstance(error, TooLongError):
+            names = ("logit_bias", "stop_token_ids", asked.limit_name)
+            if isinstance(error, TooLongError) and (error.num_tokens or max_seq_len) >= max_seq_len:
                 names = ()
             raise refusal_of(error, names, otherwise=asked.kind.value) from error
         seeds = range(asked.num_choices)
@@ -216,9 +219,15 @@ def requests_of(asked: Asked, intake: Intake, *, limits: Limits, max_seq_len: in
 def _request(asked: Asked, prompt: Prompt, intake: Intake, limits: Limits, max_seq_len: int, what: str) -> Request:
     wanted, most = asked.max_new_tokens, limits.max_new_tokens
     if most is not None and wanted is not None and wanted > most:
-        raise UsageError(f"max_new_tokens={wanted} must be at most {most} (max_tokens, max_completion_tokens)")
+        raise UsageError(f"{asked.limit_name}={wanted} must be at most {most} on this server")
     options: dict[str, Any] = {"sampling": asked.sampling, "max_seq_len": max_seq_len, "chat": False}
-    request = intake.request(prompt, max_new_tokens=wanted or 1, what=what, **options)
+    try:
+        request = intake.request(prompt, max_new_tokens=wanted or 1, what=what, **options)
+    except TooLongError as error:  # in words of who cannot change the size of a row
+        num_tokens, more = error.num_tokens, "an answer" if wanted is None else f"{asked.limit_name}={wanted}"
+        remedy = "shorten it" if wanted is None else f"shorten it, or lower {asked.limit_name}"
+        message = f"{what} of {num_tokens} tokens and {more} do not fit the {max_seq_len} of this server; {remedy}"
+        raise TooLongError(message, num_tokens=num_tokens) from error
     num_tokens = len(request.token_ids)
     if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
         raise TooLongError(f"{what} has {num_tokens} tokens; this server takes {limits.max_prompt_tokens}")

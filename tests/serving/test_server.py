@@ -144,9 +144,18 @@ def test_errors_reach_the_client_by_their_kinds(client, idle):
     with pytest.raises(openai.BadRequestError, match="tools=") as caught:
         client.chat.completions.create(messages=CHAT, model="tiny", tools=[{"type": "function"}])
     assert caught.value.param == "tools"
-    with pytest.raises(openai.BadRequestError, match="do not fit") as caught:
+    told = (
+        f"the prompt of 50 tokens and max_tokens={LENGTH} do not fit the {LENGTH} of this server; shorten it, or lower"
+    )
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
         client.completions.create(prompt="a" * 50, model="tiny", max_tokens=LENGTH)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+    with pytest.raises(openai.BadRequestError, match="lower max_completion_tokens") as caught:
+        client.chat.completions.create(messages=CHAT, model="tiny", max_completion_tokens=LENGTH)
+    assert caught.value.param == "max_completion_tokens"
+    with pytest.raises(openai.BadRequestError, match=f"and an answer do not fit the {LENGTH} of this server") as caught:
+        client.chat.completions.create(messages=[{"role": "user", "content": "a" * LENGTH}], model="tiny")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     part = {"type": "image_url", "image_url": {"url": "http://a"}}
     with pytest.raises(openai.BadRequestError, match="image_url"):
         client.chat.completions.create(messages=[{"role": "user", "content": [part]}], model="tiny")
