@@ -14,12 +14,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any
 
 _NAMES = ("SIGTERM", "SIGHUP")  # of ``kill`` and ``timeout``, and of a terminal that is closed
 _AGAIN_S = 0.02
 _IN_C = ("jaxlib", "numpy", "ml_dtypes")
+_LOADS = ("create_module", "exec_module")
 
 
 @contextlib.contextmanager
@@ -89,14 +91,26 @@ def minded_no_more(at_once: Callable[[], Any]) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a library in C is being imported in the frames of a signal."""
+    """Whether a library in C is being imported in the frames of a signal: its Python, or the module in C itself."""
     while frame is not None:
-        name = frame.f_globals.get("__name__") or ""
-        if frame.f_code.co_name == "<module>" and name.partition(".")[0] in _IN_C:
+        name, function = frame.f_globals.get("__name__") or "", frame.f_code.co_name
+        if function == "<module>" and name.partition(".")[0] in _IN_C:
+            return True
+        # A module in C has no frame. The loader's is the next one, in whatever package it was asked for.
+        if function in _LOADS and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
             return True
         frame = frame.f_back
     return False
 
 
 def _come_again(number: int) -> None:
-    threading.Timer(_AGAIN_S, _thread.interrupt_main, [number]).start()
+    threading.Timer(_AGAIN_S, _interrupt_main, [number]).start()
+
+
+def _interrupt_main(number: int) -> None:
+    """Interrupts the main thread, also in what it waits for, which Python's own way leaves to end by itself."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None and callable(signal.getsignal(number)):
+        signal.pthread_kill(main, number)
+    else:
+        _thread.interrupt_main(number)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import _imp
+import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from importlib.machinery import ExtensionFileLoader
+from types import ModuleType
 
 import pytest
 
 from qspec_jax.commands.run import guarded
+from qspec_jax.commands.signals import taken_as_interruptions
 from qspec_jax.errors import DeviceError, DeviceWarning
 from tests.device.test_failures import JaxRuntimeError
 
@@ -98,3 +105,24 @@ def test_a_signal_after_the_work_is_done_changes_nothing(during, name, code):
     source = LEAVES.format(name=name, code=code, during=DURING[during])
     ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "done\n", "")
+
+
+def test_an_interruption_waits_until_a_module_in_c_has_been_imported(monkeypatch):
+    """Code of Python that such a module runs meanwhile would raise it, and the library in C would abort."""
+    done = []
+
+    def import_in_c(module):
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("imported")
+
+    monkeypatch.setattr(_imp, "exec_dynamic", import_in_c)
+
+    def work():
+        ExtensionFileLoader("module", "module.so").exec_module(ModuleType("module"))
+        done.append("goes on")
+        time.sleep(60)  # until it comes again
+        done.append("has slept")
+
+    with taken_as_interruptions(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["imported", "goes on"]
