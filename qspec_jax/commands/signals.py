@@ -113,4 +113,4 @@ def _interrupt_main(number: int) -> None:
     if hasattr(signal, "pthread_kill") and main is not None and callable(signal.getsignal(number)):
         signal.pthread_kill(main, number)
     else:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
