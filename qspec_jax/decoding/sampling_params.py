@@ -284,6 +284,10 @@ class SamplingFeatures(NamedTuple):
             features = features.union(cls(draws, one.truncates, one.penalises, one.biases, scores, typical))
         return features
 
+    def cover(self, other: SamplingFeatures) -> bool:
+        """Whether programs with these serve what needs the others."""
+        return self.union(other) == self
+
     def union(self, other: SamplingFeatures) -> SamplingFeatures:
         """What either needs."""
         return SamplingFeatures(*(a or b for a, b in zip(self, other, strict=True)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from qspec_jax.decoding.chunks import Shape
@@ -69,3 +70,41 @@ class CompileBeside:
     def _report_failure(self, plan: DecodingPlan, done: Future[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
             self._on_event(f"{plan.label} is left out, as it cannot be compiled: {error}")
+
+
+class NextPrograms:
+    """A thread that compiles what a batch needs for requests that wait, while others are served."""
+
+    def __init__(self, programs: Programs, plan: DecodingPlan, on_event: Callable[[str], None]):
+        """For the loop of a plan, and the prefills that come before it; ``on_event`` is told when it compiles."""
+        self._programs, self._plan, self._on_event = programs, plan, on_event
+        self._thread = ThreadPoolExecutor(1, "qspec_jax compile")
+        self._asked_for: tuple[Shape, frozenset[int]] | None = None
+        self._compiling: Future[None] | None = None
+
+    def are_there(self, shape: Shape, widths: Iterable[int]) -> bool:
+        """Whether those of a shape and of chunks of some widths have been compiled since they were first asked for.
+
+        Returns at once. If something else is being compiled, they come after it.
+
+        Raises:
+            OutOfMemoryError, UsageError: as :meth:`Programs.compile`. They are compiled again when they are asked for.
+        """
+        asked_for = shape, frozenset(widths)
+        if self._compiling is not None and not self._compiling.done():
+            return False
+        done, self._compiling = self._compiling, None
+        if done is not None and asked_for == self._asked_for:
+            done.result()
+            return True
+        self._asked_for, self._compiling = asked_for, self._thread.submit(self._compile, *asked_for)
+        return False
+
+    def wait(self, seconds: float) -> None:
+        """Until they are there, but so many seconds at most."""
+        if self._compiling is not None:
+            futures.wait([self._compiling], seconds)
+
+    def _compile(self, shape: Shape, widths: Iterable[int]) -> None:
+        with _switching.often():
+            self._programs.compile(self._plan, shape, widths, on_event=self._on_event)

@@ -29,12 +29,19 @@ class RequestQueue:
         self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
         self._needs: set[tuple[str | None, frozenset[int], SamplingFeatures]] = set()  # of those, by session, each once
         self._waiting: collections.OrderedDict[RunningSequence, None] = collections.OrderedDict()
+        self._put_off: collections.OrderedDict[RunningSequence, None] = collections.OrderedDict()
+        self._served: SamplingFeatures | None = None  # without which those were put off
         self._unfinished: dict[RunningSequence, None] = {}  # those that have a row, too
         self._gone: list[RunningSequence] = []  # dropped since the last step, perhaps of those that had just arrived
 
     def __len__(self) -> int:
         """How many wait."""
-        return len(self._arrived) + len(self._waiting)
+        return len(self._arrived) + len(self._waiting) + len(self._put_off)
+
+    @property
+    def anyone_may_enter(self) -> bool:
+        """Whether others wait than those that were put off."""
+        return bool(self._arrived or self._waiting)
 
     def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
         """Notes what requests to come may need."""
@@ -70,21 +77,35 @@ class RequestQueue:
             self._waiting.pop(sequence, None)
         self._gone.clear()
 
-    def next(self) -> RunningSequence | None:
-        """The one whose turn it is; None if no other waits."""
-        return self._waiting.popitem(last=False)[0] if self._waiting else None
+    def next(self, served: SamplingFeatures | None = None) -> RunningSequence | None:
+        """The one whose turn it is; None if no other waits that may enter.
+
+        Args:
+            served: features that those who enter may need; None for all. Others are put off until there are more.
+        """
+        if served != self._served:
+            self._served = served
+            if self._put_off:
+                self._waiting, self._put_off = self._put_off | self._waiting, collections.OrderedDict()
+        while self._waiting:
+            sequence = self._waiting.popitem(last=False)[0]
+            if served is None or served.cover(SamplingFeatures.of([sequence.request.sampling])):
+                return sequence
+            self._put_off[sequence] = None
+        return None
 
     def first(self, count: int) -> list[RunningSequence]:
-        """Those whose turns come next, of those that were taken in."""
+        """Those whose turns come next, of those that were taken in, and were not put off."""
         return list(itertools.islice(self._waiting, count))
 
     def drop(self, sequence: RunningSequence) -> None:
         """Forgets a sequence that is finished, also before its turn."""
         self._unfinished.pop(sequence, None)
-        if sequence in self._waiting:
-            del self._waiting[sequence]
-        else:
-            self._gone.append(sequence)
+        for some in (self._waiting, self._put_off):
+            if sequence in some:
+                del some[sequence]
+                return
+        self._gone.append(sequence)
 
     def start_again(self) -> int:
         """Has all wait that were not dropped, those that have a row first; how many of them are finished."""
@@ -92,8 +113,8 @@ class RequestQueue:
             finished = [one for one in self._unfinished if one.finished]
             for sequence in finished:
                 del self._unfinished[sequence]
-            self._waiting.clear()
-            self._arrived.clear()
+            for some in (self._waiting, self._put_off, self._arrived):
+                some.clear()
             self._arrived.extend(self._unfinished)
         return len(finished)
 

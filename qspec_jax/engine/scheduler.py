@@ -45,6 +45,7 @@ from qspec_jax.device.settings import usual_settings
 from qspec_jax.engine.burst import SLICE_S, run_in_slices
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.clock import Clock
+from qspec_jax.engine.compile_beside import NextPrograms
 from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import NextChunk
@@ -59,6 +60,7 @@ from qspec_jax.model.cache import restart_multiple
 _BURST_S = 0.5
 # For which who has dispatched a burst leaves Python to the thread that does it: it would else wait for 5 ms.
 _HAND_OVER_S = 0.0002
+_LOOK_S = 0.05  # from one look to the next at who has come, while nobody can be served
 
 
 class Scheduler:
@@ -110,6 +112,7 @@ class Scheduler:
             self._choosing = Choosing(programs, plan, self.shape, **options)
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
+        self._next_programs = NextPrograms(programs, self._first_plan, self._on_event)
         self._is_torn = False  # a step has begun, and not ended
         self._rows = Rows(self.shape.rows, self._programs.num_row_shards)
         self._state: DecodeState | None = None
@@ -320,7 +323,7 @@ class Scheduler:
             OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
         """
         with self._running:
-            return self._compile()
+            return self._compile(self._needed())
 
     @usual_settings()
     def allocate(self) -> None:
@@ -331,12 +334,27 @@ class Scheduler:
         """
         with self._running:
             if self._flight is None and not self._is_torn:  # otherwise there is one, or there will be
-                self._take_shape(self._compile())
+                self._take_shape(self._compile(self._needed()))
                 jax.block_until_ready(self._state)
 
-    def _compile(self) -> Shape:
+    def _needed(self) -> SamplingFeatures:
+        """What the requests so far need."""
         self._queue.take_in(self._rows.texts.has)
-        wanted = self.shape._replace(features=self._queue.features)
+        return self._queue.features
+
+    def _served(self) -> SamplingFeatures:
+        """What the requests need that enter now.
+
+        In a batch that serves, those wait that need programs which are not there: others go on meanwhile.
+        """
+        needed, present = self._needed(), self.shape.features
+        if not self._serves or self._state is None or present.cover(needed):
+            return needed
+        is_there = self._next_programs.are_there(self.shape._replace(features=needed), self._queue.widths)
+        return needed if is_there else present
+
+    def _compile(self, features: SamplingFeatures) -> Shape:
+        wanted = self.shape._replace(features=features)
         compiled_s = self._programs.compile_s
         self._programs.compile(self._first_plan, wanted, self._queue.widths, on_event=self._on_event)
         if seconds := self._programs.compile_s - compiled_s:
@@ -346,19 +364,21 @@ class Scheduler:
 
     def _let_in(self) -> None:
         """Gives idle rows to those that wait, and compiles what they need."""
-        self._queue.take_in(self._rows.texts.has)
-        idle, entered = set(self._rows.idle), []
+        served, idle, entered = self._served(), set(self._rows.idle), []
         multiple = restart_multiple(self._programs.decoder.kv)
-        while idle and (entering := self._queue.next()) is not None:
+        while idle and (entering := self._queue.next(served)) is not None:
             idle.remove(self._rows.enter(entering, idle, restart_multiple=multiple))
             self.totals.reused_prompt_tokens += entering.num_kept
             self._queue.expect(widths_of(entering.chunks), SamplingFeatures.of([entering.request.sampling]))
             entered.append(entering)
             if self._choosing is not None:
                 self._choosing.entered()
-        self._take_shape(self._compile())
+        self._take_shape(self._compile(served))
         for sequence in entered:
             sequence.entered_s = time.perf_counter()
+        if not self._rows.num_in_use:
+            self._next_programs.wait(_LOOK_S)
+            self._clock = Clock()
 
     def _take_shape(self, wanted: Shape) -> None:
         """Makes the state for a shape, or gives the one that is there what that needs besides."""
@@ -459,7 +479,7 @@ class Scheduler:
         decoding, anyone_reads = self._rows.decoding(), bool(self._rows.reading())
         # Who has come since rows were given out can have one of those after a slice, and waits for nobody to finish.
         has_room = self._serves and bool(self._rows.idle)
-        others_wait = anyone_reads or (bool(self._queue) and not has_room)
+        others_wait = anyone_reads or (self._queue.anyone_may_enter and not has_room)
         fitting = functools.partial(self._pace.cycles, decoding=len(decoding), anyone_reads=anyone_reads)
         cycles, cycle_s = fitting(seconds=None), None
         if self._choosing is not None:
@@ -478,6 +498,6 @@ class Scheduler:
             self._rows.take_retired(),
             max_cycles=cycles,
             slice_cycles=fitting(seconds=SLICE_S, cycle_s=cycle_s) if self._serves and not others_wait else cycles,
-            ends_early=lambda report: bool(self._queue) and bool(jax.device_get(report.finished).any()),
+            ends_early=lambda report: self._queue.anyone_may_enter and bool(jax.device_get(report.finished).any()),
         )
         time.sleep(_HAND_OVER_S)
