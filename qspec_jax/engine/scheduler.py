@@ -345,10 +345,11 @@ class Scheduler:
     def _served(self) -> SamplingFeatures:
         """What the requests need that enter now.
 
-        In a batch that serves, those wait that need programs which are not there: others go on meanwhile.
+        In a batch that serves, those wait that need programs which are not there, where others can go on meanwhile.
         """
         needed, present = self._needed(), self.shape.features
-        if not self._serves or self._state is None or present.cover(needed):
+        is_beside = self._serves and self._state is not None and self._programs.run_while_others_compile
+        if not is_beside or present.cover(needed):
             return needed
         is_there = self._next_programs.are_there(self.shape._replace(features=needed), self._queue.widths)
         return needed if is_there else present
