@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from qspec_jax.decoding.chunks import Shape, empty_chunks
+from qspec_jax.decoding.sampling import Sampler
+from qspec_jax.decoding.state import PromptChunk
 from qspec_jax.engine.held_texts import HeldTexts
-from qspec_jax.engine.prefixes import HeldChunks
+from qspec_jax.engine.prefixes import HeldChunks, NextChunk
 from qspec_jax.engine.sequence import RunningSequence
 
 
@@ -73,9 +76,34 @@ class Rows:
         self.sequences[row] = None
         self._retired[row] = not device_knows
 
-    def begin(self, rows: Collection[int]) -> None:
-        """The device reads prompts into rows: whatever was in them has ended."""
-        self._retired[list(rows)] = False
+    def read(self, shape: Shape, width: int, next_chunks: Sequence[NextChunk]) -> tuple[PromptChunk, int, int]:
+        """Chunks for the device to read, which count as read from now on. Whatever was in their rows has ended.
+
+        Args:
+            shape: of the programs.
+            width: that chunks are padded to; 0 where they have their tokens elsewhere.
+            next_chunks: what is read, by rows.
+
+        Returns:
+            the chunks, and how many tokens they take from other rows and compute.
+        """
+        chunks, sampling, num_reused, num_computed = empty_chunks(shape, width), [], 0, 0
+        for place, one in enumerate(next_chunks):
+            sequence, num_read = self.sequences[one.row], one.index + one.count
+            assert sequence is not None
+            start, token_ids = chunk = one.text(sequence.chunks)
+            sequence.num_reused += start - sequence.read_up_to
+            num_reused += start - sequence.read_up_to
+            num_computed += len(token_ids)
+            sequence.num_read, sequence.read_up_to = num_read, start + len(token_ids)
+            if not sequence.num_kept:  # otherwise what it reads has other bits than that of a request of no session
+                self.held.note(one.row, sequence.chunks[:num_read])
+            sequence.request.put_chunk(chunks, place, chunk)
+            sampling.append(sequence.request.sampling)
+            self._retired[one.row] = False
+        sampling += sampling[:1] * (shape.rows - len(next_chunks))
+        sampler = Sampler.create(sampling, shape.features)
+        return PromptChunk(**chunks, sampler=sampler), num_reused, num_computed
 
     def take_retired(self) -> np.ndarray:
         """Idle rows of which the device is to be told now ``[rows]``."""

@@ -34,12 +34,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qspec_jax.decoding.chunks import Shape, empty_chunks
+from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import AutoPlan, Plan
 from qspec_jax.decoding.programs import Programs, Report
-from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.decoding.state import DecodeState, PromptChunk, PromptPieces
+from qspec_jax.decoding.state import DecodeState, PromptPieces
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.device.settings import usual_settings
 from qspec_jax.engine.burst import SLICE_S, run_in_slices
@@ -438,7 +437,9 @@ class Scheduler:
         Returns:
             the report, and who has read the prompt with them, by row.
         """
-        chunks = self._chunks(width, next_chunks)
+        chunks, num_reused, num_computed = self._rows.read(self.shape, width, next_chunks)
+        self.totals.reused_prompt_tokens += num_reused
+        self.totals.computed_prompt_tokens += num_computed
         nobody = 0 if pieces is None else self.shape.rows  # of places without a chunk
         rows, sources = np.full((2, self.shape.rows), nobody, np.int32)
         for place, one in enumerate(next_chunks):
@@ -451,28 +452,8 @@ class Scheduler:
         else:
             copied = sum(one.source != one.row for one in next_chunks)
             self._state, report = self._programs.read_pieces(*arguments, pieces, chunks, rows, sources, copied)
-        self._rows.begin([one.row for one in next_chunks])
         decoding = self._rows.decoding()
         return report, {one.row: decoding[one.row] for one in next_chunks if one.row in decoding}
-
-    def _chunks(self, width: int, next_chunks: Sequence[NextChunk]) -> PromptChunk:
-        """Pieces of a width, which count as read from now on."""
-        chunks = empty_chunks(self.shape, width)
-        sampling = []
-        for place, one in enumerate(next_chunks):
-            sequence, num_read = self._rows.sequences[one.row], one.index + one.count
-            assert sequence is not None
-            start, token_ids = chunk = one.text(sequence.chunks)
-            sequence.num_reused += start - sequence.read_up_to
-            self.totals.reused_prompt_tokens += start - sequence.read_up_to
-            self.totals.computed_prompt_tokens += len(token_ids)
-            sequence.num_read, sequence.read_up_to = num_read, start + len(token_ids)
-            if not sequence.num_kept:  # otherwise what it reads has other bits than that of a request of no session
-                self._rows.held.note(one.row, sequence.chunks[:num_read])
-            sequence.request.put_chunk(chunks, place, chunk)
-            sampling.append(sequence.request.sampling)
-        sampling += sampling[:1] * (self.shape.rows - len(next_chunks))
-        return PromptChunk(**chunks, sampler=Sampler.create(sampling, self.shape.features))
 
     def _dispatch(self, max_cycles: int | None) -> None:
         """Dispatches a burst."""
