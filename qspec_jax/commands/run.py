@@ -13,6 +13,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
@@ -101,7 +102,11 @@ def _asked_of(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.
 
 
 def _meant(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """What to do about options that a parser does not know, if they are like some that it knows."""
+    """What to do about arguments that a parser does not know, if they are like some that it knows."""
+    if (bare := unknown[0])[:1] != "-":
+        is_model = bare.endswith(".gguf") or os.path.sep in bare or os.path.exists(bare)
+        option = "--model" if is_model else "--prompt"
+        return f"; give {option} {shlex.quote(bare)}" if option in parser._option_string_actions else ""
     known = {name.lstrip("-"): name for name in parser._option_string_actions}
     meant: dict[str, None] = {}
     for argument in unknown:

@@ -45,6 +45,10 @@ def test_a_text_of_another_encoding_is_refused_with_a_remedy(in_ascii):
         (bench, ["--debug", "tune"], "tune", "--debug; give --debug after tune"),
         (generate.main, ["--draft-lenght=5", "-prompt", "a"], "", "did you mean --draft-length, --prompt?"),
         (serve.main, ["--slot", "2", "--prt", "1"], "", "unrecognized arguments: --prt; did you mean --port?"),
+        (generate.main, ["small.gguf"], "", "unrecognized arguments: small.gguf; give --model small.gguf"),
+        (generate.main, ["What is it?" * 99, "x"], "", "What is it?'"),
+        (chat.main, [".", "--debug"], "", "unrecognized arguments: .; give --model ."),
+        (info.main, ["a.gguf", "b.gguf"], "", "unrecognized arguments: b.gguf"),
     ],
 )
 def test_of_an_unknown_option_the_usage_is_that_of_its_command(capsys, main, given, usage, said):
