@@ -92,11 +92,6 @@ class Programs(Lowering):
         return len(set(processes)) > 1 or self.decoder.split > 1
 
     @property
-    def run_while_others_compile(self) -> bool:
-        """Whether to compile keeps no program waiting that runs. On a CPU both take the same threads."""
-        return self.leaves[0].devices().pop().platform != "cpu"
-
-    @property
     def rounds_in_vain(self) -> bool:
         """See :func:`qspec_jax.model.layouts.rounds_in_vain`."""
         laid_out = self._laid_out

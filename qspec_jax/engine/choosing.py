@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -96,19 +97,40 @@ class Choosing:
         self._burst_s = burst_s
         self._last: Burst | None = None  # that runs, or has run
         self._ahead: Burst | None = None  # that follows it
+        self._part = self._left = 0  # cycles of it that run, or have run, and that have not, where it has a number
+        self._ran: list[tuple[DecodingPlan, dict[str, Any]]] = []  # what its parts tell, while there are others to come
         self._holds_until_s = 0.0
         self._put_off: Callable[[], None] | None = None  # what the last burst tells
 
-    def next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
+    def next(
+        self, decoding: Sequence[RunningSequence], queue: RequestQueue, *, most_cycles: int | None = None
+    ) -> Burst:
         """What to run next, while some sequences decode and others wait.
 
-        The same as before, if that was chosen a moment ago and is no trial; or what was chosen meanwhile.
+        The same as before, if that was chosen a moment ago and is no trial; or what was chosen meanwhile. Tokens come
+        at the end of a burst: so one of many cycles is cut, for those who wait for them.
+
+        Args:
+            decoding: who has read its prompt.
+            queue: who waits.
+            most_cycles: of a burst that has a number of cycles; the others of it come next. None for all of them.
         """
+        if self._last is None or not self._left or not self._loops.are_ready(self._last.plan):
+            self._note_parts()
+            self._last = self._next(decoding, queue)
+            self._left = self._last.cycles or 0
+        if not self._left:
+            return self._last
+        self._part = min(self._left, most_cycles or self._left)
+        self._left -= self._part
+        return dataclasses.replace(self._last, cycles=self._part)
+
+    def _next(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> Burst:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and queue and self._loops.are_ready(ahead.plan):
-            self._last = ahead
-        elif self._last is None or not self._holds(self._last):
-            self._last = self._choose(decoding, queue)
+            return ahead
+        if self._last is None or not self._holds(self._last):
+            return self._choose(decoding, queue)
         return self._last
 
     def look_ahead(self, decoding: Sequence[RunningSequence], queue: RequestQueue) -> None:
@@ -151,8 +173,27 @@ class Choosing:
     ) -> None:
         """Takes a burst into account (:meth:`Chooser.observe`), while the device works or before the next choice."""
         some = {"cycles": cycles, "seconds": seconds, "histogram": histogram, "context": _context(decoding)}
+        self._ran.append((plan, some))
+        if not self._left or cycles < self._part:
+            self._left = 0
+            self._note_parts()
+
+    def _note_parts(self) -> None:
+        """Has a burst count whose parts have run."""
+        if not self._ran:
+            return
+        (plan, some), parts = self._ran[-1], [one for _, one in self._ran]
+        some |= {name: sum(one[name] for one in parts) for name in ("cycles", "seconds")}
+        some["histogram"] = np.sum([one["histogram"] for one in parts], axis=0).tolist()
+        self._ran = []
         self.settle()
         self._put_off = functools.partial(self._chooser.observe, plan, **some)
+
+    def end(self) -> None:
+        """Nothing follows for now: takes into account what has run."""
+        self._left = 0
+        self._note_parts()
+        self.settle()
 
     def settle(self) -> None:
         """Takes into account what was put off."""

@@ -230,7 +230,7 @@ class Scheduler:
         """Dispatches what comes next; the sequences whose prompts have been read by it."""
         if not self.busy:
             if self._choosing is not None:
-                self._choosing.settle()
+                self._choosing.end()
             self._programs.save_costs()
             self._clock = Clock()
             return []
@@ -344,11 +344,10 @@ class Scheduler:
     def _served(self) -> SamplingFeatures:
         """What the requests need that enter now.
 
-        In a batch that serves, those wait that need programs which are not there, where others can go on meanwhile.
+        In a batch that serves, those wait that need programs which are not there: others go on meanwhile.
         """
         needed, present = self._needed(), self.shape.features
-        is_beside = self._serves and self._state is not None and self._programs.run_while_others_compile
-        if not is_beside or present.cover(needed):
+        if not self._serves or self._state is None or present.cover(needed):
             return needed
         is_there = self._next_programs.are_there(self.shape._replace(features=needed), self._queue.widths)
         return needed if is_there else present
@@ -465,7 +464,8 @@ class Scheduler:
         fitting = functools.partial(self._pace.cycles, decoding=len(decoding), anyone_reads=anyone_reads)
         cycles, cycle_s = fitting(seconds=None), None
         if self._choosing is not None:
-            burst = self._choosing.next(list(decoding.values()), self._queue)
+            most_cycles = cycles if self._serves else None
+            burst = self._choosing.next(list(decoding.values()), self._queue, most_cycles=most_cycles)
             self._plan, self._why = burst.plan, burst.why
             cycle_s = burst.cycle_s
             cycles = burst.cycles or fitting(seconds=burst.seconds, cycle_s=cycle_s)

@@ -124,8 +124,8 @@ def on_the_clock(rows):
         Clock.now_s += Host.of(rows).choice_s
         return before[2](self, **options)
 
-    def ask(self, *sequences):
-        whys.append((burst := before[3](self, *sequences)).why)
+    def ask(self, *sequences, **options):
+        whys.append((burst := before[3](self, *sequences, **options)).why)
         return burst
 
     def look_ahead(self, *sequences):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 
@@ -14,6 +15,7 @@ from qspec_jax.decoding.costs import CostTable, PassBytes
 from qspec_jax.decoding.plan import AutoPlan, DecodingPlan, Lookup
 from qspec_jax.decoding.programs import Programs
 from qspec_jax.engine import choosing as of_choosing
+from qspec_jax.engine import scheduler as of_scheduler
 from qspec_jax.engine.chooser import Burst, Chooser
 from qspec_jax.engine.choosing import Choosing
 from qspec_jax.engine.request_queue import RequestQueue
@@ -58,7 +60,7 @@ def batch(monkeypatch):
     shape = Shape.of(plan, rows=2, capacity=64)
     choosing = Choosing(programs, plan, shape, burst_s=USUAL_S, serves=True, on_event=print)
 
-    def ask(cycles=None, *, ahead=False, num_running=2, num_waiting=0):
+    def ask(cycles=None, *, ahead=False, num_running=2, num_waiting=0, **options):
         def choose(**_):
             clock.now_s += CHOICE_S
             chosen.append(Burst(PLAIN, 0.03, cycles, "so it is", 0.001))
@@ -69,8 +71,9 @@ def batch(monkeypatch):
         queue = RequestQueue()
         for _ in range(num_waiting):
             queue.add(Request([1, 2, 3], 40, SamplingParams()))
-        return (choosing.look_ahead if ahead else choosing.next)(running, queue)
+        return (choosing.look_ahead if ahead else choosing.next)(running, queue, **options)
 
+    ask.choosing = choosing
     return clock, programs, chosen, ask
 
 
@@ -221,3 +224,86 @@ def test_every_burst_counts_once_before_another_choice_and_before_costs_are_kept
         waits = one == "ran" or (waits and one != "counts")
     assert told.count("counts") == told.count("ran") > 20
     assert sum(late) > 10
+
+
+@pytest.fixture
+def told(batch, monkeypatch):
+    """What the bursts of the batch told its chooser: cycles, seconds, and cycles by accepted drafts."""
+    found, choosing = [], batch[-1].choosing
+
+    def observe(plan, *, cycles, seconds, histogram, context):
+        found.append((cycles, round(seconds, 6), histogram))
+
+    monkeypatch.setattr(choosing._chooser, "observe", observe)
+    return found
+
+
+def test_a_trial_is_cut_for_those_who_wait_for_tokens_and_counts_once(batch, told):
+    *_, chosen, ask = batch
+    for part in (20, 20, 8):
+        assert ask(48, most_cycles=20).cycles == part
+        ask.choosing.ran(PLAIN, [], cycles=part, seconds=part / 100, histogram=[part, 1])
+        ask.choosing.settle()
+    assert len(chosen) == 1
+    assert told == [(48, 0.48, [48, 3])]
+    assert ask(48, most_cycles=64).cycles == 48
+    assert len(chosen) == 2
+
+
+def test_a_part_that_ends_early_is_the_last_one(batch, told):
+    """As where somebody comes who can have a row."""
+    *_, chosen, ask = batch
+    ask(48, most_cycles=20)
+    ask.choosing.ran(PLAIN, [], cycles=20, seconds=0.2, histogram=[20])
+    ask(48, most_cycles=20)
+    ask.choosing.ran(PLAIN, [], cycles=7, seconds=0.1, histogram=[7])
+    ask.choosing.settle()
+    assert told == [(27, 0.3, [27])]
+    ask()
+    assert len(chosen) == 2
+
+
+@pytest.mark.parametrize("how", ["end", "programs"])
+def test_a_trial_that_does_not_go_on_counts_as_far_as_it_ran(batch, told, how):
+    """The batch is done, or has other programs from now on."""
+    _, programs, chosen, ask = batch
+    ask(48, most_cycles=20)
+    ask.choosing.ran(PLAIN, [], cycles=20, seconds=0.2, histogram=[20])
+    ask.choosing.settle()
+    assert told == []
+    if how == "end":
+        ask.choosing.end()
+    else:
+        programs.are_there = False
+        ask()
+    assert len(chosen) == (1 if how == "end" else 2)
+    ask.choosing.settle()
+    assert told == [(20, 0.2, [20])]
+
+
+def test_a_burst_without_a_number_of_cycles_is_not_cut(batch, told):
+    *_, ask = batch
+    for _ in range(2):
+        assert ask(most_cycles=3).cycles is None
+        ask.choosing.ran(PLAIN, [], cycles=30, seconds=0.3, histogram=[30])
+        ask.choosing.settle()
+    assert told == [(30, 0.3, [30])] * 2
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_batch_that_serves_takes_tokens_from_the_device_in_a_trial(serves, monkeypatch):
+    """And one that does not has it in one burst, which costs least."""
+    asked, run = [], of_scheduler.run_in_slices
+
+    def run_in_slices(*arguments, **options):
+        asked.append(options["max_cycles"])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(of_scheduler, "run_in_slices", run_in_slices)
+    monkeypatch.setattr(Chooser, "choose", lambda self, **_: Burst(PLAIN, None, 48, "a trial"))
+    scheduler = functools.partial(of_scheduler.Scheduler, serves=serves, burst_s=0.01)
+    monkeypatch.setattr(simulated_batches, "Scheduler", scheduler)
+    some = conversations(4, np.random.default_rng(0), chances={FULL: 0.9, BUDGET: 0.9})
+    with simulated_batches.on_the_clock(1):
+        simulated_batches.run(AUTO, 1, some, SMALL, Process(CostTable(SMALL.num_bytes, bandwidth=4.3e12)))
+    assert (max(asked) < 48) == serves

@@ -8,7 +8,6 @@ import pytest
 
 from qspec_jax import SamplingParams
 from qspec_jax.decoding.plan import DecodingPlan
-from qspec_jax.decoding.programs import Programs
 from qspec_jax.decoding.sampling_params import SamplingFeatures
 from qspec_jax.engine import scheduler as of_scheduler
 from qspec_jax.engine.compile_beside import NextPrograms
@@ -208,19 +207,7 @@ def test_a_queue_puts_off_each_once():
     assert [queue.next(present.union(SamplingFeatures.of([SCORED]))) for _ in range(4)] == [usual, scored, more, None]
 
 
-def test_a_cpu_compiles_first():
-    """It would run what is there with the threads that compile."""
-    model = tiny.language_model()
-    scheduler = Scheduler(model.programs, model.plan("w4a16"), rows=2, capacity=64, serves=True)
-    scheduler.add(request(9))
-    scheduler.advance(1)
-    scored = scheduler.add(request(2, SCORED))
-    scheduler.advance(1)
-    assert scored.entered_s is not None
-
-
-def test_tokens_are_those_of_a_batch_that_had_all_programs_from_the_start(monkeypatch):
-    monkeypatch.setattr(Programs, "run_while_others_compile", True)
+def test_tokens_are_those_of_a_batch_that_had_all_programs_from_the_start():
     model = tiny.language_model()
     wanted = [
         Request([5, 6, 7], 24, SamplingParams(temperature=0.8, seed=3)),

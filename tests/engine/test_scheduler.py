@@ -172,7 +172,6 @@ class FakePrograms(Programs):
 
     most_tokens = 64
     packing = False
-    run_while_others_compile = True
     decoder = SimpleNamespace(kv=KV_OF_MODEL)
 
     def __init__(self, rows):
