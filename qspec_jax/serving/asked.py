@@ -175,6 +175,8 @@ def _check_stops(strings: Sequence[str]) -> None:
 
 
 def _texts(given: Any) -> list[Prompt]:
+    if not isinstance(given, str | list):
+        raise refuse("prompt", given, "a text, token ids, or a list of either")
     prompts = prompts_of(given)
     if any(isinstance(one, Mapping) for prompt in prompts if isinstance(prompt, list) for one in prompt):
         raise refuse("prompt", given, "texts or token ids, or /v1/chat/completions for messages")

@@ -148,6 +148,14 @@ def test_what_makes_no_sense_is_refused_and_named(given, param, message):
     assert message in str(error)
 
 
+@pytest.mark.parametrize("prompt", [5, 0.5, True, {"a": 1}])
+def test_a_prompt_of_another_type_is_called_as_the_client_calls_it(prompt):
+    error = refusal(Kind.TEXT, prompt=prompt)
+    assert (error.status, error.param) == (400, "prompt")
+    assert str(error).startswith("prompt=")
+    assert "a text, token ids, or a list of either" in str(error)
+
+
 @pytest.mark.parametrize("prompt", [None, [], [{"role": "user", "content": "a"}], {"a": 1}, [[{"role": "user"}]]])
 def test_what_is_no_prompt_is_refused(prompt):
     error = refusal(Kind.TEXT, prompt=prompt)
