@@ -236,7 +236,7 @@ def load(
             Where ``quantization`` is ``auto``, 8-bit weights are symmetric, in groups as large as fit.
         draft_model: a quantised checkpoint of the same model, in any format, that is the 4-bit copy of
             ``verify="float"``. None to round the floats as they are read: with ``auto``, to symmetric groups as large
-            as fit.
+            as fit, or to asymmetric ones of 32 where a file has some codes already.
         head_bits: 8 or 4 to round the LM head to; 16 for the head as it is; None for what ``quantization`` or the
             checkpoint say. 8 keeps the codes of a GGUF file's head in Q8_0.
         draft_head: 4 for drafts that read an LM head in 4 bits: the upper half of one in 8, or a copy. None likewise.
