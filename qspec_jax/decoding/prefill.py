@@ -137,8 +137,8 @@ def read_pieces(
     if history is not None:
         index = jnp.arange(pieces.tokens.shape[1], dtype=jnp.int32)
         columns = jnp.where(index < pieces.num_tokens[:, None], pieces.starts[:, None] + index, history.shape[1])
-        held = jnp.where(pieces.rows < 0, history.shape[0], pieces.rows)  # a negative index would count from the end
-        history = history.at[held[:, None], columns].set(pieces.tokens, mode="drop")
+        # A piece of nothing, whose row is negative, has no tokens: all its columns are past the last one.
+        history = history.at[pieces.rows[:, None], columns].set(pieces.tokens, mode="drop")
     places = {"rows": pieces.rows, "starts": pieces.starts, "ends": pieces.ends}
     logits, cache = model.read_pieces(pieces.tokens, state.cache, **places, view=plan.verify)
     # All but the entries of the cache, of the rows that read.
