@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels.backends import early_launch
-from qspec_jax.decoding import packing, prefill, speculative
+from qspec_jax.decoding import mailboxes, packing, prefill, speculative
 from qspec_jax.decoding.chunks import Shape, empty_chunks
 from qspec_jax.decoding.device_graphs import Graphs, compiler_options
 from qspec_jax.decoding.draft_record import DraftRecord
@@ -28,7 +29,7 @@ from qspec_jax.decoding.sampling import Sampler
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import DecodeState, PromptChunk, Report, TokenScores, with_rows_of
 from qspec_jax.model.cache import KVCache
-from qspec_jax.model.collectives import own_rows
+from qspec_jax.model.collectives import own_rows, sending_to
 from qspec_jax.model.decoder import Decoder
 
 
@@ -99,7 +100,8 @@ class Lowering:
             retired = own_rows(retired, len(state.finished), rows_over)
             state = dataclasses.replace(state, finished=state.finished | retired)
             limits = max_cycles, until_finished
-            state, cycles = speculative.generate(laid_out.merge(leaves), state, *limits, plan=plan, **options)
+            with self._mailboxes(plan, len(state.finished)):
+                state, cycles = speculative.generate(laid_out.merge(leaves), state, *limits, plan=plan, **options)
             return state, Report.of(state, cycles, rows_over=rows_over)
 
         state = jax.eval_shape(lambda: self._idle(shape))
@@ -122,10 +124,18 @@ class Lowering:
         laid_out = self._laid_out
 
         def loop(leaves, state, max_cycles):
-            return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
+            with self._mailboxes(plan, len(state.finished)):
+                return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
 
         with early_launch.early_launch(self._launches_early(plan, state.cache)):
             return self._lower(loop, laid_out, state, np.int32(0), reports=False, graphs=self._graphs)
+
+    def _mailboxes(self, plan: DecodingPlan, num_rows: int) -> AbstractContextManager[None]:
+        """Where the cycles of so many rows of a device send their sums; to be entered in the program."""
+        if self.mesh is None or mailboxes.obstacle(self.mesh, plan) is not None:
+            return sending_to(None)
+        values = num_rows * (plan.draft_length + 1) * self.decoder.config.hidden_size
+        return sending_to(mailboxes.empty_mailbox(values, self.decoder.dtype))
 
     @property
     def _graphs(self) -> Graphs:

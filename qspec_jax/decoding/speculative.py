@@ -36,7 +36,7 @@ from qspec_jax.decoding.state import DecodeState, TokenScores
 from qspec_jax.decoding.values import shown
 from qspec_jax.errors import UsageError
 from qspec_jax.model.cache import KVCache
-from qspec_jax.model.collectives import sum_over
+from qspec_jax.model.collectives import meet, sum_over
 from qspec_jax.model.decoder import Decoder
 from qspec_jax.model.view import View
 
@@ -300,6 +300,7 @@ def generate(
 
     def one_cycle(carry: tuple[Array, Array | None, DecodeState]) -> tuple[Array, Array | None, DecodeState]:
         count, _, state = carry
+        meet()
         state = lax.fori_loop(0, cycles_per_check, lambda _, state: advance(model, state, plan=plan), state)
         return count + cycles_per_check, of_all_devices(state), state
 

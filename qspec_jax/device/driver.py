@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +26,21 @@ def nvidia_driver() -> str | None:
 def has_nvidia_gpu() -> bool:
     """Whether the system has a device of one, usable or not."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def reach_each_other(ordinals: Sequence[int]) -> bool:
+    """Whether each of some GPUs, by their CUDA ordinals, may read and write the memory of the others."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    if cuda.cuInit(0):
+        return False
+    can = ctypes.c_int()
+    for pair in itertools.permutations(ordinals, 2):
+        if cuda.cuDeviceCanAccessPeer(ctypes.byref(can), *pair) or not can.value:
+            return False
+    return True
 
 
 def installed_version(package: str) -> str | None:

@@ -33,7 +33,7 @@ from qspec_jax.errors import UsageError
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, RMSNorm, TokenContext
 from qspec_jax.model.cache import KV_OF_MODEL, KVCache, LayerCache
-from qspec_jax.model.collectives import check_varying, embed, is_bound
+from qspec_jax.model.collectives import check_varying, current_mailbox, embed, is_bound, sending_to
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.fields import whole
 from qspec_jax.model.head import empty_head, head_product
@@ -346,7 +346,8 @@ class Decoder(nnx.Module):
             for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
                 graph, parameters = nnx.split(layer)
                 of_layer = context.of_layer(jnp.int32(index))
-                stream, layer_cache, masses = _run_layer(graph, parameters, stream, layer_cache, of_layer, view, weigh)
+                arguments = parameters, stream, layer_cache, of_layer, view, weigh, current_mailbox()
+                stream, layer_cache, masses = _run_layer(graph, *arguments)
                 written.append(layer_cache)
                 weighed.append(masses)
             layers = tuple(written)
@@ -393,8 +394,10 @@ def _run_layer(
     context: TokenContext,
     view: View,
     weigh: int | None,
+    mailbox: Any,  # an argument, since what was traced once serves others as well
 ) -> tuple[ResidualStream, LayerCache | Int8Cache, Float32[Array, "B KH NB"] | None]:
-    return nnx.merge(graph, parameters)(stream, cache, context, view=view, weigh=weigh)
+    with sending_to(mailbox):
+        return nnx.merge(graph, parameters)(stream, cache, context, view=view, weigh=weigh)
 
 
 def _exact_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager[object]:

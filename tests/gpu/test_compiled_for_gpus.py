@@ -23,7 +23,7 @@ from pallas_kernels.prefill_attention import gpu_triton as prefill_triton
 from pallas_kernels.prefill_attention_int8 import gpu_triton as int8_prefill_triton
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.decoding import device_graphs, loop_settings, packing
+from qspec_jax.decoding import device_graphs, loop_settings, mailboxes, packing
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.programs import Programs
@@ -71,8 +71,10 @@ def gpus(monkeypatch):
     device_graphs.compiler_options.cache_clear()
 
 
+@pytest.mark.parametrize("sends", ["messages", "to mailboxes"])
 @pytest.mark.parametrize("name", PLANS)
-def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, monkeypatch):
+def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, sends, gpus, monkeypatch):
+    monkeypatch.setattr(mailboxes, "_reach_each_other", lambda _: sends == "to mailboxes")
     monkeypatch.setattr(device_graphs, "_is_known", lambda *_: True)  # one that XLA does not know is an error
     config = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=LAYERS)
     mesh = Mesh(np.array(gpus).reshape(1, 2), AXES)
@@ -87,7 +89,15 @@ def test_a_pass_sends_two_sums_for_each_layer_and_copies_no_cache(name, gpus, mo
     assert "KERNEL_STRATEGY_TRITON" not in text  # XLA's own kernels for messages, which one process alone would have
     sent = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     passes = {"plain": 1, "qspec": 2}[name]  # a draft and the verification
-    assert len(sent) == passes * (2 * LAYERS + 2)
+    memory, addresses = r"s32\[\d+\]\S*", r"s32\[3,2\]\S*"
+    written = re.findall(rf"= \(\S+ ({memory}) {addresses}\) custom-call", text)
+    if sends == "messages":
+        assert (len(sent), len(written)) == (passes * (2 * LAYERS + 2), 0)
+        return
+    assert (len(sent), len(written)) == (0, passes * (2 * LAYERS + 2))
+    [mailbox] = {shape.partition("{")[0] for shape in written}
+    moved = rf"= \(?({re.escape(mailbox)}|s32\[3,2\])\S* (copy|copy-start|fusion|dynamic-update-slice)\("
+    assert len(re.findall(moved, text)) <= 2, "they are filled with zeros, and stay where they are"
 
 
 @pytest.mark.parametrize(("shape", "messages"), [((2, 1), 1), ((1, 2), 2 * 2 * LAYERS + 2)], ids=["data=2", "model=2"])

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import qspec_jax
+from qspec_jax.decoding import mailboxes
 from tests.gpu.on_two_gpus import PLANS, differences
 from tests.gpu.serving import DTYPE, few_layers, noise, outputs, texts
 
@@ -74,6 +75,22 @@ def test_weights_that_two_gpus_share_yield_the_same_with_drafts_and_without():
     assert "pieces" in {name[0] for name in model.programs.compiled}
     assert len({tuple(ids) for ids in plain}) > len(plain) / 2
     assert not differences(model, given, rows=32, expected=plain)
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "greedy"])
+def test_sums_in_mailboxes_yield_what_messages_do(sampled, monkeypatch):
+    given = noise(64) if sampled else noise(64)._replace(sampling={})
+    plans = [{"mode": "w4a16"}, {"mode": "qspec", "draft_length": 3}, {"mode": "lookup"}]
+    found = {}
+    for sends in ("to mailboxes", "messages"):
+        if sends == "messages":
+            monkeypatch.setattr(mailboxes, "obstacle", lambda *_: "a test asks for messages")
+        model = few_layers(mesh="model=2")
+        assert (mailboxes.obstacle(model.mesh, model.plan(mode="w4a16")) is None) == (sends == "to mailboxes")
+        found[sends] = [
+            outputs(model, given, rows=rows, **plan) for rows in (1, 32) for plan in plans[: 1 + 2 * (rows > 1)]
+        ]
+    assert found["to mailboxes"] == found["messages"]
 
 
 @pytest.mark.parametrize(("name", "mesh"), [("demo", "data=2"), ("llama", "model=2")])
