@@ -37,6 +37,11 @@ PAIRED_ROWS: Mapping[int, range] = {28672: range(96, 257)}
 
 _LONG = 8  # tiles of a slice
 
+# Rows from which a warpgroup computes all slices of its sums in turn: programs fill the GPU without sharing them, and
+# the float32 parts that they leave else take as long as the products.
+IN_TURN_ROWS = 1024
+_IN_TURN_BLOCK_M = 128  # of sums of more rows a warpgroup has no registers for three
+
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;
 {even} {odd}
@@ -105,6 +110,8 @@ def default_config(
 ) -> hopper.MosaicConfig:
     """Tiles by shape and kind of weight, the fastest on an H200; the order of the sum depends on the weight alone."""
     slices, block_m = hopper.num_slices(n, k), hopper.block_m(m)
+    if m >= IN_TURN_ROWS and (in_turn := in_turn_config(m, n, k, nested=nested)) is not None:
+        return in_turn
     config = hopper.layout_of_warpgroups(n, slices, block_m)
     if 32 < block_m <= 64 and (nested if slices == 1 else hopper.tiles_of_slice(k, slices) >= _LONG):
         # Decoding keeps a warpgroup busy: long slices, or many codes, go faster on more programs than on more
@@ -121,6 +128,16 @@ def default_config(
     if nested and block_m <= 96 and n >= hopper.LEAST_WIDE and n % (4 * hopper.ROWS) == 0:
         return hopper.MosaicConfig(4, 1, slices, block_m, 4, 4, registers=(24, 112))
     return dataclasses.replace(config, x_slots=6 if nested else 8)
+
+
+def in_turn_config(m: int, n: int, k: int, *, nested: bool = False) -> hopper.MosaicConfig | None:
+    """Tiles of warpgroups that share no sums; None where they would not anyway, or have too few registers for it."""
+    slices, block_m = hopper.num_slices(n, k), hopper.block_m(m, most=_IN_TURN_BLOCK_M)
+    sums = slices.bit_length()  # of the turn, and of each level of the tree
+    if slices == 1 or n % (2 * hopper.ROWS) or not hopper.sums_fit(sums * block_m):
+        return None
+    ring = {"num_stages": 4, "x_slots": 6 if nested else 8}
+    return hopper.MosaicConfig(2, 1, 1, block_m, **ring, registers=(24, 240), in_turn=slices, outputs_first=True)
 
 
 # A jit of its own, so that a program with many layers lowers the kernel once per shape.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, upper_nibbles
+from pallas_kernels.arrays.partial_sums import tree_sum
 from pallas_kernels.backends.early_launch import early_launch
+from pallas_kernels.backends.mosaic import epilogue
 from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pipeline as pipelines
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
@@ -161,7 +166,7 @@ def test_an_sm_holds_one_program_of_a_matmul_that_starts_early(shape, num_rows):
     ("n", "k"), [(28672, 4096), (6144, 4096), (4096, 4096), (4096, 11008), (576, 1536), (192, 256)]
 )
 def test_the_order_of_the_sum_is_the_same_for_all_row_counts(n, k):
-    numbers = itertools.product(range(1, 600, 7), (False, True))
+    numbers = itertools.product([*range(1, 600, 7), 1024, 2100, 4096], (False, True))
     configs = [w4a16_mosaic.default_config(m, n, k, nested=nested) for m, nested in numbers]
     assert len({config.slices for config in configs}) == 1
     assert configs[0].slices <= k // 2 // hopper.TILE
@@ -169,6 +174,72 @@ def test_the_order_of_the_sum_is_the_same_for_all_row_counts(n, k):
         assert n % config.block_n == 0
         assert config.block_m % 8 == 0
         assert config.block_m <= 256
+
+
+@pytest.mark.parametrize("num_tiles", [16, 43])  # of 4096 inputs; of 11008, which do not come out even
+def test_a_slice_has_the_same_tiles_in_the_same_order_whoever_computes_it(num_tiles, monkeypatch):
+    problem = hopper.Problem(128, 128, 256 * num_tiles, 2 * num_tiles, jnp.bfloat16, jnp.bfloat16)
+    for split, warpgroups_k, in_turn in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)]:
+        config = hopper.MosaicConfig(1, warpgroups_k, split, 128, 4, in_turn=in_turn)
+        program = pipelines._Program(None, (), (), 0, (), (), problem, config, False, {})
+        slices, copied = [], []
+        for place in range(split):
+            here = SimpleNamespace(axis_index=lambda _, place=place: jnp.int32(place), div=lambda a, b: a // b)
+            monkeypatch.setattr(pipelines, "lax", here)
+            for turn, part in itertools.product(range(in_turn), range(warpgroups_k)):
+                steps = range(program.num_steps(part, turn))
+                slices.append([int(program.tile_of(step, part, turn)) for step in steps])
+                assert len(slices[-1]) <= program.num_steps(0, turn)  # which are copied
+            copied.append(int(program.steps_before(in_turn)))
+        assert slices == [list(range(first, num_tiles, 4)) for first in range(4)]
+        assert sum(copied) * warpgroups_k >= num_tiles
+
+
+def test_slices_that_are_computed_in_turn_are_added_as_parts_are(monkeypatch):
+    """And as soon as they can be, so that a warpgroup never holds more than three sums of four."""
+    parts, events = list(jnp.float32([[1e8, 1 / 3], [-1e8, 1e-3], [7.7, -0.1], [1e-7, 3e3]])), []
+    monkeypatch.setattr(epilogue.lanes, "pinned", lambda total: events.append("add") or total)
+    for in_turn in (1, 2, 4):
+        sums = [
+            epilogue.sum_in_turn(lambda turn, first=first: events.append(turn) or parts[first + turn], in_turn)
+            for first in range(0, 4, in_turn)
+        ]
+        np.testing.assert_array_equal(tree_sum(sums), tree_sum(parts))
+    assert events[-7:] == [0, 1, "add", 2, 3, "add", "add"]
+    with pytest.raises(ValueError, match=r"in_turn=2 with warpgroups_k=2; use 1 for one of them"):
+        hopper.MosaicConfig(1, 2, 1, 128, 4, in_turn=2)
+
+
+@pytest.mark.newest_jax
+@pytest.mark.parametrize(("k", "symmetric"), [(4096, True), (11008, False)], ids=["even", "uneven"])
+def test_slices_in_turn_lower_and_leave_no_parts(k, symmetric, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))  # a later one leaves too few registers
+    weight, rows = abstract_weight(k, 4096, 128, symmetric, Layout.WGMMA), w4a16_mosaic.IN_TURN_ROWS
+    nested = abstract_nested_weight(k, 4096, 128, symmetric, Layout.WGMMA)
+    for num_rows, one in ((rows, weight), (rows + 52, weight), (rows, nested)):
+        program = cuda_program(w4a16_mosaic.w4a16_matmul, array(num_rows, k, dtype=jnp.bfloat16), one)
+        assert KERNEL_CALL in program
+        assert f"tensor<4x{num_rows}" not in program
+    assert f"tensor<4x{rows - 8}" in cuda_program(
+        w4a16_mosaic.w4a16_matmul, array(rows - 8, k, dtype=jnp.bfloat16), weight
+    )
+    codes, scale = array(rows, k, dtype=jnp.int8), array(rows, 1, dtype=jnp.float32)
+    x = QuantizedActivation(codes, scale, None, bits=8, layout=Layout.WGMMA)
+    config = hopper.MosaicConfig(2, 1, 1, 64, 4, registers=(24, 240), in_turn=4)  # also of sums with a factor
+    multiply = lambda x, w: w4a4_mosaic.w4a4_matmul(x, w, dtype=jnp.bfloat16, config=config)  # noqa: E731
+    assert KERNEL_CALL in cuda_program(multiply, x, weight)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_who_shares_no_sums_has_registers_for_them(nested, monkeypatch):
+    for version in ((0, 11, 2), (0, 12, 0)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        chosen = functools.partial(w4a16_mosaic.default_config, w4a16_mosaic.IN_TURN_ROWS, k=4096, nested=nested)
+        of_four, of_two, of_one = map(chosen, (4096, 6144, 28672))
+        in_turn = (4, 2, 1) if version < (0, 12) else (1, 1, 1)
+        assert (of_four.in_turn, of_two.in_turn, of_one.in_turn) == in_turn
+        for config, sums in ((of_four, 3), (of_two, 2)):
+            assert config.in_turn == 1 or sums * config.block_m // 2 <= 192  # of 240, as ptxas spills none in a loop
 
 
 @pytest.mark.parametrize("group_size", [128, 4096])

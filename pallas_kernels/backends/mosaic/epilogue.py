@@ -57,17 +57,36 @@ class End:
     def rows(self) -> Any:
         return pl.ds(self.first_row, self.config.block_m)
 
+    @property
+    def num_rows(self) -> jax.Array | None:
+        """Rows of this block that exist, where there may be fewer than its height."""
+        return None if self.problem.m % self.config.block_m == 0 else self.problem.m - self.first_row
+
+
+def sum_in_turn(product_of: Callable[[int], jax.Array], num_turns: int, *, first: int = 0) -> jax.Array:
+    """The sum of the slices that a warpgroup computes: of the products of turns, added as ``tree_sum`` adds them.
+
+    What can be added is, before the next turn begins, so that few sums are in registers. The turns are a power of two.
+    """
+    if num_turns == 1:
+        return product_of(first)
+    half = num_turns // 2
+    before = sum_in_turn(product_of, half, first=first)
+    return lanes.pinned(before + sum_in_turn(product_of, half, first=first + half))
+
+
+def scaled(product: jax.Array, end: End) -> jax.Array:
+    """With its factors: before any addition, so that a slice has the bits that it has in a program of its own."""
+    for factor in end.factors:
+        product = lanes.scaled_rows(product, factor.at[end.rows], num_rows=end.num_rows)
+    return product
+
 
 def finish(product: jax.Array, end: End) -> None:
-    """Adds the slices of a program, or gates its outputs, and writes the result."""
+    """Adds what the warpgroups of a program share, or gates its outputs, and writes the result."""
     problem, config = end.problem, end.config
     out = end.outputs[0].at[lax.axis_index("split"), end.rows, pl.ds(end.first_column + end.column * ROWS, ROWS)]
-    # Rows of this block that exist, where there may be fewer than its height.
-    num_rows = None if problem.m % config.block_m == 0 else problem.m - end.first_row
-    # Before any addition, so that a slice's part has the bits that it has in a program of its own.
-    for factor in end.factors:
-        product = lanes.scaled_rows(product, factor.at[end.rows], num_rows=num_rows)
-    write = functools.partial(lanes.store, out=out, num_outputs=problem.num_written, num_rows=num_rows)
+    write = functools.partial(lanes.store, out=out, num_outputs=problem.num_written, num_rows=end.num_rows)
     if problem.epilogue is not Epilogue.NONE:
         _gate(product, end, write)
     elif config.warpgroups_k == 1:

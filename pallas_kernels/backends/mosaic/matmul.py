@@ -9,8 +9,9 @@ weight has ``Layout.WGMMA``. So rows of 16 bits are multiplied as they lie in me
 the same bytes; integer rows come in the order that the layout gives activation codes.
 
 One warpgroup copies (TMA), the others compute. The sum over K is cut into ``slices`` (tiles ``s, s + slices, ...``),
-shared by the warpgroups of a program and then by programs, and added as a balanced tree. ``slices`` and everything
-else that fixes the order of a sum depend on the weight alone, so a row has the same bits however many are computed.
+shared by the warpgroups of a program and then by programs, or computed by one warpgroup in turn, and added as a
+balanced tree. ``slices`` and everything else that fixes the order of a sum depend on the weight alone, so a row has the
+same bits however many are computed.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ class MosaicConfig:
     Attributes:
         warpgroups_n: computing warpgroups side by side, 64 outputs each.
         warpgroups_k: warpgroups that share the sums of the same outputs.
-        split: programs that share them further; ``warpgroups_k * split`` slices of K in all.
+        split: programs that share them further.
         block_m: rows per program, a multiple of 8 up to 256.
         num_stages: tiles in flight, at least 2.
         x_slots: 0 to copy rows with their weight tile; else rows come in pieces of 128 bytes, through a ring of
             this many slots.
         registers: per thread of the copying and of the computing warpgroups; None leaves them equal.
+        in_turn: slices of K that a warpgroup computes one after the other, a power of two: ``in_turn * warpgroups_k *
+            split`` in all. It keeps up to ``log2(in_turn)`` sums beside the one that it computes.
+        outputs_first: programs that run at the same time differ in their outputs first, and then in their rows, so
+            that they read few rows many times from the L2 cache. Else it is the other way round.
+
+    Raises:
+        ValueError: slices are computed in turn and also shared by the warpgroups of a program.
     """
 
     warpgroups_n: int
@@ -58,6 +66,12 @@ class MosaicConfig:
     num_stages: int
     x_slots: int = 0
     registers: tuple[int, int] | None = None
+    in_turn: int = 1
+    outputs_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.in_turn > 1 and self.warpgroups_k > 1:  # whose numbers of tiles could differ within a slot
+            raise ValueError(f"in_turn={self.in_turn} with warpgroups_k={self.warpgroups_k}; use 1 for one of them")
 
     @property
     def num_warpgroups(self) -> int:
@@ -69,7 +83,7 @@ class MosaicConfig:
 
     @property
     def slices(self) -> int:
-        return self.warpgroups_k * self.split
+        return self.in_turn * self.warpgroups_k * self.split
 
 
 class Epilogue(enum.Enum):

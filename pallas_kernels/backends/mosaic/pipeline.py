@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.arrays.partial_sums import PartialSums
-from pallas_kernels.backends.mosaic.epilogue import End, finish
+from pallas_kernels.backends.mosaic.epilogue import End, finish, scaled, sum_in_turn
 from pallas_kernels.backends.mosaic.matmul import HALF_OF_AN_SM, Epilogue, MosaicConfig, Problem, pad_rows
 from pallas_kernels.backends.mosaic.registers import (
     ROWS,
@@ -79,7 +79,8 @@ def launch(
         early: begin to copy ``packed`` and ``columns`` before the kernel before this one has ended; see
             :mod:`pallas_kernels.backends.early_launch`.
         groups_in_tiles: False if :meth:`Pipeline.whole_row` is all that ``consume`` needs of them.
-        consume: from the tiles of one warpgroup to its float32 product ``[64, block_m]``, in the WGMMA layout.
+        consume: from the tiles of one slice of a warpgroup to its float32 product ``[64, block_m]``, in the WGMMA
+            layout.
 
     Returns:
         ``[M, N]`` of ``problem.out_dtype``, or the partial sums of that where programs share the sum over K. With an
@@ -102,12 +103,15 @@ def launch(
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
     body.__name__ = name
+    # The last axis is the one along which programs follow one another.
+    axes = {"split": config.split, "n": problem.n // config.block_n, "m": pl.cdiv(problem.m, config.block_m)}
+    names = ("split", "m", "n") if config.outputs_first else ("split", "n", "m")
     outputs, *magnitudes = plgpu.kernel(
         body,
         out_type=written,
         scratch_types=_scratch(problem, config, in_tiles, alone=early),
-        grid=(config.split, problem.n // config.block_n, pl.cdiv(problem.m, config.block_m)),
-        grid_names=("split", "n", "m"),
+        grid=tuple(axes[name] for name in names),
+        grid_names=names,
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -192,8 +196,10 @@ class _Program:
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
             first = self.copy_first_tiles() if self.early else 0
-            # No slice of a program has more tiles than its first. Who reads the last copies waits for them, not this.
-            lax.fori_loop(first, self.num_steps(0), self.copy_tiles, None)
+            # No part of a program has more tiles than its first. Who reads the last copies waits for them, not this.
+            for turn in range(config.in_turn):
+                copy = functools.partial(self.copy_tiles, turn)
+                lax.fori_loop(first if turn == 0 else 0, self.num_steps(0, turn), copy, None)
             if self.early and self.problem.epilogue is not Epilogue.NONE:
                 start_next()  # as the kernel that gates does elsewhere: what would follow that one follows this one
 
@@ -206,17 +212,25 @@ class _Program:
             # Warpgroups are numbered by column of 64 outputs first, then by slice of the sum.
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
-            product = consume(Pipeline(self, column, in_program))
             place = self.first_row, self.first_column, column, in_program
-            finish(product, End(self.problem, config, self.scratch, self.factors, self.outputs, *place))
+            end = End(self.problem, config, self.scratch, self.factors, self.outputs, *place)
+            product_of = lambda turn: scaled(consume(Pipeline(self, column, in_program, turn)), end)  # noqa: E731
+            finish(sum_in_turn(product_of, config.in_turn), end)
 
-    def num_steps(self, in_program: jax.Array | int) -> jax.Array | int:
+    def num_steps(self, in_program: jax.Array | int, turn: int) -> jax.Array | int:
         """Tiles of a slice; the first slices have one more where they do not come out even."""
         tiles, slices = self.problem.num_tiles, self.config.slices
         if tiles % slices == 0:
             return tiles // slices
-        first = lax.axis_index("split") * self.config.warpgroups_k + in_program
-        return lax.div(tiles - first + slices - 1, slices)
+        return lax.div(tiles - self.slice_of(in_program, turn) + slices - 1, slices)
+
+    def steps_before(self, turn: int) -> jax.Array | int:
+        """Tiles of the slices that a program, whose warpgroups share none, computes before a turn."""
+        return sum(self.num_steps(0, earlier) for earlier in range(turn))
+
+    def slice_of(self, in_program: jax.Array | int, turn: int) -> jax.Array:
+        """The number of a slice. One of ``in_turn`` and ``warpgroups_k`` is 1."""
+        return lax.axis_index("split") * (self.config.in_turn * self.config.warpgroups_k) + in_program + turn
 
     @property
     def first_row(self) -> jax.Array:
@@ -254,29 +268,30 @@ class _Program:
             self.copy_rows(step, step, part, self.tile_of(step, part))
         return steps
 
-    def tile_of(self, step: jax.Array | int, part: int) -> jax.Array:
+    def tile_of(self, step: jax.Array | int, part: int, turn: int = 0) -> jax.Array:
         """The tile that a slice of this program takes in a step."""
-        # All slices take a tile by turns. With two programs of two slices each: step 0 is tiles 0 and 1 in the first
-        # program, 2 and 3 in the second; step 1 is tiles 4 and 5, 6 and 7.
-        return (step * self.config.split + lax.axis_index("split")) * self.config.warpgroups_k + part
+        # Tiles are dealt out to slices. With two programs of two slices each: step 0 is tiles 0 and 1 in the first
+        # program, 2 and 3 in the second; step 1 is tiles 4 and 5, 6 and 7. In turn: 0, 4, ... and then 1, 5, ...
+        return step * self.config.slices + self.slice_of(part, turn)
 
-    def copy_tiles(self, step: jax.Array, _: None) -> None:
-        """Fills the next slot: a tile for each slice of this program that has one left."""
+    def copy_tiles(self, turn: int, step: jax.Array, _: None) -> None:
+        """Fills the next slot: a tile for each slice that has one left, of those that this program has in a turn."""
         config, scratch, num_tiles = self.config, self.scratch, self.problem.num_tiles
-        slot = lax.rem(step, config.num_stages)
+        count = self.steps_before(turn) + step  # of the steps so far: turns follow one another without a gap
+        slot = lax.rem(count, config.num_stages)
         # A slot is released with the first product of the next tile: the last one once before it is ever filled. So
         # from there on each step waits for exactly one release of its slot.
-        pl.when(step >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
+        pl.when(count >= config.num_stages - 1)(lambda: plgpu.barrier_wait(scratch["empty"].at[slot]))
         for part in range(config.warpgroups_k):
-            tile = self.tile_of(step, part)
+            tile = self.tile_of(step, part, turn)
             # In the last step a slice may have no tile left. Its warpgroups take a step less and await nothing.
-            copy = functools.partial(self.copy_tile, step, slot, part, tile)
+            copy = functools.partial(self.copy_tile, count, slot, part, tile)
             copy() if num_tiles % config.slices == 0 else pl.when(tile < num_tiles)(copy)
 
-    def copy_tile(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
+    def copy_tile(self, count: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """Copies weight, groups and rows of a tile."""
         self.copy_weight(slot, part, tile)
-        self.copy_rows(step, slot, part, tile)
+        self.copy_rows(count, slot, part, tile)
 
     def copy_weight(self, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """The part of a tile that is of the weight: that of each half of the outputs beside the other."""
@@ -288,12 +303,12 @@ class _Program:
                 plgpu.copy_gmem_to_smem(weight, copied.at[slot, part, place], self.full(slot, part))
             self.copy_groups((slot, part, half), tile, slice(self.num_columns), outputs)
 
-    def copy_rows(self, step: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
+    def copy_rows(self, count: jax.Array, slot: jax.Array, part: int, tile: jax.Array) -> None:
         """The part of a tile that is of the activations."""
         rows = pl.ds(self.first_row, self.config.block_m)
         self.copy_groups((slot, part), tile, slice(self.num_columns, None), rows)
         if self.config.x_slots:
-            return self.copy_rows_in_pieces(step, tile)
+            return self.copy_rows_in_pieces(count, tile)
         for plane in range(2):
             block = self.rows.at[rows, self.inputs(plane, tile * TILE, TILE)]
             plgpu.copy_gmem_to_smem(block, self.scratch["rows"].at[slot, part, plane], self.full(slot, part))
@@ -313,13 +328,13 @@ class _Program:
         """The barrier of a tile that is there."""
         return self.scratch["full"].at[slot * self.config.warpgroups_k + part]
 
-    def copy_rows_in_pieces(self, step: jax.Array, tile: jax.Array) -> None:
+    def copy_rows_in_pieces(self, steps: jax.Array, tile: jax.Array) -> None:
         """The rows of a tile in the order in which they are multiplied: both planes of a part together."""
         scratch, x_slots, piece = self.scratch, self.config.x_slots, self.problem.piece
         pieces = self.problem.pieces
         for index in range(2 * pieces):
             part, plane = divmod(index, 2)
-            count = step * 2 * pieces + index  # of the pieces so far; Tile.multiply counts alike
+            count = steps * 2 * pieces + index  # of the pieces so far; Tile.multiply counts alike
             slot = lax.rem(count, x_slots)
 
             def wait(slot=slot):
@@ -381,11 +396,12 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The tiles of one computing warpgroup."""
+    """The tiles of one computing warpgroup in a turn."""
 
     _program: _Program
     _column: jax.Array
     _in_program: jax.Array
+    _turn: int
 
     @property
     def problem(self) -> Problem:
@@ -408,10 +424,12 @@ class Pipeline:
         in_half = pl.ds(place * ROWS, ROWS)
         in_ring = bool(config.x_slots)
         num_columns, by_group = self._program.num_columns, scratch["by_group"]
+        steps_before = self._program.steps_before(self._turn)
 
         def step(index, carry):
-            # The slot before is (index - 1) modulo the stages, written so that it is never negative.
-            slot, before = (lax.rem(index + lag, config.num_stages) for lag in (0, config.num_stages - 1))
+            count = steps_before + index
+            # The slot before is (count - 1) modulo the stages, written so that it is never negative.
+            slot, before = (lax.rem(count + lag, config.num_stages) for lag in (0, config.num_stages - 1))
             plgpu.barrier_wait(scratch["full"].at[slot * config.warpgroups_k + self._in_program])
             tile = Tile(
                 weight=tuple(a.at[slot, self._in_program, outputs] for a in scratch["weight"]),
@@ -420,12 +438,12 @@ class Pipeline:
                 _rows=scratch["rows"] if in_ring else scratch["rows"].at[slot, self._in_program],
                 _ring=(scratch["rows_full"], scratch["rows_empty"]) if in_ring else None,
                 _release_before=lambda: plgpu.barrier_arrive(scratch["empty"].at[before]),
-                _step=index,
+                _step=count,
                 _problem=self.problem,
             )
             return body(tile, carry)
 
-        return lax.fori_loop(0, self._program.num_steps(self._in_program), step, carry)
+        return lax.fori_loop(0, self._program.num_steps(self._in_program, self._turn), step, carry)
 
     def whole_row(self) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
         """Columns ``[1, 1, 64]`` and row groups ``[1, 1, block_m]`` of a weight with one group."""
