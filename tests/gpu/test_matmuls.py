@@ -127,6 +127,59 @@ def test_pairs_of_programs_give_each_row_the_bits_of_programs_that_share_nothing
     np.testing.assert_array_equal(paired(x[elsewhere], weight), apart(x, weight)[elsewhere])
 
 
+MANY_ROWS = (1, 100, 512, 2048, 2100)
+# Groups of a nested weight and of others; symmetric or not; of 11008 inputs slices have different numbers of tiles.
+IN_TURN = [("plain", 4096, 4096, 128, True), ("plain", 4096, 6144, 32, False), ("plain", 11008, 4096, 128, False)]
+IN_TURN += [("nested", 4096, 4096, 128, True), ("nested", 14336, 4096, 64, False), ("float16", 4096, 4096, 64, True)]
+
+
+@pytest.mark.parametrize(("kind", "k", "n", "group_size", "symmetric"), IN_TURN, ids=str)
+def test_slices_of_a_sum_that_one_warpgroup_computes_give_the_bits_of_slices_that_are_shared(
+    kind, k, n, group_size, symmetric
+):
+    if w4a16_mosaic.in_turn_config(128, n, k) is None:
+        pytest.skip("from jax 0.12 on a warpgroup has too few registers for several sums")
+    dtype = jnp.float16 if kind == "float16" else jnp.bfloat16
+    make = random_nested_weight if kind == "nested" else random_weight
+    weight = laid_out(make(n, k, group_size, symmetric=symmetric), "mosaic", dtype)
+    x = random_rows(max(MANY_ROWS), k, dtype=dtype)
+    slices = hopper.num_slices(n, k)
+
+    def shared(num_rows):
+        return hopper.layout_of_warpgroups(n, slices, hopper.block_m(num_rows))
+
+    def in_turn(num_rows):
+        return w4a16_mosaic.in_turn_config(num_rows, n, k, nested=kind == "nested")
+
+    def multiply(choose, x, weight):
+        return value_of(w4a16_mosaic.w4a16_matmul(x, weight, config=choose(len(x))))
+
+    by_two = lambda num_rows: dataclasses.replace(in_turn(num_rows), split=2, in_turn=slices // 2, programs=0)  # noqa: E731
+    each_its_own = lambda num_rows: dataclasses.replace(in_turn(num_rows), programs=0)  # noqa: E731
+    others = [jax.jit(functools.partial(multiply, choose)) for choose in (in_turn, by_two, each_its_own)]
+    before = jax.jit(functools.partial(multiply, shared))
+    for rows in (x, cancelling(x)):
+        expected = before(rows, weight)
+        for num_rows in MANY_ROWS:
+            for call in (before, *others):
+                equal = jnp.array_equal(call(rows[:num_rows], weight), expected[:num_rows])
+                assert bool(equal), (num_rows, call)
+    true = w4a16_matmul(x[-100:].astype(jnp.float32), weight, implementation="reference")
+    bound = allowed_error("w4a16_matmul", dtype, num_inputs=k, implementation="mosaic", weight=weight)
+    assert relative_error(before(x, weight)[-100:].astype(jnp.float32), true) < bound
+
+
+@pytest.mark.parametrize("group_size", [128, 4096])
+def test_integer_sums_whose_slices_one_warpgroup_computes_have_the_bits_of_those_that_are_shared(group_size):
+    weight = laid_out(random_weight(4096, 4096, group_size, symmetric=False), "mosaic")
+    x = random_rows(300, 4096, dtype=jnp.bfloat16)
+    codes = quantize_activations(x, bits=8, layout=weight.layout, implementation="reference")
+    shared = w4a4_mosaic.default_config(300, weight)
+    in_turn = dataclasses.replace(shared, warpgroups_k=1, split=1, block_m=64, in_turn=shared.slices)
+    multiply = lambda config: value_of(w4a4_mosaic.w4a4_matmul(codes, weight, dtype=x.dtype, config=config))  # noqa: E731
+    np.testing.assert_array_equal(*[np.asarray(multiply(config)) for config in (shared, in_turn)])
+
+
 NESTED = [(4096, 6144, 128, True), (14336, 4096, 64, False), (1536, 576, 32, True), (4096, 28672, 4096, True)]
 
 

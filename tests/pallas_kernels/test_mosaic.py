@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -210,6 +211,41 @@ def test_slices_that_are_computed_in_turn_are_added_as_parts_are(monkeypatch):
         hopper.MosaicConfig(1, 2, 1, 128, 4, in_turn=2)
 
 
+@pytest.mark.parametrize("num_tiles", [16, 43])
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_programs_go_through_all_blocks_and_count_their_tiles(outputs_first, num_tiles, monkeypatch):
+    problem = hopper.Problem(600, 640, 256 * num_tiles, 2 * num_tiles, jnp.bfloat16, jnp.bfloat16)
+    config = hopper.MosaicConfig(2, 1, 1, 128, 4, in_turn=4, outputs_first=outputs_first, programs=7)
+    whole, found = pipelines._Program(None, (), (), 0, (), (), problem, config, False, {}), {}
+
+    def loop(start, stop, body, carry):
+        for index in range(int(start), int(stop)):
+            body(jnp.int32(index), carry)
+
+    for place in range(7):
+        steps = []
+
+        def visit(program, place=place, steps=steps):
+            block = int(program.first_row), int(program.first_column)
+            found[block] = place
+            for turn in range(4):
+                assert int(program.steps_before(turn)) == len(steps)
+                steps.extend(range(int(program.num_steps(0, turn))))
+
+        def here(axis, place=place):
+            return jnp.int32({"split": 0, "program": place}[axis])
+
+        arithmetic = {"div": lambda a, b: a // b, "rem": lambda a, b: a % b}
+        monkeypatch.setattr(pipelines, "lax", SimpleNamespace(axis_index=here, fori_loop=loop, **arithmetic))
+        whole.for_each_block(visit)
+        assert len(steps) == num_tiles * list(found.values()).count(place)
+    assert sorted(found) == list(itertools.product(range(0, 600, 128), range(0, 640, 128)))
+    beside = (0, 128) if outputs_first else (128, 0)  # runs at the same time as the first block
+    assert (found[0, 0], found[beside]) == (0, 1)
+    with pytest.raises(ValueError, match=r"programs=7 with warpgroups_k=1 and split=2; use 1 for either"):
+        dataclasses.replace(config, split=2)
+
+
 @pytest.mark.newest_jax
 @pytest.mark.parametrize(("k", "symmetric"), [(4096, True), (11008, False)], ids=["even", "uneven"])
 def test_slices_in_turn_lower_and_leave_no_parts(k, symmetric, monkeypatch):
@@ -223,6 +259,9 @@ def test_slices_in_turn_lower_and_leave_no_parts(k, symmetric, monkeypatch):
     assert f"tensor<4x{rows - 8}" in cuda_program(
         w4a16_mosaic.w4a16_matmul, array(rows - 8, k, dtype=jnp.bfloat16), weight
     )
+    through_all = dataclasses.replace(w4a16_mosaic.in_turn_config(rows, 4096, k), programs=132)
+    multiply = functools.partial(w4a16_mosaic.w4a16_matmul, config=through_all)
+    assert KERNEL_CALL in cuda_program(multiply, array(rows + 52, k, dtype=jnp.bfloat16), weight)
     codes, scale = array(rows, k, dtype=jnp.int8), array(rows, 1, dtype=jnp.float32)
     x = QuantizedActivation(codes, scale, None, bits=8, layout=Layout.WGMMA)
     config = hopper.MosaicConfig(2, 1, 1, 64, 4, registers=(24, 240), in_turn=4)  # also of sums with a factor

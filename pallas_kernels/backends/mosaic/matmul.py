@@ -54,9 +54,12 @@ class MosaicConfig:
             split`` in all. It keeps up to ``log2(in_turn)`` sums beside the one that it computes.
         outputs_first: programs that run at the same time differ in their outputs first, and then in their rows, so
             that they read few rows many times from the L2 cache. Else it is the other way round.
+        programs: that go through all blocks of rows and outputs, and copy for one while another one is written; 0 for
+            a program each. Those that start early have one each.
 
     Raises:
-        ValueError: slices are computed in turn and also shared by the warpgroups of a program.
+        ValueError: slices are computed in turn and also shared by the warpgroups of a program, or a sum is shared where
+            programs go through all blocks.
     """
 
     warpgroups_n: int
@@ -68,10 +71,14 @@ class MosaicConfig:
     registers: tuple[int, int] | None = None
     in_turn: int = 1
     outputs_first: bool = False
+    programs: int = 0
 
     def __post_init__(self) -> None:
         if self.in_turn > 1 and self.warpgroups_k > 1:  # whose numbers of tiles could differ within a slot
             raise ValueError(f"in_turn={self.in_turn} with warpgroups_k={self.warpgroups_k}; use 1 for one of them")
+        if self.programs and self.warpgroups_k * self.split > 1:  # all tiles of a block would not be of one program
+            shared = f"warpgroups_k={self.warpgroups_k} and split={self.split}"
+            raise ValueError(f"programs={self.programs} with {shared}; use 1 for either, or programs=0")
 
     @property
     def num_warpgroups(self) -> int:

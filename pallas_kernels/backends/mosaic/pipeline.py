@@ -103,14 +103,17 @@ def launch(
 
     in_tiles = [(a.dtype, index < len(columns)) for index, a in enumerate(by_group)] if groups_in_tiles else []
     body.__name__ = name
+    if early or problem.epilogue is not Epilogue.NONE:
+        config = dataclasses.replace(config, programs=0)
     # The last axis is the one along which programs follow one another.
-    axes = {"split": config.split, "n": problem.n // config.block_n, "m": pl.cdiv(problem.m, config.block_m)}
-    names = ("split", "m", "n") if config.outputs_first else ("split", "n", "m")
+    names, sizes = _axes(problem, config)
+    if config.programs:
+        names, sizes = ("split", "program"), (1, min(config.programs, math.prod(sizes)))
     outputs, *magnitudes = plgpu.kernel(
         body,
         out_type=written,
         scratch_types=_scratch(problem, config, in_tiles, alone=early),
-        grid=tuple(axes[name] for name in names),
+        grid=sizes,
         grid_names=names,
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
@@ -121,6 +124,13 @@ def launch(
     if magnitudes:
         return outputs[0], *magnitudes
     return outputs[0] if config.split == 1 else PartialSums(outputs, problem.out_dtype)
+
+
+def _axes(problem: Problem, config: MosaicConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and sizes of the grid, where each block of rows and outputs has a program."""
+    sizes = {"split": config.split, "n": problem.n // config.block_n, "m": pl.cdiv(problem.m, config.block_m)}
+    names = ("split", "m", "n") if config.outputs_first else ("split", "n", "m")
+    return names, tuple(sizes[name] for name in names)
 
 
 def _scratch(
@@ -185,6 +195,7 @@ class _Program:
     config: MosaicConfig
     early: bool
     scratch: dict[str, Any]
+    turn_of_block: jax.Array | None = None  # where programs go through blocks: how many this one has behind it
 
     def run(self, consume: Callable[[Pipeline], jax.Array]) -> None:
         config = self.config
@@ -196,10 +207,7 @@ class _Program:
             if config.registers is not None:
                 plgpu.set_max_registers(config.registers[0], action="decrease")
             first = self.copy_first_tiles() if self.early else 0
-            # No part of a program has more tiles than its first. Who reads the last copies waits for them, not this.
-            for turn in range(config.in_turn):
-                copy = functools.partial(self.copy_tiles, turn)
-                lax.fori_loop(first if turn == 0 else 0, self.num_steps(0, turn), copy, None)
+            self.for_each_block(lambda program: program.copy_block(first))
             if self.early and self.problem.epilogue is not Epilogue.NONE:
                 start_next()  # as the kernel that gates does elsewhere: what would follow that one follows this one
 
@@ -212,10 +220,30 @@ class _Program:
             # Warpgroups are numbered by column of 64 outputs first, then by slice of the sum.
             column = lax.rem(warpgroup, config.warpgroups_n)
             in_program = lax.div(warpgroup, config.warpgroups_n)
-            place = self.first_row, self.first_column, column, in_program
-            end = End(self.problem, config, self.scratch, self.factors, self.outputs, *place)
-            product_of = lambda turn: scaled(consume(Pipeline(self, column, in_program, turn)), end)  # noqa: E731
-            finish(sum_in_turn(product_of, config.in_turn), end)
+            self.for_each_block(lambda program: program.compute_block(consume, column, in_program))
+
+    def for_each_block(self, body: Callable[[_Program], None]) -> None:
+        """``body(program)`` for each block of rows and outputs that this program has."""
+        if not self.config.programs:
+            return body(self)
+        _, sizes = _axes(self.problem, self.config)
+        programs = min(self.config.programs, math.prod(sizes))
+        count = lax.div(math.prod(sizes) - lax.axis_index("program") + programs - 1, programs)
+        return lax.fori_loop(0, count, lambda turn, _: body(dataclasses.replace(self, turn_of_block=turn)), None)
+
+    def copy_block(self, first: int) -> None:
+        """Copies the tiles of a block from a step on."""
+        # No part of a program has more tiles than its first. Who reads the last copies waits for them, not this.
+        for turn in range(self.config.in_turn):
+            copy = functools.partial(self.copy_tiles, turn)
+            lax.fori_loop(first if turn == 0 else 0, self.num_steps(0, turn), copy, None)
+
+    def compute_block(self, consume: Callable[[Pipeline], jax.Array], column: jax.Array, in_program: jax.Array) -> None:
+        """What a warpgroup has to do with a block."""
+        place = self.first_row, self.first_column, column, in_program
+        end = End(self.problem, self.config, self.scratch, self.factors, self.outputs, *place)
+        product_of = lambda turn: scaled(consume(Pipeline(self, column, in_program, turn)), end)  # noqa: E731
+        finish(sum_in_turn(product_of, self.config.in_turn), end)
 
     def num_steps(self, in_program: jax.Array | int, turn: int) -> jax.Array | int:
         """Tiles of a slice; the first slices have one more where they do not come out even."""
@@ -226,20 +254,29 @@ class _Program:
 
     def steps_before(self, turn: int) -> jax.Array | int:
         """Tiles of the slices that a program, whose warpgroups share none, computes before a turn."""
-        return sum(self.num_steps(0, earlier) for earlier in range(turn))
+        of_block = sum(self.num_steps(0, earlier) for earlier in range(turn))
+        return of_block if self.turn_of_block is None else self.turn_of_block * self.problem.num_tiles + of_block
 
     def slice_of(self, in_program: jax.Array | int, turn: int) -> jax.Array:
         """The number of a slice. One of ``in_turn`` and ``warpgroups_k`` is 1."""
         return lax.axis_index("split") * (self.config.in_turn * self.config.warpgroups_k) + in_program + turn
 
+    def block_along(self, axis: str) -> jax.Array:
+        """The number of this block among those of other rows (``m``), or of other outputs (``n``)."""
+        if self.turn_of_block is None:
+            return lax.axis_index(axis)
+        (_, _, last), (_, _, size) = _axes(self.problem, self.config)
+        block = self.turn_of_block * self.config.programs + lax.axis_index("program")
+        return lax.rem(block, size) if axis == last else lax.div(block, size)
+
     @property
     def first_row(self) -> jax.Array:
-        return lax.axis_index("m") * self.config.block_m
+        return self.block_along("m") * self.config.block_m
 
     @property
     def first_column(self) -> jax.Array:
         """Of this program in each half of the outputs."""
-        return lax.axis_index("n") * (self.config.block_n // self.problem.halves)
+        return self.block_along("n") * (self.config.block_n // self.problem.halves)
 
     def place_of(self, column: jax.Array) -> tuple[jax.Array | int, jax.Array]:
         """Of a warpgroup: its half of the outputs, and where it stands among those that the program has of that."""
