@@ -37,10 +37,10 @@ PAIRED_ROWS: Mapping[int, range] = {28672: range(96, 257)}
 
 _LONG = 8  # tiles of a slice
 
-# Rows from which a warpgroup computes all slices of its sums in turn: programs fill the GPU without sharing them, and
-# the float32 parts that they leave else take as long as the products.
+# Rows from which a warpgroup computes all slices of its sums in turn. Programs fill the GPU without sharing them. To
+# write and to add their parts took about half of the 152 us that 2,048 rows of 4096 x 4096 took on an H200.
 IN_TURN_ROWS = 1024
-_IN_TURN_BLOCK_M = 128  # of sums of more rows a warpgroup has no registers for three
+_IN_TURN_BLOCK_M = 128  # a warpgroup has no registers for three sums of more rows each
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
 _DECODE = """{{.reg .b32 even, odd, c0, c1;

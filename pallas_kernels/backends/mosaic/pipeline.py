@@ -25,6 +25,9 @@ out would take a condition around an arrival; instead the copying warpgroup wait
 
 Rows may have a ring of their own (``x_slots``) where a tile of them is too large to have many in flight: it works
 alike, with pieces of 128 bytes in place of tiles, and the barriers ``rows_full`` and ``rows_empty``.
+
+Slices of K that a warpgroup computes in turn, and blocks that a program goes through, follow one another without a gap:
+the tiles of all of them are counted as one row, so that those of the next one are copied while a sum ends.
 """
 
 from __future__ import annotations
