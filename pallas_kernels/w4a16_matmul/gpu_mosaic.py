@@ -37,9 +37,11 @@ PAIRED_ROWS: Mapping[int, range] = {28672: range(96, 257)}
 
 _LONG = 8  # tiles of a slice
 
-# Rows from which a warpgroup computes all slices of its sums in turn. Programs fill the GPU without sharing them. To
-# write and to add their parts took about half of the 152 us that 2,048 rows of 4096 x 4096 took on an H200.
-IN_TURN_ROWS = 1024
+# Rows from which a warpgroup computes all slices of its sums in turn. Programs fill the GPU without sharing them, and
+# parts that are written and added later cost more. On an H200 512 rows of 4096 x 4096 take 26.5 us, 37.9 with parts,
+# and 2,048 rows 98.8 and 154.5. Fewer rows, offsets and smaller groups were not measured. Nested weights lose.
+IN_TURN_ROWS = 512
+_IN_TURN_GROUP = 128
 _IN_TURN_BLOCK_M = 128  # a warpgroup has no registers for three sums of more rows each
 
 # Of a word with four bytes, bytes 0 and 2 make one register and bytes 1 and 3 the other: no byte is moved.
@@ -110,7 +112,8 @@ def default_config(
 ) -> hopper.MosaicConfig:
     """Tiles by shape and kind of weight, the fastest on an H200; the order of the sum depends on the weight alone."""
     slices, block_m = hopper.num_slices(n, k), hopper.block_m(m)
-    if m >= IN_TURN_ROWS and (in_turn := in_turn_config(m, n, k, nested=nested)) is not None:
+    is_measured = symmetric and not nested and group_size >= _IN_TURN_GROUP
+    if m >= IN_TURN_ROWS and is_measured and (in_turn := in_turn_config(m, n, k)) is not None:
         return in_turn
     config = hopper.layout_of_warpgroups(n, slices, block_m)
     if 32 < block_m <= 64 and (nested if slices == 1 else hopper.tiles_of_slice(k, slices) >= _LONG):
@@ -136,7 +139,7 @@ def in_turn_config(m: int, n: int, k: int, *, nested: bool = False) -> hopper.Mo
     sums = slices.bit_length()  # of the turn, and of each level of the tree
     if slices == 1 or n % (2 * hopper.ROWS) or not hopper.sums_fit(sums * block_m):
         return None
-    ring = {"num_stages": 4, "x_slots": 6 if nested else 8}
+    ring = {"num_stages": 4, "x_slots": 6 if nested else 8, "programs": hopper.num_multiprocessors()}
     return hopper.MosaicConfig(2, 1, 1, block_m, **ring, registers=(24, 240), in_turn=slices, outputs_first=True)
 
 

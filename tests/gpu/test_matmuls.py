@@ -24,6 +24,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.accuracy import INTEGER_MATMUL, W4A16, W4A16_ROUNDED_WEIGHTS, allowed_error, relative_error
 from pallas_kernels.arrays.weight import order_activation_codes
+from pallas_kernels.backends.mosaic import matmul as hopper
 from pallas_kernels.backends.mosaic import pairs
 from pallas_kernels.backends.triton import tiles
 from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic

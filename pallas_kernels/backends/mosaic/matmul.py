@@ -239,6 +239,12 @@ def with_most_stages(config: MosaicConfig, problem: Problem, num_columns: int) -
     return dataclasses.replace(config, num_stages=max(2, min(config.num_stages, stages)))
 
 
+def num_multiprocessors() -> int:
+    """Of the GPU that JAX uses; of an H100 or H200 where there is none."""
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform in ("gpu", "cuda") else 132
+
+
 def num_slices(n: int, k: int) -> int:
     """Slices of K, so that narrow weights fill the GPU: a property of the weight."""
     blocks = n // ROWS
