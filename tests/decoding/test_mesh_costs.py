@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from qspec_jax import DecodingPlan, ModelConfig, QuantConfig, SamplingParams, View
 from qspec_jax.bench.presets import PRESETS
-from qspec_jax.bench.scaling.hardware import HARDWARE
+from qspec_jax.bench.scaling.hardware import HARDWARE, NCCL
 from qspec_jax.decoding.chunks import Shape
 from qspec_jax.decoding.costs import PassBytes
 from qspec_jax.decoding.mesh_costs import Drafting, Traffic, decode_traffic, device_bytes, position_bytes, predict
@@ -63,23 +63,27 @@ def test_on_one_gpu_it_is_within_a_sixth_of_what_was_measured(rows, context, dra
     assert found.traffic == Traffic(0, 0)
 
 
-# Model, mesh, rows; plain step on H200s with 512 tokens of context, as docs/scaling.md has it.
+# Model, mesh, links, rows; plain step on H200s with 512 tokens of context, as docs/scaling.md has it.
+LETTERS, TWO = HARDWARE["h200"].links, MeshShape(1, 2)
 ON_H200S = [
-    ("llama-3-8b", ONE, 1, 2.24),
-    ("llama-3-8b", ONE, 16, 2.68),
-    ("llama-3-8b", ONE, 64, 4.46),
-    ("llama-3-8b", MeshShape(2, 1), 128, 4.57),
-    ("llama-3-8b", MeshShape(1, 2), 1, 2.30),
-    ("llama-3-8b", MeshShape(1, 2), 16, 2.61),
-    ("llama-3-8b", MeshShape(1, 2), 64, 4.16),
-    ("llama-3-70b", MeshShape(1, 2), 1, 10.02),
+    ("llama-3-8b", ONE, LETTERS, 1, 2.26),
+    ("llama-3-8b", ONE, LETTERS, 16, 2.64),
+    ("llama-3-8b", ONE, LETTERS, 64, 4.46),
+    ("llama-3-8b", MeshShape(2, 1), LETTERS, 128, 4.57),
+    ("llama-3-8b", TWO, LETTERS, 1, 1.81),
+    ("llama-3-8b", TWO, LETTERS, 16, 2.08),
+    ("llama-3-8b", TWO, NCCL, 1, 2.27),
+    ("llama-3-8b", TWO, NCCL, 16, 2.56),
+    ("llama-3-8b", TWO, NCCL, 64, 4.16),
+    ("llama-3-70b", TWO, NCCL, 1, 10.02),
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "rows", "step_ms"), ON_H200S, ids=str)
-def test_on_one_and_two_h200s_it_is_within_a_sixth_of_what_was_measured(name, mesh, rows, step_ms):
+@pytest.mark.parametrize(("name", "mesh", "links", "rows", "step_ms"), ON_H200S, ids=str)
+def test_on_one_and_two_h200s_it_is_within_a_sixth_of_what_was_measured(name, mesh, links, rows, step_ms):
     settings = {"rows": rows, "context": 512, "drafting": Drafting()}
-    found = predict(local(PRESETS[name], mesh.model), mesh, HARDWARE["h200"], **settings)
+    hardware = dataclasses.replace(HARDWARE["h200"], links=links)
+    found = predict(local(PRESETS[name], mesh.model), mesh, hardware, **settings)
     assert 1e3 * found.step_s == pytest.approx(step_ms, rel=1 / 6)
 
 

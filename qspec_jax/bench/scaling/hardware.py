@@ -8,9 +8,12 @@ from qspec_jax.device.bandwidth import COPY_BANDWIDTH
 _USABLE = 0.9  # of the memory: the rest is XLA's, and of programs
 # What a pass of Llama-3-8B shapes reaches of the copy bandwidth, besides its time for each layer, measured on one GPU.
 _SHARES = {"of_weights": 0.95, "of_cache": 0.92}
-# Measured with two H200s (page 052 of the lab notebook): what NCCL makes of NVLink 4 with messages of half a megabyte,
-# where the data sheet says 450 GB/s; and a message with the kernel that adds a device's own sums before it.
-_NVLINK = Links(130e9, 9e-6)
+# Measured with two H200s (page 063 of the lab notebook): letters that a kernel writes into the memory of the other GPU,
+# each value with as many bytes that say that it is there. The data sheet of NVLink 4 says 450 GB/s.
+_NVLINK = Links(170e9, 2.2e-6)
+# What NCCL makes of it (page 052) with messages of half a megabyte, and a message with the kernel before it: so do GPUs
+# of several processes.
+NCCL = Links(130e9, 9e-6)
 _NETWORK = Links(50e9, 20e-6)  # 400 Gbit/s for each GPU; the latency is a guess
 _GPU = {"bf16": 825e12, "int8": 1571e12, "links": _NVLINK, "network": _NETWORK, "host": 8, **_SHARES}
 
