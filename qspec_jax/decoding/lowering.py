@@ -100,8 +100,9 @@ class Lowering:
             retired = own_rows(retired, len(state.finished), rows_over)
             state = dataclasses.replace(state, finished=state.finished | retired)
             limits = max_cycles, until_finished
-            with self._mailboxes(plan, len(state.finished)):
-                state, cycles = speculative.generate(laid_out.merge(leaves), state, *limits, plan=plan, **options)
+            decoder = laid_out.merge(leaves)
+            with self._mailboxes(decoder, plan, len(state.finished)):
+                state, cycles = speculative.generate(decoder, state, *limits, plan=plan, **options)
             return state, Report.of(state, cycles, rows_over=rows_over)
 
         state = jax.eval_shape(lambda: self._idle(shape))
@@ -124,18 +125,21 @@ class Lowering:
         laid_out = self._laid_out
 
         def loop(leaves, state, max_cycles):
-            with self._mailboxes(plan, len(state.finished)):
-                return speculative.generate(laid_out.merge(leaves), state, max_cycles, **options)[0]
+            decoder = laid_out.merge(leaves)
+            with self._mailboxes(decoder, plan, len(state.finished)):
+                return speculative.generate(decoder, state, max_cycles, **options)[0]
 
         with early_launch.early_launch(self._launches_early(plan, state.cache)):
             return self._lower(loop, laid_out, state, np.int32(0), reports=False, graphs=self._graphs)
 
-    def _mailboxes(self, plan: DecodingPlan, num_rows: int) -> AbstractContextManager[None]:
-        """Where the cycles of so many rows of a device send their sums; to be entered in the program."""
+    def _mailboxes(self, decoder: Decoder, plan: DecodingPlan, num_rows: int) -> AbstractContextManager[None]:
+        """Where cycles of a device's decoder, of so many rows, send their sums; to be entered in its program."""
         if self.mesh is None or mailboxes.obstacle(self.mesh, plan) is not None:
             return sending_to(None)
-        values = num_rows * (plan.draft_length + 1) * self.decoder.config.hidden_size
-        return sending_to(mailboxes.empty_mailbox(values, self.decoder.dtype))
+        passes = [(plan.verify, plan.draft_length + 1)]
+        passes += [] if plan.draft_view is None else [(plan.draft_view, 1)]
+        tokens = max(decoder.sequences_run(num_rows, count, view=view) * count for view, count in passes)
+        return sending_to(mailboxes.empty_mailbox(tokens * decoder.config.hidden_size, decoder.dtype))
 
     @property
     def _graphs(self) -> Graphs:

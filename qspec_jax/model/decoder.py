@@ -327,10 +327,13 @@ class Decoder(nnx.Module):
 
         Each of them would copy its rows otherwise. They still do where no number of whole sequences has as many rows.
         """
-        batch, num_tokens = tokens.shape
-        rows = self.layers[0].rows_read(batch * num_tokens, view=view)
-        further = 0 if rows % num_tokens else rows // num_tokens - batch
+        further = self.sequences_run(*tokens.shape, view=view) - tokens.shape[0]
         return jnp.pad(tokens, ((0, further), (0, 0))) if further else tokens
+
+    def sequences_run(self, batch: int, num_tokens: int, *, view: View) -> int:
+        """Of how many sequences the layers compute so many tokens each: of those given, and of some for whole tiles."""
+        rows = self.layers[0].rows_read(batch * num_tokens, view=view)
+        return batch if rows % num_tokens else rows // num_tokens
 
     def _hidden(
         self, tokens: Int32[Array, "B_all T"], cache: KVCache, context: TokenContext, *, view: View, weigh: int | None
