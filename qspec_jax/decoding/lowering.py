@@ -134,7 +134,8 @@ class Lowering:
 
     def _mailboxes(self, decoder: Decoder, plan: DecodingPlan, num_rows: int) -> AbstractContextManager[None]:
         """Where cycles of a device's decoder, of so many rows, send their sums; to be entered in its program."""
-        if self.mesh is None or mailboxes.obstacle(self.mesh, plan) is not None:
+        kernels = decoder.layers[0].attention.kernels
+        if self.mesh is None or mailboxes.obstacle(self.mesh, plan, kernels=kernels) is not None:
             return sending_to(None)
         passes = [(plan.verify, plan.draft_length + 1)]
         passes += [] if plan.draft_view is None else [(plan.draft_view, 1)]

@@ -84,7 +84,7 @@ def test_sums_in_mailboxes_yield_what_messages_do(sampled, monkeypatch):
     found = {}
     for sends in ("to mailboxes", "messages"):
         if sends == "messages":
-            monkeypatch.setattr(mailboxes, "obstacle", lambda *_: "a test asks for messages")
+            monkeypatch.setattr(mailboxes, "obstacle", lambda *_, **__: "a test asks for messages")
         model = few_layers(mesh="model=2")
         assert (mailboxes.obstacle(model.mesh, model.plan(mode="w4a16")) is None) == (sends == "to mailboxes")
         found[sends] = [
