@@ -49,7 +49,12 @@ except KeyError as error:
 THREADS = 128  # of a warpgroup, which a block is
 VALUES = 4  # of a thread
 TILE = THREADS * VALUES
-_MOST_BLOCKS = 1024  # so many run at the same time, and a block waits for that of another device
+# A block waits for that of the other devices. An H100 runs so many at the same time if a thread has 64 registers. (With
+# more, the first block that waits anywhere still runs everywhere, as GPUs start blocks in their order.)
+_MOST_BLOCKS = 1024
+# Tiles of a block times devices that it sends them to. With many more of them a thread has 255 registers, and a library
+# is as fast, which sends half as many bytes.
+_MOST_SENT = 4
 _PACKET = 16  # bytes
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -67,6 +72,12 @@ class Letters:
     num_devices: int
     num_values: int
     dtype: Any
+
+    @classmethod
+    def of(cls, num_devices: int, num_values: int, dtype: Any) -> Letters:
+        """For at most so many values; longer letters than ``_MOST_SENT`` allows are left to a library."""
+        most = _MOST_BLOCKS * max(_MOST_SENT // (num_devices - 1), 1) * TILE
+        return cls(num_devices, min(pl.cdiv(num_values, TILE) * TILE, most), jnp.dtype(dtype))
 
     @property
     def tiles_of_block(self) -> int:
@@ -125,7 +136,7 @@ class Mailbox:
     @classmethod
     def empty(cls, axis: str, num_values: int, dtype: Any) -> Mailbox:
         """A new one, for letters of at most so many values; before the first letter everybody has to meet."""
-        letters = Letters(lax.axis_size(axis), pl.cdiv(num_values, TILE) * TILE, jnp.dtype(dtype))
+        letters = Letters.of(lax.axis_size(axis), num_values, dtype)
         memory = jax.new_ref(jnp.zeros((letters.num_bytes // 4,), jnp.int32))
         return cls(axis, letters, memory, jax.new_ref(jnp.zeros((letters.num_devices + 1, 2), jnp.int32)))
 
