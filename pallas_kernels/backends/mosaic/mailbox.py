@@ -52,8 +52,8 @@ TILE = THREADS * VALUES
 # A block waits for that of the other devices. An H100 runs so many at the same time if a thread has 64 registers. (With
 # more, the first block that waits anywhere still runs everywhere, as GPUs start blocks in their order.)
 _MOST_BLOCKS = 1024
-# Tiles of a block times devices that it sends them to. With many more of them a thread has 255 registers, and a library
-# is as fast, which sends half as many bytes.
+# Tiles of a block times devices that it sends them to. With many more of them a thread has 255 registers. Where a
+# library is faster, which sends half as many bytes, nobody has measured.
 _MOST_SENT = 4
 _PACKET = 16  # bytes
 _SCALAR = plgpu.Layout.WG_SPLAT(())
