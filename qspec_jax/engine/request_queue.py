@@ -12,6 +12,11 @@ from qspec_jax.engine.requests import Request
 from qspec_jax.engine.sequence import RunningSequence
 
 
+def features_of(sequence: RunningSequence) -> SamplingFeatures:
+    """What a sequence needs of the programs."""
+    return SamplingFeatures.of([sequence.request.sampling])
+
+
 class RequestQueue:
     """What a scheduler has to do. Any thread may add to it; all else is for the one that runs a step.
 
@@ -89,7 +94,7 @@ class RequestQueue:
                 self._waiting, self._put_off = self._put_off | self._waiting, collections.OrderedDict()
         while self._waiting:
             sequence = self._waiting.popitem(last=False)[0]
-            if served is None or served.cover(SamplingFeatures.of([sequence.request.sampling])):
+            if served is None or served.cover(features_of(sequence)):
                 return sequence
             self._put_off[sequence] = None
         return None
@@ -97,6 +102,16 @@ class RequestQueue:
     def first(self, count: int) -> list[RunningSequence]:
         """Those whose turns come next, of those that were taken in, and were not put off."""
         return list(itertools.islice(self._waiting, count))
+
+    def beyond(self, features: SamplingFeatures) -> list[RunningSequence]:
+        """Those that wait, were taken in, and need more, in order."""
+        return [one for one in (*self._put_off, *self._waiting) if not features.cover(features_of(one))]
+
+    def forget(self, known: SamplingFeatures) -> None:
+        """Has :attr:`features` be some, and what those need that are not finished."""
+        self.features = known
+        for sequence in self.unfinished():
+            self.features = self.features.union(features_of(sequence))
 
     def drop(self, sequence: RunningSequence) -> None:
         """Forgets a sequence that is finished, also before its turn."""

@@ -49,11 +49,12 @@ from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import NextChunk
 from qspec_jax.engine.reading import read_next
-from qspec_jax.engine.request_queue import RequestQueue
+from qspec_jax.engine.request_queue import RequestQueue, features_of
 from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.rows import Rows
 from qspec_jax.engine.sequence import RunningSequence
+from qspec_jax.engine.served import Served
 from qspec_jax.model.cache import restart_multiple
 
 _BURST_S = 0.5
@@ -112,6 +113,9 @@ class Scheduler:
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._next_programs = NextPrograms(programs, self._first_plan, self._on_event)
+        self._served = Served(self._next_programs, self._queue)
+        # What was said to come, and what a burst has run: more than that may be why steps fail.
+        self._expected = self._proven = SamplingFeatures()
         self._is_torn = False  # a step has begun, and not ended
         self._rows = Rows(self.shape.rows, self._programs.num_row_shards)
         self._state: DecodeState | None = None
@@ -144,6 +148,7 @@ class Scheduler:
     def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
         """Has :meth:`compile` compile what requests to come may need: widths of chunks, and kinds of sampling."""
         with self._running:
+            self._expected = self._expected.union(features)
             self._queue.expect(widths, features)
 
     def cancel(self, sequence: RunningSequence) -> None:
@@ -154,6 +159,19 @@ class Scheduler:
             sequence.finished = True
             sequence.chunks = []
             self._queue.drop(sequence)
+
+    def suspects(self) -> list[RunningSequence]:
+        """Of a batch whose steps fail: those that need more than was expected, or has run.
+
+        Whoever asks cancels them. The next step is then one without what they need.
+        """
+        with self._running:
+            self._needed()  # of whoever has just come
+            known = self._expected.union(self._proven)
+            found = [one for one in self._queue.unfinished() if not known.cover(features_of(one))]
+            if found:
+                self._queue.features = known
+            return found
 
     def inherit(self, other: Scheduler) -> None:
         """Goes on with what the rows of another one hold, of as many rows and less capacity. It is of no use after."""
@@ -171,7 +189,7 @@ class Scheduler:
             max_cycles: of the next burst; None for about ``burst_s`` seconds of them.
 
         Returns:
-            the sequences that have new tokens or are finished.
+            the sequences that have new tokens, are finished, or cannot be served.
 
         Raises:
             OutOfMemoryError, UsageError: as :meth:`Programs.compile`.
@@ -189,6 +207,8 @@ class Scheduler:
                     raise KeyboardInterrupt from error
                 raise
             self._is_torn = False
+            changed += self._served.refused
+            self._served.refused = []
             return changed
 
     def _start_again(self) -> None:
@@ -206,6 +226,7 @@ class Scheduler:
             return self._go_on(max_cycles)
         flight, self._flight, plan = self._flight, None, self._plan
         self._state, report = flight.result()
+        self._proven = self.shape.features
         running = self._rows.decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
         made_s = time.perf_counter()
@@ -341,17 +362,6 @@ class Scheduler:
         self._queue.take_in(self._rows.texts.has)
         return self._queue.features
 
-    def _served(self) -> SamplingFeatures:
-        """What the requests need that enter now.
-
-        In a batch that serves, those wait that need programs which are not there: others go on meanwhile.
-        """
-        needed, present = self._needed(), self.shape.features
-        if not self._serves or self._state is None or present.cover(needed):
-            return needed
-        is_there = self._next_programs.are_there(self.shape._replace(features=needed), self._queue.widths)
-        return needed if is_there else present
-
     def _compile(self, features: SamplingFeatures) -> Shape:
         wanted = self.shape._replace(features=features)
         compiled_s = self._programs.compile_s
@@ -362,8 +372,13 @@ class Scheduler:
         return wanted
 
     def _let_in(self) -> None:
-        """Gives idle rows to those that wait, and compiles what they need."""
-        served, idle, entered = self._served(), set(self._rows.idle), []
+        """Gives idle rows to those that wait, and compiles what they need.
+
+        In a batch that serves, those wait that need programs which are not there: others go on meanwhile.
+        """
+        served, idle, entered = self._needed(), set(self._rows.idle), []
+        if self._serves and self._state is not None:
+            served = self._served.features(self.shape)
         multiple = restart_multiple(self._programs.decoder.kv)
         while idle and (entering := self._queue.next(served)) is not None:
             idle.remove(self._rows.enter(entering, idle, restart_multiple=multiple))

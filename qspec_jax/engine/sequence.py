@@ -14,6 +14,7 @@ from qspec_jax.engine.acceptance import Drafts, drafts_of
 from qspec_jax.engine.drafts import DraftedCycle
 from qspec_jax.engine.replay import Replay
 from qspec_jax.engine.requests import Request
+from qspec_jax.errors import QSpecError
 
 
 class RunningSequence:
@@ -27,6 +28,7 @@ class RunningSequence:
         drafts: by source of drafts, how many were tried and accepted.
         finished: no more tokens come.
         cancelled: that is because nobody wants them.
+        error: why it cannot be served; None of all others.
         added_s, entered_s: when it was added, and when it got a row.
         arrivals: when new tokens were made, and how many.
         watch: the text, if the request asks for it.
@@ -52,6 +54,7 @@ class RunningSequence:
         self.drafts: dict[str, Drafts] = {}
         self._replayed: Replay | None = None
         self.finished = self.cancelled = False
+        self.error: QSpecError | None = None
         self.entered_s: float | None = None
         self.arrivals: list[tuple[float, int]] = []
         self.watch = None if request.watch is None else request.watch()

@@ -216,12 +216,28 @@ class Service(Uncopied):
                 failures += 1
                 if failures > 1:
                     self._say(f"requests have failed: {error}")
-                    self.cancel_all(error)
+                    failures = 0 if self._fail(error) else failures
                     time.sleep(_AFTER_FAILURE_S)
                 continue
-            for answer in self._answers_of(changed):
+            answers = self._answers_of(changed)
+            for error in {str(one.sequence.error) for one in answers if one.sequence.error is not None}:
+                self._say(f"requests have failed: {error}")
+            for answer in answers:
                 if self._hand_out(answer):
                     failures = 0
+
+    def _fail(self, error: BaseException) -> bool:
+        """Ends those that need what has never run, and may be why steps fail; all if there are none.
+
+        Returns:
+            whether the others go on.
+        """
+        suspects = self._answers_of(self._scheduler.suspects())
+        for answer in suspects:
+            self.cancel(answer, error)
+        if not suspects:
+            self.cancel_all(error)
+        return bool(suspects)
 
     def _answers_of(self, sequences: Iterable[RunningSequence]) -> list[Answer]:
         """Those of some sequences. One that is added just now may have been taken by the step already."""
@@ -240,6 +256,9 @@ class Service(Uncopied):
     def _hand_out(self, answer: Answer) -> bool:
         """Tells who waits for an answer; whether it has more than ever before."""
         is_more = False
+        if answer.sequence.error is not None:
+            self._end(answer, answer.sequence.error)
+            return False
         try:
             is_more = answer.receive()
         except Exception as error:  # of a tokenizer, say, which is no reason to fail the others

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import pytest
-
 from qspec_jax import SamplingParams
 from qspec_jax.decoding.plan import DecodingPlan
 from qspec_jax.decoding.sampling_params import SamplingFeatures
@@ -28,7 +26,7 @@ class Compiling(FakePrograms):
 
     def __init__(self, rows):
         super().__init__(rows)
-        self.may_end, self.asked, self.failures = threading.Event(), [], 0
+        self.may_end, self.asked, self.failures, self.refuses = threading.Event(), [], 0, None
 
     def compile(self, plan, shape, widths, *, on_event):
         if any(shape.features) and shape.features not in self.asked:
@@ -36,8 +34,8 @@ class Compiling(FakePrograms):
             on_event("compiling")
             self.asked.append(shape.features)
             assert self.may_end.wait(60)
-            if self.failures:
-                self.failures -= 1
+            if self.failures or (self.refuses and getattr(shape.features, self.refuses)):
+                self.failures = max(0, self.failures - 1)
                 self.asked.pop()
                 raise OutOfMemoryError("no room for it")
 
@@ -128,19 +126,61 @@ def test_what_is_asked_for_meanwhile_is_compiled_next():
     assert [(one.scores, one.biases) for one in programs.asked] == [(True, False), (True, True)]
 
 
-def test_programs_that_do_not_compile_are_an_error_and_are_tried_again():
+def test_programs_that_do_not_compile_are_tried_again():
     programs, scheduler = batch()
     running = scheduler.add(request(9))
     scheduler.advance(1)
     scored = scheduler.add(request(2, SCORED))
     programs.failures = 1
-    scheduler.advance(1)
     programs.may_end.set()
-    with pytest.raises(OutOfMemoryError, match="no room for it"):
-        finish(scheduler)
-    programs.asked.append(SamplingFeatures.of([SCORED]))  # they are there now
     finish(scheduler)
     assert [len(one.token_ids) for one in (running, scored)] == [9, 2]
+    assert scored.error is None
+
+
+def finish_while_compiled(scheduler):
+    """As :func:`finish`, but what is compiled is there after each step; all that changed."""
+    changed = []
+    while scheduler.busy:
+        changed += scheduler.advance(1)
+        scheduler._next_programs.wait(60.0)
+    return changed
+
+
+def test_a_kind_that_cannot_be_compiled_is_refused_to_those_who_need_it_alone():
+    """Nobody else starts again, and whoever asks later has it tried again."""
+    programs, scheduler = batch(rows=3)
+    programs.may_end.set()
+    programs.refuses = "scores"
+    running = scheduler.add(request(30))
+    scheduler.advance(1)
+    scored, biased, usual = scheduler.add(request(2, SCORED)), scheduler.add(request(4, BIASED)), request(3)
+    both = scheduler.add(request(2, SamplingParams(logprobs=1, logit_bias={5: 1.0})))
+    behind = scheduler.add(usual)
+    changed = finish_while_compiled(scheduler)
+    assert [len(one.token_ids) for one in (running, scored, biased, both, behind)] == [30, 0, 4, 0, 3]
+    for refused in (scored, both):
+        assert changed.count(refused) == 1
+        assert refused.finished
+    told = "programs for logprobs cannot be compiled: no room for it. Requests without logprobs are served"
+    assert [str(one.error) for one in (scored, both)] == [told, told]
+    assert sum(name == "prefill" for name, *_ in programs.log) == 3  # of nobody twice
+    assert scheduler.shape.features == SamplingFeatures.of([BIASED])
+    programs.refuses = None
+    again = scheduler.add(request(2, SCORED))
+    finish_while_compiled(scheduler)
+    assert (len(again.token_ids), again.error) == (2, None)
+
+
+def test_who_needs_what_never_ran_is_the_first_to_be_suspected():
+    _, scheduler = batch()
+    scheduler.expect([8], SamplingFeatures(draws=True))
+    drawn, scored = scheduler.add(request(2, SamplingParams(temperature=1.0))), scheduler.add(request(2, SCORED))
+    assert scheduler.suspects() == [scored]
+    scheduler.cancel(scored)
+    assert scheduler._needed() == SamplingFeatures(draws=True)
+    assert scheduler.suspects() == []
+    assert not drawn.finished
 
 
 def test_one_that_was_put_off_can_be_cancelled():

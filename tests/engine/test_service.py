@@ -245,6 +245,34 @@ def test_an_error_that_stays_fails_what_runs_and_nothing_later(service, monkeypa
     assert service.submit([5, 6, 7], max_new_tokens=5).result(60.0).finish_reason == "length"
 
 
+@pytest.mark.parametrize("where", ["compile", "loop"])
+def test_a_kind_of_sampling_that_fails_ends_those_who_ask_for_it_alone(model, monkeypatch, where):
+    """Whether its programs cannot be compiled, or not run; who asks as usual is served meanwhile, and later."""
+    original, options = getattr(Programs, where), {"max_new_tokens": 9, "sampling": {"logprobs": 1}}
+
+    def fails(self, plan, shape, *arguments, **options):
+        if shape.features.scores:
+            raise OutOfMemoryError("full; use a smaller model")
+        return original(self, plan, shape, *arguments, **options)
+
+    said = []
+    with model.service(model.plan("w4a16"), batch_size=2, max_seq_len=LENGTH, on_event=said.append) as service:
+        service._scheduler._pace.burst_s = 0.003
+        expected = alone(service, [5, 6, 7], **LONG).token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(Programs, where, fails)
+            running = service.submit([5, 6, 7], **LONG)
+            failing = [service.submit([5, 6], **options) for _ in range(2)]
+            for answer in failing:
+                with pytest.raises(QSpecError, match=r"the request failed: .*full; use a smaller model"):
+                    list(answer)
+                assert answer.finish_reason == "error"
+            assert running.result(60.0).token_ids == expected
+            assert alone(service, [5, 6, 7], **LONG).token_ids == expected
+        assert [line for line in said if line.startswith("requests have failed: ") and "smaller model" in line]
+        assert len(service.submit([5, 6], **options).result(60.0).logprobs) == 9
+
+
 def test_text_that_cannot_be_made_fails_its_request_alone(service, monkeypatch):
     def fails(tokens):
         raise ValueError("no such token")

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from qspec_jax.decoding.programs import Programs
 from qspec_jax.errors import OutOfMemoryError
 from tests.serving.clients import call, error_of, leave, opened, plain, requests_under_load
 from tests.serving.conftest import LENGTH, LIMITS, ROWS, running, wait_until
@@ -288,6 +289,24 @@ def test_an_answer_that_fails_says_so_and_the_server_goes_on(idle, monkeypatch):
         assert json.loads(got[6:])["error"]["message"] == "the request failed: the device is full"
     assert plain(idle, body)[0] == 200
     assert call(idle, "GET", "/health")[0] == 200
+
+
+def test_programs_that_cannot_be_compiled_fail_those_who_need_them_alone(idle, monkeypatch):
+    original, body = Programs.compile, {"prompt": "abc", "max_tokens": 4, "presence_penalty": 0.5}
+
+    def fails(self, plan, shape, *arguments, **options):
+        if shape.features.penalises:
+            raise OutOfMemoryError("the device is full")
+        return original(self, plan, shape, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "compile", fails)
+        told = "the request failed: programs for penalties cannot be compiled: the device is full"
+        status, code, message = error_of(idle, "POST", "/v1/completions", json.dumps(body))
+        assert (status, code, message[: len(told)]) == (500, "engine_error", told)
+        got = call(idle, "POST", "/v1/completions", json.dumps({**body, "stream": True}))[2]
+        assert json.loads(got[6:])["error"]["message"] == message
+        assert plain(idle, {"prompt": "abc", "max_tokens": 4})[0] == 200
 
 
 # ---- the page
