@@ -121,7 +121,7 @@ def _serve(arguments: argparse.Namespace, listening: socket.socket, api_key: str
     model, service = _load(arguments, metrics)
     name = arguments.name or model.name
     metrics.watch(service)
-    server = Server(Api(service, metrics, model=name, limits=limits, api_key=api_key), limits)
+    server = Server(Api(service, metrics, model=name, limits=limits, api_key=api_key), limits, say=say)
     if api_key is None and not is_loopback(listening):
         say(f"warning: whoever reaches {address_of(listening)} may use it; --api-key-file FILE asks for a key")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # nothing of each client that left

@@ -56,7 +56,8 @@ class Api:
         self._tokenizer = service.intake.tokenizer
         self._created = int(time.time())
         self._key = None if api_key is None else _digest(api_key)
-        self._entering, self._reading, self._is_ending = 0, 0, False
+        self._entering = self._reading = 0
+        self._is_ending = self._is_over = False
         self._answer_s = _USUAL_S  # about how long one takes
         routes = [
             Route("/v1/completions", functools.partial(self._answer, kind=Kind.TEXT), methods=["POST"]),
@@ -82,8 +83,12 @@ class Api:
     def end(self) -> None:
         """Takes no more requests; those that run after the time of grace fail."""
         self._is_ending = True
-        error = ApiError(503, "the server is shutting down", code="shutting_down")
-        asyncio.get_running_loop().call_later(self._limits.grace_s, self._service.cancel_all, error)
+        asyncio.get_running_loop().call_later(self._limits.grace_s, self.end_at_once)
+
+    def end_at_once(self) -> None:
+        """Fails what runs, and what is about to."""
+        self._is_over = True
+        self._service.cancel_all(_shutting_down())
 
     # ---- every request
 
@@ -151,7 +156,7 @@ class Api:
     async def _answer(self, request: Request, *, kind: Kind) -> Any:
         until_s = asyncio.get_running_loop().time() + self._limits.request_s
         if self._is_ending:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise _shutting_down()
         _check_content_type(request)
         asked = read_body(await self._body(request), kind, model=self._model)
         changes, answers = Changes(), []
@@ -161,6 +166,8 @@ class Api:
                 for one in await asyncio.to_thread(tokenise, asked, self._service.intake):
                     answers.append(answer := self._service.add(one, on_change=changes))
                     held.callback(answer.cancel)
+            if self._is_over:  # since it came
+                raise _shutting_down()
             held.callback(self._note_time, answers)
             return await self._reply(request, asked, answers, changes, held, until_s)
 
@@ -259,6 +266,10 @@ class Api:
         wait = min(_LONGEST_WAIT_S, max(1, math.ceil(self._answer_s)))
         message = f"{self.num_open} answers are made or wait, and there is no room for more; try again in {wait} s"
         return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 def _is_stream(message: Message) -> bool:

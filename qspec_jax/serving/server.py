@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import math
 import socket
+from collections.abc import Callable
+from types import FrameType
 
 import h11
 import uvicorn
@@ -97,11 +99,13 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT comes, and then what runs."""
+    """Serves until SIGTERM or SIGINT comes, and then what runs, unless another one comes."""
 
-    def __init__(self, api: Api, limits: Limits) -> None:
-        """For the paths of an ``api``."""
-        self._api = api
+    def __init__(self, api: Api, limits: Limits, *, say: Callable[[str], None] = lambda _: None) -> None:
+        """For the paths of an ``api``; ``say`` is told of what still runs as it ends."""
+        self._api, self._say, self._grace_s = api, say, limits.grace_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_signals = 0
         self._state = _State(most_connections(), limits.body_s)
         config = uvicorn.Config(
             api.app,
@@ -129,8 +133,38 @@ class Server(uvicorn.Server):
         """
         listen(bound, backlog=self.config.backlog)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to serve."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends the server, the second one what it still runs; the third one waits for no client."""
+        self._num_signals += 1
+        if self._num_signals == 1 or self._loop is None:
+            super().handle_exit(sig, frame)
+        elif self._num_signals == 2:
+            self._loop.call_soon_threadsafe(self._end_at_once)
+        else:
+            self._loop.call_soon_threadsafe(self._leave_clients)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests, and waits for those that run, for a time."""
         self._api.end()
         self._state.is_ending = True
+        if (count := self._api.num_open) and self._grace_s:
+            left = f"answers that are not done ({count}) have {self._grace_s:g} s"
+            self._say(f"ending: {left}; Ctrl-C or SIGTERM once more ends them at once")
         await super().shutdown(sockets)
+
+    def _end_at_once(self) -> None:
+        """Fails what runs, and gives clients a moment to be told."""
+        self._api.end_at_once()
+        asyncio.get_running_loop().call_later(_AFTER_GRACE_S, self._leave_clients)
+
+    def _leave_clients(self) -> None:
+        """Cuts all connections off, and waits for no work of theirs."""
+        self.force_exit = True
+        for connection in list(self._state.connections):
+            assert isinstance(connection, _Connection)
+            connection.transport.abort()

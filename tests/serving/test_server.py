@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -393,18 +394,26 @@ def test_a_server_that_ends_finishes_what_runs_and_takes_no_more(model):
             socket.create_connection(("127.0.0.1", served.port))
 
 
-def test_what_takes_longer_than_the_time_of_grace_fails_and_is_told(model):
-    with running(model, limits=dataclasses.replace(LIMITS, grace_s=0.1)) as served, ThreadPoolExecutor(2) as pool:
-        advance = served.service._scheduler.advance
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_takes_longer_than_the_time_of_grace_fails_and_is_told(model, signals):
+    """As does what runs when a second signal comes, however long that time is."""
+    limits = dataclasses.replace(LIMITS, grace_s=0.1 if signals == 1 else 1000.0)
+    with running(model, limits=limits) as served, ThreadPoolExecutor(2) as pool:
+        said, advance = [], served.service._scheduler.advance
+        served.server._say = said.append
         served.service._scheduler.advance = lambda *given: (time.sleep(0.1), advance(1))[1]
         body = {"prompt": "abc", "temperature": 0, "max_tokens": 150}
         whole = pool.submit(plain, served, body)
         stream = opened(served, **body, stream=True)
         wait_until(lambda: served.service.num_rows_in_use == 2)
-        served.server.should_exit = True
+        for _ in range(signals):
+            served.server.handle_exit(signal.SIGTERM, None)
+            wait_until(lambda: said)
         assert whole.result(60) == (503, "shutting_down")
         received = b""
         while more := stream.recv(10_000):
             received += more
         assert b'"code": "shutting_down"' in received
         stream.close()
+        left = f"ending: answers that are not done (2) have {limits.grace_s:g} s; "
+        assert said == [left + "Ctrl-C or SIGTERM once more ends them at once"]

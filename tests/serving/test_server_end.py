@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import signal
 import socket
 
 import pytest
@@ -29,8 +30,13 @@ class OneAnswer(Api):
         self.app, self.asked, self.may_answer = Starlette(), asyncio.Event(), asyncio.Event()
         self.app.add_route("/", self._answer)
 
+    num_open = 0
+
     def end(self):
         pass
+
+    def end_at_once(self):
+        self.may_answer.set()
 
     async def _answer(self, request):
         self.asked.set()
@@ -43,7 +49,7 @@ class Ending:
 
     def __init__(self, listening, **limits):
         self.api, self.told, self.address = OneAnswer(), asyncio.Event(), listening.getsockname()
-        self.server = Server(self.api, Limits(grace_s=0.0, **limits))
+        self.server = Server(self.api, Limits(**{"grace_s": 0.0, **limits}))
         self.server.main_loop = self.told.wait
         self.ended = asyncio.create_task(self.server.serve(sockets=[listening]))
 
@@ -113,6 +119,25 @@ def test_who_asked_is_answered_and_who_waits_idle_is_closed(caplog):
             writer.close()
 
     ending(check)
+    assert "exceeded" not in caplog.text
+
+
+@pytest.mark.parametrize("signals", [2, 3])
+def test_a_second_signal_ends_what_runs_and_a_third_one_waits_for_nobody(signals, caplog):
+    async def check(made):
+        if signals == 3:
+            made.api.end_at_once = lambda: None
+        reader, writer = await made.connected(sends=REQUEST)
+        await made.api.asked.wait()
+        made.told.set()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)[:signals]:
+            made.server.handle_exit(number, None)
+        made.server._captured_signals.clear()  # which it would raise again in this process
+        assert (await what_is_left(reader))[-3:] == (b"yes" if signals == 2 else b"")
+        await made.ended
+        writer.close()
+
+    ending(check, grace_s=1000.0)
     assert "exceeded" not in caplog.text
 
 
