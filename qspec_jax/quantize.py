@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qspec_jax.commands import options
 from qspec_jax.commands.output import is_terminal, say, show
 from qspec_jax.commands.run import exit_code, keep_compiled_programs, leave
+from qspec_jax.device.sizes import size_text
 from qspec_jax.model.config import WEIGHT_BITS, QuantConfig, parse_group_size
 from qspec_jax.recipes.catalogue import RECIPES, Recipe
 from qspec_jax.recipes.files import read_recipe, with_heads
@@ -111,8 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def summary(conversion: Conversion) -> str:
     """The closing line."""
-    before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
-    return f"{conversion.path}: {before:.1f} MB before, {after:.1f} MB after, {conversion.seconds:.1f} s"
+    before, after = size_text(conversion.bytes_before), size_text(conversion.bytes_after)
+    return f"{conversion.path}: {before} before, {after} after, {conversion.seconds:.1f} s"
 
 
 def _saved(model: str) -> QuantConfig | None:

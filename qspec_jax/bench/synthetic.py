@@ -25,6 +25,7 @@ from qspec_jax.bench.random_arrays import random_normal, random_weight
 from qspec_jax.decoding.led_programs import tell_load
 from qspec_jax.device.memory import explain_out_of_memory
 from qspec_jax.device.mesh import MODEL, make_mesh, told_mesh
+from qspec_jax.device.sizes import size_text
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.model.config import ModelConfig, QuantConfig
 from qspec_jax.model.decoder import Decoder, abstract_decoder
@@ -71,7 +72,7 @@ def synthetic_model(
     placing = Placing() if shards is None else MeshPlacing(shards)
     placing.check_memory(decoder, name=name)
     keys = _Keys()
-    with explain_out_of_memory(f"while making {name}, whose weights take {placing.num_bytes(decoder) / 1e9:.2f} GB"):
+    with explain_out_of_memory(f"while making {name}, whose weights take {size_text(placing.num_bytes(decoder))}"):
         likes = parameters(decoder if shards is None else shards.local)
         for (path, parameter), (_, like) in zip(list(parameters(decoder)), likes, strict=True):
             made = _random_like if on is None else functools.partial(_on_mesh, on, parameter.get_value())

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from qspec_jax.device.failures import MEMORY_REMEDY, is_out_of_memory
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import DeviceWarning, OutOfMemoryError
 
 _TO_COMPILE = 300_000_000
@@ -78,11 +79,11 @@ def check_memory(needed_bytes: int, *, what: str) -> None:
     available = available_bytes()
     if available is not None and needed_bytes > available:
         raise OutOfMemoryError(
-            f"{what} need {needed_bytes / 1e9:.2f} GB and {jax.local_devices()[0].device_kind} has "
-            f"{available / 1e9:.2f} GB free; {MEMORY_REMEDY}"
+            f"{what} need {size_text(needed_bytes)} and {jax.local_devices()[0].device_kind} has "
+            f"{size_text(available)} free; {MEMORY_REMEDY}"
         )
     if available is not None and available - needed_bytes < _TO_COMPILE and jax.default_backend() == "cpu":
-        left = f"leave {(available - needed_bytes) / 1e6:.0f} MB, and compiling takes some {_TO_COMPILE / 1e6:.0f} MB"
+        left = f"leave {size_text(available - needed_bytes)}, and compiling takes some {size_text(_TO_COMPILE)}"
         warnings.warn(f"{what} {left}: the system may kill this process", DeviceWarning, stacklevel=3)
 
 

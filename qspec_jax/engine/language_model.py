@@ -14,6 +14,7 @@ from qspec_jax.decoding.plan import AUTO, AutoPlan, DecodingPlan, Plan, check_ve
 from qspec_jax.decoding.sampling_params import SamplingParams, sampling_of_each
 from qspec_jax.decoding.values import MAX_COUNT, at_least_1, between, shown, truth
 from qspec_jax.device.mesh import shape_of
+from qspec_jax.device.sizes import size_text
 from qspec_jax.engine.answer import Answer
 from qspec_jax.engine.intake import Intake, check_length, require_some
 from qspec_jax.engine.outcome import result_of, statistics
@@ -87,7 +88,7 @@ class LanguageModel(Uncopied):
     def __repr__(self) -> str:
         held, names = held_weights(self.quantization), {4: "4-bit", 8: "nested 8-bit", None: "floating-point"}
         kinds = " and ".join(names[bits] for bits in held if not (bits == 4 and 8 in held))
-        weights = f"{num_bytes(self.decoder) / 1e6:.0f} MB of {kinds}"
+        weights = f"{size_text(num_bytes(self.decoder))} of {kinds}"
         where = "" if self.mesh is None else f" on {shape_of(self.mesh)}"
         return f"LanguageModel({self.name}: {self.decoder!r}, {weights} weights, {self.kernels} kernels{where})"
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qspec_jax.device.sizes import size_text
 from qspec_jax.inspection.self_test import Outcome, verdict
 
 WIDTH = 80
@@ -22,11 +23,11 @@ def machine_text(facts: Mapping[str, Any]) -> str:
     ]
     for device in facts["devices"]:
         capability = f", compute capability {device['compute_capability']}" if device["compute_capability"] else ""
-        memory = f", {device['memory_bytes'] / 1e9:.1f} GB for JAX" if device["memory_bytes"] else ""
+        memory = f", {size_text(device['memory_bytes'])} for JAX" if device["memory_bytes"] else ""
         platform = "" if device["kind"] == facts["platform"] else f" ({facts['platform']})"
         lines.append(_row("device", f"{device['kind']}{platform}{capability}{memory}"))
     if facts["free_bytes"] is not None:
-        lines.append(_row("memory free", f"{facts['free_bytes'] / 1e9:.1f} GB"))
+        lines.append(_row("memory free", size_text(facts["free_bytes"])))
     for name in ("driver", "runtime", "note", "problem"):
         if facts.get(name):
             lines.append(_row(name, facts[name]))
@@ -55,7 +56,7 @@ def _identity(facts: Mapping[str, Any]) -> list[str]:
     window = f", sliding window {shapes['sliding_window']}" if shapes["sliding_window"] else ""
     scaling = f", scaled ({shapes['rope_scaling'].get('kind') or 'rope'})" if shapes["rope_scaling"] else ""
     return [
-        _row("model", f"{facts['model']}, {facts['kind']}, {_size(facts['disk_bytes'])} on disk"),
+        _row("model", f"{facts['model']}, {facts['kind']}, {size_text(facts['disk_bytes'])} on disk"),
         _row("family", f"{facts['architecture']}, {shapes['num_parameters'] / 1e6:,.0f} million parameters"),
         _row("shapes", layers),
         _row("text", f"{shapes['max_positions']:,} positions{window}{scaling}, {shapes['vocab_size']:,} tokens"),
@@ -103,8 +104,8 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
     rows = [["context", *(f"batch {batch}" for batch in batches), "largest batch"]]
     for context, sizes in memory["cache_bytes"].items():
         largest = "unknown" if memory["largest_batch"] is None else str(memory["largest_batch"][context])
-        rows.append([f"{context:,}", *map(_size, sizes.values()), largest])
-    free = "" if memory["free_bytes"] is None else f", {_size(memory['free_bytes'])} free on {facts['device']}"
+        rows.append([f"{context:,}", *map(size_text, sizes.values()), largest])
+    free = "" if memory["free_bytes"] is None else f", {size_text(memory['free_bytes'])} free on {facts['device']}"
     note = "Prefill and XLA's temporaries take more; the largest batch leaves them nothing."
     if memory["weights_fit"] is False:
         note = "The weights alone do not fit this device."
@@ -112,7 +113,7 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
     several = mesh["data"] * mesh["model"] > 1
     where = f" on each device of data={mesh['data']},model={mesh['model']}" if several else ""
     kv = "int8 " if memory["kv"] == "int8" else ""
-    head = f"Memory in {memory['dtype']}{where}: weights {_size(memory['weight_bytes'])}{free}; {kv}caches:"
+    head = f"Memory in {memory['dtype']}{where}: weights {size_text(memory['weight_bytes'])}{free}; {kv}caches:"
     return [*textwrap.wrap(head, WIDTH), *_table(rows), *textwrap.wrap(note, WIDTH)]
 
 
@@ -173,10 +174,3 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _cells(row: Sequence[str], widths: Iterable[int]) -> list[str]:
     return [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.{0 if num_bytes >= 100 * size else 1}f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory
+from qspec_jax.device.sizes import size_text
 from qspec_jax.device.start import start_device
 from qspec_jax.errors import UsageError
 from qspec_jax.files.lock import locked
@@ -89,7 +90,7 @@ def convert(
     estimate = _estimate(source, recipe, options)
     check_destination(path, estimate.finished, overwrite=overwrite)
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
-    needed = f"about {estimate.peak / 1e9:.2f} GB of memory, up to {estimate.finished / 1e9:.2f} GB on disk"
+    needed = f"about {size_text(estimate.peak)} of memory, up to {size_text(estimate.finished)} on disk"
     progress.say(f"{source_path.name}: {needed}")
     if recipe.name == "keep" and not options.quantization.keep_floats and _has_floats(source_path):
         progress.say(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import UsageError
 from qspec_jax.model.config import DTYPES, ModelConfig, QuantConfig
 
@@ -116,7 +117,7 @@ def _gptq(source: Source, context: RecipeContext) -> Source:
     calibration, progress = context.calibration, context.progress
     _warn_of_rounding_again(source, progress)
     needed = calibration_bytes(source.config, calibration.tokens.shape)
-    progress.say(f"calibration: {calibration.tokens.size} tokens, about {needed / 1e9:.2f} GB of memory")
+    progress.say(f"calibration: {calibration.tokens.size} tokens, about {size_text(needed)} of memory")
     if calibration.tokens.size < source.config.hidden_size:
         progress.say(
             f"warning: {calibration.tokens.size} tokens say little of linears with {source.config.hidden_size} inputs "

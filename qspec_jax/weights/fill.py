@@ -25,6 +25,7 @@ from pallas_kernels import Layout, QuantizedWeight
 from pallas_kernels.arrays.weight import check_group_size
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import explain_out_of_memory
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import CheckpointError, RequantizationWarning, UsageError
 from qspec_jax.model.blocks import DecoderLayer
 from qspec_jax.model.config import ModelConfig, QuantConfig
@@ -116,7 +117,7 @@ def load_decoder(
     placing.check_memory(decoder, name=source.path.name)
     copied = drafts if keeps_floats and drafts is not None else source
     targets = {name: _targets(decoder, spec, source, copied, keeps_floats) for name, spec in source.specs.items()}
-    size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
+    size = size_text(placing.num_bytes(decoder))
     with explain_out_of_memory(f"while loading {source.path.name}, whose weights take {size}"):
         _Filling(decoder, targets, placing).run(progress)
         return jax.block_until_ready(placing.finished(decoder))

@@ -102,7 +102,7 @@ def test_the_line_of_a_model_says_which_weights_it_holds(formats, told, form):
     quantization = None if told is None else dataclasses.asdict(QuantConfig(**told))
     facts = {"weights": "synthetic", "formats": made, "quantization": quantization, "num_bytes": 10**9}
     line = model_line({"name": "8b", "dtype": "float32", "kernels": "auto", **facts}, 1.0)
-    assert form.replace(", float32", ", 1 GB, float32") in line
+    assert form.replace(", float32", ", 1.00 GB, float32") in line
 
 
 def test_the_plot_is_a_png(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 from pallas_kernels import PartialSums, QuantizedActivation
 from qspec_jax.decoding.sampling_params import SamplingParams
 from qspec_jax.decoding.state import DecodeState
+from qspec_jax.device.sizes import size_text
 from qspec_jax.engine.language_model import LanguageModel
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, GenerationStats, RunTotals
 from qspec_jax.model.config import ModelConfig, QuantConfig
-from qspec_jax.model.decoder import abstract_decoder
+from qspec_jax.model.decoder import abstract_decoder, num_bytes
 from tests import tiny
 
 CONFIG = ModelConfig.from_hf(tiny.BASE_HF_CONFIG)
@@ -30,7 +31,8 @@ def shell():
 def test_of_a_model_its_parts_and_its_batch(shell):
     decoder = "Decoder(2 layers, hidden 64, MLP 128, 96 tokens, float32)"
     assert repr(shell.decoder) == decoder
-    assert repr(shell) == f"LanguageModel(tiny: {decoder}, 0 MB of 4-bit weights, reference kernels)"
+    size = size_text(num_bytes(shell.decoder))
+    assert repr(shell) == f"LanguageModel(tiny: {decoder}, {size} of 4-bit weights, reference kernels)"
     weight = "QuantizedWeight(packed=uint8[128,32], scale=float16[2,128], offset=float16[2,128], layout=<Layout"
     assert repr(shell.decoder.layers[0].attention.qkv).startswith(f"Linear({weight}")
     batch = shell.pipeline(batch_size=2, max_seq_len=64)

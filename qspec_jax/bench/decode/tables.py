@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qspec_jax.bench.decode.speedup import ACCEPTANCES, Speculation, targets_of
 from qspec_jax.decoding.speedup import acceptance_for, expected_tokens
+from qspec_jax.device.sizes import size_text
 
 if TYPE_CHECKING:
     from qspec_jax.bench.decode.measure import Measurement
@@ -35,7 +36,7 @@ def model_line(model: Mapping[str, Any], copy_tb_per_s: float) -> str:
     form += "".join(f", {name} {bits} bits" for name, bits in heads.items() if bits)
     cache = "" if model.get("kv", "model") == "model" else f", {model['kv']} cache"
     return (
-        f"{model['name']}, {weights}, {form}, {model['num_bytes'] / 1e9:.3g} GB, {model['dtype']}{cache}, "
+        f"{model['name']}, {weights}, {form}, {size_text(model['num_bytes'])}, {model['dtype']}{cache}, "
         f"kernels {model['kernels']}; copy {copy_tb_per_s:.3g} TB/s"
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import CheckpointError, QSpecError
 from qspec_jax.model.config import ActivationQuantization, ModelConfig, QuantConfig, RopeScaling
 from qspec_jax.model.grid import with_grid_of
@@ -72,7 +73,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def __repr__(self) -> str:
-        return f"Manifest({self.recipe.get('name')}, {len(self.arrays)} arrays, {self.num_bytes / 1e6:.1f} MB)"
+        return f"Manifest({self.recipe.get('name')}, {len(self.arrays)} arrays, {size_text(self.num_bytes)})"
 
     @property
     def num_bytes(self) -> int:

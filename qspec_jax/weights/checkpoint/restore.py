@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qspec_jax.device.memory import explain_out_of_memory
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder
@@ -169,7 +170,7 @@ def restore_decoder(
         arrays = checkpoint.read_group(group)
         return with_head(arrays, decoder, manifest, quantization) if group == MODEL_GROUP else arrays
 
-    size = f"{placing.num_bytes(decoder) / 1e9:.2f} GB"
+    size = size_text(placing.num_bytes(decoder))
     with explain_out_of_memory(f"while restoring {name}, whose weights take {size}"):
         fill(decoder, read_group, placing, progress)
         return jax.block_until_ready(placing.finished(decoder))

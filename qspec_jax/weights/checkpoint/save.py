@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import CheckpointError, UsageError
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.decoder import Decoder, num_bytes
@@ -157,7 +158,7 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
     if needed_bytes + _METADATA_BYTES > free:
         kept = "; a checkpoint is only removed after its successor is complete" if is_checkpoint(path) else ""
         raise CheckpointError(
-            f"the checkpoint {path} needs up to {needed_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+            f"the checkpoint {path} needs up to {size_text(needed_bytes)} and {parent} has {size_text(free)} free"
             f"{kept}; free space, or give a path on another disk"
         )
 
