@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qspec_jax.engine.language_model import LanguageModel
-from qspec_jax.errors import CheckpointError, RequantizationWarning
+from qspec_jax.errors import CheckpointError, CheckpointWarning, RequantizationWarning
 from qspec_jax.model.config import QuantConfig
 from qspec_jax.model.linear import WeightFormat
 from qspec_jax.model.precision import Precision
@@ -31,7 +31,7 @@ from tests import tiny
 from tests.tiny import dequantize
 from tests.weights import prequantized_packers as packers
 from tests.weights.prequantized_packers import CASES, random_weight, tiny_checkpoint
-from tests.weights.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf
+from tests.weights.tiny_checkpoints import HIDDEN, MLP, gguf_tensors, hf_config, hf_tensors, write_gguf, write_hf
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -164,6 +164,19 @@ def test_linears_that_the_checkpoint_leaves_in_float_are_read_as_floats(tmp_path
     np.testing.assert_array_equal(
         source.entries["layers.0.mlp.down.weight"].read(), checkpoint.floats[f"{down}.weight"]
     )
+
+
+def test_settings_of_quantisation_with_floats_alone_are_told(tmp_path, recwarn):
+    """They are rounded as others are, which nobody expects who chose a quantised checkpoint."""
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    config, tensors = hf_config(), hf_tensors(hf_config())
+    floats = open_source(write_hf(tmp_path / "floats", config, tensors))
+    assert not recwarn.list
+    told = r"its quantization_config says gptq, but all 14 linears are floats; .* or remove the quantization_config"
+    with pytest.warns(CheckpointWarning, match=told):
+        source = open_source(write_hf(tmp_path / "named", {**config, "quantization_config": settings}, tensors))
+    for name, entry in floats.entries.items():
+        np.testing.assert_array_equal(source.entries[name].read(), entry.read())
 
 
 def test_the_zero_biases_that_autogptq_adds_are_ignored_and_others_are_not(tmp_path):

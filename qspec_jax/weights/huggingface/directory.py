@@ -65,8 +65,8 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
         UnsupportedModelError: the architecture, or an option of it, is not supported.
 
     Warns:
-        CheckpointWarning: the weights are there twice, the config names two families or ties an LM head that is not the
-            embedding, or a file ends in zeros.
+        CheckpointWarning: the weights are there twice, the config names two families, ties an LM head that is not the
+            embedding or says that floats are quantised, or a file ends in zeros.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -93,7 +93,10 @@ def open_hf(path: str | os.PathLike[str]) -> Source:
     found += [_found_tensor(tensor) for tensor in stored]
     if layout is not None:
         found = layouts.completed(layout, found, specs)
-    return Source(config, path, check_entries(specs, found, path=path), specs)
+    source = Source(config, path, check_entries(specs, found, path=path), specs)
+    if layout is not None:
+        _warn_of_floats(source, layout.method)
+    return source
 
 
 def _model_config(path: Path, parsed: Mapping[str, Any]) -> ModelConfig:
@@ -128,6 +131,19 @@ def _warn_of_another_family(path: Path, parsed: Mapping[str, Any], config: Model
             f"it is read as these say. What differs: {differing}. Correct the one that is wrong",
             CheckpointWarning,
             stacklevel=2,
+        )
+
+
+def _warn_of_floats(source: Source, method: str) -> None:
+    """Warns where settings of quantisation are there, and no linear that is quantised."""
+    linears = [source.entries[name] for name, spec in source.specs.items() if spec.kind == "linear"]
+    if all(one.codes is None for one in linears):
+        warnings.warn(
+            f"{source.path}: its quantization_config says {method}, but all {len(linears)} linears are floats; they "
+            "are read as floats, and rounded as those of an unquantised checkpoint. Use the checkpoint with the "
+            "quantised tensors, or remove the quantization_config if floats are meant",
+            CheckpointWarning,
+            stacklevel=3,
         )
 
 
