@@ -211,6 +211,15 @@ def test_sentencepiece_adds_bos_unless_told_otherwise(sentencepiece_path):
     assert 1 not in load_tokenizer(sentencepiece_path("plain.gguf", add_bos_token=False)).encode("the")
 
 
+@pytest.mark.parametrize("asked", [True, 1, False, "yes"])
+def test_a_prompt_of_a_gguf_file_never_ends_with_eos(sentencepiece_path, asked):
+    """There is nothing to add to a text that has ended."""
+    plain = load_tokenizer(sentencepiece_path("plain.gguf"))
+    asks = load_tokenizer(sentencepiece_path(add_eos_token=asked))
+    assert asks.encode("the cats") == plain.encode("the cats")
+    assert asks.eos_token_ids == plain.eos_token_ids
+
+
 def test_sentencepiece_keeps_user_defined_tokens_whole_and_visible(sentencepiece_path):
     tokenizer = load_tokenizer(sentencepiece_path())
     ids = tokenizer.encode("the<think>")

@@ -2,7 +2,8 @@
 
 A GGUF file holds the vocabulary, the merges or scores and the ids of the special tokens, but not the rules
 that cut text into words: those it only names (``tokenizer.ggml.pre``), and the tables here spell them
-out. Two models are covered: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE with byte fallback).
+out. A prompt gets no EOS token, whatever ``add_eos_token`` says: it would have ended before it is answered.
+Two models are covered: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE with byte fallback).
 """
 
 from __future__ import annotations
