@@ -6,6 +6,11 @@ codes: 0 success, 1 failure (of one prompt of several, too), 2 a usage error, 13
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported
+    from qspec_jax.commands.beginning import interrupted_in_one_line
+
+    interrupted_in_one_line()
+
 import argparse
 import dataclasses
 import functools

@@ -15,6 +15,11 @@ arguments, with ``mesh=data=2;model=2`` among those of the model.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported
+    from qspec_jax.commands.beginning import interrupted_in_one_line
+
+    interrupted_in_one_line()
+
 import argparse
 import re
 import sys

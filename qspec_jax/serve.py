@@ -6,6 +6,11 @@ usage error, 130 interrupted before it served.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported
+    from qspec_jax.commands.beginning import interrupted_in_one_line
+
+    interrupted_in_one_line()
+
 import argparse
 import contextlib
 import importlib.util

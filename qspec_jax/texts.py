@@ -10,6 +10,11 @@ Exit codes: 0 success, 1 failure, 2 a usage error, 130 interrupted.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported
+    from qspec_jax.commands.beginning import interrupted_in_one_line
+
+    interrupted_in_one_line()
+
 import argparse
 import errno
 import json

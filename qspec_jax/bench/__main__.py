@@ -11,6 +11,11 @@ No compiled program is kept or taken from before, whatever JAX is configured to 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported
+    from qspec_jax.commands.beginning import interrupted_in_one_line
+
+    interrupted_in_one_line()
+
 import argparse
 import contextlib
 import os

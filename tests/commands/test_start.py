@@ -138,6 +138,32 @@ def test_help_and_wrong_options_come_before_jax(started, index):
         assert "error: " in said
 
 
+INTERRUPTED = """
+import builtins, runpy, sys
+
+def interrupted(name, scope=None, *rest, **options):
+    if name == "argparse" and scope and scope["__name__"] == "__main__":
+        {raises}
+    return usual(name, scope, *rest, **options)
+
+usual, builtins.__import__ = builtins.__import__, interrupted
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_is_imported_is_one_line(command):
+    line = [sys.executable, "-c", INTERRUPTED.format(raises="raise KeyboardInterrupt"), command]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_what_else_fails_while_a_command_is_imported_keeps_its_traceback():
+    line = [sys.executable, "-c", INTERRUPTED.format(raises="raise ZeroDivisionError"), "qspec_jax.info"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "ZeroDivisionError")
+
+
 def test_importing_all_of_the_package_does_no_work(started):
     """No backend is initialised, no tokenizer library loaded, no kernel of a GPU or TPU read."""
     assert started[1:] == [[], []]
