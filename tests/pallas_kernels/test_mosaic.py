@@ -259,7 +259,7 @@ def test_slices_in_turn_lower_and_leave_no_parts(k, symmetric, monkeypatch):
         assert KERNEL_CALL in program
         assert f"tensor<4x{num_rows}" not in program
         chosen = cuda_program(w4a16_mosaic.w4a16_matmul, array(num_rows, k, dtype=jnp.bfloat16), one)
-        assert (f"tensor<4x{num_rows}" in chosen) == (one is nested or not symmetric)
+        assert (f"tensor<4x{num_rows}" in chosen) == (one is nested)
     assert f"tensor<4x{rows - 8}" in cuda_program(
         w4a16_mosaic.w4a16_matmul, array(rows - 8, k, dtype=jnp.bfloat16), weight
     )
@@ -282,7 +282,7 @@ def test_who_shares_no_sums_has_registers_for_them(monkeypatch):
         assert (of_four.in_turn, of_two.in_turn, of_one.in_turn) == in_turn
         for config, sums in ((of_four, 3), (of_two, 2)):
             assert config.in_turn == 1 or sums * config.block_m // 2 <= 192  # of 240, as ptxas spills none in a loop
-        for unmeasured in ({"nested": True}, {"symmetric": False}, {"group_size": 64}):
+        for unmeasured in ({"nested": True}, {"group_size": 64}):
             assert chosen(4096, **unmeasured).in_turn == 1
 
 
