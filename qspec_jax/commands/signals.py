@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -80,14 +81,34 @@ def minded_no_more(at_once: Callable[[], Any]) -> None:
         return
     numbers = [getattr(signal, name) for name in ("SIGINT", *_NAMES) if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
+    if not numbers:
+        return
     for number in numbers:
         signal.signal(number, lambda *_: at_once())
+    _told_at_once(at_once)
 
     def ignore() -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
 
     atexit.register(ignore)  # the last to be registered is the first to be called
+
+
+def _told_at_once(action: Callable[[], Any]) -> None:
+    """Has a thread do it as soon as a signal with a handler comes.
+
+    Python runs handlers in the main thread, once that is back from C. While it waits for threads it may never be: if
+    another thread took the signal, or if it came just before the wait began.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait() -> None:
+        os.read(reader, 1)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

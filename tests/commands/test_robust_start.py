@@ -84,7 +84,7 @@ from qspec_jax.commands.run import leave
 def thread():  # it goes on; nobody can stop a compiler
     while signal.getsignal(number) == before:
         time.sleep(0.001)
-    os.kill(os.getpid(), number)
+    {send}
     time.sleep(1000)
 
 number = signal.{name}
@@ -95,6 +95,7 @@ leave({code})
 """
 DURING = {
     "a thread goes on": "threading.Thread(target=thread).start()",
+    "a thread takes it": "threading.Thread(target=thread).start()",  # and the main one is not interrupted
     "libraries clean up": "atexit.register(os.kill, os.getpid(), number)",
 }
 
@@ -102,7 +103,9 @@ DURING = {
 @pytest.mark.parametrize("during", DURING)
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 0), ("SIGTERM", 1)])
 def test_a_signal_after_the_work_is_done_changes_nothing(during, name, code):
-    source = LEAVES.format(name=name, code=code, during=DURING[during])
+    itself = "signal.pthread_kill(threading.get_ident(), number)"
+    send = itself if during == "a thread takes it" else "os.kill(os.getpid(), number)"
+    source = LEAVES.format(name=name, code=code, during=DURING[during], send=send)
     ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "done\n", "")
 
