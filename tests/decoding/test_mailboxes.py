@@ -19,6 +19,8 @@ from pallas_kernels.arrays.partial_sums import PartialSums
 from qspec_jax.decoding import mailboxes
 from qspec_jax.decoding.lowering import Lowering
 from qspec_jax.decoding.plan import DecodingPlan, Lookup
+from qspec_jax.decoding.speculative import generate
+from qspec_jax.decoding.state import DecodeState
 from qspec_jax.device import driver
 from qspec_jax.device.mesh import AXES, DATA, MODEL
 from qspec_jax.model import collectives
@@ -194,6 +196,24 @@ def test_a_context_in_another_has_a_mailbox_of_its_own():
     with collectives.sending_to(outer), collectives.sending_to(None):
         collectives.meet()
     assert (outer.asked, inner.asked) == ([], ["meet"])
+
+
+def test_all_devices_meet_before_the_cycles_of_each_turn():
+    """Or the first letters may come before mailboxes are filled with zeros, and to no address."""
+    noted, decoder = Lines(), decoder_of()
+
+    def advance(_model, state, *, plan):
+        noted.asked.append("cycle")
+        return state
+
+    def loop(state):
+        with collectives.sending_to(noted):
+            return generate(decoder, state, jnp.int32(4), plan=PLAIN, cycles_per_check=2, advance=advance)
+
+    state = jax.eval_shape(lambda: DecodeState.idle(decoder.create_cache(batch=2, capacity=64)))
+    program = jax.make_jaxpr(loop)(state)
+    assert noted.asked[:2] == ["meet", "cycle"]
+    assert noted.asked.count("meet") == sum(one.primitive.name == "while" for one in program.jaxpr.eqns) == 1
 
 
 @pytest.mark.usefixtures("on_hopper")
