@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any
@@ -85,7 +85,7 @@ def minded_no_more(at_once: Callable[[], Any]) -> None:
         return
     for number in numbers:
         signal.signal(number, lambda *_: at_once())
-    _told_at_once(at_once)
+    _told_at_once(at_once, numbers)
 
     def ignore() -> None:
         for number in numbers:
@@ -94,8 +94,8 @@ def minded_no_more(at_once: Callable[[], Any]) -> None:
     atexit.register(ignore)  # the last to be registered is the first to be called
 
 
-def _told_at_once(action: Callable[[], Any]) -> None:
-    """Has a thread do it as soon as a signal with a handler comes.
+def _told_at_once(action: Callable[[], Any], numbers: Sequence[int]) -> None:
+    """Has a thread do it as soon as one of some signals comes.
 
     Python runs handlers in the main thread, once that is back from C. While it waits for threads it may never be: if
     another thread took the signal, or if it came just before the wait began.
@@ -104,7 +104,8 @@ def _told_at_once(action: Callable[[], Any]) -> None:
     os.set_blocking(writer, False)
 
     def wait() -> None:
-        os.read(reader, 1)
+        while os.read(reader, 1)[0] not in numbers:  # others may have handlers, too
+            pass
         action()
 
     threading.Thread(target=wait, daemon=True).start()

@@ -110,6 +110,27 @@ def test_a_signal_after_the_work_is_done_changes_nothing(during, name, code):
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "done\n", "")
 
 
+def test_another_signal_does_not_cut_off_what_is_waited_for():
+    source = """
+import os, signal, threading, time
+from qspec_jax.commands.run import leave
+
+def thread():
+    while signal.getsignal(signal.SIGTERM) == before:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGWINCH)
+    time.sleep(0.3)  # in which the process would end
+    print("waited for")
+
+before = signal.getsignal(signal.SIGTERM)
+signal.signal(signal.SIGWINCH, lambda *_: None)
+threading.Thread(target=thread).start()
+leave(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "waited for\n", "")
+
+
 def test_an_interruption_waits_until_a_module_in_c_has_been_imported(monkeypatch):
     """Code of Python that such a module runs meanwhile would raise it, and the library in C would abort."""
     done = []
