@@ -39,7 +39,7 @@ _LONG = 8  # tiles of a slice
 
 # Rows from which a warpgroup computes all slices of its sums in turn. Programs fill the GPU without sharing them, and
 # parts that are written and added later cost more. On an H200 512 rows of 4096 x 4096 take 26.5 us, 37.9 with parts,
-# and 2,048 rows 98.8 and 154.5. Fewer rows and smaller groups were not measured. Nested weights lose.
+# and 2,048 rows 98.8 and 154.5. Fewer rows and other groups were not measured. Nested weights lose.
 IN_TURN_ROWS = 512
 _IN_TURN_GROUP = 128
 _IN_TURN_BLOCK_M = 128  # a warpgroup has no registers for three sums of more rows each
@@ -112,7 +112,7 @@ def default_config(
 ) -> hopper.MosaicConfig:
     """Tiles by shape and kind of weight, the fastest on an H200; the order of the sum depends on the weight alone."""
     slices, block_m = hopper.num_slices(n, k), hopper.block_m(m)
-    is_measured = not nested and group_size >= _IN_TURN_GROUP
+    is_measured = not nested and group_size == _IN_TURN_GROUP
     if m >= IN_TURN_ROWS and is_measured and (in_turn := in_turn_config(m, n, k)) is not None:
         return in_turn
     config = hopper.layout_of_warpgroups(n, slices, block_m)

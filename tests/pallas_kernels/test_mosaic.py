@@ -282,7 +282,7 @@ def test_who_shares_no_sums_has_registers_for_them(monkeypatch):
         assert (of_four.in_turn, of_two.in_turn, of_one.in_turn) == in_turn
         for config, sums in ((of_four, 3), (of_two, 2)):
             assert config.in_turn == 1 or sums * config.block_m // 2 <= 192  # of 240, as ptxas spills none in a loop
-        for unmeasured in ({"nested": True}, {"group_size": 64}):
+        for unmeasured in ({"nested": True}, {"group_size": 64}, {"group_size": 4096}):
             assert chosen(4096, **unmeasured).in_turn == 1
 
 
