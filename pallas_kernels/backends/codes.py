@@ -1,7 +1,9 @@
 """PTX that makes 16-bit floats of weight codes, for the Triton and the Mosaic GPU kernels.
 
 A register holds two lanes of 16 bits, each with a code in some of its bits. ``lop3`` ((a & b) | c) makes a float of
-known size of it, whose last bits the code is, and an addition that is exact centres it by 8.
+known size of it, whose last bits the code is, and an addition that is exact centres it by 8 (:class:`Lanes`).
+
+Where the result is scaled at once, bfloat16 needs neither that size nor that addition (:class:`SmallLanes`).
 """
 
 from __future__ import annotations
@@ -47,6 +49,56 @@ class Lanes:
                 f"mad.lo.u32 {centre}, {centre}, {self.unchosen // 4}, {_twice(self.centre)};"
             )
         return f"{choose} lop3.b32 {lane}, {lane}, {_twice(self.mask)}, {_twice(self.magic)}, 0xEA;"
+
+
+_SMALLEST = 133  # the smallest bfloat16 is 2 ** -133, and up to 2 ** -125 each of its multiples is one
+SMALLER = 24  # small lanes make weights smaller by this power of 2: no float16 is a scale too large then, or too small
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallLanes:
+    """Lanes of bfloat16 that are codes already: as multiples of the smallest number, whose bits are the multiple's.
+
+    With a scale that is as much larger, one ``fma`` makes the weight of a code, exactly but for its one rounding::
+
+        code * 2 ** (first - 133)  *  scale * 2 ** (133 - first - 24)  -  8 * scale * 2 ** -24
+
+    The second term is the scale times a power of 2, so it is as exact as the scale. Weights and sums are smaller by
+    ``2 ** -24``, which makes a scale as large as a float16 a bfloat16; a power of 2 rounds nothing.
+
+    Attributes:
+        first: the bit of a lane with the last bit of the code; bits before it are fractions.
+        mask: bits of the code.
+        half: a bit that is set, for half a step more; or 0.
+    """
+
+    first: int
+    mask: int
+    half: int = 0
+
+    @property
+    def larger(self) -> int:
+        """The power of 2 that a scale is multiplied by."""
+        return _SMALLEST - self.first - SMALLER
+
+    def centre(self, zero_point: float) -> str:
+        """A register whose lanes are the code of zero, negative."""
+        return _twice(0x8000 | int(zero_point * 2**self.first))
+
+    def prepare(self, lane: str) -> str:
+        """PTX that leaves nothing but the code in the lanes of a register of this name."""
+        return f"lop3.b32 {lane}, {lane}, {_twice(self.mask)}, {_twice(self.half)}, 0xEA;"
+
+
+def small_lanes(plane: int, *, bits: int, truncated: bool = False) -> SmallLanes:
+    """Of codes with so many bits in a plane of bytes, or of joined bytes; truncated ones stand for half a step more.
+
+    Codes of a whole nibble stay where they are in their byte. A truncated one needs a bit below it.
+    """
+    if bits == 8:
+        return SmallLanes(4, 0x00FF)
+    first = 4 if plane else int(truncated)
+    return SmallLanes(first, 0xF << first, 1 << first >> 1 if truncated else 0)
 
 
 def _twice(lane: int) -> str:

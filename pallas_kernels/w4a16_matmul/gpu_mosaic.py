@@ -3,7 +3,8 @@
 Codes become 16-bit floats ``code - 8``, exactly, nested 8-bit ones too, and then ``scale * (code - 8) + shift`` in one
 rounding: the weight as a 16-bit matmul would read it. The shift is ``8 * scale - offset`` of an asymmetric weight and
 ``-scale / 2`` of a symmetric nested one. The scale is rounded to the dtype of the rows first. Sums are float32. See
-:mod:`pallas_kernels.backends.mosaic.matmul`.
+:mod:`pallas_kernels.backends.mosaic.matmul`. With few rows, decoding is most of what a program does: for bfloat16 it is
+1.1 instructions a code (:class:`~pallas_kernels.backends.codes.SmallLanes`).
 """
 
 from __future__ import annotations
@@ -50,10 +51,16 @@ _DECODE = """{{.reg .b32 even, odd, c0, c1;
 {prepare_even} {prepare_odd}
 add.{kind}x2 even, even, c0; add.{kind}x2 odd, odd, c1;
 {scale} $0, even, {factors}; {scale} $1, odd, {factors};}}"""
-_SCALE = "{{.reg .f32 s; cvt.f32.f16 s, $1; cvt.rn.{kind}x2.f32 $0, s, s;}}"
-_HALF = "{{.reg .f32 s; cvt.f32.f16 s, $1; mul.f32 s, s, 0fBF000000; cvt.rn.{kind}x2.f32 $0, s, s;}}"
-_SHIFT = """{{.reg .f32 s, o; cvt.f32.f16 s, $1; cvt.f32.f16 o, $2; neg.f32 o, o;
-fma.rn.f32 s, s, 0f41000000, o; cvt.rn.{kind}x2.f32 $0, s, s;}}"""
+_DECODE_SMALL = """{{.reg .b32 even, odd, c;
+{even} {odd}
+{prepare_even} {prepare_odd}
+{centre}
+{scale} $0, even, {factors}; {scale} $1, odd, {factors};}}"""
+_CENTRE = "mov.b32 c, {centre}; add.bf16x2 even, even, c; add.bf16x2 odd, odd, c;"
+# Of scale and offset, each a float16, a float32 that is rounded to both lanes of a register.
+_TO_LANES = "{{.reg .f32 s, o; cvt.f32.f16 s, $1; {compute} {enlarge} cvt.rn.{kind}x2.f32 $0, s, s;}}"
+_HALF = "mul.f32 s, s, 0fBF000000;"
+_SHIFT = "cvt.f32.f16 o, $2; neg.f32 o, o; fma.rn.f32 s, s, 0f41000000, o;"
 
 
 # Registers that travel between functions as arrays in the WGMMA layout, in the order in which a thread holds them.
@@ -158,8 +165,8 @@ def _matmul(
     sizes = x.shape[0], weight.num_outputs, weight.num_inputs, weight.num_groups
     problem = hopper.Problem(*sizes, x.dtype, dtype, len(packed), epilogue)
     columns = (weight.scale,) if weight.offset is None else (weight.scale, weight.offset)
-    is_centred = weight.symmetric and weight.low is not None
-    consume = functools.partial(_consume, truncated=weight.truncated, centred=is_centred)
+    of_weight = _Kind(jnp.dtype(x.dtype), len(packed), weight.truncated, weight.symmetric)
+    consume = functools.partial(_consume, kind=of_weight)
     if isinstance(config, pairs.PairConfig):
         config = pairs.with_most_slots(config)
         settings = {"consume": consume, "problem": problem, "config": config, "name": "w4a16_pairs"}
@@ -177,23 +184,52 @@ def _matmul(
     )
 
 
-def _consume(pipeline: pipelines.Pipeline | pair_pipeline.Block, *, truncated: bool, centred: bool) -> jax.Array:
-    shape, dtype = (lanes.ROWS, pipeline.block_m), pipeline.problem.x_dtype
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Which floats become of which codes: of how many packed arrays, and whether half a step more is meant."""
+
+    dtype: jnp.dtype
+    num_packed: int
+    truncated: bool
+    symmetric: bool
+
+    @property
+    def name(self) -> str:
+        return codes.NAMES[self.dtype]
+
+    @property
+    def smaller(self) -> int:
+        """The power of 2 by which weights are smaller, and what is summed of them."""
+        return codes.SMALLER if self.name == "bf16" else 0
+
+    @property
+    def centred(self) -> bool:
+        """Whether the middle between two codes stands for zero."""
+        return self.symmetric and self.num_packed == 2
+
+    def small(self, plane: int) -> codes.SmallLanes | None:
+        """The lanes of a plane, where they are small."""
+        if self.name != "bf16":
+            return None
+        return codes.small_lanes(plane, bits=4 * self.num_packed, truncated=self.truncated)
+
+
+def _consume(pipeline: pipelines.Pipeline | pair_pipeline.Block, *, kind: _Kind) -> jax.Array:
+    shape = (lanes.ROWS, pipeline.block_m)
 
     def multiply(accumulator, tile):
         factors = []
         for part in range(pipeline.problem.pieces):
             if part == 0 or pipeline.problem.groups_per_tile > 1:
-                factors = [_factors(tile, plane, part, pipeline.problem, centred) for plane in range(2)]
+                factors = [_factors(tile, plane, part, pipeline.problem, kind) for plane in range(2)]
             words = [_load_words(weight, part) for weight in tile.weight]
             for plane in range(2):
-                kind = _Kind(jnp.dtype(dtype), plane, truncated, len(tile.columns) == 1 and not centred)
-                decoded = _decode(words, factors[plane], kind)
+                decoded = _decode(words, factors[plane], kind, plane)
                 tile.multiply(part, plane, functools.partial(plgpu.wgmma, accumulator, decoded))
 
     def product(accumulator):
         pipeline.for_each_tile(lambda tile, _: multiply(accumulator, tile), None)
-        return accumulator[...]
+        return accumulator[...] * jnp.float32(2.0**kind.smaller) if kind.smaller else accumulator[...]
 
     return pl.run_scoped(product, lanes.accumulator(shape, jnp.float32))
 
@@ -210,9 +246,8 @@ def _load_words(weight: pipelines.Ref, part: int) -> jax.Array:
     return lanes.inline(build, weight, types=[plgpu.RefType(pipelines.WEIGHT_TRANSFORMS)], returns=_WORDS)
 
 
-def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem, centred: bool) -> jax.Array:
+def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Problem, kind: _Kind) -> jax.Array:
     """Scale and shift, or 0, of each group of a part: of a thread's two outputs, each twice in a register."""
-    kind = codes.NAMES[jnp.dtype(problem.x_dtype)]
     num_groups = max(1, problem.groups_per_tile // problem.pieces)
     first_group = part * problem.groups_per_tile // problem.pieces
     shape = (lanes.ROWS, 8 * num_groups)
@@ -224,33 +259,41 @@ def _factors(tile: pipelines.Tile, plane: int, part: int, problem: hopper.Proble
             for half in range(2):
                 values = [lanes.load_column(column, plane, group, half) for column in (scale, *offset)]
                 values = [llvm.bitcast(ir.IntegerType.get_signless(16), value) for value in values]
-                [factor] = assembly(_SCALE.format(kind=kind), "=r,h", values[:1], [word])
-                shift = lanes.i32(0)
-                if offset:
-                    [shift] = assembly(_SHIFT.format(kind=kind), "=r,h,h", values, [word])
-                elif centred:
-                    [shift] = assembly(_HALF.format(kind=kind), "=r,h", values, [word])
-                registers.append(vector.from_elements(ir.VectorType.get((2,), word), [factor, shift]))
+                registers.append(vector.from_elements(ir.VectorType.get((2,), word), _scale_and_shift(values)))
         return lanes.fragmented(registers, shape)
+
+    def _scale_and_shift(values):
+        small, word = kind.small(plane), ir.IntegerType.get_signless(32)
+
+        def to_lanes(compute, power, *args):
+            enlarge = f"mul.f32 s, s, {_power_of_2(power)};" if power else ""
+            ptx = _TO_LANES.format(compute=compute, enlarge=enlarge, kind=kind.name)
+            [made] = assembly(ptx, "=r" + ",h" * len(args), args, [word])
+            return made
+
+        scale = to_lanes("", small.larger if small else 0, values[0])
+        if not kind.symmetric:
+            return scale, to_lanes(_SHIFT, -kind.smaller, *values)
+        if small and not kind.centred:
+            [shift] = assembly(
+                f"{{.reg .b32 c; mov.b32 c, {small.centre(8.0)}; mul.bf16x2 $0, $1, c;}}", "=r,r", [scale], [word]
+            )
+            return scale, shift
+        return scale, to_lanes(_HALF, 0, values[0]) if kind.centred and not small else lanes.i32(0)
 
     types = [plgpu.RefType()] * len(tile.columns)
     returns = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=lanes.WGMMA)
     return lanes.inline(build, *tile.columns, types=types, returns=returns)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """Which floats become of which codes; a symmetric weight has no shift."""
-
-    dtype: jnp.dtype
-    plane: int
-    truncated: bool
-    symmetric: bool
+def _power_of_2(exponent: int) -> str:
+    """A float32 as PTX spells it."""
+    return f"0f{(127 + exponent) << 23:08X}"
 
 
-def _decode(words: Sequence[jax.Array], factors: jax.Array, kind: _Kind) -> jax.Array:
+def _decode(words: Sequence[jax.Array], factors: jax.Array, kind: _Kind, plane: int) -> jax.Array:
     """A plane of a part of a tile as floats ``[64, 64]`` in registers."""
-    element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[codes.NAMES[kind.dtype]]
+    element = {"bf16": ir.BF16Type, "f16": ir.F16Type}[kind.name]
 
     def build(context, factors, *words):
         pair = ir.VectorType.get((2,), element.get())
@@ -261,7 +304,7 @@ def _decode(words: Sequence[jax.Array], factors: jax.Array, kind: _Kind) -> jax.
         for half in range(2):
             for index, word in enumerate(all_words[4 * half : 4 * half + 4]):
                 first = 4 * (index // words_per_group) + 2 * half
-                even, odd = _decode_word(kind, word, by_group[first : first + (1 if kind.symmetric else 2)])
+                even, odd = _decode_word(kind, plane, word, by_group[first : first + 2])
                 registers[4 * index + half] = llvm.bitcast(pair, even)
                 registers[4 * index + 2 + half] = llvm.bitcast(pair, odd)
         return lanes.fragmented(registers, (lanes.ROWS, lanes.TILE // 2))
@@ -270,22 +313,31 @@ def _decode(words: Sequence[jax.Array], factors: jax.Array, kind: _Kind) -> jax.
     return lanes.inline(build, factors, *words, types=[lanes.WGMMA] * (1 + len(words)), returns=returns)
 
 
-def _decode_word(kind: _Kind, words: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
+def _decode_word(kind: _Kind, plane: int, words: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
     """Inputs 0 and 2, and 1 and 3, of the four that a word holds of a plane."""
-    made = codes.lanes_of(kind.dtype, bits=4 * len(words), truncated=kind.truncated)
-    name, down = codes.NAMES[kind.dtype], 4 * kind.plane - kind.truncated
-    even, odd = codes.shift_down("even", "$2", down), codes.shift_down("odd", "$2", down + 8)
-    if len(words) == 2:
-        even, odd = codes.JOIN[kind.plane].format("even", "$2", "$3"), codes.shift_down("odd", "even", 8)
-    places = [f"${2 + len(words) + index}" for index in range(len(factors))]
-    ptx = _DECODE.format(
+    small = kind.small(plane)
+    down = 4 * plane - (small.first if small else kind.truncated)
+    even = codes.shift_down("even", "$2", down) if down or not small else "mov.b32 even, $2;"
+    odd = codes.shift_down("odd", "$2", down + 8)
+    if kind.num_packed == 2:
+        even, odd = codes.JOIN[plane].format("even", "$2", "$3"), codes.shift_down("odd", "even", 8)
+    if small:
+        is_centred_apart = kind.centred or not kind.symmetric
+        factors = factors[:1] if kind.centred else factors
+        centre = _CENTRE.format(centre=small.centre(8.5 if kind.centred else 8.0)) if is_centred_apart else ""
+        prepare = {"prepare_even": small.prepare("even"), "prepare_odd": small.prepare("odd"), "centre": centre}
+    else:
+        made = codes.lanes_of(kind.dtype, bits=4 * kind.num_packed, truncated=kind.truncated)
+        factors = factors[:1] if kind.symmetric and not kind.centred else factors
+        prepare = {"prepare_even": made.prepare("even", "c0"), "prepare_odd": made.prepare("odd", "c1")}
+    operation = "mul" if len(factors) == 1 else "fma.rn"
+    ptx = (_DECODE_SMALL if small else _DECODE).format(
         even=even,
         odd=odd,
-        prepare_even=made.prepare("even", "c0"),
-        prepare_odd=made.prepare("odd", "c1"),
-        scale=f"mul.{name}x2" if kind.symmetric else f"fma.rn.{name}x2",
-        factors=", ".join(places),
-        kind=name,
+        **prepare,
+        scale=f"{operation}.{kind.name}x2",
+        factors=", ".join(f"${2 + len(words) + index}" for index in range(len(factors))),
+        kind=kind.name,
     )
     constraints = "=&r,=&r" + ",r" * (len(words) + len(factors))
     return assembly(ptx, constraints, [*words, *factors], [ir.IntegerType.get_signless(32)] * 2)

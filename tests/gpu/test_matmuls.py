@@ -31,7 +31,14 @@ from pallas_kernels.w4a4_matmul import gpu_mosaic as w4a4_mosaic
 from pallas_kernels.w4a16_matmul import gpu_mosaic as w4a16_mosaic
 from pallas_kernels.w4a16_matmul import gpu_triton as w4a16_triton
 from qspec_jax.bench.kernels.operands import cancelling
-from tests.pallas_kernels.kernel_cases import DEMO_MODEL, LLAMA_3_8B, random_nested_weight, random_rows, random_weight
+from tests.pallas_kernels.kernel_cases import (
+    DEMO_MODEL,
+    LLAMA_3_8B,
+    random_nested_weight,
+    random_rows,
+    random_weight,
+    weight_in_float64,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -200,6 +207,34 @@ def test_nested_weights_and_their_upper_nibbles_are_right_and_each_row_stands_al
         expected = w4a16_matmul(x.astype(jnp.float32), weight, implementation="reference")
         call = lambda x, weight=weight: multiply(x, weight)  # noqa: E731 - as an argument, not a constant
         assert_right_and_rows_agree(call, x, expected, bound, INVARIANT_ROWS[implementation])
+
+
+# Of scales of four bits, which with their terms are exact: from float16's smallest numbers to large ones.
+SIZES = {jnp.bfloat16: range(-21, 12), jnp.float16: range(-10, 3)}
+
+
+@pytest.mark.parametrize("num_rows", [8, 72, 256])
+@pytest.mark.parametrize("dtype", SIZES, ids=["bf16", "f16"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", ["4 bits", "nested", "upper nibbles"])
+def test_rows_that_pick_an_input_read_its_weights_rounded_once(kind, symmetric, dtype, num_rows):
+    n, k, group_size = 128, 1024, 32
+    weight = random_nested_weight(n, k, group_size, symmetric=symmetric)
+    weight = dataclasses.replace(weight, low=None) if kind == "4 bits" else weight
+    rng = np.random.default_rng(0)
+    scale = np.ldexp(rng.integers(8, 16, (k // group_size, n)), rng.choice(SIZES[dtype], (k // group_size, n)) - 3)
+    scale *= rng.choice([-1, 1], scale.shape)
+    offset = None if symmetric else jnp.float16(scale * rng.integers(4, 12, scale.shape))
+    weight = dataclasses.replace(weight, scale=jnp.float16(scale), offset=offset, group_sum=None)
+    weight = upper_nibbles(weight) if kind == "upper nibbles" else weight
+    exact = weight_in_float64(weight)
+    read = laid_out(weight, "mosaic", dtype)
+    multiply = jax.jit(functools.partial(w4a16_matmul, implementation="mosaic"))
+    for first in range(0, k, num_rows):
+        picked = np.arange(first, min(first + num_rows, k))
+        out = multiply(jax.nn.one_hot(picked, k, dtype=dtype), read)
+        expected = exact[:, picked].T.astype(np.float32).astype(dtype)
+        np.testing.assert_array_equal(np.asarray(out, np.float32), expected.astype(np.float32), err_msg=f"from {first}")
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

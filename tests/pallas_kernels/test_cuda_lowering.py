@@ -9,12 +9,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Layout, PartialSums, QuantizedActivation, QuantizedWeight, upper_nibbles
-from pallas_kernels.backends import codes as ptx
 from pallas_kernels.backends.early_launch import SIGNAL, early_launch
 from pallas_kernels.decode_attention import gpu_triton as attention_triton
 from pallas_kernels.float_matmul import gpu_triton as float_triton
@@ -463,25 +461,3 @@ def test_kernels_of_several_devices_lower_with_the_sum_between_them(layout):
     assert text.count("stablehlo.all_gather") == 1
     assert KERNEL_CALL in text
     assert ("mosaic_gpu" in text) == (layout is Layout.WGMMA)
-
-
-FORMATS = {jnp.bfloat16: np.dtype(jnp.bfloat16), jnp.float16: np.dtype(np.float16)}
-
-
-@pytest.mark.parametrize("dtype", FORMATS, ids=["bf16", "f16"])
-@pytest.mark.parametrize(
-    ("bits", "truncated", "zero_point"), [(4, False, 8), (4, True, 8), (8, False, 8), (8, False, 8.5)]
-)
-def test_lanes_hold_exactly_what_each_code_stands_for(dtype, bits, truncated, zero_point):
-    lanes = ptx.lanes_of(dtype, bits=bits, truncated=truncated, centred=zero_point == 8.5)
-    code = np.arange(2**bits, dtype=np.uint16)
-    lane = code << truncated | np.uint16(0xFF00)  # bits beside the code are masked
-    centre = np.where(lane & lanes.choice, 0, lanes.unchosen) + lanes.centre
-    if lanes.choice:  # as the PTX makes it
-        unset = ~lane & lanes.choice
-        ways = {lanes.choice: unset | lanes.centre, 0x7C: (unset >> 5) * (lanes.unchosen // 4) + lanes.centre}
-        np.testing.assert_array_equal(ways[lanes.unchosen], centre)
-    floats = ((lane & lanes.mask) | lanes.magic).astype(np.uint16).view(FORMATS[dtype]).astype(np.float64)
-    floats += centre.astype(np.uint16).view(FORMATS[dtype]).astype(np.float64)
-    np.testing.assert_array_equal(floats, code / 2 ** (bits - 4) + truncated / 2 - zero_point)
-    np.testing.assert_array_equal(floats.astype(FORMATS[dtype]).astype(np.float64), floats)
