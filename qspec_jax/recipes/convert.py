@@ -132,8 +132,9 @@ def _convert(
             settings=recorded(recipe, options),
         )
         context = dataclasses.replace(context, text=text)
-    floats = open_source(source_path) if options.quantization.keep_floats else None
-    decoder = _load(recipe.apply(source, context), floats, options, progress)
+    made = recipe.apply(source, context)
+    floats = open_source(source_path).with_head_codes_of(made) if options.quantization.keep_floats else None
+    decoder = _load(made, floats, options, progress)
     quantization = with_grid_of(options.quantization, formats_in(decoder), decoder.config)
     save_checkpoint(
         path,

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import PartialSums, value_of
+from pallas_kernels import PartialSums, rms_norm, value_of
+from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.model import rope
 from qspec_jax.model.blocks import DecoderLayer, ResidualStream, TokenContext
 from qspec_jax.model.cache import LayerCache
@@ -64,6 +65,17 @@ def largest_inputs(
         return np.max([_largest(graph, state, stream, linear=linear) for stream in streams], axis=0)
 
 
+def moments_of_norms(
+    streams: Sequence[Float32[Array, "B T D"]], gain: Float32[Array, " D"], *, epsilon: float
+) -> Float32[Array, "D D"]:
+    """Mean of ``x x^T`` over the norms ``x`` of residual streams: behind the last layer, what an LM head reads."""
+    total = jnp.zeros((len(gain), len(gain)), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        for stream in streams:
+            total = _accumulate_norms(stream, gain, total, epsilon=epsilon)
+    return total / sum(stream.shape[0] * stream.shape[1] for stream in streams)
+
+
 def linear_of(layer: DecoderLayer, linear: str) -> Linear:
     """A linear of a layer, by its path in the layer."""
     return operator.attrgetter(linear)(layer)
@@ -100,6 +112,12 @@ def _advance(graph: nnx.GraphDef, state: nnx.State, stream: Array) -> Array:
 def _accumulate(graph: nnx.GraphDef, state: nnx.State, stream: Array, total: Array, *, linear: str) -> Array:
     inputs = _inputs(nnx.merge(graph, state), stream, linear)
     return total + jnp.einsum("btk,btl->kl", inputs, inputs)
+
+
+@functools.partial(jax.jit, static_argnames="epsilon", donate_argnums=2)
+def _accumulate_norms(stream: Array, gain: Array, total: Array, *, epsilon: float) -> Array:
+    norms = rms_norm(stream, gain, epsilon=epsilon, implementation=REFERENCE)
+    return total + jnp.einsum("btk,btl->kl", norms, norms)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="linear")

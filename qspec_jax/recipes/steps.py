@@ -112,11 +112,12 @@ def _as_floats(source: Source, context: RecipeContext) -> Source:
 
 
 def _gptq(source: Source, context: RecipeContext) -> Source:
-    from qspec_jax.recipes.layerwise import calibration_bytes, quantize_layers
+    from qspec_jax.recipes.layerwise import calibration_bytes, head_to_round, quantize_layers
 
     calibration, progress = context.calibration, context.progress
     _warn_of_rounding_again(source, progress)
-    needed = calibration_bytes(source.config, calibration.tokens.shape)
+    with_head = head_to_round(source, context.options.quantization) is not None
+    needed = calibration_bytes(source.config, calibration.tokens.shape, with_head=with_head)
     progress.say(f"calibration: {calibration.tokens.size} tokens, about {size_text(needed)} of memory")
     if calibration.tokens.size < source.config.hidden_size:
         progress.say(

@@ -1,4 +1,4 @@
-"""Finished layers of a long quantisation on disk, so that a run that was interrupted goes on where it was."""
+"""Finished parts of a long quantisation on disk, so that a run that was interrupted goes on where it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +23,12 @@ from qspec_jax.weights.checkpoint.save import layers_prefix
 from qspec_jax.weights.placing import parts_of
 from qspec_jax.weights.source import QuantizedTensor, Source
 
+Part = int | Literal["head"]  # a layer by its number, or the LM head
+
 
 class WorkFolder:
-    """Finished layers on disk, beside the checkpoint that they will become, or in it where nobody may write beside it.
+    """Finished layers and LM head on disk, beside the checkpoint that they will become, or in it where nobody may write
+    beside it.
 
     A file is written under another name, flushed and renamed: there is a whole one or none. The folder is made when
     the first layer is written.
@@ -39,14 +42,14 @@ class WorkFolder:
 
     def num_finished(self) -> int:
         """How many layers are there."""
-        return len(list(self.path.glob("*.npz")))
+        return len(list(self.path.glob("layer-*.npz")))
 
-    def has(self, index: int) -> bool:
-        """Whether a layer is finished."""
-        return self._file(index).exists()
+    def has(self, part: Part) -> bool:
+        """Whether a part is finished."""
+        return self._file(part).exists()
 
-    def write(self, index: int, linears: Mapping[str, QuantizedWeight]) -> None:
-        """Keeps a finished layer.
+    def write(self, part: Part, linears: Mapping[str, QuantizedWeight]) -> None:
+        """Keeps a finished part.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -54,8 +57,8 @@ class WorkFolder:
         arrays = {}
         for name, weight in linears.items():
             weight = with_layout(weight, Layout.PLANES)
-            arrays |= {f"{name}{part}": np.asarray(array) for part, array in parts_of(weight).items()}
-        file = self._file(index)
+            arrays |= {f"{name}{suffix}": np.asarray(array) for suffix, array in parts_of(weight).items()}
+        file = self._file(part)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with file.with_suffix(".unfinished").open("wb") as stream:
@@ -65,18 +68,18 @@ class WorkFolder:
             os.replace(stream.name, file)
         except OSError as error:
             raise CheckpointError(
-                f"cannot keep layer {index} in {file}: {error.strerror}; the same command goes on with the layers "
+                f"cannot keep {_name(part)} in {file}: {error.strerror}; the same command goes on with the layers "
                 "before it"
             ) from error
 
-    def read(self, index: int, linear: str, rows: slice) -> QuantizedTensor:
-        """Some rows of a linear of a finished layer.
+    def read(self, part: Part, linear: str, rows: slice) -> QuantizedTensor:
+        """Some rows of a linear of a finished part.
 
         Raises:
             ValueError: the file is damaged.
             OSError: it cannot be read.
         """
-        file = self._file(index)
+        file = self._file(part)
         try:
             with file.open("rb") as stream, np.load(stream) as arrays:
                 packed, scale = arrays[f"{linear}.packed"][rows], arrays[f"{linear}.scale"][:, rows]
@@ -87,8 +90,12 @@ class WorkFolder:
         codes = unpack_codes(jnp.asarray(packed)) if low is None else unpack_nested(jnp.asarray(packed), low)
         return QuantizedTensor(np.asarray(codes), scale, offset, bits=4 if low is None else 8)
 
-    def _file(self, index: int) -> Path:
-        return self.path / f"layer-{index:04}.npz"
+    def _file(self, part: Part) -> Path:
+        return self.path / f"{f'layer-{part:04}' if isinstance(part, int) else part}.npz"
+
+
+def _name(part: Part) -> str:
+    return f"layer {part}" if isinstance(part, int) else f"the {part}"
 
 
 def remove_work_folders(output: Path) -> None:

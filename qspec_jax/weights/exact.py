@@ -83,6 +83,8 @@ def open_exact(path: Path, quantization: QuantConfig | Literal["auto"], draft_pa
     else:
         chosen = QuantConfig(group_size=largest_group_size(source.config), symmetric=True)
     chosen = dataclasses.replace(chosen, bits=4, keep_floats=True)
+    if drafts is not None and chosen.head_bits is None:  # else a head of the copy would verify
+        source = source.with_head_codes_of(drafts)
     formats = copy_formats(copied, chosen)
     return ExactModel(source, drafts, with_grid_of(chosen, formats, source.config), formats)
 

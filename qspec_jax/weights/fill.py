@@ -233,7 +233,7 @@ def _warn_of_requantization(
             "linears are all quantised, or load it with quantization=None"
         )
     head, bits = source.entries[head_name(source.config)], quantization.head_bits
-    if head.requantized_from is not None and bits is not None and _kept_head(source, quantization) is None:
+    if head.requantized_from is not None and bits is not None and kept_head(source, quantization) is None:
         kept = "a file whose head is Q8_0, with head_bits=8"
         if head.head_codes is not None:
             kept = f"head_bits={head.head_codes.bits}, which keeps its codes"
@@ -290,11 +290,11 @@ def weight_formats(source: Source, quantization: QuantConfig | None) -> dict[str
 
 def imported_head(source: Source, quantization: QuantConfig) -> dict[str, WeightFormat]:
     """The format of an LM head whose codes a source has, where it is not the usual one: among those of linears."""
-    codes = _kept_head(source, quantization)
+    codes = kept_head(source, quantization)
     return {} if codes is None or codes == head_format(source.config, quantization) else {HEAD: codes}
 
 
-def _kept_head(source: Source, quantization: QuantConfig) -> WeightFormat | None:
+def kept_head(source: Source, quantization: QuantConfig) -> WeightFormat | None:
     """The format of the LM head's codes in a source, if they have the bits that are asked for."""
     codes, wanted = source.entries[head_name(source.config)].head_codes, head_format(source.config, quantization)
     return None if codes is None or wanted is None or codes.bits != wanted.bits else codes

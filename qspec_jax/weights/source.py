@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.model.linear import WeightFormat
-from qspec_jax.model.parameters import ParameterSpec
+from qspec_jax.model.parameters import ParameterSpec, head_name
 
 MAX_LISTED = 8
 _PIECE = 1 << 20
@@ -100,6 +100,15 @@ class Source:
             CheckpointError: it cannot be read; the message names it.
         """
         return read_entry(name, self.entries[name])
+
+    def with_head_codes_of(self, other: Source) -> Source:
+        """The same tensors with the codes of another source's LM head, where that has any."""
+        name = head_name(self.config)
+        codes = other.entries[head_name(other.config)]
+        if codes.read_head is None:
+            return self
+        entry = dataclasses.replace(self.entries[name], read_head=codes.read_head, head_codes=codes.head_codes)
+        return dataclasses.replace(self, entries={**self.entries, name: entry})
 
     def __repr__(self) -> str:
         return f"Source({str(self.path)!r}, {len(self.entries)} tensors)"
