@@ -27,10 +27,11 @@ def quantize_rtn(
 ) -> QuantizedWeight:
     """Rounds a weight to 4 bits, or to a nested weight of 8.
 
-    Symmetric: ``scale = absmax / 7``, codes ``8 + round(w / scale)``. Asymmetric: the grid runs from the
-    minimum to the maximum of the group. Codes are rounded against the float16 scale and offset that are
-    stored, so the error is at most half a step. In 8 bits a step is a 16th of the scale, and a symmetric grid has
-    136 steps on one side of zero and 119 on the other, which is that of the smaller weights.
+    Symmetric: codes ``8 + round(w / scale)``, which reach 8 steps on one side of zero and 7 on the other. That is the
+    side of the smaller weights, so a scale may be negative; it is the smallest that spans the group. Asymmetric: the
+    grid runs from the minimum to the maximum of the group. Codes are rounded against the float16 scale and offset that
+    are stored, so the error is at most half a step. In 8 bits a step is a 16th of the scale, and a symmetric grid has
+    136 steps on one side of zero and 119 on the other.
 
     Args:
         weight: ``[N, K]``, any float dtype.
@@ -106,25 +107,22 @@ def spanning_grid(
         the scale in float16, and the offset: float16 as it is stored, or of a symmetric grid ``8 * scale`` (8.5 in 8
         bits) in float32, which is not.
     """
-    if symmetric:
-        if bits == 8:
-            return _nested_grid(clip_ratio * groups.min(-1), clip_ratio * groups.max(-1))
-        last = max_code(bits) - SYMMETRIC_ZERO_POINT
-        scale = (clip_ratio * jnp.abs(groups).max(-1) / last).astype(jnp.float16)
-        return scale, SYMMETRIC_ZERO_POINT * scale.astype(jnp.float32)
     low, high = clip_ratio * groups.min(-1), clip_ratio * groups.max(-1)
+    if symmetric:
+        return _symmetric_grid(low, high, bits)
     return ((high - low) / max_code(bits)).astype(jnp.float16), (-low).astype(jnp.float16)
 
 
-def _nested_grid(
-    low: Float32[Array, "*batch"], high: Float32[Array, "*batch"]
+def _symmetric_grid(
+    low: Float32[Array, "*batch"], high: Float32[Array, "*batch"], bits: int
 ) -> tuple[Float16[Array, "*batch"], Float32[Array, "*batch"]]:
-    """The symmetric grid of 8 bits that spans two values: its zero point is no middle, so scales may be negative."""
-    below, above = NESTED_ZERO_POINT, max_code(8) - NESTED_ZERO_POINT
+    """The symmetric grid that spans two values: its zero point is no middle, so scales may be negative."""
+    zero_point = NESTED_ZERO_POINT if bits == 8 else SYMMETRIC_ZERO_POINT
+    below, above = zero_point, max_code(bits) - zero_point
     upright = jnp.maximum(-low / below, high / above)
     upside_down = jnp.maximum(high / below, -low / above)
     scale = jnp.where(upright <= upside_down, upright, -upside_down).astype(jnp.float16)
-    return scale, NESTED_ZERO_POINT * scale.astype(jnp.float32)
+    return scale, zero_point * scale.astype(jnp.float32)
 
 
 def max_code(bits: int) -> float:

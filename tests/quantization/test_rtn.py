@@ -21,7 +21,7 @@ WEIGHT = np.random.default_rng(0).standard_normal((48, 384)).astype(np.float32) 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_weight_is_within_half_a_step_of_its_code(group_size, symmetric):
     quantized = quantize_rtn(jnp.asarray(WEIGHT), group_size=group_size, symmetric=symmetric)
-    step = np.repeat(np.asarray(quantized.scale, np.float32).T, group_size or 384, axis=1)
+    step = np.repeat(np.abs(np.asarray(quantized.scale, np.float32)).T, group_size or 384, axis=1)
     error = np.abs(np.asarray(dequantize(quantized)) - WEIGHT)
     # Beyond half a step, only what rounding the ends of the grid to float16 adds.
     assert (error <= 0.5 * step + 1e-3 * np.abs(WEIGHT).max() + 15 * step * 2**-11).all()
@@ -34,6 +34,33 @@ def test_asymmetric_groups_use_the_whole_grid():
     groups = codes.reshape(48, 12, 32)
     assert (groups.min(-1) == 0).all()
     assert (groups.max(-1) == 15).all()
+
+
+def test_symmetric_groups_use_the_whole_grid():
+    """16 values, not the 15 that lie on both sides of zero: steps are a tenth smaller, and the error by a fifth."""
+    quantized = quantize_rtn(jnp.asarray(WEIGHT), group_size=64, symmetric=True)
+    groups = WEIGHT.reshape(48, 6, 64).astype(np.float64)
+    least, largest = groups.min(-1), groups.max(-1)
+    upright, upside_down = np.maximum(-least / 8, largest / 7), np.maximum(largest / 8, -least / 7)
+    expected = np.where(upright <= upside_down, upright, -upside_down)
+    np.testing.assert_allclose(np.asarray(quantized.scale, np.float64).T, expected, rtol=1e-3)
+    codes = np.asarray(unpack_codes(quantized.packed)).reshape(48, 6, 64)
+    assert ((codes.min(-1) == 0) | (codes.max(-1) == 15)).all()
+    step = np.abs(groups).max(-1, keepdims=True) / 7
+    error = np.square(np.asarray(dequantize(quantized)).reshape(groups.shape) - groups).mean()
+    assert error < 0.85 * np.square(step * np.round(groups / step) - groups).mean()
+
+
+@pytest.mark.parametrize("scale", [0.02, -0.02])
+def test_weights_on_a_symmetric_grid_are_returned_exactly(scale):
+    """As those of Q4_0, which uses all 16 values too, and models trained for it."""
+    codes = np.random.default_rng(0).integers(0, 16, (8, 64))
+    codes[:, ::32] = 0  # the end that groups reach
+    scale = np.float16(scale) * np.linspace(1, 2, 8).astype(np.float16)[:, None]
+    weight = scale.astype(np.float32) * (codes - 8)
+    quantized = quantize_rtn(jnp.asarray(weight), group_size=32, symmetric=True)
+    np.testing.assert_array_equal(dequantize(quantized), weight)
+    np.testing.assert_array_equal(unpack_codes(quantized.packed), codes)
 
 
 def test_smaller_groups_and_offsets_lower_the_error():
