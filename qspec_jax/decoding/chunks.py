@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +50,9 @@ def fitting_capacity(num_tokens: int) -> int:
     return -(-num_tokens // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
 
-def chunk_width(num_tokens: int) -> int:
-    """What a chunk of a prompt is padded to."""
-    return next(width for width in CHUNK_WIDTHS if width >= num_tokens)
+def chunk_width(num_tokens: int, widths: Sequence[int] | None = None) -> int:
+    """What a chunk of a prompt is padded to, of some widths in order; None for all there are."""
+    return next(width for width in widths or CHUNK_WIDTHS if width >= num_tokens)
 
 
 def empty_chunks(shape: Shape, width: int) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def read_next(
     capacity: int,
     longest_packed: int,
     num_devices: int = 1,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[ChunksOfAPass]:
     """What passes read for some rows to have their next chunk, and up to so many more that these have room for.
 
@@ -99,6 +100,7 @@ def read_next(
         rows, capacity: of the batch.
         longest_packed: tokens that a chunk has at most of which a pass reads several.
         num_devices: that have as many rows each, and read those of their own.
+        widths: that other chunks are padded to, in order; None for all there are.
     """
     sizes = {"rows": rows, "capacity": capacity, "longest_packed": longest_packed, "num_devices": num_devices}
     of_device = rows // num_devices
@@ -110,7 +112,7 @@ def read_next(
         chunks, own = [*chunks, *own], []
         chunks = with_more(chunks, of_rows, room=packing.sizes(of_device, capacity)[-1], most=most, **options)
         most -= sum(one.count - 1 for one in chunks)
-        yield from passes([(one, one.text(of_rows[one.row])) for one in chunks], **sizes)
+        yield from passes([(one, one.text(of_rows[one.row])) for one in chunks], **sizes, widths=widths)
         reading = {row: reading[row] for row in later}
 
 
@@ -168,7 +170,13 @@ def with_more(
 
 
 def passes(
-    chunks: Sequence[tuple[NextChunk, Chunk]], *, rows: int, capacity: int, longest_packed: int, num_devices: int = 1
+    chunks: Sequence[tuple[NextChunk, Chunk]],
+    *,
+    rows: int,
+    capacity: int,
+    longest_packed: int,
+    num_devices: int = 1,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[ChunksOfAPass]:
     """Chunks by the programs that read them: as many in a pass as fit, or by their width.
 
@@ -177,6 +185,7 @@ def passes(
         rows, capacity: of the batch.
         longest_packed: tokens that a chunk has at most of which a pass reads several.
         num_devices: see :func:`packing.pack`.
+        widths: as in :func:`read_next`.
     """
     sizes = {"rows": rows, "capacity": capacity, "num_devices": num_devices}
     left = [(one, text) for one, text in chunks if one.count > 1 or len(text[1]) <= longest_packed]
@@ -188,5 +197,5 @@ def passes(
     by_width: dict[int, list[NextChunk]] = {}
     for one, (_, tokens) in chunks:
         if one.count == 1 and len(tokens) > longest_packed:
-            by_width.setdefault(chunk_width(len(tokens)), []).append(one)
+            by_width.setdefault(chunk_width(len(tokens), widths), []).append(one)
     yield from (ChunksOfAPass(width, some) for width, some in sorted(by_width.items()))

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 
 from qspec_jax.decoding.sampling_params import SamplingFeatures
-from qspec_jax.engine.requests import Request
+from qspec_jax.engine.chunk_widths import ChunkWidths
+from qspec_jax.engine.requests import Request, widths_of
 from qspec_jax.engine.sequence import RunningSequence
 
 
@@ -23,12 +24,12 @@ class RequestQueue:
     No step takes longer for the number of those that wait.
 
     Attributes:
-        widths: of the chunks of all prompts so far.
+        widths: of chunks.
         features: of sampling that any of them needs.
     """
 
     def __init__(self) -> None:
-        self.widths: set[int] = set()
+        self.widths = ChunkWidths()
         self.features = SamplingFeatures()
         self._adding = threading.Lock()
         self._arrived: collections.deque[RunningSequence] = collections.deque()  # since the last step
@@ -50,8 +51,12 @@ class RequestQueue:
 
     def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
         """Notes what requests to come may need."""
-        self.widths |= set(widths)
+        self.widths.expect(widths)
         self.features = self.features.union(features)
+
+    def expect_of(self, sequence: RunningSequence) -> None:
+        """Notes what one needs, as its prompt is cut."""
+        self.expect(widths_of(sequence.chunks, self.widths.usable), features_of(sequence))
 
     def add(self, request: Request) -> RunningSequence:
         """Queues a request."""
@@ -95,6 +100,7 @@ class RequestQueue:
         while self._waiting:
             sequence = self._waiting.popitem(last=False)[0]
             if served is None or served.cover(features_of(sequence)):
+                sequence.cut(self.widths.usable)
                 return sequence
             self._put_off[sequence] = None
         return None
@@ -131,6 +137,7 @@ class RequestQueue:
             for some in (self._waiting, self._put_off, self._arrived):
                 some.clear()
             self._arrived.extend(self._unfinished)
+        self.widths.start_again()
         return len(finished)
 
     def unfinished(self) -> list[RunningSequence]:

@@ -45,28 +45,32 @@ class Request:
     def __repr__(self) -> str:
         return f"Request({len(self.token_ids)} tokens, {self.max_new_tokens} new ones at most, {self.sampling})"
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self, widths: Sequence[int] | None = None) -> list[Chunk]:
         """Start and tokens of each chunk of the prompt, as long as can be from the beginning and from a cut on.
 
         A cut after the prefix makes all of it a chunk or some, which rows may share (:mod:`qspec_jax.engine.prefixes`).
+
+        Args:
+            widths: that chunks may have, in order; None for all there are.
         """
-        longest, end = chunks.CHUNK_WIDTHS[-1], len(self.token_ids)
-        cut = self.prefix_length if self._is_cut() else 0
+        widths = widths or chunks.CHUNK_WIDTHS
+        longest, end = widths[-1], len(self.token_ids)
+        cut = self.prefix_length if self._is_cut(widths) else 0
         starts = [*range(0, cut, longest), *range(cut, end, longest), end]
         return self._cut(starts)
 
-    def chunks_after(self, num_tokens: int) -> list[Chunk]:
+    def chunks_after(self, num_tokens: int, widths: Sequence[int] | None = None) -> list[Chunk]:
         """The same of what comes after so many tokens, at least one less than there are."""
         end = len(self.token_ids)
-        return self._cut([*range(num_tokens, end, chunks.CHUNK_WIDTHS[-1]), end])
+        return self._cut([*range(num_tokens, end, (widths or chunks.CHUNK_WIDTHS)[-1]), end])
 
     def _cut(self, starts: Sequence[int]) -> list[Chunk]:
         return [(start, tuple(self.token_ids[start:stop])) for start, stop in itertools.pairwise(starts)]
 
-    def _is_cut(self) -> bool:
-        longest, rest = chunks.CHUNK_WIDTHS[-1], len(self.token_ids) - self.prefix_length
+    def _is_cut(self, widths: Sequence[int]) -> bool:
+        longest, rest = widths[-1], len(self.token_ids) - self.prefix_length
         # Whole chunks of the prefix may be shared without a cut.
-        return _padded(self.prefix_length % longest + rest) - _padded(rest) >= LEAST_SAVED
+        return _padded(self.prefix_length % longest + rest, widths) - _padded(rest, widths) >= LEAST_SAVED
 
     def put_chunk(self, fields: Mapping[str, Any], place: int, chunk: Chunk) -> None:
         """Sets the fields of a chunk at a place among those of :func:`qspec_jax.decoding.chunks.empty_chunks`.
@@ -88,12 +92,12 @@ class Request:
         return widths_of(self.chunks())
 
 
-def widths_of(some: Sequence[Chunk]) -> set[int]:
-    """What some chunks are padded to."""
-    return {chunks.chunk_width(len(tokens)) for _, tokens in some}
+def widths_of(some: Sequence[Chunk], widths: Sequence[int] | None = None) -> set[int]:
+    """What some chunks are padded to, of some widths in order; None for all there are."""
+    return {chunks.chunk_width(len(tokens), widths) for _, tokens in some}
 
 
-def _padded(num_tokens: int) -> int:
+def _padded(num_tokens: int, widths: Sequence[int]) -> int:
     """The widths of all chunks of a text."""
-    whole, rest = divmod(num_tokens, chunks.CHUNK_WIDTHS[-1])
-    return whole * chunks.CHUNK_WIDTHS[-1] + (chunks.chunk_width(rest) if rest else 0)
+    whole, rest = divmod(num_tokens, widths[-1])
+    return whole * widths[-1] + (chunks.chunk_width(rest, widths) if rest else 0)

@@ -49,13 +49,12 @@ from qspec_jax.engine.interruption import is_interruption
 from qspec_jax.engine.pace import Pace
 from qspec_jax.engine.prefixes import NextChunk
 from qspec_jax.engine.reading import read_next
-from qspec_jax.engine.request_queue import RequestQueue, features_of
-from qspec_jax.engine.requests import Request, widths_of
+from qspec_jax.engine.request_queue import RequestQueue
+from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import RunTotals
 from qspec_jax.engine.rows import Rows
 from qspec_jax.engine.sequence import RunningSequence
 from qspec_jax.engine.served import Served
-from qspec_jax.model.cache import restart_multiple
 
 _BURST_S = 0.5
 # For which who has dispatched a burst leaves Python to the thread that does it: it would else wait for 5 ms.
@@ -113,9 +112,7 @@ class Scheduler:
         self._running = threading.RLock()  # held for a step, which may last as long as a burst
         self._queue = RequestQueue()
         self._next_programs = NextPrograms(programs, self._first_plan, self._on_event)
-        self._served = Served(self._next_programs, self._queue)
-        # What was said to come, and what a burst has run: more than that may be why steps fail.
-        self._expected = self._proven = SamplingFeatures()
+        self._served = Served(self._next_programs, programs, self._queue, self._on_event)
         self._is_torn = False  # a step has begun, and not ended
         self._rows = Rows(self.shape.rows, self._programs.num_row_shards)
         self._state: DecodeState | None = None
@@ -148,8 +145,7 @@ class Scheduler:
     def expect(self, widths: Iterable[int], features: SamplingFeatures) -> None:
         """Has :meth:`compile` compile what requests to come may need: widths of chunks, and kinds of sampling."""
         with self._running:
-            self._expected = self._expected.union(features)
-            self._queue.expect(widths, features)
+            self._served.expect(widths, features)
 
     def cancel(self, sequence: RunningSequence) -> None:
         """Lets no more tokens come of a sequence."""
@@ -167,11 +163,12 @@ class Scheduler:
         """
         with self._running:
             self._needed()  # of whoever has just come
-            known = self._expected.union(self._proven)
-            found = [one for one in self._queue.unfinished() if not known.cover(features_of(one))]
-            if found:
-                self._queue.features = known
-            return found
+            return self._served.suspects()
+
+    def leave_out_width(self, error: BaseException) -> bool:
+        """Of a batch whose steps fail: whether the next one reads prompts without what failed as it first ran."""
+        with self._running:
+            return self._served.leave_out_width(error)
 
     def inherit(self, other: Scheduler) -> None:
         """Goes on with what the rows of another one hold, of as many rows and less capacity. It is of no use after."""
@@ -226,7 +223,7 @@ class Scheduler:
             return self._go_on(max_cycles)
         flight, self._flight, plan = self._flight, None, self._plan
         self._state, report = flight.result()
-        self._proven = self.shape.features
+        self._served.ran(self.shape.features)
         running = self._rows.decoding()
         finished, cycles, lengths = jax.device_get((report.finished, report.cycles, report.accepted_lengths))
         made_s = time.perf_counter()
@@ -362,10 +359,10 @@ class Scheduler:
         self._queue.take_in(self._rows.texts.has)
         return self._queue.features
 
-    def _compile(self, features: SamplingFeatures) -> Shape:
-        wanted = self.shape._replace(features=features)
-        compiled_s = self._programs.compile_s
-        self._programs.compile(self._first_plan, wanted, self._queue.widths, on_event=self._on_event)
+    def _compile(self, features: SamplingFeatures, entered: Sequence[RunningSequence] = ()) -> Shape:
+        wanted, compiled_s = self.shape._replace(features=features), self._programs.compile_s
+        compile_widths = functools.partial(self._programs.compile, self._first_plan, wanted, on_event=self._on_event)
+        self._served.compile(compile_widths, entered if self._serves else None)
         if seconds := self._programs.compile_s - compiled_s:
             self.totals.compile_s += seconds
             self._clock = Clock()
@@ -379,15 +376,14 @@ class Scheduler:
         served, idle, entered = self._needed(), set(self._rows.idle), []
         if self._serves and self._state is not None:
             served = self._served.features(self.shape)
-        multiple = restart_multiple(self._programs.decoder.kv)
         while idle and (entering := self._queue.next(served)) is not None:
-            idle.remove(self._rows.enter(entering, idle, restart_multiple=multiple))
+            idle.remove(self._rows.enter(entering, idle, restart_multiple=self._served.restart_multiple))
             self.totals.reused_prompt_tokens += entering.num_kept
-            self._queue.expect(widths_of(entering.chunks), SamplingFeatures.of([entering.request.sampling]))
+            self._queue.expect_of(entering)
             entered.append(entering)
             if self._choosing is not None:
                 self._choosing.entered()
-        self._take_shape(self._compile(served))
+        self._take_shape(self._compile(served, entered))
         for sequence in entered:
             sequence.entered_s = time.perf_counter()
         if not self._rows.num_in_use:
@@ -435,10 +431,11 @@ class Scheduler:
         """
         of_rows = {row: one.chunks for row, one in rows.items()}
         own = [NextChunk(row, row, one.num_read) for row, one in rows.items() if one.num_kept]
-        sizes = {"rows": self.shape.rows, "capacity": self.shape.capacity}
+        sizes: dict[str, Any] = {"rows": self.shape.rows, "capacity": self.shape.capacity}
         sizes |= {"longest_packed": self._programs.longest_packed, "num_devices": self._programs.num_row_shards}
-        reports, num_chunks = [], 0
-        for one in read_next(self._rows.held, of_rows, own, most=more, **sizes):
+        widths, reports, num_chunks = self._queue.widths, [], 0
+        more = more if widths.are_all else 0  # passes for several chunks of a prompt come with the widest width
+        for one in read_next(self._rows.held, of_rows, own, most=more, **sizes, widths=widths.usable):
             reports.append(self._dispatch_chunks(*one))
             num_chunks += sum(some.count for some in one.chunks)
         return reports, num_chunks
@@ -462,7 +459,10 @@ class Scheduler:
         self.totals.gap_s += self._clock.dispatching()
         arguments = self._first_plan, self.shape, self._state
         if pieces is None:
-            self._state, report = self._programs.prefill(*arguments, chunks, rows, sources, count=len(next_chunks))
+            with self._queue.widths.first_read(width) as is_first:
+                self._state, report = self._programs.prefill(*arguments, chunks, rows, sources, count=len(next_chunks))
+                if self._serves and is_first:
+                    jax.block_until_ready(report)
         else:
             copied = sum(one.source != one.row for one in next_chunks)
             self._state, report = self._programs.read_pieces(*arguments, pieces, chunks, rows, sources, copied)

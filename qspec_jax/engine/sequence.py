@@ -61,13 +61,18 @@ class RunningSequence:
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
         self.drafted: list[DraftedCycle] | None = None
-        self.chunks = request.chunks()
         self.num_read = self.num_kept = self.num_reused = self.read_up_to = 0
+        self.cut(None)
 
     def go_on_after(self, num_tokens: int) -> None:
         """Its row holds so many tokens of its prompt already."""
         self.num_kept = self.num_reused = self.read_up_to = num_tokens
-        self.chunks = self.request.chunks_after(num_tokens)
+        self.cut(self._widths)
+
+    def cut(self, widths: Sequence[int] | None) -> None:
+        """Has its prompt, of which nothing was read, be read in chunks of some widths, in order; None for all."""
+        request, kept, self._widths = self.request, self.num_kept, widths
+        self.chunks = request.chunks_after(kept, widths) if kept else request.chunks(widths)
 
     @property
     def reading(self) -> bool:

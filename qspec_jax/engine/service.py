@@ -106,6 +106,8 @@ class Service(Uncopied):
     def compile(self, *, everything: bool = False) -> None:
         """Compiles what requests of any length need, which otherwise waits for the first of them.
 
+        Prompts are read without chunks of a width that cannot be compiled, of which ``on_event`` is told.
+
         Args:
             everything: penalties, biases and log-probabilities, too, which are else compiled once a request has them.
 
@@ -215,7 +217,6 @@ class Service(Uncopied):
             except BaseException as error:  # of the device; the next step computes again what was under way
                 failures += 1
                 if failures > 1:
-                    self._say(f"requests have failed: {error}")
                     failures = 0 if self._fail(error) else failures
                     time.sleep(_AFTER_FAILURE_S)
                 continue
@@ -229,9 +230,14 @@ class Service(Uncopied):
     def _fail(self, error: BaseException) -> bool:
         """Ends those that need what has never run, and may be why steps fail; all if there are none.
 
+        Nobody has to end if that is what reads chunks of one width.
+
         Returns:
             whether the others go on.
         """
+        if self._scheduler.leave_out_width(error):
+            return True
+        self._say(f"requests have failed: {error}")
         suspects = self._answers_of(self._scheduler.suspects())
         for answer in suspects:
             self.cancel(answer, error)
