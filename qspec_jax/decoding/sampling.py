@@ -167,6 +167,33 @@ def choose(
     assert first is not None
     assert axis is None
     places = first[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    logits = adjusted(logits, sampler, places=places, drafts=drafts)
+    noise = gumbel_noise(sampler.seed, places, logits.shape[-1])
+    warm = (sampler.temperature > 0)[:, None, None]
+    chosen = jnp.argmax(logits + jnp.where(warm, noise, 0), axis=-1).astype(jnp.int32)
+    if sampler.typical_acceptance is None or drafts is None:
+        return chosen
+    typical = _is_typical(logits[:, :-1], drafts, sampler.typical_acceptance)
+    return chosen.at[:, :-1].set(jnp.where(typical, drafts, chosen[:, :-1]))
+
+
+def adjusted(
+    logits: Float32[Array, "B T V"],
+    sampler: Sampler,
+    *,
+    places: Int32[Array, "B T"],
+    drafts: Int32[Array, "B T_minus_1"] | None = None,
+) -> Float32[Array, "B T V"]:
+    """What tokens are drawn from: logits that all options have changed, up to a number that all of a place share.
+
+    A greedy sequence has those before its temperature and limits.
+
+    Args:
+        logits: of the next tokens.
+        sampler: the options.
+        places: of the tokens that are chosen, among the new ones.
+        drafts: as in :func:`choose`.
+    """
     if sampler.biases is not None:
         logits = _biased(logits, sampler, places)
     if sampler.penalises:
@@ -178,12 +205,7 @@ def choose(
     )
     if sampler.truncates:
         logits = jnp.where(warm & ~_let_through(logits, sampler), -jnp.inf, logits)
-    noise = gumbel_noise(sampler.seed, places, logits.shape[-1])
-    chosen = jnp.argmax(logits + jnp.where(warm, noise, 0), axis=-1).astype(jnp.int32)
-    if sampler.typical_acceptance is None or drafts is None:
-        return chosen
-    typical = _is_typical(logits[:, :-1], drafts, sampler.typical_acceptance)
-    return chosen.at[:, :-1].set(jnp.where(typical, drafts, chosen[:, :-1]))
+    return logits
 
 
 def _finite_maximum(logits: Float32[Array, "B T V"]) -> Float32[Array, "B T one"]:
@@ -267,9 +289,10 @@ def _let_through(logits: Float32[Array, "B T V"], sampler: Sampler) -> Bool[Arra
     """Which tokens top-k, top-p and min-p leave, one after the other; the most likely one always."""
     vocab_size = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    rank = jnp.arange(vocab_size, dtype=jnp.int32)
     top_k, top_p, min_p = (getattr(sampler, name)[:, None, None] for name in ("top_k", "top_p", "min_p"))
-    kept = (top_k == 0) | (rank < top_k)
+    last = jnp.broadcast_to(jnp.clip(top_k, 1, vocab_size) - 1, (*logits.shape[:-1], 1))
+    # Those tied with the last of k are drawn, too: top-p counts their probabilities.
+    kept = (top_k == 0) | (ordered >= jnp.take_along_axis(ordered, last, axis=-1))
     probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
     # Rounded, the sum may reach 1 before the last token: a request without a limit must not feel its neighbours' ones.
     kept &= (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (top_p == 1)

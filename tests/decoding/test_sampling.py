@@ -163,6 +163,8 @@ def test_a_temperature_near_0_chooses_what_0_does_whatever_the_penalties():
     ("logits", "options", "expected"),
     [
         ([1, 0, 0, -1], {"top_k": 2}, {0, 1, 2}),  # tokens tied with the last one are let through
+        ([1, 0, 0, -1], {"top_k": 2, "top_p": 0.5}, {0}),  # and top-p counts them: 1/2, 1/4, 1/4
+        ([1, 0, 0, -1], {"top_k": 2, "top_p": 0.51}, {0, 1, 2}),
         ([2, 1, 0, 0], {"top_p": 0.5}, {0}),  # of probabilities 1/2, 1/4, 1/8, 1/8 (temperature 1/log 2) one reaches it
         ([2, 1, 0, 0], {"top_p": 0.51}, {0, 1}),
         ([2, 1, 0, 0], {"min_p": 0.5}, {0, 1}),
