@@ -200,13 +200,17 @@ def _unkept_program(message: str) -> str | None:
     )
     if matched is None:
         return None
-    reason = matched[3].splitlines()[0]
-    if matched[1] == "reading":
-        from qspec_jax.device.compilation_cache import forget  # imports JAX, which has warned
+    from qspec_jax.device.compilation_cache import forget, is_own  # imports JAX, which has warned
 
+    reason, is_read = matched[3].splitlines()[0], matched[1] == "reading"
+    event = "a compiled program cannot be read, and is compiled again" if is_read else "compiled programs are not kept"
+    if not is_own():
+        remedy = "; name another folder by JAX_COMPILATION_CACHE_DIR, which JAX is told to use, or unset it"
+    elif is_read:
         remedy = "" if forget(matched[2]) else f"; delete the folder of {_VARIABLE}"
-        return f"a compiled program cannot be read, and is compiled again: {reason}{remedy}"
-    return f"compiled programs are not kept: {reason}; {_VARIABLE}=FOLDER names another folder, {_VARIABLE}=off none"
+    else:
+        remedy = f"; {_VARIABLE}=FOLDER names another folder, {_VARIABLE}=off none"
+    return f"{event}: {reason}{remedy}"
 
 
 def leave(code: int, *, at_once: bool = False) -> NoReturn:

@@ -68,6 +68,12 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     return folder
 
 
+def is_own() -> bool:
+    """Whether the cache that JAX uses is the one that this library switched on; so is none."""
+    config: Any = jax.config
+    return config.jax_compilation_cache_dir in (None, "", _switched_on and str(_switched_on))
+
+
 def forget(program: str) -> bool:
     """Removes what JAX's cache has under the name of a program, if this library switched the cache on.
 
@@ -79,8 +85,7 @@ def forget(program: str) -> bool:
     Returns:
         whether there was something, and none of it is left.
     """
-    config: Any = jax.config
-    if _switched_on is None or str(_switched_on) != config.jax_compilation_cache_dir:
+    if _switched_on is None or not is_own():
         return False
     own = re.compile(re.escape(program) + "-[0-9a-f]{64}-(cache|atime)")
     try:

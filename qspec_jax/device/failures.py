@@ -7,6 +7,7 @@ JAX in ``start.py``.
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 
 from qspec_jax.errors import DeviceError, OutOfMemoryError, QSpecError
@@ -42,6 +43,8 @@ def explained(error: BaseException) -> QSpecError | None:
         from qspec_jax.device.start import why_no_backend  # JAX is there already: it has failed
 
         return DeviceError(why_no_backend(str(error)))
+    if _is_of_a_setting(error):
+        return DeviceError(f"JAX refuses a setting: {line.rstrip('.')}; correct that variable, or unset it")
     if is_out_of_memory(error):
         return OutOfMemoryError(f"out of memory: {line}; {MEMORY_REMEDY}")
     if _is_of_jax(error) and _DRIVER.search(str(error)):
@@ -63,9 +66,18 @@ def explained(error: BaseException) -> QSpecError | None:
 
 def _is_of_the_start(error: BaseException) -> bool:
     """Whether JAX has found no backend; where none is left it says so by an AssertionError without a word."""
+    return isinstance(error, (RuntimeError, AssertionError)) and _raised_in(error) == "jax._src.xla_bridge"
+
+
+def _is_of_a_setting(error: BaseException) -> bool:
+    """Whether an environment variable has a value that JAX does not know: it is not imported then."""
+    return isinstance(error, ValueError) and _raised_in(error) == "jax._src.config" and "jax" not in sys.modules
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """The module that an error comes from."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = frames[-1].f_globals.get("__name__") if frames else None
-    return isinstance(error, (RuntimeError, AssertionError)) and raised_in == "jax._src.xla_bridge"
+    return frames[-1].f_globals.get("__name__") if frames else None
 
 
 def _is_of_jax(error: BaseException) -> bool:

@@ -56,6 +56,8 @@ def why_no_backend(told: str) -> str:
     reason = _first_line(_BESIDES.sub("", told)) or f"there is no device for it here{_visible()}"
     if "cuda" in (asked or "cuda") and has_nvidia_gpu() and (problem := driver_problem()) is not None:
         reason = problem
+    if default := _default_device():
+        return f"JAX has no device for JAX_DEFAULT_DEVICE={default}: {reason}. Unset JAX_DEFAULT_DEVICE"
     if asked:
         return f"JAX has no device for JAX_PLATFORMS={asked}: {reason}. Unset JAX_PLATFORMS, or {_ON_CPU}"
     return f"JAX cannot start: {reason}. To go on, {_ON_CPU}"
@@ -97,6 +99,12 @@ def _asked_for() -> str | None:
     """The platforms that somebody has named."""
     config: Any = jax.config
     return os.environ.get("JAX_PLATFORMS") or config.jax_platforms
+
+
+def _default_device() -> str | None:
+    """The platform that somebody has named for arrays, and that is no device yet."""
+    config: Any = jax.config
+    return config.jax_default_device if isinstance(config.jax_default_device, str) else None
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 
-from qspec_jax.commands.run import guarded
+from qspec_jax.commands.run import _unkept_program, guarded
 from qspec_jax.commands.signals import taken_as_interruptions
+from qspec_jax.device import compilation_cache
 from qspec_jax.errors import DeviceError, DeviceWarning
 from tests.device.test_failures import JaxRuntimeError
 
@@ -57,7 +58,9 @@ def test_other_errors_and_debug_keep_their_traceback(error, debug):
         guarded(fail_with(error), debug=lambda: debug)
 
 
-def test_programs_that_cannot_be_kept_are_one_line_for_all(capsys):
+def test_programs_that_cannot_be_kept_are_one_line_for_all(capsys, monkeypatch):
+    monkeypatch.setattr(compilation_cache, "is_own", lambda: True)
+
     def work():
         for place in ("aa", "aa", "aa"):
             warnings.warn(WRITING.format(place), UserWarning, stacklevel=1)
@@ -75,6 +78,13 @@ def test_programs_that_cannot_be_kept_are_one_line_for_all(capsys):
         "a compiled program cannot be read, and is compiled again: EOFError: cut; delete the folder of QSPEC_JAX_CACHE",
         "warning: no kernel runs here",
     ]
+
+
+def test_a_cache_that_jax_is_told_to_use_is_what_to_change(monkeypatch):
+    monkeypatch.setattr(compilation_cache, "is_own", lambda: False)
+    remedy = "; name another folder by JAX_COMPILATION_CACHE_DIR, which JAX is told to use, or unset it"
+    assert _unkept_program(WRITING.format("aa")).endswith(f"No space left: '/c/aa'{remedy}")
+    assert _unkept_program("Error reading persistent compilation cache entry for 'x': EOFError: cut").endswith(remedy)
 
 
 LEAVES = """

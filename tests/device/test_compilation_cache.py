@@ -164,6 +164,15 @@ def test_nothing_is_kept_on_a_full_disk(tmp_path, monkeypatch, capsys):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_cache_is_own_unless_jax_was_told_to_use_another(unconfigured, tmp_path):
+    assert compilation_cache.is_own()
+    enable_compilation_cache(tmp_path / "own")
+    assert compilation_cache.is_own()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert not compilation_cache.is_own()
+    assert not compilation_cache.forget("jit_loop")
+
+
 def test_a_folder_that_is_full_is_shrunk_as_it_is_switched_on(unconfigured, tmp_path, monkeypatch):
     old = tmp_path / f"jit_loop-{'0' * 64}-cache"
     old.write_bytes(bytes(2000))

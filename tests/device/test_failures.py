@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from qspec_jax.device.failures import explained
@@ -65,3 +69,21 @@ def test_a_failure_of_the_machine_is_one_line(error, kind):
     found = explained(error)
     assert type(found) is (type(None) if kind is None else kind)
     assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64=maybe", "JAX_DEFAULT_DEVICE=cpu:1"])
+def test_a_variable_that_jax_does_not_understand_is_one_line(setting):
+    """It is found out as JAX is imported."""
+    work = "from qspec_jax.commands.run import guarded; raise SystemExit(guarded(lambda: __import__('jax') and None))"
+    environment = os.environ | dict([setting.split("=")])
+    ended = subprocess.run([sys.executable, "-c", work], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert ended.stderr.startswith("error: JAX refuses a setting: ")
+    assert setting.partition("=")[2] in ended.stderr
+    assert ended.stderr.endswith("; correct that variable, or unset it\n")
+
+
+def test_a_value_that_is_wrong_later_is_none_of_a_variable():
+    with pytest.raises(ValueError, match="no such mode") as raised:
+        exec("raise ValueError('no such mode')", {"__name__": "jax._src.config"})
+    assert explained(raised.value) is None

@@ -29,7 +29,7 @@ NOT_THERE = "An NVIDIA GPU may be present on this machine, but a CUDA-enabled ja
 def machine(monkeypatch):
     """Sets what is asked of this machine; nobody asks for a platform."""
     monkeypatch.setattr(start, "_said", set())
-    monkeypatch.setattr(jax, "config", SimpleNamespace(jax_platforms=None))
+    monkeypatch.setattr(jax, "config", SimpleNamespace(jax_platforms=None, jax_default_device=None))
 
     def is_one_with(*, gpu=False, plugin=None, smi=None, platform="cpu", **environment):
         for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
@@ -96,6 +96,14 @@ def test_where_no_backend_starts_one_line_says_why_and_what_to_do(machine, told,
     assert str(error.value).startswith(line)
     assert str(error.value).endswith("set JAX_PLATFORMS=cpu to run on the CPU")
     assert "\n" not in str(error.value)
+
+
+def test_a_default_device_that_is_not_there_is_what_to_unset(machine, monkeypatch):
+    machine(JAX_PLATFORMS="cpu")
+    monkeypatch.setattr(jax.config, "jax_default_device", "gpu")
+    line = start.why_no_backend("Unknown backend: 'gpu' requested, but no platforms that are instances are present.")
+    assert line.startswith("JAX has no device for JAX_DEFAULT_DEVICE=gpu: Unknown backend: 'gpu' requested")
+    assert line.endswith("are present. Unset JAX_DEFAULT_DEVICE")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,8 @@ def test_commands_start_the_device_before_they_ask_which_one_it_is(machine, comm
 
     machine(JAX_PLATFORMS="cuda", platform=fail)
     monkeypatch.setenv("QSPEC_JAX_CACHE", "off")
-    settings = dict.fromkeys(["jax_platforms", "jax_compilation_cache_dir", "jax_enable_compilation_cache"])
+    names = "jax_platforms jax_default_device jax_compilation_cache_dir jax_enable_compilation_cache"
+    settings = dict.fromkeys(names.split())
     monkeypatch.setattr(jax, "config", SimpleNamespace(**settings, update=lambda *setting: None))
     assert main(rest) == 1
     assert "error: JAX has no device for JAX_PLATFORMS=cuda: there is no device" in capsys.readouterr().err
