@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qspec_jax.commands.absence import tell_others
+from qspec_jax.commands.environment import without_settings_of_others
 from qspec_jax.commands.options import PROCESSES, weights_of
 from qspec_jax.commands.output import discard, finish, is_terminal, open_standard_streams, say, show
 from qspec_jax.commands.signals import minded_no_more, taken_as_interruptions
@@ -136,7 +137,7 @@ def guarded(
     open_standard_streams()
     with taken_as_interruptions() as signals:
         try:
-            with _plain_warnings():
+            with _plain_warnings(), without_settings_of_others():
                 code = work() or 0
             finish()
             return code

@@ -1,4 +1,8 @@
-"""JAX's settings of the calling thread that are meant for programs of its own, and would break those of the engine."""
+"""JAX's settings that are meant for other programs, and would break those of the engine or change what they draw.
+
+Some are the calling thread's, and some are the process's: environment variables, and ``jax.config.update``. So threads
+of the engine need this as well.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ def usual_settings() -> Generator[None]:
 
     The engine compiles its programs ahead, for devices that it names, and hands them arrays of the host. These do not
     hold here, then: ``jax.disable_jit``, which compiles nothing; ``jax.set_mesh``, which puts arrays where no program
-    wants them; ``jax.transfer_guard``, which refuses the host's arrays; and ``jax.numpy_rank_promotion``.
+    wants them; ``jax.transfer_guard``, which refuses the host's arrays; and ``jax.numpy_rank_promotion``. Nor does the
+    older way of JAX to draw numbers (``jax.threefry_partitionable``): a seed means the same text everywhere.
     """
     config: Any = jax.config
     with contextlib.ExitStack() as stack:
@@ -27,6 +32,8 @@ def usual_settings() -> Generator[None]:
             stack.enter_context(jax.numpy_rank_promotion("allow"))
         if _guards_transfers(config):
             stack.enter_context(jax.transfer_guard("allow"))
+        if not config.jax_threefry_partitionable:
+            stack.enter_context(jax.threefry_partitionable(True))
         if _is_on_a_mesh():
             stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
         yield

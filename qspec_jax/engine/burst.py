@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qspec_jax.device.settings import usual_settings
+
 if TYPE_CHECKING:
     from qspec_jax.decoding.programs import Report
     from qspec_jax.decoding.state import DecodeState
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SLICE_S = 0.02
 
 
+@usual_settings()  # of the thread that dispatches
 def run_in_slices(
     loop: Callable[..., tuple[DecodeState, Report]],
     state: DecodeState,

@@ -319,6 +319,7 @@ def _assemble(
     return LanguageModel(decoder, tokenizer, kernels=kernels_in_use(decoder, kernels), **options)
 
 
+@usual_settings()  # of a thread
 def _programs_ahead(
     compile_ahead: Callable[[LanguageModel], None] | None,
     opened: OpenedModel,
@@ -336,6 +337,7 @@ def _programs_ahead(
     return model.programs
 
 
+@usual_settings()
 def save(
     model: LanguageModel | Any,
     path: str | os.PathLike[str] | Any,

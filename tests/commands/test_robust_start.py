@@ -87,6 +87,25 @@ def test_a_cache_that_jax_is_told_to_use_is_what_to_change(monkeypatch):
     assert _unkept_program("Error reading persistent compilation cache entry for 'x': EOFError: cut").endswith(remedy)
 
 
+def test_a_command_leaves_out_what_the_environment_says_to_other_programs(capsys, monkeypatch):
+    told = {
+        "JAX_DISABLE_JIT": "True",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_TRANSFER_GUARD": "disallow",
+        "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": "allow",  # as ever
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    code, said = ending(capsys, lambda: seen.extend(told.keys() & os.environ.keys()))
+    assert (code, seen) == (0, [])
+    assert [line.partition(": no effect on this command")[0] for line in said.splitlines()] == [
+        f"{name}={told[name]}" for name in list(told)[:4]
+    ]
+    assert {name: os.environ[name] for name in told} == told
+
+
 LEAVES = """
 import atexit, os, signal, threading, time
 from qspec_jax.commands.run import leave

@@ -290,17 +290,31 @@ FOR_OTHER_PROGRAMS = {
     "a guard of transfers": lambda: jax.transfer_guard("disallow_explicit"),
     "no jit": jax.disable_jit,
     "no ranks promoted": lambda: jax.numpy_rank_promotion("raise"),
+    "older draws": lambda: jax.threefry_partitionable(False),
+}
+
+
+# What all threads are told, as environment variables tell them.
+FOR_OTHER_PROCESSES = {
+    "jax_disable_jit": (True, False),
+    "jax_numpy_rank_promotion": ("raise", "allow"),
+    "jax_threefry_partitionable": (False, True),
+    "jax_transfer_guard": ("disallow_explicit", "allow"),
 }
 
 
 def test_what_jax_is_told_of_other_programs_does_not_reach_the_engine(model):
-    (expected,) = model.generate([5, 6, 7], draft="w4a8", max_new_tokens=6)
+    options = {"draft": "w4a8", "max_new_tokens": 6, "sampling": [{"temperature": 0.9, "seed": 3}, None]}
+    expected = [result.token_ids for result in model.generate([[5, 6, 7], [8, 9]], **options)]
     with contextlib.ExitStack() as stack:
         for setting in FOR_OTHER_PROGRAMS.values():
             stack.enter_context(setting())
+        for name, (told, before) in FOR_OTHER_PROCESSES.items():
+            jax.config.update(name, told)
+            stack.callback(jax.config.update, name, before)
         new = LanguageModel(model.decoder, None, quantization=model.quantization, kernels="reference")
-        (result,) = new.generate([5, 6, 7], draft="w4a8", max_new_tokens=6)
-    assert result.token_ids == expected.token_ids
+        results = new.generate([[5, 6, 7], [8, 9]], **options)
+    assert [result.token_ids for result in results] == expected
 
 
 @pytest.mark.parametrize("name", FOR_OTHER_PROGRAMS)
@@ -320,7 +334,8 @@ def test_a_program_that_is_traced_may_ask_for_the_decoder_of_a_plan(model):
 
 def _settings():
     config = jax.config
-    return config.jax_disable_jit, config.jax_numpy_rank_promotion, _guards_transfers(config), jax.sharding.get_mesh()
+    told = config.jax_disable_jit, config.jax_numpy_rank_promotion, config.jax_threefry_partitionable
+    return *told, _guards_transfers(config), jax.sharding.get_mesh()
 
 
 _settings_of_the_engine = usual_settings()(_settings)
