@@ -13,7 +13,7 @@ from qspec_jax.engine.outcome import failure
 from qspec_jax.engine.prompts import Prompt, prompts_of, read_prompt
 from qspec_jax.engine.requests import Request
 from qspec_jax.engine.results import GenerationResult, GenerationStats
-from qspec_jax.errors import QSpecError, TooLongError, UsageError
+from qspec_jax.errors import TooLongError, UsageError
 from qspec_jax.model.config import ModelConfig
 from qspec_jax.tokenizer.watch import TextWatch
 
@@ -132,9 +132,9 @@ class Intake:
         """A prompt as :func:`read_prompt` reads it, and its tokens."""
         read: Any = read_prompt(prompt, what)
         if isinstance(read, str):
-            ids = _tokenised(lambda: self._encode(read, chat, what), what)
+            ids = self._encode(read, chat, what)
         elif _are_messages(read):
-            ids = _tokenised(lambda: self._require_tokenizer().apply_chat(read), what)
+            ids = self._require_tokenizer().apply_chat(read)
         else:
             ids = read
         if not ids:
@@ -175,18 +175,3 @@ class Intake:
 
 def _are_messages(read: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(read, list) and bool(read) and isinstance(read[0], dict)
-
-
-def _tokenised(tokenise: Callable[[], list[int]], what: str) -> list[int]:
-    """Tokens; a failure of the libraries below is the prompt's.
-
-    Raises:
-        UsageError: there are none.
-    """
-    try:
-        return tokenise()
-    except QSpecError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"{what} cannot be tokenised: {values.printable(reason[0])}") from error

@@ -95,7 +95,7 @@ class PlainBackend:
         return self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tokenize: bool, **options: Any
+        self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **options: Any
     ) -> Any:
         from qspec_jax.tokenizer.chat_template import is_plain, render
 
@@ -105,10 +105,9 @@ class PlainBackend:
                 "one to use into chat_template.jinja, or give the prompt as plain text"
             )
         if self.chat_template is None or not add_generation_prompt or not is_plain(conversation):
-            options |= {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+            options["add_generation_prompt"] = add_generation_prompt
             return self._in_transformers.apply_chat_template(conversation, **options)
-        text = render(self.chat_template, conversation, self._special_tokens)
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        return render(self.chat_template, conversation, self._special_tokens)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         self._in_transformers.save_pretrained(save_directory)
@@ -145,7 +144,9 @@ def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> 
         backend = _open_in_transformers(path)
     except CheckpointError:
         raise
-    except Exception as error:  # the libraries raise everything, down to bare Exceptions
+    except BaseException as error:  # the libraries raise everything, down to bare Exceptions
+        if not is_of_a_library(error):
+            raise
         if _names_own_code(path):
             raise _own_code(path) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -162,6 +163,11 @@ def open_directory(path: Path, *, defaults: Mapping[str, str] | None = None) -> 
     if not backend.is_fast:
         raise CheckpointError(f"{path} has a slow tokenizer only; add the model's tokenizer.json")
     return backend
+
+
+def is_of_a_library(error: BaseException) -> bool:
+    """Whether an error is none of the interpreter's: a panic of tokenizers, which is Rust, is no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _open_in_transformers(path: Path) -> PreTrainedTokenizerBase:

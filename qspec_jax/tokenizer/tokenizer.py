@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qspec_jax.errors import UsageError
-from qspec_jax.tokenizer.backend import PlainBackend
+from qspec_jax.tokenizer.backend import PlainBackend, is_of_a_library
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class Tokenizer:
         """The tokens of ``text``, after the BOS token if the model wants one and ``add_special_tokens`` is set.
 
         Raises:
-            UsageError: it is no text, or has half a character.
+            UsageError: it is no text, has half a character, or something that the vocabulary has no token for.
         """
         if not isinstance(text, str):
             raise UsageError(f"text is of type {type(text).__name__}; use a str, each of several by itself")
@@ -89,8 +89,16 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError("text has half a character, which no UTF-8 text has; remove it") from error
-        with self._lock:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            with self._lock:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not is_of_a_library(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"the text cannot be tokenised: {reason}; give other text, or mend the model's tokenizer.json"
+            ) from error
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, up to where the assistant's answer begins.
@@ -99,9 +107,9 @@ class Tokenizer:
             messages: ``{"role": "user", "content": text}``, oldest first.
 
         Raises:
-            UsageError: there is no chat template, or it refuses these messages.
+            UsageError: there is no chat template, it refuses these messages, or the vocabulary lacks tokens for them.
         """
-        return self._chat(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return self.encode(self.chat_text(messages), add_special_tokens=False)
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         if not self.has_chat_template:

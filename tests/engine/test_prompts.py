@@ -221,6 +221,18 @@ def test_a_failure_of_the_tokenizer_or_template_is_the_requests():
             model(template).intake.request([USER])
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}"])
+def test_a_prompt_with_characters_that_no_token_has_fails_alone(template):
+    words = Words(models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = tiny.language_model()
+    unknowing = Tokenizer(PlainBackend(words, chat_template=template))
+    intake = LanguageModel(made.decoder, unknowing, quantization=None, kernels="reference").intake
+    good, bad = (intake.attempt(text, statistics(made.plan("w4a16"), kernels="reference")) for text in ("a b", "a c"))
+    assert isinstance(good, Request)
+    assert bad.error.startswith("the text cannot be tokenised: ")
+
+
 def test_odd_requests_of_a_batch_fail_alone():
     plain = tiny.language_model()
     options = {"mode": "w4a16", "max_new_tokens": 3, "batch_size": 1, "max_seq_len": 32}

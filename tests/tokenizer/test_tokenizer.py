@@ -6,6 +6,8 @@ import random
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Words
+from tokenizers import models
 
 from qspec_jax.errors import CheckpointError, CheckpointWarning, UnsupportedModelError, UsageError
 from qspec_jax.tokenizer.tokenizer import Tokenizer
@@ -366,6 +368,45 @@ def test_a_template_that_fails_is_a_usage_error(sentencepiece_path, template, me
     for chat in (tokenizer.apply_chat, tokenizer.chat_text):
         with pytest.raises(UsageError, match=message):
             chat([{"role": "user", "content": "the"}])
+
+
+UNREADABLE = {
+    "no token for unknown words": (models.WordLevel({"the": 0}, unk_token="<unk>"), None),
+    "no id of unknown pieces": (models.Unigram([("t", -1.0)], None), None),
+    "a token of the template that is not described": (  # tokenizers panics
+        models.WordLevel({"the": 0, "dog": 1, "<unk>": 2}, unk_token="<unk>"),
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_text_that_the_vocabulary_cannot_write_is_a_usage_error(tmp_path, case):
+    model, processor = UNREADABLE[case]
+    described = json.loads(Words(model).to_str())
+    if processor is not None:
+        described["post_processor"] = {**processor, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    tokenizer = load_tokenizer(tmp_path)
+    message = r"^the text cannot be tokenised: .+; give other text, or mend the model's tokenizer\.json$"
+    with pytest.raises(UsageError, match=message):
+        tokenizer.encode("dog")
+    if processor is None:
+        with pytest.raises(UsageError, match=message):
+            tokenizer.apply_chat([{"role": "user", "content": "dog"}])
+
+
+def test_a_tokenizer_file_at_which_the_library_panics_is_damaged(hf_directory, monkeypatch):
+    class PanicException(BaseException):
+        """Has the name by which that of Rust is known."""
+
+    def panic(_):
+        raise PanicException("no entry found for key")
+
+    monkeypatch.setattr(Words, "from_buffer", panic)
+    with pytest.raises(CheckpointError, match=r"cannot load a tokenizer from .*: no entry found for key"):
+        load_tokenizer(hf_directory)
 
 
 def test_without_a_template_there_is_no_chat(sentencepiece_path):
