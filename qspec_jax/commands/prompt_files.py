@@ -27,6 +27,7 @@ from qspec_jax.errors import QSpecError, UsageError
 from qspec_jax.files import json_lines
 from qspec_jax.files.lock import lock
 from qspec_jax.files.text import is_standard_input, read_text
+from qspec_jax.weights.contents import contents_digest
 from qspec_jax.weights.resolve import demo_gguf_path, resolve_model
 
 if TYPE_CHECKING:
@@ -221,12 +222,12 @@ def attempt_line(model: LanguageModel, plan: Plan, line: PromptLine, **options: 
 
 
 def model_identity(model: str | None) -> str:
-    """What a model is however it is called: a real path, a hub id, or ``default``.
+    """What a model is however it is called: a real path and what is there, a hub id, or ``default``.
 
-    A checkpoint is another one once it was written anew.
+    A model is another one once it was written anew.
 
     Raises:
-        CheckpointError: there are several at that path, or the checkpoint is damaged.
+        CheckpointError: there are several at that path, or the model is damaged.
     """
     name = model or "default"
     if name == "default" or not os.path.exists(name):
@@ -236,7 +237,9 @@ def model_identity(model: str | None) -> str:
         return "default"
     from qspec_jax.weights.checkpoint import manifest  # imports JAX
 
-    return f"{path}/{manifest.read_content(Path(path))['data']}" if manifest.is_checkpoint(Path(path)) else path
+    if manifest.is_checkpoint(Path(path)):
+        return f"{path}/{manifest.read_content(Path(path))['data']}"
+    return f"{path}/{contents_digest(Path(path))}"
 
 
 def line_keys(lines: Sequence[PromptLine], defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
