@@ -218,8 +218,9 @@ def _request(arguments: argparse.Namespace) -> _Request:
     options.check_counts(arguments, "batch_size")
     if arguments.outlier_plot is not None and text is None:
         raise UsageError("--outlier-plot shows activations on a text; give --text FILE")
-    if arguments.plot is not None or arguments.outlier_plot is not None:
-        _require_matplotlib()
+    plots = {"--plot": arguments.plot, "--outlier-plot": arguments.outlier_plot}
+    if asked := [option for option, path in plots.items() if path is not None]:
+        _require_matplotlib(" and ".join(asked))
     options.check_plot(arguments.plot, option="--plot")
     options.check_plot(arguments.outlier_plot, option="--outlier-plot")
     for model in (*(arguments.model or ()), arguments.baseline):
@@ -391,11 +392,11 @@ def _read_text(path: Path | None) -> str | None:
     return text
 
 
-def _require_matplotlib() -> None:
+def _require_matplotlib(asked: str) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; install it with `pip install matplotlib`, or leave --plot out")
+        raise UsageError(f"for {asked} install matplotlib (`pip install matplotlib`), or leave {asked} out")
 
 
 def _progress(description: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 
 import pytest
@@ -191,3 +192,14 @@ def test_a_model_is_given_first_or_as_to_other_commands(capsys, build):
         with pytest.raises(SystemExit):
             build().parse_args(words)
         assert "MODEL is given twice: x and y" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [["--plot"], ["--outlier-plot"], ["--plot", "--outlier-plot"]])
+def test_who_draws_without_matplotlib_hears_of_the_options_that_draw(tmp_path, monkeypatch, capsys, asked):
+    (tmp_path / "text.txt").write_text("some letters")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    given = [word for option in asked for word in (option, str(tmp_path / "plot.png"))]
+    assert evaluate.main(["--text", str(tmp_path / "text.txt"), *given]) == 2
+    names = " and ".join(asked)
+    expected = f"error: for {names} install matplotlib (`pip install matplotlib`), or leave {names} out"
+    assert capsys.readouterr().err.splitlines() == [expected]
