@@ -103,10 +103,15 @@ def activation_name(settings: Mapping[str, Any]) -> str:
 
 
 def random_weight(n: int, k: int, stored: WeightFormat) -> QuantizedWeight:
-    """A weight whose codes use all their values and whose entries are about 1 / sqrt(K)."""
+    """A weight whose codes use all their values and whose entries are about 1 / sqrt(K).
+
+    Of a symmetric one half of the scales are negative: where a group has its larger weights above zero.
+    """
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**stored.bits, (n, k), dtype=np.uint8)
     scale = rng.uniform(0.5, 1.5, (k // (stored.group_size or k), n)) / np.sqrt(k) / 4
+    if stored.symmetric:
+        scale *= rng.choice([-1, 1], scale.shape)
     kind = jnp.float32 if stored.wide else jnp.float16
     offset = None if stored.symmetric else jnp.asarray(scale * rng.uniform(5, 10, scale.shape), kind)
     packed, low = (pack_codes(jnp.asarray(codes)), None) if stored.bits == 4 else pack_nested(jnp.asarray(codes))

@@ -56,10 +56,15 @@ def newest_jax_by_feature(
 def random_weight(
     n: int, k: int, group_size: int, *, symmetric: bool, scale_dtype: jnp.dtype = jnp.float16, seed: int = 0
 ) -> QuantizedWeight:
-    """A weight whose codes use all 16 values and whose entries are about 1 / sqrt(K)."""
+    """A weight whose codes use all 16 values and whose entries are about 1 / sqrt(K).
+
+    Of a symmetric one half of the scales are negative: where a group has its larger weights above zero.
+    """
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
     scale = rng.uniform(0.5, 1.5, (k // group_size, n)) / np.sqrt(k) / 4
+    if symmetric:
+        scale *= np.random.default_rng(100 + seed).choice([-1, 1], scale.shape)
     offset = None if symmetric else _rounded(scale * rng.uniform(5, 10, scale.shape), scale_dtype)
     return _packed(codes, _rounded(scale, scale_dtype), offset)
 
