@@ -48,6 +48,11 @@ class Recipe:
         return any(step.needs_text for step in self.steps)
 
     @property
+    def keeps_parts(self) -> bool:
+        """Whether finished layers lie beside the checkpoint until it is complete."""
+        return GPTQ in self.steps
+
+    @property
     def turns(self) -> bool:
         """Whether a step changes what linears read and write."""
         return any(step.turns for step in self.steps)

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from pallas_kernels import QuantizedWeight
 from pallas_kernels.dispatch import REFERENCE
 from qspec_jax.device.memory import check_memory
 from qspec_jax.device.sizes import size_text
@@ -25,7 +28,7 @@ from qspec_jax.recipes.catalogue import Recipe
 from qspec_jax.recipes.floats import as_floats
 from qspec_jax.recipes.layerwise import open_calibration
 from qspec_jax.recipes.steps import Progress, RecipeContext, RecipeOptions
-from qspec_jax.recipes.work_folder import remove_work_folders
+from qspec_jax.recipes.work_folder import kept_bytes, remove_work_folders
 from qspec_jax.weights.checkpoint.manifest import is_checkpoint, read_manifest
 from qspec_jax.weights.checkpoint.save import check_destination, save_checkpoint
 from qspec_jax.weights.exact import copy_formats
@@ -88,9 +91,10 @@ def convert(
     source = open_source(source_path, floats=recipe.name != "keep")
     _check_kept(source, recipe, options)
     estimate = _estimate(source, recipe, options)
-    check_destination(path, estimate.finished, overwrite=overwrite)
+    still_kept = max(0, estimate.kept - kept_bytes(Path(os.path.realpath(path))))
+    check_destination(path, estimate.finished + still_kept, overwrite=overwrite)
     check_memory(estimate.peak, what=f"the weights of {source_path.name} and the copies that quantising takes")
-    needed = f"about {size_text(estimate.peak)} of memory, up to {size_text(estimate.finished)} on disk"
+    needed = f"about {size_text(estimate.peak)} of memory, up to {size_text(estimate.finished + still_kept)} on disk"
     progress.say(f"{source_path.name}: {needed}")
     if recipe.name == "keep" and not options.quantization.keep_floats and _has_floats(source_path):
         progress.say(
@@ -208,10 +212,11 @@ def recorded(recipe: Recipe, options: RecipeOptions) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Estimate:
-    """Bytes of the finished arrays, and at the peak of making them."""
+    """Bytes of the finished arrays, at the peak of making them, and of those that also lie on disk until the end."""
 
     finished: int
     peak: int
+    kept: int
 
 
 def _estimate(source: Source, recipe: Recipe, options: RecipeOptions) -> _Estimate:
@@ -222,7 +227,10 @@ def _estimate(source: Source, recipe: Recipe, options: RecipeOptions) -> _Estima
     )
     finished = num_bytes(decoder)
     largest = max(math.prod(spec.shape) for spec in source.specs.values())
-    return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest)
+    codes = jax.tree.leaves(nnx.state(decoder), is_leaf=lambda one: isinstance(one, QuantizedWeight))
+    in_codes = [jax.tree.leaves(one) for one in codes if isinstance(one, QuantizedWeight)]
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaves in in_codes for leaf in leaves) if recipe.keeps_parts else 0
+    return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest, kept)
 
 
 def _as_far_as_left(source: Source, recipe: Recipe) -> Source:

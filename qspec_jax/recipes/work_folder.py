@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,9 +100,18 @@ def _name(part: Part) -> str:
 
 def remove_work_folders(output: Path) -> None:
     """Removes what is left of any run that was to write the checkpoint ``output``."""
+    for folder in _folders(output):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_bytes(output: Path) -> int:
+    """What runs that were to write the checkpoint ``output`` have left on disk."""
+    return sum(file.stat().st_size for folder in _folders(output) for file in folder.glob("*.npz"))
+
+
+def _folders(output: Path) -> Iterator[Path]:
     for place in (output.parent, output):
-        for folder in place.glob(f"{glob.escape(layers_prefix(output))}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        yield from place.glob(f"{glob.escape(layers_prefix(output))}*")
 
 
 def fingerprint(source: Source, tokens: Int32[np.ndarray, "windows T"], settings: Mapping[str, Any]) -> str:

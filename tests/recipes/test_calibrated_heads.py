@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,15 @@ import pytest
 import qspec_jax
 from pallas_kernels import upper_nibbles
 from qspec_jax import QuantConfig, quantize
+from qspec_jax.device.sizes import size_text
 from qspec_jax.errors import CheckpointError
 from qspec_jax.model.parameters import head_name
 from qspec_jax.quantization.rtn import quantize_rtn
-from qspec_jax.recipes import layerwise
+from qspec_jax.recipes import convert, layerwise
+from qspec_jax.recipes.catalogue import RECIPES
 from qspec_jax.recipes.observe import advance, moments_of_norms
-from qspec_jax.recipes.work_folder import WorkFolder
+from qspec_jax.recipes.steps import RecipeOptions
+from qspec_jax.recipes.work_folder import WorkFolder, kept_bytes
 from qspec_jax.weights.codes import packed
 from qspec_jax.weights.fill import load_layer
 from qspec_jax.weights.resolve import open_source
@@ -135,6 +140,8 @@ def test_a_run_goes_on_with_the_head_and_does_not_round_it_twice(tmp_path, monke
         codes = rounded(source, quantization, tmp_path).entries["lm_head.weight"].read_head().codes
     assert work.has("head")
     assert work.num_finished() == source.config.num_layers
+    estimate = convert._estimate(source, RECIPES["gptq"], RecipeOptions(quantization)).kept
+    assert estimate < kept_bytes(tmp_path / "out") < estimate + 2 * 4 * 3 * 512, "what files have besides arrays"
     monkeypatch.setattr(layerwise, "_quantize_head", lambda *_: pytest.fail("it is finished"))
     again = rounded(source, quantization, tmp_path).entries["lm_head.weight"].read_head().codes
     np.testing.assert_array_equal(again, codes)
@@ -170,6 +177,26 @@ def test_the_estimate_knows_the_head():
     without, needed = (layerwise.calibration_bytes(config, (8, 32), with_head=head) for head in (False, True))
     floats = 4 * config.vocab_size * config.hidden_size
     assert without + 4 * 6 * config.hidden_size**2 < needed < without + floats
+
+
+def test_the_disk_holds_finished_parts_and_the_checkpoint(model, text, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Until that is complete, which is said before any work; what an earlier run has left there counts."""
+    usage, free = collections.namedtuple("usage", "total used free"), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, free[0]))
+    monkeypatch.setattr(convert, "open_calibration", lambda *_, **__: pytest.fail("began to work"))
+    options = RecipeOptions(QuantConfig(draft_head=4), calibration=text)
+    needed = convert._estimate(open_source(model), RECIPES["gptq"], options)
+    assert convert._estimate(open_source(model), RECIPES["rtn"], options).kept == 0
+    given = ("--recipe", "gptq", "--calibration", text, "--draft-head", 4)
+    command = [str(one) for one in (model, tmp_path / "out", *given)]
+    free.append(needed.finished + needed.kept + (1 << 20) - 1)
+    assert quantize.main(command) == 1
+    assert f"needs up to {size_text(free[0] + 1)} and" in capsys.readouterr().err
+    left = WorkFolder(tmp_path / "out", "key")
+    left.path.mkdir()
+    (left.path / "layer-0000.npz").write_bytes(b"1")
+    with pytest.raises(BaseException, match="began to work"):
+        quantize.main(command)
 
 
 @pytest.mark.parametrize("beside_floats", [False, True])

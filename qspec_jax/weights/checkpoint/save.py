@@ -158,7 +158,8 @@ def check_destination(path: str | os.PathLike[str], needed_bytes: int, *, overwr
     if needed_bytes + _METADATA_BYTES > free:
         kept = "; a checkpoint is only removed after its successor is complete" if is_checkpoint(path) else ""
         raise CheckpointError(
-            f"the checkpoint {path} needs up to {size_text(needed_bytes)} and {parent} has {size_text(free)} free"
+            f"the checkpoint {path} needs up to {size_text(needed_bytes + _METADATA_BYTES)} and {parent} has "
+            f"{size_text(free)} free"
             f"{kept}; free space, or give a path on another disk"
         )
 
