@@ -227,9 +227,9 @@ def _estimate(source: Source, recipe: Recipe, options: RecipeOptions) -> _Estima
     )
     finished = num_bytes(decoder)
     largest = max(math.prod(spec.shape) for spec in source.specs.values())
-    codes = jax.tree.leaves(nnx.state(decoder), is_leaf=lambda one: isinstance(one, QuantizedWeight))
-    in_codes = [jax.tree.leaves(one) for one in codes if isinstance(one, QuantizedWeight)]
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaves in in_codes for leaf in leaves) if recipe.keeps_parts else 0
+    parameters = jax.tree.leaves(nnx.state(decoder), is_leaf=lambda one: isinstance(one, QuantizedWeight))
+    codes = jax.tree.leaves([one for one in parameters if isinstance(one, QuantizedWeight)])
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in codes) if recipe.keeps_parts else 0
     return _Estimate(finished, finished + _WORKING_COPIES * 4 * largest, kept)
 
 

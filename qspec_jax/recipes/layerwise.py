@@ -186,52 +186,41 @@ def _quantize_layer(
     """The linears of a layer in the order in which they run, each after those before it were rounded."""
     rounded: dict[str, QuantizedWeight] = {}
     for name in layer_anatomy(layer.attention.config).linears:
-        hessian = second_moments(layer, streams, name)
-        if not bool(jnp.isfinite(hessian).all()):
-            raise CheckpointError(
-                f"the inputs of {where} {name} are not finite on the calibration text; the weights of the model are "
-                "damaged, or too large for float32"
-            )
-        linear = linear_of(layer, name)
-        floats: Any = linear.weight.get_value()
-        rounded[name] = gptq(
-            floats,
-            hessian,
-            group_size=quantization.group_size,
-            symmetric=quantization.symmetric,
-            bits=quantization.bits,
-        )
-        try:
-            check_grid(is_finite(floats, rounded[name]))
-        except UsageError as error:  # the file says so, not an argument
-            raise CheckpointError(f"cannot round {where} {name}: {error}") from error
+        hessian, linear = second_moments(layer, streams, name), linear_of(layer, name)
+        rounded[name] = _rounded(linear.weight.get_value(), hessian, WeightFormat.of(quantization), f"{where} {name}")
         linear.weight.set_value(dequantize(rounded[name]))
     return rounded
 
 
 def _quantize_head(source: Source, streams: list[Array], stored: WeightFormat) -> QuantizedWeight:
     """The LM head, rounded against the norms that it reads: some outputs at a time, as each is rounded by itself."""
-    config, name = source.config, head_name(source.config)
-    gain, floats = (np.asarray(source.read(one), np.float32) for one in ("final_norm.weight", name))
+    config, names = source.config, ("final_norm.weight", head_name(source.config))
+    gain, floats = (np.asarray(source.read(name), np.float32) for name in names)
     hessian = moments_of_norms(streams, jnp.asarray(gain), epsilon=config.rms_norm_eps)
-    if not bool(jnp.isfinite(hessian).all()):
-        raise CheckpointError(
-            "the inputs of the LM head are not finite on the calibration text; the weights of the model are damaged, "
-            "or too large for float32"
-        )
     linears = layer_anatomy(config).linears.values()
     most = max(linear.num_inputs * linear.num_outputs for linear in linears) // config.hidden_size  # in as much memory
-    rounded = []
-    for some in np.array_split(floats, -(-len(floats) // most)):
-        options: dict[str, Any] = {"group_size": stored.group_size, "symmetric": stored.symmetric, "bits": stored.bits}
-        rounded.append(gptq(jnp.asarray(some), hessian, **options, upper_share=HEAD_UPPER_SHARE))
-        try:
-            check_grid(is_finite(jnp.asarray(some), rounded[-1]))
-        except UsageError as error:
-            raise CheckpointError(f"cannot round {name}: {error}") from error
+    pieces = np.array_split(floats, -(-len(floats) // most))
+    options: dict[str, Any] = {"upper_share": HEAD_UPPER_SHARE}
+    rounded = [_rounded(jnp.asarray(one), hessian, stored, "the LM head", **options) for one in pieces]
     low = None if stored.bits == 4 else jnp.concatenate([one.low for one in rounded if one.low is not None])
     scale = jnp.concatenate([one.scale for one in rounded], axis=1)
     return QuantizedWeight(jnp.concatenate([one.packed for one in rounded]), scale, low=low)
+
+
+def _rounded(floats: Any, hessian: Array, stored: WeightFormat, what: str, **options: Any) -> QuantizedWeight:
+    """A weight by GPTQ; ``what`` names it where it, or what it reads, is not finite."""
+    if not bool(jnp.isfinite(hessian).all()):
+        raise CheckpointError(
+            f"the inputs of {what} are not finite on the calibration text; the weights of the model are damaged, or "
+            "too large for float32"
+        )
+    grid: dict[str, Any] = {"group_size": stored.group_size, "symmetric": stored.symmetric, "bits": stored.bits}
+    rounded = gptq(floats, hessian, **grid, **options)
+    try:
+        check_grid(is_finite(floats, rounded))
+    except UsageError as error:  # the file says so, not an argument
+        raise CheckpointError(f"cannot round {what}: {error}") from error
+    return rounded
 
 
 def _entries(

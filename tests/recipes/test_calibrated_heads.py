@@ -168,7 +168,7 @@ def test_what_the_head_reads_must_be_finite(tmp_path):
 def test_a_head_that_is_too_large_to_be_rounded_is_named(tmp_path):
     source = source_of(tied=False)
     source = with_tensor(source, "lm_head.weight", 1e8 * source.read("lm_head.weight"))
-    with pytest.raises(CheckpointError, match=r"^cannot round lm_head.weight: .*too large"):
+    with pytest.raises(CheckpointError, match=r"^cannot round the LM head: .*too large"):
         rounded(source, HEADS["4 bits"], tmp_path)
 
 
